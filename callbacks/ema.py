@@ -1,0 +1,69 @@
+"""Exponential moving average of the trainable weights only: frozen bases and teachers are not copied."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+
+class TrainableEMA(Callback):
+    """Keeps an average of every trainable parameter, validates with it, and leaves it in the module when training ends.
+
+    decay: weight of the past; early on min(decay, (1 + n) / (10 + n)) after n steps. Checkpoints hold the raw weights
+    and, in this callback's state, the average, so that a resumed run continues both.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay={decay} must be at least 0 and less than 1")
+        self.decay = decay
+        self.steps = 0
+        self.average: dict[str, Tensor] = {}
+        self._raw: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        live = _trainable(pl_module)
+        if not self.average:
+            self.average = {name: p.detach().clone() for name, p in live.items()}
+        self.average = {name: average.to(live[name].device) for name, average in self.average.items()}
+        self._seen = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._seen:  # an accumulation step: no weight has moved
+            return
+        self._seen = trainer.global_step
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        for name, p in _trainable(pl_module).items():
+            self.average[name].lerp_(p.detach(), 1 - decay)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.average and trainer.state.fn == TrainerFn.FITTING:
+            self._raw = {name: p.detach().clone() for name, p in _trainable(pl_module).items()}
+            self._put(pl_module, self.average)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._raw:
+            self._put(pl_module, self._raw)
+            self._raw = {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._put(pl_module, self.average)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.average = state["steps"], dict(state["average"])
+
+    @torch.no_grad()
+    def _put(self, pl_module: LightningModule, weights: dict[str, Tensor]) -> None:
+        for name, p in _trainable(pl_module).items():
+            p.copy_(weights[name])
+
+
+def _trainable(pl_module: LightningModule) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in pl_module.named_parameters() if p.requires_grad}

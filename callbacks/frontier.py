@@ -1,0 +1,137 @@
+"""Collects what `trainer.test` generated and ends the run with a record, a table, a figure and texts to read."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor
+
+from callbacks.picture import quality_figure
+from callbacks.record import build_record, write_record
+from callbacks.table import in_words, markdown_table, report_console, results_table
+
+
+class FrontierReport(Callback):
+    """Writes record.json and frontier.png to `folder`, prints the table, and sends all of it to TensorBoard.
+
+    experiment, config: what the record says of the run. samples: how many texts of each decoder to print.
+    """
+
+    def __init__(self, folder: str, experiment: str, config: dict[str, Any], samples: int = 3) -> None:
+        self.folder, self.experiment, self.config, self.samples = Path(folder), experiment, config, samples
+        self.record: dict[str, Any] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._rows: list[dict[str, Tensor]] = []
+        self._responses: dict[int, list[Tensor]] = defaultdict(list)
+        self._seconds: dict[int, list[float]] = defaultdict(list)
+        self._decoders: list[Any] = []
+        self._flops: list[float | None] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reset()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self._rows.append({name: column.cpu() for name, column in batch.items()})
+        if not self._decoders:
+            self._decoders = [result["decoder"] for result in outputs["results"]]
+            self._flops = [result["flops_per_token"] for result in outputs["results"]]
+        for k, result in enumerate(outputs["results"]):
+            self._responses[k].append(result["responses"].cpu())
+            self._seconds[k].append(result["seconds"])
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule
+        rows = _gather({name: torch.cat([r[name] for r in self._rows]) for name in self._rows[0]})
+        responses = [_gather({"r": torch.cat(self._responses[k])})["r"] for k in range(len(self._decoders))]
+        if not trainer.is_global_zero:
+            return
+        table_rows = [self._row(k, data.scorer(rows, answer), answer, pl_module) for k, answer in enumerate(responses)]
+        seed = int(getattr(pl_module, "seed", 0))
+        self.record = build_record(self.experiment, seed, pl_module.device, self.config, data.facts(), table_rows)
+        figure = quality_figure(self.record)
+        if not trainer.fast_dev_run:
+            write_record(self.record, self.folder / "record.json")
+            figure.savefig(self.folder / "frontier.png", dpi=130)
+        texts = self._texts(data, rows, responses)
+        console = report_console()
+        _print_samples(console, texts)
+        console.print()
+        console.print(results_table(self.record, console.width))
+        for sentence in in_words(self.record):
+            console.print(f"· {escape(sentence)}", highlight=False)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_figure"):
+                logger.experiment.add_figure("frontier", figure, trainer.global_step)
+                logger.experiment.add_text("results", markdown_table(self.record), trainer.global_step)
+                logger.experiment.add_text("samples", _samples_markdown(texts), trainer.global_step)
+
+    def _row(self, k: int, score: Any, responses: Tensor, pl_module: LightningModule) -> dict[str, Any]:
+        decoder, seconds = self._decoders[k], self._seconds[k]
+        counts = [r.numel() for r in self._responses[k]]
+        warm = slice(1, None) if len(seconds) > 1 else slice(None)  # the first batch pays for warming up
+        cuda = pl_module.device.type == "cuda"
+        return {
+            "method": decoder.method,
+            "decoder": decoder.name,
+            "forwards": decoder.forwards,
+            "quality": score.quality,
+            "entropy": score.entropy,
+            "distinct": score.distinct,
+            "cost": {
+                "tokens_per_s": sum(counts[warm]) / sum(seconds[warm]) if decoder.forwards else None,
+                "flops_per_token": self._flops[k],
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(pl_module.device) if cuda else None,
+                "batch": len(self._responses[k][0]),
+            },
+            "n_samples": len(responses),
+            "ci95": {name: list(interval) for name, interval in score.ci95.items()},
+        }
+
+    def _texts(self, data: Any, rows: dict[str, Tensor], responses: list[Tensor]) -> list[tuple[str, str, str, str]]:
+        """(decoder, prompt, response, fault) of the first prompts; only the best and the fewest forwards of a teacher."""
+        few = {name: column[: self.samples] for name, column in rows.items()}
+        prompts = data.decode_prompts(few)
+        teachers = [k for k, decoder in enumerate(self._decoders) if decoder.method == "teacher"]
+        shown = [k for k in range(len(self._decoders)) if k not in teachers[1:-1]]
+        texts = []
+        for k in shown:
+            decoder, answers = self._decoders[k], responses[k][: self.samples]
+            name = f"{decoder.name} @ {decoder.forwards}" if decoder.forwards else decoder.name
+            for n, answer in enumerate(data.decode_responses(answers)):
+                faults = data.explain(answers[n], few["reveal"][n]) if hasattr(data, "explain") else []
+                texts.append((name, prompts[n], answer, "; ".join(faults[:1])))
+        return texts
+
+
+def _print_samples(console: Console, texts: list[tuple[str, str, str, str]]) -> None:
+    previous = None
+    for name, prompt, response, fault in texts:
+        if name != previous:
+            console.print(f"\n[bold]{escape(name)}[/]")
+        previous = name
+        console.print(f"  [dim]{escape(prompt)} →[/] {escape(response)}", highlight=False)
+        if fault:
+            console.print(f"    [yellow]{escape(fault)}[/]", highlight=False)
+
+
+def _samples_markdown(texts: list[tuple[str, str, str, str]]) -> str:
+    lines = ["| decoder | prompt | response | what is wrong |", "| --- | --- | --- | --- |"]
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "/") for cell in text) + " |" for text in texts])
+
+
+def _gather(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Columns of all ranks, one after the other."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return columns
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, columns)
+    return {name: torch.cat([part[name] for part in every]) for name in columns}

@@ -1,0 +1,101 @@
+"""One bar for a whole stage, with the rate and the time left; a line every tenth where the output goes to a file."""
+
+import time
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class StageProgress(ProgressBar):
+    """Counts optimiser steps while training and batches while testing.
+
+    stage: what the bar is called. Time left is what remains at the mean rate so far, validation included.
+    """
+
+    def __init__(self, stage: str = "training") -> None:
+        super().__init__()
+        self.stage = stage
+        self.console = Console()
+        self._progress: Progress | None = None
+        self._begin(0, "")
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    # -- training: steps --------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer.max_steps, self.stage, done=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step > self._done:
+            metrics = self.get_metrics(trainer, pl_module)
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float) and k != "v_num")
+            self._advance(trainer.global_step, shown)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    # -- testing: batches -------------------------------------------------------------------------------------------
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(int(sum(trainer.num_test_batches)), "comparing decoders")
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._advance(self._done + 1, "")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    # -- showing ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, total: int, title: str, done: int = 0) -> None:
+        self._total, self._title, self._first, self._done = total, title, done, done
+        self._started, self._said = time.monotonic(), done * 10 // max(1, total)
+        if total and getattr(self, "_enabled", True) and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(title, total=total, completed=done, rate="", metrics="")
+            self._progress.start()
+
+    def _advance(self, done: int, metrics: str) -> None:
+        if not getattr(self, "_enabled", True):
+            return
+        self._done = done
+        elapsed = time.monotonic() - self._started
+        rate = (done - self._first) / max(elapsed, 1e-9)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, rate=f"{rate:.1f}/s", metrics=metrics)
+        elif done * 10 // self._total > self._said:
+            self._said = done * 10 // self._total
+            left = (self._total - done) / max(rate, 1e-9)
+            line = f"{self._title}: {done}/{self._total}, {rate:.1f}/s, {_clock(elapsed)} gone, {_clock(left)} left"
+            self.console.print(f"{line}  {metrics}", highlight=False, soft_wrap=True)
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -1,0 +1,99 @@
+"""record.json: what a run measured, in one schema for every method.
+
+{"experiment", "commit", "seed", "device", "versions": {}, "config": {}, "data": {...}, "rows": [{"method", "decoder",
+"forwards", "quality": {}, "entropy", "distinct", "cost": {"tokens_per_s", "flops_per_token", "peak_memory_bytes",
+"batch"}, "n_samples", "ci95": {}}]}; a value that was not measured is null.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.functional.errors import UsageError
+
+KEYS = ("experiment", "commit", "seed", "device", "versions", "config", "data", "rows")
+PACKAGES = ("torch", "lightning", "transformers", "peft", "hydra-core", "omegaconf", "torchmetrics")
+
+
+def build_record(experiment: str, seed: int, device: torch.device, config: dict, data: dict, rows: list[dict]) -> dict:
+    return {
+        "experiment": experiment,
+        "commit": current_commit(),
+        "seed": seed,
+        "device": device_name(device),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "config": config,
+        "data": data,
+        "rows": rows,
+    }
+
+
+def write_record(record: dict[str, Any], path: str | Path) -> Path:
+    """Write the record in one step: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".json.partial")
+    staging.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    os.replace(staging, path)
+    return path
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """A record from disk. Raises UsageError, naming the file, when it is not one."""
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} is not a readable record ({error}); remove it or run the experiment again") from error
+    missing = [key for key in KEYS if key not in record]
+    if missing:
+        raise UsageError(f"{path} lacks {', '.join(missing)}; remove it or run the experiment again")
+    return record
+
+
+def find_records(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every record.json below a folder, oldest first. Raises UsageError when there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(
+            f"the folder {folder} does not exist; type paths.output_dir=<folder with runs> or run an experiment"
+        )
+    found = sorted(folder.rglob("record.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UsageError(
+            f"no record.json below {folder}; run an experiment first: python run.py experiment=meanflow_llada"
+        )
+    return [(path, read_record(path)) for path in found]
+
+
+def current_commit() -> str | None:
+    """The checkout's commit, with "+changes" where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,134 @@
+"""The table at the end: one row for each decoder, only the columns that the record has values for."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# column title -> (where the value is, how it is written)
+COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "valid": (("quality", "validity"), ".3f"),
+    "valid|all": (("quality", "validity_all"), ".3f"),
+    "valid|part": (("quality", "validity_part"), ".3f"),
+    "valid|none": (("quality", "validity_none"), ".3f"),
+    "NLL of valid": (("quality", "exact_nll"), ".2f"),
+    "exact match": (("quality", "exact_match"), ".3f"),
+    "slot acc.": (("quality", "slot_accuracy"), ".3f"),
+    "BLEU": (("quality", "bleu"), ".1f"),
+    "entropy": (("entropy",), ".2f"),
+    "TV": (("quality", "tv"), ".2f"),
+    "coverage": (("quality", "coverage"), ".2f"),
+    "distinct": (("distinct",), ".2f"),
+    "tokens/s": (("cost", "tokens_per_s"), ",.0f"),
+    "MFLOP/token": (("cost", "flops_per_token"), "mega"),
+}
+
+
+def report_console() -> Console:
+    """The terminal, or 140 columns where the output goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+# what a narrow terminal does without first; all of it is in record.json
+DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "NLL of valid", "distinct")
+
+
+def results_table(record: dict[str, Any], width: int = 120) -> Table:
+    """A rich table of the record's rows, no wider than `width` characters as long as dispensable columns can go."""
+    titles = _used_columns(record)
+    for title in DISPENSABLE:
+        if 32 + sum(len(_heading(t)) + 2 for t in titles) <= width:
+            break
+        titles = [t for t in titles if t != title]
+    table = Table(
+        title=f"{record['experiment']} on {record['data']['name']}, seed {record['seed']}, {record['device']}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("decoder", no_wrap=True)
+    table.add_column("forwards", justify="right")
+    for title in titles:
+        table.add_column(_heading(title), justify="right", no_wrap=True)
+    previous = None
+    for row in record["rows"]:
+        if previous not in (None, row["method"]):
+            table.add_section()
+        previous = row["method"]
+        table.add_row(row["decoder"], str(row["forwards"] or "-"), *_cells(row, titles))
+    return table
+
+
+def markdown_table(record: dict[str, Any]) -> str:
+    """The same table as Markdown, every column that has a value."""
+    titles = _used_columns(record)
+    lines = ["| decoder | forwards | " + " | ".join(_heading(t) for t in titles) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(titles) + 1))
+    for row in record["rows"]:
+        lines.append(f"| {row['decoder']} | {row['forwards'] or '-'} | " + " | ".join(_cells(row, titles)) + " |")
+    return "\n".join(lines)
+
+
+def in_words(record: dict[str, Any]) -> list[str]:
+    """Sentences that say what the rows mean, made from the rows' own numbers."""
+    rows, correlation = record["rows"], record["data"]["conditional_total_correlation"]
+    sentences = []
+    truth = next((row["quality"].get("entropy_truth") for row in rows if row["quality"].get("entropy_truth")), None)
+    if truth is not None:
+        sentences.append(
+            f"Truth: the unprompted texts have entropy {truth:.2f} nats; read entropy and TV beside the resampling floor, "
+            "which is the truth measured with as many samples."
+        )
+    if correlation is not None:
+        sentences.append(
+            f"Given its prompt a text's words still share {correlation:.2f} nats (total correlation). One forward from a "
+            "fixed all-mask response draws or picks every place on its own, so no such generator's samples can come nearer "
+            f"to the truth than KL {correlation:.2f}, which the product of marginals reaches."
+        )
+    marginals = next((r for r in rows if r["decoder"] == "product of marginals"), None)
+    for row in rows:
+        part = row["quality"].get("validity_part")
+        if row["method"] != "student" or marginals is None or part is None:
+            continue
+        sentences.append(
+            f"{row['decoder']}, {row['forwards']} forward: {_percent(row['quality']['validity_all'])} valid with the whole "
+            f"plan prompted, {_percent(part)} with part of it "
+            f"(product of marginals {_percent(marginals['quality']['validity_part'])}), "
+            f"{row['distinct']:.2f} of its unprompted texts distinct"
+            + (
+                ": it says one text and nothing else."
+                if row["distinct"] is not None and row["distinct"] < 0.01
+                else "."
+            )
+        )
+    return sentences
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _heading(title: str) -> str:
+    return title.replace("|", " ")
+
+
+def _used_columns(record: dict[str, Any]) -> list[str]:
+    return [title for title, (path, _) in COLUMNS.items() if any(_value(r, path) is not None for r in record["rows"])]
+
+
+def _cells(row: dict[str, Any], titles: list[str]) -> list[str]:
+    return [_written(_value(row, COLUMNS[title][0]), COLUMNS[title][1]) for title in titles]
+
+
+def _value(row: dict[str, Any], path: tuple[str, ...]) -> float | None:
+    value: Any = row
+    for key in path:
+        value = value.get(key) if value is not None else None
+    return value
+
+
+def _written(value: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 1e6:.2f}" if form == "mega" else format(value, form)

@@ -1,0 +1,101 @@
+"""A DataLoader that continues in mid-epoch at the exact batch, on any number of ranks.
+
+The order of an epoch is a function of (seed, epoch) alone, and the position inside it travels in the checkpoint,
+so a resumed run reads what the uninterrupted one would have read.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Batches of row indices: shuffled by (seed, epoch) when training, in file order otherwise.
+
+    Ranks take alternate rows of the same global batch, so N ranks with batch_size / N rows each see together what one
+    rank with batch_size rows sees. `drop_last` discards the incomplete global batch; without it every row is visited once.
+    """
+
+    def __init__(self, rows: int, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int) -> None:
+        self.rows, self.batch_size, self.shuffle, self.drop_last, self.seed = rows, batch_size, shuffle, drop_last, seed
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        world = _rank_and_world()[1]
+        per_step = self.batch_size * world
+        return self.rows // per_step if self.drop_last else -(-self.rows // per_step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, world = _rank_and_world()
+        order = torch.arange(self.rows)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.rows, generator=generator)
+        per_step = self.batch_size * world
+        for step in range(self.start, len(self)):
+            chosen = order[step * per_step : (step + 1) * per_step][rank::world].tolist()
+            if chosen:
+                yield chosen
+
+
+class ResumableLoader(DataLoader):
+    """`DataLoader` over `TensorRows` whose `state_dict` is the number of batches handed out in this epoch.
+
+    After an epoch's last batch that number is 0: a run that resumes there begins the next epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        self.order = EpochSampler(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
+        self.handed_out = 0
+        self.resume_at = 0
+        super().__init__(
+            dataset,
+            batch_sampler=self.order,
+            num_workers=num_workers,
+            collate_fn=_already_batched,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self.order.start = self.handed_out = self.resume_at
+        self.resume_at = 0
+        for batch in super().__iter__():
+            self.handed_out += 1
+            yield batch
+        self.handed_out = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"handed_out": self.handed_out % max(1, len(self))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.resume_at = state["handed_out"]
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _already_batched(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch

@@ -1,0 +1,240 @@
+"""The words of an oracle corpus: a hidden plan of typed attributes, and templates that put it into words.
+
+A plan is one value for each attribute, drawn independently. A template is a row of slots; each slot says one word, drawn
+from the words of one attribute's value (or of no attribute: a free or constant word). A lookup (the baker's name gives
+"baker"), a copy (the name said again) and a synonym are all slots of the same attribute. A template may be restricted to
+some values of an attribute: that is how an event list of n events gets a text of its own length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+
+Words = tuple[tuple[str, float], ...]  # words and their probabilities
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A typed part of the plan with its values and their probabilities (normalised on use)."""
+
+    name: str
+    values: tuple[str, ...]
+    prior: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One token of the text. `words[k]` are the words for value k of `attribute`; one entry where attribute is None."""
+
+    name: str
+    attribute: str | None
+    words: tuple[Words, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A row of slots; `only` restricts it to some values (by index) of some attributes."""
+
+    name: str
+    weight: float
+    slots: tuple[Slot, ...]
+    only: dict[str, frozenset[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grammar:
+    attributes: tuple[Attribute, ...]
+    templates: tuple[Template, ...]
+
+
+# -- small builders that keep the corpora below readable -------------------------------------------------------------
+
+
+def constant(word: str) -> Slot:
+    return Slot(f"“{word}”", None, (((word, 1.0),),))
+
+
+def free(name: str, **words: float) -> Slot:
+    """A word that the plan says nothing about."""
+    return Slot(name, None, (tuple(words.items()),))
+
+
+def says(attribute: Attribute, words: Sequence[str] | None = None, name: str | None = None) -> Slot:
+    """The attribute's value, or `words[k]` in its place; "a|b" are synonyms said with probability 0.8 and 0.2."""
+    said = (words or attribute.values)[: len(attribute.values)]
+    return Slot(name or attribute.name, attribute.name, tuple(_synonyms(w) for w in said))
+
+
+def zipf(n: int) -> tuple[float, ...]:
+    """Weights 1/(k + 2): unequal, so that a method which levels them is seen."""
+    return tuple(1.0 / (k + 2) for k in range(n))
+
+
+def _synonyms(words: str) -> Words:
+    first, *rest = words.split("|")
+    return ((first, 0.8), (rest[0], 0.2)) if rest else ((first, 1.0),)
+
+
+# -- the three corpora ----------------------------------------------------------------------------------------------
+
+_WHO = ("anna", "boris", "clara", "david", "elena", "felix", "greta", "hugo", "irina", "jonas", "karla", "lukas")
+_JOB = (
+    "baker",
+    "sailor",
+    "doctor",
+    "painter",
+    "judge",
+    "miner",
+    "pilot",
+    "tailor",
+    "singer",
+    "farmer",
+    "nurse",
+    "smith",
+)
+_WHERE = (
+    "paris",
+    "london",
+    "rome",
+    "vienna",
+    "cairo",
+    "cologne",
+    "prague",
+    "seville",
+    "warsaw",
+    "lisbon",
+    "dublin",
+    "riga",
+)
+_RIVER = (
+    "seine",
+    "thames",
+    "tiber",
+    "danube",
+    "nile",
+    "rhine",
+    "moldau",
+    "betis",
+    "vistula",
+    "tagus",
+    "liffey",
+    "daugava",
+)
+_WHAT = ("apples", "lamps", "boots", "scarves", "maps", "clocks", "drums", "knives", "ropes", "kites", "bells", "vases")
+_LOOK = ("red", "brass", "old", "silk", "torn", "loud", "tin", "sharp", "long", "paper", "small", "blue")
+_MOOD = ("glad|happy", "sad|gloomy", "calm|quiet", "angry|cross")
+_EVENTS = ("rain|drizzle", "music|singing", "fire|flames", "snow|sleet", "thunder|storm")
+_NUMBER = ("one", "two", "three", "four")
+
+
+def _attribute(name: str, values: Sequence[str], n: int) -> Attribute:
+    return Attribute(name, tuple(v.split("|")[0] for v in values[:n]), zipf(n))
+
+
+def tiny() -> Grammar:
+    """CPU-seconds: every text can be listed. Two templates and one or two events in either order give four lengths."""
+    who, where = _attribute("who", _WHO, 3), _attribute("where", _WHERE, 2)
+    events = _event_orders(("rain", "music"), most=2)
+    templates = []
+    for count in (1, 2):
+        only = {"events": _orders_of_length(events, count)}
+        heard = [_event_slot(events, ("rain|drizzle", "music"), k) for k in range(count)]
+        templates += [
+            Template(f"heard {count}", 0.7, (says(who), free("verb", heard=0.6, saw=0.4), *heard, says(where)), only),
+            Template(f"in {count}", 0.3, (constant("in"), says(where), says(where, _RIVER), says(who), *heard), only),
+        ]
+    return Grammar((who, where, events), tuple(templates))
+
+
+def small() -> Grammar:
+    """CPU-minutes: 16 words in fixed places, 128 plans, copies and lookups, two places with synonyms; 512 texts.
+
+    "anna the baker went to paris and bought red apples . anna felt glad near seine"
+    """
+    who, where, what = _attribute("who", _WHO, 4), _attribute("where", _WHERE, 4), _attribute("what", _WHAT, 4)
+    mood = _attribute("mood", _MOOD, 2)
+    slots = (
+        says(who),
+        constant("the"),
+        says(who, _JOB, "job"),
+        free("verb", went=0.8, flew=0.2),
+        constant("to"),
+        says(where),
+        constant("and"),
+        constant("bought"),
+        says(what, _LOOK, "look"),
+        says(what),
+        constant("."),
+        says(who, name="who again"),
+        constant("felt"),
+        says(mood, _MOOD),
+        constant("near"),
+        says(where, _RIVER, "river"),
+    )
+    return Grammar((who, where, what, mood), (Template("journey", 1.0, slots),))
+
+
+def large() -> Grammar:
+    """GPU: 1.4 million plans, three templates, one to four events in any order, agreement over 30 words and more."""
+    who, where, what = _attribute("who", _WHO, 12), _attribute("where", _WHERE, 12), _attribute("what", _WHAT, 12)
+    mood = _attribute("mood", _MOOD, 4)
+    events = _event_orders(tuple(e.split("|")[0] for e in _EVENTS), most=4)
+    job, river, look = says(who, _JOB, "job"), says(where, _RIVER, "river"), says(what, _LOOK, "look")
+    again, feels = says(who, name="who again"), says(mood, _MOOD)
+    verb, first = free("verb", went=0.5, flew=0.3, rode=0.2), _event_slot(events, _EVENTS, 0, "first event again")
+    howmany = Slot("number of events", "events", tuple(((_NUMBER[len(v.split("+")) - 1], 1.0),) for v in events.values))
+    things = Slot("thing or things", "events", tuple(((f"thing{'s' * ('+' in v)}", 1.0),) for v in events.values))
+    w = constant
+    templates = []
+    for count in range(1, 5):
+        only = {"events": _orders_of_length(events, count)}
+        told: list[Slot] = []
+        for k in range(count):
+            told += [w("then"), _event_slot(events, _EVENTS, k)]
+        journey = (
+            *(says(who), w("the"), job, verb, w("to"), says(where), w("and"), free("got", bought=0.6, found=0.4)),
+            *(look, says(what), w(".")),
+            *(w("there"), w("came"), howmany, things, w(":"), *told, w(".")),
+            *(again, w("felt"), feels, w("near"), w("the"), river, w("after"), w("the"), first),
+            *(w("and"), w("kept"), w("the"), says(what, name="what again"), w(".")),
+        )
+        letter = (
+            *(w("dear"), says(who), w(","), w("in"), says(where), w("i"), free("got", bought=0.6, found=0.4)),
+            *(look, says(what), w("for"), w("a"), job, w(".")),
+            *(howmany, things, w("came"), w(":"), *told, w(".")),
+            *(w("by"), w("the"), river, w("i"), w("am"), feels, w("since"), w("the"), first),
+            *(w("."), w("keep"), w("the"), says(what, name="what again"), again, w(".")),
+        )
+        news = (
+            *(w("news"), w("from"), says(where), w(":"), howmany, things, *told, w(".")),
+            *(w("a"), feels, job, w("sold"), look, says(what), w("by"), w("the"), river),
+            *(w("."), w("after"), w("the"), first, again, w("wept"), w(".")),
+        )
+        for name, weight, slots in (("journey", 0.5, journey), ("letter", 0.3, letter), ("news", 0.2, news)):
+            templates.append(Template(f"{name} {count}", weight, slots, only))
+    return Grammar((who, where, what, mood, events), tuple(templates))
+
+
+SIZES = {"tiny": tiny, "small": small, "large": large}
+
+
+def _event_orders(names: tuple[str, ...], most: int) -> Attribute:
+    """Every ordered choice of 1 to `most` different events, longer lists rarer."""
+    orders = [order for n in range(1, most + 1) for order in permutations(names, n)]
+    counts = [sum(len(o) == n for o in orders) for n in range(1, most + 1)]
+    prior = [1.0 / (len(order) + 1) / counts[len(order) - 1] for order in orders]
+    return Attribute("events", tuple("+".join(order) for order in orders), tuple(prior))
+
+
+def _orders_of_length(events: Attribute, count: int) -> frozenset[int]:
+    return frozenset(k for k, value in enumerate(events.values) if len(value.split("+")) == count)
+
+
+def _event_slot(events: Attribute, words: Sequence[str], place: int, name: str | None = None) -> Slot:
+    """The word of the event in this place; orders too short for it never use the template that has the slot."""
+    by_name = {w.split("|")[0]: _synonyms(w) for w in words}
+    said = []
+    for value in events.values:
+        order = value.split("+")
+        said.append(by_name[order[min(place, len(order) - 1)]])
+    return Slot(name or f"event {place + 1}", "events", tuple(said))

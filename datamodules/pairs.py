@@ -1,0 +1,238 @@
+"""A prompt -> response corpus from the user's own files."""
+
+import hashlib
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from datamodules.batch import TensorRows, pack_prompt_response
+from datamodules.files import Pairs, Source, read_pairs
+from datamodules.pairs_score import PairsScorer
+from datamodules.prompt_response import PromptResponseDataModule
+from datamodules.tokenizer import build_tokenizer
+from models.functional.errors import UsageError
+
+
+@dataclass
+class EncodedSplit:
+    """One split with its token lists; `kept` numbers the rows that are used, `first_id` is the row id of row 0."""
+
+    pairs: Pairs
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    first_id: int
+    kept: list[int]
+    dropped: int = 0
+
+
+class PairsDataModule(PromptResponseDataModule):
+    """Reads, tokenizes and splits pairs; every option is documented where it is set, in `conf/data/pairs.yaml`.
+
+    Rows have one column more than `datamodules.batch` describes: `row_index` (N,), unique over all splits, by which the
+    scorer finds the references of a row.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        train: Source,
+        prompt_field: str,
+        response_field: str,
+        tokenizer: str,
+        vocab_size: int,
+        batch_size: int,
+        eval_batch_size: int,
+        cache_dir: str | os.PathLike,
+        val: Source | None = None,
+        test: Source | None = None,
+        val_fraction: float = 0.05,
+        prompt_length: int | None = None,
+        response_length: int | None = None,
+        too_long: str = "error",
+        max_test_rows: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            name=name, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, num_workers=num_workers
+        )
+        self.sources = {"train": train, "val": val, "test": test}
+        self.prompt_field, self.response_field = prompt_field, response_field
+        self.tokenizer_kind, self.vocab_size, self.cache_dir = str(tokenizer), vocab_size, cache_dir
+        self.lengths = {"prompt": prompt_length, "response": response_length}
+        self.too_long, self.val_fraction, self.max_test_rows = too_long, val_fraction, max_test_rows
+        if too_long not in ("error", "drop"):
+            raise UsageError(f"data.too_long={too_long} is unknown; type data.too_long=error or data.too_long=drop")
+        if val is None and not 0 < val_fraction < 1:
+            raise UsageError(f"data.val_fraction={val_fraction} must lie between 0 and 1; type data.val_fraction=0.05")
+        if max_test_rows is not None and max_test_rows < 1:
+            raise UsageError(f"data.max_test_rows={max_test_rows} leaves no row; type data.max_test_rows=null for all")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenize and lay out all splits, whatever the stage; a second call does nothing."""
+        if self.rows:
+            return
+        pairs = self._read_splits()
+        texts = pairs["train"].prompts + pairs["train"].responses
+        self.tokenizer = build_tokenizer(self.tokenizer_kind, texts, self.vocab_size, self.cache_dir)
+
+        splits, next_id = {}, 0
+        for split, read in pairs.items():
+            splits[split] = self._encode(read, next_id)
+            next_id += len(read)
+        self.prompt_length = self.lengths["prompt"] or _round_up(splits["train"].prompt_ids)
+        self.response_length = self.lengths["response"] or _round_up(splits["train"].response_ids)
+        for name, split in splits.items():
+            self._leave_out_too_long(name, split)
+        if "test" not in splits:
+            rank_zero_warn("data.test is not set, so the test figures are those of the val split")
+            splits["test"] = EncodedSplit(**vars(splits["val"]))
+        self._limit_test_rows(splits["test"])
+
+        self.scorer = self._scorer(pairs)
+        _print_statistics(self.name, splits, self.tokenizer.unk_token_id)
+        self.rows = {name: self._rows(split) for name, split in splits.items()}
+
+    def fingerprint(self) -> str:
+        """sha256 of the training rows as encoded, of the vocabulary and of the special tokens."""
+        self.setup()
+        tokenizer, columns = self.tokenizer, self.rows["train"].columns
+        special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
+        digest = hashlib.sha256(repr((self.prompt_length, self.response_length, special)).encode())
+        digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+        for name in ("input_ids", "attention_mask"):
+            digest.update(columns[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- splits -------------------------------------------------------------------------------------------------------
+
+    def _read_splits(self) -> dict[str, Pairs]:
+        """The train and val splits, and the test split where it has a source of its own."""
+        pairs = {}
+        for split, source in self.sources.items():
+            if source is not None:
+                pairs[split] = read_pairs(source, self.prompt_field, self.response_field, option=f"data.{split}")
+        if "train" not in pairs:
+            raise UsageError("data.train is not set; type data.train=FILE.jsonl")
+        if "val" not in pairs:
+            pairs["train"], pairs["val"] = self._hold_out(pairs["train"])
+        return pairs
+
+    def _hold_out(self, pairs: Pairs) -> tuple[Pairs, Pairs]:
+        """Set val_fraction of the prompts aside, with all their rows, so that none lies in both parts."""
+        prompts = list(dict.fromkeys(pairs.prompts))
+        if len(prompts) < 2:
+            raise UsageError("all rows of data.train have the same prompt, so none can be held out; type data.val=FILE")
+        count = min(max(1, round(self.val_fraction * len(prompts))), len(prompts) - 1)
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed))
+        held = {prompts[i] for i in order[:count].tolist()}
+        train = pairs.take(i for i, prompt in enumerate(pairs.prompts) if prompt not in held)
+        train.problems = pairs.problems
+        return train, pairs.take(i for i, prompt in enumerate(pairs.prompts) if prompt in held)
+
+    def _limit_test_rows(self, split: EncodedSplit) -> None:
+        if self.max_test_rows is not None and self.max_test_rows < len(split.kept):
+            order = torch.randperm(len(split.kept), generator=torch.Generator().manual_seed(self.seed))
+            split.kept = [split.kept[i] for i in sorted(order[: self.max_test_rows].tolist())]
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    def _encode(self, pairs: Pairs, first_id: int) -> EncodedSplit:
+        prompt_ids, response_ids = self._encode_texts(pairs.prompts), self._encode_texts(pairs.responses)
+        return EncodedSplit(pairs, prompt_ids, response_ids, first_id, kept=list(range(len(pairs))))
+
+    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
+        # A prompt often stands in many rows; each different text is encoded once.
+        different = list(dict.fromkeys(texts))
+        encoded = self.tokenizer(different, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids = dict(zip(different, encoded["input_ids"], strict=True))
+        return [ids[text] for text in texts]
+
+    def _leave_out_too_long(self, name: str, split: EncodedSplit) -> None:
+        limits = {"prompt": self.prompt_length, "response": self.response_length}
+        tokens = {"prompt": split.prompt_ids, "response": split.response_ids}
+        misfits = {row for what, limit in limits.items() for row, ids in enumerate(tokens[what]) if len(ids) > limit}
+        if misfits and self.too_long == "error":
+            needed = {what: max(map(len, tokens[what])) for what in limits}
+            wider = " ".join(f"data.{what}_length={n}" for what, n in needed.items() if n > limits[what])
+            first = min(misfits)
+            raise UsageError(
+                f"{len(misfits)} rows of the {name} split do not fit data.prompt_length={limits['prompt']} and "
+                f"data.response_length={limits['response']}: row {first} has {len(split.prompt_ids[first])} prompt "
+                f"tokens and {len(split.response_ids[first])} response tokens "
+                f"({split.pairs.prompts[first][:80]!r}); type {wider}, or data.too_long=drop to leave them out"
+            )
+        split.dropped = len(misfits)
+        split.kept = [row for row in split.kept if row not in misfits]
+        if not split.kept:
+            raise UsageError(
+                f"data.too_long=drop leaves no row of the {name} split; type a larger data.prompt_length (now "
+                f"{limits['prompt']}) or data.response_length (now {limits['response']})"
+            )
+
+    def _rows(self, split: EncodedSplit) -> TensorRows:
+        columns = pack_prompt_response(
+            [split.prompt_ids[row] for row in split.kept],
+            [split.response_ids[row] for row in split.kept],
+            prompt_length=self.prompt_length,
+            response_length=self.response_length,
+            pad_id=self.tokenizer.pad_token_id,
+            eos_id=self.tokenizer.eos_token_id,
+        )
+        return TensorRows({**columns, "row_index": torch.tensor(split.kept) + split.first_id})
+
+    # -- scoring ------------------------------------------------------------------------------------------------------
+
+    def _scorer(self, pairs: dict[str, Pairs]) -> PairsScorer:
+        references, slots = [], []
+        for split in pairs.values():
+            by_prompt = defaultdict(list)
+            for prompt, response in zip(split.prompts, split.responses, strict=True):
+                by_prompt[prompt].append(response)
+            references += [by_prompt[prompt] for prompt in split.prompts]
+            slots += split.slots
+        return PairsScorer(decode=self.decode_responses, spell=self._spell, references=references, slots=slots)
+
+    def _spell(self, text: str) -> str:
+        """A text as it comes back from the tokenizer; one with unknown tokens stays as it is, which nothing matches."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return text if self.tokenizer.unk_token_id in ids else self.tokenizer.decode(ids)
+
+
+def _round_up(token_lists: list[list[int]]) -> int:
+    """The longest list, as a multiple of 8."""
+    return max(8, -(-max(map(len, token_lists)) // 8) * 8)
+
+
+@rank_zero_only
+def _print_statistics(name: str, splits: dict[str, EncodedSplit], unknown_id: int | None) -> None:
+    table = Table(title=f"{name}: rows, and tokens as mean/p95/max before dropping", box=SIMPLE)
+    for column in ("split", "rows", "prompt", "response", "unknown", "dropped", "bad lines"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split in ("train", "val", "test"):
+        encoded = splits[split]
+        lists = [*encoded.prompt_ids, *encoded.response_ids]
+        unknown = sum(ids.count(unknown_id) for ids in lists) / max(1, sum(map(len, lists)))
+        table.add_row(
+            split,
+            f"{len(encoded.kept)}",
+            _lengths(encoded.prompt_ids),
+            _lengths(encoded.response_ids),
+            f"{unknown:.2%}",
+            f"{encoded.dropped}",
+            f"{len(encoded.pairs.problems)}",
+        )
+    Console().print(table)
+
+
+def _lengths(token_lists: list[list[int]]) -> str:
+    counts = torch.tensor([len(ids) for ids in token_lists], dtype=torch.float64)
+    p95 = counts.sort().values[max(0, -(-len(counts) * 95 // 100) - 1)]
+    return f"{counts.mean():.1f}/{p95:.0f}/{counts.max():.0f}"

@@ -1,0 +1,170 @@
+"""Tokenizers of a text corpus: bytes, a trained byte-level BPE, whole words, or a local Hugging Face folder.
+
+Our own tokenizers put `<pad> <eos> <mask>` (then `<unk>` where one is needed) at ids 0, 1, 2 (3). They add nothing when
+encoding, and a text that happens to contain "<mask>" is encoded as those six characters, never as the mask token.
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from datamodules.prompt_response import check_special_tokens
+from models.functional.errors import UsageError
+
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<mask>"]
+UNKNOWN = "<unk>"
+
+# From this size on a BPE vocabulary holds all 256 bytes, so that it can spell any text; a smaller one could not afford
+# them and holds only the bytes of the training texts.
+FULL_ALPHABET_FROM = 512
+
+# GPT-2's split with the underscore counted as a letter: a name such as I_TURN_LEFT can then become one token.
+WORDS_AND_SIGNS = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}_]+| ?\p{N}+| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
+
+# Part of the cache key: raise it when the construction below changes.
+CACHE_LAYOUT = 1
+
+
+def build_tokenizer(
+    kind: str, texts: Sequence[str], vocab_size: int, cache_dir: str | os.PathLike
+) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that `data.tokenizer=kind` asks for.
+
+    kind: `byte` (exact on any text; vocab_size is not used), `bpe`, `words` (split at white space, decoded with single
+        spaces), or the path of a folder that a Hugging Face `save_pretrained` wrote (vocab_size is not used).
+    texts: what `bpe` and `words` are trained on; the result is kept in cache_dir under the hash of its inputs.
+    vocab_size: at most this many tokens, special tokens included; `bpe` spells every text exactly from 512 on, below
+        that a byte that is not in the training texts becomes `<unk>`.
+
+    Raises UsageError for a folder that does not exist or has no usable tokenizer, and for a too small vocab_size.
+    """
+    if kind == "byte":
+        return _with_special_tokens(_byte_level(models.BPE(_byte_vocabulary(), []), split=False), unknown=False)
+    if kind in ("bpe", "words"):
+        return _trained(kind, texts, vocab_size, Path(cache_dir).expanduser())
+    return _from_folder(kind)
+
+
+# -- training, once per content --------------------------------------------------------------------------------------
+
+
+def _trained(kind: str, texts: Sequence[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast:
+    folder = cache_dir / f"{kind}-{vocab_size}-{_content_hash(kind, texts, vocab_size)[:16]}"
+    if not (folder / "tokenizer.json").is_file():
+        tokenizer = _train_bpe(texts, vocab_size) if kind == "bpe" else _train_words(texts, vocab_size)
+        if len(tokenizer) > vocab_size:
+            raise UsageError(
+                f"data.vocab_size={vocab_size} is too small for data.tokenizer={kind}: the special tokens and the "
+                f"bytes of the training texts alone are {len(tokenizer)}; type data.vocab_size={2 * len(tokenizer)}"
+            )
+        _save_atomically(tokenizer, folder)
+    # Loaded even right after training, so that every process of a run reads the very same bytes.
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _train_bpe(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    full = vocab_size >= FULL_ALPHABET_FROM
+    backend = _byte_level(models.BPE() if full else models.BPE(unk_token=UNKNOWN), split=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS if full else [*SPECIAL_TOKENS, UNKNOWN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if full else [],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _with_special_tokens(backend, unknown=not full)
+
+
+def _train_words(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    # Without a decoder, tokens are joined with single spaces: just what words need.
+    backend = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, UNKNOWN], show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _with_special_tokens(backend, unknown=True)
+
+
+def _content_hash(kind: str, texts: Sequence[str], vocab_size: int) -> str:
+    digest = hashlib.sha256(f"{CACHE_LAYOUT} {kind} {vocab_size}\n".encode())
+    for text in texts:
+        data = text.encode()
+        # The length keeps ["ab", "c"] and ["a", "bc"] apart.
+        digest.update(f"{len(data)} ".encode() + data)
+    return digest.hexdigest()
+
+
+def _save_atomically(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    unfinished = folder.with_name(f".unfinished-{uuid.uuid4().hex}")
+    try:
+        unfinished.mkdir(parents=True)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        # Another process may have finished the same tokenizer in the meantime, which is just as good.
+        if not (folder / "tokenizer.json").is_file():
+            raise UsageError(
+                f"the trained tokenizer cannot be written to {folder} ({error}); "
+                f"type data.cache_dir=FOLDER with a folder that you can write to"
+            ) from error
+
+
+# -- construction ----------------------------------------------------------------------------------------------------
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    tokens = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def _byte_level(model: models.BPE, *, split: bool) -> Tokenizer:
+    backend = Tokenizer(model)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(Regex(WORDS_AND_SIGNS), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes]) if split else to_bytes
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _with_special_tokens(backend: Tokenizer, *, unknown: bool) -> PreTrainedTokenizerFast:
+    pad, eos, mask = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=pad,
+        eos_token=eos,
+        mask_token=mask,
+        split_special_tokens=True,
+        **({"unk_token": UNKNOWN} if unknown else {}),
+    )
+
+
+def _from_folder(kind: str) -> PreTrainedTokenizerFast:
+    folder = Path(kind).expanduser()
+    if not folder.is_dir():
+        raise UsageError(
+            f"data.tokenizer={kind} is neither byte, bpe or words nor a folder (looked for {folder.absolute()}); "
+            f"type data.tokenizer=bpe, or fetch one with `hf download NAME --local-dir FOLDER` "
+            f"and type data.tokenizer=FOLDER"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for a folder that it cannot read
+        raise UsageError(
+            f"data.tokenizer={kind}: no tokenizer could be read from this folder ({error}); it must hold a "
+            f"tokenizer.json, as tokenizer.save_pretrained(FOLDER) writes it"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UsageError(
+            f"data.tokenizer={kind} holds a {type(tokenizer).__name__}, which has no tokenizer.json; "
+            f"type data.tokenizer=bpe or the folder of a fast tokenizer"
+        )
+    check_special_tokens(tokenizer, str(kind))
+    return tokenizer

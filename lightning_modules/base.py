@@ -1,0 +1,97 @@
+"""What every Leap method does alike: optimiser, seeded draws, small checkpoints and the comparison of decoders."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from torch import Generator, Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import get_cosine_schedule_with_warmup
+
+from models.decoding.decoder import Decoder
+from models.functional.errors import UsageError
+
+
+class LeapModule(LightningModule):
+    """AdamW on the trainable parameters with linear warm-up and cosine decay over the trainer's steps.
+
+    Checkpoints hold trainable parameters only: frozen bases come from their own files.
+    seed: every random draw of a step is a function of (seed, epoch, batch, rank), so a resumed run repeats the original's.
+    """
+
+    def __init__(self, *, lr: float, weight_decay: float, warmup_steps: int, seed: int) -> None:
+        super().__init__()
+        self.lr, self.weight_decay, self.warmup_steps, self.seed = lr, weight_decay, warmup_steps, seed
+        self.strict_loading = False
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in trainable if p.ndim >= 2]
+        plain = [p for p in trainable if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=self.lr,
+            betas=(0.9, 0.98),
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, steps // 2), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def step_generator(self, batch_idx: int, stream: int = 0) -> Generator:
+        """The source of every random draw of one step."""
+        entropy = np.random.SeedSequence([self.seed, stream, self.current_epoch, batch_idx, self.global_rank])
+        return Generator(device=self.device).manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def trainable_names(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keep = self.trainable_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        held, wanted = checkpoint["state_dict"], dict(self.named_parameters())
+        for name in sorted(self.trainable_names()):
+            if name not in held:
+                raise UsageError(f"the checkpoint has no {name}: it was written by another module or architecture")
+            if held[name].shape != wanted[name].shape:
+                raise UsageError(
+                    f"the checkpoint's {name} has shape {tuple(held[name].shape)}, this model's {tuple(wanted[name].shape)}; "
+                    "use the model and module options it was trained with (its run folder holds them in .hydra/config.yaml)"
+                )
+
+    # -- comparison of decoders -------------------------------------------------------------------------------------
+
+    def decoders(self) -> list[Decoder]:
+        """The ways of generating that `trainer.test` compares."""
+        raise NotImplementedError
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Every decoder's responses to the batch, with seconds taken and FLOPs per response token."""
+        results = []
+        for k, decoder in enumerate([*self.decoders(), *self.trainer.datamodule.controls()]):
+            generator = self.step_generator(batch_idx, stream=100 + k)
+            self._synchronise()
+            start = time.perf_counter()
+            responses = decoder(batch, generator)
+            self._synchronise()
+            seconds = time.perf_counter() - start
+            flops = self._flops_per_token(decoder, batch) if batch_idx == 0 and decoder.forwards else None
+            results.append({"decoder": decoder, "responses": responses, "seconds": seconds, "flops_per_token": flops})
+        return {"results": results}
+
+    def _flops_per_token(self, decoder: Decoder, batch: dict[str, Tensor]) -> float:
+        few = {name: column[:2] for name, column in batch.items()}
+        with FlopCounterMode(display=False) as counter:
+            responses = decoder(few, Generator(device=self.device).manual_seed(0))
+        return counter.get_total_flops() / responses.numel()
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,62 @@
+"""Gets a trained teacher: loads one given by path, reuses a matching one from the cache, or trains and keeps one."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, Trainer
+from rich.console import Console
+
+from lightning_modules.base import LeapModule
+from models.backbones.llada import LladaModel, load_llada
+
+
+def cache_key(**ingredients: Any) -> str:
+    """Twelve hex digits that change when any ingredient (plain types) of the training does."""
+    text = json.dumps(ingredients, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def train_or_load_teacher(
+    folder: Path,
+    *,
+    build_model: Callable[[], LladaModel],
+    build_module: Callable[[LladaModel], LeapModule],
+    build_trainer: Callable[[Path], Trainer],
+    datamodule: LightningDataModule,
+    console: Console,
+) -> LladaModel:
+    """The teacher kept in `folder`, trained first if it is not there.
+
+    Training checkpoints go to `<folder>.partial`, where an interrupted training is taken up again; the finished model is
+    put in place in one step, so `folder` is either absent or whole. A fast_dev_run trains one step and keeps nothing.
+    """
+    if (folder / "config.json").is_file():
+        console.print(f"teacher: reusing the trained one in {folder}", highlight=False)
+        return load_llada(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    last = partial / "last.ckpt"
+    trainer = build_trainer(partial)
+    console.print(
+        f"teacher: no matching one is cached, training it now (kept in {folder} for the next time)"
+        if not last.is_file()
+        else f"teacher: taking up the interrupted training in {partial}",
+        highlight=False,
+    )
+    model = build_model()
+    trainer.fit(build_module(model), datamodule, ckpt_path=last if last.is_file() else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if not trainer.fast_dev_run and trainer.is_global_zero:
+        staging = folder.with_name(folder.name + ".staging")
+        shutil.rmtree(staging, ignore_errors=True)
+        model.save_pretrained(staging)
+        datamodule.tokenizer.save_pretrained(staging)
+        os.replace(staging, folder)
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.strategy.barrier()
+    return model.cpu()

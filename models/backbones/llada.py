@@ -1,0 +1,248 @@
+"""LLaDA: a Llama-shaped body in which every token sees every other one.
+
+Built on transformers' own Llama modules; only the mask and the attention function differ. Saved with
+`save_pretrained` (safetensors + config.json); `load_llada` reads such folders and the published ones, `build_llada`
+starts from random weights.
+Legend: B batch, L length, D width, V vocabulary, H heads, K prefix length.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import (
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRotaryEmbedding,
+    repeat_kv,
+)
+
+from models.backbones import checkpoint_files as files
+from models.backbones.official_layout import config_from_official, is_official_config, official_to_leap_key
+from models.functional.attention import (
+    bidirectional_attention,
+    gated_prefix_attention,
+    padding_mask,
+    positions_from_mask,
+)
+from models.functional.errors import UsageError
+
+
+class Prefix(NamedTuple):
+    """What a soft prompt puts before the text in every layer; rotary positions are not applied to it."""
+
+    keys: Tensor  # (layers, B, H_kv, K, d)
+    values: Tensor  # (layers, B, H_kv, K, d)
+    gate: Tensor  # (layers, H), >= 0
+
+
+def _leap_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    prefix: Prefix | None = None,
+    **_,
+) -> tuple[Tensor, None]:
+    """The attention that transformers calls in each layer: (B, H, L, d) in, (B, L, H, d) out."""
+    groups, layer = module.num_key_value_groups, module.layer_idx
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if prefix is None:
+        out = bidirectional_attention(query, key, value, attention_mask, scaling)
+    else:
+        k_prefix, v_prefix = repeat_kv(prefix.keys[layer], groups), repeat_kv(prefix.values[layer], groups)
+        out = gated_prefix_attention(query, key, value, attention_mask, k_prefix, v_prefix, prefix.gate[layer], scaling)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("leap_bidirectional", _leap_attention)
+
+
+class LladaConfig(LlamaConfig):
+    """LlamaConfig plus the id of the mask token."""
+
+    model_type = "leap_llada"
+
+    def __init__(self, mask_token_id: int | None = None, **kwargs) -> None:
+        kwargs.setdefault("use_cache", False)
+        kwargs["attn_implementation"] = "leap_bidirectional"
+        super().__init__(**kwargs)
+        self.mask_token_id = mask_token_id
+
+
+class LladaModel(LlamaPreTrainedModel):
+    """Masked diffusion language model: `forward` gives logits, `hidden` and `lm_head` its two halves.
+
+    Call the halves yourself where only some positions need the vocabulary-wide product.
+    """
+
+    config_class = LladaConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LladaConfig) -> None:
+        config._attn_implementation = "leap_bidirectional"
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def mask_id(self) -> int:
+        return self.config.mask_token_id
+
+    @property
+    def embedding(self) -> Tensor:
+        """(V, D)"""
+        return self.model.embed_tokens.weight
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, L) -> (B, L, D)"""
+        return self.model.embed_tokens(input_ids)
+
+    def hidden(self, inputs_embeds: Tensor, attention_mask: Tensor, prefix: Prefix | None = None) -> Tensor:
+        """(B, L, D), (B, L) bool -> (B, L, D), after the last norm."""
+        return self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=padding_mask(attention_mask),
+            position_ids=positions_from_mask(attention_mask),
+            use_cache=False,
+            prefix=prefix,
+        ).last_hidden_state
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Prefix | None = None) -> Tensor:
+        """(B, L) ids -> (B, L, V) logits of the clean token at every position."""
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(input_ids.shape).bool()
+        return self.lm_head(self.hidden(self.embed(input_ids), attention_mask, prefix))
+
+
+class ExactRotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary frequencies that stay in float32 whatever the model is cast to.
+
+    Rounded to bfloat16 they are up to 0.4 % off: whole radians at position 1000.
+    """
+
+    def _apply(self, fn, recurse: bool = True) -> "ExactRotaryEmbedding":
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != exact.dtype:
+            self.inv_freq = self.original_inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+
+def build_llada(
+    *,
+    vocab_size: int,
+    mask_token_id: int,
+    eos_token_id: int,
+    pad_token_id: int,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int | None = None,
+    intermediate_size: int,
+    max_position_embeddings: int,
+    rope_theta: float,
+    rms_norm_eps: float = 1e-5,
+    tie_word_embeddings: bool = False,
+) -> LladaModel:
+    """A model with fresh random weights in float32, drawn from torch's global generator.
+
+    Errors: UsageError that names model.<option>, where the sizes do not fit together.
+    """
+    options = dict(locals())
+    options["num_key_value_heads"] = num_key_value_heads or num_attention_heads
+    ids = ("mask_token_id", "eos_token_id", "pad_token_id")
+    for name, value in options.items():
+        if name in ids and not 0 <= value < vocab_size:
+            raise UsageError(f"model.{name}={value} is outside the vocabulary; type an id from 0 to {vocab_size - 1}")
+        if name not in ids and name != "tie_word_embeddings" and value <= 0:
+            raise UsageError(f"model.{name}={value} has to be above 0")
+    if mask_token_id in (eos_token_id, pad_token_id):
+        raise UsageError(
+            f"model.mask_token_id={mask_token_id} is also the end or padding token; give the mask its own id"
+        )
+    step = 2 * num_attention_heads  # rotary positions turn pairs of numbers
+    if hidden_size % step:
+        raise UsageError(
+            f"model.hidden_size={hidden_size} does not give each of model.num_attention_heads={num_attention_heads} "
+            f"an even width; type a multiple of {step}, such as model.hidden_size={-(-hidden_size // step) * step}"
+        )
+    if num_attention_heads % options["num_key_value_heads"]:
+        raise UsageError(
+            f"model.num_key_value_heads={num_key_value_heads} does not divide model.num_attention_heads="
+            f"{num_attention_heads}; type model.num_key_value_heads={num_attention_heads} for one each"
+        )
+    rope = {"rope_type": "default", "rope_theta": float(options.pop("rope_theta"))}
+    return _construct(LladaConfig(**options, rope_parameters=rope, bos_token_id=None))
+
+
+def load_llada(
+    path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> LladaModel:
+    """A model from a folder that `save_pretrained` wrote, from a published LLaDA folder, or from the hub by name.
+
+    `dtype` "auto" keeps the type that the embedding table is stored in. The model is built without memory and filled
+    shard by shard, so that one copy of the weights is the most it takes; nothing in the folder is run or unpickled.
+    Errors: UsageError for a folder or hub name that does not exist, files cut short, another architecture, and tensors
+    that are missing, unexpected or of another shape; it names them and says what to type.
+    """
+    device, wanted = files.parse_device(device), None if dtype == "auto" else files.parse_dtype(dtype)
+    folder = files.find_folder(path)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = _construct(config)
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    stored = files.list_tensors(folder)
+    names = files.match_names(expected, stored, official_to_leap_key, folder)
+    dtype = wanted or stored[names["model.embed_tokens.weight"]].dtype
+    for file in sorted({stored[name].file for name in names.values()}):
+        ours = {name: our_name for our_name, name in names.items() if stored[name].file == file}
+        weights = {ours[name]: weight for name, weight in files.read_tensors(file, ours, dtype, device)}
+        model.load_state_dict(weights, strict=False, assign=True)
+    # No file holds the tied head, nor the rotary frequencies.
+    model.tie_weights()
+    model.model.rotary_emb = ExactRotaryEmbedding(config).to(device)
+    return model
+
+
+def read_config(folder: Path) -> LladaConfig:
+    """config.json in our own or the published field names. Errors: UsageError where it is of another architecture."""
+    fields = files.read_json(folder / "config.json")
+    kind = fields.get("model_type")
+    try:
+        if kind == LladaConfig.model_type:
+            config = LladaConfig.from_dict(fields)
+        elif is_official_config(fields):
+            config = LladaConfig(**config_from_official(fields))
+        else:
+            raise UsageError(
+                f"{folder} holds a {kind or 'nameless'} model, not LLaDA. Causal models (Llama, Qwen, GPT-2, ...) were "
+                "trained to look backwards only and cannot fill masks; type model.path=GSAI-ML/LLaDA-8B-Instruct or a "
+                "folder that this framework saved"
+            )
+    except StrictDataclassError as error:
+        raise UsageError(f"{folder / 'config.json'}: {error}; copy or download it again") from error
+    if config.mask_token_id is None:
+        raise UsageError(f"{folder / 'config.json'} has no mask_token_id; add the id of the tokenizer's mask token")
+    return config
+
+
+def _construct(config: LladaConfig) -> LladaModel:
+    """`LladaModel(config)` whose padding row trains like any other and whose rotary frequencies stay exact.
+
+    LLaDA pads with its end token, and torch would give the embedding of a padding id neither a start nor a gradient.
+    """
+    pad_token_id, config.pad_token_id = config.pad_token_id, None
+    model = LladaModel(config)
+    config.pad_token_id = pad_token_id
+    model.model.rotary_emb = ExactRotaryEmbedding(config)
+    return model

@@ -1,0 +1,152 @@
+"""The published LLaDA layout in terms of ours: what its config fields and its tensor names become.
+
+Pure functions; nothing here opens a file or builds a model. Source: configuration_llada.py and modeling_llada.py beside
+the published weights (GSAI-ML/LLaDA-8B-Base, -Instruct). A field that config.json leaves out takes the original code's
+default, which is often not the 8B model's value.
+"""
+
+import json
+import re
+
+from models.functional.errors import UsageError
+
+LLADA_VOCAB_SIZE, LLADA_MASK_ID = 126464, 126336
+
+# field: (the original's default, the values that a Llama-shaped body without biases computes exactly)
+_EXPRESSIBLE = {
+    "block_type": ("sequential", ["llama"]),
+    "activation_type": ("swiglu", ["silu"]),
+    "layer_norm_type": ("default", ["rms"]),
+    "layer_norm_with_affine": (True, [True]),
+    "bias_for_layer_norm": (None, [False, None]),
+    "attention_layer_norm": (False, [False]),
+    "include_bias": (False, [False]),
+    "include_qkv_bias": (False, [False, None]),
+    "rope": (False, [True]),
+    "alibi": (False, [False]),
+    "scale_logits": (False, [False]),
+    "input_emb_norm": (False, [False]),
+    "block_group_size": (1, [1]),
+    "multi_query_attention": (None, [None, False]),
+    "quantization_config": (None, [None]),
+}
+
+_OUTER = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+_OUTER_BACK = {ours: official for official, ours in _OUTER.items()}
+_BLOCK_BACK = {ours: official for official, ours in _BLOCK.items()}
+_OFFICIAL_NAME = re.compile(r"(?:model\.)?transformer\.(?:blocks\.(0|[1-9]\d*)\.)?(\w+)\.weight")
+_LEAP_NAME = re.compile(r"(?:model\.layers\.(0|[1-9]\d*)\.)?(.+)\.weight")
+
+
+def official_to_leap_key(name: str) -> str | None:
+    """`model.transformer.blocks.3.ff_proj.weight` -> `model.layers.3.mlp.gate_proj.weight`; None for an unknown name.
+
+    The prefix may also be `transformer.` alone.
+    """
+    match = _OFFICIAL_NAME.fullmatch(name)
+    if match is None:
+        return None
+    layer, part = match.groups()
+    place = _OUTER.get(part) if layer is None else _BLOCK.get(part)
+    if place is None:
+        return None
+    return f"{place}.weight" if layer is None else f"model.layers.{layer}.{place}.weight"
+
+
+def leap_to_official_key(name: str) -> str | None:
+    """The inverse of `official_to_leap_key`, with the prefix `model.transformer.`; None for an unknown name."""
+    match = _LEAP_NAME.fullmatch(name)
+    if match is None:
+        return None
+    layer, place = match.groups()
+    part = _OUTER_BACK.get(place) if layer is None else _BLOCK_BACK.get(place)
+    if part is None:
+        return None
+    return f"model.transformer.{part}.weight" if layer is None else f"model.transformer.blocks.{layer}.{part}.weight"
+
+
+def is_official_config(config: dict) -> bool:
+    """Whether these are the original's field names (d_model, n_layers, n_heads), not ours (hidden_size, ...)."""
+    return {"d_model", "n_layers", "n_heads"} <= config.keys() and config.get("model_type", "llada") == "llada"
+
+
+def config_from_official(config: dict) -> dict:
+    """The original's fields -> keyword arguments of `LladaConfig`.
+
+    `embedding_size` (null = `vocab_size`) may exceed `vocab_size`: the table and the head have that many rows, so it
+    becomes our `vocab_size`. Dropout rates are not carried over: this body has no dropout.
+    Errors: UsageError that names the field: missing, impossible, or more than this body can express.
+    """
+    for field, (default, accepted) in _EXPRESSIBLE.items():
+        value = config.get(field, default)
+        if value not in accepted:
+            given = f"{field} is {json.dumps(value)}" + ("" if field in config else " (the original's default)")
+            raise UsageError(
+                f"the LLaDA config's {given}, and this body computes only {field} = {json.dumps(accepted[0])}; "
+                "use a checkpoint of the published shape, such as GSAI-ML/LLaDA-8B-Instruct"
+            )
+    width, layers, heads = (_positive(config, field) for field in ("d_model", "n_layers", "n_heads"))
+    kv_heads = heads if config.get("n_kv_heads") is None else _positive(config, "n_kv_heads")
+    if width % heads or (width // heads) % 2:
+        raise UsageError(f"the LLaDA config's d_model {width} does not give n_heads {heads} an even width each")
+    if heads % kv_heads:
+        raise UsageError(f"the LLaDA config's n_heads {heads} is not a multiple of n_kv_heads {kv_heads}")
+    if config.get("mlp_hidden_size") is None:
+        ffn_width = _positive(config, "mlp_ratio", default=4) * width
+    else:
+        ffn_width = _positive(config, "mlp_hidden_size")
+    vocab_size = _positive(config, "vocab_size")
+    rows = vocab_size if config.get("embedding_size") is None else _positive(config, "embedding_size")
+    if rows < vocab_size:
+        raise UsageError(f"the LLaDA config's embedding_size {rows} is smaller than its vocab_size {vocab_size}")
+    return {
+        "vocab_size": rows,
+        "hidden_size": width,
+        "intermediate_size": ffn_width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": _positive(config, "max_sequence_length", default=1024),
+        "rope_parameters": {"rope_type": "default", "rope_theta": _positive(config, "rope_theta", float, 10_000.0)},
+        "rms_norm_eps": _positive(config, "rms_norm_eps", float, 1e-5),
+        "tie_word_embeddings": config.get("weight_tying", True),
+        "mask_token_id": _mask_id(config, vocab_size, rows),
+        "bos_token_id": None,
+        "eos_token_id": config.get("eos_token_id"),
+        "pad_token_id": config.get("pad_token_id"),
+    }
+
+
+def _positive(config: dict, field: str, kind: type = int, default: float | None = None) -> float:
+    value = config.get(field, default)
+    if not isinstance(value, (int, kind)) or isinstance(value, bool) or value <= 0:
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"the LLaDA config's {field} is {json.dumps(value)}; it has to be {what} above 0")
+    return kind(value)
+
+
+def _mask_id(config: dict, vocab_size: int, rows: int) -> int:
+    value = config.get("mask_token_id")
+    if value is None and vocab_size == LLADA_VOCAB_SIZE:
+        return LLADA_MASK_ID
+    if value is None:
+        raise UsageError(
+            f"the LLaDA config has no mask_token_id, and with a vocabulary of {vocab_size} it cannot be guessed; "
+            'add "mask_token_id": ID to config.json, with the id of the tokenizer\'s mask token'
+        )
+    if not isinstance(value, int) or not 0 <= value < rows:
+        raise UsageError(
+            f"the LLaDA config's mask_token_id {json.dumps(value)} is not one of the {rows} rows of its table"
+        )
+    return value

@@ -1,0 +1,55 @@
+"""Draws of the interval (r, t), r <= t, over which a flow is averaged; t = 1 is noise."""
+
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from models.functional.errors import UsageError
+
+TimeLaw = Literal["uniform", "logit_normal"]
+
+
+def sample_interval(
+    n: int,
+    generator: Generator,
+    device: torch.device,
+    *,
+    law: TimeLaw = "uniform",
+    equal_share: float = 0.5,
+    endpoint_share: float = 0.0,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> tuple[Tensor, Tensor, int]:
+    """n pairs (r, t): the first `n_equal` rows have r = t, the last `endpoint_share` of the rows have (r, t) = (0, 1).
+
+    Two independent draws of the law are sorted into r <= t (MeanFlow, Geng et al. 2025). `logit_normal` is
+    sigmoid(N(logit_mean, logit_std)). Returns r (n,), t (n,) and n_equal: the counts are fixed, not drawn, so that the
+    rows that need no derivative can be split off without a data-dependent shape.
+    """
+    if law == "uniform":
+        draws = torch.rand(2, n, generator=generator, device=device)
+    elif law == "logit_normal":
+        draws = torch.sigmoid(logit_mean + logit_std * torch.randn(2, n, generator=generator, device=device))
+    else:
+        raise UsageError(f"module.time_law={law} is not known; type uniform or logit_normal")
+    for name, share in (("equal_share", equal_share), ("endpoint_share", endpoint_share)):
+        if not 0.0 <= share <= 1.0:
+            raise UsageError(f"module.{name}={share} must lie between 0 and 1")
+    if equal_share + endpoint_share > 1.0:
+        raise UsageError(f"module.equal_share + module.endpoint_share = {equal_share + endpoint_share} exceeds 1")
+    n_equal, n_endpoint = round(equal_share * n), round(endpoint_share * n)
+    t, r = draws.max(0).values, draws.min(0).values
+    t[:n_equal] = draws[0, :n_equal]
+    r[:n_equal] = t[:n_equal]
+    t[n - n_endpoint :], r[n - n_endpoint :] = 1.0, 0.0
+    return r, t, n_equal
+
+
+def check_interval(r: Tensor, t: Tensor) -> None:
+    """Raise UsageError unless 0 <= r <= t <= 1 in every row."""
+    if bool((r > t).any()) or bool((r < 0).any()) or bool((t > 1).any()):
+        worst = int((r - t).argmax())
+        raise UsageError(
+            f"a flow runs from t down to r, so 0 <= r <= t <= 1 is needed; got r={r[worst].item():g}, t={t[worst].item():g}"
+        )

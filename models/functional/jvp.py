@@ -1,0 +1,36 @@
+"""Total derivatives along a direction, by forward-mode differentiation or by central differences."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.functional.errors import UsageError
+
+JvpBackend = Literal["forward_ad", "finite_difference"]
+
+
+def value_and_jvp(
+    fn: Callable[..., Tensor],
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor, ...],
+    *,
+    backend: JvpBackend = "forward_ad",
+    step: float = 1e-2,
+) -> tuple[Tensor, Tensor]:
+    """fn(*primals), differentiable in fn's parameters, and its derivative along `tangents`, detached.
+
+    `forward_ad` is exact; every operation of fn needs a forward-mode formula (flash attention has none, and activation
+    checkpointing fails). `finite_difference` is (fn(x + h v) - fn(x - h v)) / 2h under no_grad with error O(h²): any kernel
+    will do, at three forwards. h must not be so small that float32 rounding wins: 1e-2 suits logits of order 1-10.
+    """
+    if backend == "forward_ad":
+        value, derivative = torch.func.jvp(fn, primals, tangents)
+        return value, derivative.detach()
+    if backend == "finite_difference":
+        with torch.no_grad():
+            ahead = fn(*(x + step * v for x, v in zip(primals, tangents, strict=True)))
+            behind = fn(*(x - step * v for x, v in zip(primals, tangents, strict=True)))
+        return fn(*primals), (ahead - behind) / (2 * step)
+    raise UsageError(f"module.jvp_backend={backend} is not known; type forward_ad or finite_difference")

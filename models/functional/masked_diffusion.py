@@ -1,0 +1,49 @@
+r"""Masked diffusion: the forward process that hides tokens and the loss that learns to put them back.
+
+Nie et al., Large Language Diffusion Models (LLaDA, 2025); Sahoo et al., MDLM (2024).
+Legend: B batch, L length, V vocabulary; t in [0, 1] with t = 1 all masked, t = 0 clean.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+def mask_probability(t: Tensor, eps: float = 1e-3) -> Tensor:
+    """p(t) = (1 - eps) t + eps: the chance that a token is masked at time t; never 0, so that 1/p stays finite."""
+    return (1 - eps) * t + eps
+
+
+def antithetic_times(n: int, generator: Generator, device: torch.device) -> Tensor:
+    """n times in [0, 1), each U(0, 1) on its own and together one per n-th of the interval (lower loss variance)."""
+    offset = torch.rand(1, generator=generator, device=device)
+    return (torch.arange(n, device=device) / n + offset) % 1.0
+
+
+def mask_tokens(x0: Tensor, maskable: Tensor, p: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Hide each maskable token independently with probability p.
+
+    x0 (B, L) ids; maskable (B, L) bool; p (B,) or (B, 1). Returns x_t (B, L) and masked (B, L) bool.
+    """
+    draws = torch.rand(x0.shape, generator=generator, device=x0.device)
+    masked = maskable & (draws < p.reshape(-1, 1))
+    return torch.where(masked, mask_id, x0), masked
+
+
+def masked_diffusion_nll(masked_logits: Tensor, x0: Tensor, masked: Tensor, p: Tensor) -> Tensor:
+    """Cross entropy of every masked token divided by p of its row, scattered back: (B, L), 0 where not masked.
+
+    masked_logits (M, V) are the logits of the M = masked.sum() hidden positions, in row-major order; p (B,).
+    Its sum over a row is an unbiased draw of the row's upper bound on -log p(x0), in nats.
+    """
+    token_nll = F.cross_entropy(masked_logits.float(), x0[masked], reduction="none")
+    weight = (1.0 / p).reshape(-1, 1).expand(masked.shape)[masked]
+    return torch.zeros(masked.shape, device=token_nll.device).masked_scatter(masked, token_nll * weight)
+
+
+def random_length(length: int, generator: Generator, probability: float = 0.01) -> int:
+    """LLaDA's pre-training cut: with this probability a whole batch is shortened to U{1, ..., length} tokens."""
+    device = generator.device
+    if torch.rand(1, generator=generator, device=device).item() >= probability:
+        return length
+    return int(torch.randint(1, length + 1, (1,), generator=generator, device=device).item())

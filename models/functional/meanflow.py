@@ -1,0 +1,73 @@
+r"""The mean-flow identity on logits: learn the average of a masked teacher's logits along its unmasking path.
+
+With u(z, r, t) = 1/(t-r) \int_r^t v(z_s, s) ds the average of v along the path that ends in z at time t,
+
+.. math:: u = v(z, t) - (t - r) \frac{d}{dt} u(z_t, r, t), \qquad r \text{ fixed},
+
+so the right-hand side, held constant, is a regression target for u (Geng et al., Mean Flows for One-step Generative
+Modeling, 2025). Times: t = 1 noise, t = 0 data, r <= t.
+Legend: B batch, L length, M masked positions of the batch, D width, V vocabulary.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.functional.errors import UsageError
+
+Tangent = Literal["path", "source"]
+FlowLoss = Literal["kl", "ce", "mse", "hard"]
+
+
+def expected_embedding(logits: Tensor, embedding: Tensor) -> Tensor:
+    """softmax(logits) E: the mean embedding of the token that the logits expect. (M, V), (V, D) -> (M, D)."""
+    return torch.softmax(logits, dim=-1).to(embedding.dtype) @ embedding
+
+
+def masking_path_tangent(z: Tensor, expected: Tensor, p: Tensor, eps: float, kind: Tangent) -> Tensor:
+    r"""dz/dt of the masked rows' embeddings along the masking process.
+
+    `path`: (1-eps)/p(t) (z - softmax(v) E), the mean reverse drift of the masking process; exact as the derivative of a
+    path for z on the line z = (1-t) E_x + t m with the exact posterior.
+    `source`: softmax(v) E - z, as the method was first written down. It has the opposite sign against t = 1 noise and
+    lacks 1/t, so the identity above does not hold along it; kept to be compared with.
+    z, expected (M, D); p (M,) the mask probability of each position's row.
+    """
+    if kind == "path":
+        return ((1 - eps) / p).unsqueeze(-1) * (z - expected)
+    if kind == "source":
+        return expected - z
+    raise UsageError(f"module.tangent={kind} is not known; type path or source")
+
+
+def meanflow_target(v: Tensor, du_dt: Tensor, r: Tensor, t: Tensor) -> Tensor:
+    """u_tgt = sg[v - (t - r) du/dt]. v, du_dt (M, V); r, t (M,)."""
+    return (v - (t - r).unsqueeze(-1) * du_dt).detach()
+
+
+def flow_loss(u: Tensor, target: Tensor, kind: FlowLoss, tokens: Tensor | None = None) -> Tensor:
+    """Distance of the student's logits u from the target, per masked position: (M, V), (M, V) -> (M,), nats (or logits²).
+
+    `ce` cross entropy against softmax(target); `kl` the same minus the target's entropy (same gradient, zero at the
+    optimum); `mse` mean square over the vocabulary of the *logits*; `hard` cross entropy against `tokens` (M,), or
+    against argmax(target) without them. Under kl and ce, u is fixed only up to a constant per position.
+    """
+    if kind == "mse":
+        return (u - target).square().mean(-1)
+    log_q = F.log_softmax(u, dim=-1)
+    if kind == "hard":
+        tokens = target.argmax(-1) if tokens is None else tokens
+        return -log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    log_p = F.log_softmax(target, dim=-1)
+    if kind == "ce":
+        return -(log_p.exp() * log_q).sum(-1)
+    if kind == "kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    raise UsageError(f"module.loss={kind} is not known; type kl, ce, mse or hard")
+
+
+def adaptive_weight(loss: Tensor, floor: float = 1e-3, power: float = 1.0) -> Tensor:
+    """sg[(loss + floor)^(-power)]: evens out the scale of easy and hard positions. It hides the raw loss: log both."""
+    return (loss.detach() + floor).pow(-power)

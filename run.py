@@ -1,0 +1,322 @@
+"""Leap's entry: compose a configuration, build what it names, then fit, test, generate or report.
+
+python run.py experiment=meanflow_llada
+python run.py --help
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import transformers
+from hydra.utils import instantiate
+from lightning import LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+
+from callbacks.frontier import FrontierReport
+from callbacks.record import find_records
+from callbacks.table import report_console, results_table
+from lightning_modules.teacher_cache import cache_key, train_or_load_teacher
+from models.backbones.llada import LladaModel, build_llada, load_llada
+from models.backbones.student import load_student, read_student
+from models.decoding.masked_diffusion import MaskedDiffusionDecoder
+from models.decoding.one_step import OneStepDecoder
+from models.functional.errors import UsageError
+
+# a network just large enough to try a module's options on
+STAND_IN = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 8,
+    "max_position_embeddings": 8,
+    "rope_theta": 10_000.0,
+}
+
+console = report_console()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    modes = {"fit": fit, "test": test, "generate": generate, "report": report}
+    try:
+        if cfg.mode not in modes:
+            raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
+        with _quiet():
+            return modes[cfg.mode](cfg)
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None or os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False)
+        sys.exit(2)
+
+
+# -- modes -----------------------------------------------------------------------------------------------------------
+
+
+def fit(cfg: DictConfig) -> float | None:
+    """Train (the teacher first, where the module needs one), then compare every decoder on the test split."""
+    module, trainer, datamodule = _build(cfg)
+    trainer.fit(module, datamodule, ckpt_path=_checkpoint(cfg), weights_only=True)
+    if trainer.interrupted:
+        console.print(
+            f"interrupted; to go on type the same command with ckpt_path={_run_dir(cfg)}/checkpoints/last.ckpt"
+        )
+        return None
+    metric = trainer.callback_metrics.get(cfg.optimized_metric)
+    trainer.test(module, datamodule, verbose=False)
+    _say_where_things_are(cfg, module)
+    return None if metric is None else float(metric)
+
+
+def test(cfg: DictConfig) -> None:
+    """Compare every decoder again, from ckpt_path= or student_path=."""
+    if cfg.ckpt_path is None and cfg.student_path is None and cfg.teacher is not None:
+        cfg.student_path = str(_newest_student(cfg))
+    module, trainer, datamodule = _build(cfg)
+    if cfg.ckpt_path is not None:
+        trainer.test(module, datamodule, ckpt_path=_checkpoint(cfg), verbose=False, weights_only=True)
+    else:
+        if cfg.student_path is not None:
+            module.student = load_student(cfg.student_path, module.teacher.cpu())
+        trainer.test(module, datamodule, verbose=False)
+    _say_where_things_are(cfg, module)
+
+
+def generate(cfg: DictConfig) -> None:
+    """Print the response to prompt= (or to every line of prompt_file=): the student's, or the teacher's with forwards=N."""
+    prompts = _prompts(cfg)
+    datamodule = instantiate(cfg.data)
+    datamodule.setup("predict")
+    rows = datamodule.encode_prompts(prompts)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.forwards is None or cfg.forwards == 1:
+        folder = Path(cfg.student_path) if cfg.student_path else _newest_student(cfg)
+        base = cfg.teacher.path or read_student(folder)["notes"].get("teacher")
+        if base is None:
+            raise UsageError(f"{folder} does not say where its teacher is; type teacher.path=<folder>")
+        teacher = _fitting(load_llada(base), datamodule, "teacher").to(device)
+        decoder: Any = OneStepDecoder(load_student(folder, teacher), temperature=cfg.temperature)
+    else:
+        decoder = MaskedDiffusionDecoder(
+            _teacher(cfg, datamodule).to(device), cfg.forwards, temperature=cfg.temperature
+        )
+    generator = torch.Generator(device=device).manual_seed(cfg.seed)
+    for start in track(range(0, len(prompts), 64), description="generating", disable=len(prompts) <= 64):
+        few = {name: column[start : start + 64].to(device) for name, column in rows.items()}
+        responses = datamodule.decode_responses(decoder(few, generator))
+        for prompt, response in zip(prompts[start : start + 64], responses, strict=True):
+            console.print(
+                f"[dim]{escape(prompt)}[/] → {escape(response)}" if prompt else escape(response), soft_wrap=True
+            )
+
+
+def report(cfg: DictConfig) -> None:
+    """Print the table of every record.json below the outputs folder."""
+    for path, record in find_records(cfg.paths.output_dir):
+        console.print(f"\n{path}", highlight=False)
+        console.print(results_table(record, console.width))
+
+
+# -- building --------------------------------------------------------------------------------------------------------
+
+
+def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
+    """Everything a run needs, from the configuration, with the cheap checks before the expensive work."""
+    seed_everything(cfg.seed, verbose=False)
+    _checkpoint(cfg)
+    datamodule = instantiate(cfg.data)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    trainer = instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
+    if cfg.teacher is None:
+        return instantiate(cfg.module, model=_new_model(cfg, datamodule)), trainer, datamodule
+    stand_in = build_llada(**_special_ids(datamodule), **STAND_IN)
+    instantiate(cfg.module, teacher=stand_in)  # a wrong option is refused here, before a teacher is trained
+    return instantiate(cfg.module, teacher=_teacher(cfg, datamodule)), trainer, datamodule
+
+
+def _new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
+    """The network of cfg.model: read from its path where it has one, else with fresh weights for this vocabulary."""
+    if "path" in cfg.model:
+        model = instantiate(cfg.model)
+    else:
+        seed_everything(cfg.seed, verbose=False)
+        model = instantiate(cfg.model, **_special_ids(datamodule))
+    return _fitting(model, datamodule, "model")
+
+
+def _teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
+    """teacher.path=, or a model that comes trained, or one trained here and kept in the cache."""
+    if cfg.teacher.path is not None:
+        return _fitting(load_llada(cfg.teacher.path), datamodule, "teacher")
+    if "path" in cfg.model:
+        return _new_model(cfg, datamodule)
+    plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "teacher")}
+    key = cache_key(**plain, data=datamodule.fingerprint(), batch_size=datamodule.batch_size, seed=cfg.seed)
+    folder = Path(cfg.teacher.cache_dir) / f"{datamodule.name}-{key}"
+    cfg.teacher.path = None if cfg.trainer.get("fast_dev_run") else str(folder)
+    return train_or_load_teacher(
+        folder,
+        build_model=lambda: _new_model(cfg, datamodule),
+        build_module=lambda model: instantiate(cfg.teacher.module, model=model),
+        build_trainer=lambda partial: instantiate(
+            cfg.trainer,
+            max_steps=cfg.teacher.max_steps,
+            callbacks=[instantiate(c, **_folder(c, partial)) for c in cfg.teacher.callbacks.values() if c],
+            logger=_loggers(cfg, "teacher"),
+        ),
+        datamodule=datamodule,
+        console=console,
+    )
+
+
+def _fitting(model: LladaModel, datamodule: Any, what: str) -> LladaModel:
+    """The model, once it is sure that the corpus fits it."""
+    columns, context = datamodule.prompt_length + datamodule.response_length, model.config.max_position_embeddings
+    if columns > context:
+        raise UsageError(
+            f"prompt ({datamodule.prompt_length}) and response ({datamodule.response_length}) need {columns} positions, "
+            f"the {what} has {context}; shorten data.prompt_length or data.response_length"
+        )
+    ids, tokenizer = model.config, datamodule.tokenizer
+    if len(tokenizer) > ids.vocab_size or tokenizer.mask_token_id != ids.mask_token_id:
+        raise UsageError(
+            f"the {what} has {ids.vocab_size} token ids with mask {ids.mask_token_id}, the corpus' tokenizer "
+            f"{len(tokenizer)} with mask {tokenizer.mask_token_id}; they belong to different vocabularies "
+            f"(type data.tokenizer=<the folder of the {what}> or another {what})"
+        )
+    return model
+
+
+def _special_ids(datamodule: Any) -> dict[str, int]:
+    tokenizer = datamodule.tokenizer
+    return {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _callbacks(cfg: DictConfig) -> list:
+    """cfg.callbacks without the ones set to null, then the report, which needs to know the whole configuration."""
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    built = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    return [*built, FrontierReport(_run_dir(cfg), cfg.name, plain, cfg.samples)]
+
+
+def _folder(callback: DictConfig, partial: Path) -> dict[str, str]:
+    return {"dirpath": str(partial)} if "dirpath" in callback else {}
+
+
+def _loggers(cfg: DictConfig, stage: str) -> list:
+    return [instantiate(logger, version=stage) for logger in cfg.logger.values() if logger]
+
+
+# -- finding things --------------------------------------------------------------------------------------------------
+
+
+def _run_dir(cfg: DictConfig) -> Path:
+    return Path(cfg.paths.run_dir)
+
+
+def _checkpoint(cfg: DictConfig) -> Path | None:
+    """cfg.ckpt_path as an existing file; `last` is the experiment's newest."""
+    if cfg.ckpt_path is None:
+        return None
+    if cfg.ckpt_path == "last":
+        return _newest(cfg, "checkpoints/last.ckpt", "no run of it left a checkpoint; leave ckpt_path out to start one")
+    path = Path(cfg.ckpt_path)
+    if not path.is_file():
+        raise UsageError(
+            f"ckpt_path={path} does not exist; type ckpt_path=last for the newest of experiment={cfg.name}"
+        )
+    return path
+
+
+def _newest_student(cfg: DictConfig) -> Path:
+    advice = f"no student has been trained; type python run.py experiment={cfg.name} first, or student_path=<folder>"
+    return _newest(cfg, "student/student.json", advice).parent
+
+
+def _newest(cfg: DictConfig, pattern: str, advice: str) -> Path:
+    found = sorted(Path(cfg.paths.output_dir, cfg.name).glob(f"*/{pattern}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UsageError(f"experiment {cfg.name} below {cfg.paths.output_dir}: {advice}")
+    return found[-1]
+
+
+def _prompts(cfg: DictConfig) -> list[str]:
+    if cfg.prompt_file is not None:
+        path = Path(cfg.prompt_file)
+        if not path.is_file():
+            raise UsageError(f"prompt_file={path} does not exist; give a text file with one prompt a line")
+        prompts = path.read_text(encoding="utf-8").splitlines()
+        if not prompts:
+            raise UsageError(f"prompt_file={path} is empty; give a text file with one prompt a line")
+        return prompts
+    return [str(cfg.prompt or "")] * cfg.n
+
+
+# -- talking ---------------------------------------------------------------------------------------------------------
+
+
+def _say_where_things_are(cfg: DictConfig, module: LightningModule) -> None:
+    if cfg.trainer.get("fast_dev_run"):
+        return
+    folder = _run_dir(cfg)
+    console.print(f"\nrecord and figure: {folder}/record.json, {folder}/frontier.png", highlight=False)
+    console.print(f"dashboard:         tensorboard --logdir {folder}", highlight=False)
+    if cfg.teacher is not None:
+        console.print(f"student:           {folder}/student (its teacher: {cfg.teacher.path})", highlight=False)
+        prompt = "''" if cfg.example_prompt is None else f"'{cfg.example_prompt}'"
+        console.print(
+            f"next:              python run.py experiment={cfg.name} mode=generate \"prompt={prompt}\"",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to tell the user when the cause is theirs to mend; None for a defect of ours, which deserves its traceback."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UsageError):
+            return str(cause)
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{cause.full_key} has no value; type {cause.full_key}=<value>"
+        if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+            return f"{cause}; see the options with --cfg job"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back library messages that no user of a run can act on."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+        yield
+
+
+if __name__ == "__main__":
+    main()

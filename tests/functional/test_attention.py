@@ -1,0 +1,66 @@
+"""Gated prefix attention against its limits: no prefix, an ordinary key-value cache, and its own formula."""
+
+import torch
+from transformers import DynamicCache
+
+from models.backbones.llada import Prefix
+from models.functional.attention import bidirectional_attention, gated_prefix_attention, positions_from_mask
+
+
+def _inputs(dtype=torch.float64):
+    q, k, v = (torch.randn(2, 4, 5, 8, dtype=dtype) for _ in range(3))
+    k_prefix, v_prefix = (torch.randn(2, 4, 3, 8, dtype=dtype) for _ in range(2))
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    mask[0, :, :, :2] = False
+    return q, k, v, mask, k_prefix, v_prefix
+
+
+def test_closed_gate_is_plain_attention_with_a_live_gradient():
+    q, k, v, mask, k_prefix, v_prefix = _inputs()
+    gate = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    out = gated_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, 0.3)
+    torch.testing.assert_close(out, bidirectional_attention(q, k, v, mask, 0.3))
+    out.square().sum().backward()
+    assert gate.grad.abs().min() > 1e-6
+
+
+def test_open_gate_is_attention_over_prefix_and_text():
+    q, k, v, mask, k_prefix, v_prefix = _inputs()
+    out = gated_prefix_attention(q, k, v, mask, k_prefix, v_prefix, torch.ones(4, dtype=torch.float64), 0.3)
+    both = torch.cat([torch.ones(2, 1, 5, 3, dtype=torch.bool), mask], -1)
+    expected = bidirectional_attention(q, torch.cat([k_prefix, k], 2), torch.cat([v_prefix, v], 2), both, 0.3)
+    torch.testing.assert_close(out, expected)
+
+
+def test_half_open_gate_follows_the_formula():
+    q, k, v, mask, k_prefix, v_prefix = _inputs()
+    gate = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    text = torch.exp(q @ k.mT * 0.3) * mask
+    prefix = torch.exp(q @ k_prefix.mT * 0.3) * gate.view(1, 4, 1, 1)
+    expected = (text @ v + prefix @ v_prefix) / (text.sum(-1, keepdim=True) + prefix.sum(-1, keepdim=True))
+    torch.testing.assert_close(gated_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, 0.3), expected)
+
+
+def test_prefix_equals_a_prefilled_key_value_cache(tiny_llada):
+    """With the gate at 1 the soft prompt is what transformers computes from a cache filled with the same keys and values."""
+    model = tiny_llada()
+    keys, values = torch.randn(2, 2, 2, 3, 4), torch.randn(2, 2, 2, 3, 4)  # layers, B, H_kv, K, d
+    ids = torch.randint(3, 11, (2, 6))
+    attention_mask = torch.ones(2, 6, dtype=torch.bool)
+    ours = model(ids, attention_mask, Prefix(keys, values, torch.ones(2, 4)))
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(keys[layer], values[layer], layer)
+    hidden = model.model(
+        inputs_embeds=model.embed(ids),
+        attention_mask=torch.ones(2, 1, 6, 9, dtype=torch.bool),
+        position_ids=torch.arange(6).expand(2, 6),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    torch.testing.assert_close(ours, model.lm_head(hidden), atol=1e-5, rtol=1e-5)
+
+
+def test_positions_skip_left_padding():
+    mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    assert positions_from_mask(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]

@@ -1,0 +1,128 @@
+"""The mean-flow identity against quadrature, finite differences and its known failures."""
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from models.backbones.student import PrefixStudent
+from models.functional.errors import UsageError
+from models.functional.flow_times import check_interval, sample_interval
+from models.functional.jvp import value_and_jvp
+from models.functional.meanflow import (
+    expected_embedding,
+    flow_loss,
+    masking_path_tangent,
+    meanflow_target,
+)
+
+NODES, WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(24))
+
+
+class AnalyticFlow:
+    """One masked position whose exact posterior expects the clean embedding E_x = 0 all along the line z_s = s·m.
+
+    Three tokens with embeddings -1, 0, 1 and symmetric logits (a, 0, a): softmax(v) E = 0 whatever a is, while v itself
+    changes along the line. With eps = 0, p(t) = t.
+    """
+
+    embedding = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64)
+
+    def v(self, z, s):
+        a = torch.sin(3 * s) + 0.7 * z * s - z**2
+        return torch.stack([a, torch.zeros_like(a), a], -1)
+
+    def u(self, z, r, t):
+        """Average of v over [r, t] along the line through the origin and z at time t, by Gauss-Legendre quadrature."""
+        s = r + (t - r) * (NODES + 1) / 2  # (24,)
+        return (WEIGHTS.unsqueeze(-1) / 2 * self.v(z * s / t, s)).sum(0)
+
+
+def _norm_without_cast(self, x):
+    """transformers' norm computes in float32 whatever the weights are; a float64 oracle must not."""
+    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@pytest.mark.parametrize(("tangent", "fits"), [("path", True), ("source", False)])
+def test_fixed_point_is_the_average_along_the_masking_path(tangent, fits):
+    """u_tgt(u) = u for the path average and the path's tangent; the source's tangent leaves a residual of order 1."""
+    flow, worst = AnalyticFlow(), 0.0
+    for r, t, z in ((0.1, 0.9, 0.8), (0.0, 1.0, -1.1), (0.5, 0.6, 0.4), (0.3, 0.3, 0.7)):
+        r, t, z = (torch.tensor(value, dtype=torch.float64) for value in (r, t, z))
+        v = flow.v(z, t)
+        expected = expected_embedding(v.unsqueeze(0), flow.embedding)
+        drift = masking_path_tangent(z.view(1, 1), expected, t.view(1), 0.0, tangent).squeeze()
+        u, du_dt = value_and_jvp(lambda z, t, r=r: flow.u(z, r, t), (z, t), (drift, torch.ones_like(t)))
+        target = meanflow_target(v.unsqueeze(0), du_dt.unsqueeze(0), r.view(1), t.view(1))[0]
+        worst = max(worst, (target - u).abs().max().item())
+    assert (worst < 1e-9) if fits else (worst > 0.1)
+
+
+def test_jvp_equals_central_differences_through_the_student(tiny_llada, monkeypatch):
+    """Forward-mode derivative of the student's logits along (embeddings, t), prefix and frozen linears included, float64."""
+    monkeypatch.setattr(LlamaRMSNorm, "forward", _norm_without_cast)
+    student = PrefixStudent(tiny_llada(), prompt_length=3, hidden_size=8, rank=4).double()
+    student.soft_prompt.gate.data.fill_(0.7)
+    mask = torch.tensor([[False, True, True, True], [True, True, True, True]])
+    z = student.base.embed(torch.randint(3, 11, (2, 4)))
+    t, r = torch.tensor([0.6, 0.9], dtype=torch.float64), torch.tensor([0.2, 0.9], dtype=torch.float64)
+    direction = (torch.randn_like(z), torch.ones_like(t))
+
+    def logits(z, t):
+        return student.base.lm_head(student.hidden(z, mask, r, t))[mask]
+
+    value, exact = value_and_jvp(logits, (z, t), direction)
+    again, approximate = value_and_jvp(logits, (z, t), direction, backend="finite_difference", step=1e-6)
+    torch.testing.assert_close(value, again)
+    torch.testing.assert_close(exact, approximate, atol=1e-7, rtol=1e-7)
+    _, other = value_and_jvp(logits, (z, t), (direction[0], torch.zeros_like(t)))
+    assert (exact - other).abs().max() > 1e-3  # the prefix' own dependence on t is part of the derivative
+    value.square().sum().backward()
+    assert student.soft_prompt.gate.grad.abs().max() > 0
+    assert all(p.grad is None for p in student.base.parameters())
+
+
+def test_losses_by_hand():
+    u = torch.tensor([[0.0, 0.0]])
+    target = torch.log(torch.tensor([[0.75, 0.25]]))
+    ln2 = float(np.log(2))
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert flow_loss(u, target, "ce").item() == pytest.approx(ln2)
+    assert flow_loss(u, target, "kl").item() == pytest.approx(ln2 - entropy)
+    assert flow_loss(u, target, "hard", torch.tensor([1])).item() == pytest.approx(ln2)
+    assert flow_loss(u + torch.tensor([[1.0, 0.0]]), target, "hard").item() == pytest.approx(np.log1p(np.exp(-1)))
+    assert flow_loss(u, target, "mse").item() == pytest.approx((np.log(0.75) ** 2 + np.log(0.25) ** 2) / 2)
+    with pytest.raises(UsageError, match="type kl, ce, mse or hard"):
+        flow_loss(u, target, "huber")
+
+
+def test_kl_and_ce_have_the_same_gradient_and_ignore_a_constant():
+    target = torch.randn(5, 7, dtype=torch.float64)
+    gradients = []
+    for kind in ("kl", "ce"):
+        u = torch.linspace(-1, 1, 35, dtype=torch.float64).view(5, 7).requires_grad_()
+        flow_loss(u, target, kind).sum().backward()
+        gradients.append(u.grad)
+    torch.testing.assert_close(*gradients)
+    assert flow_loss(target + 3.0, target, "kl").abs().max() < 1e-12
+    assert flow_loss(target + 3.0, target, "mse").min() > 8.9
+
+
+@pytest.mark.parametrize("law", ["uniform", "logit_normal"])
+def test_intervals_are_ordered_with_exact_shares(law):
+    generator = torch.Generator().manual_seed(0)
+    r, t, n_equal = sample_interval(40, generator, torch.device("cpu"), law=law, equal_share=0.5, endpoint_share=0.25)
+    check_interval(r, t)
+    assert n_equal == 20
+    assert torch.equal(r[:20], t[:20])
+    assert r[30:].eq(0).all()
+    assert t[30:].eq(1).all()
+    assert (r[20:30] < t[20:30]).all()
+
+
+def test_wrong_intervals_and_shares_are_named():
+    with pytest.raises(UsageError, match=r"0 <= r <= t <= 1 is needed; got r=0.8, t=0.5"):
+        check_interval(torch.tensor([0.1, 0.8]), torch.tensor([0.2, 0.5]))
+    for options in ({"equal_share": 1.5}, {"equal_share": 0.8, "endpoint_share": 0.4}, {"law": "cauchy"}):
+        with pytest.raises(UsageError, match=r"module\."):
+            sample_interval(4, torch.Generator(), torch.device("cpu"), **options)
