@@ -49,18 +49,22 @@ console = report_console()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    modes = {"fit": fit, "test": test, "generate": generate, "report": report}
     try:
-        if cfg.mode not in modes:
-            raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
         with _quiet():
-            return modes[cfg.mode](cfg)
+            return run_mode(cfg)
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False)
         sys.exit(2)
+
+
+def run_mode(cfg: DictConfig) -> float | None:
+    modes = {"fit": fit, "test": test, "generate": generate, "report": report}
+    if cfg.mode not in modes:
+        raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
+    return modes[cfg.mode](cfg)
 
 
 # -- modes -----------------------------------------------------------------------------------------------------------
@@ -140,12 +144,14 @@ def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     datamodule = instantiate(cfg.data)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    trainer = instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
     if cfg.teacher is None:
-        return instantiate(cfg.module, model=_new_model(cfg, datamodule)), trainer, datamodule
-    stand_in = build_llada(**_special_ids(datamodule), **STAND_IN)
-    instantiate(cfg.module, teacher=stand_in)  # a wrong option is refused here, before a teacher is trained
-    return instantiate(cfg.module, teacher=_teacher(cfg, datamodule)), trainer, datamodule
+        module = instantiate(cfg.module, _convert_="all", model=_new_model(cfg, datamodule))
+    else:
+        stand_in = build_llada(**_special_ids(datamodule), **STAND_IN)
+        instantiate(cfg.module, _convert_="all", teacher=stand_in)  # refuses a wrong option before a teacher is trained
+        module = instantiate(cfg.module, _convert_="all", teacher=_teacher(cfg, datamodule))
+    trainer = instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
+    return module, trainer, datamodule
 
 
 def _new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
@@ -163,6 +169,7 @@ def _teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
     if cfg.teacher.path is not None:
         return _fitting(load_llada(cfg.teacher.path), datamodule, "teacher")
     if "path" in cfg.model:
+        cfg.teacher.path = cfg.model.path
         return _new_model(cfg, datamodule)
     plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "teacher")}
     key = cache_key(**plain, data=datamodule.fingerprint(), batch_size=datamodule.batch_size, seed=cfg.seed)
@@ -171,7 +178,7 @@ def _teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
     return train_or_load_teacher(
         folder,
         build_model=lambda: _new_model(cfg, datamodule),
-        build_module=lambda model: instantiate(cfg.teacher.module, model=model),
+        build_module=lambda model: instantiate(cfg.teacher.module, _convert_="all", model=model),
         build_trainer=lambda partial: instantiate(
             cfg.trainer,
             max_steps=cfg.teacher.max_steps,
@@ -213,7 +220,7 @@ def _special_ids(datamodule: Any) -> dict[str, int]:
 
 def _callbacks(cfg: DictConfig) -> list:
     """cfg.callbacks without the ones set to null, then the report, which needs to know the whole configuration."""
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
     built = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     return [*built, FrontierReport(_run_dir(cfg), cfg.name, plain, cfg.samples)]
 

@@ -97,7 +97,9 @@ class MeanFlowDistillModule(LeapModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self._step(batch, self.step_generator(batch_idx, stream=1), "val")
 
-    def on_train_batch_end(self, *_) -> None:
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """The projection is part of the step: averages and checkpoints must not see a negative gate."""
+        super().optimizer_step(*args, **kwargs)
         self.student.soft_prompt.project_()
 
     def _step(self, batch: dict[str, Tensor], generator: Generator, split: str) -> Tensor:

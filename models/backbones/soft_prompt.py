@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.backbones.llada import LladaConfig, Prefix
 
 
-def sinusoidal_embedding(time: Tensor, width: int, max_frequency: float = 32.0) -> Tensor:
+def sinusoidal_embedding(time: Tensor, width: int, max_frequency: float = 4.0) -> Tensor:
     """(B,) times in [0, 1] -> (B, width): sines and cosines of 1 to `max_frequency` radians per unit of time.
 
     The usual 1000 radians would make d/dt of the embedding, and with it du/dt, up to 1000 times the embedding itself.
@@ -37,7 +37,9 @@ class SoftPrompt(nn.Module):
         )
         self.low_rank = nn.Linear(hidden_size, rank, bias=False)
         self.head = nn.Linear(rank, math.prod(self.shape))
-        nn.init.normal_(self.head.bias, std=1.0)
+        bias = torch.randn(self.shape)
+        bias[:, 0] *= 0.1  # keys: scores near 0, so that an opening gate takes little mass at first
+        self.head.bias.data = bias.flatten()
         self.gate = nn.Parameter(torch.zeros(config.num_hidden_layers, config.num_attention_heads))
 
     def forward(self, r: Tensor, t: Tensor) -> Prefix:

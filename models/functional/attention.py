@@ -24,18 +24,19 @@ def gated_prefix_attention(
     a -inf bias could never train); g = 1 is ordinary attention with the prefix put before every key and value.
 
     q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L); k_prefix, v_prefix (B, H, K, d); gate (H,). Returns (B, H, L, d).
-    Written with plain matmul and softmax so that forward-mode derivatives pass through it.
+    Computed as o_text + ρ/(1+ρ) (o_prefix - o_text) with ρ = g exp(lse_prefix - lse_text): the two softmaxes cannot
+    starve each other of precision (the exponent is cut at 30, where the prefix has all of the mass). Plain matmul and
+    softmax, so that forward-mode derivatives pass through.
     """
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale  # (B, H, L, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     prefix_scores = torch.matmul(q, k_prefix.transpose(-1, -2)) * scale  # (B, H, L, K)
-    weights = torch.softmax(torch.cat([prefix_scores, scores], dim=-1), dim=-1)
-    prefix_length = k_prefix.shape[-2]
-    prefix_weights = weights[..., :prefix_length] * gate.view(1, -1, 1, 1)
-    text_weights = weights[..., prefix_length:]
-    mass = prefix_weights.sum(-1, keepdim=True) + text_weights.sum(-1, keepdim=True)
-    return (torch.matmul(prefix_weights, v_prefix) + torch.matmul(text_weights, v)) / mass
+    text = torch.matmul(torch.softmax(scores, dim=-1), v)
+    prefix = torch.matmul(torch.softmax(prefix_scores, dim=-1), v_prefix)
+    log_ratio = torch.logsumexp(prefix_scores, -1, keepdim=True) - torch.logsumexp(scores, -1, keepdim=True)
+    ratio = gate.view(1, -1, 1, 1) * log_ratio.clamp(max=30.0).exp()
+    return text + ratio / (1 + ratio) * (prefix - text)
 
 
 def padding_mask(attention_mask: Tensor) -> Tensor:

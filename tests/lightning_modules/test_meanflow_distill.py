@@ -1,0 +1,166 @@
+"""The distillation module: what trains, what stays, what a step computes, and that a resumed run is the same run."""
+
+import pytest
+import torch
+from helpers_trainer import quiet_trainer
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.ema import TrainableEMA
+from lightning_modules.meanflow_distill import MeanFlowDistillModule
+from models.backbones.student import load_student, save_student
+from models.functional.errors import UsageError
+
+
+def build(tiny_llada, data, **options):
+    torch.manual_seed(0)
+    ids = data.tokenizer
+    teacher = tiny_llada(
+        len(ids), mask_token_id=ids.mask_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id
+    )
+    settings = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4, "lr": 1e-2, "warmup_steps": 1}
+    return MeanFlowDistillModule(teacher, forwards=(1, 2), **(settings | options))
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        self.values.append(outputs["loss"].item())
+
+
+def test_student_equals_teacher_at_the_start_with_a_live_gradient(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle)
+    rows = tiny_oracle.rows["test"].columns
+    r, t = torch.zeros(32), torch.ones(32)
+    logits = module.student(rows["input_ids"], rows["attention_mask"], r, t)
+    torch.testing.assert_close(logits, module.teacher(rows["input_ids"], rows["attention_mask"]), atol=1e-5, rtol=1e-5)
+    logits.square().mean().backward()
+    assert (module.student.soft_prompt.gate.grad.abs() > 0).all()
+
+
+def test_teacher_and_base_are_one_copy(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle)
+    assert module.teacher is module.student.base
+    stored = {p.data_ptr() for p in module.parameters()}
+    assert len(stored) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce", "mse", "hard"])
+@pytest.mark.parametrize("backend", ["forward_ad", "finite_difference"])
+def test_only_the_soft_prompt_changes_and_frozen_weights_stay_bit_identical(tiny_llada, tiny_oracle, loss, backend):
+    module = build(tiny_llada, tiny_oracle, loss=loss, jvp_backend=backend)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    quiet_trainer(3).fit(module, tiny_oracle)
+    changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert all(name.startswith("student.soft_prompt.") for name in changed)
+    assert {"student.soft_prompt.gate", "student.soft_prompt.head.bias"} <= changed
+    assert module.student.soft_prompt.gate.min() >= 0
+
+
+def test_rows_split_off_give_what_the_whole_batch_would(tiny_llada, tiny_oracle):
+    """Skipping the derivative where r = t is exact: du/dt has weight t - r = 0 there."""
+    module = build(tiny_llada, tiny_oracle)
+    module.student.soft_prompt.gate.data.fill_(0.5)
+    batch = next(iter(tiny_oracle.train_dataloader()))
+    embeds = module.teacher.embed(batch["input_ids"])
+    masked = batch["response_mask"]
+    r, t = torch.tensor([0.4] * 4 + [0.1] * 4), torch.tensor([0.4] * 4 + [0.7] * 4)
+    p = 0.999 * t + 1e-3
+    v = module.teacher.lm_head(module.teacher.hidden(embeds, batch["attention_mask"])[masked]).detach()
+    arguments = (embeds, v, masked, batch["attention_mask"], r, t, p)
+    u, du = module._student_logits_and_derivative(*arguments, 4)
+    whole_u, whole_du = module._student_logits_and_derivative(*arguments, 0)
+    torch.testing.assert_close(u, whole_u, atol=1e-5, rtol=1e-5)
+    half = int(masked[:4].sum())
+    assert du[:half].eq(0).all()
+    torch.testing.assert_close(du[half:], whole_du[half:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_by_hand(tiny_llada, tiny_oracle):
+    """The step's loss is KL(softmax(v - (t - r) du/dt) || softmax(u)) with du/dt from finite differences."""
+    module = build(tiny_llada, tiny_oracle, equal_share=0.0)
+    module.student.soft_prompt.gate.data.fill_(0.5)
+    seen = {}
+    module.log = lambda name, value, **_: seen.__setitem__(name, float(value))
+    batch = next(iter(tiny_oracle.train_dataloader()))
+    exact = module._step(batch, torch.Generator().manual_seed(3), "train").detach().item()
+    module.jvp_backend, module.jvp_step = "finite_difference", 1e-3
+    assert module._step(batch, torch.Generator().manual_seed(3), "train").item() == pytest.approx(exact, rel=2e-2)
+    module.tangent = "source"
+    assert module._step(batch, torch.Generator().manual_seed(3), "train").item() != pytest.approx(exact, rel=5e-2)
+    assert seen["train/raw_loss"] > 0
+
+
+def test_raw_and_weighted_loss_differ_only_with_a_weighting(tiny_llada, tiny_oracle):
+    batch = next(iter(tiny_oracle.train_dataloader()))
+    values = {}
+    for weighting in ("none", "inverse_p", "adaptive"):
+        module = build(tiny_llada, tiny_oracle, weighting=weighting)
+        module.student.soft_prompt.gate.data.fill_(0.5)
+        seen = {}
+        module.log = lambda name, value, seen=seen, **_: seen.__setitem__(name, float(value))
+        module._step(batch, torch.Generator().manual_seed(3), "train")
+        values[weighting] = (seen["train/raw_loss"], seen["train/loss"])
+    assert values["none"][0] == values["none"][1]
+    assert values["inverse_p"][0] == values["adaptive"][0] == values["none"][0]
+    assert values["inverse_p"][1] > values["none"][1]
+    assert values["adaptive"][1] <= 1.0
+
+
+def _resume_options(tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    return {"callbacks": [checkpoint, TrainableEMA(0.9)], "enable_checkpointing": True, "val_check_interval": 4}
+
+
+@pytest.mark.parametrize("stop", [3, 8, 11])
+def test_resume_gives_the_same_losses_and_weights_as_an_uninterrupted_run(tiny_llada, tiny_oracle, tmp_path, stop):
+    """8 batches an epoch: stop in the middle of the first, at its end, and in the second."""
+    whole, losses = build(tiny_llada, tiny_oracle), Losses()
+    options = _resume_options(tmp_path)
+    quiet_trainer(14, **(options | {"callbacks": [*options["callbacks"], losses]})).fit(whole, tiny_oracle)
+
+    resumed, again = build(tiny_llada, tiny_oracle), Losses()
+    trainer = quiet_trainer(14, callbacks=[TrainableEMA(0.9), again], val_check_interval=4)
+    trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
+    assert again.values == losses.values[stop:]
+    for name, p in resumed.named_parameters():
+        assert torch.equal(p, dict(whole.named_parameters())[name]), name
+
+
+def test_checkpoints_hold_only_what_trains_and_refuse_another_architecture(tiny_llada, tiny_oracle, tmp_path):
+    module = build(tiny_llada, tiny_oracle)
+    quiet_trainer(2, **_resume_options(tmp_path)).fit(module, tiny_oracle)
+    state = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
+    assert set(state) == {name for name in dict(module.named_parameters()) if ".soft_prompt." in name}
+    other = build(tiny_llada, tiny_oracle, prompt_length=5)
+    with pytest.raises(UsageError, match="shape"):
+        quiet_trainer(4).fit(other, tiny_oracle, ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+
+
+def test_saved_student_comes_back_and_refuses_another_base(tiny_llada, tiny_oracle, tmp_path):
+    module = build(tiny_llada, tiny_oracle)
+    quiet_trainer(2).fit(module, tiny_oracle)
+    save_student(module.student, tmp_path / "student", {"teacher": "there"})
+    assert sorted(p.name for p in (tmp_path / "student").iterdir()) == ["student.json", "student.safetensors"]
+    again = load_student(tmp_path / "student", module.teacher)
+    rows = tiny_oracle.rows["test"].columns
+    r, t = torch.zeros(32), torch.ones(32)
+    inputs = (rows["input_ids"], rows["attention_mask"], r, t)
+    assert torch.equal(again(*inputs), module.student(*inputs))
+    other = build(tiny_llada, tiny_oracle).teacher
+    with torch.no_grad():
+        other.embedding[5] += 0.1
+    with pytest.raises(UsageError, match="trained on another base"):
+        load_student(tmp_path / "student", other)
+    (tmp_path / "student" / "student.safetensors").write_bytes(b"half")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_student(tmp_path / "student", module.teacher)
+
+
+@pytest.mark.parametrize("option", [{"loss": "l1"}, {"flow": "x"}, {"tangent": "up"}, {"weighting": "w"}])
+def test_unknown_options_are_named(tiny_llada, tiny_oracle, option):
+    name = next(iter(option))
+    with pytest.raises(UsageError, match=rf"module\.{name}=.* type one of"):
+        build(tiny_llada, tiny_oracle, **option)

@@ -1,0 +1,162 @@
+"""Every experiment composes and runs one step of every stage; every mistake gets a sentence instead of a stack trace."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+import run
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+SMALL = ["trainer.accelerator=cpu", "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16"]
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    """A function that composes a configuration whose outputs and caches lie in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+
+    def build(*overrides: str):
+        places = ["paths.output_dir=out", "paths.cache_dir=cache", f"paths.run_dir={tmp_path}/out/x/run"]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides=[*places, *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
+    yield build
+    GlobalHydra.instance().clear()
+
+
+def pairs_overrides(cfg, folder: Path) -> list[str]:
+    """For an experiment on files: small files with its own field names."""
+    if "PairsDataModule" not in cfg.data._target_:
+        return []
+    prompts = [
+        {"name": f"Cafe {k}", "food": "French"} if cfg.data.prompt_field == "slots" else f"jump {k}" for k in range(80)
+    ]
+    rows = [{cfg.data.prompt_field: p, cfg.data.response_field: f"I_JUMP {k}"} for k, p in enumerate(prompts)]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return [f"data.{split}={path}" for split in ("train", "val", "test")]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, capsys, name):
+    files = pairs_overrides(configure(f"experiment={name}"), tmp_path)
+    cfg = configure(f"experiment={name}", "trainer.fast_dev_run=true", "data.eval_batch_size=8", *SMALL, *files)
+    run.fit(cfg)
+    printed = capsys.readouterr().out
+    assert cfg.name == name
+    assert "forwards" in printed
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))  # a shortened teacher is never kept
+    header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    assert f"python run.py experiment={name}" in header
+
+
+def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, capsys):
+    """A few steps of everything: teacher cached and reused, student saved, answers printed, record complete."""
+    short = [
+        "experiment=meanflow_llada",
+        "data.size=tiny",
+        "data.train_rows=64",
+        "data.test_rows=32",
+        "data.batch_size=16",
+        "data.eval_batch_size=16",
+        "teacher.max_steps=3",
+        "trainer.max_steps=3",
+        "trainer.val_check_interval=2",
+        "module.forwards=[1,2]",
+        *SMALL,
+    ]
+    place = f"paths.run_dir={tmp_path}/out/meanflow_llada/first"
+    assert isinstance(run.fit(configure(*short, place)), float)
+    printed = capsys.readouterr().out
+    assert "no matching one is cached" in printed
+    folder = tmp_path / "out" / "meanflow_llada" / "first"
+    record = json.loads((folder / "record.json").read_text())
+    assert [row["method"] for row in record["rows"]] == ["teacher"] * 2 + ["student"] * 2 + ["control"] * 2
+    assert record["data"]["conditional_total_correlation"] > 1
+    assert record["rows"][0]["cost"]["tokens_per_s"] > 0
+    assert record["rows"][0]["n_samples"] == 32
+    for made in ("frontier.png", "student/student.safetensors", "checkpoints/last.ckpt", "tensorboard/run"):
+        assert (folder / made).exists(), made
+
+    run.fit(configure(*short, f"paths.run_dir={tmp_path}/out/meanflow_llada/second", "ckpt_path=last"))
+    assert "reusing the trained one" in capsys.readouterr().out.replace("\n", " ")
+
+    (tmp_path / "prompts.txt").write_text("who=anna\nwho=boris where=paris\n")
+    run.generate(configure(*short, "mode=generate", "prompt_file=prompts.txt"))
+    answers = capsys.readouterr().out.splitlines()
+    assert [line.split(" → ")[0] for line in answers] == ["who=anna", "who=boris where=paris"]
+    run.generate(configure(*short, "mode=generate", "prompt='who=anna'", "forwards=2", "n=2", "temperature=1.0"))
+    assert capsys.readouterr().out.count("→") == 2
+    run.test(configure(*short, "mode=test", place))
+    run.report(configure("mode=report"))
+    assert capsys.readouterr().out.count("record.json") >= 2
+
+
+MISTAKES = [
+    (["mode=train"], "mode=train is not known; type mode=fit"),
+    (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist; type ckpt_path=last"),
+    (["teacher.path=nowhere"], "nowhere"),
+    (["mode=generate", "prompt='who=anna'"], "no student has been trained"),
+    (["mode=generate", "prompt_file=none.txt"], "prompt_file=none.txt does not exist"),
+    (["mode=report", "paths.output_dir=empty"], "the folder empty does not exist"),
+    (["module.loss=huber"], "module.loss=huber"),
+    (["data.size=giant"], "data.size=tiny, small or large"),
+    (["model.num_attention_heads=5"], "model."),
+    (["model.max_position_embeddings=8"], "need 20 positions, the model has 8"),
+    (["experiment=meanflow_scan"], "data.train has no value; type data.train=<value>"),
+    (["experiment=meanflow_scan", "data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    (["module.nonsense=1"], "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES)
+def test_mistakes_get_a_sentence(configure, overrides, message):
+    """What `main` would print, and that it comes before any training."""
+    try:
+        cfg = configure(*(f"+{o}" if o.startswith("module.nonsense") else o for o in overrides))
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            run.run_mode(cfg)
+    finally:
+        GlobalHydra.instance().clear()
+    sentence = run._sentence(caught.value)
+    assert sentence is not None, caught.value
+    assert message in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "code"),
+    [
+        (["experiment=nonsense"], "Could not find 'experiment/nonsense'", 1),
+        (["mode=train"], "mode=train is not known; type mode=fit", 2),
+        (["--help"], "python run.py experiment=meanflow_llada", 0),
+    ],
+)
+def test_the_command_line_itself(tmp_path, arguments, expected, code):
+    """In a process of its own: no traceback, the right exit status."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    output = done.stdout + done.stderr
+    assert expected in output
+    assert "Traceback" not in output
+    assert done.returncode == code
+
+
+def test_llada_8b_composes_and_says_what_it_needs_before_reading_anything(configure, monkeypatch):
+    import models.backbones.memory as memory
+
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2 * 2**30)
+    cfg = configure("model=llada_8b", "teacher=masked_diffusion")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run.instantiate(cfg.model)
+    assert "GiB" in run._sentence(caught.value)
