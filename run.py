@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> float | None:
         sentence = _sentence(error)
         if sentence is None or os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

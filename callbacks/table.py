@@ -86,6 +86,7 @@ def in_words(record: dict[str, Any]) -> list[str]:
             "fixed all-mask response draws or picks every place on its own, so no such generator's samples can come nearer "
             f"to the truth than KL {correlation:.2f}, which the product of marginals reaches."
         )
+    sentences += _student_against_teacher(rows)
     marginals = next((r for r in rows if r["decoder"] == "product of marginals"), None)
     for row in rows:
         part = row["quality"].get("validity_part")
@@ -105,8 +106,25 @@ def in_words(record: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def _student_against_teacher(rows: list[dict[str, Any]]) -> list[str]:
+    """One sentence: the student's exact match beside the teacher's at as many forwards and at most forwards."""
+    known = [r for r in rows if r["quality"].get("exact_match") is not None]
+    students = [r for r in known if r["method"] == "student"]
+    teachers = sorted((r for r in known if r["method"] == "teacher"), key=lambda r: r["forwards"])
+    if not students or not teachers:
+        return []
+    best, first, last = max(students, key=lambda r: r["quality"]["exact_match"]), teachers[0], teachers[-1]
+    share = [_percent(r["quality"]["exact_match"]) for r in (best, first, last)]
+    return [
+        f"Exact match where the prompt determines the answer: {best['decoder']}, {best['forwards']} forward: {share[0]}; "
+        f"teacher {share[1]} at {first['forwards']} and {share[2]} at {last['forwards']} forwards. The student writes "
+        f"{best['cost']['tokens_per_s'] / last['cost']['tokens_per_s']:.1f} times the teacher's tokens per second at "
+        f"{last['forwards']} forwards (batch {best['cost']['batch']})."
+    ]
+
+
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _heading(title: str) -> str:

@@ -79,14 +79,16 @@ class PairsDataModule(PromptResponseDataModule):
         """Read, tokenize and lay out all splits, whatever the stage; a second call does nothing."""
         if self.rows:
             return
-        pairs = self._read_splits()
-        texts = pairs["train"].prompts + pairs["train"].responses
-        self.tokenizer = build_tokenizer(self.tokenizer_kind, texts, self.vocab_size, self.cache_dir)
-
-        splits, next_id = {}, 0
-        for split, read in pairs.items():
-            splits[split] = self._encode(read, next_id)
-            next_id += len(read)
+        console = Console()
+        with console.status(f"{self.name}: reading the files"):
+            pairs = self._read_splits()
+        with console.status(f"{self.name}: tokenizer and tokens of {len(pairs['train'])} training rows"):
+            texts = pairs["train"].prompts + pairs["train"].responses
+            self.tokenizer = build_tokenizer(self.tokenizer_kind, texts, self.vocab_size, self.cache_dir)
+            splits, next_id = {}, 0
+            for split, read in pairs.items():
+                splits[split] = self._encode(read, next_id)
+                next_id += len(read)
         self.prompt_length = self.lengths["prompt"] or _round_up(splits["train"].prompt_ids)
         self.response_length = self.lengths["response"] or _round_up(splits["train"].response_ids)
         for name, split in splits.items():

@@ -46,6 +46,15 @@ class LeapModule(LightningModule):
         entropy = np.random.SeedSequence([self.seed, stream, self.current_epoch, batch_idx, self.global_rank])
         return Generator(device=self.device).manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
+    def refuse_nan(self, loss: Tensor) -> Tensor:
+        """The loss, or an error before it can reach the weights: the last checkpoint stays good."""
+        if not torch.isfinite(loss):
+            raise UsageError(
+                f"the loss is {loss.item()} at step {self.global_step}: training diverged; go on from the last checkpoint "
+                f"(ckpt_path=last) or start again with a learning rate below {self.lr:g}"
+            )
+        return loss
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def trainable_names(self) -> set[str]:

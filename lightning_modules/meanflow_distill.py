@@ -92,7 +92,7 @@ class MeanFlowDistillModule(LeapModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._step(batch, self.step_generator(batch_idx), "train")
         self.log("monitor/gate_mean", self.student.soft_prompt.gate.mean())
-        return loss
+        return self.refuse_nan(loss)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self._step(batch, self.step_generator(batch_idx, stream=1), "val")

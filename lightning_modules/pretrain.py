@@ -35,7 +35,7 @@ class PretrainModule(LeapModule):
         self.forwards, self.temperature, self.remasking = tuple(forwards), temperature, remasking
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._loss(batch, batch_idx, "train")
+        return self.refuse_nan(self._loss(batch, batch_idx, "train"))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self._loss(batch, batch_idx, "val")

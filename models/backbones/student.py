@@ -19,6 +19,7 @@ from models.backbones.frozen_linear import freeze
 from models.backbones.llada import LladaModel
 from models.backbones.soft_prompt import SoftPrompt
 from models.functional.errors import UsageError
+from models.functional.flow_times import check_interval
 
 FORMAT = "leap-prefix-student-1"
 
@@ -36,7 +37,8 @@ class PrefixStudent(nn.Module):
         return self.base.hidden(embeds, attention_mask, self.soft_prompt(r, t))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        """(B, L) ids and their interval -> (B, L, V) logits."""
+        """(B, L) ids and their interval -> (B, L, V) logits. Raises UsageError unless 0 <= r <= t <= 1."""
+        check_interval(r, t)
         return self.base.lm_head(self.hidden(self.base.embed(input_ids), attention_mask, r, t))
 
     def train(self, mode: bool = True) -> "PrefixStudent":
