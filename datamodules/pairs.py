@@ -55,6 +55,7 @@ class PairsDataModule(PromptResponseDataModule):
         val_fraction: float = 0.05,
         prompt_length: int | None = None,
         response_length: int | None = None,
+        mark_prompt_end: bool = True,
         too_long: str = "error",
         max_test_rows: int | None = None,
         seed: int = 0,
@@ -67,6 +68,7 @@ class PairsDataModule(PromptResponseDataModule):
         self.prompt_field, self.response_field = prompt_field, response_field
         self.tokenizer_kind, self.vocab_size, self.cache_dir = str(tokenizer), vocab_size, cache_dir
         self.lengths = {"prompt": prompt_length, "response": response_length}
+        self.mark_prompt_end = mark_prompt_end
         self.too_long, self.val_fraction, self.max_test_rows = too_long, val_fraction, max_test_rows
         if too_long not in ("error", "drop"):
             raise UsageError(f"data.too_long={too_long} is unknown; type data.too_long=error or data.too_long=drop")
@@ -147,7 +149,9 @@ class PairsDataModule(PromptResponseDataModule):
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     def _encode(self, pairs: Pairs, first_id: int) -> EncodedSplit:
-        prompt_ids, response_ids = self._encode_texts(pairs.prompts), self._encode_texts(pairs.responses)
+        end = [self.tokenizer.eos_token_id] if self.mark_prompt_end else []
+        prompt_ids = [ids + end for ids in self._encode_texts(pairs.prompts)]
+        response_ids = self._encode_texts(pairs.responses)
         return EncodedSplit(pairs, prompt_ids, response_ids, first_id, kept=list(range(len(pairs))))
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:

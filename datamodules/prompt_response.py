@@ -15,12 +15,15 @@ class PromptResponseDataModule(LightningDataModule):
 
     name: the corpus' name in tables and records.
     rows: {"train", "val", "test"} -> TensorRows laid out as `datamodules.batch` describes.
+    mark_prompt_end: prompts end in an end-of-text token. Every response place of an all-mask response looks alike but for
+        its distance to the text before it, so without a mark a network must first find out where the prompt ends.
     """
 
     tokenizer: PreTrainedTokenizerFast
     scorer: Scorer
     prompt_length: int
     response_length: int
+    mark_prompt_end: bool = False
 
     def __init__(
         self, *, name: str, batch_size: int, eval_batch_size: int, seed: int = 0, num_workers: int = 0
@@ -48,7 +51,8 @@ class PromptResponseDataModule(LightningDataModule):
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Rows whose response columns are all masked, ready for a decoder. Raises UsageError on a too long prompt."""
-        ids = [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+        end = [self.tokenizer.eos_token_id] if self.mark_prompt_end else []
+        ids = [self.tokenizer.encode(prompt, add_special_tokens=False) + end for prompt in prompts]
         rows = pack_prompt_response(
             ids,
             [[] for _ in ids],
@@ -70,8 +74,8 @@ class PromptResponseDataModule(LightningDataModule):
         return texts
 
     def decode_prompts(self, rows: dict[str, Tensor]) -> list[str]:
-        """The prompts of a batch as text, without padding."""
-        prompt = rows["attention_mask"] & ~rows["response_mask"]
+        """The prompts of a batch as text, without padding and end mark."""
+        prompt = rows["attention_mask"] & ~rows["response_mask"] & (rows["input_ids"] != self.tokenizer.eos_token_id)
         return [self.tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(rows["input_ids"], prompt, strict=True)]
 
     # -- loaders --------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_max_test_rows_is_a_subset_fixed_by_the_seed(build):
 
 def test_a_row_that_does_not_fit_raises_or_is_dropped(build, capsys):
     long = [{"q": "jump", "a": "J"}, {"q": "walk", "a": "W" * 99}]
-    with pytest.raises(UsageError, match=r"1 rows of the test split.*row 1 has 4 prompt tokens and 99 response tokens"):
+    with pytest.raises(UsageError, match=r"1 rows of the test split.*row 1 has 5 prompt tokens and 99 response tokens"):
         build(val=ROWS, test=long)
     with pytest.raises(UsageError, match=r"type data\.response_length=99, or data\.too_long=drop"):
         build(val=ROWS, test=long)
@@ -298,3 +298,14 @@ def test_two_ranks_see_each_row_exactly_once(rows, drop_last, monkeypatch):
     assert [sorted(a + b) for a, b in zip(*batches, strict=False)] == [
         sorted(batch) for batch in one[: len(batches[1])]
     ]
+
+
+def test_prompts_end_in_a_mark_that_is_not_shown(build):
+    marked, plain = build(), build(mark_prompt_end=False)
+    for data, ends in ((marked, True), (plain, False)):
+        rows = data.rows["train"].columns
+        last = rows["input_ids"][:, data.prompt_length - 1]
+        assert (last == data.tokenizer.eos_token_id).all() == ends
+        asked = data.encode_prompts(["jump"])
+        assert bool(asked["input_ids"][0, data.prompt_length - 1] == data.tokenizer.eos_token_id) == ends
+        assert data.decode_prompts(asked) == ["jump"]

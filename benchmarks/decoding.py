@@ -1,0 +1,119 @@
+"""What one forward buys: tokens per second of the student against its teacher's sampler at several numbers of forwards.
+
+python benchmarks/decoding.py --forwards 1 8 32 --batch 1 32
+Legend: B batch, P prompt columns, R response columns, V vocabulary.
+"""
+
+import argparse
+
+import torch
+from shapes import FIRST_WORD_ID, add_shape_options, build_base
+from timing import (
+    Row,
+    as_ratio,
+    build_result,
+    build_row,
+    in_mebibytes,
+    in_milliseconds,
+    interleave,
+    new_parser,
+    peak_bytes,
+    prepare,
+    show,
+    timed,
+    write_json,
+)
+from torch import Generator, Tensor, nn
+
+from callbacks.table import report_console
+from models.backbones.llada import LladaModel
+from models.backbones.student import PrefixStudent
+from models.decoding.decoder import Decoder
+from models.decoding.masked_diffusion import MaskedDiffusionDecoder
+from models.decoding.one_step import OneStepDecoder
+
+STUDENT = "student"
+
+READING = """
+tokens/s counts response tokens. A ratio is the time over the student's at the same batch, in the same round, median
+[first, third quartile]: how many times faster the student is. Beside it stands the ratio of forwards, which would be the
+speed-up if a forward were all that costs; a smaller one means that the student's forward, with its soft prompt and its
+gated attention, costs more than the teacher's. The teacher at 1 forward shows that price alone. Weights are random: speed
+does not depend on them, quality is not measured here.
+"""
+
+
+def build_decoders(base: LladaModel, args: argparse.Namespace, device: torch.device) -> dict[str, Decoder]:
+    """The student and, on the same base, the teacher's sampler at every number of forwards."""
+    student = PrefixStudent(base, prompt_length=args.prefix, hidden_size=args.prompt_width).to(device)
+    nn.init.constant_(student.soft_prompt.gate, 0.5)
+    temperature = args.temperature
+    decoders: dict[str, Decoder] = {STUDENT: OneStepDecoder(student, temperature=temperature)}
+    for forwards in args.forwards:
+        sampler = MaskedDiffusionDecoder(base, forwards, temperature=temperature, remasking=args.remasking)
+        decoders[f"teacher, {forwards} forwards" if forwards > 1 else "teacher, 1 forward"] = sampler
+    return decoders
+
+
+def build_prompts(batch: int, args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
+    """Random prompts in the first P columns of (B, P + R); what stands in the response columns is not looked at."""
+    input_ids = torch.randint(FIRST_WORD_ID, args.vocabulary, (batch, args.prompt + args.response)).to(device)
+    everywhere = torch.ones_like(input_ids, dtype=torch.bool)
+    response = everywhere.clone()
+    response[:, : args.prompt] = False
+    return {"input_ids": input_ids, "attention_mask": everywhere, "response_mask": response}
+
+
+def measure_batch(
+    batch: int, decoders: dict[str, Decoder], args: argparse.Namespace, device: torch.device
+) -> list[Row]:
+    """A row for every decoder at one batch size."""
+    rows = build_prompts(batch, args, device)
+    runs = {
+        name: lambda decoder=decoder: decoder(rows, Generator(device=device).manual_seed(args.seed))
+        for name, decoder in decoders.items()
+    }
+    measures = {name: timed(run, device, args.clock) for name, run in runs.items()}
+    times = interleave(measures, repeats=args.repeats, warmup=args.warmup)
+    found = []
+    for name, decoder in decoders.items():
+        row = build_row(name, times, STUDENT, batch=batch, forwards=decoder.forwards)
+        row["tokens_per_s"] = batch * args.response / row["seconds"]["median"]
+        row["peak_bytes"] = peak_bytes(runs[name], device)
+        found.append(row)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = new_parser(__doc__.splitlines()[0], repeats=10)
+    add_shape_options(parser)
+    parser.add_argument("--vocabulary", type=int, default=300)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="rows decoded together")
+    parser.add_argument("--prompt", type=int, default=16, help="prompt tokens in a row")
+    parser.add_argument("--response", type=int, default=64, help="response tokens in a row")
+    parser.add_argument("--forwards", type=int, nargs="+", default=[1, 8, 32], help="of the teacher's sampler")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of both; 0 takes the most probable token")
+    parser.add_argument("--remasking", choices=("random", "low_confidence"), default="low_confidence")
+    args = parser.parse_args(argv)
+    if max(args.forwards) > args.response:
+        parser.error(f"--forwards {max(args.forwards)} exceeds the {args.response} tokens of --response")
+    device, console = prepare(args), report_console()
+    base = build_base(args, device, vocab_size=args.vocabulary, length=args.prompt + args.response)
+    decoders = build_decoders(base, args, device)
+
+    rows = [row for batch in args.batch for row in measure_batch(batch, decoders, args, device)]
+    result = build_result("decoding", args, device, rows, READING)
+    columns = {
+        "decoder": lambda row: f"batch {row['batch']}: {row['name']}",
+        "ms": in_milliseconds,
+        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+        "forwards": lambda row: str(row["forwards"]),
+        "student faster by": as_ratio,
+        "peak MiB": in_mebibytes,
+    }
+    show(result, columns, console)
+    write_json(result, args.json)
+
+
+if __name__ == "__main__":
+    main()
