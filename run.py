@@ -4,29 +4,24 @@ python run.py experiment=meanflow_llada
 python run.py --help
 """
 
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-import transformers
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
+from callbacks.console import quiet_libraries, report_console, sentence_for
 from callbacks.frontier import FrontierReport
 from callbacks.record import find_records
-from callbacks.table import report_console, results_table
+from callbacks.table import results_table
 from lightning_modules.teacher_cache import cache_key, train_or_load_teacher
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.student import load_student, read_student
@@ -50,10 +45,10 @@ console = report_console()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     try:
-        with _quiet():
+        with quiet_libraries():
             return run_mode(cfg)
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = sentence_for(error)
         if sentence is None or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
@@ -294,35 +289,6 @@ def _say_where_things_are(cfg: DictConfig, module: LightningModule) -> None:
             f"next:              python run.py experiment={cfg.name} mode=generate \"prompt={prompt}\"",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-
-
-def _sentence(error: BaseException) -> str | None:
-    """What to tell the user when the cause is theirs to mend; None for a defect of ours, which deserves its traceback."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UsageError):
-            return str(cause)
-        if isinstance(cause, MissingMandatoryValue):
-            return f"{cause.full_key} has no value; type {cause.full_key}=<value>"
-        if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
-            return f"{cause}; see the options with --cfg job"
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back library messages that no user of a run can act on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
-        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-        warnings.filterwarnings("ignore", message=".*number of training batches.*")
-        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
-        yield
 
 
 if __name__ == "__main__":

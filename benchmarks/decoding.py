@@ -25,7 +25,7 @@ from timing import (
 )
 from torch import Generator, Tensor, nn
 
-from callbacks.table import report_console
+from callbacks.console import report_console
 from models.backbones.llada import LladaModel
 from models.backbones.student import PrefixStudent
 from models.decoding.decoder import Decoder

@@ -20,7 +20,6 @@ from rich.console import Console
 from shapes import add_shape_options, build_base
 from timing import (
     Row,
-    Stopwatch,
     as_ratio,
     build_result,
     build_row,
@@ -30,15 +29,18 @@ from timing import (
     prepare,
     quartiles,
     show,
+    timed,
     with_spread,
     write_json,
 )
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
+from turns import Pause, Stepper
 
+from callbacks.console import report_console
 from callbacks.ema import TrainableEMA
 from callbacks.progress import StageProgress
-from callbacks.table import report_console
 from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.meanflow_distill import MeanFlowDistillModule
 
@@ -51,10 +53,11 @@ CLIP = 1.0
 
 READING = """
 a step is everything from one batch to the next: reading it, loss, backward, clipping, AdamW, schedule. A ratio is the time
-over the hand-written loop's in the same round, median [first, third quartile]; the next column is the same difference in
-milliseconds a step, which does not shrink with the model. All rows take the same steps, which is checked. The rows add up:
-the bare trainer; what `self.log` and a logger that keeps nothing cost; the weight average; the progress bar (drawn into
-memory) and the learning rate monitor. Checkpoints, validation and the event file are left out.
+over the hand-written loop's in the same round, a round being one step of every loop, median [first, third quartile]; the
+next column is the same difference in milliseconds, which does not shrink when the model grows. Every loop takes the same
+steps, which is checked. Down the table are added: the bare trainer; `self.log` and a logger that keeps nothing; the weight
+average; progress in lines, as in a file, and the learning rate monitor. Checkpoints, validation and the event file are left
+out.
 """
 
 
@@ -66,24 +69,9 @@ class Setting:
     callbacks: Callable[[], list[Callback]] = field(default=list)
 
 
-class Clock(Callback):
-    """Seconds from the end of step `first` to the end of step `last`, and the last step's loss."""
-
-    def __init__(self, first: int, last: int, clock: str) -> None:
-        self.first, self.last, self.clock = first, last, clock
-        self.seconds = self.loss = float("nan")
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        if trainer.global_step == self.first:
-            self.watch = Stopwatch(pl_module.device, self.clock)
-        elif trainer.global_step == self.last:
-            self.seconds, self.loss = self.watch.seconds(), outputs["loss"].item()
-
-
-def drawn_in_memory() -> StageProgress:
-    """The progress bar as a terminal would get it, wherever the output goes."""
+def silent_progress() -> StageProgress:
     progress = StageProgress()
-    progress.console = Console(file=io.StringIO(), force_terminal=True)
+    progress.console = Console(file=io.StringIO())
     return progress
 
 
@@ -91,17 +79,26 @@ SETTINGS = {
     LIGHTNING: Setting(),
     LOGGING: Setting(logs=True),
     AVERAGE: Setting(logs=True, callbacks=lambda: [TrainableEMA(0.995)]),
-    DEFAULT: Setting(logs=True, callbacks=lambda: [TrainableEMA(0.995), drawn_in_memory(), LearningRateMonitor()]),
+    DEFAULT: Setting(logs=True, callbacks=lambda: [TrainableEMA(0.995), silent_progress(), LearningRateMonitor()]),
 }
+
+
+class PauseAtTheEnd(Callback):
+    """The last of the callbacks: it ends a step for the `Stepper`."""
+
+    def __init__(self, pause: Pause) -> None:
+        self.pause = pause
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.pause(outputs["loss"])
 
 
 # -- the two ways of taking the same steps ---------------------------------------------------------------------------
 
 
-def run_by_hand(
-    module: MeanFlowDistillModule, data: OracleDataModule, args: argparse.Namespace, device: torch.device
-) -> tuple[float, float]:
-    """Seconds a step, and the last loss."""
+def train_by_hand(
+    module: MeanFlowDistillModule, loader: DataLoader, steps: int, device: torch.device, pause: Pause
+) -> None:
     module.log = lambda *_, **__: None
     module.train()
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -110,9 +107,8 @@ def run_by_hand(
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=module.lr, betas=(0.9, 0.98))
-    steps = args.first + args.steps
     schedule = get_cosine_schedule_with_warmup(optimizer, min(module.warmup_steps, steps // 2), steps)
-    for batch_idx, batch in zip(range(steps), data.train_dataloader(), strict=False):
+    for batch_idx, batch in zip(range(steps), loader, strict=False):
         loss = module.training_step({name: column.to(device) for name, column in batch.items()}, batch_idx)
         optimizer.zero_grad()
         loss.backward()
@@ -120,41 +116,30 @@ def run_by_hand(
         optimizer.step()
         module.student.soft_prompt.project_()
         schedule.step()
-        if batch_idx + 1 == args.first:
-            watch = Stopwatch(device, args.clock)
-    return watch.seconds() / args.steps, loss.item()
+        pause(loss)
 
 
-def run_lightning(
-    module: MeanFlowDistillModule,
-    data: OracleDataModule,
-    args: argparse.Namespace,
-    device: torch.device,
-    setting: Setting,
-) -> tuple[float, float]:
-    """Seconds a step, and the last loss."""
+def train_with_lightning(
+    module: MeanFlowDistillModule, loader: DataLoader, steps: int, device: torch.device, pause: Pause, setting: Setting
+) -> None:
     if not setting.logs:
         module.log = lambda *_, **__: None
     callbacks = setting.callbacks()
-    clock = Clock(args.first, args.first + args.steps, args.clock)
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
-        max_steps=clock.last,
+        max_steps=steps,
         max_epochs=-1,
         gradient_clip_val=CLIP,
         log_every_n_steps=20,
-        callbacks=[*callbacks, clock],
+        callbacks=[*callbacks, PauseAtTheEnd(pause)],
         logger=DummyLogger() if setting.logs else False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=any(isinstance(callback, StageProgress) for callback in callbacks),
         use_distributed_sampler=False,
     )
-    trainer.fit(module, data)
-    return clock.seconds / args.steps, clock.loss
+    trainer.fit(module, loader)
 
 
 # -- from options to result ------------------------------------------------------------------------------------------
@@ -162,9 +147,9 @@ def run_lightning(
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], dict[str, float]]:
     """A row for each way, and the loss at which each arrived."""
-    total = args.first + args.steps
+    steps = args.warmup + args.repeats
     data = OracleDataModule(
-        size=args.size, train_rows=total * args.batch, val_rows=1, test_rows=1, batch_size=args.batch, seed=args.seed
+        size=args.size, train_rows=steps * args.batch, val_rows=1, test_rows=1, batch_size=args.batch, seed=args.seed
     )
     data.setup()
     ids = data.tokenizer
@@ -173,45 +158,39 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> tuple[list[Ro
     start = MeanFlowDistillModule(
         base, prompt_length=args.prefix, prompt_hidden_size=args.prompt_width, endpoint_share=0.25, seed=args.seed
     ).to(device)
-    losses: dict[str, float] = {}
 
-    def measure(name: str) -> float:
-        module = copy.deepcopy(start)  # every turn takes the same steps from the same weights
+    def loop(name: str) -> Callable[[Pause], None]:
+        common = (copy.deepcopy(start), data.train_dataloader(), steps, device)
         if name == BARE:
-            seconds, losses[name] = run_by_hand(module, data, args, device)
-        else:
-            seconds, losses[name] = run_lightning(module, data, args, device, SETTINGS[name])
-        return seconds
+            return lambda pause: train_by_hand(*common, pause)
+        return lambda pause: train_with_lightning(*common, pause, SETTINGS[name])
 
-    names = (BARE, *SETTINGS)
-    times = interleave(
-        {name: lambda name=name: measure(name) for name in names}, repeats=args.repeats, warmup=args.warmup
-    )
-    for name in names:
-        if abs(losses[name] - losses[BARE]) > 1e-4 * abs(losses[BARE]):
-            raise SystemExit(
-                f"{name} arrives at loss {losses[name]}, the loop by hand at {losses[BARE]}: not the same steps"
-            )
+    steppers = {name: Stepper(loop(name)) for name in (BARE, *SETTINGS)}
+    measures = {name: timed(stepper.step, device, args.clock) for name, stepper in steppers.items()}
+    times = interleave(measures, repeats=args.repeats, warmup=args.warmup)
+    for stepper in steppers.values():
+        stepper.finish()
+    losses = {name: stepper.losses[-1].item() for name, stepper in steppers.items()}
+    for name, loss in losses.items():
+        if abs(loss - losses[BARE]) > 1e-4 * abs(losses[BARE]):
+            raise SystemExit(f"{name} arrives at loss {loss}, the loop by hand at {losses[BARE]}: not the same steps")
     rows = []
-    for name in names:
+    for name in steppers:
         more = [ours - bare for ours, bare in zip(times[name], times[BARE], strict=True)]
         rows.append(build_row(name, times, BARE, more_seconds=quartiles(more)))
     return rows, losses
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__.splitlines()[0], repeats=10)
-    parser.set_defaults(warmup=1)
+    parser = new_parser(__doc__.splitlines()[0], repeats=40)
     add_shape_options(parser)
     parser.add_argument("--batch", type=int, default=128, help="rows")
     parser.add_argument(
         "--size", choices=("tiny", "small", "large"), default="small", help="corpus; small has 20 columns"
     )
-    parser.add_argument("--steps", type=int, default=20, help="steps that count in a turn")
-    parser.add_argument("--first", type=int, default=5, help="steps of a turn before them, which do not count")
     args = parser.parse_args(argv)
-    if args.first < 1 or args.steps < 1:
-        parser.error("--first and --steps have to be at least 1")
+    if args.warmup < 1:
+        parser.error("--warmup has to be at least 1: the first step sets the trainer up")
     device, console = prepare(args), report_console()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():

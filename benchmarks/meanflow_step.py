@@ -31,9 +31,9 @@ from timing import (
 )
 from torch import Generator, Tensor, nn
 
-from callbacks.table import report_console
+from callbacks.console import report_console
 from lightning_modules.meanflow_distill import MeanFlowDistillModule
-from models.backbones.frozen_linear import FrozenLinear
+from models.backbones.frozen_layers import FrozenLinear
 from models.functional.flow_times import sample_interval
 from models.functional.masked_diffusion import mask_probability, mask_tokens
 from models.functional.meanflow import flow_loss
@@ -196,6 +196,14 @@ def time_parts(variants: dict[str, MeanFlowStep], batch: dict[str, Tensor], args
 # -- from options to result ------------------------------------------------------------------------------------------
 
 
+PART_COLUMNS: Columns = {
+    "part": lambda row: row["part"],
+    "(a) ms": lambda row: f"{1e3 * row['plain']:.2f}",
+    "(b) ms": lambda row: f"{1e3 * row['meanflow']:.2f}",
+    "(b) - (a), as a share of (a)'s step": lambda row: f"{row['more']:+.3f}",
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__.splitlines()[0], repeats=20)
     add_shape_options(parser)
@@ -220,19 +228,12 @@ def main(argv: list[str] | None = None) -> None:
     show(result, columns, console)
     console.print(
         f"Loss and gradients equal (b)'s: (c) to {apart[ORDINARY]:.0e}, (d) to {apart[NO_SPLIT]:.0e}; (e), which is an "
-        f"approximation, to {apart[DIFFERENCES]:.0e}.\n\nWhere the time goes; the last column adds up to (b)/(a) - 1:",
+        f"approximation, to {apart[DIFFERENCES]:.0e}.\n\n"
+        "Where the time goes, in rounds of its own; the last column adds up to (b)/(a) - 1:",
         highlight=False,
     )
     console.print(build_table(parts, PART_COLUMNS))
     write_json(result, args.json)
-
-
-PART_COLUMNS: Columns = {
-    "part": lambda row: row["part"],
-    "(a) ms": lambda row: f"{1e3 * row['plain']:.2f}",
-    "(b) ms": lambda row: f"{1e3 * row['meanflow']:.2f}",
-    "(b) - (a), as a share of (a)'s step": lambda row: f"{row['more']:+.3f}",
-}
 
 
 if __name__ == "__main__":

@@ -97,12 +97,14 @@ def interleave(measures: dict[str, Callable[[], float]], *, repeats: int, warmup
     A busy spell of the machine then falls on neighbours alike, and the ratio within one round stays fair.
     """
     times: Times = {name: [] for name in measures}
+    gc.freeze()  # what lives already need not be looked through at every collection
     for turn in range(warmup + repeats):
         for name, measure in measures.items():
             gc.collect()  # otherwise one measure's garbage is collected on the next one's time
             seconds = measure()
             if turn >= warmup:
                 times[name].append(seconds)
+    gc.unfreeze()
     return times
 
 
@@ -156,11 +158,12 @@ def build_result(
     benchmark: str, args: argparse.Namespace, device: torch.device, rows: list[Row], reading: str, **more: Any
 ) -> dict[str, Any]:
     """Everything that is printed and written, in the layout that all benchmarks share."""
+    threads = torch.get_num_threads()
     return {
         "benchmark": benchmark,
         "options": {key: value for key, value in vars(args).items() if key != "json"},
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
+        "device": device_name(device) + (f", {threads} CPU threads" if device.type == "cuda" else ""),
+        "threads": threads,
         "torch": torch.__version__,
         "commit": current_commit(),
         "rows": rows,
@@ -171,11 +174,12 @@ def build_result(
 
 def show(result: dict[str, Any], columns: Columns, console: Console) -> None:
     """Print where it was measured, a table whose columns are read off each row, and how to read it."""
-    where = (
-        f"{result['device']}; {result['threads']} threads; {result['options']['clock']} clock; torch {result['torch']}"
+    clock, commit = result["options"]["clock"], result["commit"] or "unknown"
+    console.print(
+        f"{result['benchmark']}: {result['device']}; {clock} clock; torch {result['torch']}; commit {commit}",
+        highlight=False,
+        soft_wrap=True,
     )
-    commit = f"commit {result['commit'] or 'unknown'}"
-    console.print(f"{result['benchmark']}: {where}; {commit}", highlight=False, soft_wrap=True)
     console.print(build_table(result["rows"], columns))
     console.print(f"\nHow to read it: {result['reading']}\n", highlight=False, markup=False)
 

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
+from callbacks.console import report_console
 from callbacks.picture import quality_figure
 from callbacks.record import build_record, write_record
-from callbacks.table import in_words, markdown_table, report_console, results_table
+from callbacks.table import in_words, markdown_table, results_table
 
 
 class FrontierReport(Callback):

@@ -3,7 +3,6 @@
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 # column title -> (where the value is, how it is written)
@@ -23,12 +22,6 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "tokens/s": (("cost", "tokens_per_s"), ",.0f"),
     "MFLOP/token": (("cost", "flops_per_token"), "mega"),
 }
-
-
-def report_console() -> Console:
-    """The terminal, or 140 columns where the output goes to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
 
 
 # what a narrow terminal does without first; all of it is in record.json

@@ -40,6 +40,8 @@ class MeanFlowDistillModule(LeapModule):
     loss: kl | ce | mse | hard; `hard_target` is argmax of the target (`flow`) or the clean token (`data`).
     data_weight: adds that much cross entropy against the clean tokens to any loss.
     tangent: path (the masking process' own drift) | source (as first written down; kept to be compared with).
+    correction_limit: bound on the target's distance from the teacher's logits (root mean square over the vocabulary), null
+        for none; see `meanflow_target`.
     time_law, equal_share, endpoint_share: how (r, t) are drawn, see `sample_interval`.
     weighting: none | inverse_p (1/p as in the diffusion loss) | adaptive (evens out scales).
     jvp_backend: forward_ad | finite_difference with step `jvp_step`.
@@ -58,6 +60,7 @@ class MeanFlowDistillModule(LeapModule):
         hard_target: Literal["flow", "data"] = "flow",
         data_weight: float = 0.0,
         tangent: Tangent = "path",
+        correction_limit: float | None = 1.0,
         time_law: TimeLaw = "uniform",
         equal_share: float = 0.5,
         endpoint_share: float = 0.0,
@@ -80,6 +83,7 @@ class MeanFlowDistillModule(LeapModule):
             teacher, prompt_length=prompt_length, hidden_size=prompt_hidden_size, rank=prompt_rank
         )
         self.loss, self.hard_target, self.data_weight, self.tangent = loss, hard_target, data_weight, tangent
+        self.correction_limit = correction_limit
         self.time_law, self.equal_share, self.endpoint_share = time_law, equal_share, endpoint_share
         self.weighting, self.jvp_backend, self.jvp_step, self.eps = weighting, jvp_backend, jvp_step, eps
         self.forwards = tuple(forwards)
@@ -123,7 +127,7 @@ class MeanFlowDistillModule(LeapModule):
         # 3. average logits u of the student and du/dt along the masking path (zero weight where r = t)
         u, du_dt = self._student_logits_and_derivative(embeds, v, masked, attention_mask, r, t, p, n_equal)
         # 4. the identity's right-hand side, held constant
-        target = meanflow_target(v, du_dt, r[row], t[row])
+        target = meanflow_target(v, du_dt, r[row], t[row], self.correction_limit)
         # 5. the distance, raw and weighted
         tokens = x0[masked]
         raw = flow_loss(u, target, self.loss, tokens if self.hard_target == "data" else None)

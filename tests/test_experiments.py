@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 import run
+from callbacks.console import sentence_for
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -128,7 +129,7 @@ def test_mistakes_get_a_sentence(configure, overrides, message):
             run.run_mode(cfg)
     finally:
         GlobalHydra.instance().clear()
-    sentence = run._sentence(caught.value)
+    sentence = sentence_for(caught.value)
     assert sentence is not None, caught.value
     assert message in sentence
 
@@ -159,4 +160,4 @@ def test_llada_8b_composes_and_says_what_it_needs_before_reading_anything(config
     cfg = configure("model=llada_8b", "teacher=masked_diffusion")
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run.instantiate(cfg.model)
-    assert "GiB" in run._sentence(caught.value)
+    assert "GiB" in sentence_for(caught.value)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.backbones.frozen_linear import freeze
+from models.backbones.frozen_layers import freeze
 from models.backbones.llada import LladaModel
 from models.backbones.soft_prompt import SoftPrompt
 from models.functional.errors import UsageError

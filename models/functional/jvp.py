@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from models.functional.errors import UsageError
 
@@ -21,13 +22,16 @@ def value_and_jvp(
 ) -> tuple[Tensor, Tensor]:
     """fn(*primals), differentiable in fn's parameters, and its derivative along `tangents`, detached.
 
-    `forward_ad` is exact; every operation of fn needs a forward-mode formula (flash attention has none, and activation
-    checkpointing fails). `finite_difference` is (fn(x + h v) - fn(x - h v)) / 2h under no_grad with error O(h²): any kernel
-    will do, at three forwards. h must not be so small that float32 rounding wins: 1e-2 suits logits of order 1-10.
+    `forward_ad` is exact: what `torch.func.jvp` computes, without its wrapping of every operation. Every operation of fn
+    needs a forward-mode formula (flash attention has none, and activation checkpointing fails). `finite_difference` is
+    (fn(x + h v) - fn(x - h v)) / 2h under no_grad with error O(h²): any kernel will do, at three forwards. h must not be so
+    small that float32 rounding wins: 1e-2 suits logits of order 1-10.
     """
     if backend == "forward_ad":
-        value, derivative = torch.func.jvp(fn, primals, tangents)
-        return value, derivative.detach()
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(x, v) for x, v in zip(primals, tangents, strict=True)]
+            value, derivative = forward_ad.unpack_dual(fn(*duals))
+        return value, torch.zeros_like(value) if derivative is None else derivative.detach()
     if backend == "finite_difference":
         with torch.no_grad():
             ahead = fn(*(x + step * v for x, v in zip(primals, tangents, strict=True)))

@@ -42,9 +42,18 @@ def masking_path_tangent(z: Tensor, expected: Tensor, p: Tensor, eps: float, kin
     raise UsageError(f"module.tangent={kind} is not known; type path or source")
 
 
-def meanflow_target(v: Tensor, du_dt: Tensor, r: Tensor, t: Tensor) -> Tensor:
-    """u_tgt = sg[v - (t - r) du/dt]. v, du_dt (M, V); r, t (M,)."""
-    return (v - (t - r).unsqueeze(-1) * du_dt).detach()
+def meanflow_target(v: Tensor, du_dt: Tensor, r: Tensor, t: Tensor, limit: float | None = None) -> Tensor:
+    """u_tgt = sg[v - (t - r) du/dt]. v, du_dt (M, V); r, t (M,).
+
+    The derivative is the student's own, so an error in it feeds on itself. `limit` bounds the correction of each position:
+    its root mean square over the vocabulary, without the part that is constant there (which no softmax sees), is scaled
+    down to at most `limit` logits. None leaves the identity as it is.
+    """
+    correction = (t - r).unsqueeze(-1) * du_dt
+    if limit is not None:
+        spread = (correction - correction.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
+        correction = correction * (limit / spread.clamp(min=limit))
+    return (v - correction).detach()
 
 
 def flow_loss(u: Tensor, target: Tensor, kind: FlowLoss, tokens: Tensor | None = None) -> Tensor:

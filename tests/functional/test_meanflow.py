@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from models.backbones.frozen_layers import freeze
 from models.backbones.student import PrefixStudent
 from models.functional.errors import UsageError
 from models.functional.flow_times import check_interval, sample_interval
@@ -38,11 +38,6 @@ class AnalyticFlow:
         return (WEIGHTS.unsqueeze(-1) / 2 * self.v(z * s / t, s)).sum(0)
 
 
-def _norm_without_cast(self, x):
-    """transformers' norm computes in float32 whatever the weights are; a float64 oracle must not."""
-    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-
 @pytest.mark.parametrize(("tangent", "fits"), [("path", True), ("source", False)])
 def test_fixed_point_is_the_average_along_the_masking_path(tangent, fits):
     """u_tgt(u) = u for the path average and the path's tangent; the source's tangent leaves a residual of order 1."""
@@ -58,9 +53,8 @@ def test_fixed_point_is_the_average_along_the_masking_path(tangent, fits):
     assert (worst < 1e-9) if fits else (worst > 0.1)
 
 
-def test_jvp_equals_central_differences_through_the_student(tiny_llada, monkeypatch):
+def test_jvp_equals_central_differences_through_the_student(tiny_llada):
     """Forward-mode derivative of the student's logits along (embeddings, t), prefix and frozen linears included, float64."""
-    monkeypatch.setattr(LlamaRMSNorm, "forward", _norm_without_cast)
     student = PrefixStudent(tiny_llada(), prompt_length=3, hidden_size=8, rank=4).double()
     student.soft_prompt.gate.data.fill_(0.7)
     mask = torch.tensor([[False, True, True, True], [True, True, True, True]])
@@ -126,3 +120,42 @@ def test_wrong_intervals_and_shares_are_named():
     for options in ({"equal_share": 1.5}, {"equal_share": 0.8, "endpoint_share": 0.4}, {"law": "cauchy"}):
         with pytest.raises(UsageError, match=r"module\."):
             sample_interval(4, torch.Generator(), torch.device("cpu"), **options)
+
+
+def test_forward_ad_and_frozen_layers_give_what_torch_func_jvp_gives_on_ordinary_ones(tiny_llada):
+    """Value, derivative and gradient, bit for bit up to rounding, against transformers' own layers."""
+    mask = torch.tensor([[False, True, True, True, True], [True] * 5])
+    r, t = torch.tensor([0.2, 0.0]), torch.tensor([0.6, 1.0])
+    results = []
+    weights = tiny_llada().state_dict()
+    prompt = None
+    for frozen in (True, False):
+        student = PrefixStudent(tiny_llada(), prompt_length=3, hidden_size=8, rank=4)
+        if not frozen:
+            student.base = tiny_llada().requires_grad_(False)
+        student.base.load_state_dict(weights)
+        prompt = prompt or student.soft_prompt.state_dict()
+        student.soft_prompt.load_state_dict(prompt)
+        student.soft_prompt.gate.data.fill_(0.6)
+        z = student.base.embed(torch.arange(3, 8).expand(2, 5))
+        direction = (torch.linspace(-1, 1, z.numel()).view(z.shape), torch.ones(2))
+
+        def logits(z, t, student=student):
+            return student.base.lm_head(student.hidden(z, mask, r, t))
+
+        derive = value_and_jvp if frozen else torch.func.jvp
+        value, derivative = derive(logits, (z, t), direction)
+        value.square().mean().backward()
+        gradients = [p.grad for p in student.soft_prompt.parameters()]
+        results.append([value.detach(), derivative.detach(), *gradients])
+    assert results[0][1].abs().max() > 0.1
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_layers_keep_the_model(tiny_llada):
+    model, ids = tiny_llada(), torch.randint(3, 11, (2, 6))
+    before = model(ids)
+    torch.testing.assert_close(freeze(model)(ids), before, atol=1e-6, rtol=1e-6)
+    half = tiny_llada().bfloat16()
+    expected = half(ids)
+    torch.testing.assert_close(freeze(half)(ids), expected, atol=0.0, rtol=0.0)

@@ -1,0 +1,46 @@
+"""Training loops that take turns step by step, so that a busy spell of the machine falls on all of them alike."""
+
+from collections.abc import Callable
+from threading import Semaphore, Thread
+
+from torch import Tensor
+
+Pause = Callable[[Tensor], None]
+
+
+class Stepper:
+    """A training loop that takes one step when asked to, so that loops can take turns step by step.
+
+    train: the loop; it calls its argument with the loss at the end of every step. It runs in a thread of its own, which
+    waits there; never more than one thread works at a time.
+    """
+
+    def __init__(self, train: Callable[[Pause], None]) -> None:
+        self.losses: list[Tensor] = []
+        self._error: BaseException | None = None
+        self._go, self._done = Semaphore(0), Semaphore(0)
+        self._thread = Thread(target=self._run, args=(train,), daemon=True)
+        self._thread.start()
+
+    def step(self) -> None:
+        self._go.release()
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        self.step()
+        self._thread.join()
+
+    def _run(self, train: Callable[[Pause], None]) -> None:
+        self._go.acquire()
+        try:
+            train(self._pause)
+        except BaseException as error:
+            self._error = error
+        self._done.release()
+
+    def _pause(self, loss: Tensor) -> None:
+        self.losses.append(loss.detach())
+        self._done.release()
+        self._go.acquire()

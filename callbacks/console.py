@@ -1,0 +1,46 @@
+"""How a run talks: where it prints, which library messages it holds back, and what it says when something is wrong."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import transformers
+from rich.console import Console
+
+from models.functional.errors import UsageError
+
+
+def report_console() -> Console:
+    """The terminal, or 140 columns where the output goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def sentence_for(error: BaseException) -> str | None:
+    """What to tell the user when the cause is theirs to mend; None for a defect of ours, which deserves its traceback."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UsageError):
+            return str(cause)
+        if type(cause).__name__ == "MissingMandatoryValue":  # OmegaConf's; only run.py knows configurations
+            return f"{cause.full_key} has no value; type {cause.full_key}=<value>"
+        if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+            return f"{cause}; see the options with --cfg job"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back library messages that no user of a run can act on."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+        yield

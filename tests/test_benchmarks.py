@@ -1,0 +1,149 @@
+"""The benchmarks run at a minimal shape and write what they promise; nothing is asked of their speed."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+COMMON = ["--repeats", "2", "--warmup", "1", "--threads", "1", "--device", "cpu"]
+SMALL = ["--width", "8", "--layers", "1", "--heads", "2", "--prefix", "2", "--prompt-width", "4"]
+SHARED = {"benchmark", "options", "device", "threads", "torch", "commit", "rows", "reading"}
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    """A function that runs a benchmark's main at the minimal shape and returns what it wrote."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name: str, *options: str) -> dict:
+        path = tmp_path / f"{name}.json"
+        importlib.import_module(name).main([*COMMON, *SMALL, *options, "--json", str(path)])
+        return json.loads(path.read_text())
+
+    return run
+
+
+def check_layout(result: dict, names: list[str]) -> None:
+    assert result.keys() >= SHARED
+    assert [row["name"] for row in result["rows"]] == names
+    for row in result["rows"]:
+        for key in ("seconds", "ratio"):
+            found = row[key]
+            assert 0 < found["q1"] <= found["median"] <= found["q3"]
+            assert all(map(math.isfinite, found.values()))
+    assert result["rows"][0]["ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
+
+
+def test_meanflow_step(benchmark, capsys):
+    result = benchmark("meanflow_step", "--batch", "8", "--length", "10", "--vocabulary", "11")
+    check_layout(
+        result,
+        [
+            "(a) plain distillation",
+            "(b) mean flow",
+            "(c) (b) with ordinary nn.Linear",
+            "(d) (b) with every row's derivative",
+            "(e) (b) with finite differences",
+        ],
+    )
+    assert all(row["peak_bytes"] > 0 for row in result["rows"])
+    assert result["difference_from_b"]["(c) (b) with ordinary nn.Linear"] < 1e-3
+    assert 1e-8 < result["difference_from_b"]["(e) (b) with finite differences"] < 0.5
+    assert len(result["parts"]) == 4
+    assert all(part["plain"] > 0 and part["meanflow"] > 0 and math.isfinite(part["more"]) for part in result["parts"])
+    printed = capsys.readouterr().out
+    assert "Where the time goes" in printed
+    assert "[1.000, 1.000]" in printed
+
+
+def test_meanflow_step_refuses_to_time_different_computations(benchmark, monkeypatch):
+    step = importlib.import_module("meanflow_step")
+    build = step.build_variants
+
+    def with_one_weight_changed(*args):
+        variants = build(*args)
+        variants[step.NO_SPLIT].student.soft_prompt.gate.data += 1.0
+        return variants
+
+    monkeypatch.setattr(step, "build_variants", with_one_weight_changed)
+    with pytest.raises(SystemExit, match=r"\(d\).*differs from \(b\)"):
+        benchmark("meanflow_step", "--batch", "8", "--length", "10", "--vocabulary", "11")
+
+
+def test_decoding(benchmark):
+    sizes = ["--vocabulary", "11", "--prompt", "2", "--response", "4", "--forwards", "1", "2", "--batch", "1", "3"]
+    result = benchmark("decoding", *sizes)
+    check_layout(result, ["student", "teacher, 1 forward", "teacher, 2 forwards"] * 2)
+    assert [(row["batch"], row["forwards"]) for row in result["rows"]] == [
+        (1, 1),
+        (1, 1),
+        (1, 2),
+        (3, 1),
+        (3, 1),
+        (3, 2),
+    ]
+    for row in result["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] * 4 / row["seconds"]["median"])
+
+
+def test_lightning_overhead(benchmark):
+    result = benchmark("lightning_overhead", "--batch", "4", "--size", "tiny")
+    names = ["loop by hand", "Lightning", "Lightning, logging", "Lightning, logging, weight average"]
+    check_layout(result, [*names, "the default job without files"])
+    assert result["losses"].keys() == {row["name"] for row in result["rows"]}
+    assert len(set(result["losses"].values())) == 1  # every loop took the same steps
+    assert all(math.isfinite(row["more_seconds"]["median"]) for row in result["rows"])
+
+
+def test_a_loop_that_fails_says_so(benchmark):
+    from turns import Stepper
+
+    def broken(pause) -> None:
+        pause(torch.tensor(1.0))
+        raise ValueError("in the second step")
+
+    stepper = Stepper(broken)
+    stepper.step()
+    with pytest.raises(ValueError, match="in the second step"):
+        stepper.step()
+
+
+def test_peak_memory_on_a_cpu_counts_what_is_alive_at_once(benchmark):
+    from timing import peak_bytes
+
+    mebibyte = 2**18  # float32 numbers
+
+    def in_turn() -> None:
+        for _ in range(3):
+            torch.empty(mebibyte)
+
+    def together() -> None:
+        _ = [torch.empty(mebibyte) for _ in range(3)]
+
+    assert peak_bytes(in_turn, torch.device("cpu")) == 2**20
+    assert peak_bytes(together, torch.device("cpu")) == 3 * 2**20
+
+
+def test_rounds_alternate_and_warmup_does_not_count(benchmark):
+    from timing import interleave, quartiles
+
+    order = []
+    measures = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
+    assert interleave(measures, repeats=2, warmup=1) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert order == list("ababab")
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+
+
+def test_a_script_runs_from_the_command_line():
+    command = [sys.executable, str(FOLDER / "decoding.py"), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}  # this checkout, whichever one is installed
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "--json" in done.stdout
