@@ -22,7 +22,8 @@ from callbacks.console import quiet_libraries, report_console, sentence_for
 from callbacks.frontier import FrontierReport
 from callbacks.record import find_records
 from callbacks.table import results_table
-from lightning_modules.teacher_cache import cache_key, train_or_load_teacher
+from datamodules.prompts import read_prompts
+from lightning_modules.teacher_cache import cache_key, partial_folder, train_or_load_teacher
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.student import load_student, read_student
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
@@ -68,12 +69,12 @@ def run_mode(cfg: DictConfig) -> float | None:
 def fit(cfg: DictConfig) -> float | None:
     """Train (the teacher first, where the module needs one), then compare every decoder on the test split."""
     module, trainer, datamodule = _build(cfg)
-    trainer.fit(module, datamodule, ckpt_path=_checkpoint(cfg), weights_only=True)
-    if trainer.interrupted:
-        console.print(
-            f"interrupted; to go on type the same command with ckpt_path={_run_dir(cfg)}/checkpoints/last.ckpt"
-        )
-        return None
+    try:
+        trainer.fit(module, datamodule, ckpt_path=_checkpoint(cfg), weights_only=True)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        last = f"{_run_dir(cfg)}/checkpoints/last.ckpt"
+        console.print(f"interrupted; to go on type the same command with ckpt_path={last}", soft_wrap=True)
+        raise
     metric = trainer.callback_metrics.get(cfg.optimized_metric)
     trainer.test(module, datamodule, verbose=False)
     _say_where_things_are(cfg, module)
@@ -82,8 +83,13 @@ def fit(cfg: DictConfig) -> float | None:
 
 def test(cfg: DictConfig) -> None:
     """Compare every decoder again, from ckpt_path= or student_path=."""
-    if cfg.ckpt_path is None and cfg.student_path is None and cfg.teacher is not None:
-        cfg.student_path = str(_newest_student(cfg))
+    if cfg.ckpt_path is None and cfg.student_path is None:
+        if cfg.teacher is None:
+            cfg.ckpt_path = "last"
+        else:
+            cfg.student_path = str(_newest_student(cfg))
+    if cfg.student_path is not None and cfg.teacher.path is None:
+        cfg.teacher.path = read_student(cfg.student_path)["notes"].get("teacher")
     module, trainer, datamodule = _build(cfg)
     if cfg.ckpt_path is not None:
         trainer.test(module, datamodule, ckpt_path=_checkpoint(cfg), verbose=False, weights_only=True)
@@ -96,7 +102,11 @@ def test(cfg: DictConfig) -> None:
 
 def generate(cfg: DictConfig) -> None:
     """Print the response to prompt= (or to every line of prompt_file=): the student's, or the teacher's with forwards=N."""
-    prompts = _prompts(cfg)
+    prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.n)
+    if cfg.teacher is None:
+        raise UsageError(f"experiment={cfg.name} trains no student; mode=generate needs one that does")
+    if (cfg.forwards is not None and cfg.forwards < 1) or cfg.temperature < 0:
+        raise UsageError(f"forwards={cfg.forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
     datamodule = instantiate(cfg.data)
     datamodule.setup("predict")
     rows = datamodule.encode_prompts(prompts)
@@ -109,9 +119,8 @@ def generate(cfg: DictConfig) -> None:
         teacher = _fitting(load_llada(base), datamodule, "teacher").to(device)
         decoder: Any = OneStepDecoder(load_student(folder, teacher), temperature=cfg.temperature)
     else:
-        decoder = MaskedDiffusionDecoder(
-            _teacher(cfg, datamodule).to(device), cfg.forwards, temperature=cfg.temperature
-        )
+        options = {"temperature": cfg.temperature, "remasking": cfg.module.get("teacher_remasking", "random")}
+        decoder = MaskedDiffusionDecoder(_teacher(cfg, datamodule).to(device), cfg.forwards, **options)
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
     for start in track(range(0, len(prompts), 64), description="generating", disable=len(prompts) <= 64):
         few = {name: column[start : start + 64].to(device) for name, column in rows.items()}
@@ -139,14 +148,32 @@ def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     datamodule = instantiate(cfg.data)
     datamodule.prepare_data()
     datamodule.setup("fit")
+    _check_before_work(cfg, datamodule)
     if cfg.teacher is None:
         module = instantiate(cfg.module, _convert_="all", model=_new_model(cfg, datamodule))
     else:
         stand_in = build_llada(**_special_ids(datamodule), **STAND_IN)
         instantiate(cfg.module, _convert_="all", teacher=stand_in)  # refuses a wrong option before a teacher is trained
-        module = instantiate(cfg.module, _convert_="all", teacher=_teacher(cfg, datamodule))
+        teacher = _teacher(cfg, datamodule)
+        seed_everything(
+            cfg.seed, verbose=False
+        )  # the student starts alike whether the teacher was trained now or before
+        module = instantiate(cfg.module, _convert_="all", teacher=teacher)
     trainer = instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
     return module, trainer, datamodule
+
+
+def _check_before_work(cfg: DictConfig, datamodule: Any) -> None:
+    """Refuse now what would otherwise fail after a teacher has been trained."""
+    most = max(cfg.module.forwards, default=0)
+    if min(cfg.module.forwards, default=0) < 1 or most > datamodule.response_length:
+        raise UsageError(
+            f"module.forwards={list(cfg.module.forwards)} must lie between 1 and the response length "
+            f"{datamodule.response_length}; type for example module.forwards=[1,2,{min(4, datamodule.response_length)}]"
+        )
+    if cfg.seed < 0:
+        raise UsageError(f"seed={cfg.seed} must be at least 0")
+    instantiate(cfg.trainer, callbacks=[], logger=False)
 
 
 def _new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
@@ -167,17 +194,20 @@ def _teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
         cfg.teacher.path = cfg.model.path
         return _new_model(cfg, datamodule)
     plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "teacher")}
-    key = cache_key(**plain, data=datamodule.fingerprint(), batch_size=datamodule.batch_size, seed=cfg.seed)
+    numerics = {name: cfg.trainer.get(name) for name in ("precision", "gradient_clip_val", "accumulate_grad_batches")}
+    made_from = {**plain, **numerics, "batch_size": datamodule.batch_size, "seed": cfg.seed}
+    key = cache_key(**made_from, data=datamodule.fingerprint())
     folder = Path(cfg.teacher.cache_dir) / f"{datamodule.name}-{key}"
     cfg.teacher.path = None if cfg.trainer.get("fast_dev_run") else str(folder)
+    cfg.teacher.callbacks.checkpoint.dirpath = str(partial_folder(folder))
     return train_or_load_teacher(
         folder,
         build_model=lambda: _new_model(cfg, datamodule),
         build_module=lambda model: instantiate(cfg.teacher.module, _convert_="all", model=model),
-        build_trainer=lambda partial: instantiate(
+        build_trainer=lambda: instantiate(
             cfg.trainer,
             max_steps=cfg.teacher.max_steps,
-            callbacks=[instantiate(c, **_folder(c, partial)) for c in cfg.teacher.callbacks.values() if c],
+            callbacks=[instantiate(c) for c in cfg.teacher.callbacks.values() if c],
             logger=_loggers(cfg, "teacher"),
         ),
         datamodule=datamodule,
@@ -187,19 +217,8 @@ def _teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
 
 def _fitting(model: LladaModel, datamodule: Any, what: str) -> LladaModel:
     """The model, once it is sure that the corpus fits it."""
-    columns, context = datamodule.prompt_length + datamodule.response_length, model.config.max_position_embeddings
-    if columns > context:
-        raise UsageError(
-            f"prompt ({datamodule.prompt_length}) and response ({datamodule.response_length}) need {columns} positions, "
-            f"the {what} has {context}; shorten data.prompt_length or data.response_length"
-        )
-    ids, tokenizer = model.config, datamodule.tokenizer
-    if len(tokenizer) > ids.vocab_size or tokenizer.mask_token_id != ids.mask_token_id:
-        raise UsageError(
-            f"the {what} has {ids.vocab_size} token ids with mask {ids.mask_token_id}, the corpus' tokenizer "
-            f"{len(tokenizer)} with mask {tokenizer.mask_token_id}; they belong to different vocabularies "
-            f"(type data.tokenizer=<the folder of the {what}> or another {what})"
-        )
+    config = model.config
+    datamodule.check_network(what, config.vocab_size, config.mask_token_id, config.max_position_embeddings)
     return model
 
 
@@ -216,12 +235,10 @@ def _special_ids(datamodule: Any) -> dict[str, int]:
 def _callbacks(cfg: DictConfig) -> list:
     """cfg.callbacks without the ones set to null, then the report, which needs to know the whole configuration."""
     plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
-    built = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    logging = any(cfg.logger.values())
+    wanted = [c for name, c in cfg.callbacks.items() if c and (logging or name != "lr")]
+    built = [instantiate(callback) for callback in wanted]
     return [*built, FrontierReport(_run_dir(cfg), cfg.name, plain, cfg.samples)]
-
-
-def _folder(callback: DictConfig, partial: Path) -> dict[str, str]:
-    return {"dirpath": str(partial)} if "dirpath" in callback else {}
 
 
 def _loggers(cfg: DictConfig, stage: str) -> list:
@@ -255,22 +272,10 @@ def _newest_student(cfg: DictConfig) -> Path:
 
 
 def _newest(cfg: DictConfig, pattern: str, advice: str) -> Path:
-    found = sorted(Path(cfg.paths.output_dir, cfg.name).glob(f"*/{pattern}"), key=lambda path: path.stat().st_mtime)
+    found = sorted(Path(cfg.paths.output_dir, cfg.name).glob(f"**/{pattern}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UsageError(f"experiment {cfg.name} below {cfg.paths.output_dir}: {advice}")
     return found[-1]
-
-
-def _prompts(cfg: DictConfig) -> list[str]:
-    if cfg.prompt_file is not None:
-        path = Path(cfg.prompt_file)
-        if not path.is_file():
-            raise UsageError(f"prompt_file={path} does not exist; give a text file with one prompt a line")
-        prompts = path.read_text(encoding="utf-8").splitlines()
-        if not prompts:
-            raise UsageError(f"prompt_file={path} is empty; give a text file with one prompt a line")
-        return prompts
-    return [str(cfg.prompt or "")] * cfg.n
 
 
 # -- talking ---------------------------------------------------------------------------------------------------------

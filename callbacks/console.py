@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from models.functional.errors import UsageError
@@ -23,6 +24,8 @@ def sentence_for(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, UsageError):
             return str(cause)
+        if isinstance(cause, MisconfigurationException):
+            return f"{cause}"
         if type(cause).__name__ == "MissingMandatoryValue":  # OmegaConf's; only run.py knows configurations
             return f"{cause.full_key} has no value; type {cause.full_key}=<value>"
         if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):

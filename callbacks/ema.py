@@ -28,6 +28,8 @@ class TrainableEMA(Callback):
         if not self.average:
             self.average = {name: p.detach().clone() for name, p in live.items()}
         self.average = {name: average.to(live[name].device) for name, average in self.average.items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = trainer.global_step
 
     @torch.no_grad()
@@ -49,6 +51,10 @@ class TrainableEMA(Callback):
         if self._raw:
             self._put(pl_module, self._raw)
             self._raw = {}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.average and trainer.ckpt_path is not None:  # a checkpoint brought the raw weights
+            self._put(pl_module, self.average)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._put(pl_module, self.average)

@@ -34,11 +34,10 @@ class FrontierReport(Callback):
         self._seconds: dict[int, list[float]] = defaultdict(list)
         self._decoders: list[Any] = []
         self._flops: list[float | None] = []
+        self._peaks: dict[int, list[int | None]] = defaultdict(list)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reset()
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         self._rows.append({name: column.cpu() for name, column in batch.items()})
@@ -48,6 +47,7 @@ class FrontierReport(Callback):
         for k, result in enumerate(outputs["results"]):
             self._responses[k].append(result["responses"].cpu())
             self._seconds[k].append(result["seconds"])
+            self._peaks[k].append(result["peak_memory_bytes"])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
@@ -79,7 +79,6 @@ class FrontierReport(Callback):
         decoder, seconds = self._decoders[k], self._seconds[k]
         counts = [r.numel() for r in self._responses[k]]
         warm = slice(1, None) if len(seconds) > 1 else slice(None)  # the first batch pays for warming up
-        cuda = pl_module.device.type == "cuda"
         return {
             "method": decoder.method,
             "decoder": decoder.name,
@@ -90,7 +89,7 @@ class FrontierReport(Callback):
             "cost": {
                 "tokens_per_s": sum(counts[warm]) / sum(seconds[warm]) if decoder.forwards else None,
                 "flops_per_token": self._flops[k],
-                "peak_memory_bytes": torch.cuda.max_memory_allocated(pl_module.device) if cuda else None,
+                "peak_memory_bytes": max((peak for peak in self._peaks[k] if peak is not None), default=None),
                 "batch": len(self._responses[k][0]),
             },
             "n_samples": len(responses),

@@ -19,7 +19,7 @@ def quality_figure(record: dict[str, Any]) -> Figure:
     by_prompt = [
         n for n in ("validity_part", "validity_none") if any(row["quality"].get(n) is not None for row in rows)
     ]
-    panels = (names[:2] + by_prompt) or ["validity"]
+    panels = (names + by_prompt) or ["validity"]
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, name in zip(axes, panels, strict=True):

@@ -48,9 +48,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """A record from disk. Raises UsageError, naming the file, when it is not one."""
     try:
         record = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not a readable record ({error}); remove it or run the experiment again") from error
-    missing = [key for key in KEYS if key not in record]
+    missing = [key for key in KEYS if not isinstance(record, dict) or key not in record]
     if missing:
         raise UsageError(f"{path} lacks {', '.join(missing)}; remove it or run the experiment again")
     return record

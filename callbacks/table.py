@@ -12,6 +12,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "valid|part": (("quality", "validity_part"), ".3f"),
     "valid|none": (("quality", "validity_none"), ".3f"),
     "NLL of valid": (("quality", "exact_nll"), ".2f"),
+    "truth": (("quality", "exact_nll_truth"), ".2f"),
     "exact match": (("quality", "exact_match"), ".3f"),
     "slot acc.": (("quality", "slot_accuracy"), ".3f"),
     "BLEU": (("quality", "bleu"), ".1f"),
@@ -25,7 +26,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 # what a narrow terminal does without first; all of it is in record.json
-DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "NLL of valid", "distinct")
+DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct")
 
 
 def results_table(record: dict[str, Any], width: int = 120) -> Table:
@@ -89,14 +90,17 @@ def in_words(record: dict[str, Any]) -> list[str]:
             f"{row['decoder']}, {row['forwards']} forward: {_percent(row['quality']['validity_all'])} valid with the whole "
             f"plan prompted, {_percent(part)} with part of it "
             f"(product of marginals {_percent(marginals['quality']['validity_part'])}), "
-            f"{row['distinct']:.2f} of its unprompted texts distinct"
-            + (
-                ": it says one text and nothing else."
-                if row["distinct"] is not None and row["distinct"] < 0.01
-                else "."
-            )
+            f"{_diversity(row)}"
         )
     return sentences
+
+
+def _diversity(row: dict[str, Any]) -> str:
+    if row["distinct"] is None or row["entropy"] is None:
+        return "no text without a prompt was asked for."
+    if row["entropy"] < 1e-9:
+        return "and without a prompt it says one text and nothing else."
+    return f"and {row['distinct']:.2f} of its unprompted texts are distinct."
 
 
 def _student_against_teacher(rows: list[dict[str, Any]]) -> list[str]:
@@ -109,7 +113,7 @@ def _student_against_teacher(rows: list[dict[str, Any]]) -> list[str]:
     best, first, last = max(students, key=lambda r: r["quality"]["exact_match"]), teachers[0], teachers[-1]
     share = [_percent(r["quality"]["exact_match"]) for r in (best, first, last)]
     return [
-        f"Exact match where the prompt determines the answer: {best['decoder']}, {best['forwards']} forward: {share[0]}; "
+        f"Exact match: {best['decoder']}, {best['forwards']} forward: {share[0]}; "
         f"teacher {share[1]} at {first['forwards']} and {share[2]} at {last['forwards']} forwards. The student writes "
         f"{best['cost']['tokens_per_s'] / last['cost']['tokens_per_s']:.1f} times the teacher's tokens per second at "
         f"{last['forwards']} forwards (batch {best['cost']['batch']})."

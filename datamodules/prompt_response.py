@@ -47,6 +47,21 @@ class PromptResponseDataModule(LightningDataModule):
         """Decoders that need no model, such as the product of marginals; empty where the truth is not known."""
         return []
 
+    def check_network(self, what: str, vocab_size: int, mask_token_id: int | None, context: int) -> None:
+        """Raise UsageError unless a network of this vocabulary and context length can read the corpus."""
+        columns = self.prompt_length + self.response_length
+        if columns > context:
+            raise UsageError(
+                f"prompt ({self.prompt_length}) and response ({self.response_length}) need {columns} positions, the {what} "
+                f"has {context}; shorten data.prompt_length or data.response_length"
+            )
+        if len(self.tokenizer) > vocab_size or self.tokenizer.mask_token_id != mask_token_id:
+            raise UsageError(
+                f"the {what} has {vocab_size} token ids with mask {mask_token_id}, the corpus' tokenizer "
+                f"{len(self.tokenizer)} with mask {self.tokenizer.mask_token_id}; they belong to different vocabularies "
+                f"(type data.tokenizer=<the folder of the {what}> or another {what})"
+            )
+
     # -- text in, text out ----------------------------------------------------------------------------------------
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:

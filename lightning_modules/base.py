@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from lightning import LightningModule
 from torch import Generator, Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
@@ -41,9 +42,10 @@ class LeapModule(LightningModule):
         schedule = get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, steps // 2), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def step_generator(self, batch_idx: int, stream: int = 0) -> Generator:
-        """The source of every random draw of one step."""
-        entropy = np.random.SeedSequence([self.seed, stream, self.current_epoch, batch_idx, self.global_rank])
+    def step_generator(self, batch_idx: int, stream: int = 0, epoch: int | None = None) -> Generator:
+        """The source of every random draw of one step; of the current epoch where none is given."""
+        epoch = self.current_epoch if epoch is None else epoch
+        entropy = np.random.SeedSequence([self.seed, stream, epoch, batch_idx, self.global_rank])
         return Generator(device=self.device).manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
     def refuse_nan(self, loss: Tensor) -> Tensor:
@@ -82,22 +84,34 @@ class LeapModule(LightningModule):
         raise NotImplementedError
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Every decoder's responses to the batch, with seconds taken and FLOPs per response token."""
+        """Every decoder's responses to the batch, with seconds taken, FLOPs per response token and peak memory."""
         results = []
         for k, decoder in enumerate([*self.decoders(), *self.trainer.datamodule.controls()]):
-            generator = self.step_generator(batch_idx, stream=100 + k)
+            generator = self.step_generator(batch_idx, stream=100 + k, epoch=0)  # alike whenever the comparison is made
             self._synchronise()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
             start = time.perf_counter()
             responses = decoder(batch, generator)
             self._synchronise()
             seconds = time.perf_counter() - start
             flops = self._flops_per_token(decoder, batch) if batch_idx == 0 and decoder.forwards else None
-            results.append({"decoder": decoder, "responses": responses, "seconds": seconds, "flops_per_token": flops})
+            peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+            results.append(
+                {
+                    "decoder": decoder,
+                    "responses": responses,
+                    "seconds": seconds,
+                    "flops_per_token": flops,
+                    "peak_memory_bytes": peak,
+                }
+            )
         return {"results": results}
 
     def _flops_per_token(self, decoder: Decoder, batch: dict[str, Tensor]) -> float:
         few = {name: column[:2] for name, column in batch.items()}
-        with FlopCounterMode(display=False) as counter:
+        # fused attention kernels of the CPU have no FLOP formula; the plain one is counted product by product
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             responses = decoder(few, Generator(device=self.device).manual_seed(0))
         return counter.get_total_flops() / responses.numel()
 

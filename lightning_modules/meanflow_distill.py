@@ -3,14 +3,14 @@
 Legend: B batch, L length, M masked positions, D width, V vocabulary. Times: t = 1 noise, r <= t.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
 from lightning_modules.base import LeapModule
 from models.backbones.llada import LladaModel
-from models.backbones.student import PrefixStudent
+from models.backbones.student import PrefixStudent, base_fingerprint
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
 from models.decoding.one_step import OneStepDecoder
@@ -36,7 +36,7 @@ class MeanFlowDistillModule(LeapModule):
 
     flow: `logit`, the mean flow of the teacher's logits along its masking path. It is a fine one-step generator where the
         prompt (nearly) determines the response; elsewhere one forward from a fixed all-mask response factorises over
-        positions, and no such generator can beat the product of marginals.
+        positions, and none can be nearer to the truth, in KL, than the product of marginals.
     loss: kl | ce | mse | hard; `hard_target` is argmax of the target (`flow`) or the clean token (`data`).
     data_weight: adds that much cross entropy against the clean tokens to any loss.
     tangent: path (the masking process' own drift) | source (as first written down; kept to be compared with).
@@ -77,7 +77,18 @@ class MeanFlowDistillModule(LeapModule):
         seed: int = 0,
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
-        self._check_choices(flow=flow, loss=loss, hard_target=hard_target, tangent=tangent, weighting=weighting)
+        self._check_choices(
+            flow=flow,
+            loss=loss,
+            hard_target=hard_target,
+            tangent=tangent,
+            weighting=weighting,
+            jvp_backend=jvp_backend,
+            teacher_remasking=teacher_remasking,
+        )
+        shares = {"law": time_law, "equal_share": equal_share, "endpoint_share": endpoint_share}
+        sample_interval(4, torch.Generator().manual_seed(0), torch.device("cpu"), **shares)
+        meanflow_target(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), torch.ones(1), correction_limit)
         self.save_hyperparameters(ignore=["teacher"])
         self.student = PrefixStudent(
             teacher, prompt_length=prompt_length, hidden_size=prompt_hidden_size, rank=prompt_rank
@@ -88,6 +99,18 @@ class MeanFlowDistillModule(LeapModule):
         self.weighting, self.jvp_backend, self.jvp_step, self.eps = weighting, jvp_backend, jvp_step, eps
         self.forwards = tuple(forwards)
         self.teacher_temperature, self.teacher_remasking = teacher_temperature, teacher_remasking
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["base"] = base_fingerprint(self.teacher)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint.get("base") != base_fingerprint(self.teacher):
+            raise UsageError(
+                "the checkpoint's student was trained on another teacher; use the options and the seed of its run "
+                "(its folder holds them in .hydra/config.yaml), or teacher.path=<folder of its teacher>"
+            )
 
     @property
     def teacher(self) -> LladaModel:
@@ -134,7 +157,7 @@ class MeanFlowDistillModule(LeapModule):
         if self.data_weight:
             raw = raw + self.data_weight * flow_loss(u, target, "hard", tokens)
         weight = self._weights(raw, p[row])
-        loss = (raw * weight).mean()
+        loss = _mean(raw * weight)
         self._log_step(split, raw, loss, u, du_dt, (t - r)[row], tokens, len(x0))
         return loss
 
@@ -185,11 +208,12 @@ class MeanFlowDistillModule(LeapModule):
     def _log_step(
         self, split: str, raw: Tensor, loss: Tensor, u: Tensor, du_dt: Tensor, gap: Tensor, tokens: Tensor, rows: int
     ) -> None:
-        self.log(f"{split}/loss", loss, prog_bar=True, batch_size=rows)
-        self.log(f"{split}/raw_loss", raw.mean(), batch_size=rows)
-        accuracy = (u.detach().argmax(-1) == tokens).float().mean()
+        sync = split == "val"
+        self.log(f"{split}/loss", loss, prog_bar=True, batch_size=rows, sync_dist=sync)
+        self.log(f"{split}/raw_loss", _mean(raw), batch_size=rows, sync_dist=sync)
+        accuracy = _mean((u.detach().argmax(-1) == tokens).float())
         self.log(f"{split}/masked_accuracy", accuracy, prog_bar=True, batch_size=rows)
-        self.log(f"monitor/{split}_correction", (gap.unsqueeze(-1) * du_dt).abs().mean(), batch_size=rows)
+        self.log(f"monitor/{split}_correction", _mean((gap.unsqueeze(-1) * du_dt).abs()), batch_size=rows)
 
     def decoders(self) -> list[Decoder]:
         options = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
@@ -204,7 +228,14 @@ class MeanFlowDistillModule(LeapModule):
             "hard_target": ("flow", "data"),
             "tangent": ("path", "source"),
             "weighting": ("none", "inverse_p", "adaptive"),
+            "jvp_backend": ("forward_ad", "finite_difference"),
+            "teacher_remasking": ("random", "low_confidence"),
         }
         for name, value in given.items():
             if value not in choices[name]:
                 raise UsageError(f"module.{name}={value} is not known; type one of {', '.join(choices[name])}")
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean over masked positions; 0 for a batch in which none happened to be masked."""
+    return values.sum() / max(1, values.numel())

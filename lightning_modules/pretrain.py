@@ -43,8 +43,8 @@ class PretrainModule(LeapModule):
     def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> Tensor:
         stream = 0 if split == "train" else 1
         out = self.objective(self.model, batch, self.step_generator(batch_idx, stream))
-        loss = out.loss_sum / out.tokens
-        self.log(f"{split}/loss", loss, prog_bar=True, batch_size=out.tokens)
+        loss = out.loss_sum / max(1, out.tokens)
+        self.log(f"{split}/loss", loss, prog_bar=True, batch_size=max(1, out.tokens), sync_dist=split == "val")
         return loss
 
     def decoders(self) -> list[Decoder]:

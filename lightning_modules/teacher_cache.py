@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningDataModule, Trainer
 from rich.console import Console
 
@@ -21,12 +23,17 @@ def cache_key(**ingredients: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def partial_folder(folder: Path) -> Path:
+    """Where the checkpoints of an unfinished training of this teacher lie."""
+    return folder.with_name(folder.name + ".partial")
+
+
 def train_or_load_teacher(
     folder: Path,
     *,
     build_model: Callable[[], LladaModel],
     build_module: Callable[[LladaModel], LeapModule],
-    build_trainer: Callable[[Path], Trainer],
+    build_trainer: Callable[[], Trainer],
     datamodule: LightningDataModule,
     console: Console,
 ) -> LladaModel:
@@ -38,9 +45,12 @@ def train_or_load_teacher(
     if (folder / "config.json").is_file():
         console.print(f"teacher: reusing the trained one in {folder}", highlight=False)
         return load_llada(folder)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_folder(folder)
     last = partial / "last.ckpt"
-    trainer = build_trainer(partial)
+    if last.is_file() and not _readable(last):
+        console.print(f"teacher: {last} is damaged, starting its training again", highlight=False)
+        last.unlink()
+    trainer = build_trainer()
     console.print(
         f"teacher: no matching one is cached, training it now (kept in {folder} for the next time)"
         if not last.is_file()
@@ -49,9 +59,14 @@ def train_or_load_teacher(
     )
     model = build_model()
     trainer.fit(build_module(model), datamodule, ckpt_path=last if last.is_file() else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if not trainer.fast_dev_run and trainer.is_global_zero:
+    whole = trainer.global_step == trainer.max_steps
+    if not whole and not trainer.fast_dev_run:
+        console.print(
+            f"teacher: stopped after {trainer.global_step} of {trainer.max_steps} steps, so it is used but not kept; "
+            "set its length with teacher.max_steps",
+            highlight=False,
+        )
+    if whole and not trainer.fast_dev_run and trainer.is_global_zero:
         staging = folder.with_name(folder.name + ".staging")
         shutil.rmtree(staging, ignore_errors=True)
         model.save_pretrained(staging)
@@ -60,3 +75,11 @@ def train_or_load_teacher(
         shutil.rmtree(partial, ignore_errors=True)
     trainer.strategy.barrier()
     return model.cpu()
+
+
+def _readable(checkpoint: Path) -> bool:
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        return False
+    return True

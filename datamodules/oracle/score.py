@@ -42,8 +42,11 @@ class OracleScorer:
 
     quality:
       validity (and validity_all, _part, _none by what the prompt reveals): share of texts with p(text | prompt) > 0.
-      exact_nll: mean -log p(text | prompt) of the valid texts, nats; exact_nll_truth is its expectation, H(text | prompt).
-      exact_match: over prompts that reveal the whole plan, texts right at every place that the plan determines.
+      exact_nll: mean -log p(text | prompt) of the valid texts, nats; exact_nll_truth is what texts drawn from the truth
+        would have at the same prompts, H(text | prompt). A decoder that is valid only where the prompt tells all has easy
+        rows, and both figures small: compare the two, not figures of different decoders.
+      exact_match: over prompts that reveal the whole plan, texts right at every place that the plan determines. None where
+        several templates leave the places themselves open.
       coverage: probability of the plans told by the valid unprompted texts (1 = every plan seen).
       tv: total variation of the unprompted texts from the truth (plug-in); entropy_truth: H(text), nats.
     """
@@ -68,11 +71,14 @@ class OracleScorer:
             put(f"validity_{kind}", valid[kinds == k])
         nll = -log_prob[valid]
         quality["exact_nll"] = nll.mean().item() if len(nll) else None
-        quality["exact_nll_truth"] = self.distribution.entropy(reveal).mean().item()
+        quality["exact_nll_truth"] = self.distribution.entropy(reveal[valid]).mean().item() if len(nll) else None
         if len(nll) > 1:
             half = 1.96 * nll.std().item() / math.sqrt(len(nll))
             ci95["exact_nll"] = (nll.mean().item() - half, nll.mean().item() + half)
-        put("exact_match", self._matches(responses[kinds == 0], reveal[kinds == 0]))
+        if len(self.distribution.grammar.templates) == 1:
+            put("exact_match", self._matches(responses[kinds == 0], reveal[kinds == 0]))
+        else:
+            quality["exact_match"] = None
 
         unprompted = kinds == 2
         texts, entropy, distinct = responses[unprompted], None, None

@@ -24,8 +24,8 @@ def sample_interval(
     """n pairs (r, t): the first `n_equal` rows have r = t, the last `endpoint_share` of the rows have (r, t) = (0, 1).
 
     Two independent draws of the law are sorted into r <= t (MeanFlow, Geng et al. 2025). `logit_normal` is
-    sigmoid(N(logit_mean, logit_std)). Returns r (n,), t (n,) and n_equal: the counts are fixed, not drawn, so that the
-    rows that need no derivative can be split off without a data-dependent shape.
+    sigmoid(N(logit_mean, logit_std)). Returns r (n,), t (n,) and n_equal: the rows that need no derivative come first, so
+    that they can be split off. Counts are share x n, a fractional part decided by a draw.
     """
     if law == "uniform":
         draws = torch.rand(2, n, generator=generator, device=device)
@@ -38,12 +38,21 @@ def sample_interval(
             raise UsageError(f"module.{name}={share} must lie between 0 and 1")
     if equal_share + endpoint_share > 1.0:
         raise UsageError(f"module.equal_share + module.endpoint_share = {equal_share + endpoint_share} exceeds 1")
-    n_equal, n_endpoint = round(equal_share * n), round(endpoint_share * n)
+    n_equal = _count(equal_share * n, generator, device)
+    n_endpoint = min(n - n_equal, _count(endpoint_share * n, generator, device))
     t, r = draws.max(0).values, draws.min(0).values
     t[:n_equal] = draws[0, :n_equal]
     r[:n_equal] = t[:n_equal]
     t[n - n_endpoint :], r[n - n_endpoint :] = 1.0, 0.0
     return r, t, n_equal
+
+
+def _count(expected: float, generator: Generator, device: torch.device) -> int:
+    """An integer with this mean: small batches must not lose a share to rounding."""
+    whole, rest = divmod(expected, 1)
+    if rest < 1e-9:
+        return int(whole)
+    return int(whole) + int(torch.rand(1, generator=generator, device=device).item() < rest)
 
 
 def check_interval(r: Tensor, t: Tensor) -> None:

@@ -49,6 +49,8 @@ def meanflow_target(v: Tensor, du_dt: Tensor, r: Tensor, t: Tensor, limit: float
     its root mean square over the vocabulary, without the part that is constant there (which no softmax sees), is scaled
     down to at most `limit` logits. None leaves the identity as it is.
     """
+    if limit is not None and limit <= 0:
+        raise UsageError(f"module.correction_limit={limit} must be above 0; type null for no limit")
     correction = (t - r).unsqueeze(-1) * du_dt
     if limit is not None:
         spread = (correction - correction.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()

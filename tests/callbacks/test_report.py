@@ -385,7 +385,11 @@ def test_words_about_the_student_use_the_rows_own_numbers(oracle_record):
     (student,) = [s for s in in_words(oracle_record) if "with the whole plan prompted" in s]
     assert student.startswith("student, greedy, 1 forward: 75")
     assert "37.5 % with part of it (product of marginals 6.2 %)" in student
-    assert "0.25 of its unprompted texts distinct" in student
+    assert "without a prompt it says one text" in student  # its unprompted texts have entropy 0
+    for row in oracle_record["rows"]:
+        row["entropy"] = 1.0
+    (student,) = [s for s in in_words(oracle_record) if "with the whole plan prompted" in s]
+    assert "0.25 of its unprompted texts are distinct" in student
     (truth,) = [s for s in in_words(oracle_record) if s.startswith("Truth")]
     assert "entropy 5.67 nats" in truth
 

@@ -114,6 +114,15 @@ def test_intervals_are_ordered_with_exact_shares(law):
     assert (r[20:30] < t[20:30]).all()
 
 
+def test_small_batches_keep_their_shares_on_average():
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(2)
+    for _ in range(400):
+        r, t, n_equal = sample_interval(1, generator, torch.device("cpu"), equal_share=0.5, endpoint_share=0.25)
+        counts += torch.tensor([n_equal, float(r[0] == 0 and t[0] == 1)])
+    assert 160 < counts[0] < 240
+    assert 20 < counts[1] < 90  # a quarter of the rows that are not equal ones
+
+
 def test_wrong_intervals_and_shares_are_named():
     with pytest.raises(UsageError, match=r"0 <= r <= t <= 1 is needed; got r=0.8, t=0.5"):
         check_interval(torch.tensor([0.1, 0.8]), torch.tensor([0.2, 0.5]))

@@ -10,6 +10,7 @@ from callbacks.ema import TrainableEMA
 from lightning_modules.meanflow_distill import MeanFlowDistillModule
 from models.backbones.student import load_student, save_student
 from models.functional.errors import UsageError
+from models.functional.meanflow import meanflow_target
 
 
 def build(tiny_llada, data, **options):
@@ -78,19 +79,65 @@ def test_rows_split_off_give_what_the_whole_batch_would(tiny_llada, tiny_oracle)
     torch.testing.assert_close(du[half:], whole_du[half:], atol=1e-4, rtol=1e-4)
 
 
-def test_a_step_by_hand(tiny_llada, tiny_oracle):
-    """The step's loss is KL(softmax(v - (t - r) du/dt) || softmax(u)) with du/dt from finite differences."""
-    module = build(tiny_llada, tiny_oracle, equal_share=0.0)
+@pytest.mark.parametrize(("hard_target", "loss"), [("flow", "kl"), ("data", "hard")])
+@pytest.mark.parametrize("tangent", ["path", "source"])
+def test_a_step_by_hand_row_by_row(tiny_llada, tiny_oracle, tangent, loss, hard_target):
+    """mean over hidden tokens of KL(softmax(v - (t - r) du/dt) || softmax u), du/dt from two forwards of the student."""
+    options = {"tangent": tangent, "loss": loss, "hard_target": hard_target}
+    module = build(tiny_llada, tiny_oracle, endpoint_share=0.25, correction_limit=None, **options)
     module.student.soft_prompt.gate.data.fill_(0.5)
-    seen = {}
-    module.log = lambda name, value, **_: seen.__setitem__(name, float(value))
-    batch = next(iter(tiny_oracle.train_dataloader()))
-    exact = module._step(batch, torch.Generator().manual_seed(3), "train").detach().item()
-    module.jvp_backend, module.jvp_step = "finite_difference", 1e-3
-    assert module._step(batch, torch.Generator().manual_seed(3), "train").item() == pytest.approx(exact, rel=2e-2)
-    module.tangent = "source"
-    assert module._step(batch, torch.Generator().manual_seed(3), "train").item() != pytest.approx(exact, rel=5e-2)
-    assert seen["train/raw_loss"] > 0
+    torch.nn.init.normal_(module.student.soft_prompt.head.weight, std=1.0)
+    module.log = lambda *_, **__: None
+    batch, draw, h = next(iter(tiny_oracle.train_dataloader())), torch.Generator().manual_seed(3), 1e-3
+    first, second = torch.rand(2, 8, generator=draw)
+    t, r = torch.maximum(first, second), torch.minimum(first, second)
+    t[:4], r[:4] = first[:4], first[:4]  # equal_share 0.5
+    t[6:], r[6:] = 1.0, 0.0
+    p = 0.999 * t + 1e-3
+    chances = torch.rand(batch["input_ids"].shape, generator=draw)
+    teacher, student, losses = module.teacher, module.student, []
+
+    def logits(z, end, row):
+        one = slice(row, row + 1)
+        return teacher.lm_head(student.hidden(z.unsqueeze(0), batch["attention_mask"][one], r[one], end.view(1)))[0]
+
+    with torch.no_grad():
+        for row in range(8):
+            x0 = batch["input_ids"][row]
+            hidden = batch["response_mask"][row] & (chances[row] < p[row])
+            xt = x0.masked_fill(hidden, teacher.mask_id)
+            z, v = teacher.embed(xt), teacher(xt.unsqueeze(0))[0]
+            drift = z - v.softmax(-1) @ teacher.embedding
+            drift = drift * 0.999 / p[row] if tangent == "path" else -drift
+            drift = drift * hidden.unsqueeze(-1)
+            du = (logits(z + h * drift, t[row] + h, row) - logits(z - h * drift, t[row] - h, row)) / (2 * h)
+            u, target = logits(z, t[row], row), v - (t[row] - r[row]) * du
+            if loss == "kl":
+                one = (target.softmax(-1) * (target.log_softmax(-1) - u.log_softmax(-1))).sum(-1)
+            else:
+                one = -u.log_softmax(-1)[torch.arange(len(x0)), x0]
+            losses.append(one[hidden])
+    ours = module._step(batch, torch.Generator().manual_seed(3), "train").item()
+    assert ours == pytest.approx(torch.cat(losses).mean().item(), rel=1e-2)
+
+
+def test_a_batch_without_a_masked_token_has_loss_zero(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle)
+    module.log = lambda *_, **__: None
+    batch = {name: column[:1] for name, column in tiny_oracle.rows["train"].columns.items()}
+    losses = [module._step(batch, torch.Generator().manual_seed(seed), "train") for seed in range(40)]
+    assert all(loss.isfinite() for loss in losses)
+    assert any(loss == 0 for loss in losses)
+
+
+def test_corrections_are_bounded_without_the_part_that_no_softmax_sees():
+    v, r, t = torch.zeros(2, 4), torch.zeros(2), torch.ones(2)
+    du = torch.tensor([[3.0, -3.0, 3.0, -3.0], [100.1, 99.9, 100.1, 99.9]])
+    bounded = meanflow_target(v, du, r, t, limit=1.0)
+    torch.testing.assert_close(bounded[0], torch.tensor([-1.0, 1.0, -1.0, 1.0]))
+    torch.testing.assert_close(bounded[1], -du[1])
+    with pytest.raises(UsageError, match="must be above 0"):
+        meanflow_target(v, du, r, t, limit=0.0)
 
 
 def test_raw_and_weighted_loss_differ_only_with_a_weighting(tiny_llada, tiny_oracle):
@@ -157,6 +204,16 @@ def test_saved_student_comes_back_and_refuses_another_base(tiny_llada, tiny_orac
     (tmp_path / "student" / "student.safetensors").write_bytes(b"half")
     with pytest.raises(UsageError, match="cannot be read"):
         load_student(tmp_path / "student", module.teacher)
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(tiny_llada, tiny_oracle, tmp_path):
+    module = build(tiny_llada, tiny_oracle)
+    quiet_trainer(2, **_resume_options(tmp_path)).fit(module, tiny_oracle)
+    other = build(tiny_llada, tiny_oracle)
+    with torch.no_grad():
+        other.teacher.embedding[5] += 0.1
+    with pytest.raises(UsageError, match="another teacher"):
+        quiet_trainer(4).fit(other, tiny_oracle, ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize("option", [{"loss": "l1"}, {"flow": "x"}, {"tangent": "up"}, {"weighting": "w"}])
