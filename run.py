@@ -60,6 +60,8 @@ def run_mode(cfg: DictConfig) -> float | None:
     modes = {"fit": fit, "test": test, "generate": generate, "report": report}
     if cfg.mode not in modes:
         raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
+    if cfg.seed < 0:
+        raise UsageError(f"seed={cfg.seed} must be at least 0")
     return modes[cfg.mode](cfg)
 
 
@@ -155,9 +157,8 @@ def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
         stand_in = build_llada(**_special_ids(datamodule), **STAND_IN)
         instantiate(cfg.module, _convert_="all", teacher=stand_in)  # refuses a wrong option before a teacher is trained
         teacher = _teacher(cfg, datamodule)
-        seed_everything(
-            cfg.seed, verbose=False
-        )  # the student starts alike whether the teacher was trained now or before
+        # the student starts alike whether the teacher was trained now or before
+        seed_everything(cfg.seed, verbose=False)
         module = instantiate(cfg.module, _convert_="all", teacher=teacher)
     trainer = instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
     return module, trainer, datamodule
@@ -171,8 +172,6 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> None:
             f"module.forwards={list(cfg.module.forwards)} must lie between 1 and the response length "
             f"{datamodule.response_length}; type for example module.forwards=[1,2,{min(4, datamodule.response_length)}]"
         )
-    if cfg.seed < 0:
-        raise UsageError(f"seed={cfg.seed} must be at least 0")
     instantiate(cfg.trainer, callbacks=[], logger=False)
 
 
@@ -194,6 +193,7 @@ def _teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
         cfg.teacher.path = cfg.model.path
         return _new_model(cfg, datamodule)
     plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "teacher")}
+    plain["teacher"].pop("cache_dir")
     numerics = {name: cfg.trainer.get(name) for name in ("precision", "gradient_clip_val", "accumulate_grad_batches")}
     made_from = {**plain, **numerics, "batch_size": datamodule.batch_size, "seed": cfg.seed}
     key = cache_key(**made_from, data=datamodule.fingerprint())

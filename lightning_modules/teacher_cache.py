@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,11 +66,13 @@ def train_or_load_teacher(
             highlight=False,
         )
     if whole and not trainer.fast_dev_run and trainer.is_global_zero:
-        staging = folder.with_name(folder.name + ".staging")
-        shutil.rmtree(staging, ignore_errors=True)
+        staging = folder.with_name(f"{folder.name}.staging-{os.getpid()}")
         model.save_pretrained(staging)
         datamodule.tokenizer.save_pretrained(staging)
-        os.replace(staging, folder)
+        if folder.exists():  # another run trained the same teacher meanwhile
+            shutil.rmtree(staging)
+        else:
+            os.replace(staging, folder)
         shutil.rmtree(partial, ignore_errors=True)
     trainer.strategy.barrier()
     return model.cpu()
@@ -80,6 +81,6 @@ def train_or_load_teacher(
 def _readable(checkpoint: Path) -> bool:
     try:
         torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+    except Exception:  # damaged bytes fail in every way that an unpickler knows
         return False
     return True

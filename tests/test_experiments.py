@@ -103,6 +103,30 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     assert capsys.readouterr().out.count("record.json") >= 2
 
 
+def test_a_teacher_is_kept_only_when_whole_and_damaged_checkpoints_are_passed_over(configure, tmp_path, capsys):
+    short = [
+        "data.size=tiny",
+        "data.train_rows=64",
+        "data.val_rows=16",
+        "data.test_rows=16",
+        "data.batch_size=16",
+        "data.eval_batch_size=16",
+        "trainer.val_check_interval=2",
+        "trainer.max_steps=2",
+        "module.forwards=[1]",
+        *SMALL,
+    ]
+    short += ["teacher.max_steps=8", "teacher.callbacks.checkpoint.every_n_train_steps=1"]
+    run.fit(configure(*short, "+trainer.limit_train_batches=2", "trainer.max_epochs=1"))
+    assert "used but not kept" in capsys.readouterr().out
+    (kept,) = (tmp_path / "cache" / "teachers").iterdir()
+    assert kept.name.endswith(".partial")
+    (kept / "last.ckpt").write_bytes(b"half a checkpoint")
+    run.fit(configure(*short))
+    assert "is damaged, starting its training again" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "cache" / "teachers").iterdir()] == [kept.name.removesuffix(".partial")]
+
+
 MISTAKES = [
     (["mode=train"], "mode=train is not known; type mode=fit"),
     (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist; type ckpt_path=last"),
@@ -117,6 +141,15 @@ MISTAKES = [
     (["experiment=meanflow_scan"], "data.train has no value; type data.train=<value>"),
     (["experiment=meanflow_scan", "data.train=nowhere.jsonl"], "nowhere.jsonl"),
     (["module.nonsense=1"], "nonsense"),
+    (["data.size=tiny"], "module.forwards=[1, 2, 4, 8, 16] must lie between 1 and the response length 6"),
+    (["module.time_law=cauchy"], "type uniform or logit_normal"),
+    (["module.correction_limit=0"], "must be above 0"),
+    (["module.jvp_backend=magic"], "forward_ad, finite_difference"),
+    (["experiment=llada_oracle", "mode=generate"], "trains no student"),
+    (["experiment=llada_oracle", "mode=test"], "no run of it left a checkpoint"),
+    (["mode=generate", "n=0"], "n=0 must be at least 1"),
+    (["mode=generate", "forwards=-2"], "forwards=-2 must be at least 1"),
+    (["seed=-1"], "seed=-1 must be at least 0"),
 ]
 
 
