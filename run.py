@@ -1,8 +1,4 @@
-"""Leap's entry: compose a configuration, build what it names, then fit, test, generate or report.
-
-python run.py experiment=meanflow_llada
-python run.py --help
-"""
+"""Leap's entry: compose a configuration, build what it names, then fit, test, generate or report (run.py --help)."""
 
 import os
 import sys
@@ -23,7 +19,7 @@ from callbacks.frontier import FrontierReport
 from callbacks.record import find_records
 from callbacks.table import results_table
 from datamodules.prompts import read_prompts
-from lightning_modules.teacher_cache import cache_key, partial_folder, train_or_load_teacher
+from lightning_modules.teacher_cache import cache_key, partial_folder, require_readable, train_or_load_teacher
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.student import load_student, read_student
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
@@ -257,13 +253,14 @@ def _checkpoint(cfg: DictConfig) -> Path | None:
     if cfg.ckpt_path is None:
         return None
     if cfg.ckpt_path == "last":
-        return _newest(cfg, "checkpoints/last.ckpt", "no run of it left a checkpoint; leave ckpt_path out to start one")
+        advice = "no run of it left a checkpoint; leave ckpt_path out to start one"
+        return require_readable(_newest(cfg, "checkpoints/last.ckpt", advice))
     path = Path(cfg.ckpt_path)
     if not path.is_file():
         raise UsageError(
             f"ckpt_path={path} does not exist; type ckpt_path=last for the newest of experiment={cfg.name}"
         )
-    return path
+    return require_readable(path)
 
 
 def _newest_student(cfg: DictConfig) -> Path:

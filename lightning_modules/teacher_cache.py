@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lightning_modules.base import LeapModule
 from models.backbones.llada import LladaModel, load_llada
+from models.functional.errors import UsageError
 
 
 def cache_key(**ingredients: Any) -> str:
@@ -76,6 +77,13 @@ def train_or_load_teacher(
         shutil.rmtree(partial, ignore_errors=True)
     trainer.strategy.barrier()
     return model.cpu()
+
+
+def require_readable(checkpoint: Path) -> Path:
+    """The path of a whole checkpoint. Raises UsageError for a damaged file or one that would run code."""
+    if not _readable(checkpoint):
+        raise UsageError(f"ckpt_path={checkpoint} is damaged or no checkpoint of plain tensors; give another one")
+    return checkpoint
 
 
 def _readable(checkpoint: Path) -> bool:

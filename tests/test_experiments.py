@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 
 import run
 from callbacks.console import sentence_for
+from models.functional.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -151,6 +152,12 @@ MISTAKES = [
     (["mode=generate", "forwards=-2"], "forwards=-2 must be at least 1"),
     (["seed=-1"], "seed=-1 must be at least 0"),
 ]
+
+
+def test_a_damaged_checkpoint_is_refused_before_any_work(configure, tmp_path):
+    (tmp_path / "half.ckpt").write_bytes(b"PK half of a checkpoint")
+    with pytest.raises(UsageError, match=r"ckpt_path=half.ckpt is damaged"):
+        run.fit(configure("ckpt_path=half.ckpt"))
 
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES)
