@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
@@ -129,6 +130,6 @@ def freeze(model: nn.Module) -> nn.Module:
             layer.__class__ = FrozenLinear
         elif type(layer) is LlamaRMSNorm:
             layer.__class__ = FrozenRMSNorm
-        elif type(layer) is LlamaMLP and isinstance(layer.act_fn, nn.SiLU):
+        elif type(layer) is LlamaMLP and isinstance(layer.act_fn, nn.SiLU | SiLUActivation):
             layer.__class__ = FrozenMLP
     return model.eval()

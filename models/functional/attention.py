@@ -6,6 +6,7 @@ Legend: B batch, H heads, L length, K prefix length, d head width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 
 def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -25,18 +26,66 @@ def gated_prefix_attention(
 
     q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L); k_prefix, v_prefix (B, H, K, d); gate (H,). Returns (B, H, L, d).
     Computed as o_text + ρ/(1+ρ) (o_prefix - o_text) with ρ = g exp(lse_prefix - lse_text): the two softmaxes cannot
-    starve each other of precision (the exponent is cut at 30, where the prefix has all of the mass). Plain matmul and
-    softmax, so that forward-mode derivatives pass through.
+    starve each other of precision (the exponent is cut at 30, where the prefix has all of the mass). It has a forward-mode
+    derivative, which fused attention kernels lack.
     """
-    scores = torch.matmul(q, k.transpose(-1, -2)) * scale  # (B, H, L, L)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    prefix_scores = torch.matmul(q, k_prefix.transpose(-1, -2)) * scale  # (B, H, L, K)
-    text = torch.matmul(torch.softmax(scores, dim=-1), v)
-    prefix = torch.matmul(torch.softmax(prefix_scores, dim=-1), v_prefix)
-    log_ratio = torch.logsumexp(prefix_scores, -1, keepdim=True) - torch.logsumexp(scores, -1, keepdim=True)
-    ratio = gate.view(1, -1, 1, 1) * log_ratio.clamp(max=30.0).exp()
-    return text + ratio / (1 + ratio) * (prefix - text)
+    return _GatedPrefixAttention.apply(q, k, v, mask, k_prefix, v_prefix, gate, scale)[0]
+
+
+class _GatedPrefixAttention(Function):
+    """Weights a (text) and b (prefix) that sum to one: a = (1 - λ) softmax(s), b = λ softmax(s_p), λ = ρ / (1 + ρ).
+
+    Both derivatives are those of a softmax over text and prefix, so they need only a, b and the output. The forward-mode
+    one is not recorded for a later backward pass.
+    """
+
+    @staticmethod
+    def forward(q, k, v, mask, k_prefix, v_prefix, gate, scale):
+        scores = q @ k.mT * scale  # (B, H, L, L)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        prefix_scores = q @ k_prefix.mT * scale  # (B, H, L, K)
+        mass, prefix_mass = (x.logsumexp(-1, keepdim=True) for x in (scores, prefix_scores))
+        growth = (prefix_mass - mass).clamp(max=30.0).exp()
+        ratio = gate.view(1, -1, 1, 1) * growth
+        share = ratio / (1 + ratio)
+        prefix_softmax = (prefix_scores - prefix_mass).exp()
+        a, b = (scores - mass).exp() * (1 - share), prefix_softmax * share
+        return a @ v + b @ v_prefix, a, b, prefix_softmax, growth * (1 - share)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, _, k_prefix, v_prefix, _, ctx.scale = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, k_prefix, v_prefix, *output)
+        ctx.save_for_forward(q, k, v, k_prefix, v_prefix, *output)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        q, k, v, k_prefix, v_prefix, out, a, b, prefix_softmax, gate_slope = ctx.saved_tensors
+        mean = (grad * out).sum(-1, keepdim=True)
+        prefix_grad = grad @ v_prefix.mT
+        # d out / d gate = gate_slope (o_prefix - out), since 1 / (1 + ρ) = 1 - λ
+        gate = (((prefix_softmax * prefix_grad).sum(-1, keepdim=True) - mean) * gate_slope).sum((0, 2, 3))
+        ds, ds_prefix = (grad @ v.mT - mean) * a * ctx.scale, (prefix_grad - mean) * b * ctx.scale
+        return ds @ k + ds_prefix @ k_prefix, ds.mT @ q, a.mT @ grad, None, ds_prefix.mT @ q, b.mT @ grad, gate, None
+
+    @staticmethod
+    @torch.no_grad()
+    def jvp(ctx, dq, dk, dv, _mask, dk_prefix, dv_prefix, dgate, _scale):
+        q, k, v, k_prefix, v_prefix, out, a, b, prefix_softmax, gate_slope = ctx.saved_tensors
+        given, values = (dq, dk, dv, dk_prefix, dv_prefix), (q, k, v, k_prefix, v_prefix)
+        dq, dk, dv, dk_prefix, dv_prefix = (
+            torch.zeros_like(x) if dx is None else dx for dx, x in zip(given, values, strict=True)
+        )
+        ds = (dq @ k.mT + q @ dk.mT) * a * ctx.scale
+        ds_prefix = (dq @ k_prefix.mT + q @ dk_prefix.mT) * b * ctx.scale
+        mean = ds.sum(-1, keepdim=True) + ds_prefix.sum(-1, keepdim=True)
+        tangent = ds @ v + ds_prefix @ v_prefix - mean * out + a @ dv + b @ dv_prefix
+        if dgate is not None:
+            tangent = tangent + dgate.view(1, -1, 1, 1) * gate_slope * (prefix_softmax @ v_prefix - out)
+        return tangent, None, None, None, None
 
 
 def padding_mask(attention_mask: Tensor) -> Tensor:

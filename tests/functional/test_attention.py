@@ -1,5 +1,6 @@
 """Gated prefix attention against its limits: no prefix, an ordinary key-value cache, and its own formula."""
 
+import pytest
 import torch
 from transformers import DynamicCache
 
@@ -39,6 +40,20 @@ def test_half_open_gate_follows_the_formula():
     prefix = torch.exp(q @ k_prefix.mT * 0.3) * gate.view(1, 4, 1, 1)
     expected = (text @ v + prefix @ v_prefix) / (text.sum(-1, keepdim=True) + prefix.sum(-1, keepdim=True))
     torch.testing.assert_close(gated_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, 0.3), expected)
+
+
+@pytest.mark.parametrize("opening", [0.0, 0.7])
+def test_derivatives_of_every_input_in_both_modes(opening):
+    """Backward and forward mode against finite differences in float64, with padding, gate shut and open."""
+    q, k, v, mask, k_prefix, v_prefix = (x[:1, :2, :3] if x.dtype == torch.float64 else x for x in _inputs())
+    mask = mask[:1, :, :3, 2:]
+    gate = torch.full((2,), opening, dtype=torch.float64)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, k_prefix, v_prefix, gate)]
+
+    def attend(q, k, v, k_prefix, v_prefix, gate):
+        return gated_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, 0.3)
+
+    assert torch.autograd.gradcheck(attend, inputs, check_forward_ad=True)
 
 
 def test_prefix_equals_a_prefilled_key_value_cache(tiny_llada):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from models.backbones.frozen_layers import freeze
+from models.backbones.frozen_layers import FrozenLinear, FrozenMLP, FrozenRMSNorm, freeze
 from models.backbones.student import PrefixStudent
 from models.functional.errors import UsageError
 from models.functional.flow_times import check_interval, sample_interval
@@ -165,6 +166,9 @@ def test_frozen_layers_keep_the_model(tiny_llada):
     model, ids = tiny_llada(), torch.randint(3, 11, (2, 6))
     before = model(ids)
     torch.testing.assert_close(freeze(model)(ids), before, atol=1e-6, rtol=1e-6)
+    frozen = {type(layer) for layer in model.modules()}
+    assert {FrozenLinear, FrozenMLP, FrozenRMSNorm} <= frozen
+    assert not {torch.nn.Linear, LlamaMLP, LlamaRMSNorm} & frozen
     half = tiny_llada().bfloat16()
     expected = half(ids)
     torch.testing.assert_close(freeze(half)(ids), expected, atol=0.0, rtol=0.0)
