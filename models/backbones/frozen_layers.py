@@ -54,6 +54,8 @@ class _RMSNorm(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor, None, None]:
+        if grad is None:
+            return None, None, None
         n, inverse, weight = ctx.saved_tensors
         return _project(grad * weight, n, inverse), None, None
 

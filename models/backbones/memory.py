@@ -55,12 +55,12 @@ def describe_footprint(
 
     .. math::
         \text{inference} &= \text{weights} + B L\,[(4 D + 3 F)\, b + 8 V] \\
-        \text{distillation} &= \text{weights} + 3.4\, B L N\,[8 D + (4 D + 3 F + 2 H (L + K))\, b] + 36\, B L V
+        \text{distillation} &= \text{weights} + 1.3\, B L N\,[8 D + (4 D + 3 F + 2 H (L + K))\, b] + 36\, B L V
 
     Inference: one layer's intermediate results, logits and a float32 softmax of them at every position. Distillation:
     a frozen base and what its layers keep for the prefix' gradient (per token and layer two float32 norms, q, k, v, the
-    attention output, three feed-forward results, two rows of attention weights), times 3.4 because `forward_ad` carries
-    the tangent's graph along (1.1 with `finite_difference`), and nine float32 arrays of logits with every position
+    attention output, three feed-forward results, two rows of attention weights), times 1.3 because `forward_ad` carries
+    the tangents along (1.1 with `finite_difference`), and nine float32 arrays of logits with every position
     masked. The constants were fitted to torch's allocator on small models in float32. Not counted: the trainable part,
     16 bytes per parameter with AdamW.
     Errors: UsageError for an unknown dtype.
@@ -80,7 +80,7 @@ def describe_footprint(
         length=length,
         weights=weights,
         inference=weights + tokens * (dense + 8 * config.vocab_size),
-        distillation=weights + int(3.4 * tokens * config.num_hidden_layers * kept) + 36 * tokens * config.vocab_size,
+        distillation=weights + int(1.3 * tokens * config.num_hidden_layers * kept) + 36 * tokens * config.vocab_size,
     )
 
 

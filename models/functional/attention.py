@@ -63,6 +63,8 @@ class _GatedPrefixAttention(Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 8
         q, k, v, k_prefix, v_prefix, out, a, b, prefix_softmax, gate_slope = ctx.saved_tensors
         mean = (grad * out).sum(-1, keepdim=True)
         prefix_grad = grad @ v_prefix.mT
