@@ -68,7 +68,7 @@ def fit(cfg: DictConfig) -> float | None:
     """Train (the teacher first, where the module needs one), then compare every decoder on the test split."""
     module, trainer, datamodule = _build(cfg)
     try:
-        trainer.fit(module, datamodule, ckpt_path=_checkpoint(cfg), weights_only=True)
+        trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     except SystemExit:  # how Lightning ends after Ctrl-C
         last = f"{_run_dir(cfg)}/checkpoints/last.ckpt"
         console.print(f"interrupted; to go on type the same command with ckpt_path={last}", soft_wrap=True)
@@ -86,11 +86,11 @@ def test(cfg: DictConfig) -> None:
             cfg.ckpt_path = "last"
         else:
             cfg.student_path = str(_newest_student(cfg))
-    if cfg.student_path is not None and cfg.teacher.path is None:
+    if cfg.student_path is not None and cfg.teacher is not None and cfg.teacher.path is None:
         cfg.teacher.path = read_student(cfg.student_path)["notes"].get("teacher")
     module, trainer, datamodule = _build(cfg)
     if cfg.ckpt_path is not None:
-        trainer.test(module, datamodule, ckpt_path=_checkpoint(cfg), verbose=False, weights_only=True)
+        trainer.test(module, datamodule, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
     else:
         if cfg.student_path is not None:
             module.student = load_student(cfg.student_path, module.teacher.cpu())
@@ -142,7 +142,8 @@ def report(cfg: DictConfig) -> None:
 def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     """Everything a run needs, from the configuration, with the cheap checks before the expensive work."""
     seed_everything(cfg.seed, verbose=False)
-    _checkpoint(cfg)
+    if cfg.ckpt_path is not None:
+        cfg.ckpt_path = str(_checkpoint(cfg))
     datamodule = instantiate(cfg.data)
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -248,10 +249,8 @@ def _run_dir(cfg: DictConfig) -> Path:
     return Path(cfg.paths.run_dir)
 
 
-def _checkpoint(cfg: DictConfig) -> Path | None:
-    """cfg.ckpt_path as an existing file; `last` is the experiment's newest."""
-    if cfg.ckpt_path is None:
-        return None
+def _checkpoint(cfg: DictConfig) -> Path:
+    """cfg.ckpt_path as a readable file; `last` is the experiment's newest."""
     if cfg.ckpt_path == "last":
         advice = "no run of it left a checkpoint; leave ckpt_path out to start one"
         return require_readable(_newest(cfg, "checkpoints/last.ckpt", advice))
