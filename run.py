@@ -21,7 +21,7 @@ from callbacks.table import results_table
 from datamodules.prompts import read_prompts
 from lightning_modules.teacher_cache import cache_key, partial_folder, require_readable, train_or_load_teacher
 from models.backbones.llada import LladaModel, build_llada, load_llada
-from models.backbones.student import load_student, read_student
+from models.backbones.student_files import load_student, read_student
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.one_step import OneStepDecoder
 from models.functional.errors import UsageError

@@ -27,7 +27,7 @@ from torch import Generator, Tensor, nn
 
 from callbacks.console import report_console
 from models.backbones.llada import LladaModel
-from models.backbones.student import PrefixStudent
+from models.backbones.prefix_student import PrefixStudent
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.one_step import OneStepDecoder

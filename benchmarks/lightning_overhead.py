@@ -42,7 +42,7 @@ from callbacks.console import report_console
 from callbacks.ema import TrainableEMA
 from callbacks.progress import StageProgress
 from datamodules.oracle.datamodule import OracleDataModule
-from lightning_modules.meanflow_distill import MeanFlowDistillModule
+from lightning_modules.logit_flow import LogitFlowModule
 
 BARE = "loop by hand"
 LIGHTNING = "Lightning"
@@ -96,9 +96,7 @@ class PauseAtTheEnd(Callback):
 # -- the two ways of taking the same steps ---------------------------------------------------------------------------
 
 
-def train_by_hand(
-    module: MeanFlowDistillModule, loader: DataLoader, steps: int, device: torch.device, pause: Pause
-) -> None:
+def train_by_hand(module: LogitFlowModule, loader: DataLoader, steps: int, device: torch.device, pause: Pause) -> None:
     module.log = lambda *_, **__: None
     module.train()
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -120,7 +118,7 @@ def train_by_hand(
 
 
 def train_with_lightning(
-    module: MeanFlowDistillModule, loader: DataLoader, steps: int, device: torch.device, pause: Pause, setting: Setting
+    module: LogitFlowModule, loader: DataLoader, steps: int, device: torch.device, pause: Pause, setting: Setting
 ) -> None:
     if not setting.logs:
         module.log = lambda *_, **__: None
@@ -155,7 +153,7 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> tuple[list[Ro
     ids = data.tokenizer
     length = data.prompt_length + data.response_length
     base = build_base(args, device, vocab_size=len(ids), length=length, mask_id=ids.mask_token_id)
-    start = MeanFlowDistillModule(
+    start = LogitFlowModule(
         base, prompt_length=args.prefix, prompt_hidden_size=args.prompt_width, endpoint_share=0.25, seed=args.seed
     ).to(device)
 

@@ -32,7 +32,7 @@ from timing import (
 from torch import Generator, Tensor, nn
 
 from callbacks.console import report_console
-from lightning_modules.meanflow_distill import MeanFlowDistillModule
+from lightning_modules.logit_flow import LogitFlowModule
 from models.backbones.frozen_layers import FrozenLinear
 from models.functional.flow_times import sample_interval
 from models.functional.masked_diffusion import mask_probability, mask_tokens
@@ -52,7 +52,7 @@ without forward-mode formulas costs. Peak memory is that of the tensors made in 
 """
 
 
-class MeanFlowStep(MeanFlowDistillModule):
+class MeanFlowStep(LogitFlowModule):
     """The product's step without its metrics, which tells `mark` when each part of it has ended.
 
     split: whether rows with r = t skip the derivative.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from models.backbones.student import save_student
+from models.backbones.student_files import save_student
 
 
 class ExportStudent(Callback):

@@ -1,4 +1,4 @@
-"""Tokenizers of a text corpus: bytes, a trained byte-level BPE, whole words, or a local Hugging Face folder.
+"""Tokenizers of a text corpus: bytes, a trained byte-level BPE, phrases, whole words, or a local Hugging Face folder.
 
 Our own tokenizers put `<pad> <eos> <mask>` (then `<unk>` where one is needed) at ids 0, 1, 2 (3). They add nothing when
 encoding, and a text that happens to contain "<mask>" is encoded as those six characters, never as the mask token.
@@ -36,17 +36,18 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer that `data.tokenizer=kind` asks for.
 
-    kind: `byte` (exact on any text; vocab_size is not used), `bpe`, `words` (split at white space, decoded with single
+    kind: `byte` (exact on any text; vocab_size is not used), `bpe`, `phrases` (BPE whose merges run across spaces, as in
+        SuperBPE, Liu et al. 2025: formulaic texts become a few tokens), `words` (split at white space, decoded with single
         spaces), or the path of a folder that a Hugging Face `save_pretrained` wrote (vocab_size is not used).
-    texts: what `bpe` and `words` are trained on; the result is kept in cache_dir under the hash of its inputs.
-    vocab_size: at most this many tokens, special tokens included; `bpe` spells every text exactly from 512 on, below
-        that a byte that is not in the training texts becomes `<unk>`.
+    texts: what `bpe`, `phrases` and `words` are trained on; the result is kept in cache_dir under the hash of its inputs.
+    vocab_size: at most this many tokens, special tokens included; `bpe` and `phrases` spell every text exactly from 512
+        on, below that a byte that is not in the training texts becomes `<unk>`.
 
     Raises UsageError for a folder that does not exist or has no usable tokenizer, and for a too small vocab_size.
     """
     if kind == "byte":
         return _with_special_tokens(_byte_level(models.BPE(_byte_vocabulary(), []), split=False), unknown=False)
-    if kind in ("bpe", "words"):
+    if kind in ("bpe", "phrases", "words"):
         return _trained(kind, texts, vocab_size, Path(cache_dir).expanduser())
     return _from_folder(kind)
 
@@ -57,7 +58,10 @@ def build_tokenizer(
 def _trained(kind: str, texts: Sequence[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast:
     folder = cache_dir / f"{kind}-{vocab_size}-{_content_hash(kind, texts, vocab_size)[:16]}"
     if not (folder / "tokenizer.json").is_file():
-        tokenizer = _train_bpe(texts, vocab_size) if kind == "bpe" else _train_words(texts, vocab_size)
+        if kind == "words":
+            tokenizer = _train_words(texts, vocab_size)
+        else:
+            tokenizer = _train_bpe(texts, vocab_size, split=kind == "bpe")
         if len(tokenizer) > vocab_size:
             raise UsageError(
                 f"data.vocab_size={vocab_size} is too small for data.tokenizer={kind}: the special tokens and the "
@@ -68,9 +72,9 @@ def _trained(kind: str, texts: Sequence[str], vocab_size: int, cache_dir: Path) 
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
-def _train_bpe(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def _train_bpe(texts: Sequence[str], vocab_size: int, *, split: bool) -> PreTrainedTokenizerFast:
     full = vocab_size >= FULL_ALPHABET_FROM
-    backend = _byte_level(models.BPE() if full else models.BPE(unk_token=UNKNOWN), split=True)
+    backend = _byte_level(models.BPE() if full else models.BPE(unk_token=UNKNOWN), split=split)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS if full else [*SPECIAL_TOKENS, UNKNOWN],
@@ -150,7 +154,7 @@ def _from_folder(kind: str) -> PreTrainedTokenizerFast:
     folder = Path(kind).expanduser()
     if not folder.is_dir():
         raise UsageError(
-            f"data.tokenizer={kind} is neither byte, bpe or words nor a folder (looked for {folder.absolute()}); "
+            f"data.tokenizer={kind} is neither byte, bpe, phrases or words nor a folder (looked for {folder.absolute()}); "
             f"type data.tokenizer=bpe, or fetch one with `hf download NAME --local-dir FOLDER` "
             f"and type data.tokenizer=FOLDER"
         )

@@ -31,7 +31,7 @@ RULES = {
     ),
     "datamodules": Rule(ours=("datamodules", "models.functional")),
     "lightning_modules": Rule(ours=("lightning_modules", "models"), never=("hydra", "omegaconf")),
-    "callbacks": Rule(ours=("callbacks", "models.functional", "models.backbones.student")),
+    "callbacks": Rule(ours=("callbacks", "models.functional", "models.backbones.student_files")),
     "benchmarks": Rule(ours=PACKAGES, never=()),
     "run": Rule(ours=PACKAGES, never=()),
 }
@@ -157,7 +157,7 @@ def test_a_wrong_import_is_seen(module, source, complaint):
         ("models.backbones.llada", "import transformers\nfrom safetensors.torch import load_file\nimport peft"),
         ("datamodules.pairs", "import lightning\nimport scipy\nfrom models.functional.errors import UsageError"),
         ("lightning_modules.base", "import lightning\nfrom models.decoding.decoder import Decoder"),
-        ("callbacks.export", "from models.backbones.student import save_student\nimport lightning"),
+        ("callbacks.export", "from models.backbones.student_files import save_student\nimport lightning"),
         ("run", "import hydra\nfrom callbacks.frontier import FrontierReport"),
     ],
 )

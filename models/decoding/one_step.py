@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
-from models.backbones.student import PrefixStudent
+from models.backbones.prefix_student import PrefixStudent
 from models.decoding.masked_diffusion import gumbel_argmax
 
 

@@ -62,3 +62,35 @@ def check_interval(r: Tensor, t: Tensor) -> None:
         raise UsageError(
             f"a flow runs from t down to r, so 0 <= r <= t <= 1 is needed; got r={r[worst].item():g}, t={t[worst].item():g}"
         )
+
+
+def sample_data_interval(
+    n: int,
+    generator: Generator,
+    device: torch.device,
+    *,
+    diagonal_share: float,
+    endpoint_share: float,
+    widest: float,
+    latest: float = 0.98,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """n cuts s <= u <= t in **data time**: the first `n_diagonal` rows have s = u = t, the last ones begin at s = 0.
+
+    Widths are U(0, widest) and the interval lies uniformly in [0, 1]; `endpoint_share` of the rows have
+    (s, t) = (0, widest), which is (0, 1) once `widest` has grown to 1. Starts stop at `latest`, where the velocity's
+    1/(1 - s) is still tame. u is uniform in between. Returns s, u, t (n,) and n_diagonal.
+    """
+    for name, share in (("diagonal_share", diagonal_share), ("endpoint_share", endpoint_share)):
+        if not 0.0 <= share <= 1.0:
+            raise UsageError(f"module.{name}={share} must lie between 0 and 1")
+    if diagonal_share + endpoint_share > 1.0:
+        raise UsageError(f"module.diagonal_share + module.endpoint_share = {diagonal_share + endpoint_share} exceeds 1")
+    n_diagonal = _count(diagonal_share * n, generator, device)
+    n_endpoint = min(n - n_diagonal, _count(endpoint_share * n, generator, device))
+    width, place, cut = torch.rand(3, n, generator=generator, device=device)
+    width = width * widest
+    s = place * (1 - width)
+    s[n - n_endpoint :], width[n - n_endpoint :] = 0.0, widest
+    s[:n_diagonal], width[:n_diagonal] = place[:n_diagonal], 0.0
+    s = s.clamp(max=latest)
+    return s, s + cut * width, (s + width).clamp(max=1.0), n_diagonal

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from models.backbones import memory
 from models.backbones.llada import LladaConfig, build_llada
-from models.backbones.student import PrefixStudent
+from models.backbones.prefix_student import PrefixStudent
 from models.functional.errors import UsageError
 from models.functional.jvp import value_and_jvp
 from models.functional.meanflow import flow_loss, meanflow_target

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from models.backbones.student import PrefixStudent
+from models.backbones.prefix_student import PrefixStudent
 from models.decoding.one_step import OneStepDecoder
 
 MASK, VOCABULARY, PROMPT, RESPONSE = 2, 11, 2, 3

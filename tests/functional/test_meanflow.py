@@ -6,7 +6,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from models.backbones.frozen_layers import FrozenLinear, FrozenMLP, FrozenRMSNorm, freeze
-from models.backbones.student import PrefixStudent
+from models.backbones.prefix_student import PrefixStudent
 from models.functional.errors import UsageError
 from models.functional.flow_times import check_interval, sample_interval
 from models.functional.jvp import value_and_jvp

@@ -7,8 +7,8 @@ from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.ema import TrainableEMA
-from lightning_modules.meanflow_distill import MeanFlowDistillModule
-from models.backbones.student import load_student, save_student
+from lightning_modules.logit_flow import LogitFlowModule
+from models.backbones.student_files import load_student, save_student
 from models.functional.errors import UsageError
 from models.functional.meanflow import meanflow_target
 
@@ -20,7 +20,7 @@ def build(tiny_llada, data, **options):
         len(ids), mask_token_id=ids.mask_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id
     )
     settings = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4, "lr": 1e-2, "warmup_steps": 1}
-    return MeanFlowDistillModule(teacher, forwards=(1, 2), **(settings | options))
+    return LogitFlowModule(teacher, forwards=(1, 2), **(settings | options))
 
 
 class Losses(Callback):

@@ -1,0 +1,58 @@
+"""Several trainings one after the other in one run: which of them a step belongs to, and its learning rate there."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from models.functional.errors import UsageError
+
+NAMES = ("adapt", "flow", "polish")
+
+
+@dataclass
+class Stage:
+    """share of all steps, learning rate at its peak; `first` and `last` (exclusive) once the run's length is known."""
+
+    name: str
+    share: float
+    lr: float
+    first: int = 0
+    last: int = 0
+
+
+class Stages:
+    """{name: {"share", "lr"}} in the order of NAMES. Shares add up to 1; a stage with share 0 is left out."""
+
+    def __init__(self, wanted: Mapping[str, Mapping[str, float]]) -> None:
+        for name, options in wanted.items():
+            if name not in NAMES:
+                raise UsageError(f"module.stages.{name} is not known; the stages are {', '.join(NAMES)}")
+            if not 0 <= options["share"] <= 1 or options["lr"] <= 0:
+                raise UsageError(f"module.stages.{name} needs a share from 0 to 1 and lr above 0, not {dict(options)}")
+        self.all = [Stage(n, float(wanted[n]["share"]), float(wanted[n]["lr"])) for n in NAMES if n in wanted]
+        self.all = [stage for stage in self.all if stage.share > 0]
+        total = sum(stage.share for stage in self.all)
+        if abs(total - 1) > 1e-6:
+            shares = ", ".join(f"module.stages.{stage.name}.share={stage.share:g}" for stage in self.all)
+            raise UsageError(f"the stages' shares of the steps must add up to 1, not {total:g} ({shares})")
+
+    def plan(self, steps: int) -> None:
+        """Cut `steps` steps among the stages, at least one each where there are enough."""
+        done = 0.0
+        for k, stage in enumerate(self.all):
+            stage.first = self.all[k - 1].last if k else 0
+            done += stage.share
+            stage.last = max(round(done * steps), min(k + 1, steps))
+        self.all[-1].last = steps
+
+    def at(self, step: int) -> tuple[Stage, float]:
+        """The stage of a step, and how much of it is over (0 to 1)."""
+        stage = next((stage for stage in self.all if step < stage.last), self.all[-1])
+        return stage, (step - stage.first) / max(1, stage.last - stage.first)
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up over a twentieth of the stage (at most 100 steps), then a cosine to 0."""
+        stage, progress = self.at(step)
+        warmup = max(1, min(100, (stage.last - stage.first) // 20))
+        rise = min(1.0, (step - stage.first + 1) / warmup)
+        return stage.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

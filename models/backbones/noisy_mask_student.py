@@ -1,0 +1,111 @@
+"""The student of the noisy-mask flow: a frozen masked diffusion LM, adapted to masks that carry noise and to (s, t).
+
+Legend: B batch, L length, M masked positions, D width, V vocabulary. Times are data times, s <= t, 1 = clean text.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+
+from models.backbones.frozen_layers import freeze
+from models.backbones.llada import LladaModel
+from models.backbones.soft_prompt import SoftPrompt
+from models.backbones.twin import with_lora, with_own_weights
+from models.functional.errors import UsageError
+from models.functional.noisy_mask import noisy_mask, warp_time
+
+Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
+
+
+class NoisyMaskStudent(nn.Module):
+    """ψ_{s,t}(z): what each masked position becomes, on average over [s, t], given noisy masks z.
+
+    adapter: what trains, beside the prefix that is a function of the interval.
+      `prefix`: nothing else; the frozen base reads z as it is, so it starts away from the teacher.
+      `prefix+mask_noise`: the base reads m + W (z - m) at masked positions. W starts at 0, where the noise has no effect
+        and the student is the masked teacher for every ε, and has a live gradient there.
+      `lora`: W and low-rank adapters on every linear layer.
+      `full`: W and a trainable copy of all layers and the head; the embedding table stays the teacher's.
+    sigma: the noise of a mask in units of the embedding table's root mean square coordinate.
+    time_center: where tokens become decodable; times are drawn and steps are taken evenly in q with s = warp(q).
+    """
+
+    def __init__(
+        self,
+        base: LladaModel,
+        *,
+        adapter: Adapter = "full",
+        sigma: float = 4.0,
+        time_center: float = 0.5,
+        prompt_length: int = 8,
+        hidden_size: int = 128,
+        rank: int = 32,
+        lora_rank: int = 16,
+    ) -> None:
+        super().__init__()
+        if adapter not in get_args(Adapter):
+            raise UsageError(f"module.adapter={adapter} is not known; type one of {', '.join(get_args(Adapter))}")
+        if sigma <= 0:
+            raise UsageError(f"module.sigma={sigma} must be above 0: without noise one forward says one text a prompt")
+        self.options = {
+            "adapter": adapter,
+            "sigma": sigma,
+            "time_center": time_center,
+            "prompt_length": prompt_length,
+            "hidden_size": hidden_size,
+            "rank": rank,
+            "lora_rank": lora_rank,
+        }
+        self.warp(torch.zeros(1))
+        self.base = freeze(base)
+        if adapter == "lora":
+            self.body = with_lora(self.base, lora_rank)
+        elif adapter == "full":
+            self.body = with_own_weights(self.base)
+        else:
+            self.body = self.base
+        self.soft_prompt = SoftPrompt(base.config, prompt_length=prompt_length, hidden_size=hidden_size, rank=rank)
+        self.mask_noise = None
+        if adapter != "prefix":
+            width = base.config.hidden_size
+            self.mask_noise = nn.Linear(width, width, bias=False)
+            nn.init.zeros_(self.mask_noise.weight)
+
+    @property
+    def mask_embedding(self) -> Tensor:
+        """(D,)"""
+        return self.base.embedding[self.base.mask_id]
+
+    def warp(self, q: Tensor) -> Tensor:
+        """Data times s of even times q, see `warp_time`."""
+        return warp_time(q, self.options["time_center"])
+
+    def start(self, rows: dict[str, Tensor], masked: Tensor, generator: Generator) -> Tensor:
+        """(B, L, D): fresh noisy masks where `masked` (B, L), the embeddings of `input_ids` elsewhere."""
+        sigma = self.options["sigma"] * self.base.embedding.float().square().mean().sqrt().item()
+        noise = noisy_mask(self.mask_embedding, sigma, tuple(masked.shape), generator)
+        return torch.where(masked.unsqueeze(-1), noise, self.base.embed(rows["input_ids"]))
+
+    def forward(self, z: Tensor, masked: Tensor, attention_mask: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """Logits of ψ_{s,t} at the masked positions, row by row: (B, L, D), (B, L), (B, L), (B,), (B,) -> (M, V)."""
+        if self.mask_noise is not None:
+            mask = self.mask_embedding
+            z = torch.where(masked.unsqueeze(-1), mask + self.mask_noise(z - mask), z)
+        prefix = self.soft_prompt(1 - t, 1 - s)  # its own times are noise times, r <= t
+        return self.body.lm_head(self.body.hidden(z, attention_mask, prefix)[masked])
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Copies of the weights that train, by name: a snapshot for `with_weights`."""
+        return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
+
+    def with_weights(self, weights: dict[str, Tensor], *args: Tensor) -> Tensor:
+        """`forward(*args)` with other trainable weights, such as an average or an earlier snapshot; nothing is changed."""
+        return functional_call(self, weights, args)
+
+    def train(self, mode: bool = True) -> "NoisyMaskStudent":
+        """The teacher stays in evaluation mode whatever the trainer asks for (no layer of either has dropout)."""
+        super().train(mode)
+        self.base.eval()
+        return self

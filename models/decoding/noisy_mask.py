@@ -1,0 +1,113 @@
+"""Generation along the noisy-mask flow: fresh noise, N forwards, a text.
+
+Legend: B batch, L length, M masked positions, R response columns, V vocabulary. Times are data times, 1 = clean text.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Generator, Tensor
+
+from models.backbones.noisy_mask_student import NoisyMaskStudent
+from models.functional.errors import UsageError
+from models.functional.noisy_mask import flow_map, line_point
+
+Step = Literal["chain", "renoise", "ode"]
+Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class NoisyRows(NamedTuple):
+    """What a network of the flow reads: points z (B, L, D), masked (B, L) bool, attention_mask (B, L) bool."""
+
+    z: Tensor
+    masked: Tensor
+    attention_mask: Tensor
+
+
+def start_rows(student: NoisyMaskStudent, rows: dict[str, Tensor], generator: Generator) -> NoisyRows:
+    """Rows at s = 0: every response position a noisy mask, prompts as they are."""
+    masked = rows["response_mask"]
+    return NoisyRows(student.start(rows, masked, generator), masked, rows["attention_mask"])
+
+
+@torch.no_grad()
+def follow_flow(
+    student: NoisyMaskStudent,
+    begin: NoisyRows,
+    *,
+    forwards: int,
+    step: Step = "chain",
+    promote: float | None = None,
+    generator: Generator | None = None,
+    network: Network | None = None,
+) -> Tensor:
+    """Token ids (B, L) at the masked positions after `forwards` evaluations, 0 elsewhere; prompts are never touched.
+
+    step:
+      `chain`: X_{s,t} from each time of the grid to the next, then argmax ψ_{s,1}.
+      `renoise`: the endpoint's expectation at every time of the grid, put back on the line with fresh noise.
+      `ode`: Euler steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward is trained to reproduce.
+    promote: positions whose distribution has this much on one token become clean text for the forwards that follow.
+    network: another evaluation than `student` itself, such as a snapshot of its weights.
+    """
+    if forwards < 1:
+        raise UsageError(f"forwards={forwards} must be at least 1")
+    if step not in get_args(Step):
+        raise UsageError(f"module.few_step={step} is not known; type one of {', '.join(get_args(Step))}")
+    if promote is not None and not 0.5 < promote <= 1.0:
+        raise UsageError(f"module.promote={promote} must lie above 0.5 and at most at 1; null promotes nothing")
+    network = network or student
+    z, masked, attention_mask = begin
+    tokens = torch.zeros(masked.shape, dtype=torch.long, device=z.device)
+    grid = student.warp(torch.linspace(0, 1, forwards + 1, device=z.device))
+    for k in range(forwards):
+        s, t = grid[k].expand(len(z)), grid[k + 1].expand(len(z))
+        target = {"chain": t, "renoise": torch.ones_like(t), "ode": s}[step]
+        # 1. what every masked position becomes; the mask itself is never an answer
+        logits = network(z, masked, attention_mask, s, target)
+        logits[:, student.base.mask_id] = float("-inf")
+        psi = torch.softmax(logits, -1)  # (M, V)
+        tokens[masked] = psi.argmax(-1)
+        if k + 1 == forwards:
+            break
+        # 2. move the masked positions to t
+        row = torch.arange(len(z), device=z.device).unsqueeze(-1).expand(masked.shape)[masked]
+        expected = psi.to(z.dtype) @ student.base.embedding
+        moved = z.clone()
+        if step == "renoise":
+            fresh = student.start({"input_ids": tokens}, masked, generator)[masked]
+            moved[masked] = line_point(fresh, expected, t[row])
+        else:
+            moved[masked] = flow_map(z[masked], expected, s[row], t[row])
+        # 3. sure positions become text
+        if promote is not None:
+            sure = torch.zeros_like(masked)
+            sure[masked] = psi.max(-1).values >= promote
+            moved = torch.where(sure.unsqueeze(-1), student.base.embed(tokens), moved)
+            masked = masked & ~sure
+        z = moved
+    return tokens
+
+
+class NoisyMaskDecoder:
+    """`follow_flow` from fresh noise, as a `Decoder`; the same seed gives the same texts."""
+
+    method = "student"
+
+    def __init__(
+        self,
+        student: NoisyMaskStudent,
+        forwards: int,
+        *,
+        step: Step = "chain",
+        promote: float | None = None,
+    ) -> None:
+        self.student, self.forwards = student, forwards
+        self.options = {"step": step, "promote": promote}
+        self.name = {"chain": "student", "renoise": "student, re-noised", "ode": "student, ODE"}[step]
+
+    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        begin = start_rows(self.student, rows, generator)
+        tokens = follow_flow(self.student, begin, forwards=self.forwards, generator=generator, **self.options)
+        return tokens[:, -int(rows["response_mask"][0].sum()) :]

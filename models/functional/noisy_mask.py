@@ -1,0 +1,111 @@
+r"""The noisy-mask flow: masks carry noise, and a flow map carries each noise to a text of its own.
+
+From one fixed all-mask response a single forward can only factorise over positions. Here a masked position starts at
+z_0 = m + σ ε, ε ~ N(0, I), and moves on the line z_s = (1 - s) z_0 + s E_x to the embedding of its token. The noise is what
+the positions of a text agree through: a deterministic map of it can be coherent *and* diverse.
+
+With D_s(z) = P(x_l | z, c), the flow's velocity is (D_s E - z) / (1 - s), and its solution from s to t is
+
+.. math:: X_{s,t}(z) = \frac{(1-t) z + (t-s) \psi_{s,t} E}{1-s}, \qquad
+          \psi_{s,t} = \int_s^t w(u) D_u(z_u) du, \quad w(u) = \frac{(1-s)(1-t)}{(t-s)(1-u)^2},
+
+with ψ on the simplex: the average recovery distribution over the interval. ψ_{s,s} = D_s, and ψ_{s,1} is the endpoint.
+Sources: Boffi, Albergo, Vanden-Eijnden, How to build a consistency model (2025) for self-distilled flow maps; Geng et al.,
+Mean Flows (2025). Both identities are re-derived in tests/functional/test_noisy_mask.py on an exact denoiser.
+
+Times are **data times**: s <= t, 0 = noisy mask, 1 = clean text (noise time is 1 - s).
+Legend: B batch, L length, D width, V vocabulary. Times (...) broadcast over the last dimension of points and distributions.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from models.functional.errors import UsageError
+
+
+def noisy_mask(mask_embedding: Tensor, sigma: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """z_0 = m + σ ε for positions of `shape`: (D,) -> (*shape, D). σ is in the units of the embedding's coordinates."""
+    width, device = mask_embedding.shape[-1], mask_embedding.device
+    eps = torch.randn(*shape, width, generator=generator, device=device)
+    return mask_embedding + sigma * eps.to(mask_embedding.dtype)
+
+
+def line_point(z0: Tensor, clean: Tensor, s: Tensor) -> Tensor:
+    """z_s = (1 - s) z_0 + s E_x. z0, clean (..., D); s (...)."""
+    s = s.unsqueeze(-1)
+    return (1 - s) * z0 + s * clean
+
+
+def velocity(z: Tensor, expected: Tensor, s: Tensor) -> Tensor:
+    """dz/ds = (D_s E - z) / (1 - s) with expected = D_s E. z, expected (..., D); s (...) < 1."""
+    return (expected - z) / (1 - s).unsqueeze(-1)
+
+
+def flow_map(z: Tensor, expected: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """X_{s,t}(z) = [(1 - t) z + (t - s) ψ_{s,t} E] / (1 - s) with expected = ψ_{s,t} E. X_{s,s} is the identity."""
+    s, t = s.unsqueeze(-1), t.unsqueeze(-1)
+    return ((1 - t) * z + (t - s) * expected) / (1 - s)
+
+
+def split_weight(s: Tensor, u: Tensor, t: Tensor) -> Tensor:
+    """a = (u - s)(1 - t) / ((t - s)(1 - u)), the first part's weight when [s, t] is cut at u; a = 0 where t = 1.
+
+    The 0/0 of an empty interval is set to 1, where both parts are the same.
+    """
+    length = (t - s) * (1 - u)
+    return torch.where(length > 0, (u - s) * (1 - t) / length.clamp(min=torch.finfo(s.dtype).tiny), 1.0)
+
+
+def psd_target(psi_su: Tensor, psi_ut: Tensor, s: Tensor, u: Tensor, t: Tensor) -> Tensor:
+    """ψ_{s,t} = a ψ_{s,u}(z) + (1 - a) ψ_{u,t}(X_{s,u}(z)): progressive self-distillation, s <= u <= t.
+
+    psi_su, psi_ut (..., V) distributions; times (...). It is X_{u,t} ∘ X_{s,u} = X_{s,t} solved for ψ; on the simplex.
+    """
+    a = split_weight(s, u, t).unsqueeze(-1)
+    return (a * psi_su + (1 - a) * psi_ut).detach()
+
+
+def recovery_ratio(psi: Tensor, logit_derivative: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """ρ = 1 - κ δ, δ = df - Σ ψ df, κ = (1 - s)(t - s) / (1 - t): at the exact flow map ρ = D_s / ψ_{s,t}.
+
+    logit_derivative (..., V) is df/ds of the logits f of ψ along ((D_s E - z)/(1 - s), ds = 1, dt = 0); t < 1.
+    """
+    delta = logit_derivative - (psi * logit_derivative).sum(-1, keepdim=True)
+    kappa = (1 - s) * (t - s) / (1 - t)
+    return 1 - kappa.unsqueeze(-1) * delta
+
+
+def noisy_meanflow_target(
+    log_d: Tensor, logits: Tensor, logit_derivative: Tensor, s: Tensor, t: Tensor, rho_min: float = 0.05
+) -> Tensor:
+    """The corrected mean-flow identity as a distribution: softmax(log D_s - log max(ρ, ρ_min)), (..., V), t < 1.
+
+    From d/ds X_{s,t}(z_s) = 0 follows ψ = D_s + κ dψ/ds, hence D_s = ψ ρ. Dividing keeps the target on the simplex, where
+    the sum D_s + κ dψ/ds would leave it. No token can rise above D_s / ρ_min: keep ρ_min below the D_s of tokens that must
+    win. Early in training many ρ are <= 0 for wide intervals, so intervals must grow.
+    """
+    psi = torch.softmax(logits.detach(), dim=-1)
+    rho = recovery_ratio(psi, logit_derivative, s, t)
+    return torch.softmax(log_d - rho.clamp(min=rho_min).log(), dim=-1).detach()
+
+
+def warp_time(q: Tensor, center: float = 0.5) -> Tensor:
+    """s(q) = k q / (1 + (k - 1) q), k = center / (1 - center): a uniform q spends half of its mass below `center`.
+
+    Put it where tokens become decodable. Changing the centre is the same as changing σ up to the scale of z.
+    """
+    if not 0 < center < 1:
+        raise UsageError(f"module.time_center={center} must lie between 0 and 1; 0.5 leaves times as they are")
+    k = center / (1 - center)
+    return k * q / (1 + (k - 1) * q)
+
+
+def distribution_divergence(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(target || softmax(logits)) per position, nats: (..., V) distribution, (..., V) logits -> (...)."""
+    return (torch.xlogy(target, target) - target * torch.log_softmax(logits, dim=-1)).sum(-1)
+
+
+def gap_weight(target: Tensor, logits: Tensor, floor: float = 1e-6) -> Tensor:
+    """sg(||ψ - target||² + floor)^(-1/2): evens out easy and hard positions. It hides the raw loss: log both."""
+    difference = torch.softmax(logits.detach(), dim=-1) - target
+    return (difference.square().sum(-1) + floor).rsqrt()

@@ -1,0 +1,202 @@
+"""The three things a noisy-mask student learns: to read noisy masks, to jump over intervals, to land where the flow ends.
+
+Each function takes a batch and returns `Terms`. `average` and `denoiser` are evaluations of the student with other weights:
+its running average, and the frozen snapshot D that the first stage left (never the student itself, whose own D would make
+the identities hold for any ψ).
+Legend: B batch, L length, M masked positions, V vocabulary. Times are data times, s <= t, 1 = clean text.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from models.backbones.llada import LladaModel
+from models.backbones.noisy_mask_student import NoisyMaskStudent
+from models.decoding.noisy_mask import Network
+from models.functional.flow_times import sample_data_interval
+from models.functional.jvp import JvpBackend, value_and_jvp
+from models.functional.masked_diffusion import antithetic_times, mask_tokens
+from models.functional.noisy_mask import (
+    distribution_divergence,
+    flow_map,
+    gap_weight,
+    line_point,
+    noisy_meanflow_target,
+    psd_target,
+    velocity,
+)
+
+FlowTarget = Literal["psd", "meanflow"]
+
+
+class Terms(NamedTuple):
+    """loss: scalar, what is minimised; raw: named scalars before any weighting, nats unless they say otherwise."""
+
+    loss: Tensor
+    raw: dict[str, Tensor]
+
+
+def hide_response(batch: dict[str, Tensor], observed_share: float, generator: Generator) -> Tensor:
+    """Masked positions (B, L): the whole response, but in `observed_share` of the rows only a random part of it."""
+    response = batch["response_mask"]
+    partly, p = torch.rand(2, len(response), generator=generator, device=response.device)
+    p = torch.where(partly < observed_share, p, 1.0)
+    return mask_tokens(batch["input_ids"], response, p, 0, generator)[1]
+
+
+def noisy_point(
+    student: NoisyMaskStudent, batch: dict[str, Tensor], masked: Tensor, s: Tensor, generator: Generator
+) -> Tensor:
+    """z_s (B, L, D): on the line where masked, the token's embedding elsewhere. s (B,)."""
+    clean = student.base.embed(batch["input_ids"])
+    on_line = line_point(student.start(batch, masked, generator), clean, s.unsqueeze(-1).expand(masked.shape))
+    return torch.where(masked.unsqueeze(-1), on_line, clean)
+
+
+def adapt_to_noise(
+    student: NoisyMaskStudent,
+    teacher: LladaModel,
+    batch: dict[str, Tensor],
+    generator: Generator,
+    *,
+    teacher_weight: float,
+    observed_share: float,
+) -> Terms:
+    """Stage A: CE(x, ψ_{s,s}(z_s)) on masked positions + teacher_weight KL(teacher || ψ_{0,0}) on a quarter of the rows."""
+    x0, attention_mask = batch["input_ids"], batch["attention_mask"]
+    # 1. a time for each row and its point on the line
+    masked = hide_response(batch, observed_share, generator)
+    s = student.warp(antithetic_times(len(x0), generator, x0.device))
+    z = noisy_point(student, batch, masked, s, generator)
+    # 2. the denoiser's cross entropy
+    logits = student(z, masked, attention_mask, s, s)
+    nll = _mean(F.cross_entropy(logits.float(), x0[masked], reduction="none"))
+    accuracy = _mean((logits.detach().argmax(-1) == x0[masked]).float())
+    raw = {"denoising_nll": nll, "denoising_accuracy": accuracy}
+    if teacher_weight == 0:
+        return Terms(nll, raw)
+    # 3. at s = 0 every ε must give the masked teacher's posterior
+    few = {name: column[::4] for name, column in batch.items()}
+    hidden, zero = masked[::4], torch.zeros_like(s[::4])
+    start = student.start(few, hidden, generator)
+    logits = student(start, hidden, few["attention_mask"], zero, zero)
+    with torch.no_grad():
+        xt = torch.where(hidden, teacher.mask_id, few["input_ids"])
+        posterior = teacher.lm_head(teacher.hidden(teacher.embed(xt), few["attention_mask"])[hidden]).softmax(-1)
+    raw["teacher_gap"] = _mean(distribution_divergence(posterior, logits))
+    return Terms(nll + teacher_weight * raw["teacher_gap"], raw)
+
+
+def match_flow_map(
+    student: NoisyMaskStudent,
+    average: Network,
+    denoiser: Network,
+    batch: dict[str, Tensor],
+    generator: Generator,
+    *,
+    widest: float,
+    diagonal_share: float,
+    endpoint_share: float,
+    observed_share: float,
+    weighted: bool,
+    target: FlowTarget = "psd",
+    meanflow_until: float = 0.95,
+    rho_min: float = 0.05,
+    jvp_backend: JvpBackend = "forward_ad",
+    jvp_step: float = 1e-2,
+) -> Terms:
+    """Stage B: ψ_{s,t} against its target, and ψ_{s,s} against D_s on the diagonal rows.
+
+    target: `psd` for every interval, or `meanflow` for those that end by `meanflow_until` and `psd` beyond.
+    """
+    x0, attention_mask = batch["input_ids"], batch["attention_mask"]
+    # 1. intervals: the diagonal first, then those for the derivative, then those for self-distillation
+    q = sample_data_interval(
+        len(x0), generator, x0.device, diagonal_share=diagonal_share, endpoint_share=endpoint_share, widest=widest
+    )
+    s, u, t = (student.warp(times) for times in q[:3])
+    n_diagonal, n_derivative = q[3], 0
+    if target == "meanflow":
+        early = (t <= meanflow_until) & (torch.arange(len(t), device=t.device) >= n_diagonal)
+        n_derivative = int(early.sum())
+        order = torch.cat([torch.arange(n_diagonal, device=t.device), *_split(early, n_diagonal)])
+        s, u, t = s[order], u[order], t[order]
+    masked = hide_response(batch, observed_share, generator)
+    z = noisy_point(student, batch, masked, s, generator)
+    cut = n_diagonal + n_derivative
+
+    def part(first: int, last: int) -> tuple[Tensor, ...]:
+        rows = slice(first, last)
+        return z[rows], masked[rows], attention_mask[rows], s[rows], u[rows], t[rows]
+
+    logits, targets = [], []
+    # 2. diagonal rows: D itself
+    if n_diagonal:
+        zd, md, ad, sd, _, _ = part(0, n_diagonal)
+        logits.append(student(zd, md, ad, sd, sd))
+        with torch.no_grad():
+            targets.append(denoiser(zd, md, ad, sd, sd).softmax(-1))
+    # 3. the corrected mean-flow identity, with the derivative along the flow of D
+    if n_derivative:
+        zf, mf, af, sf, _, tf = part(n_diagonal, cut)
+        row = _row_index(mf)
+        with torch.no_grad():
+            log_d = denoiser(zf, mf, af, sf, sf).log_softmax(-1)
+            drift = torch.zeros_like(zf)
+            drift[mf] = velocity(zf[mf], log_d.exp() @ student.base.embedding, sf[row])
+        value, derivative = value_and_jvp(
+            lambda point, start: student(point, mf, af, start, tf),
+            (zf, sf),
+            (drift, torch.ones_like(sf)),
+            backend=jvp_backend,
+            step=jvp_step,
+        )
+        logits.append(value)
+        targets.append(noisy_meanflow_target(log_d, value, derivative, sf[row], tf[row], rho_min))
+    # 4. two shorter jumps of the average in place of one
+    if cut < len(x0):
+        zp, mp, ap, sp, up, tp = part(cut, len(x0))
+        row = _row_index(mp)
+        with torch.no_grad():
+            psi_su = average(zp, mp, ap, sp, up).softmax(-1)
+            moved = zp.clone()
+            moved[mp] = flow_map(zp[mp], psi_su @ student.base.embedding, sp[row], up[row])
+            psi_ut = average(moved, mp, ap, up, tp).softmax(-1)
+        logits.append(student(zp, mp, ap, sp, tp))
+        targets.append(psd_target(psi_su, psi_ut, sp[row], up[row], tp[row]))
+    # 5. the divergence, raw and weighted
+    logits, targets = torch.cat(logits), torch.cat(targets)
+    gap = distribution_divergence(targets, logits)
+    loss = _mean(gap * gap_weight(targets, logits)) if weighted else _mean(gap)
+    on_diagonal = int(masked[:n_diagonal].sum())
+    return Terms(loss, {"diagonal_gap": _mean(gap[:on_diagonal]), "flow_gap": _mean(gap[on_diagonal:])})
+
+
+def polish_endpoint(
+    student: NoisyMaskStudent, z0: Tensor, masked: Tensor, attention_mask: Tensor, endpoint: Tensor
+) -> Terms:
+    """Stage C: CE(x̂, ψ_{0,1}(z_0)) on pairs of a start and the text x̂ (B, L) where its flow ends."""
+    zero = z0.new_zeros(len(z0))
+    logits = student(z0, masked, attention_mask, zero, zero + 1)
+    nll = _mean(F.cross_entropy(logits.float(), endpoint[masked], reduction="none"))
+    hits = torch.ones_like(masked)
+    hits[masked] = logits.detach().argmax(-1) == endpoint[masked]
+    return Terms(nll, {"endpoint_nll": nll, "endpoint_match": hits.all(-1).float().mean()})
+
+
+def _row_index(masked: Tensor) -> Tensor:
+    """(B, L) -> (M,): the row of each masked position."""
+    return torch.arange(len(masked), device=masked.device).unsqueeze(-1).expand(masked.shape)[masked]
+
+
+def _split(early: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Indices from `first` on: those that are early, then the others."""
+    index = torch.arange(len(early), device=early.device)
+    return index[early], index[~early & (index >= first)]
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean over positions; 0 where there are none."""
+    return values.sum() / max(1, values.numel())
