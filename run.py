@@ -14,16 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from callbacks.console import quiet_libraries, report_console, sentence_for
+from callbacks.console import print_answers, quiet_libraries, report_console, sentence_for
 from callbacks.frontier import FrontierReport
-from callbacks.record import find_records
-from callbacks.table import results_table
+from callbacks.gather import report_frontier
 from datamodules.prompts import read_prompts
 from lightning_modules.teacher_cache import cache_key, partial_folder, require_readable, train_or_load_teacher
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.student_files import load_student, read_student
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
-from models.decoding.one_step import OneStepDecoder
+from models.decoding.students import student_decoder
 from models.functional.errors import UsageError
 
 # a network just large enough to try a module's options on
@@ -65,8 +64,13 @@ def run_mode(cfg: DictConfig) -> float | None:
 
 
 def fit(cfg: DictConfig) -> float | None:
-    """Train (the teacher first, where the module needs one), then compare every decoder on the test split."""
+    """Train (the teacher first, where the module needs one), then compare every decoder on the test split.
+
+    student_path= is a student to start from, such as one that only some stages have trained.
+    """
     module, trainer, datamodule = _build(cfg)
+    if cfg.student_path is not None:
+        module.start_from(load_student(cfg.student_path, module.teacher))
     try:
         trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     except SystemExit:  # how Lightning ends after Ctrl-C
@@ -86,8 +90,8 @@ def test(cfg: DictConfig) -> None:
             cfg.ckpt_path = "last"
         else:
             cfg.student_path = str(_newest_student(cfg))
-    if cfg.student_path is not None and cfg.teacher is not None and cfg.teacher.path is None:
-        cfg.teacher.path = read_student(cfg.student_path)["notes"].get("teacher")
+    if cfg.student_path is not None and cfg.teacher is not None:
+        cfg.teacher.path = _teacher_of(cfg, cfg.student_path)
     module, trainer, datamodule = _build(cfg)
     if cfg.ckpt_path is not None:
         trainer.test(module, datamodule, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
@@ -99,41 +103,42 @@ def test(cfg: DictConfig) -> None:
 
 
 def generate(cfg: DictConfig) -> None:
-    """Print the response to prompt= (or to every line of prompt_file=): the student's, or the teacher's with forwards=N."""
+    """Print the response to prompt= (or to every line of prompt_file=): the student's, or the teacher's (decoder=teacher)."""
     prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.n)
+    forwards = 1 if cfg.forwards is None else cfg.forwards
     if cfg.teacher is None:
         raise UsageError(f"experiment={cfg.name} trains no student; mode=generate needs one that does")
-    if (cfg.forwards is not None and cfg.forwards < 1) or cfg.temperature < 0:
-        raise UsageError(f"forwards={cfg.forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
+    if forwards < 1 or cfg.temperature < 0:
+        raise UsageError(f"forwards={forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
+    if cfg.decoder not in ("student", "teacher"):
+        raise UsageError(f"decoder={cfg.decoder} is not known; type decoder=student or decoder=teacher")
     datamodule = instantiate(cfg.data)
     datamodule.setup("predict")
     rows = datamodule.encode_prompts(prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if cfg.forwards is None or cfg.forwards == 1:
+    if cfg.decoder == "student":
         folder = Path(cfg.student_path) if cfg.student_path else _newest_student(cfg)
-        base = cfg.teacher.path or read_student(folder)["notes"].get("teacher")
+        base = _teacher_of(cfg, folder)
         if base is None:
             raise UsageError(f"{folder} does not say where its teacher is; type teacher.path=<folder>")
-        teacher = _fitting(load_llada(base), datamodule, "teacher").to(device)
-        decoder: Any = OneStepDecoder(load_student(folder, teacher), temperature=cfg.temperature)
+        student = load_student(folder, _fitting(load_llada(base), datamodule, "teacher").to(device))
+        more = {
+            name: cfg.module[key] for name, key in (("step", "few_step"), ("promote", "promote")) if key in cfg.module
+        }
+        decoder = student_decoder(student, forwards, cfg.temperature, **more)
     else:
         options = {"temperature": cfg.temperature, "remasking": cfg.module.get("teacher_remasking", "random")}
-        decoder = MaskedDiffusionDecoder(_teacher(cfg, datamodule).to(device), cfg.forwards, **options)
+        decoder = MaskedDiffusionDecoder(_teacher(cfg, datamodule).to(device), forwards, **options)
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
     for start in track(range(0, len(prompts), 64), description="generating", disable=len(prompts) <= 64):
         few = {name: column[start : start + 64].to(device) for name, column in rows.items()}
         responses = datamodule.decode_responses(decoder(few, generator))
-        for prompt, response in zip(prompts[start : start + 64], responses, strict=True):
-            console.print(
-                f"[dim]{escape(prompt)}[/] → {escape(response)}" if prompt else escape(response), soft_wrap=True
-            )
+        print_answers(console, prompts[start : start + 64], responses)
 
 
 def report(cfg: DictConfig) -> None:
-    """Print the table of every record.json below the outputs folder."""
-    for path, record in find_records(cfg.paths.output_dir):
-        console.print(f"\n{path}", highlight=False)
-        console.print(results_table(record, console.width))
+    """Every run below the outputs folder in one table and one figure: quality against cost."""
+    report_frontier(cfg.paths.output_dir, console)
 
 
 # -- building --------------------------------------------------------------------------------------------------------
@@ -151,7 +156,7 @@ def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     if cfg.teacher is None:
         module = instantiate(cfg.module, _convert_="all", model=_new_model(cfg, datamodule))
     else:
-        stand_in = build_llada(**_special_ids(datamodule), **STAND_IN)
+        stand_in = build_llada(**datamodule.special_ids(), **STAND_IN)
         instantiate(cfg.module, _convert_="all", teacher=stand_in)  # refuses a wrong option before a teacher is trained
         teacher = _teacher(cfg, datamodule)
         # the student starts alike whether the teacher was trained now or before
@@ -178,7 +183,7 @@ def _new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
         model = instantiate(cfg.model)
     else:
         seed_everything(cfg.seed, verbose=False)
-        model = instantiate(cfg.model, **_special_ids(datamodule))
+        model = instantiate(cfg.model, **datamodule.special_ids())
     return _fitting(model, datamodule, "model")
 
 
@@ -219,16 +224,6 @@ def _fitting(model: LladaModel, datamodule: Any, what: str) -> LladaModel:
     return model
 
 
-def _special_ids(datamodule: Any) -> dict[str, int]:
-    tokenizer = datamodule.tokenizer
-    return {
-        "vocab_size": len(tokenizer),
-        "mask_token_id": tokenizer.mask_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
 def _callbacks(cfg: DictConfig) -> list:
     """cfg.callbacks without the ones set to null, then the report, which needs to know the whole configuration."""
     plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
@@ -260,6 +255,11 @@ def _checkpoint(cfg: DictConfig) -> Path:
             f"ckpt_path={path} does not exist; type ckpt_path=last for the newest of experiment={cfg.name}"
         )
     return require_readable(path)
+
+
+def _teacher_of(cfg: DictConfig, student: str | Path) -> str | None:
+    """teacher.path=, or where the student's notes say that its teacher is."""
+    return cfg.teacher.path or read_student(student)["notes"].get("teacher")
 
 
 def _newest_student(cfg: DictConfig) -> Path:

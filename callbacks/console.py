@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from rich.markup import escape
 
 from models.functional.errors import UsageError
 
@@ -32,6 +33,12 @@ def sentence_for(error: BaseException) -> str | None:
             return f"{cause}; see the options with --cfg job"
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def print_answers(console: Console, prompts: list[str], responses: list[str]) -> None:
+    """One line for each prompt; a prompt that is empty is left out."""
+    for prompt, response in zip(prompts, responses, strict=True):
+        console.print(f"[dim]{escape(prompt)}[/] → {escape(response)}" if prompt else escape(response), soft_wrap=True)
 
 
 @contextmanager

@@ -47,6 +47,12 @@ class PromptResponseDataModule(LightningDataModule):
         """Decoders that need no model, such as the product of marginals; empty where the truth is not known."""
         return []
 
+    def special_ids(self) -> dict[str, int]:
+        """What a network with fresh weights needs to know of the vocabulary."""
+        ids = self.tokenizer
+        names = ("mask_token_id", "eos_token_id", "pad_token_id")
+        return {"vocab_size": len(ids), **{name: getattr(ids, name) for name in names}}
+
     def check_network(self, what: str, vocab_size: int, mask_token_id: int | None, context: int) -> None:
         """Raise UsageError unless a network of this vocabulary and context length can read the corpus."""
         columns = self.prompt_length + self.response_length

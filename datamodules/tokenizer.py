@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -58,10 +59,8 @@ def build_tokenizer(
 def _trained(kind: str, texts: Sequence[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast:
     folder = cache_dir / f"{kind}-{vocab_size}-{_content_hash(kind, texts, vocab_size)[:16]}"
     if not (folder / "tokenizer.json").is_file():
-        if kind == "words":
-            tokenizer = _train_words(texts, vocab_size)
-        else:
-            tokenizer = _train_bpe(texts, vocab_size, split=kind == "bpe")
+        train = _train_words if kind == "words" else partial(_train_bpe, split=kind == "bpe")
+        tokenizer = train(texts, vocab_size)
         if len(tokenizer) > vocab_size:
             raise UsageError(
                 f"data.vocab_size={vocab_size} is too small for data.tokenizer={kind}: the special tokens and the "

@@ -57,6 +57,15 @@ class MeanFlowDistillModule(LeapModule):
                 "(its folder holds them in .hydra/config.yaml), or teacher.path=<folder of its teacher>"
             )
 
+    def start_from(self, student: nn.Module) -> None:
+        """Go on with an already trained student over the same teacher. Raises UsageError where the options differ."""
+        if type(student) is not type(self.student) or student.options != self.student.options:
+            raise UsageError(
+                f"student_path holds a {type(student).__name__} with {student.options}, this run wants a "
+                f"{type(self.student).__name__} with {self.student.options}; give both the same flow= and module options"
+            )
+        self.student.load_state_dict({n: p for n, p in student.named_parameters() if p.requires_grad}, strict=False)
+
     def teacher_decoders(self) -> list[Decoder]:
         options = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
         return [MaskedDiffusionDecoder(self.teacher, n, **options) for n in self.forwards]

@@ -123,7 +123,7 @@ def test_a_tokenizer_without_a_needed_token_is_refused(missing, tmp_path):
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"data\.tokenizer=gpt2 is neither byte, bpe or words nor a folder"):
+    with pytest.raises(UsageError, match=r"data\.tokenizer=gpt2 is neither byte, bpe, phrases or words nor a folder"):
         build_tokenizer("gpt2", [], 0, tmp_path)
     with pytest.raises(UsageError, match="no tokenizer could be read"):
         build_tokenizer(str(tmp_path), [], 0, tmp_path)

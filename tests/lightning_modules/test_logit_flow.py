@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_teacher_is_refused(tiny_llada, tiny_oracle, tmp
         quiet_trainer(4).fit(other, tiny_oracle, ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("option", [{"loss": "l1"}, {"flow": "x"}, {"tangent": "up"}, {"weighting": "w"}])
+@pytest.mark.parametrize("option", [{"loss": "l1"}, {"hard_target": "x"}, {"tangent": "up"}, {"weighting": "w"}])
 def test_unknown_options_are_named(tiny_llada, tiny_oracle, option):
     name = next(iter(option))
     with pytest.raises(UsageError, match=rf"module\.{name}=.* type one of"):

@@ -1,0 +1,185 @@
+"""`mode=report`: every record below a folder in one table and one figure, quality against cost.
+
+Runs of the same experiment with different seeds become one row: mean and 95 % interval (Student's t) over the seeds. A run
+repeated with the same seed replaces the earlier one; give a variant its own name=... to keep it apart.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student_t
+from torch.utils.tensorboard import SummaryWriter
+
+from callbacks.picture import PREFERRED, STYLE
+from callbacks.record import find_records
+
+QUALITIES = ("validity", "validity_part", "validity_none", "exact_match", "slot_accuracy", "bleu", "tv")
+TITLES = {
+    "validity": "valid",
+    "validity_part": "valid part",
+    "validity_none": "valid none",
+    "exact_match": "exact match",
+    "slot_accuracy": "slot acc.",
+    "bleu": "BLEU",
+    "tv": "TV",
+    "entropy": "entropy",
+    "tokens_per_s": "tokens/s",
+}
+DISPENSABLE = ("tv", "tokens_per_s", "validity_part", "entropy")  # on a narrow terminal; all of it is in frontier.md
+
+
+@dataclass
+class FrontierRow:
+    """One decoder of one experiment on one corpus; `values` holds each figure's values, one for each seed."""
+
+    corpus: str
+    experiment: str
+    method: str
+    decoder: str
+    forwards: int
+    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def seeds(self) -> int:
+        return max((len(values) for values in self.values.values()), default=0)
+
+    def mean(self, name: str) -> float | None:
+        return fmean(self.values[name]) if self.values.get(name) else None
+
+    def half_width(self, name: str) -> float | None:
+        """Half of the 95 % interval of the mean over seeds; None for fewer than two."""
+        values = self.values.get(name, [])
+        if len(values) < 2:
+            return None
+        return float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
+    """The records' rows, oldest record first, by corpus, experiment and decoder."""
+    newest: dict[tuple, dict] = {}
+    for record in records:
+        for row in record["rows"]:
+            key = (record["data"]["name"], record["experiment"], row["method"], row["decoder"], row["forwards"])
+            newest[*key, record["seed"]] = row
+    rows: dict[tuple, FrontierRow] = {}
+    for (*key, _), row in newest.items():
+        own = rows.setdefault(tuple(key), FrontierRow(*key))
+        figures = {name: row["quality"].get(name) for name in QUALITIES}
+        figures |= {"entropy": row["entropy"], "tokens_per_s": row["cost"].get("tokens_per_s")}
+        for name, value in figures.items():
+            if value is not None:
+                own.values[name].append(value)
+    return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
+
+
+def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
+    """Rows of one corpus; only the figures that some row has, and not the dispensable ones where `width` is too small."""
+    names = _known(rows)
+    text = 20 + max(len(row.experiment) for row in rows) + max(len(row.decoder) for row in rows)
+    for name in DISPENSABLE:
+        if text + sum(2 + max(len(TITLES[n]), *(len(_written(row, n)) for row in rows)) for n in names) <= width:
+            break
+        names = [n for n in names if n != name]
+    table = Table(title=rows[0].corpus, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("experiment", "decoder"):
+        table.add_column(title, no_wrap=True)
+    for title in ("forwards", "seeds", *(TITLES[name] for name in names)):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        cells = (_written(row, name) for name in names)
+        table.add_row(row.experiment, row.decoder, str(row.forwards or "-"), str(row.seeds), *cells)
+    return table
+
+
+def frontier_markdown(rows: list[FrontierRow]) -> str:
+    names = _known(rows)
+    heads = ["experiment", "decoder", "forwards", "seeds", *(TITLES[name] for name in names)]
+    lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+    for row in rows:
+        cells = [row.experiment, row.decoder, str(row.forwards or "-"), str(row.seeds)]
+        lines.append("| " + " | ".join([*cells, *(_written(row, name) for name in names)]) + " |")
+    return "\n".join(lines)
+
+
+def frontier_figure(rows: list[FrontierRow]) -> Figure:
+    """A line of panels for each corpus: its qualities against forwards, then its first quality against tokens/s."""
+    corpora = list(dict.fromkeys(row.corpus for row in rows))
+    figure = Figure(figsize=(13.5, 4.2 * len(corpora)), layout="constrained")
+    for part, corpus in zip(figure.subfigures(len(corpora), 1, squeeze=False)[:, 0], corpora, strict=True):
+        own = [row for row in rows if row.corpus == corpus]
+        shown = [name for name in QUALITIES if name != "tv" and any(row.values.get(name) for row in own)][:3]
+        main = next((name for name in PREFERRED if name in shown), None)
+        if main is None:
+            continue
+        panels = [("forwards", name) for name in shown] + [("tokens_per_s", main)]
+        axes = part.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (cost, quality) in zip(axes, panels, strict=True):
+            _panel(axis, own, cost, quality)
+        part.suptitle(corpus, fontsize=11)
+        handles, labels = axes[0].get_legend_handles_labels()
+        part.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def report_frontier(folder: str | Path, console: Console) -> None:
+    """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report."""
+    rows = frontier_rows([record for _, record in find_records(folder)])
+    out = Path(folder) / "report"
+    out.mkdir(exist_ok=True)
+    corpora = [[r for r in rows if r.corpus == name] for name in dict.fromkeys(row.corpus for row in rows)]
+    for own in corpora:
+        console.print(frontier_table(own, console.width))
+    text = "\n\n".join(f"## {own[0].corpus}\n\n{frontier_markdown(own)}" for own in corpora)
+    (out / "frontier.md").write_text(text + "\n")
+    figure = frontier_figure(rows)
+    figure.savefig(out / "frontier.png", dpi=130)
+    with SummaryWriter(str(out)) as writer:
+        writer.add_figure("frontier", figure)
+        writer.add_text("frontier", text)
+    console.print(f"figure: {out}/frontier.png   table: {out}/frontier.md", highlight=False, soft_wrap=True)
+
+
+def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
+    lines: dict[tuple[str, str, str], list[FrontierRow]] = defaultdict(list)
+    for row in rows:
+        if row.mean(quality) is not None:
+            lines[row.method, row.experiment, row.decoder].append(row)
+    seen: dict[str, int] = defaultdict(int)
+    for (method, experiment, decoder), own in lines.items():
+        marker, colour = STYLE.get(method, ("s-", "#4a8f5a"))
+        shade, label = max(0.3, 1.0 - 0.25 * seen[method]), f"{decoder} ({experiment})"
+        seen[method] += 1
+        if method == "control":
+            axis.axhline(own[0].mean(quality), linestyle=marker, color=colour, alpha=shade, label=label)
+            continue
+        own.sort(key=lambda row: row.forwards)
+        x = [row.forwards if cost == "forwards" else row.mean(cost) for row in own]
+        errors = [row.half_width(quality) or 0.0 for row in own]
+        style = {"fmt": marker.rstrip("-") + "-", "color": colour, "alpha": shade, "capsize": 2, "label": label}
+        axis.errorbar(x, [row.mean(quality) for row in own], yerr=errors, **style)
+    axis.set_xscale("log", base=2 if cost == "forwards" else 10)
+    axis.set_xlabel("forwards per sequence" if cost == "forwards" else "response tokens per second")
+    axis.set_title(TITLES[quality], fontsize=10)
+    axis.grid(alpha=0.25)
+
+
+def _known(rows: list[FrontierRow]) -> list[str]:
+    return [name for name in TITLES if any(row.values.get(name) for row in rows)]
+
+
+def _written(row: FrontierRow, name: str) -> str:
+    mean, half = row.mean(name), row.half_width(name)
+    if mean is None:
+        return "-"
+    if name == "tokens_per_s":
+        return f"{mean:,.0f}"
+    form = ".2f" if name in ("entropy", "tv") else ".1f" if name == "bleu" else ".3f"
+    return format(mean, form) + ("" if half is None else f" ± {half:{form}}")

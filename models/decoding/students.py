@@ -1,0 +1,31 @@
+"""The decoder of a student loaded from disk, whatever its kind."""
+
+from models.backbones.noisy_mask_student import NoisyMaskStudent
+from models.backbones.prefix_student import PrefixStudent
+from models.decoding.decoder import Decoder
+from models.decoding.noisy_mask import NoisyMaskDecoder, Step
+from models.decoding.one_step import OneStepDecoder
+from models.functional.errors import UsageError
+
+
+def student_decoder(
+    student: PrefixStudent | NoisyMaskStudent,
+    forwards: int,
+    temperature: float,
+    *,
+    step: Step = "chain",
+    promote: float | None = None,
+) -> Decoder:
+    """Raises UsageError for what this kind of student cannot do."""
+    if isinstance(student, NoisyMaskStudent):
+        if temperature != 0:
+            raise UsageError(
+                f"temperature={temperature}: this student draws with the noise of its masks, so every seed and every n has "
+                "a text of its own; leave temperature at 0"
+            )
+        return NoisyMaskDecoder(student, forwards, step=step, promote=promote)
+    if forwards != 1:
+        raise UsageError(
+            f"forwards={forwards}: this student (flow=logit) answers in one; type decoder=teacher for more"
+        )
+    return OneStepDecoder(student, temperature=temperature)

@@ -1,0 +1,110 @@
+"""Following the flow: by hand on a network of which everything is known, and on a small student."""
+
+import pytest
+import torch
+
+from models.backbones.noisy_mask_student import NoisyMaskStudent
+from models.decoding.noisy_mask import NoisyMaskDecoder, follow_flow, start_rows
+from models.functional.errors import UsageError
+
+
+@pytest.fixture
+def student(tiny_llada):
+    torch.manual_seed(0)
+    student = NoisyMaskStudent(tiny_llada(), adapter="prefix+mask_noise", prompt_length=3, hidden_size=8, rank=4)
+    torch.nn.init.eye_(student.mask_noise.weight)
+    return student.eval()
+
+
+@pytest.fixture
+def rows():
+    input_ids = torch.randint(3, 11, (5, 6), generator=torch.Generator().manual_seed(1))
+    response = torch.zeros(5, 6, dtype=torch.bool)
+    response[:, 2:] = True
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(response), "response_mask": response}
+
+
+def draw(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("step", ["chain", "renoise", "ode"])
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_prompts_never_move_and_the_mask_is_never_said(student, rows, step, forwards):
+    seen = []
+
+    def network(z, masked, attention_mask, s, t):
+        seen.append((z.clone(), s[0].item(), t[0].item()))
+        return student(z, masked, attention_mask, s, t)
+
+    begin = start_rows(student, rows, draw())
+    tokens = follow_flow(student, begin, forwards=forwards, step=step, network=network, generator=draw(1))
+    prompt = student.base.embed(rows["input_ids"])[:, :2]
+    assert all(torch.equal(z[:, :2], prompt) for z, _, _ in seen)
+    assert len(seen) == forwards
+    assert (tokens[:, 2:] != student.base.mask_id).all()
+    ends = {"chain": [(k + 1) / forwards for k in range(forwards)], "renoise": [1.0] * forwards}
+    starts = [k / forwards for k in range(forwards)]
+    assert [s for _, s, _ in seen] == pytest.approx(starts)
+    assert [t for _, _, t in seen] == pytest.approx(ends.get(step, starts))
+
+
+def test_two_steps_of_the_chain_by_hand(student, rows):
+    begin = start_rows(student, rows, draw())
+    z, masked, attention_mask = begin
+    s, half, one = torch.zeros(5), torch.full((5,), 0.5), torch.ones(5)
+    with torch.no_grad():
+        logits = student(z, masked, attention_mask, s, half)
+        logits[:, student.base.mask_id] = -1e9
+        middle = z.clone()
+        middle[masked] = 0.5 * z[masked] + 0.5 * logits.softmax(-1) @ student.base.embedding
+        last = student(middle, masked, attention_mask, half, one)
+        last[:, student.base.mask_id] = -1e9
+    tokens = follow_flow(student, begin, forwards=2)
+    assert torch.equal(tokens[masked], last.argmax(-1))
+
+
+def test_many_small_steps_of_a_constant_denoiser_end_where_one_step_does(student, rows):
+    """If D never changes, every step lies on the same straight line, and N forwards say what one says."""
+    begin = start_rows(student, rows, draw())
+    fixed = torch.randn(int(begin.masked.sum()), 11, generator=draw(3))
+    network = lambda z, masked, attention_mask, s, t: fixed.clone()  # noqa: E731
+    once = follow_flow(student, begin, forwards=1, network=network)
+    assert torch.equal(follow_flow(student, begin, forwards=7, step="ode", network=network), once)
+
+
+def test_sure_positions_become_text_for_the_forwards_that_follow(student, rows):
+    seen = []
+
+    def network(z, masked, attention_mask, s, t):
+        seen.append((z.clone(), masked.clone()))
+        logits = torch.zeros(int(masked.sum()), 11)
+        first = masked.cumsum(-1).eq(1)  # the first masked position of each row is sure of token 7
+        logits[first[masked], 7] = 50.0
+        return logits
+
+    begin = start_rows(student, rows, draw())
+    tokens = follow_flow(student, begin, forwards=3, network=network, promote=0.9)
+    assert [int(masked.sum()) for _, masked in seen] == [20, 15, 10]
+    assert torch.equal(seen[1][0][:, 2], student.base.embedding[7].expand(5, -1))
+    assert tokens[:, 2:5].eq(7).all()
+
+
+def test_the_same_seed_gives_the_same_texts_and_another_one_others(student, rows):
+    decoder = NoisyMaskDecoder(student, 2)
+    assert torch.equal(decoder(rows, draw(0)), decoder(rows, draw(0)))
+    assert not torch.equal(decoder(rows, draw(0)), decoder(rows, draw(1)))
+    assert decoder(rows, draw(0)).shape == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forwards": 0}, "at least 1"),
+        ({"forwards": 1, "step": "leap"}, "few_step=leap"),
+        ({"forwards": 1, "promote": 0.4}, "0.5"),
+    ],
+)
+def test_wrong_options_are_named(student, rows, options, message):
+    with pytest.raises(UsageError, match=message):
+        follow_flow(student, start_rows(student, rows, draw()), **options)

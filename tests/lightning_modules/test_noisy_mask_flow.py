@@ -1,0 +1,271 @@
+"""The three stages: what each step computes, what trains, and that a run resumed inside any of them is the same run."""
+
+import pytest
+import torch
+from helpers_trainer import quiet_trainer
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from datamodules.oracle.datamodule import OracleDataModule
+from lightning_modules.noisy_mask_flow import NoisyMaskFlowModule
+from lightning_modules.stages import Stages
+from models.decoding.noisy_mask import NoisyMaskDecoder, follow_flow
+from models.functional.errors import UsageError
+from models.objectives.endpoint_pairs import EndpointPairs
+from models.objectives.noisy_mask import adapt_to_noise, hide_response, match_flow_map, noisy_point
+
+ALL = {"adapt": {"share": 0.4, "lr": 1e-2}, "flow": {"share": 0.3, "lr": 1e-2}, "polish": {"share": 0.3, "lr": 1e-2}}
+
+
+def build(tiny_llada, data, **options):
+    torch.manual_seed(0)
+    ids = data.tokenizer
+    teacher = tiny_llada(
+        len(ids), mask_token_id=ids.mask_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id
+    )
+    settings = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4, "stages": ALL, "ode_steps": 2}
+    settings |= {"forwards": (1, 2), "student_forwards": (1, 2), "ode_forwards": (2,), "pair_reuse": 2}
+    return NoisyMaskFlowModule(teacher, **(settings | options))
+
+
+def stir(module, size=0.3):
+    """Move the student away from its start, where much is zero."""
+    with torch.no_grad():
+        for p in module.student.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn_like(p))
+    module.student.soft_prompt.project_()
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        self.values.append(outputs["loss"].item())
+
+
+def test_steps_are_cut_among_the_stages():
+    stages = Stages(ALL)
+    stages.plan(10)
+    assert [stages.at(step)[0].name for step in range(10)] == ["adapt"] * 4 + ["flow"] * 3 + ["polish"] * 3
+    assert stages.at(5)[1] == pytest.approx(1 / 3)
+    stages.plan(3)
+    assert [stages.at(step)[0].name for step in range(3)] == ["adapt", "flow", "polish"]
+    alone = Stages({"adapt": {"share": 0, "lr": 1e-3}, "flow": {"share": 1, "lr": 1e-3}})
+    alone.plan(2)
+    assert [stage.name for stage in alone.all] == ["flow"]
+    assert 0 < alone.lr(1) < alone.lr(0) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"adapt": {"share": 0.5, "lr": 1e-3}}, "must add up to 1, not 0.5"),
+        ({"warm": {"share": 1.0, "lr": 1e-3}}, "module.stages.warm is not known"),
+        ({"adapt": {"share": 1.0, "lr": 0.0}}, "lr above 0"),
+    ],
+)
+def test_wrong_stages_are_named(stages, message):
+    with pytest.raises(UsageError, match=message):
+        Stages(stages)
+
+
+@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora", "full"])
+@pytest.mark.parametrize("target", ["psd", "meanflow"])
+def test_every_adapter_and_target_trains_through_all_stages_and_the_teacher_stays(
+    tiny_llada, tiny_oracle, adapter, target
+):
+    module = build(tiny_llada, tiny_oracle, adapter=adapter, target=target, lora_rank=2)
+    before = {name: p.detach().clone() for name, p in module.teacher.named_parameters()}
+    start, losses = module.student.trainable(), Losses()
+    quiet_trainer(10, callbacks=[losses]).fit(module, tiny_oracle)
+    assert all(torch.equal(p, before[name]) for name, p in module.teacher.named_parameters())
+    changed = {
+        name for name, p in module.student.named_parameters() if p.requires_grad and not torch.equal(p, start[name])
+    }
+    assert len(changed) >= len(start) - 1
+    assert len(losses.values) == 10
+    assert all(torch.equal(p, module.average[name]) for name, p in module.student.named_parameters() if p.requires_grad)
+
+
+def test_the_denoiser_is_what_adapt_left_and_stays(tiny_llada, tiny_oracle):
+    module, seen = build(tiny_llada, tiny_oracle), {}
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 4:
+                seen["average"] = {name: w.clone() for name, w in pl_module.average.items()}
+            if trainer.global_step == 5:
+                seen["denoiser"] = {name: w.clone() for name, w in pl_module.denoiser.items()}
+
+    quiet_trainer(10, callbacks=[Watch()]).fit(module, tiny_oracle)
+    for name, weight in seen["average"].items():
+        assert torch.equal(weight, seen["denoiser"][name]), name
+        assert torch.equal(weight, module.denoiser[name]), name
+    assert any(not torch.equal(w, module.denoiser[name]) for name, w in module.average.items())
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5, 7, 9])
+def test_resumed_inside_any_stage_or_between_two_it_is_the_uninterrupted_run(tiny_llada, tiny_oracle, tmp_path, stop):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    whole, losses = build(tiny_llada, tiny_oracle), Losses()
+    options = {"enable_checkpointing": True, "val_check_interval": 4}
+    quiet_trainer(10, callbacks=[checkpoint, losses], **options).fit(whole, tiny_oracle)
+
+    resumed, again = build(tiny_llada, tiny_oracle), Losses()
+    trainer = quiet_trainer(10, callbacks=[again], val_check_interval=4)
+    trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
+    assert again.values == losses.values[stop:]
+    for name, p in resumed.named_parameters():
+        assert torch.equal(p, dict(whole.named_parameters())[name]), name
+
+
+def test_compared_from_a_checkpoint_the_average_answers(tiny_llada, tiny_oracle, tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    module = build(tiny_llada, tiny_oracle)
+    quiet_trainer(9, callbacks=[checkpoint], enable_checkpointing=True).fit(module, tiny_oracle)
+    again = build(tiny_llada, tiny_oracle)
+    quiet_trainer(9).test(again, tiny_oracle, ckpt_path=tmp_path / "step=9.ckpt", verbose=False, weights_only=True)
+    for name, p in again.student.named_parameters():
+        assert not p.requires_grad or torch.equal(p, module.average[name])
+
+
+def test_adapting_by_hand(tiny_llada, tiny_oracle):
+    """CE at every masked place of the line, plus the weighted divergence from the masked teacher at s = 0."""
+    module = build(tiny_llada, tiny_oracle, adapter="prefix+mask_noise")
+    stir(module)
+    student, teacher, batch = module.student, module.teacher, next(iter(tiny_oracle.train_dataloader()))
+    options = {"teacher_weight": 0.5, "observed_share": 0.5}
+    terms = adapt_to_noise(student, teacher, batch, torch.Generator().manual_seed(5), **options)
+
+    draw = torch.Generator().manual_seed(5)
+    masked = hide_response(batch, 0.5, draw)
+    s = (torch.arange(8) / 8 + torch.rand(1, generator=draw)) % 1
+    z = noisy_point(student, batch, masked, s, draw)
+    start = student.start({n: c[::4] for n, c in batch.items()}, masked[::4], draw)
+    nll, gap = [], []
+    for row in range(8):
+        one = slice(row, row + 1)
+        logits = student(z[one], masked[one], batch["attention_mask"][one], s[one], s[one])
+        nll.append(-logits.log_softmax(-1)[range(len(logits)), batch["input_ids"][row][masked[row]]])
+        if row % 4 == 0:
+            xt = batch["input_ids"][one].masked_fill(masked[one], teacher.mask_id)
+            p = teacher(xt)[masked[one]].softmax(-1)
+            zero, mine = torch.zeros(1), start[row // 4 : row // 4 + 1]
+            q = student(mine, masked[one], batch["attention_mask"][one], zero, zero).log_softmax(-1)
+            gap.append((p * (p.log() - q)).sum(-1))
+    expected = torch.cat(nll).mean() + 0.5 * torch.cat(gap).mean()
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert 0 < int(masked.sum()) < int(batch["response_mask"].sum())
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_targets_of_the_flow_stage_do_not_move_with_the_student(tiny_llada, tiny_oracle, weighted):
+    """With ψ^- and D from the same weights as the student the diagonal is at its optimum; with others it is not."""
+    module = build(tiny_llada, tiny_oracle)
+    stir(module)
+    student, batch = module.student, next(iter(tiny_oracle.train_dataloader()))
+    own, other = student.trainable(), {name: w + 0.1 for name, w in student.trainable().items()}
+    options = {"widest": 1.0, "diagonal_share": 1.0, "endpoint_share": 0.0, "observed_share": 0.0, "weighted": weighted}
+
+    def gap(weights):
+        networks = (module.network(weights), module.network(weights))
+        return match_flow_map(student, *networks, batch, torch.Generator().manual_seed(0), **options).raw[
+            "diagonal_gap"
+        ]
+
+    assert gap(own).item() == pytest.approx(0.0, abs=1e-6)
+    assert gap(other).item() > 1e-3
+
+
+def test_derivatives_by_forward_ad_and_by_differences_give_the_same_loss(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle)
+    stir(module, 0.1)
+    module.double()
+    student, batch = module.student, next(iter(tiny_oracle.train_dataloader()))
+    networks = (module.network(student.trainable()), module.network(student.trainable()))
+    options = {"widest": 0.9, "diagonal_share": 0.0, "endpoint_share": 0.0, "observed_share": 0.0, "weighted": False}
+    losses = []
+    torch.set_default_dtype(torch.float64)
+    try:
+        for backend in ("forward_ad", "finite_difference"):
+            more = {"target": "meanflow", "meanflow_until": 0.97, "jvp_backend": backend, "jvp_step": 1e-4}
+            draw = torch.Generator().manual_seed(1)
+            losses.append(match_flow_map(student, *networks, batch, draw, **options, **more).loss.item())
+        psd = match_flow_map(student, *networks, batch, torch.Generator().manual_seed(1), **options).loss.item()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert abs(losses[0] - psd) > 1e-2 * psd  # another target
+
+
+def test_pairs_are_the_ends_of_their_own_noise_and_are_used_again(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle)
+    stir(module)
+    student, batches = module.student, iter(tiny_oracle.train_dataloader())
+    pairs, draw = EndpointPairs(ode_steps=3, reuse=2, window=2), torch.Generator().manual_seed(0)
+    seen = [pairs.draw(student, student, next(batches), draw) for _ in range(6)]
+    assert len(pairs.pool) == 2
+    for z0, masked, attention_mask, tokens in seen:
+        end = follow_flow(student, (z0, masked, attention_mask), forwards=3, step="ode")
+        assert torch.equal(end[masked], tokens[masked])
+    control = EndpointPairs(coupling="independent")
+    batch = next(batches)
+    assert torch.equal(control.draw(student, student, batch, draw)[3], batch["input_ids"])
+
+
+def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_llada):
+    """The control: trained on pairs whose noise says nothing about the text, one forward says hardly more than one text."""
+    sizes = {"train_rows": 2048, "val_rows": 16, "test_rows": 512, "batch_size": 64, "eval_batch_size": 512}
+    data = OracleDataModule(size="tiny", reveal_all=0, reveal_part=0, **sizes)
+    data.setup()
+    rows, entropy = data.rows["test"].columns, {}
+    lr = {"lr": 5e-3}
+    stages = {"adapt": {"share": 0.5, **lr}, "flow": {"share": 0, **lr}, "polish": {"share": 0.5, **lr}}
+    for coupling in ("flow", "independent"):
+        options = {"stages": stages, "ode_steps": 8, "keep_share": 0.0, "observed_share": 0.0, "teacher_weight": 0.0}
+        ids = data.tokenizer
+        torch.manual_seed(0)
+        teacher = tiny_llada(
+            len(ids),
+            mask_token_id=ids.mask_token_id,
+            eos_token_id=1,
+            pad_token_id=0,
+            hidden_size=32,
+            intermediate_size=64,
+        )
+        module = NoisyMaskFlowModule(
+            teacher, coupling=coupling, sigma=3.0, prompt_length=2, prompt_hidden_size=16, prompt_rank=4, **options
+        )
+        quiet_trainer(300).fit(module, data)
+        said = NoisyMaskDecoder(module.student, 1)(rows, torch.Generator().manual_seed(0))
+        entropy[coupling] = data.scorer(rows, said).entropy
+    truth = data.distribution.entropy(rows["reveal"][:1]).item()
+    assert entropy["flow"] > 0.6 * truth
+    assert entropy["independent"] < 0.5 * truth
+
+
+def test_decoders_are_named_and_answer(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle)
+    rows = {name: column[:3] for name, column in tiny_oracle.rows["test"].columns.items()}
+    names = [(d.name, d.forwards) for d in module.decoders()]
+    assert names == [
+        ("teacher, sampled", 1),
+        ("teacher, sampled", 2),
+        ("student", 1),
+        ("student", 2),
+        ("student, ODE", 2),
+    ]
+    for decoder in module.decoders():
+        assert decoder(rows, torch.Generator().manual_seed(0)).shape == (3, tiny_oracle.response_length)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"target": "up"}, {"few_step": "far"}, {"adapter": "x"}, {"coupling": "none"}, {"growth": 2.0}, {"meanflow_until": 1.0},
+     {"pair_reuse": 0}, {"sigma": -1.0}, {"teacher_remasking": "x"}],
+)  # fmt: skip
+def test_unknown_options_are_named(tiny_llada, tiny_oracle, option):
+    with pytest.raises(UsageError, match=rf"module\.{next(iter(option))}="):
+        build(tiny_llada, tiny_oracle, **option)
