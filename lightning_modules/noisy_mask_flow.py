@@ -1,31 +1,31 @@
 """The noisy-mask flow in three stages: adapt the teacher to noise, learn the flow map, polish its endpoint.
 
-All stages are one training: a step count decides which stage a step belongs to, so one progress bar, one checkpoint and one
-`ckpt_path=last` serve them all. Times are data times, 0 = noisy mask, 1 = clean text.
+Times are data times, 0 = noisy mask, 1 = clean text.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, get_args
 
-import torch
 from torch import Generator, Tensor
 
-from lightning_modules.meanflow_distill import MeanFlowDistillModule, require_choice
+from lightning_modules.meanflow_distill import require_choice
+from lightning_modules.staged_distill import StagedDistillModule
 from lightning_modules.stages import Stages
 from models.backbones.llada import LladaModel
 from models.backbones.noisy_mask_student import Adapter, NoisyMaskStudent
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import Remasking
-from models.decoding.noisy_mask import Network, NoisyMaskDecoder, Step
+from models.decoding.noisy_mask import NoisyMaskDecoder, Step
 from models.functional.errors import UsageError
 from models.functional.jvp import JvpBackend
 from models.objectives.endpoint_pairs import Coupling, EndpointPairs
-from models.objectives.noisy_mask import FlowTarget, Terms, adapt_to_noise, match_flow_map, polish_endpoint
+from models.objectives.noisy_mask import FlowTarget, Terms, adapt_to_noise, match_flow_map, noisy_point, polish_endpoint
+
+STAGES = ("adapt", "flow", "polish")
 
 
-class NoisyMaskFlowModule(MeanFlowDistillModule):
-    """Trains a `NoisyMaskStudent`; it keeps the running average of the weights itself, because targets are made with it.
+class NoisyMaskFlowModule(StagedDistillModule):
+    """Trains a `NoisyMaskStudent` through the stages adapt, flow and polish.
 
     adapter, sigma, prompt_*, lora_rank: see `NoisyMaskStudent`. time_center: where tokens become decodable, see `warp_time`.
     stages: share of trainer.max_steps and learning rate of adapt, flow and polish; share 0 leaves a stage out. Without
@@ -95,21 +95,18 @@ class NoisyMaskFlowModule(MeanFlowDistillModule):
         sizes = {"prompt_length": prompt_length, "hidden_size": prompt_hidden_size, "rank": prompt_rank}
         noise = {"sigma": sigma, "time_center": time_center}
         student = NoisyMaskStudent(teacher, adapter=adapter, lora_rank=lora_rank, **noise, **sizes)
-        planned = Stages(stages)
         super().__init__(
             student,
-            lr=max(stage.lr for stage in planned.all),
+            Stages(stages, STAGES),
+            average_decay=average_decay,
             weight_decay=weight_decay,
-            warmup_steps=0,
             forwards=forwards,
             teacher_temperature=teacher_temperature,
             teacher_remasking=teacher_remasking,
             seed=seed,
         )
         self.save_hyperparameters(ignore=["teacher"])
-        self.stages = planned
         self.keep_share, self.growth = keep_share, growth
-        self.average_decay = average_decay
         self.adapt_options = {"observed_share": observed_share, "teacher_weight": teacher_weight}
         self.flow_options = {
             "observed_share": observed_share,
@@ -125,36 +122,17 @@ class NoisyMaskFlowModule(MeanFlowDistillModule):
         self.pairs = EndpointPairs(ode_steps=ode_steps, reuse=pair_reuse, window=pair_window, coupling=coupling)
         self.student_forwards, self.ode_forwards = tuple(student_forwards), tuple(ode_forwards)
         self.few_step, self.promote = few_step, promote
-        self.stage_begun: str | None = None
-        self.average: dict[str, Tensor] = {}
         self.denoiser: dict[str, Tensor] = {}
 
     # -- the three stages -------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        stage, progress = self.stages.at(self.global_step)
-        if stage.name != self.stage_begun:
-            self._begin(stage.name)
-        generator = self.step_generator(batch_idx)
-        terms = {"adapt": self._adapt, "flow": self._flow, "polish": self._polish}[stage.name](
-            batch, progress, generator
-        )
-        rows = len(batch["input_ids"])
-        self.log("train/loss", terms.loss, prog_bar=True, batch_size=rows)
-        for name, value in terms.raw.items():
-            self.log(f"train/{name}", value, batch_size=rows)
-        return self.refuse_nan(terms.loss)
+    def stage_terms(self, stage: str, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
+        return {"adapt": self._adapt, "flow": self._flow, "polish": self._polish}[stage](batch, progress, generator)
 
-    def _begin(self, stage: str) -> None:
-        """A stage starts from the average that the one before it left, with a fresh optimizer state."""
-        if self.stage_begun is not None:
-            self._put(self.average)
-            self.optimizers().optimizer.state.clear()
+    def on_stage_begin(self, stage: str) -> None:
+        """Whatever `adapt` left, or training started from, is the denoiser from then on."""
         if not self.denoiser and stage != "adapt":
             self.denoiser = self.student.trainable()
-        self.average = self.student.trainable()
-        self.average_steps = 0
-        self.stage_begun = stage
 
     def _adapt(self, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
         return adapt_to_noise(self.student, self.teacher, batch, generator, **self.adapt_options)
@@ -186,59 +164,25 @@ class NoisyMaskFlowModule(MeanFlowDistillModule):
         for name, value in {"loss": terms.loss, **terms.raw}.items():
             self.log(f"val/{name}", value, prog_bar=name == "loss", batch_size=len(batch["input_ids"]), sync_dist=True)
 
-    # -- weights ----------------------------------------------------------------------------------------------------
+    # -- what a monitor looks at ------------------------------------------------------------------------------------
 
-    def network(self, weights: dict[str, Tensor]) -> Network:
-        """The student evaluated with other weights."""
-        return partial(self.student.with_weights, weights)
+    def answer(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        """Responses (B, R) in one forward from fresh noise."""
+        return NoisyMaskDecoder(self.student, 1)(rows, generator)
 
-    def optimizer_step(self, *args, **kwargs) -> None:
-        """Projection and average are part of the step: checkpoints must not see one without the other."""
-        super().optimizer_step(*args, **kwargs)
-        self.student.soft_prompt.project_()
-        self.average_steps += 1
-        decay = min(self.average_decay, (1 + self.average_steps) / (10 + self.average_steps))
-        for name, p in self.student.named_parameters():
-            if p.requires_grad:
-                self.average[name].lerp_(p.detach(), 1 - decay)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        self.stages.plan(int(self.trainer.estimated_stepping_batches))
-        parts = super().configure_optimizers()
-        schedule = torch.optim.lr_scheduler.LambdaLR(parts["optimizer"], lambda step: self.stages.lr(step) / self.lr)
-        return parts | {"lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def averaged(self) -> "_Averaged":
-        """Within this context the student has its average weights."""
-        return _Averaged(self)
-
-    def on_train_end(self) -> None:
-        self._put(self.average)
-
-    def on_test_start(self) -> None:
-        if self.average:
-            self._put(self.average)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self.student.named_parameters():
-            if name in weights:
-                p.copy_(weights[name])
+    def points(self, rows: dict[str, Tensor], s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """z_s (B, L, D) of whole responses, and where they are masked (B, L)."""
+        masked = rows["response_mask"]
+        return noisy_point(self.student, rows, masked, s, generator), masked
 
     # -- checkpoints and decoders -----------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        state = {"stage": self.stage_begun, "average": self.average, "denoiser": self.denoiser}
-        checkpoint["noisy_mask_flow"] = state | {"steps": self.average_steps, "pairs": self.pairs.state_dict()}
+    def stage_state(self) -> dict[str, Any]:
+        return super().stage_state() | {"denoiser": self.denoiser, "pairs": self.pairs.state_dict()}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        state = checkpoint["noisy_mask_flow"]
-        self.stage_begun, self.average_steps = state["stage"], state["steps"]
-        self.average, self.denoiser = (
-            {name: weight.to(self.device) for name, weight in state[part].items()} for part in ("average", "denoiser")
-        )
+    def load_stage_state(self, state: dict[str, Any]) -> None:
+        super().load_stage_state(state)
+        self.denoiser = self.on_device(state["denoiser"])
         self.pairs.load_state_dict(state["pairs"])
 
     def decoders(self) -> list[Decoder]:
@@ -246,15 +190,3 @@ class NoisyMaskFlowModule(MeanFlowDistillModule):
         chains = [NoisyMaskDecoder(self.student, n, **options) for n in self.student_forwards]
         odes = [NoisyMaskDecoder(self.student, n, step="ode") for n in self.ode_forwards]
         return [*self.teacher_decoders(), *chains, *odes]
-
-
-class _Averaged:
-    def __init__(self, module: NoisyMaskFlowModule) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.raw = self.module.student.trainable()
-        self.module._put(self.module.average)
-
-    def __exit__(self, *_: Any) -> None:
-        self.module._put(self.raw)

@@ -1,12 +1,10 @@
 """Several trainings one after the other in one run: which of them a step belongs to, and its learning rate there."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from models.functional.errors import UsageError
-
-NAMES = ("adapt", "flow", "polish")
 
 
 @dataclass
@@ -21,15 +19,15 @@ class Stage:
 
 
 class Stages:
-    """{name: {"share", "lr"}} in the order of NAMES. Shares add up to 1; a stage with share 0 is left out."""
+    """{name: {"share", "lr"}} in the order of `names`. Shares add up to 1; a stage with share 0 is left out."""
 
-    def __init__(self, wanted: Mapping[str, Mapping[str, float]]) -> None:
+    def __init__(self, wanted: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> None:
         for name, options in wanted.items():
-            if name not in NAMES:
-                raise UsageError(f"module.stages.{name} is not known; the stages are {', '.join(NAMES)}")
+            if name not in names:
+                raise UsageError(f"module.stages.{name} is not known; the stages are {', '.join(names)}")
             if not 0 <= options["share"] <= 1 or options["lr"] <= 0:
                 raise UsageError(f"module.stages.{name} needs a share from 0 to 1 and lr above 0, not {dict(options)}")
-        self.all = [Stage(n, float(wanted[n]["share"]), float(wanted[n]["lr"])) for n in NAMES if n in wanted]
+        self.all = [Stage(n, float(wanted[n]["share"]), float(wanted[n]["lr"])) for n in names if n in wanted]
         self.all = [stage for stage in self.all if stage.share > 0]
         total = sum(stage.share for stage in self.all)
         if abs(total - 1) > 1e-6:

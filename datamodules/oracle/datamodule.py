@@ -100,6 +100,10 @@ class OracleDataModule(PromptResponseDataModule):
         rows = self._rows(reveal, torch.full((len(prompts), self.response_length), self.tokenizer.mask_token_id))
         return rows.columns
 
+    def sample_truth(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        """Responses (N, R) drawn from the true p(text | prompt) of each row."""
+        return ResamplingFloor(self.distribution)(rows, generator)
+
     def explain(self, response: Tensor, reveal: Tensor) -> list[str]:
         """What is wrong with a response (R,) to a prompt that reveals (A,); [] when nothing is."""
         words = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))

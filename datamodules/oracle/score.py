@@ -7,6 +7,7 @@ from torch import Tensor
 
 from datamodules.oracle.distribution import OracleDistribution
 from datamodules.score import Score, proportion
+from models.functional.monitor import plug_in_entropy
 
 KINDS = ("all", "part", "none")
 
@@ -15,16 +16,6 @@ def prompt_kind(reveal: Tensor) -> Tensor:
     """Index into KINDS for each row: does the prompt reveal all of the plan, part of it or none? (N, A) -> (N,)"""
     known = (reveal >= 0).sum(-1)
     return torch.where(known == reveal.shape[-1], 0, torch.where(known > 0, 1, 2))
-
-
-def plug_in_entropy(samples: Tensor) -> float:
-    """Entropy in nats of the distribution that rows (N, R) were drawn from, with the Miller-Madow bias correction.
-
-    Still too low when N is not far above exp(H): read it beside the resampling floor, which errs in the same way.
-    """
-    _, counts = torch.unique(samples, dim=0, return_counts=True)
-    p = counts.double() / counts.sum()
-    return float(-torch.xlogy(p, p).sum() + (len(counts) - 1) / (2 * len(samples)))
 
 
 def total_variation(samples: Tensor, log_prob: Tensor) -> float:

@@ -96,6 +96,10 @@ class NoisyMaskStudent(nn.Module):
         prefix = self.soft_prompt(1 - t, 1 - s)  # its own times are noise times, r <= t
         return self.body.lm_head(self.body.hidden(z, attention_mask, prefix)[masked])
 
+    def project_(self) -> None:
+        """What follows every optimizer step: a gate cannot be negative."""
+        self.soft_prompt.project_()
+
     def trainable(self) -> dict[str, Tensor]:
         """Copies of the weights that train, by name: a snapshot for `with_weights`."""
         return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from datamodules.oracle.datamodule import OracleDataModule
-from datamodules.oracle.score import plug_in_entropy, prompt_kind, total_variation
+from datamodules.oracle.score import prompt_kind, total_variation
 from models.functional.errors import UsageError
+from models.functional.monitor import plug_in_entropy
 
 
 def enumerate_texts(distribution):

@@ -7,7 +7,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.oracle.datamodule import OracleDataModule
-from lightning_modules.noisy_mask_flow import NoisyMaskFlowModule
+from lightning_modules.noisy_mask_flow import STAGES, NoisyMaskFlowModule
 from lightning_modules.stages import Stages
 from models.decoding.noisy_mask import NoisyMaskDecoder, follow_flow
 from models.functional.errors import UsageError
@@ -46,13 +46,13 @@ class Losses(Callback):
 
 
 def test_steps_are_cut_among_the_stages():
-    stages = Stages(ALL)
+    stages = Stages(ALL, STAGES)
     stages.plan(10)
     assert [stages.at(step)[0].name for step in range(10)] == ["adapt"] * 4 + ["flow"] * 3 + ["polish"] * 3
     assert stages.at(5)[1] == pytest.approx(1 / 3)
     stages.plan(3)
     assert [stages.at(step)[0].name for step in range(3)] == ["adapt", "flow", "polish"]
-    alone = Stages({"adapt": {"share": 0, "lr": 1e-3}, "flow": {"share": 1, "lr": 1e-3}})
+    alone = Stages({"adapt": {"share": 0, "lr": 1e-3}, "flow": {"share": 1, "lr": 1e-3}}, STAGES)
     alone.plan(2)
     assert [stage.name for stage in alone.all] == ["flow"]
     assert 0 < alone.lr(1) < alone.lr(0) == pytest.approx(1e-3)
@@ -68,7 +68,7 @@ def test_steps_are_cut_among_the_stages():
 )
 def test_wrong_stages_are_named(stages, message):
     with pytest.raises(UsageError, match=message):
-        Stages(stages)
+        Stages(stages, STAGES)
 
 
 @pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora", "full"])

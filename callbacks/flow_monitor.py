@@ -1,0 +1,88 @@
+"""Watches a noisy-mask student while it trains: is the noise used, are its jumps consistent, when do tokens decide?
+
+docs/meanflow.md gives each figure's healthy range.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Generator, Tensor
+
+from models.functional.monitor import distinct_share, noise_information, plug_in_entropy
+from models.functional.noisy_mask import distribution_divergence, flow_map, psd_target
+
+
+class NoisyFlow(Protocol):
+    """What is watched: `lightning_modules.noisy_mask_flow.NoisyMaskFlowModule` and any module with these."""
+
+    student: Any
+
+    def averaged(self) -> Any: ...
+    def answer(self, rows: dict[str, Tensor], generator: Generator) -> Tensor: ...
+    def points(self, rows: dict[str, Tensor], s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]: ...
+
+
+class FlowMonitor(Callback):
+    """Logs after each validation, with the averaged weights; every rank takes part, since probing forwards are collective.
+
+    prompts, noises: how many prompts are answered with how many noises each. times: s at which decoding accuracy is taken.
+    """
+
+    def __init__(
+        self,
+        prompts: int = 4,
+        noises: int = 64,
+        rows: int = 128,
+        times: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.9),
+    ) -> None:
+        self.prompts, self.noises, self.rows, self.times = prompts, noises, rows, tuple(times)
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not hasattr(pl_module, "points"):
+            return
+        columns = trainer.datamodule.rows["val"].columns
+        held_out = {name: column[: self.rows].to(pl_module.device) for name, column in columns.items()}
+        generator = Generator(device=pl_module.device).manual_seed(0)
+        with pl_module.averaged():
+            figures = self._diversity(trainer, pl_module, held_out, generator)
+            figures |= self._accuracy(pl_module, held_out, generator)
+            figures["consistency_gap"] = self._consistency(pl_module, held_out, generator)
+        for name, value in figures.items():
+            pl_module.log(f"monitor/{name}", value, sync_dist=True)
+
+    def _diversity(
+        self, trainer: Trainer, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator
+    ) -> dict[str, float]:
+        few = {name: column[: self.prompts].repeat_interleave(self.noises, 0) for name, column in rows.items()}
+        texts = module.answer(few, generator).view(-1, self.noises, int(few["response_mask"][0].sum()))
+        figures = {"noise_information": noise_information(texts), "distinct": distinct_share(texts)}
+        truth = getattr(trainer.datamodule, "sample_truth", None)
+        if truth is not None:  # the same estimator on as many texts of the corpus itself
+            same = truth(few, generator).view(texts.shape)
+            figures["noise_information_truth"] = noise_information(same)
+        figures["entropy_of_all"] = plug_in_entropy(texts.flatten(0, 1))
+        return figures
+
+    def _accuracy(self, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
+        figures = {}
+        for time in self.times:
+            s = torch.full((len(rows["input_ids"]),), time, device=rows["input_ids"].device)
+            z, masked = module.points(rows, s, generator)
+            right = module.student(z, masked, rows["attention_mask"], s, s).argmax(-1) == rows["input_ids"][masked]
+            figures[f"accuracy_at_{time:g}"] = right.float().mean().item()
+        return figures
+
+    def _consistency(self, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator) -> float:
+        """KL(two jumps by way of s = 1/2 || one jump) from noise to text, nats per position."""
+        zero = torch.zeros(len(rows["input_ids"]), device=rows["input_ids"].device)
+        half, one, attention_mask = zero + 0.5, zero + 1.0, rows["attention_mask"]
+        z, masked = module.points(rows, zero, generator)
+        row = torch.arange(len(z), device=z.device).unsqueeze(-1).expand(masked.shape)[masked]
+        first = module.student(z, masked, attention_mask, zero, half).softmax(-1)
+        moved = z.clone()
+        moved[masked] = flow_map(z[masked], first @ module.student.base.embedding, zero[row], half[row])
+        second = module.student(moved, masked, attention_mask, half, one).softmax(-1)
+        target = psd_target(first, second, zero[row], half[row], one[row])
+        return distribution_divergence(target, module.student(z, masked, attention_mask, zero, one)).mean().item()

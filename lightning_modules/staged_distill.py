@@ -1,0 +1,128 @@
+"""A distillation in stages, with a running average of the weights that the targets themselves are made with.
+
+All stages are one training: a step count decides which stage a step belongs to, so one progress bar, one checkpoint and one
+`ckpt_path=last` serve them all.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lightning_modules.meanflow_distill import MeanFlowDistillModule
+from lightning_modules.stages import Stages
+from models.functional.errors import UsageError
+from models.objectives.noisy_mask import Terms
+
+
+class StagedDistillModule(MeanFlowDistillModule):
+    """Subclasses say what a step of each stage computes. Each stage starts from the average that the one before it left.
+
+    student: has `base`, `options`, `trainable()` and `with_weights(weights, *args)`.
+    average_decay: weight of the past in the running average; less at the start of a stage.
+    """
+
+    def __init__(self, student: nn.Module, stages: Stages, *, average_decay: float, **options: Any) -> None:
+        if not 0 <= average_decay < 1:
+            raise UsageError(f"module.average_decay={average_decay} must be at least 0 and less than 1")
+        super().__init__(student, lr=max(stage.lr for stage in stages.all), warmup_steps=0, **options)
+        self.stages, self.average_decay = stages, average_decay
+        self.stage_begun: str | None = None
+        self.average: dict[str, Tensor] = {}
+        self.average_steps = 0
+
+    @abstractmethod
+    def stage_terms(self, stage: str, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
+        """What a step of `stage` minimises, `progress` (0 to 1) into it."""
+
+    def on_stage_begin(self, stage: str) -> None:
+        """Called when the student has the weights that the stage starts from."""
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        stage, progress = self.stages.at(self.global_step)
+        if stage.name != self.stage_begun:
+            self._begin(stage.name)
+        terms = self.stage_terms(stage.name, batch, progress, self.step_generator(batch_idx))
+        rows = len(batch["input_ids"])
+        self.log("train/loss", terms.loss, prog_bar=True, batch_size=rows)
+        for name, value in terms.raw.items():
+            self.log(f"train/{name}", value, batch_size=rows)
+        return self.refuse_nan(terms.loss)
+
+    def _begin(self, stage: str) -> None:
+        if self.stage_begun is not None:
+            self.put(self.average)
+            self.optimizers().optimizer.state.clear()
+        self.on_stage_begin(stage)
+        self.average, self.average_steps, self.stage_begun = self.student.trainable(), 0, stage
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        self.stages.plan(int(self.trainer.estimated_stepping_batches))
+        parts = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(parts["optimizer"], lambda step: self.stages.lr(step) / self.lr)
+        return parts | {"lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """The average is part of the step: checkpoints must not see one without the other."""
+        super().optimizer_step(*args, **kwargs)
+        self.student.project_()
+        self.average_steps += 1
+        decay = min(self.average_decay, (1 + self.average_steps) / (10 + self.average_steps))
+        for name, p in self.student.named_parameters():
+            if p.requires_grad:
+                self.average[name].lerp_(p.detach(), 1 - decay)
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def network(self, weights: dict[str, Tensor]):
+        """The student evaluated with other weights."""
+        return partial(self.student.with_weights, weights)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the student has its average weights."""
+        raw = self.student.trainable()
+        self.put(self.average)
+        try:
+            yield
+        finally:
+            self.put(raw)
+
+    @torch.no_grad()
+    def put(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.student.named_parameters():
+            if name in weights:
+                p.copy_(weights[name])
+
+    def on_train_end(self) -> None:
+        self.put(self.average)
+
+    def on_test_start(self) -> None:
+        self.put(self.average)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def stage_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights; plain types and tensors. Subclasses add their own."""
+        return {"stage": self.stage_begun, "average": self.average, "average_steps": self.average_steps}
+
+    def load_stage_state(self, state: dict[str, Any]) -> None:
+        self.stage_begun, self.average_steps = state["stage"], state["average_steps"]
+        self.average = self.on_device(state["average"])
+
+    def on_device(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: weight.to(self.device) for name, weight in weights.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["stages"] = self.stage_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.load_stage_state(checkpoint["stages"])
