@@ -168,12 +168,14 @@ def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
 
 def _check_before_work(cfg: DictConfig, datamodule: Any) -> None:
     """Refuse now what would otherwise fail after a teacher has been trained."""
-    most = max(cfg.module.forwards, default=0)
-    if min(cfg.module.forwards, default=0) < 1 or most > datamodule.response_length:
-        raise UsageError(
-            f"module.forwards={list(cfg.module.forwards)} must lie between 1 and the response length "
-            f"{datamodule.response_length}; type for example module.forwards=[1,2,{min(4, datamodule.response_length)}]"
-        )
+    most = datamodule.response_length
+    for name in ("forwards", "student_forwards"):
+        given = list(cfg.module.get(name) or [1])
+        if min(given) < 1 or max(given) > most:
+            raise UsageError(
+                f"module.{name}={given} must lie between 1 and the response length {most}; "
+                f"type for example module.{name}=[1,2,{min(4, most)}]"
+            )
     instantiate(cfg.trainer, callbacks=[], logger=False)
 
 

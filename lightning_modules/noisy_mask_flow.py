@@ -18,8 +18,9 @@ from models.decoding.masked_diffusion import Remasking
 from models.decoding.noisy_mask import NoisyMaskDecoder, Step
 from models.functional.errors import UsageError
 from models.functional.jvp import JvpBackend
+from models.objectives.base import Terms
 from models.objectives.endpoint_pairs import Coupling, EndpointPairs
-from models.objectives.noisy_mask import FlowTarget, Terms, adapt_to_noise, match_flow_map, noisy_point, polish_endpoint
+from models.objectives.noisy_mask import FlowTarget, adapt_to_noise, match_flow_map, noisy_point, polish_endpoint
 
 STAGES = ("adapt", "flow", "polish")
 

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from lightning_modules.meanflow_distill import MeanFlowDistillModule
 from lightning_modules.stages import Stages
 from models.functional.errors import UsageError
-from models.objectives.noisy_mask import Terms
+from models.objectives.base import Terms
 
 
 class StagedDistillModule(MeanFlowDistillModule):

@@ -62,28 +62,38 @@ def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, caps
     assert f"python run.py experiment={name}" in header
 
 
-def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, capsys):
+TINY = [
+    "experiment=meanflow_llada",
+    "data.size=tiny",
+    "data.train_rows=64",
+    "data.test_rows=32",
+    "data.batch_size=16",
+    "data.eval_batch_size=16",
+    "teacher.max_steps=3",
+    "trainer.max_steps=3",
+    "trainer.val_check_interval=2",
+    "module.forwards=[1,2]",
+    *SMALL,
+]
+FLOWS = {
+    "noisy_mask": ["module.student_forwards=[1,2]", "module.ode_forwards=[2]", "module.ode_steps=2"],
+    "logit": [],
+    "step_halving": ["module.student_forwards=[1,2]", "module.start_forwards=4"],
+}
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, capsys, flow):
     """A few steps of everything: teacher cached and reused, student saved, answers printed, record complete."""
-    short = [
-        "experiment=meanflow_llada",
-        "data.size=tiny",
-        "data.train_rows=64",
-        "data.test_rows=32",
-        "data.batch_size=16",
-        "data.eval_batch_size=16",
-        "teacher.max_steps=3",
-        "trainer.max_steps=3",
-        "trainer.val_check_interval=2",
-        "module.forwards=[1,2]",
-        *SMALL,
-    ]
+    short = [*TINY, f"flow={flow}", *FLOWS[flow]]
     place = f"paths.run_dir={tmp_path}/out/meanflow_llada/first"
     assert isinstance(run.fit(configure(*short, place)), float)
     printed = capsys.readouterr().out
     assert "no matching one is cached" in printed
     folder = tmp_path / "out" / "meanflow_llada" / "first"
     record = json.loads((folder / "record.json").read_text())
-    assert [row["method"] for row in record["rows"]] == ["teacher"] * 2 + ["student"] * 2 + ["control"] * 2
+    students = 3 if flow == "noisy_mask" else 2
+    assert [row["method"] for row in record["rows"]] == ["teacher"] * 2 + ["student"] * students + ["control"] * 2
     assert record["data"]["conditional_total_correlation"] > 1
     assert record["rows"][0]["cost"]["tokens_per_s"] > 0
     assert record["rows"][0]["n_samples"] == 32
@@ -92,16 +102,39 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
 
     run.fit(configure(*short, f"paths.run_dir={tmp_path}/out/meanflow_llada/second", "ckpt_path=last"))
     assert "reusing the trained one" in capsys.readouterr().out.replace("\n", " ")
+    run.fit(configure(*short, f"paths.run_dir={tmp_path}/out/meanflow_llada/third", f"student_path={folder}/student"))
+    capsys.readouterr()
 
     (tmp_path / "prompts.txt").write_text("who=anna\nwho=boris where=paris\n")
     run.generate(configure(*short, "mode=generate", "prompt_file=prompts.txt"))
     answers = capsys.readouterr().out.splitlines()
     assert [line.split(" → ")[0] for line in answers] == ["who=anna", "who=boris where=paris"]
-    run.generate(configure(*short, "mode=generate", "prompt='who=anna'", "forwards=2", "n=2", "temperature=1.0"))
+    more = ["mode=generate", "prompt='who=anna'", "n=2", "forwards=2"]
+    run.generate(configure(*short, *more, "decoder=teacher", "temperature=1.0"))
     assert capsys.readouterr().out.count("→") == 2
+    if flow == "logit":
+        with pytest.raises(UsageError, match="type decoder=teacher for more"):
+            run.generate(configure(*short, *more))
+    else:
+        run.generate(configure(*short, *more))
+        assert capsys.readouterr().out.count("→") == 2
     run.test(configure(*short, "mode=test", place))
     run.report(configure("mode=report"))
-    assert capsys.readouterr().out.count("record.json") >= 2
+    assert "resampling floor" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report" / "frontier.png").exists()
+
+
+def test_each_stage_runs_alone_from_the_student_of_another(configure, tmp_path):
+    stages = ("adapt", "flow", "polish")
+    only = {name: [f"module.stages.{other}.share={int(other == name)}" for other in stages] for name in stages}
+    short = [*TINY, *FLOWS["noisy_mask"]]
+    first = f"{tmp_path}/out/meanflow_llada/adapt"
+    run.fit(configure(*short, *only["adapt"], f"paths.run_dir={first}"))
+    second = f"{tmp_path}/out/meanflow_llada/flow"
+    run.fit(configure(*short, *only["flow"], f"paths.run_dir={second}", f"student_path={first}/student"))
+    assert (tmp_path / "out" / "meanflow_llada" / "flow" / "student" / "student.safetensors").is_file()
+    with pytest.raises(UsageError, match="give both the same flow= and module options"):
+        run.fit(configure(*short, *only["flow"], "module.sigma=1.0", f"student_path={first}/student"))
 
 
 def test_a_teacher_is_kept_only_when_whole_and_damaged_checkpoints_are_passed_over(configure, tmp_path, capsys):
@@ -115,6 +148,7 @@ def test_a_teacher_is_kept_only_when_whole_and_damaged_checkpoints_are_passed_ov
         "trainer.val_check_interval=2",
         "trainer.max_steps=2",
         "module.forwards=[1]",
+        *FLOWS["noisy_mask"],
         *SMALL,
     ]
     short += ["teacher.max_steps=8", "teacher.callbacks.checkpoint.every_n_train_steps=1"]
@@ -135,7 +169,7 @@ MISTAKES = [
     (["mode=generate", "prompt='who=anna'"], "no student has been trained"),
     (["mode=generate", "prompt_file=none.txt"], "prompt_file=none.txt does not exist"),
     (["mode=report", "paths.output_dir=empty"], "the folder empty does not exist"),
-    (["module.loss=huber"], "module.loss=huber"),
+    (["flow=logit", "module.loss=huber"], "module.loss=huber"),
     (["data.size=giant"], "data.size=tiny, small or large"),
     (["model.num_attention_heads=5"], "model."),
     (["model.max_position_embeddings=8"], "need 20 positions, the model has 8"),
@@ -143,11 +177,15 @@ MISTAKES = [
     (["experiment=meanflow_scan", "data.train=nowhere.jsonl"], "nowhere.jsonl"),
     (["module.nonsense=1"], "nonsense"),
     (["data.size=tiny"], "module.forwards=[1, 2, 4, 8, 16] must lie between 1 and the response length 6"),
-    (["module.time_law=cauchy"], "type uniform or logit_normal"),
-    (["module.correction_limit=0"], "must be above 0"),
+    (["flow=logit", "module.time_law=cauchy"], "type uniform or logit_normal"),
+    (["flow=logit", "module.correction_limit=0"], "must be above 0"),
     (["module.jvp_backend=magic"], "forward_ad, finite_difference"),
     (["experiment=llada_oracle", "mode=generate"], "trains no student"),
     (["experiment=llada_oracle", "mode=test"], "no run of it left a checkpoint"),
+    (["module.stages.flow.share=0.9"], "must add up to 1"),
+    (["module.adapter=magic"], "type one of prefix, prefix+mask_noise, lora, full"),
+    (["module.student_forwards=[1,64]"], "module.student_forwards=[1, 64]"),
+    (["mode=generate", "decoder=oracle"], "type decoder=student or decoder=teacher"),
     (["mode=generate", "n=0"], "n=0 must be at least 1"),
     (["mode=generate", "forwards=-2"], "forwards=-2 must be at least 1"),
     (["seed=-1"], "seed=-1 must be at least 0"),

@@ -11,13 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.backbones.llada import LladaModel
+from models.backbones.masked_student import MaskedStudent
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.backbones.prefix_student import PrefixStudent
 from models.functional.errors import UsageError
 
 FORMAT = "leap-student-2"
-KINDS = {"logit": PrefixStudent, "noisy_mask": NoisyMaskStudent}
-Student = PrefixStudent | NoisyMaskStudent
+KINDS = {"logit": PrefixStudent, "noisy_mask": NoisyMaskStudent, "masked": MaskedStudent}
+Student = PrefixStudent | NoisyMaskStudent | MaskedStudent
 
 
 def base_fingerprint(base: LladaModel) -> str:

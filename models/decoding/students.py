@@ -1,15 +1,17 @@
 """The decoder of a student loaded from disk, whatever its kind."""
 
+from models.backbones.masked_student import MaskedStudent
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.backbones.prefix_student import PrefixStudent
 from models.decoding.decoder import Decoder
+from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.noisy_mask import NoisyMaskDecoder, Step
 from models.decoding.one_step import OneStepDecoder
 from models.functional.errors import UsageError
 
 
 def student_decoder(
-    student: PrefixStudent | NoisyMaskStudent,
+    student: PrefixStudent | NoisyMaskStudent | MaskedStudent,
     forwards: int,
     temperature: float,
     *,
@@ -24,6 +26,8 @@ def student_decoder(
                 "a text of its own; leave temperature at 0"
             )
         return NoisyMaskDecoder(student, forwards, step=step, promote=promote)
+    if isinstance(student, MaskedStudent):
+        return MaskedDiffusionDecoder(student.body, forwards, temperature=temperature)
     if forwards != 1:
         raise UsageError(
             f"forwards={forwards}: this student (flow=logit) answers in one; type decoder=teacher for more"

@@ -13,5 +13,17 @@ class ObjectiveOutput(NamedTuple):
     position_nll: Tensor
 
 
+class Terms(NamedTuple):
+    """loss: scalar, what is minimised; raw: named scalars before any weighting, nats unless they say otherwise."""
+
+    loss: Tensor
+    raw: dict[str, Tensor]
+
+
+def mean_of(values: Tensor) -> Tensor:
+    """Mean over positions; 0 where there are none."""
+    return values.sum() / max(1, values.numel())
+
+
 class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput: ...

@@ -6,7 +6,7 @@ the identities hold for any ψ).
 Legend: B batch, L length, M masked positions, V vocabulary. Times are data times, s <= t, 1 = clean text.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,9 @@ from models.functional.noisy_mask import (
     psd_target,
     velocity,
 )
+from models.objectives.base import Terms, mean_of
 
 FlowTarget = Literal["psd", "meanflow"]
-
-
-class Terms(NamedTuple):
-    """loss: scalar, what is minimised; raw: named scalars before any weighting, nats unless they say otherwise."""
-
-    loss: Tensor
-    raw: dict[str, Tensor]
 
 
 def hide_response(batch: dict[str, Tensor], observed_share: float, generator: Generator) -> Tensor:
@@ -72,8 +66,8 @@ def adapt_to_noise(
     z = noisy_point(student, batch, masked, s, generator)
     # 2. the denoiser's cross entropy
     logits = student(z, masked, attention_mask, s, s)
-    nll = _mean(F.cross_entropy(logits.float(), x0[masked], reduction="none"))
-    accuracy = _mean((logits.detach().argmax(-1) == x0[masked]).float())
+    nll = mean_of(F.cross_entropy(logits.float(), x0[masked], reduction="none"))
+    accuracy = mean_of((logits.detach().argmax(-1) == x0[masked]).float())
     raw = {"denoising_nll": nll, "denoising_accuracy": accuracy}
     if teacher_weight == 0:
         return Terms(nll, raw)
@@ -85,7 +79,7 @@ def adapt_to_noise(
     with torch.no_grad():
         xt = torch.where(hidden, teacher.mask_id, few["input_ids"])
         posterior = teacher.lm_head(teacher.hidden(teacher.embed(xt), few["attention_mask"])[hidden]).softmax(-1)
-    raw["teacher_gap"] = _mean(distribution_divergence(posterior, logits))
+    raw["teacher_gap"] = mean_of(distribution_divergence(posterior, logits))
     return Terms(nll + teacher_weight * raw["teacher_gap"], raw)
 
 
@@ -169,9 +163,9 @@ def match_flow_map(
     # 5. the divergence, raw and weighted
     logits, targets = torch.cat(logits), torch.cat(targets)
     gap = distribution_divergence(targets, logits)
-    loss = _mean(gap * gap_weight(targets, logits)) if weighted else _mean(gap)
+    loss = mean_of(gap * gap_weight(targets, logits)) if weighted else mean_of(gap)
     on_diagonal = int(masked[:n_diagonal].sum())
-    return Terms(loss, {"diagonal_gap": _mean(gap[:on_diagonal]), "flow_gap": _mean(gap[on_diagonal:])})
+    return Terms(loss, {"diagonal_gap": mean_of(gap[:on_diagonal]), "flow_gap": mean_of(gap[on_diagonal:])})
 
 
 def polish_endpoint(
@@ -180,7 +174,7 @@ def polish_endpoint(
     """Stage C: CE(x̂, ψ_{0,1}(z_0)) on pairs of a start and the text x̂ (B, L) where its flow ends."""
     zero = z0.new_zeros(len(z0))
     logits = student(z0, masked, attention_mask, zero, zero + 1)
-    nll = _mean(F.cross_entropy(logits.float(), endpoint[masked], reduction="none"))
+    nll = mean_of(F.cross_entropy(logits.float(), endpoint[masked], reduction="none"))
     hits = torch.ones_like(masked)
     hits[masked] = logits.detach().argmax(-1) == endpoint[masked]
     return Terms(nll, {"endpoint_nll": nll, "endpoint_match": hits.all(-1).float().mean()})
@@ -195,8 +189,3 @@ def _split(early: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """Indices from `first` on: those that are early, then the others."""
     index = torch.arange(len(early), device=early.device)
     return index[early], index[~early & (index >= first)]
-
-
-def _mean(values: Tensor) -> Tensor:
-    """Mean over positions; 0 where there are none."""
-    return values.sum() / max(1, values.numel())
