@@ -27,9 +27,11 @@ from torch import Generator, Tensor, nn
 
 from callbacks.console import report_console
 from models.backbones.llada import LladaModel
+from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.backbones.prefix_student import PrefixStudent
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
+from models.decoding.noisy_mask import NoisyMaskDecoder
 from models.decoding.one_step import OneStepDecoder
 
 STUDENT = "student"
@@ -45,10 +47,12 @@ does not depend on them, quality is not measured here.
 
 def build_decoders(base: LladaModel, args: argparse.Namespace, device: torch.device) -> dict[str, Decoder]:
     """The student and, on the same base, the teacher's sampler at every number of forwards."""
-    student = PrefixStudent(base, prompt_length=args.prefix, hidden_size=args.prompt_width).to(device)
+    sizes, temperature = {"prompt_length": args.prefix, "hidden_size": args.prompt_width}, args.temperature
+    kind = NoisyMaskStudent if args.flow == "noisy_mask" else PrefixStudent
+    student = kind(base, **sizes).to(device)
     nn.init.constant_(student.soft_prompt.gate, 0.5)
-    temperature = args.temperature
-    decoders: dict[str, Decoder] = {STUDENT: OneStepDecoder(student, temperature=temperature)}
+    one = NoisyMaskDecoder(student, 1) if args.flow == "noisy_mask" else OneStepDecoder(student, temperature=temperature)
+    decoders: dict[str, Decoder] = {STUDENT: one}
     for forwards in args.forwards:
         sampler = MaskedDiffusionDecoder(base, forwards, temperature=temperature, remasking=args.remasking)
         decoders[f"teacher, {forwards} forwards" if forwards > 1 else "teacher, 1 forward"] = sampler
@@ -87,6 +91,7 @@ def measure_batch(
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__.splitlines()[0], repeats=10)
     add_shape_options(parser)
+    parser.add_argument("--flow", choices=("noisy_mask", "logit"), default="noisy_mask", help="of the student")
     parser.add_argument("--vocabulary", type=int, default=300)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="rows decoded together")
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens in a row")
@@ -94,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--forwards", type=int, nargs="+", default=[1, 8, 32], help="of the teacher's sampler")
     parser.add_argument("--temperature", type=float, default=0.0, help="of both; 0 takes the most probable token")
     parser.add_argument("--remasking", choices=("random", "low_confidence"), default="low_confidence")
+    parser.set_defaults(prefix=8)  # the default job's; flow=logit has 16
     args = parser.parse_args(argv)
     if max(args.forwards) > args.response:
         parser.error(f"--forwards {max(args.forwards)} exceeds the {args.response} tokens of --response")

@@ -45,7 +45,7 @@ class NoisyMaskFlowModule(StagedDistillModule):
         teacher: LladaModel,
         *,
         adapter: Adapter = "full",
-        sigma: float = 4.0,
+        sigma: float = 2.0,
         time_center: float = 0.5,
         prompt_length: int = 8,
         prompt_hidden_size: int = 128,

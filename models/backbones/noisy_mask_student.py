@@ -37,7 +37,7 @@ class NoisyMaskStudent(nn.Module):
         base: LladaModel,
         *,
         adapter: Adapter = "full",
-        sigma: float = 4.0,
+        sigma: float = 2.0,
         time_center: float = 0.5,
         prompt_length: int = 8,
         hidden_size: int = 128,
