@@ -51,7 +51,9 @@ def build_decoders(base: LladaModel, args: argparse.Namespace, device: torch.dev
     kind = NoisyMaskStudent if args.flow == "noisy_mask" else PrefixStudent
     student = kind(base, **sizes).to(device)
     nn.init.constant_(student.soft_prompt.gate, 0.5)
-    one = NoisyMaskDecoder(student, 1) if args.flow == "noisy_mask" else OneStepDecoder(student, temperature=temperature)
+    one = (
+        NoisyMaskDecoder(student, 1) if args.flow == "noisy_mask" else OneStepDecoder(student, temperature=temperature)
+    )
     decoders: dict[str, Decoder] = {STUDENT: one}
     for forwards in args.forwards:
         sampler = MaskedDiffusionDecoder(base, forwards, temperature=temperature, remasking=args.remasking)

@@ -84,7 +84,7 @@ def in_words(record: dict[str, Any]) -> list[str]:
     marginals = next((r for r in rows if r["decoder"] == "product of marginals"), None)
     for row in rows:
         part = row["quality"].get("validity_part")
-        if row["method"] != "student" or marginals is None or part is None:
+        if row["method"] != "student" or row["forwards"] != 1 or marginals is None or part is None:
             continue
         sentences.append(
             f"{row['decoder']}, {row['forwards']} forward: {_percent(row['quality']['validity_all'])} valid with the whole "

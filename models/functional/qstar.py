@@ -1,0 +1,141 @@
+r"""q*: the geometric mixture of two models that is equally far, in KL, from both.
+
+.. math:: q_\alpha(y) = \frac{\pi_\theta(y)^\alpha \pi_t(y)^{1-\alpha}}{Z(\alpha)}
+
+With d = log π_t - log π_θ and b = 1 - α, K(b) = log Σ π_θ e^{b d} is convex, K'(b) = E_q d = KL(q‖π_θ) - KL(q‖π_t) and
+K''(b) = Var_q d. The α at which both KLs agree is therefore the minimiser of a one-dimensional convex function, and the common
+KL is the Chernoff information C = -K(b) (Nielsen, Revisiting Chernoff Information with Likelihood Ratio Exponential Families,
+Entropy 2022, 24(10):1400).
+Legend: (...) any leading dimensions, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.functional.errors import UsageError
+
+
+class Alpha(NamedTuple):
+    """alpha (...): weight on π_θ. chernoff (...): C = -log Z at alpha, nats. log_z (...): log Z(alpha).
+
+    iterations: passes over the vocabulary, beside the two at the ends of [0, 1].
+    """
+
+    alpha: Tensor
+    chernoff: Tensor
+    log_z: Tensor
+    iterations: int
+
+
+class _Moments(NamedTuple):
+    log_z: Tensor  # K(b), float64
+    mean: Tensor  # K'
+    variance: Tensor  # K''
+    skew: Tensor  # K''', the third central moment
+
+
+def log_ratio(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:
+    """d = log π_t - log π_θ and the common support, both (..., V); d is 0 outside of it, where 0 · -inf would be NaN.
+
+    Raises UsageError where a row has no token that both models allow.
+    """
+    support = torch.isfinite(logp_theta) & torch.isfinite(logp_t)
+    if not bool(support.any(-1).all()):
+        raise UsageError(
+            "the two models allow no common token: q* does not exist; loosen top_k / top_p or use one vocabulary"
+        )
+    return torch.where(support, logp_t - logp_theta, 0.0), support
+
+
+def _moments(logp_theta: Tensor, d: Tensor, support: Tensor, b: Tensor) -> _Moments:
+    """K and its derivatives at b (...): one pass, sums in float64 (plain float32 leaves KL gaps up to 2e-5)."""
+    logits = torch.where(support, logp_theta + b.unsqueeze(-1).to(d.dtype) * d, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    w = (logits - top).exp()
+    total = w.sum(-1, dtype=torch.float64)
+    first = (w * d).sum(-1, dtype=torch.float64) / total
+    centred = d - first.unsqueeze(-1).to(d.dtype)
+    weighted = w * centred * centred
+    variance = weighted.sum(-1, dtype=torch.float64) / total
+    skew = (weighted * centred).sum(-1, dtype=torch.float64) / total
+    return _Moments(top.squeeze(-1).double() + total.log(), first, variance, skew)
+
+
+def solve_alpha(logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, most: int = 60) -> Alpha:
+    """The α at which KL(q‖π_θ) = KL(q‖π_t), for every row: Halley's method on K', kept inside a shrinking bracket.
+
+    logp_theta, logp_t (..., V): log-probabilities, -inf where a token is not allowed; any float type. Passes are made in
+    float32 until |K'| <= 1e-5 (1 + sqrt K''), then in float64 until |K'| <= tolerance: the KL gap, not α, is
+    what matters, and a token far more probable under one model than under the other costs float32 its last digits.
+    With truncated supports (S the common one) an interior root exists iff Σ_S π_θ d < 0 < Σ_S π_t d; otherwise α = 1 or 0,
+    q is that model restricted to S, and the two KLs differ while C = -log Z still holds. d = 0 on S gives 1/2.
+    """
+    dtype = torch.float64 if logp_theta.dtype == torch.float64 else torch.float32
+    logp_theta, logp_t = logp_theta.to(dtype), logp_t.to(dtype)
+    d, support = log_ratio(logp_theta, logp_t)
+    low = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
+    high = torch.ones_like(low)
+    # 1. rows without an interior root: K' >= 0 at b = 0 or K' <= 0 at b = 1
+    at_theta, at_t = (_moments(logp_theta, d, support, end).mean for end in (low, high))
+    equal = (d == 0).all(-1)
+    stuck_low, stuck_high = (at_theta >= 0) & ~equal, (at_t <= 0) & ~equal
+    b = torch.where(stuck_low, 0.0, torch.where(stuck_high, 1.0, torch.full_like(low, 0.5)))
+    done = equal | stuck_low | stuck_high
+    # 2. Halley's step, or the middle of the bracket where it leaves it
+    goal = max(1e-5, tolerance) if dtype == torch.float32 else tolerance
+    for iterations in range(1, most + 1):  # noqa: B007
+        m = _moments(logp_theta, d, support, b)
+        met = m.mean.abs() <= goal * (1 + m.variance.sqrt() * (goal > tolerance))
+        if bool((done | met).all()):
+            if goal == tolerance:
+                break
+            goal, logp_theta = tolerance, logp_theta.double()
+            d = torch.where(support, logp_t.double() - logp_theta, 0.0)
+            low, high = torch.zeros_like(b), torch.ones_like(b)  # float32 may have erred in a sign
+            continue
+        low = torch.where(m.mean < 0, b, low)
+        high = torch.where(m.mean < 0, high, b)
+        step = 2 * m.mean * m.variance / (2 * m.variance.square() - m.mean * m.skew)
+        proposed = b - step
+        inside = (proposed > low) & (proposed < high)
+        b = torch.where(done | (m.mean == 0), b, torch.where(inside, proposed, (low + high) / 2))
+    return Alpha(1 - b, -m.log_z, m.log_z, iterations)
+
+
+def mix(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
+    """log q_α (..., V) and log Z(α) (...); a token that either model forbids has probability 0. alpha (...) or a number."""
+    d, support = log_ratio(logp_theta, logp_t)
+    b = 1 - torch.as_tensor(alpha, dtype=d.dtype, device=d.device).expand(d.shape[:-1])
+    logits = torch.where(support, logp_theta + b.unsqueeze(-1) * d, -torch.inf)
+    log_z = logits.logsumexp(-1)
+    return logits - log_z.unsqueeze(-1), log_z
+
+
+def accept_log_ratio(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor, log_z: Tensor, drafter: str) -> Tensor:
+    """log(q(x) / p_drafter(x)) of drafted tokens from two gathered log-probabilities each: accept iff log u is below it.
+
+    θ drafted: b d - log Z; t drafted: -α d - log Z. All arguments (...); untruncated q* only.
+    """
+    d = logp_t - logp_theta
+    if drafter == "theta":
+        return (1 - alpha) * d - log_z
+    if drafter == "target":
+        return -alpha * d - log_z
+    raise UsageError(f"draft={drafter} is not known; type theta or target")
+
+
+def residual(log_q: Tensor, logp_drafter: Tensor) -> Tensor:
+    """norm((q - p)+) (..., V): what to draw from after a rejection, so that the output has law q exactly.
+
+    Where q = p nothing is ever rejected, and the residual is q itself (never drawn from).
+    """
+    excess = (log_q.exp() - logp_drafter.exp()).clamp(min=0)
+    mass = excess.sum(-1, keepdim=True)
+    return torch.where(mass > 0, excess / mass.clamp(min=torch.finfo(excess.dtype).tiny), log_q.exp())
+
+
+def overlap(logp: Tensor, logq: Tensor) -> Tensor:
+    """Σ min(p, q) (...): the chance that a token drawn from one is accepted for the other."""
+    return torch.minimum(logp.exp(), logq.exp()).sum(-1)

@@ -1,0 +1,34 @@
+"""Two processes on one CPU: the whole job runs, every test row is answered once, one student is left."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+SHORT = [
+    "experiment=meanflow_llada", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=6",
+    "trainer.val_check_interval=3", "teacher.max_steps=3", "data.size=tiny", "data.train_rows=64", "data.test_rows=33",
+    "data.batch_size=8", "data.eval_batch_size=8", "module.forwards=[1,2]", "module.student_forwards=[1,2]",
+    "module.ode_forwards=[2]", "module.ode_steps=2", "model.hidden_size=16", "model.num_hidden_layers=1",
+    "model.intermediate_size=16", "logger=none",
+]  # fmt: skip
+
+
+def test_two_ranks_train_compare_and_save(tmp_path):
+    places = [f"paths.output_dir={tmp_path}/out", f"paths.cache_dir={tmp_path}/cache"]
+    done = subprocess.run(
+        [sys.executable, "run.py", *SHORT, *places],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = (tmp_path / "out").rglob("record.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["n_samples"] for row in rows} == {33}
+    assert [row["decoder"] for row in rows if row["method"] == "student"] == ["student", "student", "student, ODE"]
+    weights = load_file(path.parent / "student" / "student.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
