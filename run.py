@@ -66,8 +66,10 @@ def run_mode(cfg: DictConfig) -> float | None:
 def fit(cfg: DictConfig) -> float | None:
     """Train (the teacher first, where the module needs one), then compare every decoder on the test split.
 
-    student_path= is a student to start from, such as one that only some stages have trained.
+    student_path= is a student to start from, such as one that only some stages have trained. A study has nothing to train.
     """
+    if cfg.study is not None:
+        return instantiate(cfg.study)(console)
     module, trainer, datamodule = _build(cfg)
     if cfg.student_path is not None:
         module.start_from(load_student(cfg.student_path, module.teacher))
