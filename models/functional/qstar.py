@@ -75,33 +75,41 @@ def solve_alpha(logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, 
     dtype = torch.float64 if logp_theta.dtype == torch.float64 else torch.float32
     logp_theta, logp_t = logp_theta.to(dtype), logp_t.to(dtype)
     d, support = log_ratio(logp_theta, logp_t)
-    low = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
-    high = torch.ones_like(low)
+    zero = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
     # 1. rows without an interior root: K' >= 0 at b = 0 or K' <= 0 at b = 1
-    at_theta, at_t = (_moments(logp_theta, d, support, end).mean for end in (low, high))
+    at_theta, at_t = (_moments(logp_theta, d, support, end).mean for end in (zero, zero + 1))
     equal = (d == 0).all(-1)
     stuck_low, stuck_high = (at_theta >= 0) & ~equal, (at_t <= 0) & ~equal
-    b = torch.where(stuck_low, 0.0, torch.where(stuck_high, 1.0, torch.full_like(low, 0.5)))
+    b = torch.where(stuck_low, 0.0, torch.where(stuck_high, 1.0, zero + 0.5))
     done = equal | stuck_low | stuck_high
-    # 2. Halley's step, or the middle of the bracket where it leaves it
-    goal = max(1e-5, tolerance) if dtype == torch.float32 else tolerance
-    for iterations in range(1, most + 1):  # noqa: B007
+    # 2. a float32 search, then float64 from where it ended
+    iterations = 0
+    if dtype == torch.float32:
+        b, _, iterations = _minimise(logp_theta, d, support, b, done, max(1e-5, tolerance), True, most)
+        logp_theta = logp_theta.double()
+        d = torch.where(support, logp_t.double() - logp_theta, 0.0)
+    b, m, more = _minimise(logp_theta, d, support, b, done, tolerance, False, most)
+    return Alpha(1 - b, -m.log_z, m.log_z, iterations + more)
+
+
+def _minimise(
+    logp_theta: Tensor, d: Tensor, support: Tensor, b: Tensor, done: Tensor, goal: float, relative: bool, most: int
+) -> tuple[Tensor, _Moments, int]:
+    """Halley's method on K' from b (...) inside a shrinking bracket, until |K'| <= goal (1 + sqrt K'' if relative).
+
+    A row that has got there stays: its result does not depend on the rows beside it. Returns b, the moments at b, passes.
+    """
+    low, high = torch.zeros_like(b), torch.ones_like(b)
+    for passes in range(1, most + 1):
         m = _moments(logp_theta, d, support, b)
-        met = m.mean.abs() <= goal * (1 + m.variance.sqrt() * (goal > tolerance))
-        if bool((done | met).all()):
-            if goal == tolerance:
-                break
-            goal, logp_theta = tolerance, logp_theta.double()
-            d = torch.where(support, logp_t.double() - logp_theta, 0.0)
-            low, high = torch.zeros_like(b), torch.ones_like(b)  # float32 may have erred in a sign
-            continue
-        low = torch.where(m.mean < 0, b, low)
-        high = torch.where(m.mean < 0, high, b)
-        step = 2 * m.mean * m.variance / (2 * m.variance.square() - m.mean * m.skew)
-        proposed = b - step
+        done = done | (m.mean.abs() <= goal * (1 + relative * m.variance.sqrt()))
+        if bool(done.all()) or passes == most:
+            break
+        low, high = torch.where(m.mean < 0, b, low), torch.where(m.mean < 0, high, b)
+        proposed = b - 2 * m.mean * m.variance / (2 * m.variance.square() - m.mean * m.skew)
         inside = (proposed > low) & (proposed < high)
-        b = torch.where(done | (m.mean == 0), b, torch.where(inside, proposed, (low + high) / 2))
-    return Alpha(1 - b, -m.log_z, m.log_z, iterations)
+        b = torch.where(done, b, torch.where(inside, proposed, (low + high) / 2))
+    return b, m, passes
 
 
 def mix(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -139,3 +147,16 @@ def residual(log_q: Tensor, logp_drafter: Tensor) -> Tensor:
 def overlap(logp: Tensor, logq: Tensor) -> Tensor:
     """Σ min(p, q) (...): the chance that a token drawn from one is accepted for the other."""
     return torch.minimum(logp.exp(), logq.exp()).sum(-1)
+
+
+def truncate(log_q: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Keep the top_k most probable tokens, then the fewest whose mass reaches top_p; renormalised, (..., V)."""
+    if top_k is not None and top_k < log_q.shape[-1]:
+        least = log_q.topk(top_k, -1).values[..., -1:]
+        log_q = log_q.masked_fill(log_q < least, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = log_q.log_softmax(-1).sort(-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        log_q = log_q.masked_fill(dropped, -torch.inf)
+    return log_q.log_softmax(-1)

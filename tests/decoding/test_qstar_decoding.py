@@ -1,0 +1,243 @@
+"""The law of what q* decoding emits, by enumerating every outcome of every random draw, in float64.
+
+The same code that samples is run once for each way its draws can fall; controls break one rule at a time and must be seen.
+"""
+
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+import models.decoding.qstar as decoding
+from models.decoding.chance import TorchChance
+from models.decoding.qstar import decode_qstar
+from models.functional.errors import UsageError
+from models.functional.qstar import mix, solve_alpha, truncate
+
+V = 3
+
+
+class Replay:
+    """A `Chance` that follows a script of outcomes and notes the alternatives beyond it."""
+
+    def __init__(self, script):
+        self.script, self.made, self.probability = script, [], 1.0
+
+    def _take(self, chances):
+        k = self.script[len(self.made)] if len(self.made) < len(self.script) else 0
+        self.made.append((k, len(chances)))
+        self.probability *= chances[k]
+        return k
+
+    def choose(self, p):
+        row = p[0].double()
+        return torch.tensor([self._take((row / row.sum()).tolist())])
+
+    def accept(self, log_ratio):
+        chance = min(1.0, log_ratio[0].double().exp().item())
+        return torch.tensor([self._take([1 - chance, chance]) == 1])
+
+
+def enumerate_outcomes(run):
+    """(probability, result) of `run(chance)` for every way its draws can fall."""
+    script = []
+    while True:
+        chance = Replay(script)
+        result = run(chance)
+        if chance.probability > 0:
+            yield chance.probability, result
+        made = chance.made
+        while made and made[-1][0] + 1 == made[-1][1]:
+            made = made[:-1]
+        if not made:
+            return
+        script = [k for k, _ in made[:-1]] + [made[-1][0] + 1]
+
+
+def table_model(seed, vocabulary=V, sharp=1.0):
+    """log p(next | the last two tokens), as scores for decoding."""
+    draw = torch.Generator().manual_seed(seed)
+    table = (sharp * torch.randn(vocabulary, vocabulary, vocabulary, generator=draw, dtype=torch.float64)).log_softmax(
+        -1
+    )
+
+    def scores(ids, lengths, count):
+        places = lengths.unsqueeze(-1) + torch.arange(count)
+        return table[ids.gather(1, places - 2), ids.gather(1, places - 1)]
+
+    return scores
+
+
+THETA, TARGET = table_model(0), table_model(1)
+SMALL = table_model(2, 2), table_model(3, 2)
+PROMPT = torch.tensor([[0, 1]])
+
+
+def exact_law(length, theta_weight=None, top_k=None, temperature=1.0, eos_id=None, models=(THETA, TARGET), words=V):
+    law = {}
+    for text in itertools.product(range(words), repeat=length):
+        probability, ids = 1.0, [0, 1]
+        for token in text:
+            if eos_id is not None and eos_id in ids[2:]:
+                probability *= float(token == eos_id)
+                ids.append(token)
+                continue
+            here, n = torch.tensor([ids]), torch.tensor([len(ids)])
+            a, b = (m(here, n, 1)[0] for m in models)
+            a, b = (a / temperature).log_softmax(-1), (b / temperature).log_softmax(-1)
+            alpha = solve_alpha(a, b).alpha if theta_weight is None else theta_weight
+            probability *= truncate(mix(a, b, alpha)[0], top_k, None)[0, token].exp().item()
+            ids.append(token)
+        law[text] = probability
+    return law
+
+
+def emitted_law(length, models=(THETA, TARGET), words=V, **options):
+    law = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
+    run = lambda chance: decode_qstar(*models, PROMPT, max_new_tokens=length, chance=chance, **options)  # noqa: E731
+    for probability, out in enumerate_outcomes(run):
+        law[tuple(out.tokens[0].tolist())] += probability
+    return law
+
+
+def worst(first, second):
+    return max(abs(first[text] - second[text]) for text in first)
+
+
+SCHEMES = [
+    {"draft": draft, "gamma": gamma, "verify": verify}
+    for draft in ("theta", "target", "alternate")
+    for gamma in (1, 2)
+    for verify in ("token", "block")
+]
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0}, *SCHEMES], ids=str)
+def test_every_scheme_emits_q_star(options):
+    """Drafts, rejections at every place and the way on after a whole draft all occur; two words where drafts are longer."""
+    if options["gamma"] == 2:
+        options = options | {"models": SMALL, "words": 2}
+        assert worst(emitted_law(3, **options), exact_law(3, models=SMALL, words=2)) < 1e-12
+    else:
+        assert worst(emitted_law(2, **options), exact_law(2)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"theta_weight": 0.3},
+        {"top_k": 2},
+        {"temperature": 0.7},
+        {"eos_id": 2},
+        {"theta_weight": 0.0},
+        {"theta_weight": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[8]], ids=str)
+def test_options_keep_the_law(options, scheme):
+    assert worst(emitted_law(2, **scheme, **options), exact_law(2, **options)) < 1e-12
+
+
+def test_three_tokens_cross_two_rounds():
+    assert worst(emitted_law(3, draft="alternate", gamma=1), exact_law(3)) < 1e-12
+
+
+def resample_q(log_q, _):
+    return log_q.exp()
+
+
+def test_drawing_q_again_after_a_rejection_is_seen(monkeypatch):
+    monkeypatch.setattr(decoding, "residual", resample_q)
+    assert worst(emitted_law(2, draft="theta", gamma=1), exact_law(2)) > 1e-3
+
+
+def test_a_bonus_token_of_the_checker_is_seen(monkeypatch):
+    """Taking the checker's proposal as it is: what ordinary speculative sampling does, where the checker is the target."""
+
+    class Trusting(decoding._Run):
+        def settle(self, rows, tokens, law, drafter):
+            if drafter == "target":
+                self.append(rows, tokens, law)
+                return rows
+            return super().settle(rows, tokens, law, drafter)
+
+    monkeypatch.setattr(decoding, "_Run", Trusting)
+    assert worst(emitted_law(2, draft="alternate", gamma=1), exact_law(2)) > 1e-3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[::5], ids=str)
+def test_samples_have_the_law_too_and_the_control_has_not(scheme, monkeypatch):
+    """Chi-square on 9 texts of a batch of 8 000, drawn together: ragged rows do not disturb each other."""
+    n, law = 8_000, exact_law(2)
+    batch = PROMPT.expand(n, -1)
+
+    def p_value():
+        chance = TorchChance(torch.Generator().manual_seed(0))
+        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=2, chance=chance, **scheme)
+        codes = (out.tokens * torch.tensor([V, 1])).sum(-1)
+        counts = torch.bincount(codes, minlength=V * V).numpy()
+        return chisquare(counts, [n * law[text] for text in itertools.product(range(V), repeat=2)]).pvalue
+
+    assert p_value() > 1e-3
+    if scheme["verify"] == "token":
+        monkeypatch.setattr(decoding, "residual", resample_q)
+        assert p_value() < 1e-5
+
+
+def test_prompts_of_different_lengths_and_the_figures_of_each_token():
+    ids = torch.tensor([[0, 1, 2, 0], [1, 2, 0, 0]])
+    chance = TorchChance(torch.Generator().manual_seed(3))
+    lengths = torch.tensor([4, 2])
+    out = decode_qstar(THETA, TARGET, ids, lengths=lengths, max_new_tokens=6, gamma=3, draft="alternate", chance=chance)
+    assert out.tokens.shape == (2, 6)
+    for row, length in enumerate(lengths.tolist()):
+        text = ids[row, :length].tolist()
+        for k, token in enumerate(out.tokens[row].tolist()):
+            here, n = torch.tensor([text]), torch.tensor([len(text)])
+            a, b = THETA(here, n, 1)[0], TARGET(here, n, 1)[0]
+            found = solve_alpha(a, b)
+            assert out.alpha[row, k].item() == pytest.approx(found.alpha.item(), abs=1e-9)
+            assert out.chernoff[row, k].item() == pytest.approx(found.chernoff.item(), abs=1e-9)
+            assert out.logp_theta[row, k].item() == pytest.approx(a[0, token].item())
+            assert out.log_q[row, k].item() == pytest.approx(mix(a, b, found.alpha)[0][0, token].item(), abs=1e-9)
+            text.append(token)
+    assert 0 < out.acceptance < 1
+    assert out.forwards["target"] < 6 < out.forwards["theta"] + out.forwards["target"]
+
+
+def test_equal_models_keep_every_draft_and_block_keeps_at_least_as_much():
+    batch = PROMPT.expand(500, -1)
+    kept = {}
+    for verify in ("token", "block"):
+        draw = lambda: TorchChance(torch.Generator().manual_seed(0))  # noqa: E731
+        same = decode_qstar(THETA, THETA, batch, max_new_tokens=6, gamma=3, verify=verify, chance=draw())
+        assert same.acceptance == 1.0
+        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=12, gamma=4, verify=verify, chance=draw())
+        kept[verify] = out.kept / out.drafted
+    assert kept["block"] > kept["token"]
+
+
+def test_texts_end_at_their_end_token():
+    chance = TorchChance(torch.Generator().manual_seed(0))
+    out = decode_qstar(THETA, TARGET, PROMPT.expand(50, -1), max_new_tokens=8, gamma=2, eos_id=2, chance=chance)
+    for tokens, figures in zip(out.tokens.tolist(), out.log_q, strict=True):
+        end = tokens.index(2) if 2 in tokens else 7
+        assert all(token == 2 for token in tokens[end + 1 :])
+        assert figures[: end + 1].isfinite().all()
+        assert figures[end + 1 :].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "both"}, "draft=both"),
+        ({"verify": "x"}, "verify=x"),
+        ({"gamma": -1}, "gamma=-1"),
+        ({"theta_weight": 2.0}, "theta_weight=2"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        decode_qstar(THETA, TARGET, PROMPT, max_new_tokens=2, chance=TorchChance(torch.Generator()), **options)
