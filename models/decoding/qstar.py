@@ -82,6 +82,10 @@ class _Run:
         logp = self.models[name](self.ids, lengths, count)
         return logp if self.temperature == 1.0 else (logp / self.temperature).log_softmax(-1)
 
+    def write(self, tokens: Tensor, places: Tensor) -> None:
+        """Put tokens (B,) at places (B,), beyond what is settled."""
+        self.ids.scatter_(1, places.unsqueeze(-1), tokens.unsqueeze(-1))
+
     def target_law(self, theta: Tensor, target: Tensor) -> dict[str, Tensor]:
         """q* at places (B, ...): log_q (B, ..., V) after top-k and top-p, alpha, chernoff, and both models'."""
         if self.theta_weight is None:
@@ -174,22 +178,24 @@ def decode_qstar(
             law = run.target_law(*(run.score(name, run.lengths, 1)[:, 0] for name in ("theta", "target")))
             run.append(active, chance.choose(law["log_q"].exp()), law)
             continue
-        # 1. the checker's proposal of the last round, checked by the drafter
+        # 1. the checker's proposal of the last round, checked by the drafter, which also looks one place further
+        further = None
         if pending is not None and bool((pending[0] & active).any()):
             rows, tokens, theirs = pending[0] & active, pending[1], pending[2]
-            own = run.score(drafter, run.lengths, 1)[:, 0]
-            law = run.target_law(*((own, theirs) if drafter == "theta" else (theirs, own)))
-            run.settle(rows, tokens, law, checker)
+            run.write(tokens, run.lengths)
+            own = run.score(drafter, run.lengths, 2)
+            law = run.target_law(*((own[:, 0], theirs) if drafter == "theta" else (theirs, own[:, 0])))
+            kept = run.settle(rows, tokens, law, checker)
             active = active & _active(run, max_new_tokens, eos_id)
             if not bool(active.any()):
                 break
+            further = own[:, 1] if bool((kept | ~active).all()) else None
         pending = None
         # 2. a draft
         own = []
         for k in range(gamma):
-            own.append(run.score(drafter, run.lengths + k, 1)[:, 0])
-            proposed = chance.choose(own[-1].exp())
-            run.ids.scatter_(1, (run.lengths + k).unsqueeze(-1), proposed.unsqueeze(-1))
+            own.append(further if k == 0 and further is not None else run.score(drafter, run.lengths + k, 1)[:, 0])
+            run.write(chance.choose(own[-1].exp()), run.lengths + k)
         drafts = run.ids.gather(1, run.lengths.unsqueeze(-1) + torch.arange(gamma, device=run.ids.device)).clone()
         own = torch.stack(own, 1)  # (B, G, V)
         # 3. one forward of the checker at all places of the draft and the one after it

@@ -76,10 +76,11 @@ def solve_alpha(logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, 
     logp_theta, logp_t = logp_theta.to(dtype), logp_t.to(dtype)
     d, support = log_ratio(logp_theta, logp_t)
     zero = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
-    # 1. rows without an interior root: K' >= 0 at b = 0 or K' <= 0 at b = 1
+    # 1. rows without an interior root: some token is forbidden by one model only, and K' >= 0 at b = 0 or <= 0 at b = 1
     at_theta, at_t = (_moments(logp_theta, d, support, end).mean for end in (zero, zero + 1))
+    truncated = (torch.isfinite(logp_theta) != torch.isfinite(logp_t)).any(-1)
     equal = (d == 0).all(-1)
-    stuck_low, stuck_high = (at_theta >= 0) & ~equal, (at_t <= 0) & ~equal
+    stuck_low, stuck_high = (truncated & ~equal & hit for hit in (at_theta >= 0, at_t <= 0))
     b = torch.where(stuck_low, 0.0, torch.where(stuck_high, 1.0, zero + 0.5))
     done = equal | stuck_low | stuck_high
     # 2. a float32 search, then float64 from where it ended

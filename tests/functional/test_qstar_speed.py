@@ -1,0 +1,63 @@
+"""Speed formulas against published optima and against a simulation of the rounds."""
+
+import random
+
+import pytest
+
+from models.functional.errors import UsageError
+from models.functional.qstar_speed import best_gamma, speedup_alternate, speedup_carry, speedup_third_drafter
+
+
+@pytest.mark.parametrize("beta", [0.2, 0.5, 0.9])
+def test_one_token_drafts_of_equal_models(beta):
+    assert speedup_alternate(1, beta, 1.0) == pytest.approx(2 / (2 - beta))
+
+
+@pytest.mark.parametrize(
+    ("cost", "published"), [(1.0, [1.43, 1.54, 1.67, 1.82]), (0.1, [1.83, 2.17, 2.71, 3.77])], ids=["1:1", "1:10"]
+)
+def test_optimal_drafts(cost, published):
+    found = [speedup_alternate(best_gamma(beta, cost, most=40), beta, cost) for beta in (0.6, 0.7, 0.8, 0.9)]
+    assert [round(speed, 2) for speed in found] == published
+
+
+def test_ceilings():
+    assert max(speedup_alternate(gamma, 0.999, 1.0) for gamma in range(1, 40)) < 2
+    assert 10 < max(speedup_carry(gamma, 0.9999, 0.1) for gamma in range(1, 3000, 50)) < 11
+    assert speedup_third_drafter(8, 0.9, 0.02) > 2
+
+
+@pytest.mark.parametrize("scheme", ["carry", "alternate"])
+@pytest.mark.parametrize(("gamma", "beta", "cost"), [(1, 0.5, 1.0), (3, 0.7, 0.3), (5, 0.9, 1.0)])
+def test_a_simulation_of_the_rounds_takes_as_long(scheme, gamma, beta, cost):
+    """Count tokens and model time round by round, as the decoder spends them."""
+    draw, tokens, time, pending = random.Random(0), 0, 0.0, False
+    for _ in range(200_000):
+        drafter_runs = gamma
+        if pending:  # the drafter's run that checks the proposal is the first run of its draft only where it is kept
+            tokens += 1
+            time += cost
+            if draw.random() >= beta:
+                pending = False
+                continue
+            drafter_runs = gamma - 1
+        kept = 0
+        while kept < gamma and draw.random() < beta:
+            kept += 1
+        time += drafter_runs * cost + 1
+        tokens += kept + (kept < gamma)
+        pending = False
+        if kept == gamma:
+            if scheme == "carry":
+                tokens += 1
+                time += cost
+            else:
+                pending = True
+    formula = {"carry": speedup_carry, "alternate": speedup_alternate}[scheme](gamma, beta, cost)
+    measured = tokens * (1 + cost) / time
+    assert measured == pytest.approx(formula, rel=0.01)
+
+
+def test_unknown_schemes_are_named():
+    with pytest.raises(UsageError, match="draft=both"):
+        best_gamma(0.5, 1.0, "both")
