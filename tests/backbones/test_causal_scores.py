@@ -57,7 +57,7 @@ def test_with_one_model_twice_it_is_plain_sampling():
     )
     assert out.acceptance == 1.0
     assert out.alpha.eq(0.5).all()
-    assert out.forwards == {"theta": 9, "target": 3}
+    assert out.forwards == {"theta": 10, "target": 3}  # 3, then 3, 3 and 1 that begin with the proposal
 
 
 def test_two_vocabularies_are_refused_by_name():
