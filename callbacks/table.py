@@ -104,9 +104,10 @@ def _diversity(row: dict[str, Any]) -> str:
 
 
 def _student_against_teacher(rows: list[dict[str, Any]]) -> list[str]:
-    """One sentence: the student's exact match beside the teacher's at as many forwards and at most forwards."""
+    """One sentence: the exact match of the student with fewest forwards beside the teacher's at fewest and at most."""
     known = [r for r in rows if r["quality"].get("exact_match") is not None]
     students = [r for r in known if r["method"] == "student"]
+    students = [r for r in students if r["forwards"] == min(s["forwards"] for s in students)]
     teachers = sorted((r for r in known if r["method"] == "teacher"), key=lambda r: r["forwards"])
     if not students or not teachers:
         return []
