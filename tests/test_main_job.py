@@ -12,21 +12,27 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_main_job_reaches_what_the_readme_says(tmp_path):
-    """A teacher that is right at many forwards, a student that is right where one forward can be, and the bound elsewhere."""
+    """One forward that is coherent and diverse where every factorised generator is neither."""
     places = [f"paths.output_dir={tmp_path}/outputs", f"paths.cache_dir={tmp_path}/cache"]
     subprocess.run(
         [sys.executable, "run.py", "experiment=meanflow_llada", *places], cwd=ROOT, check=True, capture_output=True
     )
     (path,) = (tmp_path / "outputs").rglob("record.json")
-    rows = json.loads(path.read_text())["rows"]
-    quality = {(row["decoder"], row["forwards"]): row["quality"] for row in rows}
+    rows = {(row["decoder"], row["forwards"]): row for row in json.loads(path.read_text())["rows"]}
+    quality = {key: row["quality"] for key, row in rows.items()}
 
     teacher = quality["teacher, sampled", 16]
     assert teacher["validity"] >= 0.95
     assert abs(teacher["exact_nll"] - teacher["exact_nll_truth"]) < 0.2
     product, floor = quality["product of marginals", 0], quality["resampling floor", 0]
-    student = quality["student, sampled", 1]
-    assert student["validity_all"] >= 0.95  # the plan decides the text: one forward is enough
-    assert student["validity_part"] <= product["validity_part"] + 0.1  # otherwise it factorises
     assert floor["validity"] == 1.0
-    assert floor["tv"] < teacher["tv"] + 0.05
+    assert product["validity_none"] < 0.05  # what one forward from a fixed all-mask response is bound by
+    one, four = quality["student", 1], quality["student", 4]
+    assert one["validity_all"] >= 0.97
+    assert one["validity_part"] >= 0.88
+    assert one["validity_none"] >= 0.88
+    assert four["validity"] >= 0.97
+    truth = rows["resampling floor", 0]["entropy"]  # the same estimator on as many texts
+    assert abs(rows["student", 1]["entropy"] - truth) < 0.08 * truth
+    assert one["tv"] < floor["tv"] + 0.15
+    assert one["coverage"] > 0.97

@@ -89,7 +89,10 @@ class NoisyMaskStudent(nn.Module):
         return torch.where(masked.unsqueeze(-1), noise, self.base.embed(rows["input_ids"]))
 
     def forward(self, z: Tensor, masked: Tensor, attention_mask: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """Logits of ψ_{s,t} at the masked positions, row by row: (B, L, D), (B, L), (B, L), (B,), (B,) -> (M, V)."""
+        """Logits of ψ_{s,t} at the masked positions, row by row: (B, L, D), (B, L), (B, L), (B,), (B,) -> (M, V).
+
+        Without gradients s and t may be (1,), the same for all rows.
+        """
         if self.mask_noise is not None:
             mask = self.mask_embedding
             z = torch.where(masked.unsqueeze(-1), mask + self.mask_noise(z - mask), z)

@@ -62,7 +62,7 @@ def follow_flow(
     tokens = torch.zeros(masked.shape, dtype=torch.long, device=z.device)
     grid = student.warp(torch.linspace(0, 1, forwards + 1, device=z.device))
     for k in range(forwards):
-        s, t = grid[k].expand(len(z)), grid[k + 1].expand(len(z))
+        s, t = grid[k : k + 1], grid[k + 1 : k + 2]  # (1,): all rows are at the same time, and share one prefix
         target = {"chain": t, "renoise": torch.ones_like(t), "ode": s}[step]
         # 1. what every masked position becomes; the mask itself is never an answer
         logits = network(z, masked, attention_mask, s, target)
@@ -72,14 +72,13 @@ def follow_flow(
         if k + 1 == forwards:
             break
         # 2. move the masked positions to t
-        row = torch.arange(len(z), device=z.device).unsqueeze(-1).expand(masked.shape)[masked]
         expected = psi.to(z.dtype) @ student.base.embedding
         moved = z.clone()
         if step == "renoise":
             fresh = student.start({"input_ids": tokens}, masked, generator)[masked]
-            moved[masked] = line_point(fresh, expected, t[row])
+            moved[masked] = line_point(fresh, expected, t)
         else:
-            moved[masked] = flow_map(z[masked], expected, s[row], t[row])
+            moved[masked] = flow_map(z[masked], expected, s, t)
         # 3. sure positions become text
         if promote is not None:
             sure = torch.zeros_like(masked)
