@@ -110,7 +110,7 @@ def generate(cfg: DictConfig) -> None:
     forwards = 1 if cfg.forwards is None else cfg.forwards
     if cfg.teacher is None:
         raise UsageError(f"experiment={cfg.name} trains no student; mode=generate needs one that does")
-    if forwards < 1 or cfg.temperature < 0:
+    if forwards < 1 or (cfg.temperature or 0) < 0:
         raise UsageError(f"forwards={forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
     if cfg.decoder not in ("student", "teacher"):
         raise UsageError(f"decoder={cfg.decoder} is not known; type decoder=student or decoder=teacher")
@@ -118,6 +118,7 @@ def generate(cfg: DictConfig) -> None:
     datamodule.setup("predict")
     rows = datamodule.encode_prompts(prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"temperature": cfg.module.teacher_temperature, "remasking": cfg.module.teacher_remasking}
     if cfg.decoder == "student":
         folder = Path(cfg.student_path) if cfg.student_path else _newest_student(cfg)
         base = _teacher_of(cfg, folder)
@@ -127,15 +128,14 @@ def generate(cfg: DictConfig) -> None:
         more = {
             name: cfg.module[key] for name, key in (("step", "few_step"), ("promote", "promote")) if key in cfg.module
         }
-        decoder = student_decoder(student, forwards, cfg.temperature, **more)
+        decoder = student_decoder(student, forwards, cfg.temperature, masked_options=options, **more)
     else:
-        options = {"temperature": cfg.temperature, "remasking": cfg.module.get("teacher_remasking", "random")}
+        options["temperature"] = cfg.module.teacher_temperature if cfg.temperature is None else cfg.temperature
         decoder = MaskedDiffusionDecoder(_teacher(cfg, datamodule).to(device), forwards, **options)
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
     for start in track(range(0, len(prompts), 64), description="generating", disable=len(prompts) <= 64):
         few = {name: column[start : start + 64].to(device) for name, column in rows.items()}
-        responses = datamodule.decode_responses(decoder(few, generator))
-        print_answers(console, prompts[start : start + 64], responses)
+        print_answers(console, prompts[start : start + 64], datamodule.decode_responses(decoder(few, generator)))
 
 
 def report(cfg: DictConfig) -> None:

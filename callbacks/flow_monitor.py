@@ -82,7 +82,7 @@ class FlowMonitor(Callback):
         row = torch.arange(len(z), device=z.device).unsqueeze(-1).expand(masked.shape)[masked]
         first = module.student(z, masked, attention_mask, zero, half).softmax(-1)
         moved = z.clone()
-        moved[masked] = flow_map(z[masked], first @ module.student.base.embedding, zero[row], half[row])
+        moved[masked] = flow_map(z[masked], module.student.expected(first), zero[row], half[row]).to(z.dtype)
         second = module.student(moved, masked, attention_mask, half, one).softmax(-1)
         target = psd_target(first, second, zero[row], half[row], one[row])
         return distribution_divergence(target, module.student(z, masked, attention_mask, zero, one)).mean().item()

@@ -41,6 +41,14 @@ class MeanFlowDistillModule(LeapModule):
         self.forwards = tuple(forwards)
         self.teacher_temperature, self.teacher_remasking = teacher_temperature, teacher_remasking
 
+    def setup(self, stage: str) -> None:
+        """What trains is float32 whatever the base is kept in: averages and derivatives lose too much in less."""
+        if stage == "fit" and str(self.trainer.precision) not in ("32-true", "64-true"):
+            raise UsageError(
+                f"trainer.precision={self.trainer.precision}: students train in trainer.precision=32-true; to save memory keep "
+                "the base in half precision instead (model.dtype=bfloat16)"
+            )
+
     @property
     def teacher(self) -> LladaModel:
         return self.student.base

@@ -15,7 +15,7 @@ from models.backbones.llada import LladaModel
 from models.backbones.noisy_mask_student import Adapter, NoisyMaskStudent
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import Remasking
-from models.decoding.noisy_mask import NoisyMaskDecoder, Step
+from models.decoding.noisy_mask import NoisyMaskDecoder, Step, require_flow_options
 from models.functional.errors import UsageError
 from models.functional.jvp import JvpBackend
 from models.objectives.base import Terms
@@ -37,8 +37,10 @@ class NoisyMaskFlowModule(StagedDistillModule):
         after which intervals may span all of [0, 1]. weighted: gap weights, see `gap_weight`.
     ode_steps, pair_reuse, pair_window, coupling: see `EndpointPairs`. keep_share: rows of a polishing batch that go on with
         the flow map, so that more than one forward stays as good as it was.
-    student_forwards: the student's rows in the table; ode_forwards: rows of the denoiser's own flow, the student's ceiling.
+    student_forwards: the student's rows in the table; ode_forwards: rows of the denoiser's flow, which one forward imitates.
     """
+
+    snapshots = ("average", "denoiser")
 
     def __init__(
         self,
@@ -80,11 +82,17 @@ class NoisyMaskFlowModule(StagedDistillModule):
         seed: int = 0,
     ) -> None:
         require_choice("target", target, get_args(FlowTarget))
-        require_choice("few_step", few_step, get_args(Step))
         require_choice("jvp_backend", jvp_backend, get_args(JvpBackend))
-        for name, share in (("keep_share", keep_share), ("growth", growth), ("observed_share", observed_share)):
+        shares = {"growth": growth, "observed_share": observed_share, "diagonal_share": diagonal_share}
+        for name, share in (shares | {"endpoint_share": endpoint_share}).items():
             if not 0 <= share <= 1:
                 raise UsageError(f"module.{name}={share} must lie between 0 and 1")
+        if not 0 <= keep_share < 1 or teacher_weight < 0 or rho_min <= 0:
+            raise UsageError(
+                f"module.keep_share={keep_share} must be at least 0 and below 1, module.teacher_weight={teacher_weight} at "
+                f"least 0 and module.rho_min={rho_min} above 0"
+            )
+        require_flow_options(few_step, promote, (*student_forwards, *ode_forwards))
         if not 0 < meanflow_until < 1:
             raise UsageError(
                 f"module.meanflow_until={meanflow_until} must lie between 0 and 1: its identity ends before t = 1"
@@ -132,8 +140,15 @@ class NoisyMaskFlowModule(StagedDistillModule):
 
     def on_stage_begin(self, stage: str) -> None:
         """Whatever `adapt` left, or training started from, is the denoiser from then on."""
-        if not self.denoiser and stage != "adapt":
-            self.denoiser = self.student.trainable()
+        if self.denoiser or stage == "adapt":
+            return
+        gate = self.student.mask_noise
+        if gate is not None and not bool(gate.weight.any()):
+            raise UsageError(
+                f"the {stage} stage needs a student that reads noise, and this one was never adapted; give "
+                "module.stages.adapt a share, or type student_path=<a student that was adapted>"
+            )
+        self.denoiser = self.student.trainable()
 
     def _adapt(self, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
         return adapt_to_noise(self.student, self.teacher, batch, generator, **self.adapt_options)
@@ -179,15 +194,18 @@ class NoisyMaskFlowModule(StagedDistillModule):
     # -- checkpoints and decoders -----------------------------------------------------------------------------------
 
     def stage_state(self) -> dict[str, Any]:
-        return super().stage_state() | {"denoiser": self.denoiser, "pairs": self.pairs.state_dict()}
+        return super().stage_state() | {"pairs": self.pairs.state_dict()}
 
     def load_stage_state(self, state: dict[str, Any]) -> None:
         super().load_stage_state(state)
-        self.denoiser = self.on_device(state["denoiser"])
-        self.pairs.load_state_dict(state["pairs"])
+        if self.trainer.world_size == 1:  # a checkpoint holds rank 0's pairs only: several ranks begin with fresh ones
+            self.pairs.load_state_dict(state["pairs"])
 
     def decoders(self) -> list[Decoder]:
         options = {"step": self.few_step, "promote": self.promote}
         chains = [NoisyMaskDecoder(self.student, n, **options) for n in self.student_forwards]
-        odes = [NoisyMaskDecoder(self.student, n, step="ode") for n in self.ode_forwards]
+        denoiser = (
+            self.network(self.denoiser) if self.denoiser else None
+        )  # before the flow stage it is the student itself
+        odes = [NoisyMaskDecoder(self.student, n, step="ode", network=denoiser) for n in self.ode_forwards]
         return [*self.teacher_decoders(), *chains, *odes]

@@ -26,6 +26,8 @@ class StagedDistillModule(MeanFlowDistillModule):
     average_decay: weight of the past in the running average; less at the start of a stage.
     """
 
+    snapshots: tuple[str, ...] = ("average",)  # attributes that hold other weights of the student
+
     def __init__(self, student: nn.Module, stages: Stages, *, average_decay: float, **options: Any) -> None:
         if not 0 <= average_decay < 1:
             raise UsageError(f"module.average_decay={average_decay} must be at least 0 and less than 1")
@@ -34,6 +36,7 @@ class StagedDistillModule(MeanFlowDistillModule):
         self.stage_begun: str | None = None
         self.average: dict[str, Tensor] = {}
         self.average_steps = 0
+        self.resumed_steps: int | None = None
 
     @abstractmethod
     def stage_terms(self, stage: str, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
@@ -100,6 +103,17 @@ class StagedDistillModule(MeanFlowDistillModule):
             if name in weights:
                 p.copy_(weights[name])
 
+    def on_fit_start(self) -> None:
+        """Checkpoints are read before the module is on its device, and a plan of stages only fits its own length."""
+        for name in self.snapshots:
+            setattr(self, name, {key: weight.to(self.device) for key, weight in getattr(self, name).items()})
+        steps = self.stages.all[-1].last
+        if self.resumed_steps not in (None, steps):
+            raise UsageError(
+                f"the checkpoint's stages were planned for {self.resumed_steps} steps, this run has {steps}; "
+                f"type trainer.max_steps={self.resumed_steps} to go on, or start again with student_path=<its student>"
+            )
+
     def on_train_end(self) -> None:
         self.put(self.average)
 
@@ -110,14 +124,17 @@ class StagedDistillModule(MeanFlowDistillModule):
 
     def stage_state(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights; plain types and tensors. Subclasses add their own."""
-        return {"stage": self.stage_begun, "average": self.average, "average_steps": self.average_steps}
+        state = {"stage": self.stage_begun, "average_steps": self.average_steps, "steps": self.stages.all[-1].last}
+        return state | {name: getattr(self, name) for name in self.snapshots}
 
     def load_stage_state(self, state: dict[str, Any]) -> None:
-        self.stage_begun, self.average_steps = state["stage"], state["average_steps"]
-        self.average = self.on_device(state["average"])
-
-    def on_device(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: weight.to(self.device) for name, weight in weights.items()}
+        self.stage_begun, self.average_steps, self.resumed_steps = (
+            state["stage"],
+            state["average_steps"],
+            state["steps"],
+        )
+        for name in self.snapshots:
+            setattr(self, name, dict(state[name]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

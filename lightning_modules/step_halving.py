@@ -1,7 +1,6 @@
 """The step-halving baseline (SDTT): rounds in which the student learns to do two of its teacher's steps in one."""
 
 import math
-from typing import Any
 
 from torch import Generator, Tensor
 
@@ -23,6 +22,8 @@ class StepHalvingModule(StagedDistillModule):
         last one teaching one forward. In every round the teacher is the average that the one before left.
     adapter, lora_rank: see `MaskedStudent`. lr: peak of every round.
     """
+
+    snapshots = ("average", "round_teacher")
 
     def __init__(
         self,
@@ -67,17 +68,12 @@ class StepHalvingModule(StagedDistillModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The average's divergence on held-out rows, in the round whose steps were the last."""
+        if self.stage_begun is None:  # a validation before the first step has no round's teacher
+            return
         generator = self.step_generator(batch_idx, stream=1, epoch=0)
         with self.averaged():
             terms = self.stage_terms(self.stage_begun, batch, 1.0, generator)
         self.log("val/loss", terms.loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
-
-    def stage_state(self) -> dict[str, Any]:
-        return super().stage_state() | {"round_teacher": self.round_teacher}
-
-    def load_stage_state(self, state: dict[str, Any]) -> None:
-        super().load_stage_state(state)
-        self.round_teacher = self.on_device(state["round_teacher"])
 
     def decoders(self) -> list[Decoder]:
         options = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}

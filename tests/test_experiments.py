@@ -1,5 +1,6 @@
 """Every experiment composes and runs one step of every stage; every mistake gets a sentence instead of a stack trace."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_method
 
 import run
 from callbacks.console import sentence_for
@@ -122,6 +124,22 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     run.report(configure("mode=report"))
     assert "resampling floor" in capsys.readouterr().out
     assert (tmp_path / "out" / "report" / "frontier.png").exists()
+
+
+@pytest.mark.parametrize("flow", sorted(path.stem for path in (ROOT / "conf" / "flow").glob("*.yaml")))
+@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e"])
+def test_every_flow_fits_every_experiment(configure, name, flow):
+    """One word switches: no experiment sets an option that only one flow has."""
+    cfg = configure(f"experiment={name}", f"flow={flow}")
+    stand_in = run.build_llada(vocab_size=5, mask_token_id=2, eos_token_id=1, pad_token_id=0, **run.STAND_IN)
+    assert run.instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in
+
+
+@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e"])
+def test_a_published_model_fits_every_experiment(configure, name):
+    cfg = configure(f"experiment={name}", "model=llada_8b", "model.path=somewhere")
+    accepted = inspect.signature(get_method(cfg.model._target_)).parameters
+    assert set(cfg.model) - {"_target_"} <= set(accepted)
 
 
 def test_each_stage_runs_alone_from_the_student_of_another(configure, tmp_path):

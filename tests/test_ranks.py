@@ -29,6 +29,6 @@ def test_two_ranks_train_compare_and_save(tmp_path):
     (path,) = (tmp_path / "out").rglob("record.json")
     rows = json.loads(path.read_text())["rows"]
     assert {row["n_samples"] for row in rows} == {33}
-    assert [row["decoder"] for row in rows if row["method"] == "student"] == ["student", "student", "student, ODE"]
+    assert [row["decoder"] for row in rows if row["method"] == "student"] == ["student", "student", "denoiser's flow"]
     weights = load_file(path.parent / "student" / "student.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.functional.errors import UsageError
 
@@ -14,25 +14,33 @@ class CausalScores:
     seen by a causal model, so padding needs no mask.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval()
+    def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
+        """vocab_size: ids from there on are padding of the output layer and never said."""
+        self.model, self.vocab_size = model.eval(), vocab_size
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
         width = int(lengths.max()) + count - 1
-        logits = self.model(input_ids=ids[:, :width]).logits  # (B, width, V)
+        logits = self.model(input_ids=ids[:, :width]).logits[..., : self.vocab_size]  # (B, width, V)
         places = lengths.unsqueeze(-1) - 1 + torch.arange(count, device=ids.device)
         chosen = logits.gather(1, places.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
         wide = chosen if chosen.dtype == torch.float64 else chosen.float()
         return wide.log_softmax(-1)
 
 
-def require_same_vocabulary(theta: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Raise UsageError, naming both, unless token ids mean the same: q* multiplies probabilities of the same token."""
-    sizes = [model.config.vocab_size for model in (theta, target)]
-    if sizes[0] != sizes[1]:
-        names = [model.config.name_or_path or type(model).__name__ for model in (theta, target)]
-        raise UsageError(
-            f"{names[0]} has {sizes[0]} tokens and {names[1]} has {sizes[1]}: q* needs two models of one vocabulary; "
-            "choose two of the same family, or resize the embeddings of one"
-        )
+def require_same_vocabulary(theta: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> int:
+    """The size of the vocabulary that two tokenizers share. Raises UsageError, naming both and a difference, for others.
+
+    q* multiplies the probabilities of the same token, so every id has to mean the same; equal sizes are not enough.
+    """
+    ours, theirs = theta.get_vocab(), target.get_vocab()
+    if ours == theirs:
+        return max(ours.values()) + 1
+    in_order = sorted(ours, key=ours.get)
+    word = next((word for word in in_order if theirs.get(word) != ours[word]), None)
+    word = next(iter(theirs.keys() - ours.keys())) if word is None else word
+    names = [tokenizer.name_or_path or type(tokenizer).__name__ for tokenizer in (theta, target)]
+    raise UsageError(
+        f"{names[0]} and {names[1]} have different vocabularies: {word!r} is {ours.get(word)} in one and {theirs.get(word)} in "
+        "the other; q* needs two models of one vocabulary, such as two of the same family"
+    )

@@ -56,8 +56,10 @@ def _leap_attention(
     if prefix is None:
         out = bidirectional_attention(query, key, value, attention_mask, scaling)
     else:
-        k_prefix, v_prefix = repeat_kv(prefix.keys[layer], groups), repeat_kv(prefix.values[layer], groups)
-        out = gated_prefix_attention(query, key, value, attention_mask, k_prefix, v_prefix, prefix.gate[layer], scaling)
+        # a soft prompt trains in float32 even where the base is kept in half precision
+        keys, values, gate = (part[layer].to(query.dtype) for part in prefix)
+        k_prefix, v_prefix = repeat_kv(keys, groups), repeat_kv(values, groups)
+        out = gated_prefix_attention(query, key, value, attention_mask, k_prefix, v_prefix, gate, scaling)
     return out.transpose(1, 2), None
 
 
@@ -108,7 +110,7 @@ class LladaModel(LlamaPreTrainedModel):
     def hidden(self, inputs_embeds: Tensor, attention_mask: Tensor, prefix: Prefix | None = None) -> Tensor:
         """(B, L, D), (B, L) bool -> (B, L, D), after the last norm."""
         return self.model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=inputs_embeds.to(self.embedding.dtype),
             attention_mask=padding_mask(attention_mask),
             position_ids=positions_from_mask(attention_mask),
             use_cache=False,

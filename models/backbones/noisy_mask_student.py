@@ -60,6 +60,7 @@ class NoisyMaskStudent(nn.Module):
         }
         self.warp(torch.zeros(1))
         self.base = freeze(base)
+        self.noise_scale = sigma * base.embedding.detach().float().square().mean().sqrt().item()
         if adapter == "lora":
             self.body = with_lora(self.base, lora_rank)
         elif adapter == "full":
@@ -84,8 +85,7 @@ class NoisyMaskStudent(nn.Module):
 
     def start(self, rows: dict[str, Tensor], masked: Tensor, generator: Generator) -> Tensor:
         """(B, L, D): fresh noisy masks where `masked` (B, L), the embeddings of `input_ids` elsewhere."""
-        sigma = self.options["sigma"] * self.base.embedding.float().square().mean().sqrt().item()
-        noise = noisy_mask(self.mask_embedding, sigma, tuple(masked.shape), generator)
+        noise = noisy_mask(self.mask_embedding, self.noise_scale, tuple(masked.shape), generator)
         return torch.where(masked.unsqueeze(-1), noise, self.base.embed(rows["input_ids"]))
 
     def forward(self, z: Tensor, masked: Tensor, attention_mask: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -94,10 +94,15 @@ class NoisyMaskStudent(nn.Module):
         Without gradients s and t may be (1,), the same for all rows.
         """
         if self.mask_noise is not None:
-            mask = self.mask_embedding
-            z = torch.where(masked.unsqueeze(-1), mask + self.mask_noise(z - mask), z)
+            mask, wide = self.mask_embedding, self.mask_noise.weight.dtype
+            z = torch.where(masked.unsqueeze(-1), mask + self.mask_noise((z - mask).to(wide)).to(mask.dtype), z)
         prefix = self.soft_prompt(1 - t, 1 - s)  # its own times are noise times, r <= t
-        return self.body.lm_head(self.body.hidden(z, attention_mask, prefix)[masked])
+        logits = self.body.lm_head(self.body.hidden(z, attention_mask, prefix)[masked])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def expected(self, psi: Tensor) -> Tensor:
+        """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the base's precision."""
+        return psi.to(self.base.embedding.dtype) @ self.base.embedding
 
     def project_(self) -> None:
         """What follows every optimizer step: a gate cannot be negative."""

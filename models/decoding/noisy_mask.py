@@ -51,12 +51,7 @@ def follow_flow(
     promote: positions whose distribution has this much on one token become clean text for the forwards that follow.
     network: another evaluation than `student` itself, such as a snapshot of its weights.
     """
-    if forwards < 1:
-        raise UsageError(f"forwards={forwards} must be at least 1")
-    if step not in get_args(Step):
-        raise UsageError(f"module.few_step={step} is not known; type one of {', '.join(get_args(Step))}")
-    if promote is not None and not 0.5 < promote <= 1.0:
-        raise UsageError(f"module.promote={promote} must lie above 0.5 and at most at 1; null promotes nothing")
+    require_flow_options(step, promote, (forwards,))
     network = network or student
     z, masked, attention_mask = begin
     tokens = torch.zeros(masked.shape, dtype=torch.long, device=z.device)
@@ -72,13 +67,13 @@ def follow_flow(
         if k + 1 == forwards:
             break
         # 2. move the masked positions to t
-        expected = psi.to(z.dtype) @ student.base.embedding
+        expected = student.expected(psi)
         moved = z.clone()
         if step == "renoise":
             fresh = student.start({"input_ids": tokens}, masked, generator)[masked]
-            moved[masked] = line_point(fresh, expected, t)
+            moved[masked] = line_point(fresh, expected, t).to(z.dtype)
         else:
-            moved[masked] = flow_map(z[masked], expected, s, t)
+            moved[masked] = flow_map(z[masked], expected, s, t).to(z.dtype)
         # 3. sure positions become text
         if promote is not None:
             sure = torch.zeros_like(masked)
@@ -87,6 +82,16 @@ def follow_flow(
             masked = masked & ~sure
         z = moved
     return tokens
+
+
+def require_flow_options(step: str, promote: float | None, forwards: tuple[int, ...]) -> None:
+    """Raise UsageError, naming the option, for what `follow_flow` could not do."""
+    if any(n < 1 for n in forwards):
+        raise UsageError(f"forwards={list(forwards)} must be at least 1")
+    if step not in get_args(Step):
+        raise UsageError(f"module.few_step={step} is not known; type one of {', '.join(get_args(Step))}")
+    if promote is not None and not 0.5 < promote <= 1.0:
+        raise UsageError(f"module.promote={promote} must lie above 0.5 and at most at 1; null promotes nothing")
 
 
 class NoisyMaskDecoder:
@@ -101,10 +106,11 @@ class NoisyMaskDecoder:
         *,
         step: Step = "chain",
         promote: float | None = None,
+        network: Network | None = None,
     ) -> None:
         self.student, self.forwards = student, forwards
-        self.options = {"step": step, "promote": promote}
-        self.name = {"chain": "student", "renoise": "student, re-noised", "ode": "student, ODE"}[step]
+        self.options = {"step": step, "promote": promote, "network": network}
+        self.name = {"chain": "student", "renoise": "student, re-noised", "ode": "denoiser's flow"}[step]
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
         begin = start_rows(self.student, rows, generator)

@@ -30,8 +30,9 @@ Scores = Callable[[Tensor, Tensor, int], Tensor]
 class QStarOutput:
     """tokens (B, N) after the prompts; what is beyond a row's end token is that token again.
 
-    alpha, chernoff, logp_theta, logp_t, log_q (B, N): of each token at its place. drafted, examined, kept: proposals made,
-    looked at (those after a rejection are not) and kept. forwards: evaluations of each model for the whole batch.
+    alpha, chernoff, logp_theta, logp_t, log_q (B, N): of each token at its place.
+    drafted: tokens of all drafts. examined, kept: each model's proposals that were looked at (those after a rejection are
+    not) and that were kept. forwards: evaluations of each model, for the whole batch.
     """
 
     tokens: Tensor
@@ -41,14 +42,14 @@ class QStarOutput:
     logp_t: Tensor
     log_q: Tensor
     drafted: int = 0
-    examined: int = 0
-    kept: int = 0
+    examined: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
     forwards: dict[str, int] = field(default_factory=lambda: {"theta": 0, "target": 0})
 
     @property
-    def acceptance(self) -> float:
-        """beta: the share of the examined proposals that were kept."""
-        return self.kept / max(1, self.examined)
+    def acceptance(self) -> dict[str, float]:
+        """beta of each model's proposals: the share of the examined ones that were kept."""
+        return {name: self.kept[name] / count for name, count in self.examined.items() if count}
 
 
 class _Run:
@@ -70,16 +71,20 @@ class _Run:
         self.models, self.chance = {"theta": theta, "target": target}, chance
         self.theta_weight, self.temperature, self.top_k, self.top_p = theta_weight, temperature, top_k, top_p
         batch = len(input_ids)
+        self.active = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, room)], -1)
         self.lengths, self.start = lengths.clone(), lengths.clone()
         self.notes = {name: [[] for _ in range(batch)] for name in ("alpha", "chernoff", "theta", "target", "log_q")}
-        self.drafted = self.examined = self.kept = 0
+        self.drafted, self.examined, self.kept = 0, {"theta": 0, "target": 0}, {"theta": 0, "target": 0}
         self.forwards = {"theta": 0, "target": 0}
 
     def score(self, name: str, lengths: Tensor, count: int) -> Tensor:
-        """One forward of a model: (B, count, V) log-probabilities at the temperature."""
+        """One forward of a model: (B, count, V) log-probabilities at the temperature; anything for finished rows."""
         self.forwards[name] += 1
-        logp = self.models[name](self.ids, lengths, count)
+        within = torch.where(
+            self.active, lengths, lengths[self.active].min()
+        )  # finished rows must not widen the forward
+        logp = self.models[name](self.ids, within, count)
         return logp if self.temperature == 1.0 else (logp / self.temperature).log_softmax(-1)
 
     def write(self, tokens: Tensor, places: Tensor) -> None:
@@ -117,9 +122,12 @@ class _Run:
             other = self.chance.choose(residual(law["log_q"], law[drafter]))
             tokens = torch.where(refused, other, tokens)
         self.append(rows, tokens, law)
-        self.examined += int(rows.sum())
-        self.kept += int(kept.sum())
+        self.count(drafter, int(rows.sum()), int(kept.sum()))
         return kept
+
+    def count(self, proposer: str, examined: int, kept: int) -> None:
+        self.examined[proposer] += examined
+        self.kept[proposer] += kept
 
 
 def decode_qstar(
@@ -157,21 +165,11 @@ def decode_qstar(
     drafter, checker = ("target", "theta") if draft == "target" else ("theta", "target")
     if lengths is None:
         lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-    run = _Run(
-        theta,
-        target,
-        input_ids,
-        lengths,
-        max_new_tokens + 2 * gamma + 3,
-        theta_weight,
-        temperature,
-        top_k,
-        top_p,
-        chance,
-    )
+    room = max_new_tokens + gamma + 2
+    run = _Run(theta, target, input_ids, lengths, room, theta_weight, temperature, top_k, top_p, chance)
     pending: tuple[Tensor, Tensor, Tensor] | None = None  # rows, tokens, the checker's distribution at their place
     while True:
-        active = _active(run, max_new_tokens, eos_id)
+        active = run.active = _active(run, max_new_tokens, eos_id)
         if not bool(active.any()):
             break
         if gamma == 0:
@@ -186,34 +184,34 @@ def decode_qstar(
             own = run.score(drafter, run.lengths, 2)
             law = run.target_law(*((own[:, 0], theirs) if drafter == "theta" else (theirs, own[:, 0])))
             kept = run.settle(rows, tokens, law, checker)
-            active = active & _active(run, max_new_tokens, eos_id)
+            active = run.active = active & _active(run, max_new_tokens, eos_id)
             if not bool(active.any()):
                 break
             further = own[:, 1] if bool((kept | ~active).all()) else None
         pending = None
-        # 2. a draft
-        own = []
-        for k in range(gamma):
+        # 2. a draft, no longer than any row has room for
+        own, size = [], min(gamma, int((max_new_tokens - (run.lengths - run.start))[active].min()))
+        for k in range(size):
             own.append(further if k == 0 and further is not None else run.score(drafter, run.lengths + k, 1)[:, 0])
             run.write(chance.choose(own[-1].exp()), run.lengths + k)
-        drafts = run.ids.gather(1, run.lengths.unsqueeze(-1) + torch.arange(gamma, device=run.ids.device)).clone()
+        drafts = run.ids.gather(1, run.lengths.unsqueeze(-1) + torch.arange(size, device=run.ids.device)).clone()
         own = torch.stack(own, 1)  # (B, G, V)
         # 3. one forward of the checker at all places of the draft and the one after it
-        theirs = run.score(checker, run.lengths, gamma + 1)  # (B, G + 1, V)
-        parts = (own, theirs[:, :gamma]) if drafter == "theta" else (theirs[:, :gamma], own)
+        theirs = run.score(checker, run.lengths, size + 1)  # (B, G + 1, V)
+        parts = (own, theirs[:, :size]) if drafter == "theta" else (theirs[:, :size], own)
         law = run.target_law(*parts)
         # 4. how much of the draft is kept
-        run.drafted += gamma * int(active.sum())
+        run.drafted += size * int(active.sum())
         settle = _settle_block if verify == "block" else _settle_tokens
         whole = settle(run, active, drafts, law, drafter) & _active(run, max_new_tokens, eos_id)
         # 5. one token more where all of it was
         if not bool(whole.any()):
             continue
         if draft == "alternate":
-            pending = (whole, chance.choose(theirs[:, gamma].exp()), theirs[:, gamma])
+            pending = (whole, chance.choose(theirs[:, size].exp()), theirs[:, size])
         else:
             last = run.score(drafter, run.lengths, 1)[:, 0]
-            after = run.target_law(*((last, theirs[:, gamma]) if drafter == "theta" else (theirs[:, gamma], last)))
+            after = run.target_law(*((last, theirs[:, size]) if drafter == "theta" else (theirs[:, size], last)))
             run.append(whole, chance.choose(after["log_q"].exp()), after)
     return _finish(run, max_new_tokens, eos_id)
 
@@ -265,8 +263,7 @@ def _settle_block(run: _Run, active: Tensor, drafts: Tensor, law: dict[str, Tens
         rows = active & (best > k)
         if bool(rows.any()):
             run.append(rows, drafts[:, k], {name: part[:, k] for name, part in law.items()})
-    run.examined += gamma * int(active.sum())
-    run.kept += int(best[active].sum())
+    run.count(drafter, int((best[active] + 1).clamp(max=gamma).sum()), int(best[active].sum()))
     for k in range(gamma):
         rows = active & (best == k)
         if bool(rows.any()):

@@ -72,13 +72,12 @@ def sample_data_interval(
     diagonal_share: float,
     endpoint_share: float,
     widest: float,
-    latest: float = 0.98,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """n cuts s <= u <= t in **data time**: the first `n_diagonal` rows have s = u = t, the last ones begin at s = 0.
+    """n cuts s <= u <= t of even **data time**: the first `n_diagonal` rows have s = u = t, the last ones begin at s = 0.
 
     Widths are U(0, widest) and the interval lies uniformly in [0, 1]; `endpoint_share` of the rows have
-    (s, t) = (0, widest), which is (0, 1) once `widest` has grown to 1. Starts stop at `latest`, where the velocity's
-    1/(1 - s) is still tame. u is uniform in between. Returns s, u, t (n,) and n_diagonal.
+    (s, t) = (0, widest), which is (0, 1) once `widest` has grown to 1. u is uniform in between. Returns s, u, t (n,) and
+    n_diagonal. Warp them where even times are not what is wanted (`noisy_mask.warp_time`).
     """
     for name, share in (("diagonal_share", diagonal_share), ("endpoint_share", endpoint_share)):
         if not 0.0 <= share <= 1.0:
@@ -92,5 +91,4 @@ def sample_data_interval(
     s = place * (1 - width)
     s[n - n_endpoint :], width[n - n_endpoint :] = 0.0, widest
     s[:n_diagonal], width[:n_diagonal] = place[:n_diagonal], 0.0
-    s = s.clamp(max=latest)
     return s, s + cut * width, (s + width).clamp(max=1.0), n_diagonal

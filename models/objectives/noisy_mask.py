@@ -29,6 +29,7 @@ from models.functional.noisy_mask import (
 )
 from models.objectives.base import Terms, mean_of
 
+LATEST = 0.98  # where an interval may begin: the velocity's 1/(1 - s) is still tame
 FlowTarget = Literal["psd", "meanflow"]
 
 
@@ -111,6 +112,8 @@ def match_flow_map(
         len(x0), generator, x0.device, diagonal_share=diagonal_share, endpoint_share=endpoint_share, widest=widest
     )
     s, u, t = (student.warp(times) for times in q[:3])
+    s = s.clamp(max=LATEST)
+    u, t = torch.maximum(u, s), torch.maximum(t, s)
     n_diagonal, n_derivative = q[3], 0
     if target == "meanflow":
         early = (t <= meanflow_until) & (torch.arange(len(t), device=t.device) >= n_diagonal)
@@ -139,7 +142,7 @@ def match_flow_map(
         with torch.no_grad():
             log_d = denoiser(zf, mf, af, sf, sf).log_softmax(-1)
             drift = torch.zeros_like(zf)
-            drift[mf] = velocity(zf[mf], log_d.exp() @ student.base.embedding, sf[row])
+            drift[mf] = velocity(zf[mf], student.expected(log_d.exp()), sf[row]).to(zf.dtype)
         value, derivative = value_and_jvp(
             lambda point, start: student(point, mf, af, start, tf),
             (zf, sf),
@@ -156,7 +159,7 @@ def match_flow_map(
         with torch.no_grad():
             psi_su = average(zp, mp, ap, sp, up).softmax(-1)
             moved = zp.clone()
-            moved[mp] = flow_map(zp[mp], psi_su @ student.base.embedding, sp[row], up[row])
+            moved[mp] = flow_map(zp[mp], student.expected(psi_su), sp[row], up[row]).to(zp.dtype)
             psi_ut = average(moved, mp, ap, up, tp).softmax(-1)
         logits.append(student(zp, mp, ap, sp, tp))
         targets.append(psd_target(psi_su, psi_ut, sp[row], up[row], tp[row]))
@@ -172,7 +175,7 @@ def polish_endpoint(
     student: NoisyMaskStudent, z0: Tensor, masked: Tensor, attention_mask: Tensor, endpoint: Tensor
 ) -> Terms:
     """Stage C: CE(x̂, ψ_{0,1}(z_0)) on pairs of a start and the text x̂ (B, L) where its flow ends."""
-    zero = z0.new_zeros(len(z0))
+    zero = torch.zeros(len(z0), device=z0.device)
     logits = student(z0, masked, attention_mask, zero, zero + 1)
     nll = mean_of(F.cross_entropy(logits.float(), endpoint[masked], reduction="none"))
     hits = torch.ones_like(masked)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.backbones.causal_scores import CausalScores, require_same_vocabulary
 from models.decoding.chance import TorchChance
@@ -55,11 +56,37 @@ def test_with_one_model_twice_it_is_plain_sampling():
     out = decode_qstar(
         scores, scores, torch.tensor([[1, 2]]), max_new_tokens=12, gamma=3, draft="alternate", chance=chance
     )
-    assert out.acceptance == 1.0
+    assert out.acceptance == {"theta": 1.0, "target": 1.0}
     assert out.alpha.eq(0.5).all()
     assert out.forwards == {"theta": 10, "target": 3}  # 3, then 3, 3 and 1 that begin with the proposal
 
 
-def test_two_vocabularies_are_refused_by_name():
-    with pytest.raises(UsageError, match="LlamaForCausalLM has 7 tokens and LlamaForCausalLM has 8"):
-        require_same_vocabulary(model(0), model(0, 8))
+def tokenizer(*words):
+    backend = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token=words[0]))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path="-".join(words))
+
+
+def test_two_vocabularies_are_refused_by_name_even_where_they_are_equally_large():
+    assert require_same_vocabulary(tokenizer("u", "a", "b"), tokenizer("u", "a", "b")) == 3
+    with pytest.raises(
+        UsageError, match="u-a-b and u-b-a have different vocabularies: 'a' is 1 in one and 2 in the other"
+    ):
+        require_same_vocabulary(tokenizer("u", "a", "b"), tokenizer("u", "b", "a"))
+    with pytest.raises(UsageError, match="'c' is None in one and 3"):
+        require_same_vocabulary(tokenizer("u", "a", "b"), tokenizer("u", "a", "b", "c"))
+
+
+@pytest.mark.parametrize("draft", ["theta", "target", "alternate"])
+def test_a_request_that_fits_the_context_never_reads_beyond_it(draft):
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=10, n_embd=8, n_layer=1, n_head=1))
+    scores, chance = CausalScores(small), TorchChance(torch.Generator().manual_seed(0))
+    out = decode_qstar(
+        scores, scores, torch.ones(5, 3).long(), max_new_tokens=7, gamma=4, eos_id=2, draft=draft, chance=chance
+    )
+    assert out.tokens.shape == (5, 7)
+
+
+def test_padding_of_the_output_layer_is_cut():
+    scores = CausalScores(model(0), vocab_size=5)(torch.ones(1, 2).long(), torch.tensor([2]), 1)
+    assert scores.shape[-1] == 5
+    assert scores.exp().sum().item() == pytest.approx(1.0)

@@ -74,7 +74,9 @@ SMALL = table_model(2, 2), table_model(3, 2)
 PROMPT = torch.tensor([[0, 1]])
 
 
-def exact_law(length, theta_weight=None, top_k=None, temperature=1.0, eos_id=None, models=(THETA, TARGET), words=V):
+def exact_law(
+    length, theta_weight=None, top_k=None, top_p=None, temperature=1.0, eos_id=None, models=(THETA, TARGET), words=V
+):
     law = {}
     for text in itertools.product(range(words), repeat=length):
         probability, ids = 1.0, [0, 1]
@@ -87,7 +89,7 @@ def exact_law(length, theta_weight=None, top_k=None, temperature=1.0, eos_id=Non
             a, b = (m(here, n, 1)[0] for m in models)
             a, b = (a / temperature).log_softmax(-1), (b / temperature).log_softmax(-1)
             alpha = solve_alpha(a, b).alpha if theta_weight is None else theta_weight
-            probability *= truncate(mix(a, b, alpha)[0], top_k, None)[0, token].exp().item()
+            probability *= truncate(mix(a, b, alpha)[0], top_k, top_p)[0, token].exp().item()
             ids.append(token)
         law[text] = probability
     return law
@@ -128,6 +130,7 @@ def test_every_scheme_emits_q_star(options):
     [
         {"theta_weight": 0.3},
         {"top_k": 2},
+        {"top_p": 0.8},
         {"temperature": 0.7},
         {"eos_id": 2},
         {"theta_weight": 0.0},
@@ -135,7 +138,7 @@ def test_every_scheme_emits_q_star(options):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[8]], ids=str)
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[5], SCHEMES[8]], ids=str)
 def test_options_keep_the_law(options, scheme):
     assert worst(emitted_law(2, **scheme, **options), exact_law(2, **options)) < 1e-12
 
@@ -203,7 +206,7 @@ def test_prompts_of_different_lengths_and_the_figures_of_each_token():
             assert out.logp_theta[row, k].item() == pytest.approx(a[0, token].item())
             assert out.log_q[row, k].item() == pytest.approx(mix(a, b, found.alpha)[0][0, token].item(), abs=1e-9)
             text.append(token)
-    assert 0 < out.acceptance < 1
+    assert 0 < out.acceptance["theta"] < 1
     assert out.forwards["target"] < 6 < out.forwards["theta"] + out.forwards["target"]
 
 
@@ -213,9 +216,9 @@ def test_equal_models_keep_every_draft_and_block_keeps_at_least_as_much():
     for verify in ("token", "block"):
         draw = lambda: TorchChance(torch.Generator().manual_seed(0))  # noqa: E731
         same = decode_qstar(THETA, THETA, batch, max_new_tokens=6, gamma=3, verify=verify, chance=draw())
-        assert same.acceptance == 1.0
+        assert same.acceptance == {"theta": 1.0}
         out = decode_qstar(THETA, TARGET, batch, max_new_tokens=12, gamma=4, verify=verify, chance=draw())
-        kept[verify] = out.kept / out.drafted
+        kept[verify] = out.kept["theta"] / out.drafted
     assert kept["block"] > kept["token"]
 
 

@@ -52,6 +52,15 @@ def test_steps_are_cut_among_the_stages():
     assert stages.at(5)[1] == pytest.approx(1 / 3)
     stages.plan(3)
     assert [stages.at(step)[0].name for step in range(3)] == ["adapt", "flow", "polish"]
+    uneven = {
+        "adapt": {"share": 0.9, "lr": 1e-2},
+        "flow": {"share": 0.05, "lr": 1e-2},
+        "polish": {"share": 0.05, "lr": 1e-2},
+    }
+    crowded = Stages(uneven, STAGES)
+    for steps, names in ((3, ["adapt", "flow", "polish"]), (10, ["adapt"] * 8 + ["flow", "polish"])):
+        crowded.plan(steps)
+        assert [crowded.at(step)[0].name for step in range(steps)] == names
     alone = Stages({"adapt": {"share": 0, "lr": 1e-3}, "flow": {"share": 1, "lr": 1e-3}}, STAGES)
     alone.plan(2)
     assert [stage.name for stage in alone.all] == ["flow"]
@@ -246,6 +255,59 @@ def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_ll
     assert entropy["independent"] < 0.5 * truth
 
 
+def test_the_denoisers_row_is_the_frozen_denoiser_and_not_the_student(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle)
+    quiet_trainer(10).fit(module, tiny_oracle)
+    rows, draw = tiny_oracle.rows["test"].columns, lambda: torch.Generator().manual_seed(0)
+    before = module.decoders()[-1](rows, draw())
+    stir(module, 2.0)
+    assert torch.equal(module.decoders()[-1](rows, draw()), before)
+    assert not torch.equal(module.decoders()[-2](rows, draw())[:, :1].expand_as(before), before)
+
+
+def test_a_plan_of_other_length_is_refused_and_says_what_to_type(tiny_llada, tiny_oracle, tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    quiet_trainer(6, callbacks=[checkpoint], enable_checkpointing=True).fit(build(tiny_llada, tiny_oracle), tiny_oracle)
+    other, path = build(tiny_llada, tiny_oracle), tmp_path / "step=3.ckpt"
+    with pytest.raises(UsageError, match=r"planned for 6 steps, this run has 20; type trainer\.max_steps=6"):
+        quiet_trainer(20).fit(other, tiny_oracle, ckpt_path=path, weights_only=True)
+
+
+def test_snapshots_follow_the_module_to_its_device(tiny_llada, tiny_oracle):
+    """Checkpoints are read before the module moves: what they bring must be moved when fitting starts."""
+    module = build(tiny_llada, tiny_oracle)
+    module.stages.plan(10)
+    module.average = module.denoiser = module.student.trainable()
+    module.to("meta")
+    module.on_fit_start()
+    assert all(weight.is_meta for part in (module.average, module.denoiser) for weight in part.values())
+
+
+def test_flow_without_an_adapted_student_is_refused(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle, stages={"flow": {"share": 1.0, "lr": 1e-3}})
+    with pytest.raises(UsageError, match="was never adapted"):
+        quiet_trainer(2).fit(module, tiny_oracle)
+
+
+def test_half_precision_training_is_refused_with_a_sentence(tiny_llada, tiny_oracle):
+    with pytest.raises(UsageError, match=r"trainer\.precision=bf16-mixed"):
+        quiet_trainer(2, precision="bf16-mixed").fit(build(tiny_llada, tiny_oracle), tiny_oracle)
+
+
+@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora"])
+def test_a_base_in_half_precision_trains_and_answers(tiny_llada, tiny_oracle, adapter):
+    ids = tiny_oracle.tokenizer
+    teacher = tiny_llada(len(ids), mask_token_id=ids.mask_token_id, eos_token_id=1, pad_token_id=0).to(torch.bfloat16)
+    sizes = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4, "lora_rank": 2, "ode_steps": 2}
+    module = NoisyMaskFlowModule(teacher, adapter=adapter, stages=ALL, forwards=(1,), ode_forwards=(2,), **sizes)
+    losses = Losses()
+    quiet_trainer(6, callbacks=[losses]).fit(module, tiny_oracle)
+    assert all(torch.isfinite(torch.tensor(losses.values)))
+    rows = tiny_oracle.rows["test"].columns
+    for decoder in module.decoders():
+        assert decoder(rows, torch.Generator().manual_seed(0)).shape == (32, tiny_oracle.response_length)
+
+
 def test_decoders_are_named_and_answer(tiny_llada, tiny_oracle):
     module = build(tiny_llada, tiny_oracle)
     rows = {name: column[:3] for name, column in tiny_oracle.rows["test"].columns.items()}
@@ -255,7 +317,7 @@ def test_decoders_are_named_and_answer(tiny_llada, tiny_oracle):
         ("teacher, sampled", 2),
         ("student", 1),
         ("student", 2),
-        ("student, ODE", 2),
+        ("denoiser's flow", 2),
     ]
     for decoder in module.decoders():
         assert decoder(rows, torch.Generator().manual_seed(0)).shape == (3, tiny_oracle.response_length)
@@ -264,7 +326,8 @@ def test_decoders_are_named_and_answer(tiny_llada, tiny_oracle):
 @pytest.mark.parametrize(
     "option",
     [{"target": "up"}, {"few_step": "far"}, {"adapter": "x"}, {"coupling": "none"}, {"growth": 2.0}, {"meanflow_until": 1.0},
-     {"pair_reuse": 0}, {"sigma": -1.0}, {"teacher_remasking": "x"}],
+     {"pair_reuse": 0}, {"sigma": -1.0}, {"teacher_remasking": "x"}, {"promote": 0.3}, {"diagonal_share": -0.5},
+     {"keep_share": 1.0}],
 )  # fmt: skip
 def test_unknown_options_are_named(tiny_llada, tiny_oracle, option):
     with pytest.raises(UsageError, match=rf"module\.{next(iter(option))}="):
