@@ -40,8 +40,8 @@ class Stages:
         for k, stage in enumerate(self.all):
             stage.first = self.all[k - 1].last if k else 0
             done += stage.share
-            later = len(self.all) - 1 - k  # each of them wants a step
-            stage.last = max(stage.first, min(max(round(done * steps), stage.first + 1), steps - later))
+            latest = max(k + 1, steps - (len(self.all) - 1 - k))  # each later stage wants a step too
+            stage.last = min(max(round(done * steps), stage.first + 1), latest, steps)
         self.all[-1].last = steps
 
     def at(self, step: int) -> tuple[Stage, float]:

@@ -58,7 +58,12 @@ def test_steps_are_cut_among_the_stages():
         "polish": {"share": 0.05, "lr": 1e-2},
     }
     crowded = Stages(uneven, STAGES)
-    for steps, names in ((3, ["adapt", "flow", "polish"]), (10, ["adapt"] * 8 + ["flow", "polish"])):
+    for steps, names in (
+        (1, ["adapt"]),
+        (2, ["adapt", "flow"]),
+        (3, ["adapt", "flow", "polish"]),
+        (10, ["adapt"] * 8 + ["flow", "polish"]),
+    ):
         crowded.plan(steps)
         assert [crowded.at(step)[0].name for step in range(steps)] == names
     alone = Stages({"adapt": {"share": 0, "lr": 1e-3}, "flow": {"share": 1, "lr": 1e-3}}, STAGES)
