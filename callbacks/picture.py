@@ -8,7 +8,7 @@ from matplotlib.ticker import ScalarFormatter
 
 matplotlib.use("Agg")
 
-STYLE = {"teacher": ("o-", "#3b6ea5"), "student": ("*", "#c8553d"), "control": ("--", "#7a7a7a")}
+STYLE = {"teacher": ("o-", "#3b6ea5"), "student": ("*-", "#c8553d"), "control": ("--", "#7a7a7a")}
 TITLES = {"validity_part": "validity, part of the plan prompted", "validity_none": "validity, nothing prompted"}
 PREFERRED = ("validity", "exact_match", "slot_accuracy", "bleu")
 
@@ -49,7 +49,7 @@ def _panel(axis, rows: list[dict], name: str) -> None:
         errors = [[max(0.0, v - low) for v, (low, _) in zip(y, intervals, strict=True)],
                   [max(0.0, high - v) for v, (_, high) in zip(y, intervals, strict=True)]]  # fmt: skip
         axis.errorbar(x, y, yerr=errors, fmt=marker, color=colour, alpha=alpha, label=decoder, capsize=2,
-                      markersize=11 if marker == "*" else 5)  # fmt: skip
+                      markersize=11 if marker.startswith("*") else 5)  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.set_xlabel("forwards per sequence")
