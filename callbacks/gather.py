@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +34,7 @@ TITLES = {
     "entropy": "entropy",
     "tokens_per_s": "tokens/s",
 }
+STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 DISPENSABLE = ("tv", "tokens_per_s", "validity_part", "entropy")  # on a narrow terminal; all of it is in frontier.md
 
 
@@ -115,7 +117,9 @@ def frontier_figure(rows: list[FrontierRow]) -> Figure:
     figure = Figure(figsize=(13.5, 4.2 * len(corpora)), layout="constrained")
     for part, corpus in zip(figure.subfigures(len(corpora), 1, squeeze=False)[:, 0], corpora, strict=True):
         own = [row for row in rows if row.corpus == corpus]
-        shown = [name for name in QUALITIES if name != "tv" and any(row.values.get(name) for row in own)][:3]
+        # TV beside validity: a generator that always says the same valid text is perfect in one and worst in the other
+        known = [name for name in (*PREFERRED, "validity_none", "tv") if any(row.values.get(name) for row in own)]
+        shown = [name for name in known if name != "exact_match" or "validity" not in known][:3]
         main = next((name for name in PREFERRED if name in shown), None)
         if main is None:
             continue
@@ -156,6 +160,8 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
     for (method, experiment, decoder), own in lines.items():
         marker, colour = STYLE.get(method, ("s-", "#4a8f5a"))
         shade, label = max(0.3, 1.0 - 0.25 * seen[method]), f"{decoder} ({experiment})"
+        if method == "student":  # each has a colour of its own, the same in every panel
+            colour, shade = STUDENT_COLOURS[seen[method] % len(STUDENT_COLOURS)], 1.0
         seen[method] += 1
         if method == "control":
             axis.axhline(own[0].mean(quality), linestyle=marker, color=colour, alpha=shade, label=label)
@@ -166,8 +172,13 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
         style = {"fmt": marker.rstrip("-") + "-", "color": colour, "alpha": shade, "capsize": 2, "label": label}
         axis.errorbar(x, [row.mean(quality) for row in own], yerr=errors, **style)
     axis.set_xscale("log", base=2 if cost == "forwards" else 10)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    if cost == "forwards":
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+    if quality != "bleu":
+        axis.set_ylim(-0.03, 1.05)
     axis.set_xlabel("forwards per sequence" if cost == "forwards" else "response tokens per second")
-    axis.set_title(TITLES[quality], fontsize=10)
+    axis.set_title("TV (0 is the truth)" if quality == "tv" else TITLES[quality], fontsize=10)
     axis.grid(alpha=0.25)
 
 
