@@ -6,7 +6,7 @@ Legend: B batch, H heads, L length, K prefix length, d head width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 
 def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -27,9 +27,27 @@ def gated_prefix_attention(
     q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L); k_prefix, v_prefix (B, H, K, d); gate (H,). Returns (B, H, L, d).
     Computed as o_text + ρ/(1+ρ) (o_prefix - o_text) with ρ = g exp(lse_prefix - lse_text): the two softmaxes cannot
     starve each other of precision (the exponent is cut at 30, where the prefix has all of the mass). It has a forward-mode
-    derivative, which fused attention kernels lack.
+    derivative, which fused attention kernels lack; where no derivative is asked for, a fused kernel does the same.
     """
+    differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
+    if not differentiated:
+        return _fused_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, scale)
     return _GatedPrefixAttention.apply(q, k, v, mask, k_prefix, v_prefix, gate, scale)[0]
+
+
+def _fused_prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k_prefix: Tensor, v_prefix: Tensor, gate: Tensor, scale: float
+) -> Tensor:
+    """The same without derivatives: a prefix whose scores are raised by log g, in one fused kernel."""
+    batch, heads, length, _ = q.shape
+    places = k_prefix.shape[2]
+    bias = q.new_zeros(batch, heads, length, places + length)
+    bias[..., :places] = gate.clamp(min=0).log().view(1, heads, 1, 1)
+    if mask is not None:
+        bias[..., places:] = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    keys = torch.cat([k_prefix.expand(batch, -1, -1, -1), k], 2)
+    values = torch.cat([v_prefix.expand(batch, -1, -1, -1), v], 2)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
 
 
 class _GatedPrefixAttention(Function):

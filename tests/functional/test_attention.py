@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from models.backbones.llada import Prefix
 from models.functional.attention import bidirectional_attention, gated_prefix_attention, positions_from_mask
+from models.functional.jvp import value_and_jvp
 
 
 def _inputs(dtype=torch.float64):
@@ -40,6 +41,26 @@ def test_half_open_gate_follows_the_formula():
     prefix = torch.exp(q @ k_prefix.mT * 0.3) * gate.view(1, 4, 1, 1)
     expected = (text @ v + prefix @ v_prefix) / (text.sum(-1, keepdim=True) + prefix.sum(-1, keepdim=True))
     torch.testing.assert_close(gated_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, 0.3), expected)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_derivatives_a_fused_kernel_gives_the_same_for_every_gate(masked):
+    q, k, v, mask, k_prefix, v_prefix = _inputs()
+    mask, gate = (mask if masked else None), torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    arguments = (q, k, v, mask, k_prefix[:1], v_prefix[:1], gate, 0.3)  # one prefix for all rows
+    exact = gated_prefix_attention(*arguments)
+    with torch.no_grad():
+        torch.testing.assert_close(gated_prefix_attention(*arguments), exact)
+
+
+def test_a_forward_derivative_is_there_even_where_gradients_are_off():
+    q, k, v, mask, k_prefix, v_prefix = _inputs()
+    gate, tangent = torch.full((4,), 0.7, dtype=torch.float64), torch.randn_like(q)
+    attend = lambda q: gated_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, 0.3)  # noqa: E731
+    with torch.no_grad():
+        _, derivative = value_and_jvp(attend, (q,), (tangent,))
+        _, differences = value_and_jvp(attend, (q,), (tangent,), backend="finite_difference", step=1e-5)
+    torch.testing.assert_close(derivative, differences, atol=1e-8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("opening", [0.0, 0.7])
