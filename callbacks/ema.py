@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from models.functional.weights import copy_weights, snapshot, trainable_weights, update_average
 
 
 class TrainableEMA(Callback):
@@ -24,52 +25,40 @@ class TrainableEMA(Callback):
         self._raw: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        live = _trainable(pl_module)
+        live = trainable_weights(pl_module)
         if not self.average:
-            self.average = {name: p.detach().clone() for name, p in live.items()}
+            self.average = snapshot(pl_module)
         self.average = {name: average.to(live[name].device) for name, average in self.average.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = trainer.global_step
 
-    @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self._seen:  # an accumulation step: no weight has moved
             return
         self._seen = trainer.global_step
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        update_average(self.average, pl_module, self.decay, self.steps)
         self.steps += 1
-        for name, p in _trainable(pl_module).items():
-            self.average[name].lerp_(p.detach(), 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.average and trainer.state.fn == TrainerFn.FITTING:
-            self._raw = {name: p.detach().clone() for name, p in _trainable(pl_module).items()}
-            self._put(pl_module, self.average)
+            self._raw = snapshot(pl_module)
+            copy_weights(pl_module, self.average)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._raw:
-            self._put(pl_module, self._raw)
+            copy_weights(pl_module, self._raw)
             self._raw = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.average and trainer.ckpt_path is not None:  # a checkpoint brought the raw weights
-            self._put(pl_module, self.average)
+            copy_weights(pl_module, self.average)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._put(pl_module, self.average)
+        copy_weights(pl_module, self.average)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.average = state["steps"], dict(state["average"])
-
-    @torch.no_grad()
-    def _put(self, pl_module: LightningModule, weights: dict[str, Tensor]) -> None:
-        for name, p in _trainable(pl_module).items():
-            p.copy_(weights[name])
-
-
-def _trainable(pl_module: LightningModule) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in pl_module.named_parameters() if p.requires_grad}

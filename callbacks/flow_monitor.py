@@ -10,7 +10,6 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 
 from models.functional.monitor import distinct_share, noise_information, plug_in_entropy
-from models.functional.noisy_mask import distribution_divergence, flow_map, psd_target
 
 
 class NoisyFlow(Protocol):
@@ -21,6 +20,7 @@ class NoisyFlow(Protocol):
     def averaged(self) -> Any: ...
     def answer(self, rows: dict[str, Tensor], generator: Generator) -> Tensor: ...
     def points(self, rows: dict[str, Tensor], s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]: ...
+    def consistency_gap(self, rows: dict[str, Tensor], generator: Generator) -> Tensor: ...
 
 
 class FlowMonitor(Callback):
@@ -48,7 +48,7 @@ class FlowMonitor(Callback):
         with pl_module.averaged():
             figures = self._diversity(trainer, pl_module, held_out, generator)
             figures |= self._accuracy(pl_module, held_out, generator)
-            figures["consistency_gap"] = self._consistency(pl_module, held_out, generator)
+            figures["consistency_gap"] = pl_module.consistency_gap(held_out, generator)
         for name, value in figures.items():
             pl_module.log(f"monitor/{name}", value, sync_dist=True)
 
@@ -73,16 +73,3 @@ class FlowMonitor(Callback):
             right = module.student(z, masked, rows["attention_mask"], s, s).argmax(-1) == rows["input_ids"][masked]
             figures[f"accuracy_at_{time:g}"] = right.float().mean().item()
         return figures
-
-    def _consistency(self, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator) -> float:
-        """KL(two jumps by way of s = 1/2 || one jump) from noise to text, nats per position."""
-        zero = torch.zeros(len(rows["input_ids"]), device=rows["input_ids"].device)
-        half, one, attention_mask = zero + 0.5, zero + 1.0, rows["attention_mask"]
-        z, masked = module.points(rows, zero, generator)
-        row = torch.arange(len(z), device=z.device).unsqueeze(-1).expand(masked.shape)[masked]
-        first = module.student(z, masked, attention_mask, zero, half).softmax(-1)
-        moved = z.clone()
-        moved[masked] = flow_map(z[masked], module.student.expected(first), zero[row], half[row]).to(z.dtype)
-        second = module.student(moved, masked, attention_mask, half, one).softmax(-1)
-        target = psd_target(first, second, zero[row], half[row], one[row])
-        return distribution_divergence(target, module.student(z, masked, attention_mask, zero, one)).mean().item()

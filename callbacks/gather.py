@@ -21,19 +21,21 @@ from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.picture import PREFERRED, STYLE
 from callbacks.record import find_records
+from callbacks.table import COLUMNS, heading, value_at, written
 
-QUALITIES = ("validity", "validity_part", "validity_none", "exact_match", "slot_accuracy", "bleu", "tv")
-TITLES = {
-    "validity": "valid",
-    "validity_part": "valid part",
-    "validity_none": "valid none",
-    "exact_match": "exact match",
-    "slot_accuracy": "slot acc.",
-    "bleu": "BLEU",
-    "tv": "TV",
-    "entropy": "entropy",
-    "tokens_per_s": "tokens/s",
-}
+NAMES = (
+    "validity",
+    "validity_part",
+    "validity_none",
+    "exact_match",
+    "slot_accuracy",
+    "bleu",
+    "tv",
+    "entropy",
+    "tokens_per_s",
+)
+# name -> (title, where the value is in a record's row, how it is written), as in the table of one run
+FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in COLUMNS.items() if path[-1] in NAMES}
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 DISPENSABLE = ("tv", "tokens_per_s", "validity_part", "entropy")  # on a narrow terminal; all of it is in frontier.md
 
@@ -74,10 +76,8 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
     rows: dict[tuple, FrontierRow] = {}
     for (*key, _), row in newest.items():
         own = rows.setdefault(tuple(key), FrontierRow(*key))
-        figures = {name: row["quality"].get(name) for name in QUALITIES}
-        figures |= {"entropy": row["entropy"], "tokens_per_s": row["cost"].get("tokens_per_s")}
-        for name, value in figures.items():
-            if value is not None:
+        for name, (_, path, _) in FIGURES.items():
+            if (value := value_at(row, path)) is not None:
                 own.values[name].append(value)
     return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
 
@@ -87,13 +87,13 @@ def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
     names = _known(rows)
     text = 20 + max(len(row.experiment) for row in rows) + max(len(row.decoder) for row in rows)
     for name in DISPENSABLE:
-        if text + sum(2 + max(len(TITLES[n]), *(len(_written(row, n)) for row in rows)) for n in names) <= width:
+        if text + sum(2 + max(len(FIGURES[n][0]), *(len(_written(row, n)) for row in rows)) for n in names) <= width:
             break
         names = [n for n in names if n != name]
     table = Table(title=rows[0].corpus, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title in ("experiment", "decoder"):
         table.add_column(title, no_wrap=True)
-    for title in ("forwards", "seeds", *(TITLES[name] for name in names)):
+    for title in ("forwards", "seeds", *(FIGURES[name][0] for name in names)):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         cells = (_written(row, name) for name in names)
@@ -103,7 +103,7 @@ def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
 
 def frontier_markdown(rows: list[FrontierRow]) -> str:
     names = _known(rows)
-    heads = ["experiment", "decoder", "forwards", "seeds", *(TITLES[name] for name in names)]
+    heads = ["experiment", "decoder", "forwards", "seeds", *(FIGURES[name][0] for name in names)]
     lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for row in rows:
         cells = [row.experiment, row.decoder, str(row.forwards or "-"), str(row.seeds)]
@@ -178,19 +178,15 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
     if quality != "bleu":
         axis.set_ylim(-0.03, 1.05)
     axis.set_xlabel("forwards per sequence" if cost == "forwards" else "response tokens per second")
-    axis.set_title("TV (0 is the truth)" if quality == "tv" else TITLES[quality], fontsize=10)
+    axis.set_title("TV (0 is the truth)" if quality == "tv" else FIGURES[quality][0], fontsize=10)
     axis.grid(alpha=0.25)
 
 
 def _known(rows: list[FrontierRow]) -> list[str]:
-    return [name for name in TITLES if any(row.values.get(name) for row in rows)]
+    return [name for name in NAMES if any(row.values.get(name) for row in rows)]
 
 
 def _written(row: FrontierRow, name: str) -> str:
-    mean, half = row.mean(name), row.half_width(name)
-    if mean is None:
-        return "-"
-    if name == "tokens_per_s":
-        return f"{mean:,.0f}"
-    form = ".2f" if name in ("entropy", "tv") else ".1f" if name == "bleu" else ".3f"
-    return format(mean, form) + ("" if half is None else f" ± {half:{form}}")
+    mean, half, form = row.mean(name), row.half_width(name), FIGURES[name][2]
+    interval = "" if half is None or name == "tokens_per_s" else f" ± {half:{form}}"
+    return written(mean, form) + interval

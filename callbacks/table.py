@@ -33,7 +33,7 @@ def results_table(record: dict[str, Any], width: int = 120) -> Table:
     """A rich table of the record's rows, no wider than `width` characters as long as dispensable columns can go."""
     titles = _used_columns(record)
     for title in DISPENSABLE:
-        if 32 + sum(len(_heading(t)) + 2 for t in titles) <= width:
+        if 32 + sum(len(heading(t)) + 2 for t in titles) <= width:
             break
         titles = [t for t in titles if t != title]
     table = Table(
@@ -44,7 +44,7 @@ def results_table(record: dict[str, Any], width: int = 120) -> Table:
     table.add_column("decoder", no_wrap=True)
     table.add_column("forwards", justify="right")
     for title in titles:
-        table.add_column(_heading(title), justify="right", no_wrap=True)
+        table.add_column(heading(title), justify="right", no_wrap=True)
     previous = None
     for row in record["rows"]:
         if previous not in (None, row["method"]):
@@ -57,7 +57,7 @@ def results_table(record: dict[str, Any], width: int = 120) -> Table:
 def markdown_table(record: dict[str, Any]) -> str:
     """The same table as Markdown, every column that has a value."""
     titles = _used_columns(record)
-    lines = ["| decoder | forwards | " + " | ".join(_heading(t) for t in titles) + " |"]
+    lines = ["| decoder | forwards | " + " | ".join(heading(t) for t in titles) + " |"]
     lines.append("| --- |" + " ---: |" * (len(titles) + 1))
     for row in record["rows"]:
         lines.append(f"| {row['decoder']} | {row['forwards'] or '-'} | " + " | ".join(_cells(row, titles)) + " |")
@@ -125,26 +125,29 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _heading(title: str) -> str:
+def heading(title: str) -> str:
+    """A column's title as it is shown."""
     return title.replace("|", " ")
 
 
 def _used_columns(record: dict[str, Any]) -> list[str]:
-    return [title for title, (path, _) in COLUMNS.items() if any(_value(r, path) is not None for r in record["rows"])]
+    return [title for title, (path, _) in COLUMNS.items() if any(value_at(r, path) is not None for r in record["rows"])]
 
 
 def _cells(row: dict[str, Any], titles: list[str]) -> list[str]:
-    return [_written(_value(row, COLUMNS[title][0]), COLUMNS[title][1]) for title in titles]
+    return [written(value_at(row, COLUMNS[title][0]), COLUMNS[title][1]) for title in titles]
 
 
-def _value(row: dict[str, Any], path: tuple[str, ...]) -> float | None:
+def value_at(row: dict[str, Any], path: tuple[str, ...]) -> float | None:
+    """The value at the end of a path of keys in a record's row; None where it ends early."""
     value: Any = row
     for key in path:
         value = value.get(key) if value is not None else None
     return value
 
 
-def _written(value: float | None, form: str) -> str:
+def written(value: float | None, form: str) -> str:
+    """A number in a column's form, "-" for None."""
     if value is None:
         return "-"
     return f"{value / 1e6:.2f}" if form == "mega" else format(value, form)

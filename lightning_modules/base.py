@@ -8,11 +8,14 @@ import torch
 from lightning import LightningModule
 from torch import Generator, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
 from models.decoding.decoder import Decoder
 from models.functional.errors import UsageError
+from models.functional.weights import trainable_weights
 
 
 class LeapModule(LightningModule):
@@ -30,7 +33,7 @@ class LeapModule(LightningModule):
     # -- training ---------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trainable = [p for p in self.parameters() if p.requires_grad]
+        trainable = list(trainable_weights(self).values())
         decayed = [p for p in trainable if p.ndim >= 2]
         plain = [p for p in trainable if p.ndim < 2]
         optimizer = torch.optim.AdamW(
@@ -38,9 +41,12 @@ class LeapModule(LightningModule):
             lr=self.lr,
             betas=(0.9, 0.98),
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, steps // 2), steps)
+        schedule = self.lr_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_schedule(self, optimizer: Optimizer, steps: int) -> LambdaLR:
+        """Linear warm-up and cosine decay over `steps`."""
+        return get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, steps // 2), steps)
 
     def step_generator(self, batch_idx: int, stream: int = 0, epoch: int | None = None) -> Generator:
         """The source of every random draw of one step; of the current epoch where none is given."""
@@ -60,7 +66,7 @@ class LeapModule(LightningModule):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def trainable_names(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if p.requires_grad}
+        return set(trainable_weights(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep = self.trainable_names()

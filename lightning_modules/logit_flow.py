@@ -8,15 +8,16 @@ from typing import Literal, get_args
 import torch
 from torch import Generator, Tensor
 
-from lightning_modules.meanflow_distill import MeanFlowDistillModule, require_choice
+from lightning_modules.meanflow_distill import MeanFlowDistillModule
 from models.backbones.llada import LladaModel
 from models.backbones.prefix_student import PrefixStudent
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import Remasking
 from models.decoding.one_step import OneStepDecoder
+from models.functional.errors import require_choice
 from models.functional.flow_times import TimeLaw, sample_interval
 from models.functional.jvp import JvpBackend, value_and_jvp
-from models.functional.masked_diffusion import mask_probability, mask_tokens
+from models.functional.masked_diffusion import mask_probability, mask_tokens, row_of_masked
 from models.functional.meanflow import (
     FlowLoss,
     Tangent,
@@ -74,11 +75,11 @@ class LogitFlowModule(MeanFlowDistillModule):
         teacher_remasking: Remasking = "random",
         seed: int = 0,
     ) -> None:
-        require_choice("loss", loss, get_args(FlowLoss))
-        require_choice("hard_target", hard_target, ("flow", "data"))
-        require_choice("tangent", tangent, get_args(Tangent))
-        require_choice("weighting", weighting, get_args(Weighting))
-        require_choice("jvp_backend", jvp_backend, get_args(JvpBackend))
+        require_choice("module.loss", loss, get_args(FlowLoss))
+        require_choice("module.hard_target", hard_target, ("flow", "data"))
+        require_choice("module.tangent", tangent, get_args(Tangent))
+        require_choice("module.weighting", weighting, get_args(Weighting))
+        require_choice("module.jvp_backend", jvp_backend, get_args(JvpBackend))
         shares = {"law": time_law, "equal_share": equal_share, "endpoint_share": endpoint_share}
         sample_interval(4, torch.Generator().manual_seed(0), torch.device("cpu"), **shares)
         meanflow_target(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), torch.ones(1), correction_limit)
@@ -106,11 +107,6 @@ class LogitFlowModule(MeanFlowDistillModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self._step(batch, self.step_generator(batch_idx, stream=1), "val")
 
-    def optimizer_step(self, *args, **kwargs) -> None:
-        """The projection is part of the step: averages and checkpoints must not see a negative gate."""
-        super().optimizer_step(*args, **kwargs)
-        self.student.soft_prompt.project_()
-
     def _step(self, batch: dict[str, Tensor], generator: Generator, split: str) -> Tensor:
         x0, attention_mask = batch["input_ids"], batch["attention_mask"]
         # 1. an interval for each row and the text corrupted at its noisy end
@@ -124,7 +120,7 @@ class LogitFlowModule(MeanFlowDistillModule):
         )
         p = mask_probability(t, self.eps)
         xt, masked = mask_tokens(x0, batch["response_mask"], p, self.teacher.mask_id, generator)
-        row = torch.arange(len(x0), device=x0.device).unsqueeze(-1).expand(xt.shape)[masked]  # (M,)
+        row = row_of_masked(masked)  # (M,)
         # 2. instantaneous logits v of the teacher at the masked positions
         embeds = self.teacher.embed(xt).detach()  # (B, L, D)
         with torch.no_grad():

@@ -6,26 +6,25 @@ Two flows are built on it: `flow=logit` (logit_flow.py) averages the teacher's l
 
 from typing import Any, get_args
 
-from torch import nn
-
 from lightning_modules.base import LeapModule
 from models.backbones.llada import LladaModel
+from models.backbones.student import Student
 from models.backbones.student_files import base_fingerprint
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_choice
+from models.functional.weights import copy_weights
 
 
 class MeanFlowDistillModule(LeapModule):
     """A student over a frozen teacher, which is the student's own base: one copy in memory.
 
-    student: has the teacher as `base`.
     forwards, teacher_temperature, teacher_remasking: the teacher's rows in the final table.
     """
 
     def __init__(
         self,
-        student: nn.Module,
+        student: Student,
         *,
         lr: float,
         weight_decay: float,
@@ -36,7 +35,7 @@ class MeanFlowDistillModule(LeapModule):
         seed: int,
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
-        require_choice("teacher_remasking", teacher_remasking, get_args(Remasking))
+        require_choice("module.teacher_remasking", teacher_remasking, get_args(Remasking))
         self.student = student
         self.forwards = tuple(forwards)
         self.teacher_temperature, self.teacher_remasking = teacher_temperature, teacher_remasking
@@ -48,6 +47,11 @@ class MeanFlowDistillModule(LeapModule):
                 f"trainer.precision={self.trainer.precision}: students train in trainer.precision=32-true; to save memory keep "
                 "the base in half precision instead (model.dtype=bfloat16)"
             )
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """The projection is part of the step: averages and checkpoints must not see a negative gate."""
+        super().optimizer_step(*args, **kwargs)
+        self.student.project_()
 
     @property
     def teacher(self) -> LladaModel:
@@ -65,21 +69,15 @@ class MeanFlowDistillModule(LeapModule):
                 "(its folder holds them in .hydra/config.yaml), or teacher.path=<folder of its teacher>"
             )
 
-    def start_from(self, student: nn.Module) -> None:
+    def start_from(self, student: Student) -> None:
         """Go on with an already trained student over the same teacher. Raises UsageError where the options differ."""
         if type(student) is not type(self.student) or student.options != self.student.options:
             raise UsageError(
                 f"student_path holds a {type(student).__name__} with {student.options}, this run wants a "
                 f"{type(self.student).__name__} with {self.student.options}; give both the same flow= and module options"
             )
-        self.student.load_state_dict({n: p for n, p in student.named_parameters() if p.requires_grad}, strict=False)
+        copy_weights(self.student, student.trainable())
 
     def teacher_decoders(self) -> list[Decoder]:
         options = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
         return [MaskedDiffusionDecoder(self.teacher, n, **options) for n in self.forwards]
-
-
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise UsageError unless module.<name>=value is one of the choices."""
-    if value not in choices:
-        raise UsageError(f"module.{name}={value} is not known; type one of {', '.join(choices)}")

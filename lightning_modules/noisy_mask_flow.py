@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 from torch import Generator, Tensor
 
-from lightning_modules.meanflow_distill import require_choice
 from lightning_modules.staged_distill import StagedDistillModule
 from lightning_modules.stages import Stages
 from models.backbones.llada import LladaModel
@@ -16,11 +15,19 @@ from models.backbones.noisy_mask_student import Adapter, NoisyMaskStudent
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import Remasking
 from models.decoding.noisy_mask import NoisyMaskDecoder, Step, require_flow_options
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_choice
+from models.functional.flow_times import require_shares
 from models.functional.jvp import JvpBackend
 from models.objectives.base import Terms
 from models.objectives.endpoint_pairs import Coupling, EndpointPairs
-from models.objectives.noisy_mask import FlowTarget, adapt_to_noise, match_flow_map, noisy_point, polish_endpoint
+from models.objectives.noisy_mask import (
+    FlowTarget,
+    adapt_to_noise,
+    consistency_gap,
+    match_flow_map,
+    noisy_point,
+    polish_endpoint,
+)
 
 STAGES = ("adapt", "flow", "polish")
 
@@ -81,12 +88,10 @@ class NoisyMaskFlowModule(StagedDistillModule):
         teacher_remasking: Remasking = "random",
         seed: int = 0,
     ) -> None:
-        require_choice("target", target, get_args(FlowTarget))
-        require_choice("jvp_backend", jvp_backend, get_args(JvpBackend))
-        shares = {"growth": growth, "observed_share": observed_share, "diagonal_share": diagonal_share}
-        for name, share in (shares | {"endpoint_share": endpoint_share}).items():
-            if not 0 <= share <= 1:
-                raise UsageError(f"module.{name}={share} must lie between 0 and 1")
+        require_choice("module.target", target, get_args(FlowTarget))
+        require_choice("module.jvp_backend", jvp_backend, get_args(JvpBackend))
+        require_shares(growth=growth, observed_share=observed_share)
+        require_shares(diagonal_share=diagonal_share, endpoint_share=endpoint_share, together=True)
         if not 0 <= keep_share < 1 or teacher_weight < 0 or rho_min <= 0:
             raise UsageError(
                 f"module.keep_share={keep_share} must be at least 0 and below 1, module.teacher_weight={teacher_weight} at "
@@ -96,10 +101,6 @@ class NoisyMaskFlowModule(StagedDistillModule):
         if not 0 < meanflow_until < 1:
             raise UsageError(
                 f"module.meanflow_until={meanflow_until} must lie between 0 and 1: its identity ends before t = 1"
-            )
-        if diagonal_share + endpoint_share > 1:
-            raise UsageError(
-                f"module.diagonal_share + module.endpoint_share = {diagonal_share + endpoint_share} exceeds 1"
             )
         sizes = {"prompt_length": prompt_length, "hidden_size": prompt_hidden_size, "rank": prompt_rank}
         noise = {"sigma": sigma, "time_center": time_center}
@@ -191,6 +192,10 @@ class NoisyMaskFlowModule(StagedDistillModule):
         masked = rows["response_mask"]
         return noisy_point(self.student, rows, masked, s, generator), masked
 
+    def consistency_gap(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        """How far one jump from noise to text is from two, nats per position."""
+        return consistency_gap(self.student, rows, generator)
+
     # -- checkpoints and decoders -----------------------------------------------------------------------------------
 
     def stage_state(self) -> dict[str, Any]:
@@ -204,8 +209,7 @@ class NoisyMaskFlowModule(StagedDistillModule):
     def decoders(self) -> list[Decoder]:
         options = {"step": self.few_step, "promote": self.promote}
         chains = [NoisyMaskDecoder(self.student, n, **options) for n in self.student_forwards]
-        denoiser = (
-            self.network(self.denoiser) if self.denoiser else None
-        )  # before the flow stage it is the student itself
+        # before the flow stage the denoiser is the student itself
+        denoiser = self.network(self.denoiser) if self.denoiser else None
         odes = [NoisyMaskDecoder(self.student, n, step="ode", network=denoiser) for n in self.ode_forwards]
         return [*self.teacher_decoders(), *chains, *odes]

@@ -10,25 +10,27 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.meanflow_distill import MeanFlowDistillModule
 from lightning_modules.stages import Stages
+from models.backbones.student import Student
 from models.functional.errors import UsageError
+from models.functional.weights import copy_weights, update_average
 from models.objectives.base import Terms
 
 
 class StagedDistillModule(MeanFlowDistillModule):
     """Subclasses say what a step of each stage computes. Each stage starts from the average that the one before it left.
 
-    student: has `base`, `options`, `trainable()` and `with_weights(weights, *args)`.
     average_decay: weight of the past in the running average; less at the start of a stage.
     """
 
     snapshots: tuple[str, ...] = ("average",)  # attributes that hold other weights of the student
 
-    def __init__(self, student: nn.Module, stages: Stages, *, average_decay: float, **options: Any) -> None:
+    def __init__(self, student: Student, stages: Stages, *, average_decay: float, **options: Any) -> None:
         if not 0 <= average_decay < 1:
             raise UsageError(f"module.average_decay={average_decay} must be at least 0 and less than 1")
         super().__init__(student, lr=max(stage.lr for stage in stages.all), warmup_steps=0, **options)
@@ -60,26 +62,20 @@ class StagedDistillModule(MeanFlowDistillModule):
 
     def _begin(self, stage: str) -> None:
         if self.stage_begun is not None:
-            self.put(self.average)
+            copy_weights(self.student, self.average)
             self.optimizers().optimizer.state.clear()
         self.on_stage_begin(stage)
         self.average, self.average_steps, self.stage_begun = self.student.trainable(), 0, stage
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        self.stages.plan(int(self.trainer.estimated_stepping_batches))
-        parts = super().configure_optimizers()
-        schedule = torch.optim.lr_scheduler.LambdaLR(parts["optimizer"], lambda step: self.stages.lr(step) / self.lr)
-        return parts | {"lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def lr_schedule(self, optimizer: Optimizer, steps: int) -> LambdaLR:
+        self.stages.plan(steps)
+        return LambdaLR(optimizer, lambda step: self.stages.lr(step) / self.lr)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """The average is part of the step: checkpoints must not see one without the other."""
         super().optimizer_step(*args, **kwargs)
-        self.student.project_()
         self.average_steps += 1
-        decay = min(self.average_decay, (1 + self.average_steps) / (10 + self.average_steps))
-        for name, p in self.student.named_parameters():
-            if p.requires_grad:
-                self.average[name].lerp_(p.detach(), 1 - decay)
+        update_average(self.average, self.student, self.average_decay, self.average_steps)
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -91,17 +87,11 @@ class StagedDistillModule(MeanFlowDistillModule):
     def averaged(self) -> Iterator[None]:
         """Within this context the student has its average weights."""
         raw = self.student.trainable()
-        self.put(self.average)
+        copy_weights(self.student, self.average)
         try:
             yield
         finally:
-            self.put(raw)
-
-    @torch.no_grad()
-    def put(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self.student.named_parameters():
-            if name in weights:
-                p.copy_(weights[name])
+            copy_weights(self.student, raw)
 
     def on_fit_start(self) -> None:
         """Checkpoints are read before the module is on its device, and a plan of stages only fits its own length."""
@@ -115,10 +105,14 @@ class StagedDistillModule(MeanFlowDistillModule):
             )
 
     def on_train_end(self) -> None:
-        self.put(self.average)
+        self._show_average()
 
     def on_test_start(self) -> None:
-        self.put(self.average)
+        self._show_average()
+
+    def _show_average(self) -> None:
+        if self.average:  # a student that was read from disk comes without one
+            copy_weights(self.student, self.average)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -7,19 +7,18 @@ from typing import Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.func import functional_call
 
-from models.backbones.frozen_layers import freeze
 from models.backbones.llada import LladaModel
 from models.backbones.soft_prompt import SoftPrompt
+from models.backbones.student import Student
 from models.backbones.twin import with_lora, with_own_weights
-from models.functional.errors import UsageError
-from models.functional.noisy_mask import noisy_mask, warp_time
+from models.functional.errors import UsageError, require_choice
+from models.functional.noisy_mask import flow_map, noisy_mask, warp_time
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
 
 
-class NoisyMaskStudent(nn.Module):
+class NoisyMaskStudent(Student):
     """ψ_{s,t}(z): what each masked position becomes, on average over [s, t], given noisy masks z.
 
     adapter: what trains, beside the prefix that is a function of the interval.
@@ -44,22 +43,12 @@ class NoisyMaskStudent(nn.Module):
         rank: int = 32,
         lora_rank: int = 16,
     ) -> None:
-        super().__init__()
-        if adapter not in get_args(Adapter):
-            raise UsageError(f"module.adapter={adapter} is not known; type one of {', '.join(get_args(Adapter))}")
+        require_choice("module.adapter", adapter, get_args(Adapter))
         if sigma <= 0:
             raise UsageError(f"module.sigma={sigma} must be above 0: without noise one forward says one text a prompt")
-        self.options = {
-            "adapter": adapter,
-            "sigma": sigma,
-            "time_center": time_center,
-            "prompt_length": prompt_length,
-            "hidden_size": hidden_size,
-            "rank": rank,
-            "lora_rank": lora_rank,
-        }
-        self.warp(torch.zeros(1))
-        self.base = freeze(base)
+        sizes = {"prompt_length": prompt_length, "hidden_size": hidden_size, "rank": rank}
+        super().__init__(base, adapter=adapter, sigma=sigma, time_center=time_center, lora_rank=lora_rank, **sizes)
+        self.warp(torch.zeros(1))  # refuses a wrong time_center
         self.noise_scale = sigma * base.embedding.detach().float().square().mean().sqrt().item()
         if adapter == "lora":
             self.body = with_lora(self.base, lora_rank)
@@ -67,7 +56,7 @@ class NoisyMaskStudent(nn.Module):
             self.body = with_own_weights(self.base)
         else:
             self.body = self.base
-        self.soft_prompt = SoftPrompt(base.config, prompt_length=prompt_length, hidden_size=hidden_size, rank=rank)
+        self.soft_prompt = SoftPrompt(base.config, **sizes)
         self.mask_noise = None
         if adapter != "prefix":
             width = base.config.hidden_size
@@ -105,19 +94,12 @@ class NoisyMaskStudent(nn.Module):
         return psi.to(self.base.embedding.dtype) @ self.base.embedding
 
     def project_(self) -> None:
-        """What follows every optimizer step: a gate cannot be negative."""
+        """A gate cannot be negative."""
         self.soft_prompt.project_()
 
-    def trainable(self) -> dict[str, Tensor]:
-        """Copies of the weights that train, by name: a snapshot for `with_weights`."""
-        return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
-
-    def with_weights(self, weights: dict[str, Tensor], *args: Tensor) -> Tensor:
-        """`forward(*args)` with other trainable weights, such as an average or an earlier snapshot; nothing is changed."""
-        return functional_call(self, weights, args)
-
-    def train(self, mode: bool = True) -> "NoisyMaskStudent":
-        """The teacher stays in evaluation mode whatever the trainer asks for (no layer of either has dropout)."""
-        super().train(mode)
-        self.base.eval()
-        return self
+    def move(self, z: Tensor, masked: Tensor, psi: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """X_{s,t}(z) at the masked positions with ψ (M, V) given there, z (B, L, D) elsewhere; s, t (B,) or (1,)."""
+        s, t = (time.unsqueeze(-1).expand(masked.shape)[masked] for time in (s, t))
+        moved = z.clone()
+        moved[masked] = flow_map(z[masked], self.expected(psi), s, t).to(z.dtype)
+        return moved

@@ -3,22 +3,21 @@
 The frozen base is the teacher itself, one copy in memory.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.backbones.frozen_layers import freeze
 from models.backbones.llada import LladaModel
 from models.backbones.soft_prompt import SoftPrompt
+from models.backbones.student import Student
 from models.functional.flow_times import check_interval
 
 
-class PrefixStudent(nn.Module):
+class PrefixStudent(Student):
     """u(x_t, r, t): logits averaged over [r, t], from a frozen base with a trainable prefix."""
 
     def __init__(self, base: LladaModel, *, prompt_length: int = 16, hidden_size: int = 256, rank: int = 32) -> None:
-        super().__init__()
-        self.options = {"prompt_length": prompt_length, "hidden_size": hidden_size, "rank": rank}
-        self.base = freeze(base)
-        self.soft_prompt = SoftPrompt(base.config, prompt_length=prompt_length, hidden_size=hidden_size, rank=rank)
+        sizes = {"prompt_length": prompt_length, "hidden_size": hidden_size, "rank": rank}
+        super().__init__(base, **sizes)
+        self.soft_prompt = SoftPrompt(base.config, **sizes)
 
     def hidden(self, embeds: Tensor, attention_mask: Tensor, r: Tensor, t: Tensor) -> Tensor:
         """(B, L, D), (B, L) bool, (B,), (B,) -> (B, L, D)"""
@@ -29,8 +28,5 @@ class PrefixStudent(nn.Module):
         check_interval(r, t)
         return self.base.lm_head(self.hidden(self.base.embed(input_ids), attention_mask, r, t))
 
-    def train(self, mode: bool = True) -> "PrefixStudent":
-        """The base stays in evaluation mode whatever the trainer asks for."""
-        super().train(mode)
-        self.base.eval()
-        return self
+    def project_(self) -> None:
+        self.soft_prompt.project_()

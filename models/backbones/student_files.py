@@ -14,11 +14,12 @@ from models.backbones.llada import LladaModel
 from models.backbones.masked_student import MaskedStudent
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.backbones.prefix_student import PrefixStudent
+from models.backbones.student import Student
 from models.functional.errors import UsageError
+from models.functional.weights import trainable_weights
 
 FORMAT = "leap-student-2"
 KINDS = {"logit": PrefixStudent, "noisy_mask": NoisyMaskStudent, "masked": MaskedStudent}
-Student = PrefixStudent | NoisyMaskStudent | MaskedStudent
 
 
 def base_fingerprint(base: LladaModel) -> str:
@@ -38,7 +39,7 @@ def save_student(student: Student, folder: str | Path, notes: dict | None = None
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    weights = {name: p.detach().cpu().contiguous() for name, p in student.named_parameters() if p.requires_grad}
+    weights = {name: p.detach().cpu().contiguous() for name, p in trainable_weights(student).items()}
     save_file(weights, staging / "student.safetensors")
     description = {
         "format": FORMAT,
@@ -76,8 +77,7 @@ def load_student(folder: str | Path, base: LladaModel) -> Student:
     weights = Path(folder) / "student.safetensors"
     try:
         held = load_file(weights)
-        wanted = {name for name, p in student.named_parameters() if p.requires_grad}
-        if held.keys() != wanted:
+        if held.keys() != trainable_weights(student).keys():
             raise RuntimeError(f"its tensors are not those of a {description['kind']} student")
         student.load_state_dict(held, strict=False)
     except (SafetensorError, FileNotFoundError, RuntimeError) as error:

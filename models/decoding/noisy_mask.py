@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from models.backbones.noisy_mask_student import NoisyMaskStudent
-from models.functional.errors import UsageError
-from models.functional.noisy_mask import flow_map, line_point
+from models.functional.errors import UsageError, require_choice
+from models.functional.noisy_mask import line_point
 
 Step = Literal["chain", "renoise", "ode"]
 Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -67,13 +67,12 @@ def follow_flow(
         if k + 1 == forwards:
             break
         # 2. move the masked positions to t
-        expected = student.expected(psi)
-        moved = z.clone()
         if step == "renoise":
             fresh = student.start({"input_ids": tokens}, masked, generator)[masked]
-            moved[masked] = line_point(fresh, expected, t).to(z.dtype)
+            moved = z.clone()
+            moved[masked] = line_point(fresh, student.expected(psi), t).to(z.dtype)
         else:
-            moved[masked] = flow_map(z[masked], expected, s, t).to(z.dtype)
+            moved = student.move(z, masked, psi, s, t)
         # 3. sure positions become text
         if promote is not None:
             sure = torch.zeros_like(masked)
@@ -88,8 +87,7 @@ def require_flow_options(step: str, promote: float | None, forwards: tuple[int, 
     """Raise UsageError, naming the option, for what `follow_flow` could not do."""
     if any(n < 1 for n in forwards):
         raise UsageError(f"forwards={list(forwards)} must be at least 1")
-    if step not in get_args(Step):
-        raise UsageError(f"module.few_step={step} is not known; type one of {', '.join(get_args(Step))}")
+    require_choice("module.few_step", step, get_args(Step))
     if promote is not None and not 0.5 < promote <= 1.0:
         raise UsageError(f"module.promote={promote} must lie above 0.5 and at most at 1; null promotes nothing")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.decoding.chance import Chance
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_choice
 from models.functional.qstar import mix, residual, solve_alpha, truncate
 
 Draft = Literal["theta", "target", "alternate"]
@@ -81,9 +81,8 @@ class _Run:
     def score(self, name: str, lengths: Tensor, count: int) -> Tensor:
         """One forward of a model: (B, count, V) log-probabilities at the temperature; anything for finished rows."""
         self.forwards[name] += 1
-        within = torch.where(
-            self.active, lengths, lengths[self.active].min()
-        )  # finished rows must not widen the forward
+        # finished rows must not widen the forward
+        within = torch.where(self.active, lengths, lengths[self.active].min())
         logp = self.models[name](self.ids, within, count)
         return logp if self.temperature == 1.0 else (logp / self.temperature).log_softmax(-1)
 
@@ -154,10 +153,8 @@ def decode_qstar(
     theta_weight: alpha for every place; None solves for equal divergences at each. Temperature acts on both models before
     mixing, top_k and top_p on q* after it.
     """
-    if draft not in get_args(Draft):
-        raise UsageError(f"draft={draft} is not known; type one of {', '.join(get_args(Draft))}")
-    if verify not in get_args(Verify):
-        raise UsageError(f"verify={verify} is not known; type token or block")
+    require_choice("draft", draft, get_args(Draft))
+    require_choice("verify", verify, get_args(Verify))
     if gamma < 0 or max_new_tokens < 1 or temperature <= 0:
         raise UsageError(f"gamma={gamma} must be at least 0, max_new_tokens={max_new_tokens} and temperature above 0")
     if theta_weight is not None and not 0 <= theta_weight <= 1:
@@ -173,7 +170,7 @@ def decode_qstar(
         if not bool(active.any()):
             break
         if gamma == 0:
-            law = run.target_law(*(run.score(name, run.lengths, 1)[:, 0] for name in ("theta", "target")))
+            law = run.target_law(**{name: run.score(name, run.lengths, 1)[:, 0] for name in ("theta", "target")})
             run.append(active, chance.choose(law["log_q"].exp()), law)
             continue
         # 1. the checker's proposal of the last round, checked by the drafter, which also looks one place further
@@ -182,7 +179,7 @@ def decode_qstar(
             rows, tokens, theirs = pending[0] & active, pending[1], pending[2]
             run.write(tokens, run.lengths)
             own = run.score(drafter, run.lengths, 2)
-            law = run.target_law(*((own[:, 0], theirs) if drafter == "theta" else (theirs, own[:, 0])))
+            law = run.target_law(**{drafter: own[:, 0], checker: theirs})
             kept = run.settle(rows, tokens, law, checker)
             active = run.active = active & _active(run, max_new_tokens, eos_id)
             if not bool(active.any()):
@@ -198,8 +195,7 @@ def decode_qstar(
         own = torch.stack(own, 1)  # (B, G, V)
         # 3. one forward of the checker at all places of the draft and the one after it
         theirs = run.score(checker, run.lengths, size + 1)  # (B, G + 1, V)
-        parts = (own, theirs[:, :size]) if drafter == "theta" else (theirs[:, :size], own)
-        law = run.target_law(*parts)
+        law = run.target_law(**{drafter: own, checker: theirs[:, :size]})
         # 4. how much of the draft is kept
         run.drafted += size * int(active.sum())
         settle = _settle_block if verify == "block" else _settle_tokens
@@ -211,7 +207,7 @@ def decode_qstar(
             pending = (whole, chance.choose(theirs[:, size].exp()), theirs[:, size])
         else:
             last = run.score(drafter, run.lengths, 1)[:, 0]
-            after = run.target_law(*((last, theirs[:, size]) if drafter == "theta" else (theirs[:, size], last)))
+            after = run.target_law(**{drafter: last, checker: theirs[:, size]})
             run.append(whole, chance.choose(after["log_q"].exp()), after)
     return _finish(run, max_new_tokens, eos_id)
 

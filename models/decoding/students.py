@@ -2,7 +2,7 @@
 
 from models.backbones.masked_student import MaskedStudent
 from models.backbones.noisy_mask_student import NoisyMaskStudent
-from models.backbones.prefix_student import PrefixStudent
+from models.backbones.student import Student
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.noisy_mask import NoisyMaskDecoder, Step
@@ -11,7 +11,7 @@ from models.functional.errors import UsageError
 
 
 def student_decoder(
-    student: PrefixStudent | NoisyMaskStudent | MaskedStudent,
+    student: Student,
     forwards: int,
     temperature: float | None,
     *,

@@ -1,8 +1,17 @@
 """The one exception that reaches a user as a sentence instead of a stack trace."""
 
+from collections.abc import Iterable
+
 
 class UsageError(ValueError):
     """An option, a file or a checkpoint that cannot work.
 
     The message names what was given and says what to type instead; `run.py` prints it without a traceback.
     """
+
+
+def require_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Raise UsageError unless <option>=value, such as module.loss=kl, is one of the choices."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise UsageError(f"{option}={value} is not known; type one of {', '.join(choices)}")

@@ -33,11 +33,7 @@ def sample_interval(
         draws = torch.sigmoid(logit_mean + logit_std * torch.randn(2, n, generator=generator, device=device))
     else:
         raise UsageError(f"module.time_law={law} is not known; type uniform or logit_normal")
-    for name, share in (("equal_share", equal_share), ("endpoint_share", endpoint_share)):
-        if not 0.0 <= share <= 1.0:
-            raise UsageError(f"module.{name}={share} must lie between 0 and 1")
-    if equal_share + endpoint_share > 1.0:
-        raise UsageError(f"module.equal_share + module.endpoint_share = {equal_share + endpoint_share} exceeds 1")
+    require_shares(equal_share=equal_share, endpoint_share=endpoint_share, together=True)
     n_equal = _count(equal_share * n, generator, device)
     n_endpoint = min(n - n_equal, _count(endpoint_share * n, generator, device))
     t, r = draws.max(0).values, draws.min(0).values
@@ -45,6 +41,15 @@ def sample_interval(
     r[:n_equal] = t[:n_equal]
     t[n - n_endpoint :], r[n - n_endpoint :] = 1.0, 0.0
     return r, t, n_equal
+
+
+def require_shares(*, together: bool = False, **shares: float) -> None:
+    """Raise UsageError unless every module.<name> lies in [0, 1], and their sum too where they share the same rows."""
+    for name, share in shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise UsageError(f"module.{name}={share} must lie between 0 and 1")
+    if together and sum(shares.values()) > 1.0:
+        raise UsageError(f"{' + '.join(f'module.{name}' for name in shares)} = {sum(shares.values())} exceeds 1")
 
 
 def _count(expected: float, generator: Generator, device: torch.device) -> int:
@@ -79,11 +84,7 @@ def sample_data_interval(
     (s, t) = (0, widest), which is (0, 1) once `widest` has grown to 1. u is uniform in between. Returns s, u, t (n,) and
     n_diagonal. Warp them where even times are not what is wanted (`noisy_mask.warp_time`).
     """
-    for name, share in (("diagonal_share", diagonal_share), ("endpoint_share", endpoint_share)):
-        if not 0.0 <= share <= 1.0:
-            raise UsageError(f"module.{name}={share} must lie between 0 and 1")
-    if diagonal_share + endpoint_share > 1.0:
-        raise UsageError(f"module.diagonal_share + module.endpoint_share = {diagonal_share + endpoint_share} exceeds 1")
+    require_shares(diagonal_share=diagonal_share, endpoint_share=endpoint_share, together=True)
     n_diagonal = _count(diagonal_share * n, generator, device)
     n_endpoint = min(n - n_diagonal, _count(endpoint_share * n, generator, device))
     width, place, cut = torch.rand(3, n, generator=generator, device=device)

@@ -30,6 +30,11 @@ def mask_tokens(x0: Tensor, maskable: Tensor, p: Tensor, mask_id: int, generator
     return torch.where(masked, mask_id, x0), masked
 
 
+def row_of_masked(masked: Tensor) -> Tensor:
+    """(B, L) bool -> (M,): the row of each masked position, in row-major order."""
+    return masked.nonzero()[:, 0]
+
+
 def masked_diffusion_nll(masked_logits: Tensor, x0: Tensor, masked: Tensor, p: Tensor) -> Tensor:
     """Cross entropy of every masked token divided by p of its row, scattered back: (B, L), 0 where not masked.
 
@@ -37,7 +42,7 @@ def masked_diffusion_nll(masked_logits: Tensor, x0: Tensor, masked: Tensor, p: T
     Its sum over a row is an unbiased draw of the row's upper bound on -log p(x0), in nats.
     """
     token_nll = F.cross_entropy(masked_logits.float(), x0[masked], reduction="none")
-    weight = (1.0 / p).reshape(-1, 1).expand(masked.shape)[masked]
+    weight = (1.0 / p)[row_of_masked(masked)]
     return torch.zeros(masked.shape, device=token_nll.device).masked_scatter(masked, token_nll * weight)
 
 

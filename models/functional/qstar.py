@@ -20,7 +20,7 @@ from models.functional.errors import UsageError
 class Alpha(NamedTuple):
     """alpha (...): weight on π_θ. chernoff (...): C = -log Z at alpha, nats. log_z (...): log Z(alpha).
 
-    iterations: passes over the vocabulary, beside the two at the ends of [0, 1].
+    iterations: passes over the vocabulary, beside two at the ends of [0, 1] where supports differ.
     """
 
     alpha: Tensor
@@ -77,12 +77,13 @@ def solve_alpha(logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, 
     d, support = log_ratio(logp_theta, logp_t)
     zero = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
     # 1. rows without an interior root: some token is forbidden by one model only, and K' >= 0 at b = 0 or <= 0 at b = 1
-    at_theta, at_t = (_moments(logp_theta, d, support, end).mean for end in (zero, zero + 1))
-    truncated = (torch.isfinite(logp_theta) != torch.isfinite(logp_t)).any(-1)
-    equal = (d == 0).all(-1)
-    stuck_low, stuck_high = (truncated & ~equal & hit for hit in (at_theta >= 0, at_t <= 0))
-    b = torch.where(stuck_low, 0.0, torch.where(stuck_high, 1.0, zero + 0.5))
-    done = equal | stuck_low | stuck_high
+    b, done = zero + 0.5, (d == 0).all(-1)
+    truncated = (torch.isfinite(logp_theta) != torch.isfinite(logp_t)).any(-1) & ~done
+    if bool(truncated.any()):
+        at_theta, at_t = (_moments(logp_theta, d, support, end).mean for end in (zero, zero + 1))
+        stuck_low, stuck_high = truncated & (at_theta >= 0), truncated & (at_t <= 0)
+        b = torch.where(stuck_low, 0.0, torch.where(stuck_high, 1.0, b))
+        done = done | stuck_low | stuck_high
     # 2. a float32 search, then float64 from where it ended
     iterations = 0
     if dtype == torch.float32:

@@ -4,7 +4,7 @@ r"""Expected speed-up of q* decoding over running both models at every token.
 γ tokens in a draft; independent acceptances. Ratios of times, no units.
 """
 
-from models.functional.errors import UsageError
+from models.functional.errors import require_choice
 
 
 def speedup_carry(gamma: int, beta: float, cost: float) -> float:
@@ -37,6 +37,5 @@ SPEEDUPS = {"carry": speedup_carry, "alternate": speedup_alternate, "assistant":
 
 def best_gamma(beta: float, cost: float, scheme: str = "alternate", most: int = 16) -> int:
     """The draft length from 1 to `most` with the highest expected speed-up at a measured β."""
-    if scheme not in SPEEDUPS:
-        raise UsageError(f"draft={scheme} is not known; type one of {', '.join(SPEEDUPS)}")
+    require_choice("draft", scheme, SPEEDUPS)
     return max(range(1, most + 1), key=lambda gamma: SPEEDUPS[scheme](gamma, beta, cost))

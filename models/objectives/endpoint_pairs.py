@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.decoding.noisy_mask import Network, follow_flow, start_rows
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_choice
 
 Coupling = Literal["flow", "independent"]
 
@@ -35,8 +35,7 @@ class EndpointPairs:
         for name, value in (("ode_steps", ode_steps), ("pair_reuse", reuse), ("pair_window", window)):
             if value < 1:
                 raise UsageError(f"module.{name}={value} must be at least 1")
-        if coupling not in get_args(Coupling):
-            raise UsageError(f"module.coupling={coupling} is not known; type one of {', '.join(get_args(Coupling))}")
+        require_choice("module.coupling", coupling, get_args(Coupling))
         self.ode_steps, self.reuse, self.window, self.coupling = ode_steps, reuse, window, coupling
         self.drawn = 0
         self.pool: list[dict[str, Tensor | int]] = []

@@ -17,10 +17,9 @@ from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.decoding.noisy_mask import Network
 from models.functional.flow_times import sample_data_interval
 from models.functional.jvp import JvpBackend, value_and_jvp
-from models.functional.masked_diffusion import antithetic_times, mask_tokens
+from models.functional.masked_diffusion import antithetic_times, mask_tokens, row_of_masked
 from models.functional.noisy_mask import (
     distribution_divergence,
-    flow_map,
     gap_weight,
     line_point,
     noisy_meanflow_target,
@@ -138,7 +137,7 @@ def match_flow_map(
     # 3. the corrected mean-flow identity, with the derivative along the flow of D
     if n_derivative:
         zf, mf, af, sf, _, tf = part(n_diagonal, cut)
-        row = _row_index(mf)
+        row = row_of_masked(mf)
         with torch.no_grad():
             log_d = denoiser(zf, mf, af, sf, sf).log_softmax(-1)
             drift = torch.zeros_like(zf)
@@ -155,20 +154,43 @@ def match_flow_map(
     # 4. two shorter jumps of the average in place of one
     if cut < len(x0):
         zp, mp, ap, sp, up, tp = part(cut, len(x0))
-        row = _row_index(mp)
         with torch.no_grad():
-            psi_su = average(zp, mp, ap, sp, up).softmax(-1)
-            moved = zp.clone()
-            moved[mp] = flow_map(zp[mp], student.expected(psi_su), sp[row], up[row]).to(zp.dtype)
-            psi_ut = average(moved, mp, ap, up, tp).softmax(-1)
+            targets.append(two_jumps(student, average, zp, mp, ap, sp, up, tp))
         logits.append(student(zp, mp, ap, sp, tp))
-        targets.append(psd_target(psi_su, psi_ut, sp[row], up[row], tp[row]))
     # 5. the divergence, raw and weighted
     logits, targets = torch.cat(logits), torch.cat(targets)
     gap = distribution_divergence(targets, logits)
     loss = mean_of(gap * gap_weight(targets, logits)) if weighted else mean_of(gap)
     on_diagonal = int(masked[:n_diagonal].sum())
     return Terms(loss, {"diagonal_gap": mean_of(gap[:on_diagonal]), "flow_gap": mean_of(gap[on_diagonal:])})
+
+
+def two_jumps(
+    student: NoisyMaskStudent,
+    network: Network,
+    z: Tensor,
+    masked: Tensor,
+    attention_mask: Tensor,
+    s: Tensor,
+    u: Tensor,
+    t: Tensor,
+) -> Tensor:
+    """What the network says of the jump from s to t when it makes it by way of u: distributions (M, V)."""
+    row = row_of_masked(masked)
+    psi_su = network(z, masked, attention_mask, s, u).softmax(-1)
+    moved = student.move(z, masked, psi_su, s, u)
+    psi_ut = network(moved, masked, attention_mask, u, t).softmax(-1)
+    return psd_target(psi_su, psi_ut, s[row], u[row], t[row])
+
+
+@torch.no_grad()
+def consistency_gap(student: NoisyMaskStudent, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+    """KL(two jumps by way of s = 1/2 || one jump) from fresh noise to text, nats per position."""
+    masked, attention_mask = rows["response_mask"], rows["attention_mask"]
+    zero = torch.zeros(len(masked), device=masked.device)
+    z = student.start(rows, masked, generator)
+    target = two_jumps(student, student, z, masked, attention_mask, zero, zero + 0.5, zero + 1)
+    return mean_of(distribution_divergence(target, student(z, masked, attention_mask, zero, zero + 1)))
 
 
 def polish_endpoint(
@@ -181,11 +203,6 @@ def polish_endpoint(
     hits = torch.ones_like(masked)
     hits[masked] = logits.detach().argmax(-1) == endpoint[masked]
     return Terms(nll, {"endpoint_nll": nll, "endpoint_match": hits.all(-1).float().mean()})
-
-
-def _row_index(masked: Tensor) -> Tensor:
-    """(B, L) -> (M,): the row of each masked position."""
-    return torch.arange(len(masked), device=masked.device).unsqueeze(-1).expand(masked.shape)[masked]
 
 
 def _split(early: Tensor, first: int) -> tuple[Tensor, Tensor]:
