@@ -4,7 +4,6 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
 matplotlib.use("Agg")
 
@@ -51,7 +50,7 @@ def _panel(axis, rows: list[dict], name: str) -> None:
         axis.errorbar(x, y, yerr=errors, fmt=marker, color=colour, alpha=alpha, label=decoder, capsize=2,
                       markersize=11 if marker.startswith("*") else 5)  # fmt: skip
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("forwards per sequence")
     axis.set_title(TITLES.get(name, name.replace("_", " ")), fontsize=10)
     if name != "bleu":

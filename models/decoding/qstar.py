@@ -1,132 +1,32 @@
-r"""Exact samples of q* ∝ π_θ^α π_t^(1-α): one model drafts a few tokens, the other checks them all in one forward.
+r"""Exact samples of q* ∝ π_θ^α π_t^(1-α): a draft of a few tokens is checked by all models in one forward each.
 
 A draft x ~ p is kept with probability min(1, q*(x)/p(x)); after a rejection the token is drawn from norm((q* - p)+), and the
 rest of the draft is dropped. What comes out has the law of q*, token by token (Leviathan et al., 2023), or block by block with
 `verify="block"` (Sun et al., Block Verification, 2024), which keeps at least as many.
-After a draft that is kept whole the checking model knows only its own distribution one place further, and a token drawn from
-it would not be q*'s. Two exact ways on: `carry` (the drafter is run once more and q* is drawn), and `alternate` (the checker's
-token is a proposal that the drafter checks in its next forward).
+Where one of the two models drafts, the other knows only its own distribution one place beyond a draft that is kept whole, and
+a token drawn from it would not be q*'s. Two exact ways on: `carry` (the drafter is run once more and q* is drawn), and
+`alternate` (the checker's token is a proposal that the drafter checks in its next forward). Where a third model drafts, both
+have looked there, and the token is free.
 Legend: B batch, L columns, G drafted tokens (gamma), V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from models.decoding.chance import Chance
+from models.decoding.qstar_law import QStarLaw
+from models.decoding.qstar_run import Processor, QStarOutput, QStarRun, Scores
+from models.decoding.verification import VERIFICATIONS
 from models.functional.errors import UsageError, require_choice
-from models.functional.qstar import mix, residual, solve_alpha, truncate
+from models.functional.qstar_speed import best_gamma
 
-Draft = Literal["theta", "target", "alternate"]
-Verify = Literal["token", "block"]
-# (ids (B, L), lengths (B,), count) -> log-probabilities (B, count, V) of the tokens at places lengths, lengths + 1, ...
-Scores = Callable[[Tensor, Tensor, int], Tensor]
-
-
-@dataclass
-class QStarOutput:
-    """tokens (B, N) after the prompts; what is beyond a row's end token is that token again.
-
-    alpha, chernoff, logp_theta, logp_t, log_q (B, N): of each token at its place.
-    drafted: tokens of all drafts. examined, kept: each model's proposals that were looked at (those after a rejection are
-    not) and that were kept. forwards: evaluations of each model, for the whole batch.
-    """
-
-    tokens: Tensor
-    alpha: Tensor
-    chernoff: Tensor
-    logp_theta: Tensor
-    logp_t: Tensor
-    log_q: Tensor
-    drafted: int = 0
-    examined: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, int] = field(default_factory=dict)
-    forwards: dict[str, int] = field(default_factory=lambda: {"theta": 0, "target": 0})
-
-    @property
-    def acceptance(self) -> dict[str, float]:
-        """beta of each model's proposals: the share of the examined ones that were kept."""
-        return {name: self.kept[name] / count for name, count in self.examined.items() if count}
-
-
-class _Run:
-    """The state of a batch that is being decoded, and the steps that change it."""
-
-    def __init__(
-        self,
-        theta: Scores,
-        target: Scores,
-        input_ids: Tensor,
-        lengths: Tensor,
-        room: int,
-        theta_weight: float | None,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        chance: Chance,
-    ) -> None:
-        self.models, self.chance = {"theta": theta, "target": target}, chance
-        self.theta_weight, self.temperature, self.top_k, self.top_p = theta_weight, temperature, top_k, top_p
-        batch = len(input_ids)
-        self.active = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-        self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, room)], -1)
-        self.lengths, self.start = lengths.clone(), lengths.clone()
-        self.notes = {name: [[] for _ in range(batch)] for name in ("alpha", "chernoff", "theta", "target", "log_q")}
-        self.drafted, self.examined, self.kept = 0, {"theta": 0, "target": 0}, {"theta": 0, "target": 0}
-        self.forwards = {"theta": 0, "target": 0}
-
-    def score(self, name: str, lengths: Tensor, count: int) -> Tensor:
-        """One forward of a model: (B, count, V) log-probabilities at the temperature; anything for finished rows."""
-        self.forwards[name] += 1
-        # finished rows must not widen the forward
-        within = torch.where(self.active, lengths, lengths[self.active].min())
-        logp = self.models[name](self.ids, within, count)
-        return logp if self.temperature == 1.0 else (logp / self.temperature).log_softmax(-1)
-
-    def write(self, tokens: Tensor, places: Tensor) -> None:
-        """Put tokens (B,) at places (B,), beyond what is settled."""
-        self.ids.scatter_(1, places.unsqueeze(-1), tokens.unsqueeze(-1))
-
-    def target_law(self, theta: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """q* at places (B, ...): log_q (B, ..., V) after top-k and top-p, alpha, chernoff, and both models'."""
-        if self.theta_weight is None:
-            alpha = solve_alpha(theta, target).alpha.to(theta.dtype)
-        else:
-            alpha = torch.full(theta.shape[:-1], self.theta_weight, dtype=theta.dtype, device=theta.device)
-        log_q, log_z = mix(theta, target, alpha)
-        log_q = truncate(log_q, self.top_k, self.top_p)
-        return {"log_q": log_q, "alpha": alpha, "chernoff": -log_z, "theta": theta, "target": target}
-
-    def append(self, rows: Tensor, tokens: Tensor, law: dict[str, Tensor]) -> None:
-        """Put tokens (B,) at the end of the rows (B,) bool; law is that of the place, (B, V)."""
-        for row in rows.nonzero().flatten().tolist():
-            token = int(tokens[row])
-            self.ids[row, self.lengths[row]] = token
-            for name in ("alpha", "chernoff"):
-                self.notes[name][row].append(law[name][row])
-            for name in ("theta", "target", "log_q"):
-                self.notes[name][row].append(law[name][row, token])
-        self.lengths = self.lengths + rows.long()
-
-    def settle(self, rows: Tensor, tokens: Tensor, law: dict[str, Tensor], drafter: str) -> Tensor:
-        """Keep or replace one drafted token of each of the rows; returns which were kept, (B,) bool."""
-        own = law[drafter].gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        wanted = law["log_q"].gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        kept = self.chance.accept(wanted - own) & rows
-        refused = rows & ~kept
-        if bool(refused.any()):
-            other = self.chance.choose(residual(law["log_q"], law[drafter]))
-            tokens = torch.where(refused, other, tokens)
-        self.append(rows, tokens, law)
-        self.count(drafter, int(rows.sum()), int(kept.sum()))
-        return kept
-
-    def count(self, proposer: str, examined: int, kept: int) -> None:
-        self.examined[proposer] += examined
-        self.kept[proposer] += kept
+Draft = Literal["theta", "target", "alternate", "assistant"]
+MOST_GAMMA = 16
+# what `gamma="auto"` believes before it has seen a draft: three of four tokens kept
+PRIOR_KEPT, PRIOR_EXAMINED = 3, 4
 
 
 def decode_qstar(
@@ -134,157 +34,136 @@ def decode_qstar(
     target: Scores,
     input_ids: Tensor,
     *,
-    lengths: Tensor | None = None,
     max_new_tokens: int,
-    gamma: int = 4,
-    draft: Draft = "theta",
-    verify: Verify = "token",
-    theta_weight: float | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_id: int | None = None,
     chance: Chance,
+    lengths: Tensor | None = None,
+    assistant: Scores | None = None,
+    law: QStarLaw | None = None,
+    gamma: int | Literal["auto"] = 4,
+    draft: Draft = "theta",
+    verify: Literal["token", "block"] = "token",
+    cost: float = 1.0,
+    eos_ids: tuple[int, ...] = (),
+    stop: Callable[[Tensor], bool] | None = None,
+    processors: tuple[Processor, ...] = (),
+    settled: Callable[[Tensor], None] | None = None,
 ) -> QStarOutput:
     """Tokens with the law of q* after prompts input_ids (B, L), right-padded, of which `lengths` (B,) are real.
 
-    draft: who proposes, `theta` or `target`; `alternate` is theta with the checker's own token as the next proposal.
-    gamma: tokens of a draft; 0 evaluates both models at every token, the plain reference.
-    theta_weight: alpha for every place; None solves for equal divergences at each. Temperature acts on both models before
-    mixing, top_k and top_p on q* after it.
+    draft: who proposes, `theta`, `target` or `assistant`; `alternate` is the cheaper of the two models, with the checker's
+    own token as the next proposal. gamma: tokens of a draft; 0 evaluates both models at every token, the plain reference; `auto`
+    is the best for the share of proposals kept so far. cost: seconds of a forward of theta over one of target; with an
+    assistant, seconds of its forward over both.
+    eos_ids, stop (of the ids (n,) of a row), processors (on log q*): see `QStarRun`. settled: called after every round with
+    the new tokens (n,), for a batch of one.
     """
     require_choice("draft", draft, get_args(Draft))
-    require_choice("verify", verify, get_args(Verify))
-    if gamma < 0 or max_new_tokens < 1 or temperature <= 0:
-        raise UsageError(f"gamma={gamma} must be at least 0, max_new_tokens={max_new_tokens} and temperature above 0")
-    if theta_weight is not None and not 0 <= theta_weight <= 1:
-        raise UsageError(f"theta_weight={theta_weight} must lie between 0 and 1, or be null for equal divergences")
-    drafter, checker = ("target", "theta") if draft == "target" else ("theta", "target")
+    require_choice("verify", verify, VERIFICATIONS)
+    _check(gamma, max_new_tokens, cost, draft, assistant, settled, len(input_ids))
+    drafter, checkers, relative = _roles(draft, cost)
     if lengths is None:
         lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-    room = max_new_tokens + gamma + 2
-    run = _Run(theta, target, input_ids, lengths, room, theta_weight, temperature, top_k, top_p, chance)
-    pending: tuple[Tensor, Tensor, Tensor] | None = None  # rows, tokens, the checker's distribution at their place
-    while True:
-        active = run.active = _active(run, max_new_tokens, eos_id)
-        if not bool(active.any()):
-            break
-        if gamma == 0:
-            law = run.target_law(**{name: run.score(name, run.lengths, 1)[:, 0] for name in ("theta", "target")})
-            run.append(active, chance.choose(law["log_q"].exp()), law)
-            continue
-        # 1. the checker's proposal of the last round, checked by the drafter, which also looks one place further
-        further = None
-        if pending is not None and bool((pending[0] & active).any()):
-            rows, tokens, theirs = pending[0] & active, pending[1], pending[2]
-            run.write(tokens, run.lengths)
-            own = run.score(drafter, run.lengths, 2)
-            law = run.target_law(**{drafter: own[:, 0], checker: theirs})
-            kept = run.settle(rows, tokens, law, checker)
-            active = run.active = active & _active(run, max_new_tokens, eos_id)
-            if not bool(active.any()):
-                break
-            further = own[:, 1] if bool((kept | ~active).all()) else None
-        pending = None
-        # 2. a draft, no longer than any row has room for
-        own, size = [], min(gamma, int((max_new_tokens - (run.lengths - run.start))[active].min()))
-        for k in range(size):
-            own.append(further if k == 0 and further is not None else run.score(drafter, run.lengths + k, 1)[:, 0])
-            run.write(chance.choose(own[-1].exp()), run.lengths + k)
-        drafts = run.ids.gather(1, run.lengths.unsqueeze(-1) + torch.arange(size, device=run.ids.device)).clone()
-        own = torch.stack(own, 1)  # (B, G, V)
-        # 3. one forward of the checker at all places of the draft and the one after it
-        theirs = run.score(checker, run.lengths, size + 1)  # (B, G + 1, V)
-        law = run.target_law(**{drafter: own, checker: theirs[:, :size]})
-        # 4. how much of the draft is kept
-        run.drafted += size * int(active.sum())
-        settle = _settle_block if verify == "block" else _settle_tokens
-        whole = settle(run, active, drafts, law, drafter) & _active(run, max_new_tokens, eos_id)
-        # 5. one token more where all of it was
-        if not bool(whole.any()):
-            continue
-        if draft == "alternate":
-            pending = (whole, chance.choose(theirs[:, size].exp()), theirs[:, size])
-        else:
-            last = run.score(drafter, run.lengths, 1)[:, 0]
-            after = run.target_law(**{drafter: last, checker: theirs[:, size]})
-            run.append(whole, chance.choose(after["log_q"].exp()), after)
-    return _finish(run, max_new_tokens, eos_id)
-
-
-def _active(run: _Run, max_new_tokens: int, eos_id: int | None) -> Tensor:
-    """Rows that still want tokens, (B,) bool."""
-    made = run.lengths - run.start
-    active = made < max_new_tokens
-    if eos_id is not None:
-        place = torch.arange(run.ids.shape[1], device=run.ids.device)
-        new = (place >= run.start.unsqueeze(-1)) & (place < run.lengths.unsqueeze(-1))
-        active = active & ~((run.ids == eos_id) & new).any(-1)
-    return active
-
-
-def _settle_tokens(run: _Run, active: Tensor, drafts: Tensor, law: dict[str, Tensor], drafter: str) -> Tensor:
-    """Each token is kept on its own, until one is not. Returns the rows whose draft was kept whole."""
-    alive = active
-    for k in range(drafts.shape[1]):
-        if not bool(alive.any()):
-            break
-        alive = run.settle(alive, drafts[:, k], {name: part[:, k] for name, part in law.items()}, drafter)
-    return alive
-
-
-def _settle_block(run: _Run, active: Tensor, drafts: Tensor, law: dict[str, Tensor], drafter: str) -> Tensor:
-    """The longest prefix that joint verification keeps. Returns the rows whose draft was kept whole.
-
-    p_i = min(1, p_{i-1} q(x_i)/p(x_i)); prefix i is kept with h_i = S_i / (S_i + 1 - p_i), S_i = Σ (p_i q - p)+ at the next
-    place, and h_G = p_G. After prefix i < G the next token is drawn from norm((p_i q - p)+).
-    """
-    gamma = drafts.shape[1]
-    q, p = law["log_q"].exp(), law[drafter].exp()
-    ratio = (law["log_q"] - law[drafter]).gather(-1, drafts.unsqueeze(-1)).squeeze(-1).exp()  # (B, G)
-    weight, best, rest = torch.ones_like(ratio[:, 0]), torch.zeros_like(run.lengths), []
-    for k in range(gamma + 1):
-        if k > 0:
-            weight = (weight * ratio[:, k - 1]).clamp(max=1.0)
-        if k == gamma:
-            chance = weight
-        else:
-            excess = (weight.unsqueeze(-1) * q[:, k] - p[:, k]).clamp(min=0)
-            rest.append(excess)
-            total = excess.sum(-1)
-            chance = torch.where(weight < 1, total / (total + 1 - weight).clamp(min=1e-300), 1.0)
-        if k > 0:
-            best = torch.where(run.chance.accept(chance.log()), k, best)
-    for k in range(gamma):
-        rows = active & (best > k)
-        if bool(rows.any()):
-            run.append(rows, drafts[:, k], {name: part[:, k] for name, part in law.items()})
-    run.count(drafter, int((best[active] + 1).clamp(max=gamma).sum()), int(best[active].sum()))
-    for k in range(gamma):
-        rows = active & (best == k)
-        if bool(rows.any()):
-            mass = rest[k].sum(-1, keepdim=True)
-            token = run.chance.choose(torch.where(mass > 0, rest[k], q[:, k]))
-            run.append(rows, token, {name: part[:, k] for name, part in law.items()})
-    return active & (best == gamma)
-
-
-def _finish(run: _Run, most: int, eos_id: int | None) -> QStarOutput:
-    """Cut every row at `most` tokens and at its end token."""
-    batch, device = len(run.ids), run.ids.device
-    tokens = run.ids.gather(1, run.start.unsqueeze(-1) + torch.arange(most, device=device))
-    notes = {}
-    for name, rows in run.notes.items():
-        padded = torch.full((batch, most), torch.nan, dtype=torch.float64, device=device)
-        for row, values in enumerate(rows):
-            kept = torch.stack(values)[:most].double() if values else padded[row, :0]
-            padded[row, : len(kept)] = kept
-        notes[name] = padded
-    if eos_id is not None:
-        after = (tokens == eos_id).long().cumsum(-1) - (tokens == eos_id).long() > 0
-        tokens = tokens.masked_fill(after, eos_id)
-        notes = {name: values.masked_fill(after, torch.nan) for name, values in notes.items()}
-    return QStarOutput(
-        tokens, notes["alpha"], notes["chernoff"], notes["theta"], notes["target"], notes["log_q"],
-        run.drafted, run.examined, run.kept, run.forwards,
+    models = {"theta": theta, "target": target} | ({"assistant": assistant} if draft == "assistant" else {})
+    run = QStarRun(
+        models, input_ids, lengths, max_new_tokens=max_new_tokens, spare=MOST_GAMMA + 2 if gamma == "auto" else gamma + 2,
+        law=law or QStarLaw(), eos_ids=eos_ids, stop=stop, processors=processors, chance=chance,
     )  # fmt: skip
+    pending: tuple[Tensor, Tensor, Tensor] | None = None  # rows, tokens, the checker's distribution at their place
+    while bool(run.active.any()):
+        before = int(run.lengths[0])
+        if gamma == 0:
+            here = run.target_law(run.score("theta", 0, 1), run.score("target", 0, 1)).at(0)
+            run.append(run.active, chance.choose(here.log_q.exp()), here)
+        else:
+            length = _draft_length(run, gamma, drafter, relative, draft)
+            pending = _round(run, pending, length, drafter, checkers, draft == "alternate", verify)
+        if settled is not None:
+            settled(run.ids[0, before : int(run.lengths[0])])
+    return run.output()
+
+
+def _round(
+    run: QStarRun,
+    pending: tuple[Tensor, Tensor, Tensor] | None,
+    gamma: int,
+    drafter: str,
+    checkers: tuple[str, ...],
+    alternate: bool,
+    verify: str,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """One draft and its verification. Returns the checker's proposal for the next round, where there is one."""
+    # 1. the checker's proposal of the last round, checked by the drafter, which also looks one place further
+    further = None
+    if pending is not None and bool((pending[0] & run.active).any()):
+        rows, tokens, theirs = pending[0] & run.active, pending[1], pending[2]
+        run.write(tokens, 0)
+        own = run.score(drafter, 0, 2)
+        here = run.target_law(**{drafter: own[:, :1], checkers[0]: theirs.unsqueeze(1)}).at(0)
+        kept = run.settle(rows, tokens, here, checkers[0], theirs)
+        if not bool(run.active.any()):
+            return None
+        further = own[:, 1] if bool((kept | ~run.active).all()) else None
+    # 2. a draft, no longer than any row has room for
+    size = min(gamma, int((run.most - run.made)[run.active].min()))
+    own, drafts = [], []
+    for k in range(size):
+        own.append(further if k == 0 and further is not None else run.score(drafter, k, 1)[:, 0])
+        drafts.append(run.chance.choose(own[-1].exp()))
+        run.write(drafts[-1], k)
+    proposal, drafted = torch.stack(own, 1), torch.stack(drafts, 1)  # (B, G, V), (B, G)
+    # 3. one forward of each checker at all places of the draft and the one after it
+    theirs = {name: run.score(name, 0, size + 1) for name in checkers}  # (B, G + 1, V)
+    if drafter == "assistant":
+        law = run.target_law(**theirs)
+    else:
+        law = run.target_law(**{drafter: proposal, checkers[0]: theirs[checkers[0]][:, :size]})
+    # 4. how much of the draft is kept
+    run.rounds += 1
+    run.drafted += size * int(run.active.sum())
+    whole = VERIFICATIONS[verify](run, drafted, law.at(slice(size)), drafter, proposal)
+    # 5. one token more where all of it was
+    if not bool(whole.any()):
+        return None
+    if alternate:
+        last = theirs[checkers[0]][:, size]
+        return whole, run.chance.choose(last.exp()), last
+    if drafter == "assistant":
+        after = law.at(size)
+    else:
+        own_last = run.score(drafter, 0, 1)
+        after = run.target_law(**{drafter: own_last, checkers[0]: theirs[checkers[0]][:, size:]}).at(0)
+    run.append(whole, run.chance.choose(after.log_q.exp()), after)
+    return None
+
+
+def _roles(draft: Draft, cost: float) -> tuple[str, tuple[str, ...], float]:
+    """Who drafts, who checks, and what a forward of the drafter costs relative to one of the checkers together."""
+    if draft == "assistant":
+        return "assistant", ("theta", "target"), cost
+    if draft == "theta" or (draft == "alternate" and cost <= 1):
+        return "theta", ("target",), cost
+    return "target", ("theta",), 1 / cost
+
+
+def _draft_length(run: QStarRun, gamma: int | str, drafter: str, cost: float, draft: Draft) -> int:
+    """gamma, or the length of the highest expected speed-up at the share of the drafter's tokens kept so far.
+
+    It depends on what has happened only, so the law of what comes next is q* for any value.
+    """
+    if gamma != "auto":
+        return gamma
+    beta = (run.kept[drafter] + PRIOR_KEPT) / (run.examined[drafter] + PRIOR_EXAMINED)
+    return best_gamma(beta, cost, draft if draft in ("alternate", "assistant") else "carry", MOST_GAMMA)
+
+
+def _check(
+    gamma: int | str, max_new_tokens: int, cost: float, draft: str, assistant: object, settled: object, batch: int
+) -> None:
+    if gamma != "auto" and (not isinstance(gamma, int) or gamma < 0):
+        raise UsageError(f"gamma={gamma} must be a whole number, at least 0, or auto")
+    if max_new_tokens < 1 or cost <= 0:
+        raise UsageError(f"max_new_tokens={max_new_tokens} must be at least 1 and cost={cost} above 0")
+    if (draft == "assistant") != (assistant is not None):
+        raise UsageError("draft=assistant needs a third model, and a third model needs draft=assistant")
+    if settled is not None and batch > 1:
+        raise UsageError(f"tokens can be streamed of one text at a time, not of {batch}")

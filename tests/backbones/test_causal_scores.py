@@ -81,7 +81,7 @@ def test_a_request_that_fits_the_context_never_reads_beyond_it(draft):
     small = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=10, n_embd=8, n_layer=1, n_head=1))
     scores, chance = CausalScores(small), TorchChance(torch.Generator().manual_seed(0))
     out = decode_qstar(
-        scores, scores, torch.ones(5, 3).long(), max_new_tokens=7, gamma=4, eos_id=2, draft=draft, chance=chance
+        scores, scores, torch.ones(5, 3).long(), max_new_tokens=7, gamma=4, eos_ids=(2,), draft=draft, chance=chance
     )
     assert out.tokens.shape == (5, 7)
 

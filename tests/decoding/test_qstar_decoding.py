@@ -10,8 +10,10 @@ import torch
 from scipy.stats import chisquare
 
 import models.decoding.qstar as decoding
+import models.decoding.qstar_run as state
 from models.decoding.chance import TorchChance
 from models.decoding.qstar import decode_qstar
+from models.decoding.qstar_law import QStarLaw
 from models.functional.errors import UsageError
 from models.functional.qstar import mix, solve_alpha, truncate
 
@@ -71,7 +73,9 @@ def table_model(seed, vocabulary=V, sharp=1.0):
 
 THETA, TARGET = table_model(0), table_model(1)
 SMALL = table_model(2, 2), table_model(3, 2)
+ASSISTANT, SMALL_ASSISTANT = table_model(4), table_model(5, 2)
 PROMPT = torch.tensor([[0, 1]])
+LAW_OPTIONS = ("theta_weight", "temperature", "top_k", "top_p")
 
 
 def exact_law(
@@ -89,15 +93,19 @@ def exact_law(
             a, b = (m(here, n, 1)[0] for m in models)
             a, b = (a / temperature).log_softmax(-1), (b / temperature).log_softmax(-1)
             alpha = solve_alpha(a, b).alpha if theta_weight is None else theta_weight
+            alpha = alpha(a, b) if callable(alpha) else alpha
             probability *= truncate(mix(a, b, alpha)[0], top_k, top_p)[0, token].exp().item()
             ids.append(token)
         law[text] = probability
     return law
 
 
-def emitted_law(length, models=(THETA, TARGET), words=V, **options):
+def emitted_law(length, models=(THETA, TARGET), words=V, eos_id=None, **options):
+    """The law of what `decode_qstar` says; options of `QStarLaw` and of decoding alike."""
     law = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
-    run = lambda chance: decode_qstar(*models, PROMPT, max_new_tokens=length, chance=chance, **options)  # noqa: E731
+    rule = QStarLaw(**{name: options.pop(name) for name in list(options) if name in LAW_OPTIONS})
+    options["eos_ids"] = () if eos_id is None else (eos_id,)
+    run = lambda chance: decode_qstar(*models, PROMPT, max_new_tokens=length, chance=chance, law=rule, **options)  # noqa: E731
     for probability, out in enumerate_outcomes(run):
         law[tuple(out.tokens[0].tolist())] += probability
     return law
@@ -109,20 +117,50 @@ def worst(first, second):
 
 SCHEMES = [
     {"draft": draft, "gamma": gamma, "verify": verify}
-    for draft in ("theta", "target", "alternate")
+    for draft in ("theta", "target", "alternate", "assistant")
     for gamma in (1, 2)
     for verify in ("token", "block")
 ]
+
+
+def third(scheme, small=False):
+    """The scheme, with the third model that it names."""
+    if scheme.get("draft") != "assistant":
+        return scheme
+    return scheme | {"assistant": SMALL_ASSISTANT if small else ASSISTANT}
 
 
 @pytest.mark.parametrize("options", [{"gamma": 0}, *SCHEMES], ids=str)
 def test_every_scheme_emits_q_star(options):
     """Drafts, rejections at every place and the way on after a whole draft all occur; two words where drafts are longer."""
     if options["gamma"] == 2:
-        options = options | {"models": SMALL, "words": 2}
+        options = third(options, small=True) | {"models": SMALL, "words": 2}
         assert worst(emitted_law(3, **options), exact_law(3, models=SMALL, words=2)) < 1e-12
     else:
-        assert worst(emitted_law(2, **options), exact_law(2)) < 1e-12
+        assert worst(emitted_law(2, **third(options)), exact_law(2)) < 1e-12
+
+
+@pytest.mark.parametrize("cost", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("scheme", SCHEMES[2::4], ids=str)
+def test_a_draft_length_that_follows_the_acceptance_keeps_the_law(scheme, cost, monkeypatch):
+    """`auto` looks at what has happened only; every length from 1 to 3 occurs here."""
+    lengths = []
+
+    def watched(beta, cost, scheme, most):
+        lengths.append(1 + int(beta * 37) % 3)
+        return lengths[-1]
+
+    monkeypatch.setattr(decoding, "best_gamma", watched)
+    options = third(scheme, small=True) | {"models": SMALL, "words": 2, "gamma": "auto", "cost": cost}
+    assert worst(emitted_law(3, **options), exact_law(3, models=SMALL, words=2)) < 1e-12
+    assert set(lengths) == {1, 2, 3}
+
+
+def test_a_weight_may_be_a_function_of_both_models():
+    weight = lambda theta, target: 0.25 + 0.5 * theta[..., 0].exp()  # noqa: E731
+    alone = lambda a, b: weight(a, b)  # noqa: E731
+    for scheme in SCHEMES[::5]:
+        assert worst(emitted_law(2, theta_weight=weight, **third(scheme)), exact_law(2, theta_weight=alone)) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -138,9 +176,9 @@ def test_every_scheme_emits_q_star(options):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[5], SCHEMES[8]], ids=str)
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[5], SCHEMES[8], SCHEMES[12]], ids=str)
 def test_options_keep_the_law(options, scheme):
-    assert worst(emitted_law(2, **scheme, **options), exact_law(2, **options)) < 1e-12
+    assert worst(emitted_law(2, **third(scheme), **options), exact_law(2, **options)) < 1e-12
 
 
 def test_three_tokens_cross_two_rounds():
@@ -152,21 +190,21 @@ def resample_q(log_q, _):
 
 
 def test_drawing_q_again_after_a_rejection_is_seen(monkeypatch):
-    monkeypatch.setattr(decoding, "residual", resample_q)
+    monkeypatch.setattr(state, "residual", resample_q)
     assert worst(emitted_law(2, draft="theta", gamma=1), exact_law(2)) > 1e-3
 
 
 def test_a_bonus_token_of_the_checker_is_seen(monkeypatch):
     """Taking the checker's proposal as it is: what ordinary speculative sampling does, where the checker is the target."""
 
-    class Trusting(decoding._Run):
-        def settle(self, rows, tokens, law, drafter):
-            if drafter == "target":
+    class Trusting(decoding.QStarRun):
+        def settle(self, rows, tokens, law, proposer, proposal):
+            if proposer == "target":
                 self.append(rows, tokens, law)
                 return rows
-            return super().settle(rows, tokens, law, drafter)
+            return super().settle(rows, tokens, law, proposer, proposal)
 
-    monkeypatch.setattr(decoding, "_Run", Trusting)
+    monkeypatch.setattr(decoding, "QStarRun", Trusting)
     assert worst(emitted_law(2, draft="alternate", gamma=1), exact_law(2)) > 1e-3
 
 
@@ -178,14 +216,14 @@ def test_samples_have_the_law_too_and_the_control_has_not(scheme, monkeypatch):
 
     def p_value():
         chance = TorchChance(torch.Generator().manual_seed(0))
-        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=2, chance=chance, **scheme)
+        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=2, chance=chance, **third(scheme))
         codes = (out.tokens * torch.tensor([V, 1])).sum(-1)
         counts = torch.bincount(codes, minlength=V * V).numpy()
         return chisquare(counts, [n * law[text] for text in itertools.product(range(V), repeat=2)]).pvalue
 
     assert p_value() > 1e-3
     if scheme["verify"] == "token":
-        monkeypatch.setattr(decoding, "residual", resample_q)
+        monkeypatch.setattr(state, "residual", resample_q)
         assert p_value() < 1e-5
 
 
@@ -224,7 +262,7 @@ def test_equal_models_keep_every_draft_and_block_keeps_at_least_as_much():
 
 def test_texts_end_at_their_end_token():
     chance = TorchChance(torch.Generator().manual_seed(0))
-    out = decode_qstar(THETA, TARGET, PROMPT.expand(50, -1), max_new_tokens=8, gamma=2, eos_id=2, chance=chance)
+    out = decode_qstar(THETA, TARGET, PROMPT.expand(50, -1), max_new_tokens=8, gamma=2, eos_ids=(2,), chance=chance)
     for tokens, figures in zip(out.tokens.tolist(), out.log_q, strict=True):
         end = tokens.index(2) if 2 in tokens else 7
         assert all(token == 2 for token in tokens[end + 1 :])
@@ -238,9 +276,26 @@ def test_texts_end_at_their_end_token():
         ({"draft": "both"}, "draft=both"),
         ({"verify": "x"}, "verify=x"),
         ({"gamma": -1}, "gamma=-1"),
-        ({"theta_weight": 2.0}, "theta_weight=2"),
+        ({"gamma": "long"}, "gamma=long"),
+        ({"cost": 0.0}, "cost=0.0"),
+        ({"draft": "assistant"}, "draft=assistant needs a third model"),
+        ({"assistant": ASSISTANT}, "a third model needs draft=assistant"),
     ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(UsageError, match=message):
         decode_qstar(THETA, TARGET, PROMPT, max_new_tokens=2, chance=TorchChance(torch.Generator()), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"theta_weight": 2.0}, "theta_weight=2"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0; top_k=1"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+    ],
+)
+def test_wrong_options_of_the_law_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        QStarLaw(**options)

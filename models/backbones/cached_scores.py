@@ -1,0 +1,112 @@
+"""A Hugging Face causal LM as the scores that q* decoding asks for, with a key-value cache that survives rejections.
+
+Rows of a batch keep different numbers of drafted tokens. A rejected token stays in the cache as a hole: its slot is masked,
+the tokens that replace it are appended behind, and position_ids say where they stand. A cached call and one that reads whole
+prefixes give the same log-probabilities.
+Legend: B batch, L columns of the buffer, S cache slots, W tokens fed in one forward, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from models.functional.errors import UsageError
+
+# holes are squeezed out once the cache is this many times as long as its longest row
+MOST_WASTE = 1.5
+
+
+class CachedScores:
+    """(ids (B, L) right-padded, lengths (B,), count) -> log p (B, count, V) of the tokens at places lengths, lengths + 1, ...
+
+    What is cached is found by comparing tokens, so a caller may change its mind about any of them. It belongs to the weights
+    it was made with: begin a new one after they change.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
+        """vocab_size: ids from there on are padding of the output layer and never said.
+
+        Raises UsageError for a model whose attention has a sliding window, which would count holes.
+        """
+        config = model.config
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if not kinds and getattr(config, "sliding_window", None) is not None:
+            kinds = {"sliding_attention"}
+        if kinds - {"full_attention"}:
+            raise UsageError(
+                f"{config.model_type} has layers of {', '.join(sorted(kinds - {'full_attention'}))}; rejected tokens leave "
+                "holes in the cache that such layers would count: type cache=false"
+            )
+        self.model, self.vocab_size = model.eval(), vocab_size
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with an empty cache."""
+        self.cache = DynamicCache()
+        none = torch.empty(0, 0, dtype=torch.long)
+        self.tokens, self.places, self.real = (
+            none,
+            none,
+            none.bool(),
+        )  # (B, S): what each slot holds, where, and if at all
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
+        if len(ids) != len(self.tokens):
+            self.forget()
+            self.tokens, self.places = (ids.new_zeros(len(ids), 0) for _ in range(2))
+            self.real = torch.zeros(len(ids), 0, dtype=torch.bool, device=ids.device)
+        # 1. how much of each row is cached, and holes where it is not
+        held = self._held(ids, lengths)
+        self.real = self.real & (self.places < held.unsqueeze(-1))
+        self._drop_holes()
+        # 2. the rest of every row, padded to one width
+        end = lengths + count - 1
+        width = int((end - held).max())
+        place = held.unsqueeze(-1) + torch.arange(width, device=ids.device)  # (B, W)
+        real = place < end.unsqueeze(-1)
+        place = torch.minimum(place, end.unsqueeze(-1) - 1)
+        fed = ids.gather(1, place)
+        self.tokens, self.places = torch.cat([self.tokens, fed], 1), torch.cat([self.places, place], 1)
+        self.real = torch.cat([self.real, real], 1)
+        # 3. one forward; only the columns that somebody asked for go through the output layer
+        first = int((end - held).min()) - count
+        logits = self.model(
+            input_ids=fed,
+            attention_mask=None if bool(self.real.all()) else self.real.long(),
+            position_ids=place,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=width - first,
+        ).logits[..., : self.vocab_size]
+        column = (end - held - count - first).unsqueeze(-1) + torch.arange(count, device=ids.device)  # (B, count)
+        chosen = logits.gather(1, column.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+        return (chosen if chosen.dtype == torch.float64 else chosen.float()).log_softmax(-1)
+
+    def _held(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Tokens of each row that the cache holds, from its beginning, (B,); the last one before `lengths` is always fed."""
+        wrong = self.real & (ids.gather(1, self.places) != self.tokens)
+        first_wrong = (
+            torch.where(wrong, self.places, ids.shape[1]).amin(-1) if wrong.shape[1] else torch.zeros_like(lengths)
+        )
+        return torch.minimum(torch.minimum(self.real.sum(-1), first_wrong), lengths - 1)
+
+    def _drop_holes(self) -> None:
+        """Cut what is a hole in every row at the end, and squeeze all holes out where there are too many."""
+        slots, longest = self.real.shape[1], int(self.real.sum(-1).max()) if self.real.numel() else 0
+        used = self.real.any(0).nonzero()
+        last = int(used.max()) + 1 if len(used) else 0
+        if last > MOST_WASTE * longest:
+            order = (~self.real).long().argsort(dim=-1, stable=True)[:, :longest]
+            pick = order[:, None, :, None]
+            self._each_layer(lambda states: states.gather(2, pick.expand(-1, states.shape[1], -1, states.shape[3])))
+            self.tokens, self.places, self.real = (
+                part.gather(1, order) for part in (self.tokens, self.places, self.real)
+            )
+        elif last < slots:
+            self._each_layer(lambda states: states[:, :, :last])
+            self.tokens, self.places, self.real = (part[:, :last] for part in (self.tokens, self.places, self.real))
+
+    def _each_layer(self, change) -> None:
+        for layer in self.cache.layers:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)

@@ -1,0 +1,165 @@
+"""q* through `model.generate`, as users of Hugging Face models call it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers_causal import tiny_qwen
+from scipy.stats import chisquare
+from transformers import StoppingCriteria, set_seed
+
+from models.backbones.causal_scores import CausalScores
+from models.decoding.ngram import NgramScores
+from models.decoding.qstar_generate import QStarLogitsProcessor, qstar_generate
+from models.decoding.qstar_law import QStarLaw
+from models.functional.errors import UsageError
+
+THETA, TARGET, THIRD = (tiny_qwen(seed) for seed in range(3))
+PROMPTS = torch.randint(4, 50, (3, 6), generator=torch.Generator().manual_seed(0))
+
+
+def say(prompts=PROMPTS, model=THETA, target=TARGET, **options):
+    options = {"max_new_tokens": 16, "do_sample": True, "top_k": 0} | options
+    return model.generate(prompts, custom_generate=qstar_generate, target_model=target, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"draft": "theta", "gamma": 3, "verify": "block"},
+        {"draft": "target", "cache": False},
+        {"draft_model": THIRD},
+        {"draft_model": NgramScores(50)},
+    ],
+    ids=str,
+)
+def test_greedy_texts_are_those_of_the_plain_reference(options):
+    """transformers' own loop with `QStarLogitsProcessor`, which evaluates both models at every token."""
+    plain = THETA.generate(PROMPTS, logits_processor=[QStarLogitsProcessor(TARGET)], do_sample=False, max_new_tokens=16)
+    assert torch.equal(say(do_sample=False, **options), plain)
+
+
+def exact_law(law, prompt, words, steps):
+    """Probabilities of all texts of `steps` words from the models' own log-probabilities."""
+    found = {}
+    for text in itertools.product(range(words), repeat=steps):
+        ids, total = prompt.tolist(), 0.0
+        for token in text:
+            here = torch.tensor([ids])
+            a, b = (CausalScores(m)(here, torch.tensor([len(ids)]), 1)[0] for m in SMALL)
+            total += law(law.tempered(a), law.tempered(b)).log_q[0, token].item()
+            ids.append(token)
+        found[text] = math.exp(total)
+    return found
+
+
+SMALL = [tiny_qwen(seed, vocabulary=5, eos_token_id=None, pad_token_id=None, bos_token_id=None) for seed in (5, 6)]
+
+
+@pytest.mark.parametrize(
+    ("options", "law"),
+    [
+        ({"draft": "alternate"}, QStarLaw()),
+        ({"draft_model": NgramScores(5), "temperature": 1.7}, QStarLaw(temperature=1.7)),
+        ({"top_k": 3, "theta_weight": 0.25, "verify": "block", "draft": "target"}, QStarLaw(0.25, top_k=3)),
+    ],
+    ids=["alternate", "n-gram, temperature", "top-k, fixed weight"],
+)
+def test_samples_have_the_exact_law_of_q_star_and_not_another(options, law):
+    prompt, n = torch.tensor([0, 4, 2]), 4000
+    set_seed(0)
+    out = say(prompt.expand(n, -1), *SMALL, max_new_tokens=2, gamma=2, **options)
+    counts = torch.bincount(out[:, 3] * 5 + out[:, 4], minlength=25).double().numpy()
+
+    def p_value(law):
+        expected = n * torch.tensor(list(exact_law(law, prompt, 5, 2).values())).double().numpy()
+        some = expected > 0
+        if counts[~some].sum() > 0:  # said what this law never says
+            return 0.0
+        return chisquare(counts[some], expected[some] * counts.sum() / expected[some].sum()).pvalue
+
+    assert p_value(law) > 1e-3
+    assert p_value(QStarLaw(0.9, law.temperature, law.top_k)) < 1e-6
+
+
+def test_padded_prompts_are_the_prompts_without_padding():
+    padded = torch.cat([torch.zeros(3, 2).long(), PROMPTS], -1)
+    mask = torch.cat([torch.zeros(3, 2).long(), torch.ones_like(PROMPTS)], -1)
+    mask[1, :4], padded[1, :4] = 0, 0
+    out = say(padded, attention_mask=mask, do_sample=False)
+    assert torch.equal(out[:, :8], padded)
+    assert torch.equal(out[[0, 2], 8:], say(do_sample=False)[[0, 2], 6:])
+    assert torch.equal(out[1, 8:], say(PROMPTS[1:2, 2:], do_sample=False)[0, 4:])
+
+
+def test_details_seeds_and_several_texts_of_a_prompt():
+    set_seed(3)
+    first = say(num_return_sequences=4, return_dict_in_generate=True)
+    set_seed(3)
+    again = say(num_return_sequences=4)
+    assert torch.equal(first.sequences, again)
+    assert first.sequences.shape[0] == first.details.alpha.shape[0] == 12
+    assert 0 < first.details.acceptance["theta"] <= 1
+    assert first.details.forwards["target"] < int(first.details.lengths.max())
+    assert not torch.equal(again, say(num_return_sequences=4, generator=torch.Generator().manual_seed(4)))
+
+
+def test_a_text_ends_at_its_end_tokens_and_at_any_other_criterion():
+    class Word(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.full((len(input_ids),), bool((input_ids[:, -1] == 7).any()))
+
+    free = say(do_sample=False, eos_token_id=None, max_new_tokens=30)[0, 6:].tolist()
+    stop = free[4]
+    first = free.index(stop)
+    ended = say(do_sample=False, eos_token_id=[49, stop], max_new_tokens=30)
+    assert ended[0, 6 : 7 + first].tolist() == free[: first + 1]
+    assert (ended[0, 7 + first :] == 0).all()
+    set_seed(0)
+    for text in say(PROMPTS.repeat(20, 1), stopping_criteria=[Word()], eos_token_id=None)[:, 6:].tolist():
+        assert 7 not in text[:-1] or set(text[text.index(7) + 1 :]) == {0}
+
+
+def test_tokens_arrive_as_they_are_settled():
+    pieces = []
+    set_seed(0)
+    out = say(PROMPTS[:1], stream=lambda new: pieces.append(new.tolist()))
+    assert len(pieces) > 2
+    assert [token for piece in pieces for token in piece] == out[0, 6:].tolist()
+    with pytest.raises(UsageError, match="one text at a time"):
+        say(stream=print)
+
+
+def test_a_penalty_acts_on_q_star():
+    """Without a draft (gamma=0) and with one: the same text, none of its words twice."""
+    options = {"do_sample": False, "repetition_penalty": 1e6, "eos_token_id": None}
+    plain = say(gamma=0, **options)
+    assert all(len(set(text)) == len(text) for text in plain[:, 6:].tolist())
+    for scheme in (
+        {"draft": "theta", "gamma": 3},
+        {"draft": "alternate", "gamma": 2},
+        {"draft_model": THIRD, "gamma": 2},
+    ):
+        assert torch.equal(say(**scheme, **options), plain)
+    assert not torch.equal(plain, say(do_sample=False, eos_token_id=None))
+
+
+def test_wrong_requests_are_sentences():
+    with pytest.raises(UsageError, match=r"qwen3 has 50 words and qwen3 has 5"):
+        say(target=SMALL[0])
+    with pytest.raises(UsageError, match="theta_weight=symmetric"):
+        say(theta_weight="symmetric")
+    with pytest.raises(UsageError, match="num_beams=2"):
+        say(num_beams=2, do_sample=False)
+
+
+def test_the_n_gram_drafter_repeats_what_followed():
+    scores = NgramScores(9, longest=2)
+    ids = torch.tensor(
+        [[1, 2, 3, 4, 1, 2, 0, 0], [5, 6, 5, 7, 5, 8, 0, 0], [5, 6, 7, 6, 8, 5, 6, 0], [1, 1, 2, 3, 0, 0, 0, 0]]
+    )
+    out = scores(ids, torch.tensor([6, 5, 7, 4]), 1)
+    assert out.argmax(-1).flatten().tolist() == [3, 7, 7, 3]
+    assert (out.exp().sum(-1) == 1).all()
