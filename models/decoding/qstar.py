@@ -51,8 +51,8 @@ def decode_qstar(
     """Tokens with the law of q* after prompts input_ids (B, L), right-padded, of which `lengths` (B,) are real.
 
     draft: who proposes, `theta`, `target` or `assistant`; `alternate` is the cheaper of the two models, with the checker's
-    own token as the next proposal. gamma: tokens of a draft; 0 evaluates both models at every token, the plain reference; `auto`
-    is the best for the share of proposals kept so far. cost: seconds of a forward of theta over one of target; with an
+    own token as the next proposal. gamma: tokens of a draft; 0 evaluates both models at every token, the plain reference;
+    `auto` is the best for the share of proposals kept so far. cost: seconds of a forward of theta over one of target; with an
     assistant, seconds of its forward over both.
     eos_ids, stop (of the ids (n,) of a row), processors (on log q*): see `QStarRun`. settled: called after every round with
     the new tokens (n,), for a batch of one.
