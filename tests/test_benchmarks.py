@@ -22,9 +22,9 @@ def benchmark(monkeypatch, tmp_path):
     """A function that runs a benchmark's main at the minimal shape and returns what it wrote."""
     monkeypatch.syspath_prepend(str(FOLDER))
 
-    def run(name: str, *options: str) -> dict:
+    def run(name: str, *options: str, sizes: list[str] = SMALL) -> dict:
         path = tmp_path / f"{name}.json"
-        importlib.import_module(name).main([*COMMON, *SMALL, *options, "--json", str(path)])
+        importlib.import_module(name).main([*COMMON, *sizes, *options, "--json", str(path)])
         return json.loads(path.read_text())
 
     return run
@@ -100,6 +100,41 @@ def test_lightning_overhead(benchmark):
     assert result["losses"].keys() == {row["name"] for row in result["rows"]}
     assert len(set(result["losses"].values())) == 1  # every loop took the same steps
     assert all(math.isfinite(row["more_seconds"]["median"]) for row in result["rows"])
+
+
+def check_finite(rows: list[dict]) -> None:
+    for row in rows:
+        assert all(math.isfinite(value) and value > 0 for part in ("seconds", "ratio") for value in row[part].values())
+
+
+def test_qstar_decoding(benchmark):
+    sizes = ["--width", "16", "--layers", "3", "--trunk", "1", "--heads", "2", "--vocabulary", "11"]
+    result = benchmark("qstar_decoding", "--batch", "1", "2", "--prompt", "3", "--new", "8", sizes=sizes)
+    check_finite(result["rows"])
+    schemes = [row for row in result["rows"] if "beta" in row]
+    assert [row["name"] for row in schemes] == [
+        "draft=theta",
+        "draft=alternate",
+        "draft=assistant",
+        "draft=theta",
+        "draft=alternate",
+    ] * 2
+    for row in schemes:
+        assert 0 <= row["beta"] <= 1
+        assert row["formula"] > 0
+        assert row["speedup"] == pytest.approx(1 / row["ratio"]["median"])
+    peers = [row for row in result["rows"] if "tokens_per_forward" in row]
+    assert [row["tokens_per_forward"] for row in peers[::3]] == [1.0, 1.0]
+    assert all(row["tokens_per_forward"] >= 1 for row in peers)
+
+
+def test_qstar_solver(benchmark):
+    result = benchmark("qstar_solver", "--vocabulary", "3000", "--rows", "2", sizes=[])
+    check_finite(result["rows"])
+    assert [row["name"] for row in result["rows"]] == ["solve_alpha", "20 bisections", "one read"] * 3
+    for solver, halved in zip(result["rows"][::3], result["rows"][1::3], strict=True):
+        assert solver["gap"] < 1e-6
+        assert solver["passes"] < halved["passes"]
 
 
 def test_a_loop_that_fails_says_so(benchmark):

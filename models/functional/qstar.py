@@ -16,6 +16,8 @@ from torch import Tensor
 
 from models.functional.errors import UsageError
 
+CACHED_NUMBERS = 2**18
+
 
 class Alpha(NamedTuple):
     """alpha (...): weight on π_θ. chernoff (...): C = -log Z at alpha, nats. log_z (...): log Z(alpha).
@@ -29,11 +31,13 @@ class Alpha(NamedTuple):
     iterations: int
 
 
-class _Moments(NamedTuple):
-    log_z: Tensor  # K(b), float64
-    mean: Tensor  # K'
-    variance: Tensor  # K''
-    skew: Tensor  # K''', the third central moment
+class _Tilted(NamedTuple):
+    """π_θ e^{b d} at b (N,). weight (N, V): scaled to a largest of 1; log_z, mean, spread (N,) float64: K, K', sqrt E d²."""
+
+    weight: Tensor
+    log_z: Tensor
+    mean: Tensor
+    spread: Tensor
 
 
 def log_ratio(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,69 +53,101 @@ def log_ratio(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(support, logp_t - logp_theta, 0.0), support
 
 
-def _moments(logp_theta: Tensor, d: Tensor, support: Tensor, b: Tensor) -> _Moments:
-    """K and its derivatives at b (...): one pass, sums in float64 (plain float32 leaves KL gaps up to 2e-5)."""
-    logits = torch.where(support, logp_theta + b.unsqueeze(-1).to(d.dtype) * d, -torch.inf)
+def _tilt(logp_theta: Tensor, d: Tensor, b: Tensor) -> _Tilted:
+    """One pass over (N, V) in the precision given; logp_theta is -inf off the support."""
+    logits = torch.addcmul(logp_theta, d, b.unsqueeze(-1).to(d.dtype))
     top = logits.amax(-1, keepdim=True)
-    w = (logits - top).exp()
-    total = w.sum(-1, dtype=torch.float64)
-    first = (w * d).sum(-1, dtype=torch.float64) / total
-    centred = d - first.unsqueeze(-1).to(d.dtype)
-    weighted = w * centred * centred
-    variance = weighted.sum(-1, dtype=torch.float64) / total
-    skew = (weighted * centred).sum(-1, dtype=torch.float64) / total
-    return _Moments(top.squeeze(-1).double() + total.log(), first, variance, skew)
+    weight = logits.sub_(top).exp_()
+    total = weight.sum(-1).double()
+    first = weight * d
+    mean = first.sum(-1).double() / total
+    spread = (first.mul_(d).sum(-1).double() / total).sqrt()
+    return _Tilted(weight, top.squeeze(-1).double() + total.log(), mean, spread)
+
+
+def _halley_step(weight: Tensor, d: Tensor) -> Tensor:
+    """How far b (N,) has to go back, by Halley's method on h = log A - log B.
+
+    K' = (A - B)/Z with A = Σ π_θ e^{b d} d+ and B = Σ π_θ e^{b d} d-, so K' = 0 where h = 0. NaN where A or B underflows.
+    """
+    sums = []
+    for part in (d.clamp(min=0), (-d).clamp(min=0)):
+        weighted = weight
+        for _ in range(3):
+            weighted = weighted * part
+            sums.append(weighted.sum(-1).double())
+    a1, a2, a3, b1, b2, b3 = sums
+    height = a1.log() - b1.log()
+    slope = a2 / a1 + b2 / b1
+    curvature = a3 / a1 - (a2 / a1).square() - b3 / b1 + (b2 / b1).square()
+    return 2 * height * slope / (2 * slope.square() - height * curvature)
 
 
 def solve_alpha(logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, most: int = 60) -> Alpha:
-    """The α at which KL(q‖π_θ) = KL(q‖π_t), for every row: Halley's method on K', kept inside a shrinking bracket.
+    """The α at which KL(q‖π_θ) = KL(q‖π_t), for every row: Halley's method on h = log A - log B (`_halley_step`).
 
+    h increases with b and is nearly straight, even where one token is far more probable under one model than under the other
+    and K' itself jumps; a shrinking bracket catches every step that leaves it.
     logp_theta, logp_t (..., V): log-probabilities, -inf where a token is not allowed; any float type. Passes are made in
-    float32 until |K'| <= 1e-5 (1 + sqrt K''), then in float64 until |K'| <= tolerance: the KL gap, not α, is
-    what matters, and a token far more probable under one model than under the other costs float32 its last digits.
+    float32 until |K'| <= 1e-5 (1 + sqrt E d²), then in float64 until |K'| <= tolerance: the KL gap, not α, is
+    what matters, and float32 sums alone leave gaps up to 2e-5.
     With truncated supports (S the common one) an interior root exists iff Σ_S π_θ d < 0 < Σ_S π_t d; otherwise α = 1 or 0,
     q is that model restricted to S, and the two KLs differ while C = -log Z still holds. d = 0 on S gives 1/2.
     """
+    shape, vocabulary = logp_theta.shape[:-1], logp_theta.shape[-1]
+    theta, target = (logp.reshape(-1, vocabulary) for logp in (logp_theta, logp_t))
+    on_cpu = theta.device.type == "cpu"
+    # a few rows at a time stay in a CPU's cache through all passes
+    rows = max(1, CACHED_NUMBERS // vocabulary) if on_cpu else max(1, len(theta))
+    blocks = zip(theta.split(rows), target.split(rows), strict=True)
+    found = [_solve(a, b, tolerance, most) for a, b in blocks]
+    alpha, log_z = (torch.cat([part[k] for part in found]).view(shape) for k in (0, 1))
+    return Alpha(alpha, -log_z, log_z, max((part[2] for part in found), default=0))
+
+
+def _solve(logp_theta: Tensor, logp_t: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor, int]:
+    """alpha (N,), log Z (N,) and the passes that the slowest of the rows (N, V) took."""
     dtype = torch.float64 if logp_theta.dtype == torch.float64 else torch.float32
     logp_theta, logp_t = logp_theta.to(dtype), logp_t.to(dtype)
     d, support = log_ratio(logp_theta, logp_t)
     zero = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
-    # 1. rows without an interior root: some token is forbidden by one model only, and K' >= 0 at b = 0 or <= 0 at b = 1
     b, done = zero + 0.5, (d == 0).all(-1)
-    truncated = (torch.isfinite(logp_theta) != torch.isfinite(logp_t)).any(-1) & ~done
-    if bool(truncated.any()):
-        at_theta, at_t = (_moments(logp_theta, d, support, end).mean for end in (zero, zero + 1))
+    # 1. rows without an interior root: some token is forbidden by one model only, and K' >= 0 at b = 0 or <= 0 at b = 1
+    if not bool(support.all()):
+        truncated = (torch.isfinite(logp_theta) != torch.isfinite(logp_t)).any(-1) & ~done
+        logp_theta = logp_theta.masked_fill(~support, -torch.inf)
+        at_theta, at_t = (_tilt(logp_theta, d, end).mean for end in (zero, zero + 1))
         stuck_low, stuck_high = truncated & (at_theta >= 0), truncated & (at_t <= 0)
         b = torch.where(stuck_low, 0.0, torch.where(stuck_high, 1.0, b))
         done = done | stuck_low | stuck_high
     # 2. a float32 search, then float64 from where it ended
     iterations = 0
     if dtype == torch.float32:
-        b, _, iterations = _minimise(logp_theta, d, support, b, done, max(1e-5, tolerance), True, most)
+        b, _, iterations = _balance(logp_theta, d, b, done, max(1e-5, tolerance), True, most)
         logp_theta = logp_theta.double()
         d = torch.where(support, logp_t.double() - logp_theta, 0.0)
-    b, m, more = _minimise(logp_theta, d, support, b, done, tolerance, False, most)
-    return Alpha(1 - b, -m.log_z, m.log_z, iterations + more)
+    b, log_z, more = _balance(logp_theta, d, b, done, tolerance, False, most)
+    return 1 - b, log_z, iterations + more
 
 
-def _minimise(
-    logp_theta: Tensor, d: Tensor, support: Tensor, b: Tensor, done: Tensor, goal: float, relative: bool, most: int
-) -> tuple[Tensor, _Moments, int]:
-    """Halley's method on K' from b (...) inside a shrinking bracket, until |K'| <= goal (1 + sqrt K'' if relative).
+def _balance(
+    logp_theta: Tensor, d: Tensor, b: Tensor, done: Tensor, goal: float, relative: bool, most: int
+) -> tuple[Tensor, Tensor, int]:
+    """Halley's method from b (N,) inside a shrinking bracket, until |K'| <= goal (1 + sqrt E d² if relative).
 
-    A row that has got there stays: its result does not depend on the rows beside it. Returns b, the moments at b, passes.
+    A row that has got there stays: its result does not depend on the rows beside it. Returns b, log Z at b, passes.
     """
     low, high = torch.zeros_like(b), torch.ones_like(b)
     for passes in range(1, most + 1):
-        m = _moments(logp_theta, d, support, b)
-        done = done | (m.mean.abs() <= goal * (1 + relative * m.variance.sqrt()))
+        here = _tilt(logp_theta, d, b)
+        done = done | (here.mean.abs() <= goal * (1 + relative * here.spread))
         if bool(done.all()) or passes == most:
             break
-        low, high = torch.where(m.mean < 0, b, low), torch.where(m.mean < 0, high, b)
-        proposed = b - 2 * m.mean * m.variance / (2 * m.variance.square() - m.mean * m.skew)
+        low, high = torch.where(here.mean < 0, b, low), torch.where(here.mean < 0, high, b)
+        proposed = b - _halley_step(here.weight, d)
         inside = (proposed > low) & (proposed < high)
         b = torch.where(done, b, torch.where(inside, proposed, (low + high) / 2))
-    return b, m, passes
+    return b, here.log_z, passes
 
 
 def mix(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from models.functional import qstar
 from models.functional.errors import UsageError
 from models.functional.qstar import accept_log_ratio, mix, overlap, residual, solve_alpha
 
@@ -88,7 +89,7 @@ def test_equal_models_are_weighted_alike():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["near", "far", "spike"])
+@pytest.mark.parametrize("kind", ["near", "far", "spike", "two spikes"])
 def test_low_precision_inputs_get_the_gap_of_their_own_values_closed(dtype, kind):
     draw = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(2, 30_000, generator=draw)
@@ -96,12 +97,24 @@ def test_low_precision_inputs_get_the_gap_of_their_own_values_closed(dtype, kind
         "near": logits + 0.3 * torch.randn(2, 30_000, generator=draw),
         "far": 3 * torch.randn(2, 30_000, generator=draw),
         "spike": torch.where(torch.arange(30_000) == 5, 25.0, logits),
+        "two spikes": torch.where(torch.arange(30_000) == 5, 25.0, logits),
     }[kind]
+    if kind == "two spikes":
+        logits[:, 9] = 25.0
     a, b = logits.log_softmax(-1).to(dtype), other.log_softmax(-1).to(dtype)
     found = solve_alpha(a, b)
     q, _ = mix(a.double(), b.double(), found.alpha)
     assert (kl(q, a.double()) - kl(q, b.double())).abs().max() < 1e-6
-    assert found.iterations <= {"near": 4, "far": 5, "spike": 8}[kind]
+    assert found.iterations <= {"near": 4, "far": 5, "spike": 4, "two spikes": 4}[kind]
+
+
+def test_rows_are_solved_in_blocks_without_a_trace(monkeypatch):
+    a, b = pair(rows=12, dtype=torch.float32)
+    monkeypatch.setattr(qstar, "CACHED_NUMBERS", 100)
+    blocks = solve_alpha(a, b)
+    monkeypatch.setattr(qstar, "CACHED_NUMBERS", 10**6)
+    for ours, whole in zip(blocks, solve_alpha(a, b), strict=True):
+        torch.testing.assert_close(ours, whole, atol=0, rtol=0)
 
 
 def test_leading_dimensions_are_rows():
