@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_causal import tiny_qwen
+from helpers_qwen import tiny_qwen
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from models.backbones.cached_scores import CachedScores

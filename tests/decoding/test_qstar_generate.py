@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers_causal import tiny_qwen
+from helpers_qwen import tiny_qwen
 from scipy.stats import chisquare
 from transformers import StoppingCriteria, set_seed
 
