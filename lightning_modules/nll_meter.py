@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from models.functional.next_token import bits_per_byte, perplexity
+from models.functional.nll import bits_per_byte, perplexity
 
 
 class NllMeter(Metric):

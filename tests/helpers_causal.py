@@ -103,7 +103,11 @@ def packed_batch(rows: int = 2, length: int = 6, vocab_size: int = 7, seed: int 
     generator = torch.Generator().manual_seed(seed)
     stream = torch.randint(3, vocab_size, (rows * length + 1,), generator=generator)
     stream[::5] = EOS
-    columns = {"input_ids": stream[:-1], "labels": stream[1:], "target_bytes": (stream[1:] != EOS) * (stream[1:] % 3 + 1)}
+    columns = {
+        "input_ids": stream[:-1],
+        "labels": stream[1:],
+        "target_bytes": (stream[1:] != EOS) * (stream[1:] % 3 + 1),
+    }
     return {name: column.view(rows, length).clone() for name, column in columns.items()}
 
 

@@ -19,6 +19,7 @@ from models.backbones import checkpoint_files as files
 from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.next_token import CausalText
+from models.functional.nll import chosen_nll
 
 
 def load_causal(
@@ -94,6 +95,11 @@ def causal_logits(model: nn.Module, text: CausalText) -> Tensor:
 def causal_hidden(model: nn.Module, text: CausalText) -> Tensor:
     """States (B, T, D) after the last norm."""
     return model.get_decoder()(**_arguments(text)).last_hidden_state
+
+
+def causal_nll(model: nn.Module, text: CausalText) -> Tensor:
+    """-log p of each target that counts, nats, 0 elsewhere: (B, T)."""
+    return chosen_nll(causal_logits(model, text)[text.weights], text.targets, text.weights)
 
 
 def output_head(model: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ Several tokens at once: Gloeckle et al., Better & Faster Large Language Models v
 Legend: B batch, L columns, T positions that are read, V vocabulary.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -71,14 +70,6 @@ def whole_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return batch["input_ids"], batch["attention_mask"], batch["response_mask"]
 
 
-def token_nll(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """-log p(target) in nats where it counts, 0 elsewhere: (B, T, V), (B, T), (B, T) bool -> (B, T)."""
-    wide = logits[weights]
-    wide = wide if wide.dtype == torch.float64 else wide.float()
-    nll = F.cross_entropy(wide, targets[weights], reduction="none")
-    return torch.zeros(weights.shape, dtype=nll.dtype, device=nll.device).masked_scatter(weights, nll)
-
-
 def shifted_targets(text: CausalText, ahead: int) -> tuple[Tensor, Tensor]:
     """Targets and weights, both (B, T), of a head that predicts the token `ahead` places on; ahead=1 is the next one.
 
@@ -96,16 +87,6 @@ def shifted_targets(text: CausalText, ahead: int) -> tuple[Tensor, Tensor]:
 def align_with_columns(nll: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """(B, T) -> one figure for each column of the batch: those of `labels`, or of `input_ids`, whose first has none."""
     return nll if "labels" in batch else F.pad(nll, (1, 0))
-
-
-def perplexity(nats: float, tokens: float) -> float:
-    """exp of the mean nats a token."""
-    return math.exp(nats / tokens)
-
-
-def bits_per_byte(nats: float, text_bytes: float) -> float:
-    """Nats of text tokens over the bytes that they stand for, in bits: the figure that compares across tokenizers."""
-    return nats / (math.log(2) * text_bytes)
 
 
 def prefix_mask(seen: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,13 @@
 """Masked language modelling (BERT): a few tokens hidden, all others seen. Texts are filled in random order."""
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from models.backbones.causal_lm import require_bidirectional
 from models.functional.errors import UsageError
 from models.functional.masked_lm import any_order_weight, bert_corrupt, hide_exactly, stratified_count
 from models.functional.next_token import whole_text
+from models.functional.nll import chosen_nll
 from models.objectives.base import ObjectiveOutput, TextObjective
 
 
@@ -40,10 +40,7 @@ class MaskedLM(TextObjective):
 
 def fill_nll(model: nn.Module, xt: Tensor, x0: Tensor, chosen: Tensor, attention_mask: Tensor) -> Tensor:
     """-log p(x0_l | xt) in nats at the chosen positions, 0 elsewhere, (B, L); only those meet the output layer."""
-    logits = model.lm_head(model.hidden(model.embed(xt), attention_mask)[chosen])
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    nll = F.cross_entropy(wide, x0[chosen], reduction="none")
-    return torch.zeros(chosen.shape, dtype=nll.dtype, device=nll.device).masked_scatter(chosen, nll)
+    return chosen_nll(model.lm_head(model.hidden(model.embed(xt), attention_mask)[chosen]), x0, chosen)
 
 
 def any_order_nll(model: nn.Module, batch: dict[str, Tensor], generator: Generator, most: int = 64) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from models.backbones.causal_lm import causal_hidden, output_head, require_causal
+from models.backbones.causal_lm import causal_hidden, causal_nll, output_head, require_causal
 from models.functional.errors import UsageError
-from models.functional.next_token import align_with_columns, causal_text, shifted_targets, token_nll
+from models.functional.next_token import align_with_columns, causal_text, shifted_targets
+from models.functional.nll import chosen_nll
 from models.objectives.base import ObjectiveOutput, TextObjective
 
 
@@ -65,13 +66,11 @@ class MultiToken(TextObjective, nn.Module):
         loss_sum, first = hidden.new_zeros((), dtype=torch.float32), None
         for ahead in range(1, self.n + 1):
             targets, weights = shifted_targets(text, ahead)
-            nll = token_nll(self.logits(model, hidden, ahead), targets, weights)
+            nll = chosen_nll(self.logits(model, hidden[weights], ahead), targets, weights)
             first = nll if first is None else first
             # the mean over a head's own positions, so that a short text does not make far heads count less
             loss_sum = loss_sum + nll.sum() * (tokens / max(1, int(weights.sum())))
         return ObjectiveOutput(loss_sum, tokens, align_with_columns(first, batch))
 
     def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:
-        text = causal_text(batch)
-        logits = self.logits(model, causal_hidden(model, text), 1)
-        return align_with_columns(token_nll(logits, text.targets, text.weights), batch)
+        return align_with_columns(causal_nll(model, causal_text(batch)), batch)

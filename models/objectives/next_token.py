@@ -2,8 +2,8 @@
 
 from torch import Generator, Tensor, nn
 
-from models.backbones.causal_lm import causal_logits, require_causal
-from models.functional.next_token import align_with_columns, causal_text, token_nll
+from models.backbones.causal_lm import causal_nll, require_causal
+from models.functional.next_token import align_with_columns, causal_text
 from models.objectives.base import ObjectiveOutput, TextObjective
 
 
@@ -19,7 +19,7 @@ class NextToken(TextObjective):
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
         text = causal_text(batch)
-        nll = token_nll(causal_logits(model, text), text.targets, text.weights)
+        nll = causal_nll(model, text)
         return ObjectiveOutput(nll.sum(), int(text.weights.sum()), align_with_columns(nll, batch))
 
     def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from models.backbones.causal_lm import causal_logits, require_causal
+from models.backbones.causal_lm import causal_nll, require_causal
 from models.functional.attention import positions_from_mask
 from models.functional.errors import UsageError
 from models.functional.next_token import (
@@ -16,7 +16,6 @@ from models.functional.next_token import (
     align_with_columns,
     causal_text,
     prefix_mask,
-    token_nll,
     whole_text,
 )
 from models.functional.span_corruption import question_and_answer, random_spans, span_counts
@@ -74,7 +73,7 @@ class SpanCorruption(TextObjective):
     def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:
         if "labels" in batch:  # nothing is prompted: from left to right
             text = causal_text(batch)
-            return align_with_columns(token_nll(causal_logits(model, text), text.targets, text.weights), batch)
+            return align_with_columns(causal_nll(model, text), batch)
         ids, seen, asked = whole_text(batch)
         return prefix_nll(model, ids, seen, asked, int((~asked[0]).sum()))
 
@@ -83,4 +82,4 @@ def prefix_nll(model: nn.Module, ids: Tensor, seen: Tensor, counts: Tensor, pref
     """-log p(x_l | prefix and what is between) where `counts`, 0 elsewhere: (B, L) nats; the first `prefix` are read."""
     mask = prefix_mask(seen[:, :-1], prefix, next(model.parameters()).dtype)
     text = CausalText(ids[:, :-1], ids[:, 1:], counts[:, 1:], mask, positions_from_mask(seen)[:, :-1])
-    return F.pad(token_nll(causal_logits(model, text), text.targets, text.weights), (1, 0))
+    return F.pad(causal_nll(model, text), (1, 0))

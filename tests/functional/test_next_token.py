@@ -10,14 +10,13 @@ from models.functional.next_token import (
     CausalText,
     align_with_columns,
     before_response,
-    bits_per_byte,
     causal_text,
     prefix_mask,
     shifted_targets,
     token_counts,
-    token_nll,
     whole_text,
 )
+from models.functional.nll import bits_per_byte, chosen_nll
 
 
 def test_a_packed_row_scores_every_label_that_counts():
@@ -52,9 +51,9 @@ def test_before_response_is_one_place_a_row():
     assert before_response(response).tolist() == [[False, True, False, False], [True, False, False, False]]
 
 
-def test_token_nll_by_hand():
-    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]]))
-    nll = token_nll(logits, torch.tensor([[1, 1]]), torch.tensor([[True, False]]))
+def test_chosen_nll_by_hand():
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
+    nll = chosen_nll(logits, torch.tensor([[1, 1]]), torch.tensor([[True, False]]))
     torch.testing.assert_close(nll, torch.tensor([[math.log(4), 0.0]]))
 
 
