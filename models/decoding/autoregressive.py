@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from models.decoding.masked_diffusion import gumbel_argmax
 from models.functional.attention import positions_from_mask
-from models.functional.next_token import before_response, prefix_mask
+from models.functional.next_token import prefix_mask, read_columns
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def generate_autoregressive(
     whole_prompt: prompt tokens see each other both ways, as a prefix language model was trained.
     """
     columns = int(rows["response_mask"][0].sum())
-    seen = rows["attention_mask"] | before_response(rows["response_mask"])
+    seen = read_columns(rows)
     seen, positions = seen[:, :-columns], positions_from_mask(seen)
     # 1. the prompt, once
     read = {"input_ids": rows["input_ids"][:, :-columns], "position_ids": positions[:, :-columns]}

@@ -38,7 +38,7 @@ def causal_text(batch: dict[str, Tensor]) -> CausalText:
     """Packed rows (`labels` hold the next tokens) or prompt -> response rows (`response_mask`) as `CausalText`.
 
     Of a prompt -> response row only response tokens count, each given everything before it, so their sum is
-    -log p(response | prompt). A row without a prompt begins with its padding token, which is then read as text.
+    -log p(response | prompt).
     """
     if "labels" in batch:
         labels = batch["labels"]
@@ -47,10 +47,15 @@ def causal_text(batch: dict[str, Tensor]) -> CausalText:
         return CausalText(
             batch["input_ids"], targets, weights, None, batch.get("position_ids"), batch.get("document_ids")
         )
-    ids, seen = batch["input_ids"], batch["attention_mask"] | before_response(batch["response_mask"])
+    ids, seen = batch["input_ids"], read_columns(batch)
     return CausalText(
         ids[:, :-1], ids[:, 1:], batch["response_mask"][:, 1:], seen[:, :-1], positions_from_mask(seen)[:, :-1]
     )
+
+
+def read_columns(batch: dict[str, Tensor]) -> Tensor:
+    """(B, L) bool: the columns that are read from left to right; a row without a prompt begins with its padding token."""
+    return batch["attention_mask"] | before_response(batch["response_mask"])
 
 
 def before_response(response_mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from models.functional.next_token import (
     align_with_columns,
     causal_text,
     prefix_mask,
+    read_columns,
     whole_text,
 )
 from models.functional.span_corruption import question_and_answer, random_spans, span_counts
@@ -48,7 +49,7 @@ class SpanCorruption(TextObjective):
             raise UsageError("the model has no mask token to stand for a span; type module/objective=prefix_lm")
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
-        x0, attention_mask, asked = whole_text(batch)
+        x0, seen, asked = self._columns(batch)
         first = 0 if "labels" in batch else int((~asked[0]).sum())
         # 1. which denoiser
         weights = torch.tensor(list(self.mix.values()), device=generator.device)
@@ -66,7 +67,7 @@ class SpanCorruption(TextObjective):
             question, counts = torch.cat([x0[:, :first], question], -1), torch.ones_like(answer, dtype=torch.bool)
         # 3. the answer's cross entropy given the question
         ids, read = torch.cat([question, answer], -1), question.shape[1]
-        seen = F.pad(attention_mask[:, :first], (0, ids.shape[1] - first), value=True)
+        seen = F.pad(seen[:, :first], (0, ids.shape[1] - first), value=True)
         nll = prefix_nll(model, ids, seen, F.pad(counts, (read, 0)), read)
         return ObjectiveOutput(nll.sum(), int(counts.sum()), nll)
 
@@ -74,8 +75,13 @@ class SpanCorruption(TextObjective):
         if "labels" in batch:  # nothing is prompted: from left to right
             text = causal_text(batch)
             return align_with_columns(causal_nll(model, text), batch)
-        ids, seen, asked = whole_text(batch)
+        ids, seen, asked = self._columns(batch)
         return prefix_nll(model, ids, seen, asked, int((~asked[0]).sum()))
+
+    def _columns(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, what is read and what may be asked for, (B, L) each."""
+        x0, attention_mask, asked = whole_text(batch)
+        return x0, attention_mask if "labels" in batch else read_columns(batch), asked
 
 
 def prefix_nll(model: nn.Module, ids: Tensor, seen: Tensor, counts: Tensor, prefix: int) -> Tensor:
