@@ -1,5 +1,6 @@
 """PretrainModule: one model, one injected objective. Teachers, baselines and judges are trained with it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class PretrainModule(LeapModule):
         return self._loss(batch, batch_idx, "val")
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self._likelihood_figures(self.meter).items():
+        for name, value in self._likelihood_figures().items():
             self.log(f"val/{name}", value)  # the same on every rank: the meter sums over them
 
     def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> Tensor:
@@ -91,14 +92,21 @@ class PretrainModule(LeapModule):
     def _likelihood(self) -> str | None:
         return getattr(self.objective, "likelihood", None)
 
+    @property
+    def _truth(self) -> Callable[[dict[str, Tensor]], Tensor] | None:
+        """The corpus' own NLL of its texts, where it knows it."""
+        return getattr(self.trainer.datamodule, "true_nll", None)
+
     def _measure(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add the NLL of the batch's texts to the meter; streams 1 and 2 are those of validation and of this."""
+        """Add the NLL of the batch's texts to the meter, with the same draws whenever it is measured."""
         nll = self.objective.text_nll(self.model, batch, self.step_generator(batch_idx, stream=2, epoch=0))
         self.meter.update(nll, token_counts(batch), batch.get("target_bytes"))
 
-    def _likelihood_figures(self, meter: NllMeter) -> dict[str, float]:
+    def _likelihood_figures(self) -> dict[str, float]:
+        if self._likelihood is None:
+            return {}
         ending = "_bound" if self._likelihood == "bound" else ""
-        return {name + ending: value for name, value in meter.compute().items()}
+        return {name + ending: value for name, value in self.meter.compute().items()}
 
     # -- comparison ---------------------------------------------------------------------------------------------------
 
@@ -110,16 +118,16 @@ class PretrainModule(LeapModule):
         """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
         if self._likelihood is not None:
             self._measure(batch, batch_idx)
-            truth = getattr(self.trainer.datamodule, "true_nll", None)
-            if truth is not None:
-                self.truth_meter.update(truth(batch), token_counts(batch))
+            if self._truth is not None:
+                self.truth_meter.update(self._truth(batch), token_counts(batch))
         return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}
 
     def model_figures(self) -> dict[str, float]:
         """Figures of the model itself after a test; every rank has to ask."""
-        truth = self.truth_meter.compute()
-        known = {"nll_truth": truth["nll"]} if truth else {}
-        return {**self.figures, **self._likelihood_figures(self.meter), **known}
+        figures = {**self.figures, **self._likelihood_figures()}
+        if self._truth is not None and self._likelihood is not None:
+            figures["nll_truth"] = self.truth_meter.compute()["nll"]
+        return figures
 
     def decoders(self) -> list[Decoder]:
         generation = getattr(self.objective, "generation", "masked")

@@ -3,9 +3,12 @@
 from types import SimpleNamespace
 
 import torch
+from lightning import LightningDataModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from datamodules.batch import pack_prompt_response
 from models.backbones.causal import build_causal
 
 PAD, EOS, MASK = 0, 1, 2
@@ -113,7 +116,30 @@ def packed_batch(rows: int = 2, length: int = 6, vocab_size: int = 7, seed: int 
 
 def pair_batch() -> dict[str, Tensor]:
     """Prompts of 0 to 3 tokens before 3 columns, responses of 4 columns."""
-    from datamodules.batch import pack_prompt_response
-
     prompts, responses = [[3, 4, 5], [], [6]], [[4, 5], [6, 3, 4, 5], [3]]
     return pack_prompt_response(prompts, responses, prompt_length=3, response_length=4, pad_id=PAD, eos_id=EOS)
+
+
+class PackedStream(LightningDataModule):
+    """Packed rows in the shape that a text corpus hands out, without one: batches of ragged sizes."""
+
+    name, response_length = "packed", 1
+
+    def __init__(self, sizes: tuple[int, ...] = (3, 1, 2), vocab_size: int = 7, documents: bool = False) -> None:
+        super().__init__()
+        self.batches = [packed_batch(rows, vocab_size=vocab_size, seed=rows) for rows in sizes]
+        if documents:
+            for batch in self.batches:
+                place = torch.arange(6).expand_as(batch["input_ids"])
+                batch |= {"document_ids": place // 4, "position_ids": place % 4}
+
+    def facts(self) -> dict:
+        return {"name": self.name, "entropy_nats_per_token": None, "conditional_total_correlation": None}
+
+    def controls(self) -> list:
+        return []
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None)
+
+    val_dataloader = test_dataloader = train_dataloader
