@@ -223,8 +223,8 @@ def _teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
 
 def _fitting(model: LladaModel, datamodule: Any, what: str) -> LladaModel:
     """The model, once it is sure that the corpus fits it."""
-    config = model.config
-    datamodule.check_network(what, config.vocab_size, config.mask_token_id, config.max_position_embeddings)
+    known = {name: getattr(model.config, name, None) for name in ("vocab_size", "mask_token_id")}
+    datamodule.check_network(what, **known, context=model.config.max_position_embeddings)
     return model
 
 

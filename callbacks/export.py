@@ -1,4 +1,4 @@
-"""Saves the trained part of a student when training ends."""
+"""Saves what was trained when training ends."""
 
 from pathlib import Path
 
@@ -20,3 +20,21 @@ class ExportStudent(Callback):
         student = getattr(pl_module, "student", None)
         if student is not None and trainer.is_global_zero and not trainer.fast_dev_run:
             save_student(student, self.folder, {"teacher": self.teacher, **self.notes})
+
+
+class ExportModel(Callback):
+    """Writes `folder` after training: a plain folder for transformers or, of a model with adapters, one for peft.
+
+    merged: of a model with adapters, also write `<folder>_merged`, a plain model for transformers.
+    """
+
+    def __init__(self, folder: str, merged: bool = False) -> None:
+        self.folder, self.merged = Path(folder), merged
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        pl_module.export(self.folder, tokenizer)
+        if self.merged:
+            pl_module.export(self.folder.with_name(self.folder.name + "_merged"), tokenizer, merged=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from callbacks.console import report_console
 from callbacks.picture import quality_figure
 from callbacks.record import build_record, write_record
-from callbacks.table import in_words, markdown_table, results_table
+from callbacks.table import in_words, markdown_table, results_table, split_rows
 
 
 class FrontierReport(Callback):
@@ -40,6 +40,8 @@ class FrontierReport(Callback):
         self._reset()
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if not outputs["results"]:  # a corpus without prompts has nothing to answer
+            return
         self._rows.append({name: column.cpu() for name, column in batch.items()})
         if not self._decoders:
             self._decoders = [result["decoder"] for result in outputs["results"]]
@@ -51,28 +53,33 @@ class FrontierReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
-        rows = _gather({name: torch.cat([r[name] for r in self._rows]) for name in self._rows[0]})
+        figures = pl_module.model_figures() if hasattr(pl_module, "model_figures") else {}
+        rows = _gather({name: torch.cat([r[name] for r in self._rows]) for name in self._rows[0]}) if self._rows else {}
         responses = [_gather({"r": torch.cat(self._responses[k])})["r"] for k in range(len(self._decoders))]
         if not trainer.is_global_zero:
             return
         table_rows = [self._row(k, data.scorer(rows, answer), answer, pl_module) for k, answer in enumerate(responses)]
+        if figures:
+            table_rows.append(_model_row(pl_module, figures))
         seed = int(getattr(pl_module, "seed", 0))
         self.record = build_record(self.experiment, seed, pl_module.device, self.config, data.facts(), table_rows)
         figure = quality_figure(self.record)
         if not trainer.fast_dev_run:
             write_record(self.record, self.folder / "record.json")
             figure.savefig(self.folder / "frontier.png", dpi=130)
-        texts = self._texts(data, rows, responses)
+        texts = self._texts(data, rows, responses) if rows else []
         console = report_console()
         _print_samples(console, texts)
-        console.print()
-        console.print(results_table(self.record, console.width))
+        for part in split_rows(self.record):
+            console.print()
+            console.print(results_table(part, console.width))
         for sentence in in_words(self.record):
             console.print(f"· {escape(sentence)}", highlight=False)
+        tables = "\n\n".join(markdown_table(part) for part in split_rows(self.record))
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_figure"):
                 logger.experiment.add_figure("frontier", figure, trainer.global_step)
-                logger.experiment.add_text("results", markdown_table(self.record), trainer.global_step)
+                logger.experiment.add_text("results", tables, trainer.global_step)
                 logger.experiment.add_text("samples", _samples_markdown(texts), trainer.global_step)
 
     def _row(self, k: int, score: Any, responses: Tensor, pl_module: LightningModule) -> dict[str, Any]:
@@ -110,6 +117,14 @@ class FrontierReport(Callback):
                 faults = data.explain(answers[n], few["reveal"][n]) if hasattr(data, "explain") else []
                 texts.append((name, prompts[n], answer, "; ".join(faults[:1])))
         return texts
+
+
+def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[str, Any]:
+    """The row of what is known of the model itself, in the shape of a decoder's."""
+    cost = {"tokens_per_s": None, "flops_per_token": None, "peak_memory_bytes": None, "batch": None}
+    objective = type(pl_module.objective).__name__
+    named = {"method": "model", "decoder": objective, "forwards": 0}
+    return {**named, "quality": figures, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
 
 
 def _print_samples(console: Console, texts: list[tuple[str, str, str, str]]) -> None:

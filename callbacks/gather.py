@@ -33,11 +33,27 @@ NAMES = (
     "tv",
     "entropy",
     "tokens_per_s",
+    # of models themselves
+    "nll",
+    "nll_bound",
+    "nll_truth",
+    "bits_per_byte",
+    "bits_per_byte_bound",
+    "probe",
+    "probe_mean",
+    "probe_shuffled",
+    "goal_tokens",
+    "goal_seconds",
+    "train_tokens",
+    "train_seconds",
+    "flops_per_step",
+    "train_flops",
 )
 # name -> (title, where the value is in a record's row, how it is written), as in the table of one run
 FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in COLUMNS.items() if path[-1] in NAMES}
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
-DISPENSABLE = ("tv", "tokens_per_s", "validity_part", "entropy")  # on a narrow terminal; all of it is in frontier.md
+# left out on a narrow terminal; all of it is in frontier.md
+DISPENSABLE = ("tv", "tokens_per_s", "validity_part", "entropy", "train_flops", "train_seconds", "train_tokens")
 
 
 @dataclass
@@ -138,10 +154,11 @@ def report_frontier(folder: str | Path, console: Console) -> None:
     rows = frontier_rows([record for _, record in find_records(folder)])
     out = Path(folder) / "report"
     out.mkdir(exist_ok=True)
-    corpora = [[r for r in rows if r.corpus == name] for name in dict.fromkeys(row.corpus for row in rows)]
-    for own in corpora:
+    parts = dict.fromkeys((row.corpus, row.method == "model") for row in rows)  # models have figures of their own
+    tables = [[r for r in rows if (r.corpus, r.method == "model") == part] for part in parts]
+    for own in tables:
         console.print(frontier_table(own, console.width))
-    text = "\n\n".join(f"## {own[0].corpus}\n\n{frontier_markdown(own)}" for own in corpora)
+    text = "\n\n".join(f"## {own[0].corpus}\n\n{frontier_markdown(own)}" for own in tables)
     (out / "frontier.md").write_text(text + "\n")
     figure = frontier_figure(rows)
     figure.savefig(out / "frontier.png", dpi=130)

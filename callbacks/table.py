@@ -22,11 +22,39 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "distinct": (("distinct",), ".2f"),
     "tokens/s": (("cost", "tokens_per_s"), ",.0f"),
     "MFLOP/token": (("cost", "flops_per_token"), "mega"),
+    # of the model itself, whatever it generates
+    "nats/token": (("quality", "nll"), ".4f"),
+    "nats/token|bound": (("quality", "nll_bound"), ".4f"),
+    "nats/token|truth": (("quality", "nll_truth"), ".4f"),
+    "perplexity": (("quality", "perplexity"), ".3f"),
+    "bits/byte": (("quality", "bits_per_byte"), ".4f"),
+    "bits/byte|bound": (("quality", "bits_per_byte_bound"), ".4f"),
+    "probe": (("quality", "probe"), ".3f"),
+    "probe|mean": (("quality", "probe_mean"), ".3f"),
+    "probe|shuffled": (("quality", "probe_shuffled"), ".3f"),
+    "probe|chance": (("quality", "probe_chance"), ".3f"),
+    "Mtok|to goal": (("quality", "goal_tokens"), "mega"),
+    "s|to goal": (("quality", "goal_seconds"), ".1f"),
+    "Mtok": (("quality", "train_tokens"), "mega"),
+    "s": (("quality", "train_seconds"), ".1f"),
+    "GFLOP/step": (("quality", "flops_per_step"), "giga"),
+    "TFLOP": (("quality", "train_flops"), "tera"),
 }
+SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 
 
 # what a narrow terminal does without first; all of it is in record.json
-DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct")
+DISPENSABLE = (
+    *("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct"),
+    *("perplexity", "probe|chance", "Mtok", "s", "TFLOP"),
+)
+
+
+def split_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record with its decoders' rows and, where there is one, with the row of the model itself: a table each."""
+    rows = record["rows"]
+    parts = [[row for row in rows if row["method"] != "model"], [row for row in rows if row["method"] == "model"]]
+    return [{**record, "rows": part} for part in parts if part]
 
 
 def results_table(record: dict[str, Any], width: int = 120) -> Table:
@@ -150,4 +178,4 @@ def written(value: float | None, form: str) -> str:
     """A number in a column's form, "-" for None."""
     if value is None:
         return "-"
-    return f"{value / 1e6:.2f}" if form == "mega" else format(value, form)
+    return f"{value / SCALES[form]:.2f}" if form in SCALES else format(value, form)

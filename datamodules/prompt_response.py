@@ -54,14 +54,17 @@ class PromptResponseDataModule(LightningDataModule):
         return {"vocab_size": len(ids), **{name: getattr(ids, name) for name in names}}
 
     def check_network(self, what: str, vocab_size: int, mask_token_id: int | None, context: int) -> None:
-        """Raise UsageError unless a network of this vocabulary and context length can read the corpus."""
+        """Raise UsageError unless a network of this vocabulary and context length can read the corpus.
+
+        mask_token_id: None for a network that knows no mask.
+        """
         columns = self.prompt_length + self.response_length
         if columns > context:
             raise UsageError(
                 f"prompt ({self.prompt_length}) and response ({self.response_length}) need {columns} positions, the {what} "
                 f"has {context}; shorten data.prompt_length or data.response_length"
             )
-        if len(self.tokenizer) > vocab_size or self.tokenizer.mask_token_id != mask_token_id:
+        if len(self.tokenizer) > vocab_size or mask_token_id not in (None, self.tokenizer.mask_token_id):
             raise UsageError(
                 f"the {what} has {vocab_size} token ids with mask {mask_token_id}, the corpus' tokenizer "
                 f"{len(self.tokenizer)} with mask {self.tokenizer.mask_token_id}; they belong to different vocabularies "

@@ -1,19 +1,35 @@
-"""PretrainModule: one model, one injected objective. Teachers are trained with it."""
+"""PretrainModule: one model, one injected objective. Teachers, baselines and judges are trained with it."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.base import LeapModule
+from lightning_modules.nll_meter import NllMeter
+from models.backbones.causal_lm import save_causal, save_merged
+from models.backbones.states import text_states
+from models.decoding.autoregressive import AutoregressiveDecoder
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
-from models.objectives.base import Objective
+from models.functional.next_token import token_counts
+from models.objectives.base import Objective, TextObjective
 
 
 class PretrainModule(LeapModule):
     """model: the network; objective: batch -> summed loss and token count.
 
-    forwards, temperature, remasking: the sampler settings that `trainer.test` compares.
+    forwards, temperature, remasking: the sampler settings that `trainer.test` compares; of these a model that generates from
+    left to right uses the temperature alone.
+    Validation logs `val/loss`, what is minimised, and `val/nll`, `val/perplexity`, `val/bits_per_byte` of the text; the names
+    of an objective with an upper bound end in `_bound`.
+    figures: what is known of the model itself, whatever it generates; callbacks add theirs, and the report shows all.
     """
 
     def __init__(
@@ -33,20 +49,122 @@ class PretrainModule(LeapModule):
         self.save_hyperparameters(ignore=["model", "objective"])
         self.model, self.objective = model, objective
         self.forwards, self.temperature, self.remasking = tuple(forwards), temperature, remasking
+        self.figures: dict[str, float] = {}
+        self.meter, self.truth_meter = NllMeter(), NllMeter()
+        if isinstance(objective, TextObjective):
+            objective.attach(model)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.refuse_nan(self._loss(batch, batch_idx, "train"))
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if isinstance(self.objective, TextObjective):
+            self.objective.after_step(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        self.meter.reset()
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self._loss(batch, batch_idx, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self._likelihood_figures().items():
+            self.log(f"val/{name}", value)  # the same on every rank: the meter sums over them
 
     def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> Tensor:
         stream = 0 if split == "train" else 1
         out = self.objective(self.model, batch, self.step_generator(batch_idx, stream))
         loss = out.loss_sum / max(1, out.tokens)
         self.log(f"{split}/loss", loss, prog_bar=True, batch_size=max(1, out.tokens), sync_dist=split == "val")
+        if split == "val" and self._likelihood is not None:
+            if self.objective.loss_is_nll:
+                self.meter.update(out.position_nll, out.tokens, batch.get("target_bytes"))
+            else:
+                self._measure(batch, batch_idx)
         return loss
 
+    # -- likelihood ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _likelihood(self) -> str | None:
+        return getattr(self.objective, "likelihood", None)
+
+    @property
+    def _truth(self) -> Callable[[dict[str, Tensor]], Tensor] | None:
+        """The corpus' own NLL of its texts, where it knows it."""
+        return getattr(self.trainer.datamodule, "true_nll", None)
+
+    def _measure(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add the NLL of the batch's texts to the meter, with the same draws whenever it is measured."""
+        nll = self.objective.text_nll(self.model, batch, self.step_generator(batch_idx, stream=2, epoch=0))
+        self.meter.update(nll, token_counts(batch), batch.get("target_bytes"))
+
+    def _likelihood_figures(self) -> dict[str, float]:
+        if self._likelihood is None:
+            return {}
+        ending = "_bound" if self._likelihood == "bound" else ""
+        return {name + ending: value for name, value in self.meter.compute().items()}
+
+    # -- comparison ---------------------------------------------------------------------------------------------------
+
+    def on_test_epoch_start(self) -> None:
+        self.meter.reset()
+        self.truth_meter.reset()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
+        if self._likelihood is not None:
+            self._measure(batch, batch_idx)
+            if self._truth is not None:
+                self.truth_meter.update(self._truth(batch), token_counts(batch))
+        return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}
+
+    def model_figures(self) -> dict[str, float]:
+        """Figures of the model itself after a test; every rank has to ask."""
+        figures = {**self.figures, **self._likelihood_figures()}
+        if self._truth is not None and self._likelihood is not None:
+            figures["nll_truth"] = self.truth_meter.compute()["nll"]
+        return figures
+
     def decoders(self) -> list[Decoder]:
+        generation = getattr(self.objective, "generation", "masked")
+        if generation is None:
+            return []
+        if generation != "masked":
+            length = self.trainer.datamodule.response_length
+            prefix = generation == "prefix"
+            return [AutoregressiveDecoder(self.model, length, temperature=self.temperature, whole_prompt=prefix)]
         options: dict[str, Any] = {"temperature": self.temperature, "remasking": self.remasking}
         return [MaskedDiffusionDecoder(self.model, n, **options) for n in self.forwards]
+
+    @torch.no_grad()
+    def states(self, rows: dict[str, Tensor]) -> Tensor:
+        """The model's last states of whole texts, (B, L, D)."""
+        return text_states(self.model, rows["input_ids"], rows["attention_mask"])
+
+    def flops_of_step(self, batch: dict[str, Tensor]) -> float:
+        """Floating point operations of a forward and backward pass over the batch, counted on two of its rows."""
+        few = {name: column[:2] for name, column in batch.items()}
+        rows = len(next(iter(batch.values())))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            out = self.objective(self.model, few, torch.Generator(device=self.device).manual_seed(0))
+            out.loss_sum.backward()
+        self.zero_grad(set_to_none=True)
+        return counter.get_total_flops() * rows / min(2, rows)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        whole = dict(checkpoint["state_dict"])
+        super().on_save_checkpoint(checkpoint)
+        # what an objective keeps without training it, such as an average of the model, is in no other file
+        checkpoint["state_dict"] |= {name: value for name, value in whole.items() if name.startswith("objective.")}
+
+    def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path | None:
+        """Write the model as a plain folder: an adapter for peft, `merged` or whole for transformers."""
+        if isinstance(self.model, PeftModel) and merged:
+            return save_merged(self.model, folder, tokenizer)
+        return save_causal(self.model, folder, tokenizer)

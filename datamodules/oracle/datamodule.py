@@ -104,6 +104,15 @@ class OracleDataModule(PromptResponseDataModule):
         """Responses (N, R) drawn from the true p(text | prompt) of each row."""
         return ResamplingFloor(self.distribution)(rows, generator)
 
+    def true_nll(self, rows: dict[str, Tensor]) -> Tensor:
+        """-log p(text | prompt) of each row's own text in nats, (N,) float64."""
+        texts = rows["input_ids"][:, self.prompt_length :]
+        return -self.distribution.log_prob(texts.cpu(), rows["reveal"].cpu())
+
+    def hidden_plans(self, rows: dict[str, Tensor]) -> Tensor:
+        """The plan that each row's text tells, one value for each attribute: (N, A)."""
+        return self.distribution.plans_of(rows["input_ids"][:, self.prompt_length :].cpu())
+
     def explain(self, response: Tensor, reveal: Tensor) -> list[str]:
         """What is wrong with a response (R,) to a prompt that reveals (A,); [] when nothing is."""
         words = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import (
 
 from models.backbones import checkpoint_files as files
 from models.backbones.official_layout import config_from_official, is_official_config, official_to_leap_key
+from models.backbones.sizes import require_fitting_sizes
 from models.functional.attention import (
     bidirectional_attention,
     gated_prefix_attention,
@@ -160,27 +161,7 @@ def build_llada(
     """
     options = dict(locals())
     options["num_key_value_heads"] = num_key_value_heads or num_attention_heads
-    ids = ("mask_token_id", "eos_token_id", "pad_token_id")
-    for name, value in options.items():
-        if name in ids and not 0 <= value < vocab_size:
-            raise UsageError(f"model.{name}={value} is outside the vocabulary; type an id from 0 to {vocab_size - 1}")
-        if name not in ids and name != "tie_word_embeddings" and value <= 0:
-            raise UsageError(f"model.{name}={value} has to be above 0")
-    if mask_token_id in (eos_token_id, pad_token_id):
-        raise UsageError(
-            f"model.mask_token_id={mask_token_id} is also the end or padding token; give the mask its own id"
-        )
-    step = 2 * num_attention_heads  # rotary positions turn pairs of numbers
-    if hidden_size % step:
-        raise UsageError(
-            f"model.hidden_size={hidden_size} does not give each of model.num_attention_heads={num_attention_heads} "
-            f"an even width; type a multiple of {step}, such as model.hidden_size={-(-hidden_size // step) * step}"
-        )
-    if num_attention_heads % options["num_key_value_heads"]:
-        raise UsageError(
-            f"model.num_key_value_heads={num_key_value_heads} does not divide model.num_attention_heads="
-            f"{num_attention_heads}; type model.num_key_value_heads={num_attention_heads} for one each"
-        )
+    require_fitting_sizes(options)
     rope = {"rope_type": "default", "rope_theta": float(options.pop("rope_theta"))}
     return _construct(LladaConfig(**options, rope_parameters=rope, bos_token_id=None))
 

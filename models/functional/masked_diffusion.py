@@ -5,8 +5,9 @@ Legend: B batch, L length, V vocabulary; t in [0, 1] with t = 1 all masked, t = 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
+
+from models.functional.nll import chosen_nll
 
 
 def mask_probability(t: Tensor, eps: float = 1e-3) -> Tensor:
@@ -41,9 +42,7 @@ def masked_diffusion_nll(masked_logits: Tensor, x0: Tensor, masked: Tensor, p: T
     masked_logits (M, V) are the logits of the M = masked.sum() hidden positions, in row-major order; p (B,).
     Its sum over a row is an unbiased draw of the row's upper bound on -log p(x0), in nats.
     """
-    token_nll = F.cross_entropy(masked_logits.float(), x0[masked], reduction="none")
-    weight = (1.0 / p)[row_of_masked(masked)]
-    return torch.zeros(masked.shape, device=token_nll.device).masked_scatter(masked, token_nll * weight)
+    return chosen_nll(masked_logits, x0, masked) * (1.0 / p).unsqueeze(-1)
 
 
 def random_length(length: int, generator: Generator, probability: float = 0.01) -> int:

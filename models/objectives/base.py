@@ -1,8 +1,11 @@
 """The shape of a training objective: a batch in, a sum of losses, a token count and each token's NLL out."""
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Generator, Tensor, nn
+
+Likelihood = Literal["exact", "bound"]
+Generation = Literal["masked", "autoregressive", "prefix"]
 
 
 class ObjectiveOutput(NamedTuple):
@@ -27,3 +30,26 @@ def mean_of(values: Tensor) -> Tensor:
 
 class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput: ...
+
+
+class TextObjective:
+    """What an objective says of itself beside its loss. One with weights of its own is an `nn.Module` as well.
+
+    likelihood: what the model's NLL of a text is: `exact`, an upper `bound`, or None where the objective defines none.
+    loss_is_nll: the loss' `position_nll` is that NLL, or an unbiased draw of it, so that validation needs no more forwards.
+    generation: how its model writes texts; None where it cannot.
+    """
+
+    likelihood: Likelihood | None = None
+    loss_is_nll: bool = False
+    generation: Generation | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Called once with the model: refuse one that does not fit (UsageError) and make weights of its size."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after every optimizer step."""
+
+    def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:
+        """NLL of the batch's texts by position, nats, (B, L); columns as in `align_with_columns`."""
+        raise NotImplementedError

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from models.backbones.causal_lm import require_bidirectional
 from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.masked_diffusion import (
@@ -17,15 +18,22 @@ from models.functional.masked_diffusion import (
     masked_diffusion_nll,
     random_length,
 )
-from models.objectives.base import ObjectiveOutput
+from models.functional.next_token import whole_text
+from models.objectives.base import ObjectiveOutput, TextObjective
+from models.objectives.masked_lm import any_order_nll
 
 
-class MaskedDiffusion:
+class MaskedDiffusion(TextObjective):
     """CE / p over masked tokens, divided by the number of tokens that could be masked.
 
     form: `sft` keeps the prompt clean and counts response tokens (trailing end-of-text included); `pretrain` masks every
-    real token and, with probability `random_length_probability`, cuts the batch to a random length.
+    real token and, with probability `random_length_probability`, cuts the batch to a random length. Of packed rows every
+    token may be masked in both forms, and none is cut: a cut would lose tokens of the stream.
     """
+
+    likelihood = "bound"
+    loss_is_nll = True
+    generation = "masked"
 
     def __init__(
         self,
@@ -40,10 +48,12 @@ class MaskedDiffusion:
         self.form, self.eps, self.antithetic = form, eps, antithetic
         self.random_length_probability = random_length_probability
 
+    def attach(self, model: LladaModel) -> None:
+        require_bidirectional(model, "masked_diffusion")
+
     def __call__(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
-        x0, attention_mask = batch["input_ids"], batch["attention_mask"]
-        maskable = batch["response_mask"]
-        if self.form == "pretrain":
+        x0, attention_mask, maskable = whole_text(batch)
+        if self.form == "pretrain" and "labels" not in batch:
             length = random_length(x0.shape[1], generator, self.random_length_probability)
             x0, attention_mask = x0[:, :length], attention_mask[:, :length]
             maskable = attention_mask
@@ -60,3 +70,6 @@ class MaskedDiffusion:
         # 4. their cross entropy, weighted by 1 / p
         nll = masked_diffusion_nll(masked_logits, x0, masked, p)
         return ObjectiveOutput(nll.sum(), int(maskable.sum()), nll)
+
+    def text_nll(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> Tensor:
+        return any_order_nll(model, batch, generator)

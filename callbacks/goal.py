@@ -1,0 +1,48 @@
+"""How much a training needed until its validation likelihood was good enough."""
+
+import time
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from models.functional.next_token import token_counts
+
+
+class TrainingGoal(Callback):
+    """Notes tokens and seconds of training when the validation NLL first falls to `below` nats a token, exact or bound.
+
+    Tokens are those of the texts that were read, whichever of them an objective scores, over all ranks; seconds are spent in
+    training steps alone. The figures are nowhere where the goal was not reached. Looked at after each validation only.
+    """
+
+    monitors = ("val/nll", "val/nll_bound")
+
+    def __init__(self, below: float) -> None:
+        self.below = below
+        self.tokens, self.seconds = 0, 0.0
+        self.reached: dict[str, float] = {}
+        self._started = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.seconds += time.perf_counter() - self._started
+        self.tokens += token_counts(batch) * trainer.world_size
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        known = [float(trainer.callback_metrics[name]) for name in self.monitors if name in trainer.callback_metrics]
+        if known and known[0] <= self.below and not self.reached:
+            self.reached = {"goal_tokens": self.tokens, "goal_seconds": self.seconds}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.tokens and hasattr(pl_module, "figures"):
+            pl_module.figures |= {**self.reached, "train_tokens": self.tokens, "train_seconds": self.seconds}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "seconds": self.seconds, "reached": dict(self.reached)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens, self.seconds, self.reached = state["tokens"], state["seconds"], dict(state["reached"])

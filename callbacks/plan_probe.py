@@ -1,0 +1,60 @@
+"""Reads the hidden plan of texts off a model's states with a linear probe, beside the same probe on shuffled labels."""
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Generator, Tensor
+
+from models.functional.probe import fit_ridge, probe_accuracy, standardise
+
+
+class PlanProbe(Callback):
+    """Adds to the module's figures before a test, where the corpus knows its plans (`hidden_plans`) and the module `states`.
+
+    probe: accuracy on test texts, averaged over attributes, from the state at a text's last place, which has to hold the
+        whole plan; probe_mean: from the mean state, which words told one by one are enough for.
+    probe_shuffled: `probe` of labels that were shuffled before fitting; probe_chance: the most frequent value everywhere.
+    Only texts whose prompt shows nothing are taken. rows: at most so many of each split.
+    """
+
+    def __init__(self, rows: int = 2000, ridge: float = 1e-3) -> None:
+        self.rows, self.ridge = rows, ridge
+
+    @torch.no_grad()
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        plans_of = getattr(trainer.datamodule, "hidden_plans", None)
+        if plans_of is None or not hasattr(pl_module, "states"):
+            return
+        splits = [self._unprompted(trainer.datamodule.rows[split].columns) for split in ("train", "test")]
+        if min(len(rows["input_ids"]) for rows in splits) < 2:
+            return
+        plans = [plans_of(rows) for rows in splits]
+        last, mean = zip(*(self._states(pl_module, rows) for rows in splits), strict=True)
+        shuffled = [plans[0][torch.randperm(len(plans[0]), generator=Generator().manual_seed(0))], plans[1]]
+        pl_module.figures["probe"] = self._accuracy(last, plans)
+        pl_module.figures["probe_mean"] = self._accuracy(mean, plans)
+        pl_module.figures["probe_shuffled"] = self._accuracy(last, shuffled)
+        common = plans[0].mode(0).values
+        pl_module.figures["probe_chance"] = (plans[1] == common).double().mean().item()
+
+    def _unprompted(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        chosen = (columns["reveal"] < 0).all(-1).nonzero()[: self.rows, 0]
+        return {name: column[chosen] for name, column in columns.items()}
+
+    def _states(self, module: LightningModule, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The state at the last place and the mean over the response, (N, D) each."""
+        last, mean = [], []
+        for start in range(0, len(rows["input_ids"]), 512):
+            few = {name: column[start : start + 512].to(module.device) for name, column in rows.items()}
+            states = module.states(few)[:, -int(few["response_mask"][0].sum()) :]
+            last.append(states[:, -1].cpu())
+            mean.append(states.mean(1).cpu())
+        return torch.cat(last), torch.cat(mean)
+
+    def _accuracy(self, states: tuple[Tensor, Tensor], plans: list[Tensor]) -> float:
+        train, test = standardise(*(part.double() for part in states))
+        found = []
+        for a in range(plans[0].shape[-1]):
+            labels, truth = plans[0][:, a], plans[1][:, a]
+            weights = fit_ridge(train, labels, int(max(labels.max(), truth.max())) + 1, self.ridge)
+            found.append(probe_accuracy(weights, test, truth))
+        return sum(found) / len(found)

@@ -1,0 +1,42 @@
+"""Nats, tokens and bytes summed over batches and ranks, and what is read off them: NLL, perplexity, bits per byte."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from models.functional.nll import bits_per_byte, perplexity
+
+
+class NllMeter(Metric):
+    """Sums first, ratios last, so that batches and ranks of different sizes weigh as many tokens as they have.
+
+    Bytes are counted where a batch has `target_bytes`; tokens that stand for none (special ones) lend it no nats.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "tokens", "text_nats", "text_bytes"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, tokens: int, target_bytes: Tensor | None = None) -> None:
+        """nll (B, L) nats by position, 0 where nothing counts; tokens: how many count; target_bytes (B, L)."""
+        wide = nll.detach().double()
+        self.nats += wide.sum()
+        self.tokens += tokens
+        if target_bytes is not None:
+            self.text_nats += wide[target_bytes > 0].sum()
+            self.text_bytes += target_bytes.sum()
+
+    def compute(self) -> dict[str, float]:
+        """`nll` in nats a token, `perplexity`, and `bits_per_byte` where bytes were counted; {} where nothing was."""
+        if self.tokens == 0:
+            return {}
+        figures = {
+            "nll": float(self.nats / self.tokens),
+            "perplexity": perplexity(float(self.nats), float(self.tokens)),
+        }
+        if self.text_bytes > 0:
+            figures["bits_per_byte"] = bits_per_byte(float(self.text_nats), float(self.text_bytes))
+        return figures

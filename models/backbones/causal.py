@@ -1,0 +1,57 @@
+"""Small causal bodies with fresh weights, as plain Hugging Face models: `save_pretrained` writes a folder that any reads."""
+
+from typing import Literal, get_args
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from models.backbones.llada import build_llada
+from models.backbones.sizes import require_fitting_sizes
+from models.functional.errors import require_choice
+
+Architecture = Literal["llama", "qwen3"]
+Attention = Literal["causal", "bidirectional"]
+CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
+
+def build_causal(
+    *,
+    vocab_size: int,
+    mask_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int | None = None,
+    intermediate_size: int,
+    max_position_embeddings: int,
+    rope_theta: float,
+    rms_norm_eps: float = 1e-5,
+    tie_word_embeddings: bool = False,
+    architecture: Architecture = "llama",
+) -> PreTrainedModel:
+    """A causal model with fresh random weights in float32, drawn from torch's global generator.
+
+    The options are those of `build_llada`, so that bodies of both kinds have the same sizes; the mask's id is only noted.
+    Errors: UsageError that names model.<option>, where the sizes do not fit together.
+    """
+    sizes = {name: value for name, value in locals().items() if name != "architecture"}
+    require_choice("model.architecture", architecture, get_args(Architecture))
+    sizes["num_key_value_heads"] = num_key_value_heads or num_attention_heads
+    require_fitting_sizes(sizes)
+    rope = {"rope_type": "default", "rope_theta": float(sizes.pop("rope_theta"))}
+    config_class, model_class = CLASSES[architecture]
+    # the embedding of a padding id would get neither a start nor a gradient
+    padding = sizes.pop("pad_token_id")
+    config = config_class(**sizes, head_dim=hidden_size // num_attention_heads, rope_parameters=rope, use_cache=False)
+    model = model_class(config)
+    model.config.pad_token_id = padding
+    return model
+
+
+def build_body(*, attention: Attention, architecture: Architecture = "llama", **sizes) -> torch.nn.Module:
+    """A body of the same sizes that looks backwards only (`causal`) or both ways (`bidirectional`, LLaDA's)."""
+    require_choice("model.attention", attention, get_args(Attention))
+    return build_causal(architecture=architecture, **sizes) if attention == "causal" else build_llada(**sizes)

@@ -1,0 +1,137 @@
+"""Any Hugging Face causal LM: read from a folder or the hub, adapted with LoRA, asked for logits and states, written out.
+
+Only safetensors are read and no code of a checkpoint is run.
+Legend: B batch, T positions, D width, V vocabulary.
+"""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from models.backbones import checkpoint_files as files
+from models.backbones.llada import LladaModel
+from models.functional.errors import UsageError
+from models.functional.next_token import CausalText
+from models.functional.nll import chosen_nll
+
+
+def load_causal(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+) -> PreTrainedModel | PeftModel:
+    """The causal LM in `path`, a local folder or a hub name; "auto" keeps the type that its weights are stored in.
+
+    lora_rank: low-rank adapters on every linear layer of attention and MLP, which then train alone; None trains everything.
+    lora_alpha: their scale is lora_alpha / lora_rank; None is twice the rank.
+    Errors: UsageError for a folder that does not exist, one without safetensors, and other kinds of models.
+    """
+    if lora_rank is not None and lora_rank < 1:
+        raise UsageError(f"model.lora_rank={lora_rank} must be at least 1; null trains every weight")
+    if not 0 <= lora_dropout < 1:
+        raise UsageError(f"model.lora_dropout={lora_dropout} must be at least 0 and less than 1")
+    device, wanted = files.parse_device(device), "auto" if dtype == "auto" else files.parse_dtype(dtype)
+    folder = files.find_folder(path)
+    kind = files.read_json(folder / "config.json").get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(
+            f"model.path={path} holds a {kind or 'nameless'} model, which is no causal LM of transformers (remote code is "
+            "not run); type a folder or hub name such as model.path=Qwen/Qwen3-0.6B"
+        )
+    files.list_tensors(folder)  # refuses pickles and files that are cut short
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=wanted, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    if lora_rank is not None:
+        model = with_adapters(model, lora_rank, lora_alpha, lora_dropout)
+    return model.to(device).train()
+
+
+def with_adapters(model: PreTrainedModel, rank: int, alpha: float | None = None, dropout: float = 0.0) -> PeftModel:
+    """Low-rank adapters (Hu et al., 2021) on every linear layer but the head; they start as no-ops."""
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def require_causal(model: nn.Module, objective: str) -> None:
+    """Raise UsageError for a model that sees the tokens it would have to predict."""
+    if isinstance(model, LladaModel):
+        raise UsageError(
+            f"module/objective={objective} needs a model that looks backwards only; type model=small (made to fit) or "
+            "model=causal_lm"
+        )
+
+
+def require_bidirectional(model: nn.Module, objective: str) -> None:
+    """Raise UsageError for a model that cannot look both ways around a mask."""
+    if not hasattr(model, "embed"):
+        raise UsageError(
+            f"module/objective={objective} needs a model that looks both ways; type model=small (made to fit)"
+        )
+
+
+def causal_logits(model: nn.Module, text: CausalText) -> Tensor:
+    """Logits (B, T, V) of the token after each position."""
+    return model(**_arguments(text)).logits
+
+
+def causal_hidden(model: nn.Module, text: CausalText) -> Tensor:
+    """States (B, T, D) after the last norm."""
+    return model.get_decoder()(**_arguments(text)).last_hidden_state
+
+
+def causal_nll(model: nn.Module, text: CausalText) -> Tensor:
+    """-log p of each target that counts, nats, 0 elsewhere: (B, T)."""
+    return chosen_nll(causal_logits(model, text)[text.weights], text.targets, text.weights)
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The layer from states to logits."""
+    return model.get_output_embeddings()
+
+
+def _arguments(text: CausalText) -> dict:
+    # transformers finds the documents of a packed row by the positions that start again, as long as no mask is given
+    mask = text.attention_mask
+    if mask is not None and mask.ndim == 2:
+        mask = mask.long()
+    return {"input_ids": text.ids, "attention_mask": mask, "position_ids": text.position_ids, "use_cache": False}
+
+
+def save_causal(model: PreTrainedModel | PeftModel, folder: str | Path, tokenizer=None) -> Path:
+    """Write a plain folder: the adapter alone (for `PeftModel.from_pretrained`) or the model (for transformers).
+
+    A half-written folder never appears.
+    """
+    folder = Path(folder)
+    staging = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    model.save_pretrained(staging)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)
+    return folder
+
+
+def save_merged(model: PeftModel, folder: str | Path, tokenizer=None) -> Path:
+    """Write a plain transformers folder with the adapters added into the weights; the model itself stays as it is."""
+    return save_causal(copy.deepcopy(model).merge_and_unload(), folder, tokenizer)

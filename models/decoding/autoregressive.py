@@ -1,0 +1,66 @@
+"""Generation from left to right with a key-value cache: one forward for each token of the response.
+
+Legend: B batch, P prompt columns, R response columns, V vocabulary.
+"""
+
+import torch
+from torch import Generator, Tensor, nn
+
+from models.decoding.masked_diffusion import gumbel_argmax
+from models.functional.attention import positions_from_mask
+from models.functional.next_token import prefix_mask, read_columns
+
+
+@torch.no_grad()
+def generate_autoregressive(
+    model: nn.Module,
+    rows: dict[str, Tensor],
+    generator: Generator,
+    *,
+    temperature: float = 1.0,
+    whole_prompt: bool = False,
+) -> Tensor:
+    """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
+
+    whole_prompt: prompt tokens see each other both ways, as a prefix language model was trained.
+    """
+    columns = int(rows["response_mask"][0].sum())
+    seen = read_columns(rows)
+    seen, positions = seen[:, :-columns], positions_from_mask(seen)
+    # 1. the prompt, once
+    read = {"input_ids": rows["input_ids"][:, :-columns], "position_ids": positions[:, :-columns]}
+    mask = prefix_mask(seen, seen.shape[1], next(model.parameters()).dtype) if whole_prompt else seen.long()
+    out = model(**read, attention_mask=mask, use_cache=True, logits_to_keep=1)
+    response = []
+    for place in range(columns):
+        # 2. a token from what has been read so far
+        response.append(gumbel_argmax(out.logits[:, -1], temperature, generator))
+        if place + 1 == columns:
+            break
+        # 3. read it: its keys and values join the cache
+        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
+        position = positions[:, place - columns, None]
+        out = model(
+            input_ids=response[-1].unsqueeze(-1),
+            attention_mask=seen.long(),
+            position_ids=position,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+    return torch.stack(response, -1)
+
+
+class AutoregressiveDecoder:
+    """`generate_autoregressive` of one model, as a `Decoder`; response_length: R, its forwards."""
+
+    method = "teacher"
+
+    def __init__(
+        self, model: nn.Module, response_length: int, *, temperature: float = 1.0, whole_prompt: bool = False
+    ) -> None:
+        self.model, self.forwards = model, response_length
+        self.options = {"temperature": temperature, "whole_prompt": whole_prompt}
+        self.name = "autoregressive" if temperature else "autoregressive, greedy"
+
+    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        return generate_autoregressive(self.model, rows, generator, **self.options)

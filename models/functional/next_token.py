@@ -1,0 +1,113 @@
+r"""Next-token prediction: what a causal model reads and says, and the nats it needs for it.
+
+.. math:: -\log p(x) = -\sum_t \log p(x_t \mid x_{<t})
+
+Several tokens at once: Gloeckle et al., Better & Faster Large Language Models via Multi-token Prediction (2404.19737).
+Legend: B batch, L columns, T positions that are read, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.functional.attention import positions_from_mask
+
+IGNORED = -100  # a label that is nobody's target
+
+
+class CausalText(NamedTuple):
+    """What is read and what is to be said. All (B, T).
+
+    ids: read; targets: the token after each; weights: bool, True where the target counts.
+    attention_mask: bool, False on left padding, or None where nothing is padding.
+    position_ids: where a position stands in its text, or None for 0, 1, 2 ...
+    document_ids: which document a position belongs to, or None where a row is one text.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    document_ids: Tensor | None = None
+
+
+def causal_text(batch: dict[str, Tensor]) -> CausalText:
+    """Packed rows (`labels` hold the next tokens) or prompt -> response rows (`response_mask`) as `CausalText`.
+
+    Of a prompt -> response row only response tokens count, each given everything before it, so their sum is
+    -log p(response | prompt).
+    """
+    if "labels" in batch:
+        labels = batch["labels"]
+        weights = labels != IGNORED
+        targets = labels.masked_fill(~weights, 0)
+        return CausalText(
+            batch["input_ids"], targets, weights, None, batch.get("position_ids"), batch.get("document_ids")
+        )
+    ids, seen = batch["input_ids"], read_columns(batch)
+    return CausalText(
+        ids[:, :-1], ids[:, 1:], batch["response_mask"][:, 1:], seen[:, :-1], positions_from_mask(seen)[:, :-1]
+    )
+
+
+def read_columns(batch: dict[str, Tensor]) -> Tensor:
+    """(B, L) bool: the columns that are read from left to right; a row without a prompt begins with its padding token."""
+    return batch["attention_mask"] | before_response(batch["response_mask"])
+
+
+def before_response(response_mask: Tensor) -> Tensor:
+    """(B, L) bool: the one position before the response, from which its first token is predicted."""
+    first = F.pad(response_mask[:, 1:], (0, 1)) & ~response_mask
+    return first & (first.cumsum(-1) == 1)
+
+
+def whole_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a model that looks both ways reads: ids, attention_mask and which tokens may be hidden; (B, L) each.
+
+    Packed rows are their labels, so that every token of the stream is read once and stands where `target_bytes` counts it.
+    """
+    if "labels" in batch:
+        real = batch["labels"] != IGNORED
+        return batch["labels"].masked_fill(~real, 0), torch.ones_like(real), real
+    return batch["input_ids"], batch["attention_mask"], batch["response_mask"]
+
+
+def shifted_targets(text: CausalText, ahead: int) -> tuple[Tensor, Tensor]:
+    """Targets and weights, both (B, T), of a head that predicts the token `ahead` places on; ahead=1 is the next one.
+
+    It counts where the next token counts, the token itself counts, and both positions read the same document.
+    """
+    off = ahead - 1
+    if off == 0:
+        return text.targets, text.weights
+    weights = text.weights & F.pad(text.weights[:, off:], (0, off))
+    if text.document_ids is not None:
+        weights = weights & (text.document_ids == F.pad(text.document_ids[:, off:], (0, off), value=-1))
+    return F.pad(text.targets[:, off:], (0, off)), weights
+
+
+def align_with_columns(nll: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) -> one figure for each column of the batch: those of `labels`, or of `input_ids`, whose first has none."""
+    return nll if "labels" in batch else F.pad(nll, (1, 0))
+
+
+def prefix_mask(seen: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores of a prefix language model, (B, 1, L, L): 0 where a key may be seen.
+
+    The first `prefix` columns see each other both ways, later ones everything before them; seen (B, L) bool is False on
+    padding. A padding query sees itself, so that no row of scores is empty.
+    """
+    length = seen.shape[-1]
+    place = torch.arange(length, device=seen.device)
+    allowed = (place <= place.unsqueeze(-1)) | (place < prefix)
+    allowed = (allowed & seen.unsqueeze(1)) | torch.eye(length, dtype=torch.bool, device=seen.device)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def token_counts(batch: dict[str, Tensor]) -> int:
+    """How many tokens of a batch are scored: labels that count, or response tokens."""
+    return int((batch["labels"] != IGNORED).sum() if "labels" in batch else batch["response_mask"].sum())

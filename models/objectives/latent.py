@@ -1,0 +1,71 @@
+"""Latent prediction: from each position, what a slowly following copy of the body makes of the next span.
+
+No token is predicted, so there is neither a likelihood nor generation; the states are what is trained.
+Legend: B batch, T positions, D width, N positions that count.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from models.backbones.causal_lm import causal_hidden, output_head, require_causal
+from models.functional.errors import UsageError
+from models.functional.latent import covariance_penalty, next_span_mean, variance_penalty
+from models.functional.next_token import align_with_columns, causal_text, shifted_targets
+from models.functional.weights import trainable_weights, update_average
+from models.objectives.base import ObjectiveOutput, TextObjective
+
+
+class Latent(TextObjective, nn.Module):
+    """Mean of |predictor(h_t) - mean of the next `span` target states|² / D, plus VICReg's two penalties on the states.
+
+    The target states are those of an exponential average of the body (`decay`), normalised over their dimensions.
+    `position_nll` is the squared error, which is no likelihood.
+    """
+
+    def __init__(
+        self, span: int = 4, *, decay: float = 0.99, variance_weight: float = 1.0, covariance_weight: float = 0.04
+    ) -> None:
+        super().__init__()
+        if span < 1:
+            raise UsageError(f"module.objective.span={span} must be at least 1")
+        self.span, self.decay = span, decay
+        self.variance_weight, self.covariance_weight = variance_weight, covariance_weight
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def attach(self, model: nn.Module) -> None:
+        require_causal(model, "latent")
+        self.target = copy.deepcopy(model).requires_grad_(False).eval()
+        head = output_head(model)
+        width = head.weight.shape[-1]
+        self.predictor = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.predictor.to(head.weight)
+        if head.weight is not model.get_input_embeddings().weight:
+            head.requires_grad_(False)  # nothing is said, so it would have no gradient
+
+    def after_step(self, model: nn.Module) -> None:
+        average = dict(self.target.named_parameters())
+        update_average({name: average[name] for name in trainable_weights(model)}, model, self.decay, int(self.steps))
+        self.steps += 1
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
+        text = causal_text(batch)
+        # 1. where a whole span follows
+        _, counts = shifted_targets(text, self.span)
+        counts = counts & (torch.arange(counts.shape[1], device=counts.device) < counts.shape[1] - self.span)
+        # 2. what is predicted, and what it should be
+        z = _normalised(causal_hidden(model, text)[counts])
+        with torch.no_grad():
+            target = next_span_mean(_normalised(causal_hidden(self.target, text)), self.span)[counts]
+        error = (self.predictor(z) - target).square().mean(-1)
+        # 3. the guard: states spread out, in all directions
+        penalty = self.variance_weight * variance_penalty(z) + self.covariance_weight * covariance_penalty(z)
+        tokens = int(counts.sum())
+        errors = torch.zeros(counts.shape, dtype=error.dtype, device=error.device).masked_scatter(counts, error)
+        return ObjectiveOutput(error.sum() + tokens * penalty, tokens, align_with_columns(errors, batch))
+
+
+def _normalised(states: Tensor) -> Tensor:
+    return F.layer_norm(states, states.shape[-1:])

@@ -1,0 +1,26 @@
+"""Next-token prediction: every token from those before it. Exact likelihood, left-to-right generation."""
+
+from torch import Generator, Tensor, nn
+
+from models.backbones.causal_lm import causal_nll, require_causal
+from models.functional.next_token import align_with_columns, causal_text
+from models.objectives.base import ObjectiveOutput, TextObjective
+
+
+class NextToken(TextObjective):
+    """Cross entropy of each next token; of prompt -> response rows the response's tokens count."""
+
+    likelihood = "exact"
+    loss_is_nll = True
+    generation = "autoregressive"
+
+    def attach(self, model: nn.Module) -> None:
+        require_causal(model, "next_token")
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
+        text = causal_text(batch)
+        nll = causal_nll(model, text)
+        return ObjectiveOutput(nll.sum(), int(text.weights.sum()), align_with_columns(nll, batch))
+
+    def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:
+        return self(model, batch, generator).position_nll
