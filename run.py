@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,24 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
+from transformers import PreTrainedModel
 
-from callbacks.console import print_answers, quiet_libraries, report_console, sentence_for
+from callbacks.console import (
+    print_answers,
+    quiet_libraries,
+    report_console,
+    say_where_things_are,
+    sentence_for,
+)
 from callbacks.frontier import FrontierReport
 from callbacks.gather import report_frontier
 from datamodules.prompts import read_prompts
-from lightning_modules.teacher_cache import cache_key, partial_folder, require_readable, train_or_load_teacher
+from lightning_modules.base import require_forwards
+from lightning_modules.run_files import find_checkpoint, newest_student
+from lightning_modules.teacher_cache import cache_key, partial_folder, train_or_load
+from models.backbones.causal import build_causal
+from models.backbones.causal_lm import load_causal
+from models.backbones.causal_scores import require_one_vocabulary
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.student_files import load_student, read_student
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
@@ -81,7 +94,7 @@ def fit(cfg: DictConfig) -> float | None:
         raise
     metric = trainer.callback_metrics.get(cfg.optimized_metric)
     trainer.test(module, datamodule, verbose=False)
-    _say_where_things_are(cfg, module)
+    _say_where_things_are(cfg)
     return None if metric is None else float(metric)
 
 
@@ -91,7 +104,7 @@ def test(cfg: DictConfig) -> None:
         if cfg.teacher is None:
             cfg.ckpt_path = "last"
         else:
-            cfg.student_path = str(_newest_student(cfg))
+            cfg.student_path = str(newest_student(_runs(cfg)))
     if cfg.student_path is not None and cfg.teacher is not None:
         cfg.teacher.path = _teacher_of(cfg, cfg.student_path)
     module, trainer, datamodule = _build(cfg)
@@ -101,7 +114,7 @@ def test(cfg: DictConfig) -> None:
         if cfg.student_path is not None:
             module.student = load_student(cfg.student_path, module.teacher.cpu())
         trainer.test(module, datamodule, verbose=False)
-    _say_where_things_are(cfg, module)
+    _say_where_things_are(cfg)
 
 
 def generate(cfg: DictConfig) -> None:
@@ -120,7 +133,7 @@ def generate(cfg: DictConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = {"temperature": cfg.module.teacher_temperature, "remasking": cfg.module.teacher_remasking}
     if cfg.decoder == "student":
-        folder = Path(cfg.student_path) if cfg.student_path else _newest_student(cfg)
+        folder = Path(cfg.student_path) if cfg.student_path else newest_student(_runs(cfg))
         base = _teacher_of(cfg, folder)
         if base is None:
             raise UsageError(f"{folder} does not say where its teacher is; type teacher.path=<folder>")
@@ -150,12 +163,16 @@ def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     """Everything a run needs, from the configuration, with the cheap checks before the expensive work."""
     seed_everything(cfg.seed, verbose=False)
     if cfg.ckpt_path is not None:
-        cfg.ckpt_path = str(_checkpoint(cfg))
+        cfg.ckpt_path = str(find_checkpoint(_runs(cfg), cfg.ckpt_path))
     datamodule = instantiate(cfg.data)
     datamodule.prepare_data()
     datamodule.setup("fit")
     _check_before_work(cfg, datamodule)
-    if cfg.teacher is None:
+    if cfg.pair is not None:
+        stand_ins = {name: build_causal(**datamodule.special_ids(), **STAND_IN) for name in cfg.pair}
+        instantiate(cfg.module, _convert_="all", **stand_ins)  # refuses a wrong option before a model is trained
+        module = instantiate(cfg.module, _convert_="all", **_pair(cfg, datamodule))
+    elif cfg.teacher is None:
         module = instantiate(cfg.module, _convert_="all", model=_new_model(cfg, datamodule))
     else:
         stand_in = build_llada(**datamodule.special_ids(), **STAND_IN)
@@ -170,14 +187,8 @@ def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
 
 def _check_before_work(cfg: DictConfig, datamodule: Any) -> None:
     """Refuse now what would otherwise fail after a teacher has been trained."""
-    most = datamodule.response_length
     for name in ("forwards", "student_forwards"):
-        given = list(cfg.module.get(name) or [1])
-        if min(given) < 1 or max(given) > most:
-            raise UsageError(
-                f"module.{name}={given} must lie between 1 and the response length {most}; "
-                f"type for example module.{name}=[1,2,{min(4, most)}]"
-            )
+        require_forwards(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
     instantiate(cfg.trainer, callbacks=[], logger=False)
 
 
@@ -198,23 +209,46 @@ def _teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
     if "path" in cfg.model:
         cfg.teacher.path = cfg.model.path
         return _new_model(cfg, datamodule)
-    plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "teacher")}
+    return _trained(cfg, cfg.teacher, datamodule, "teacher", load_llada)
+
+
+def _pair(cfg: DictConfig, datamodule: Any) -> dict[str, PreTrainedModel]:
+    """theta and target: pair.<name>.path=, or trained here on the pair's own data and kept in the cache."""
+    models = {}
+    for name, recipe in cfg.pair.items():
+        if recipe.path is not None:
+            models[name] = _fitting(load_causal(recipe.path, dtype=recipe.dtype), datamodule, name)
+        else:
+            own = instantiate(cfg.data, **recipe.data)
+            own.prepare_data()
+            own.setup("fit")
+            models[name] = _trained(cfg, recipe, own, name, load_causal)
+    require_one_vocabulary(*(recipe.path for recipe in cfg.pair.values()))
+    return models
+
+
+def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, load: Callable[[Path], Any]) -> Any:
+    """The model that `recipe` (as conf/teacher) trains on datamodule, or the same one from the cache."""
+    plain = {"model": cfg.model, "teacher": recipe}
+    plain = {name: OmegaConf.to_container(part, resolve=True) for name, part in plain.items()}
     plain["teacher"].pop("cache_dir")
     numerics = {name: cfg.trainer.get(name) for name in ("precision", "gradient_clip_val", "accumulate_grad_batches")}
     made_from = {**plain, **numerics, "batch_size": datamodule.batch_size, "seed": cfg.seed}
     key = cache_key(**made_from, data=datamodule.fingerprint())
-    folder = Path(cfg.teacher.cache_dir) / f"{datamodule.name}-{key}"
-    cfg.teacher.path = None if cfg.trainer.get("fast_dev_run") else str(folder)
-    cfg.teacher.callbacks.checkpoint.dirpath = str(partial_folder(folder))
-    return train_or_load_teacher(
+    folder = Path(recipe.cache_dir) / f"{datamodule.name}-{key}"
+    recipe.path = None if cfg.trainer.get("fast_dev_run") else str(folder)
+    recipe.callbacks.checkpoint.dirpath = str(partial_folder(folder))
+    return train_or_load(
         folder,
+        what=what,
+        load=load,
         build_model=lambda: _new_model(cfg, datamodule),
-        build_module=lambda model: instantiate(cfg.teacher.module, _convert_="all", model=model),
+        build_module=lambda model: instantiate(recipe.module, _convert_="all", model=model),
         build_trainer=lambda: instantiate(
             cfg.trainer,
-            max_steps=cfg.teacher.max_steps,
-            callbacks=[instantiate(c) for c in cfg.teacher.callbacks.values() if c],
-            logger=_loggers(cfg, "teacher"),
+            max_steps=recipe.max_steps,
+            callbacks=[instantiate(c) for c in recipe.callbacks.values() if c],
+            logger=_loggers(cfg, what),
         ),
         datamodule=datamodule,
         console=console,
@@ -248,17 +282,9 @@ def _run_dir(cfg: DictConfig) -> Path:
     return Path(cfg.paths.run_dir)
 
 
-def _checkpoint(cfg: DictConfig) -> Path:
-    """cfg.ckpt_path as a readable file; `last` is the experiment's newest."""
-    if cfg.ckpt_path == "last":
-        advice = "no run of it left a checkpoint; leave ckpt_path out to start one"
-        return require_readable(_newest(cfg, "checkpoints/last.ckpt", advice))
-    path = Path(cfg.ckpt_path)
-    if not path.is_file():
-        raise UsageError(
-            f"ckpt_path={path} does not exist; type ckpt_path=last for the newest of experiment={cfg.name}"
-        )
-    return require_readable(path)
+def _runs(cfg: DictConfig) -> Path:
+    """The folder of all runs of the experiment."""
+    return Path(cfg.paths.output_dir, cfg.name)
 
 
 def _teacher_of(cfg: DictConfig, student: str | Path) -> str | None:
@@ -266,34 +292,10 @@ def _teacher_of(cfg: DictConfig, student: str | Path) -> str | None:
     return cfg.teacher.path or read_student(student)["notes"].get("teacher")
 
 
-def _newest_student(cfg: DictConfig) -> Path:
-    advice = f"no student has been trained; type python run.py experiment={cfg.name} first, or student_path=<folder>"
-    return _newest(cfg, "student/student.json", advice).parent
-
-
-def _newest(cfg: DictConfig, pattern: str, advice: str) -> Path:
-    found = sorted(Path(cfg.paths.output_dir, cfg.name).glob(f"**/{pattern}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UsageError(f"experiment {cfg.name} below {cfg.paths.output_dir}: {advice}")
-    return found[-1]
-
-
-# -- talking ---------------------------------------------------------------------------------------------------------
-
-
-def _say_where_things_are(cfg: DictConfig, module: LightningModule) -> None:
-    if cfg.trainer.get("fast_dev_run"):
-        return
-    folder = _run_dir(cfg)
-    console.print(f"\nrecord and figure: {folder}/record.json, {folder}/frontier.png", highlight=False)
-    console.print(f"dashboard:         tensorboard --logdir {folder}", highlight=False)
-    if cfg.teacher is not None:
-        console.print(f"student:           {folder}/student (its teacher: {cfg.teacher.path})", highlight=False)
-        prompt = "''" if cfg.example_prompt is None else f"'{cfg.example_prompt}'"
-        console.print(
-            f"next:              python run.py experiment={cfg.name} mode=generate \"prompt={prompt}\"",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+def _say_where_things_are(cfg: DictConfig) -> None:
+    if not cfg.trainer.get("fast_dev_run"):
+        teacher = None if cfg.teacher is None else str(cfg.teacher.path)
+        say_where_things_are(console, cfg.name, _run_dir(cfg), teacher, cfg.example_prompt)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -54,3 +55,18 @@ def quiet_libraries() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
         yield
+
+
+def say_where_things_are(
+    console: Console, experiment: str, folder: Path, teacher: str | None, example_prompt: str | None
+) -> None:
+    """What a run has left, and what to type next. teacher: where a student's teacher is; None where no student was trained."""
+    console.print(f"\nrecord and figure: {folder}/record.json, {folder}/frontier.png", highlight=False)
+    console.print(f"dashboard:         tensorboard --logdir {folder}", highlight=False)
+    if teacher is not None:
+        console.print(f"student:           {folder}/student (its teacher: {teacher})", highlight=False)
+        prompt = "''" if example_prompt is None else f"'{example_prompt}'"
+        console.print(
+            f"next:              python run.py experiment={experiment} mode=generate \"prompt={prompt}\"",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip

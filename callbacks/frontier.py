@@ -54,11 +54,12 @@ class FrontierReport(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
         figures = pl_module.model_figures() if hasattr(pl_module, "model_figures") else {}
+        known = [_known(pl_module, k) for k in range(len(self._decoders))]
         rows = _gather({name: torch.cat([r[name] for r in self._rows]) for name in self._rows[0]}) if self._rows else {}
         responses = [_gather({"r": torch.cat(self._responses[k])})["r"] for k in range(len(self._decoders))]
         if not trainer.is_global_zero:
             return
-        table_rows = [self._row(k, data.scorer(rows, answer), answer, pl_module) for k, answer in enumerate(responses)]
+        table_rows = [self._row(k, data.scorer(rows, answer), answer, known[k]) for k, answer in enumerate(responses)]
         if figures:
             table_rows.append(_model_row(pl_module, figures))
         seed = int(getattr(pl_module, "seed", 0))
@@ -82,7 +83,7 @@ class FrontierReport(Callback):
                 logger.experiment.add_text("results", tables, trainer.global_step)
                 logger.experiment.add_text("samples", _samples_markdown(texts), trainer.global_step)
 
-    def _row(self, k: int, score: Any, responses: Tensor, pl_module: LightningModule) -> dict[str, Any]:
+    def _row(self, k: int, score: Any, responses: Tensor, known: dict[str, dict]) -> dict[str, Any]:
         decoder, seconds = self._decoders[k], self._seconds[k]
         counts = [r.numel() for r in self._responses[k]]
         warm = slice(1, None) if len(seconds) > 1 else slice(None)  # the first batch pays for warming up
@@ -90,7 +91,7 @@ class FrontierReport(Callback):
             "method": decoder.method,
             "decoder": decoder.name,
             "forwards": decoder.forwards,
-            "quality": score.quality,
+            "quality": score.quality | known["quality"],
             "entropy": score.entropy,
             "distinct": score.distinct,
             "cost": {
@@ -98,6 +99,7 @@ class FrontierReport(Callback):
                 "flops_per_token": self._flops[k],
                 "peak_memory_bytes": max((peak for peak in self._peaks[k] if peak is not None), default=None),
                 "batch": len(self._responses[k][0]),
+                **known["cost"],
             },
             "n_samples": len(responses),
             "ci95": {name: list(interval) for name, interval in score.ci95.items()},
@@ -117,6 +119,11 @@ class FrontierReport(Callback):
                 faults = data.explain(answers[n], few["reveal"][n]) if hasattr(data, "explain") else []
                 texts.append((name, prompts[n], answer, "; ".join(faults[:1])))
         return texts
+
+
+def _known(pl_module: LightningModule, k: int) -> dict[str, dict]:
+    """What the module itself knows of its decoder k, beside the texts."""
+    return pl_module.decoder_figures(k) if hasattr(pl_module, "decoder_figures") else {"quality": {}, "cost": {}}
 
 
 def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[str, Any]:

@@ -16,10 +16,18 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "exact match": (("quality", "exact_match"), ".3f"),
     "slot acc.": (("quality", "slot_accuracy"), ".3f"),
     "BLEU": (("quality", "bleu"), ".1f"),
+    "style": (("quality", "style"), ".3f"),
+    "NLL|by θ": (("quality", "nll_theta"), ".3f"),
+    "NLL|by t": (("quality", "nll_target"), ".3f"),
     "entropy": (("entropy",), ".2f"),
     "TV": (("quality", "tv"), ".2f"),
     "coverage": (("quality", "coverage"), ".2f"),
     "distinct": (("distinct",), ".2f"),
+    "kept": (("cost", "acceptance"), ".3f"),
+    "speed-up": (("cost", "speedup_vs_naive"), ".2f"),
+    "formula": (("cost", "speedup_formula"), ".2f"),
+    "G-test p": (("quality", "g_test_p"), ".3f"),
+    "largest error": (("quality", "max_enumeration_error"), ".0e"),
     "tokens/s": (("cost", "tokens_per_s"), ",.0f"),
     "MFLOP/token": (("cost", "flops_per_token"), "mega"),
     # of the model itself, whatever it generates
@@ -46,7 +54,7 @@ SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 # what a narrow terminal does without first; all of it is in record.json
 DISPENSABLE = (
     *("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct"),
-    *("perplexity", "probe|chance", "Mtok", "s", "TFLOP"),
+    *("perplexity", "probe|chance", "Mtok", "s", "TFLOP", "exact match", "valid|part"),
 )
 
 
@@ -60,8 +68,13 @@ def split_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 def results_table(record: dict[str, Any], width: int = 120) -> Table:
     """A rich table of the record's rows, no wider than `width` characters as long as dispensable columns can go."""
     titles = _used_columns(record)
+    first = max(len(row["decoder"]) for row in record["rows"]) + len("forwards") + 6
+
+    widths = {
+        t: 2 + max(len(text) for text in (heading(t), *(_cells(r, [t])[0] for r in record["rows"]))) for t in titles
+    }
     for title in DISPENSABLE:
-        if 32 + sum(len(heading(t)) + 2 for t in titles) <= width:
+        if first + sum(widths[t] for t in titles) <= width:
             break
         titles = [t for t in titles if t != title]
     table = Table(
@@ -70,7 +83,7 @@ def results_table(record: dict[str, Any], width: int = 120) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("decoder", no_wrap=True)
-    table.add_column("forwards", justify="right")
+    table.add_column("forwards", justify="right", no_wrap=True)
     for title in titles:
         table.add_column(heading(title), justify="right", no_wrap=True)
     previous = None

@@ -124,3 +124,12 @@ class LeapModule(LightningModule):
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def require_forwards(option: str, given: list[int], most: int) -> None:
+    """Raise UsageError, naming the option, unless all numbers of forwards lie between 1 and the response length."""
+    if min(given) < 1 or max(given) > most:
+        raise UsageError(
+            f"{option}={given} must lie between 1 and the response length {most}; "
+            f"type for example {option}=[1,2,{min(4, most)}]"
+        )

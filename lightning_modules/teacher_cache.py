@@ -1,4 +1,4 @@
-"""Gets a trained teacher: loads one given by path, reuses a matching one from the cache, or trains and keeps one."""
+"""Gets a trained model, such as a teacher: reuses a matching one from the cache, or trains and keeps one."""
 
 import hashlib
 import json
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from lightning import LightningDataModule, Trainer
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from lightning_modules.base import LeapModule
-from models.backbones.llada import LladaModel, load_llada
+from models.backbones.llada import load_llada
 from models.functional.errors import UsageError
 
 
@@ -28,33 +29,35 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
-def train_or_load_teacher(
+def train_or_load(
     folder: Path,
     *,
-    build_model: Callable[[], LladaModel],
-    build_module: Callable[[LladaModel], LeapModule],
+    what: str = "teacher",
+    load: Callable[[Path], PreTrainedModel] = load_llada,
+    build_model: Callable[[], PreTrainedModel],
+    build_module: Callable[[PreTrainedModel], LeapModule],
     build_trainer: Callable[[], Trainer],
     datamodule: LightningDataModule,
     console: Console,
-) -> LladaModel:
-    """The teacher kept in `folder`, trained first if it is not there.
+) -> PreTrainedModel:
+    """The model kept in `folder`, trained first if it is not there. what: its name in messages; load: reads the folder.
 
     Training checkpoints go to `<folder>.partial`, where an interrupted training is taken up again; the finished model is
     put in place in one step, so `folder` is either absent or whole. A fast_dev_run trains one step and keeps nothing.
     """
     if (folder / "config.json").is_file():
-        console.print(f"teacher: reusing the trained one in {folder}", highlight=False)
-        return load_llada(folder)
+        console.print(f"{what}: reusing the trained one in {folder}", highlight=False)
+        return load(folder)
     partial = partial_folder(folder)
     last = partial / "last.ckpt"
     if last.is_file() and not _readable(last):
-        console.print(f"teacher: {last} is damaged, starting its training again", highlight=False)
+        console.print(f"{what}: {last} is damaged, starting its training again", highlight=False)
         last.unlink()
     trainer = build_trainer()
     console.print(
-        f"teacher: no matching one is cached, training it now (kept in {folder} for the next time)"
+        f"{what}: no matching one is cached, training it now (kept in {folder} for the next time)"
         if not last.is_file()
-        else f"teacher: taking up the interrupted training in {partial}",
+        else f"{what}: taking up the interrupted training in {partial}",
         highlight=False,
     )
     model = build_model()
@@ -62,7 +65,7 @@ def train_or_load_teacher(
     whole = trainer.global_step == trainer.max_steps
     if not whole and not trainer.fast_dev_run:
         console.print(
-            f"teacher: stopped after {trainer.global_step} of {trainer.max_steps} steps, so it is used but not kept; "
+            f"{what}: stopped after {trainer.global_step} of {trainer.max_steps} steps, so it is used but not kept; "
             "set its length with teacher.max_steps",
             highlight=False,
         )

@@ -14,7 +14,7 @@ from datamodules.batch import TensorRows
 from datamodules.oracle.controls import ProductOfMarginals, ResamplingFloor
 from datamodules.oracle.distribution import OracleDistribution
 from datamodules.oracle.explain import explain
-from datamodules.oracle.grammar import SIZES, Grammar
+from datamodules.oracle.grammar import SIZES, Grammar, choices, with_style
 from datamodules.oracle.score import OracleScorer
 from datamodules.prompt_response import PromptResponseDataModule
 from models.functional.errors import UsageError
@@ -27,13 +27,14 @@ class OracleDataModule(PromptResponseDataModule):
 
     size: tiny | small | large (see `grammar`). train_rows, val_rows, test_rows: texts drawn for each split with seeds of
     their own. reveal_all, reveal_part: shares of rows whose prompt shows the whole plan or some attributes; the rest show
-    nothing.
+    nothing. style: how often the first of several words is said, wherever there is a choice; None keeps the corpus' own.
     """
 
     def __init__(
         self,
         *,
         size: str = "small",
+        style: float | None = None,
         train_rows: int = 50_000,
         val_rows: int = 512,
         test_rows: int = 2048,
@@ -51,8 +52,10 @@ class OracleDataModule(PromptResponseDataModule):
                 f"data.reveal_all={reveal_all} and data.reveal_part={reveal_part} are shares of the rows: "
                 "each at least 0, together at most 1"
             )
+        if style is not None and not 0 < style < 1:
+            raise UsageError(f"data.style={style} must lie between 0 and 1, or be null for the corpus' own words")
         super().__init__(
-            name=f"oracle-{size}",
+            name=f"oracle-{size}" if style is None else f"oracle-{size}-{style:g}",
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             seed=seed,
@@ -60,7 +63,7 @@ class OracleDataModule(PromptResponseDataModule):
         )
         self.size, self.reveal_all, self.reveal_part = size, reveal_all, reveal_part
         self.sizes = {"train": train_rows, "val": val_rows, "test": test_rows}
-        self.grammar = SIZES[size]()
+        self.grammar = SIZES[size]() if style is None else with_style(SIZES[size](), style)
         self.tokenizer = word_tokenizer(self.grammar)
         self.prompt_length = len(self.grammar.attributes)
         self.response_length = max(len(t.slots) for t in self.grammar.templates)
@@ -71,7 +74,7 @@ class OracleDataModule(PromptResponseDataModule):
             self.response_length,
             self.tokenizer.eos_token_id,
         )
-        self.scorer = OracleScorer(self.distribution)
+        self.scorer = OracleScorer(self.distribution, None if style is None else self._style_words())
 
     def setup(self, stage: str | None = None) -> None:
         for k, (split, rows) in enumerate(self.sizes.items()):
@@ -109,6 +112,14 @@ class OracleDataModule(PromptResponseDataModule):
         texts = rows["input_ids"][:, self.prompt_length :]
         return -self.distribution.log_prob(texts.cpu(), rows["reveal"].cpu())
 
+    def list_texts(self, most: int = 5000) -> tuple[Tensor, Tensor] | None:
+        """The prompt that reveals nothing (P,) and every text that can follow it (T, R); None where there are too many."""
+        try:
+            texts = self.distribution.all_texts(most)
+        except ValueError:
+            return None
+        return self.encode_prompts([""])["input_ids"][0, : self.prompt_length], texts
+
     def hidden_plans(self, rows: dict[str, Tensor]) -> Tensor:
         """The plan that each row's text tells, one value for each attribute: (N, A)."""
         return self.distribution.plans_of(rows["input_ids"][:, self.prompt_length :].cpu())
@@ -117,6 +128,11 @@ class OracleDataModule(PromptResponseDataModule):
         """What is wrong with a response (R,) to a prompt that reveals (A,); [] when nothing is."""
         words = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
         return explain(self.distribution, response.cpu(), reveal.cpu(), words)
+
+    def _style_words(self) -> tuple[Tensor, Tensor]:
+        vocabulary = self.tokenizer.get_vocab()
+        first, other = choices(self.grammar)
+        return torch.tensor([vocabulary[w] for w in first]), torch.tensor([vocabulary[w] for w in other])
 
     def _draw(self, rows: int, generator: Generator) -> TensorRows:
         plans = self.distribution.sample_plans(rows, generator)

@@ -9,6 +9,8 @@ which is fast at any number of plans.
 Legend: N texts, R tokens of a text, V vocabulary, A attributes, K values of an attribute, c what the prompt reveals.
 """
 
+from itertools import product
+
 import torch
 from torch import Generator, Tensor
 
@@ -131,6 +133,23 @@ class OracleDistribution:
         """A text from p(x | c) for each row of reveal, drawn by completing the plan: (N, R)."""
         plans = [torch.multinomial(table, 1, generator=generator) for table in self.posterior(reveal)]
         return self.sample_texts(torch.cat(plans, -1), generator)
+
+    def all_texts(self, most: int = 100_000) -> Tensor:
+        """Every text that can be said, (T, R). Raises ValueError where there are more than `most`."""
+        texts: dict[tuple[int, ...], None] = {}
+        for tau, template in enumerate(self.grammar.templates):
+            used = sorted({self.index[s.attribute] for s in template.slots if s.attribute is not None})
+            for values in product(*(self.allowed[tau][a].nonzero().flatten().tolist() for a in used)):
+                plan = dict(zip(used, values, strict=True))
+                said = []
+                for place, slot in enumerate(template.slots):
+                    value = 0 if slot.attribute is None else plan[self.index[slot.attribute]]
+                    said.append(self.emission[tau][place][value].nonzero().flatten().tolist())
+                for text in product(*said):
+                    texts[text + (self.eos_id,) * (self.length - len(text))] = None
+                    if len(texts) > most:
+                        raise ValueError(f"more than {most} texts can be said")
+        return torch.tensor(list(texts))
 
     def plans_of(self, texts: Tensor) -> Tensor:
         """The plan that each valid text tells, (N, A); -1 for an attribute it does not mention, all -2 if invalid."""

@@ -7,7 +7,7 @@ some values of an attribute: that is how an event list of n events gets a text o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 Words = tuple[tuple[str, float], ...]  # words and their probabilities
@@ -68,6 +68,28 @@ def says(attribute: Attribute, words: Sequence[str] | None = None, name: str | N
 def zipf(n: int) -> tuple[float, ...]:
     """Weights 1/(k + 2): unequal, so that a method which levels them is seen."""
     return tuple(1.0 / (k + 2) for k in range(n))
+
+
+def with_style(grammar: Grammar, first: float) -> Grammar:
+    """The same plans and texts, the first of several words said with probability `first` wherever there is a choice."""
+
+    def styled(slot: Slot) -> Slot:
+        return replace(slot, words=tuple(_reweighted(words, first) for words in slot.words))
+
+    return replace(grammar, templates=tuple(replace(t, slots=tuple(map(styled, t.slots))) for t in grammar.templates))
+
+
+def _reweighted(words: Words, first: float) -> Words:
+    if len(words) == 1:
+        return words
+    rest = sum(weight for _, weight in words[1:])
+    return ((words[0][0], first), *((word, (1 - first) * weight / rest) for word, weight in words[1:]))
+
+
+def choices(grammar: Grammar) -> tuple[set[str], set[str]]:
+    """Words that are the first of several, and the others, over all slots."""
+    several = [words for t in grammar.templates for s in t.slots for words in s.words if len(words) > 1]
+    return {words[0][0] for words in several}, {word for words in several for word, _ in words[1:]}
 
 
 def _synonyms(words: str) -> Words:

@@ -40,10 +40,11 @@ class OracleScorer:
         several templates leave the places themselves open.
       coverage: probability of the plans told by the valid unprompted texts (1 = every plan seen).
       tv: total variation of the unprompted texts from the truth (plug-in); entropy_truth: H(text), nats.
+      style: with `style_words` (first ones, other ones), the share of first words among them.
     """
 
-    def __init__(self, distribution: OracleDistribution) -> None:
-        self.distribution = distribution
+    def __init__(self, distribution: OracleDistribution, style_words: tuple[Tensor, Tensor] | None = None) -> None:
+        self.distribution, self.style_words = distribution, style_words
 
     def __call__(self, rows: dict[str, Tensor], responses: Tensor) -> Score:
         reveal, responses = rows["reveal"].cpu(), responses.cpu()
@@ -66,6 +67,9 @@ class OracleScorer:
         if len(nll) > 1:
             half = 1.96 * nll.std().item() / math.sqrt(len(nll))
             ci95["exact_nll"] = (nll.mean().item() - half, nll.mean().item() + half)
+        if self.style_words is not None:
+            first, other = (torch.isin(responses, words) for words in self.style_words)
+            put("style", first[first | other])
         if len(self.distribution.grammar.templates) == 1:
             put("exact_match", self._matches(responses[kinds == 0], reveal[kinds == 0]))
         else:

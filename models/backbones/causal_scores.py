@@ -1,8 +1,10 @@
 """A Hugging Face causal LM as the scores that q* decoding asks for."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.functional.errors import UsageError
 
@@ -44,3 +46,16 @@ def require_same_vocabulary(theta: PreTrainedTokenizerBase, target: PreTrainedTo
         f"{names[0]} and {names[1]} have different vocabularies: {word!r} is {ours.get(word)} in one and {theirs.get(word)} in "
         "the other; q* needs two models of one vocabulary, such as two of the same family"
     )
+
+
+def require_one_vocabulary(theta: str | Path | None, target: str | Path | None) -> None:
+    """Raise UsageError unless the tokenizers kept with both models, where there are any, have one vocabulary."""
+    tokenizers = [_tokenizer_of(path) for path in (theta, target)]
+    if None not in tokenizers:
+        require_same_vocabulary(*tokenizers)
+
+
+def _tokenizer_of(path: str | Path | None) -> PreTrainedTokenizerBase | None:
+    if path is None or (Path(path).is_dir() and not Path(path, "tokenizer_config.json").is_file()):
+        return None
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)

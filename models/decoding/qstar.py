@@ -118,7 +118,7 @@ def _round(
     else:
         law = run.target_law(**{drafter: proposal, checkers[0]: theirs[checkers[0]][:, :size]})
     # 4. how much of the draft is kept
-    run.rounds += 1
+    run.drafts += int(run.active.sum())
     run.drafted += size * int(run.active.sum())
     whole = VERIFICATIONS[verify](run, drafted, law.at(slice(size)), drafter, proposal)
     # 5. one token more where all of it was

@@ -25,6 +25,7 @@ from models.backbones.cached_scores import CachedScores
 from models.backbones.causal_scores import CausalScores, require_same_vocabulary
 from models.decoding.chance import TorchChance
 from models.decoding.qstar import decode_qstar
+from models.decoding.qstar_decoder import count_parameters, right_padded
 from models.decoding.qstar_law import QStarLaw, Weight
 from models.decoding.qstar_run import QStarOutput, Scores
 from models.functional.errors import UsageError
@@ -78,7 +79,7 @@ def qstar_generate(
         draft = "alternate" if assistant is None else "assistant"
     if generator is None:
         generator = Generator(device=input_ids.device).manual_seed(int(torch.randint(2**62, ())))
-    prompts, lengths = _right_padded(input_ids, model_kwargs.get("attention_mask"))
+    prompts, lengths = right_padded(input_ids, model_kwargs.get("attention_mask"))
     ends = generation_config.eos_token_id
     eos_ids = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
     out = decode_qstar(
@@ -134,14 +135,6 @@ def _stop(criteria: StoppingCriteriaList) -> Callable[[Tensor], bool] | None:
     return lambda ids: any(bool(torch.as_tensor(rule(ids.unsqueeze(0), None)).any()) for rule in own)
 
 
-def _right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Prompts with their padding moved to the right, and their lengths."""
-    if attention_mask is None:
-        return input_ids, torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-    order = (attention_mask == 0).long().argsort(dim=-1, stable=True)
-    return input_ids.gather(1, order), attention_mask.long().sum(-1)
-
-
 def _shared_vocabulary(model: PreTrainedModel, target: PreTrainedModel, tokenizers: Any) -> int:
     if tokenizers is not None:
         return require_same_vocabulary(*tokenizers)
@@ -157,8 +150,8 @@ def _shared_vocabulary(model: PreTrainedModel, target: PreTrainedModel, tokenize
 
 def _cost(model: PreTrainedModel, target: PreTrainedModel, assistant: Any) -> float:
     """Forwards cost what their parameters do: a ratio that does not change from run to run."""
-    theta, other = model.num_parameters(), target.num_parameters()
+    theta, other = count_parameters(model), count_parameters(target)
     if assistant is None:
         return theta / other
-    own = assistant.num_parameters() if isinstance(assistant, PreTrainedModel) else 0
+    own = count_parameters(assistant) if isinstance(assistant, PreTrainedModel) else 0
     return max(own, 1) / (theta + other)

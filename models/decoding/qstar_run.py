@@ -26,8 +26,9 @@ class QStarOutput:
     """tokens (B, N) after the prompts, of which lengths (B,) are real; beyond them the end token, or 0, is repeated.
 
     alpha, chernoff, logp_theta, logp_t, log_q (B, N): of each token at its place, NaN beyond the end.
-    drafted: tokens of all drafts; rounds: drafts. examined, kept: each model's proposals that were looked at (those after a
-    rejection are not) and that were kept. forwards: evaluations of each model, for the whole batch.
+    drafts, drafted: how many drafts were made, each row's counted, and their tokens. examined, kept: each model's proposals
+    that were looked at (those after a rejection are not) and that were kept. forwards: evaluations of each model, for the
+    whole batch.
     """
 
     tokens: Tensor
@@ -37,8 +38,8 @@ class QStarOutput:
     logp_theta: Tensor
     logp_t: Tensor
     log_q: Tensor
+    drafts: int
     drafted: int
-    rounds: int
     examined: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     forwards: dict[str, int] = field(default_factory=dict)
@@ -80,7 +81,7 @@ class QStarRun:
         self.notes = {
             name: torch.full((batch, max_new_tokens), torch.nan, dtype=torch.float64, device=device) for name in NOTES
         }
-        self.drafted, self.rounds = 0, 0
+        self.drafts, self.drafted = 0, 0
         self.examined, self.kept, self.forwards = (dict.fromkeys(models, 0) for _ in range(3))
 
     @property
@@ -160,5 +161,5 @@ class QStarRun:
         n = self.notes
         return QStarOutput(
             tokens, self.made, n["alpha"], n["chernoff"], n["theta"], n["target"], n["log_q"],
-            self.drafted, self.rounds, self.examined, self.kept, self.forwards,
+            self.drafts, self.drafted, self.examined, self.kept, self.forwards,
         )  # fmt: skip

@@ -11,50 +11,13 @@ from scipy.stats import chisquare
 
 import models.decoding.qstar as decoding
 import models.decoding.qstar_run as state
-from models.decoding.chance import TorchChance
+from models.decoding.chance import TorchChance, enumerate_outcomes
 from models.decoding.qstar import decode_qstar
 from models.decoding.qstar_law import QStarLaw
 from models.functional.errors import UsageError
 from models.functional.qstar import mix, solve_alpha, truncate
 
 V = 3
-
-
-class Replay:
-    """A `Chance` that follows a script of outcomes and notes the alternatives beyond it."""
-
-    def __init__(self, script):
-        self.script, self.made, self.probability = script, [], 1.0
-
-    def _take(self, chances):
-        k = self.script[len(self.made)] if len(self.made) < len(self.script) else 0
-        self.made.append((k, len(chances)))
-        self.probability *= chances[k]
-        return k
-
-    def choose(self, p):
-        row = p[0].double()
-        return torch.tensor([self._take((row / row.sum()).tolist())])
-
-    def accept(self, log_ratio):
-        chance = min(1.0, log_ratio[0].double().exp().item())
-        return torch.tensor([self._take([1 - chance, chance]) == 1])
-
-
-def enumerate_outcomes(run):
-    """(probability, result) of `run(chance)` for every way its draws can fall."""
-    script = []
-    while True:
-        chance = Replay(script)
-        result = run(chance)
-        if chance.probability > 0:
-            yield chance.probability, result
-        made = chance.made
-        while made and made[-1][0] + 1 == made[-1][1]:
-            made = made[:-1]
-        if not made:
-            return
-        script = [k for k, _ in made[:-1]] + [made[-1][0] + 1]
 
 
 def table_model(seed, vocabulary=V, sharp=1.0):

@@ -1,0 +1,130 @@
+"""q* of two causal models as a `Decoder`: one scheme of drafting and checking, compared with others in the final table."""
+
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from models.backbones.cached_scores import CachedScores
+from models.backbones.causal_scores import CausalScores
+from models.decoding.chance import Chance, TorchChance
+from models.decoding.ngram import NgramScores
+from models.decoding.qstar import decode_qstar
+from models.decoding.qstar_law import QStarLaw
+from models.decoding.qstar_run import QStarOutput
+from models.functional.errors import require_choice
+from models.functional.next_token import read_columns
+from models.functional.qstar_speed import SPEEDUPS
+
+Scheme = Literal["naive", "theta", "target", "alternate", "ngram", "assistant"]
+NAMES = {
+    "naive": "q*, both at every token",
+    "theta": "q*, π_θ drafts",
+    "target": "q*, π_t drafts",
+    "alternate": "q*, alternating",
+    "ngram": "q*, n-grams draft",
+    "assistant": "q*, a third drafts",
+}
+
+
+class QStarDecoder:
+    """theta, target: causal models of one vocabulary; assistant: a third one, for the scheme that names it.
+
+    vocab_size: ids from there on are never said. eos_id ends a text, and fills what is beyond. outputs: what each call found,
+    oldest first; whoever reads them clears them.
+    """
+
+    method = "student"
+
+    def __init__(
+        self,
+        theta: nn.Module,
+        target: nn.Module,
+        scheme: Scheme,
+        *,
+        response_length: int,
+        vocab_size: int,
+        eos_id: int | None,
+        law: QStarLaw,
+        gamma: int | Literal["auto"] = "auto",
+        verify: Literal["token", "block"] = "token",
+        cache: bool = True,
+        assistant: nn.Module | None = None,
+    ) -> None:
+        require_choice("module.schemes", scheme, NAMES)
+        self.theta, self.target, self.assistant = theta, target, assistant
+        self.scheme, self.name, self.response_length = scheme, NAMES[scheme], response_length
+        self.vocab_size, self.eos_id, self.law, self.verify = vocab_size, eos_id, law, verify
+        self.gamma = 0 if scheme == "naive" else gamma
+        self.kind = CachedScores if cache else CausalScores
+        self.outputs: list[QStarOutput] = []
+
+    @property
+    def draft(self) -> str:
+        return {"naive": "theta", "ngram": "assistant"}.get(self.scheme, self.scheme)
+
+    @property
+    def cost(self) -> float:
+        """A forward of the drafter over one of its checkers (of θ over t where one of them drafts), by their parameters."""
+        sizes = {name: count_parameters(getattr(self, name)) for name in ("theta", "target", "assistant")}
+        if self.draft == "assistant":
+            return max(1, sizes["assistant"]) / (sizes["theta"] + sizes["target"])
+        return sizes["theta"] / sizes["target"]
+
+    @property
+    def forwards(self) -> int:
+        """Evaluations of both models for a batch, in the oldest call of `outputs`; both at every token without one."""
+        if not self.outputs:
+            return 2 * self.response_length
+        return self.outputs[0].forwards["theta"] + self.outputs[0].forwards["target"]
+
+    def decode(self, prompts: Tensor, lengths: Tensor, most: int, chance: Chance) -> QStarOutput:
+        """At most `most` tokens after right-padded prompts (B, L), of which lengths (B,) are real."""
+        third = {}
+        if self.scheme == "ngram":
+            third = {"assistant": NgramScores(self.vocab_size)}
+        elif self.scheme == "assistant":
+            third = {"assistant": self.kind(self.assistant, self.vocab_size)}
+        return decode_qstar(
+            self.kind(self.theta, self.vocab_size), self.kind(self.target, self.vocab_size), prompts, lengths=lengths,
+            max_new_tokens=most, law=self.law, gamma=self.gamma, draft=self.draft, verify=self.verify, cost=self.cost,
+            eos_ids=() if self.eos_id is None else (self.eos_id,), chance=chance, **third,
+        )  # fmt: skip
+
+    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        out = self.decode(*prompts_of(rows), self.response_length, TorchChance(generator))
+        self.outputs.append(out)
+        return out.tokens
+
+    def expected_speedup(self, out: QStarOutput) -> float | None:
+        """The formula's speed-up at the acceptance that `out` had; None where nothing was drafted."""
+        drafter = {"naive": None, "ngram": "assistant"}.get(self.scheme, self.draft)
+        if drafter is None or not out.drafts:
+            return None
+        cost = self.cost
+        if drafter == "alternate":
+            drafter = "theta" if cost <= 1 else "target"
+        if drafter == "target":
+            cost = 1 / cost
+        formula = self.draft if self.draft in SPEEDUPS else "carry"
+        gamma = max(1, round(out.drafted / out.drafts))
+        return SPEEDUPS[formula](gamma, out.acceptance.get(drafter, 0.0), cost)
+
+
+def prompts_of(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What stands before the response, right-padded (B, P), and its lengths (B,)."""
+    columns = int(rows["response_mask"][0].sum())
+    seen = read_columns(rows)[:, :-columns]
+    return right_padded(rows["input_ids"][:, :-columns], seen)
+
+
+def right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Prompts (B, L) with their padding moved to the right, and their lengths (B,)."""
+    if attention_mask is None:
+        return input_ids, torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+    order = (attention_mask == 0).long().argsort(dim=-1, stable=True)
+    return input_ids.gather(1, order), attention_mask.long().sum(-1)
+
+
+def count_parameters(model: nn.Module | None) -> int:
+    return 0 if model is None else sum(weight.numel() for weight in model.parameters())
