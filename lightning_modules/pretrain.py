@@ -134,9 +134,9 @@ class PretrainModule(LeapModule):
         if generation is None:
             return []
         if generation != "masked":
-            length = self.trainer.datamodule.response_length
-            prefix = generation == "prefix"
-            return [AutoregressiveDecoder(self.model, length, temperature=self.temperature, whole_prompt=prefix)]
+            data = self.trainer.datamodule
+            how = {"whole_prompt": generation == "prefix", "vocab_size": len(data.tokenizer)}
+            return [AutoregressiveDecoder(self.model, data.response_length, temperature=self.temperature, **how)]
         options: dict[str, Any] = {"temperature": self.temperature, "remasking": self.remasking}
         return [MaskedDiffusionDecoder(self.model, n, **options) for n in self.forwards]
 
