@@ -14,26 +14,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from callbacks.console import print_answers, quiet_libraries, report_console, sentence_for
+from callbacks.console import print_answers, quiet_libraries, report_console, say_where_things_are, sentence_for
 from callbacks.frontier import FrontierReport
 from callbacks.gather import report_frontier
 from datamodules.prompts import read_prompts
 from lightning_modules.teacher_cache import cache_key, partial_folder, require_readable, train_or_load_teacher
+from models.backbones.causal_lm import load_trained
 from models.backbones.llada import LladaModel, build_llada, load_llada
+from models.backbones.sizes import STAND_IN
 from models.backbones.student_files import load_student, read_student
+from models.decoding.autoregressive import AutoregressiveDecoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.students import student_decoder
 from models.functional.errors import UsageError
-
-# a network just large enough to try a module's options on
-STAND_IN = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "intermediate_size": 8,
-    "max_position_embeddings": 8,
-    "rope_theta": 10_000.0,
-}
 
 console = report_console()
 
@@ -81,7 +74,7 @@ def fit(cfg: DictConfig) -> float | None:
         raise
     metric = trainer.callback_metrics.get(cfg.optimized_metric)
     trainer.test(module, datamodule, verbose=False)
-    _say_where_things_are(cfg, module)
+    _say_where_things_are(cfg)
     return None if metric is None else float(metric)
 
 
@@ -101,15 +94,13 @@ def test(cfg: DictConfig) -> None:
         if cfg.student_path is not None:
             module.student = load_student(cfg.student_path, module.teacher.cpu())
         trainer.test(module, datamodule, verbose=False)
-    _say_where_things_are(cfg, module)
+    _say_where_things_are(cfg)
 
 
 def generate(cfg: DictConfig) -> None:
-    """Print the response to prompt= (or to every line of prompt_file=): the student's, or the teacher's (decoder=teacher)."""
+    """Print the response to prompt= (or each line of prompt_file=): of the student, decoder=teacher, or the model trained."""
     prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.n)
     forwards = 1 if cfg.forwards is None else cfg.forwards
-    if cfg.teacher is None:
-        raise UsageError(f"experiment={cfg.name} trains no student; mode=generate needs one that does")
     if forwards < 1 or (cfg.temperature or 0) < 0:
         raise UsageError(f"forwards={forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
     if cfg.decoder not in ("student", "teacher"):
@@ -118,8 +109,10 @@ def generate(cfg: DictConfig) -> None:
     datamodule.setup("predict")
     rows = datamodule.encode_prompts(prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"temperature": cfg.module.teacher_temperature, "remasking": cfg.module.teacher_remasking}
-    if cfg.decoder == "student":
+    options = {"temperature": cfg.module.get("teacher_temperature"), "remasking": cfg.module.get("teacher_remasking")}
+    if cfg.teacher is None:
+        decoder = _trained_decoder(cfg, datamodule, device)
+    elif cfg.decoder == "student":
         folder = Path(cfg.student_path) if cfg.student_path else _newest_student(cfg)
         base = _teacher_of(cfg, folder)
         if base is None:
@@ -136,6 +129,15 @@ def generate(cfg: DictConfig) -> None:
     for start in track(range(0, len(prompts), 64), description="generating", disable=len(prompts) <= 64):
         few = {name: column[start : start + 64].to(device) for name, column in rows.items()}
         print_answers(console, prompts[start : start + 64], datamodule.decode_responses(decoder(few, generator)))
+
+
+def _trained_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> AutoregressiveDecoder:
+    """The newest causal model that the experiment itself trained and left in model/."""
+    advice = "it trains no student, and no run of it left a causal model in model/; mode=generate needs one of them"
+    model = _fitting(load_trained(_newest(cfg, "model/*config.json", advice).parent), datamodule, "model").to(device)
+    temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
+    words = len(datamodule.tokenizer)
+    return AutoregressiveDecoder(model, datamodule.response_length, temperature=temperature, vocab_size=words)
 
 
 def report(cfg: DictConfig) -> None:
@@ -281,19 +283,10 @@ def _newest(cfg: DictConfig, pattern: str, advice: str) -> Path:
 # -- talking ---------------------------------------------------------------------------------------------------------
 
 
-def _say_where_things_are(cfg: DictConfig, module: LightningModule) -> None:
-    if cfg.trainer.get("fast_dev_run"):
-        return
-    folder = _run_dir(cfg)
-    console.print(f"\nrecord and figure: {folder}/record.json, {folder}/frontier.png", highlight=False)
-    console.print(f"dashboard:         tensorboard --logdir {folder}", highlight=False)
-    if cfg.teacher is not None:
-        console.print(f"student:           {folder}/student (its teacher: {cfg.teacher.path})", highlight=False)
-        prompt = "''" if cfg.example_prompt is None else f"'{cfg.example_prompt}'"
-        console.print(
-            f"next:              python run.py experiment={cfg.name} mode=generate \"prompt={prompt}\"",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+def _say_where_things_are(cfg: DictConfig) -> None:
+    if not cfg.trainer.get("fast_dev_run"):
+        teacher = None if cfg.teacher is None else cfg.teacher.path
+        say_where_things_are(console, _run_dir(cfg), cfg.name, teacher, cfg.example_prompt)
 
 
 if __name__ == "__main__":

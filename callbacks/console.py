@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -39,6 +40,22 @@ def print_answers(console: Console, prompts: list[str], responses: list[str]) ->
     """One line for each prompt; a prompt that is empty is left out."""
     for prompt, response in zip(prompts, responses, strict=True):
         console.print(f"[dim]{escape(prompt)}[/] → {escape(response)}" if prompt else escape(response), soft_wrap=True)
+
+
+def say_where_things_are(
+    console: Console, folder: Path, experiment: str, teacher: str | None, example_prompt: str | None
+) -> None:
+    """What a run left in its folder and what to type next; teacher: the folder of the student's, None where there is none."""
+    console.print(f"\nrecord and figure: {folder}/record.json, {folder}/frontier.png", highlight=False)
+    console.print(f"dashboard:         tensorboard --logdir {folder}", highlight=False)
+    if teacher is None:
+        return
+    console.print(f"student:           {folder}/student (its teacher: {teacher})", highlight=False)
+    prompt = "''" if example_prompt is None else f"'{example_prompt}'"
+    console.print(
+        f"next:              python run.py experiment={experiment} mode=generate \"prompt={prompt}\"",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -176,6 +176,23 @@ def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, ca
     assert f"objectives/{objective}" in (tmp_path / "out" / "report" / "frontier.md").read_text()
 
 
+def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, capsys):
+    save_causal(tiny_causal(128, architecture="qwen3"), tmp_path / "qwen")
+    short = ["experiment=next_token_qwen", f"model.path={tmp_path}/qwen", "trainer.accelerator=cpu", "logger=none"]
+    small = ["data.size=tiny", "data.train_rows=64", "data.test_rows=16", "data.batch_size=16", "module.forwards=[1]"]
+    with pytest.raises(UsageError, match="no run of it left a causal model"):
+        run.generate(configure(*short, *small, "mode=generate", "prompt='who=anna'"))
+    folder = tmp_path / "out" / "next_token_qwen" / "first"
+    run.fit(configure(*short, *small, "trainer.max_steps=2", "data=oracle", f"paths.run_dir={folder}"))
+    assert (folder / "model" / "adapter_model.safetensors").is_file()
+    assert (folder / "model_merged" / "model.safetensors").is_file()
+    capsys.readouterr()
+    run.generate(configure(*short, *small, "data=oracle", "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 3
+    assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
+
+
 def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):
     short = [
         "experiment=objectives",
