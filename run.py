@@ -14,39 +14,24 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from transformers import PreTrainedModel
 
-from callbacks.console import (
-    print_answers,
-    quiet_libraries,
-    report_console,
-    say_where_things_are,
-    sentence_for,
-)
+from callbacks.console import print_answers, quiet_libraries, report_console, say_where_things_are, sentence_for
 from callbacks.frontier import FrontierReport
 from callbacks.gather import report_frontier
 from datamodules.prompts import read_prompts
 from lightning_modules.base import require_forwards
-from lightning_modules.run_files import find_checkpoint, newest_student
+from lightning_modules.run_files import find_checkpoint, newest, newest_student
 from lightning_modules.teacher_cache import cache_key, partial_folder, train_or_load
 from models.backbones.causal import build_causal
-from models.backbones.causal_lm import load_causal
+from models.backbones.causal_lm import load_causal, load_trained
 from models.backbones.causal_scores import require_one_vocabulary
 from models.backbones.llada import LladaModel, build_llada, load_llada
+from models.backbones.sizes import STAND_IN
 from models.backbones.student_files import load_student, read_student
+from models.decoding.autoregressive import AutoregressiveDecoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.students import student_decoder
 from models.functional.errors import UsageError
-
-# a network just large enough to try a module's options on
-STAND_IN = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "intermediate_size": 8,
-    "max_position_embeddings": 8,
-    "rope_theta": 10_000.0,
-}
 
 console = report_console()
 
@@ -118,11 +103,9 @@ def test(cfg: DictConfig) -> None:
 
 
 def generate(cfg: DictConfig) -> None:
-    """Print the response to prompt= (or to every line of prompt_file=): the student's, or the teacher's (decoder=teacher)."""
+    """Print the response to prompt= (or each line of prompt_file=): of the student, decoder=teacher, or the model trained."""
     prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.n)
     forwards = 1 if cfg.forwards is None else cfg.forwards
-    if cfg.teacher is None:
-        raise UsageError(f"experiment={cfg.name} trains no student; mode=generate needs one that does")
     if forwards < 1 or (cfg.temperature or 0) < 0:
         raise UsageError(f"forwards={forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
     if cfg.decoder not in ("student", "teacher"):
@@ -131,8 +114,12 @@ def generate(cfg: DictConfig) -> None:
     datamodule.setup("predict")
     rows = datamodule.encode_prompts(prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"temperature": cfg.module.teacher_temperature, "remasking": cfg.module.teacher_remasking}
-    if cfg.decoder == "student":
+    options = {"temperature": cfg.module.get("teacher_temperature"), "remasking": cfg.module.get("teacher_remasking")}
+    if cfg.pair is not None:
+        decoder = _module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
+    elif cfg.teacher is None:
+        decoder = _trained_decoder(cfg, datamodule, device)
+    elif cfg.decoder == "student":
         folder = Path(cfg.student_path) if cfg.student_path else newest_student(_runs(cfg))
         base = _teacher_of(cfg, folder)
         if base is None:
@@ -149,6 +136,17 @@ def generate(cfg: DictConfig) -> None:
     for start in track(range(0, len(prompts), 64), description="generating", disable=len(prompts) <= 64):
         few = {name: column[start : start + 64].to(device) for name, column in rows.items()}
         print_answers(console, prompts[start : start + 64], datamodule.decode_responses(decoder(few, generator)))
+
+
+def _trained_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> AutoregressiveDecoder:
+    """The newest causal model that the experiment itself trained and left in model/."""
+    advice = "it trains no student, and no run of it left a causal model in model/; mode=generate needs one of them"
+    model = _fitting(load_trained(newest(_runs(cfg), "model/*config.json", advice).parent), datamodule, "model").to(
+        device
+    )
+    temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
+    words = len(datamodule.tokenizer)
+    return AutoregressiveDecoder(model, datamodule.response_length, temperature=temperature, vocab_size=words)
 
 
 def report(cfg: DictConfig) -> None:
@@ -169,9 +167,7 @@ def _build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     datamodule.setup("fit")
     _check_before_work(cfg, datamodule)
     if cfg.pair is not None:
-        stand_ins = {name: build_causal(**datamodule.special_ids(), **STAND_IN) for name in cfg.pair}
-        instantiate(cfg.module, _convert_="all", **stand_ins)  # refuses a wrong option before a model is trained
-        module = instantiate(cfg.module, _convert_="all", **_pair(cfg, datamodule))
+        module = _module_of_pair(cfg, datamodule)
     elif cfg.teacher is None:
         module = instantiate(cfg.module, _convert_="all", model=_new_model(cfg, datamodule))
     else:
@@ -212,8 +208,10 @@ def _teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
     return _trained(cfg, cfg.teacher, datamodule, "teacher", load_llada)
 
 
-def _pair(cfg: DictConfig, datamodule: Any) -> dict[str, PreTrainedModel]:
-    """theta and target: pair.<name>.path=, or trained here on the pair's own data and kept in the cache."""
+def _module_of_pair(cfg: DictConfig, datamodule: Any) -> LightningModule:
+    """The module over theta and target: each from pair.<name>.path=, or trained here on its own data and kept in the cache."""
+    stand_ins = {name: build_causal(**datamodule.special_ids(), **STAND_IN) for name in cfg.pair}
+    instantiate(cfg.module, _convert_="all", **stand_ins)  # refuses a wrong option before a model is trained
     models = {}
     for name, recipe in cfg.pair.items():
         if recipe.path is not None:
@@ -224,7 +222,8 @@ def _pair(cfg: DictConfig, datamodule: Any) -> dict[str, PreTrainedModel]:
             own.setup("fit")
             models[name] = _trained(cfg, recipe, own, name, load_causal)
     require_one_vocabulary(*(recipe.path for recipe in cfg.pair.values()))
-    return models
+    seed_everything(cfg.seed, verbose=False)
+    return instantiate(cfg.module, _convert_="all", **models)
 
 
 def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, load: Callable[[Path], Any]) -> Any:
@@ -294,8 +293,8 @@ def _teacher_of(cfg: DictConfig, student: str | Path) -> str | None:
 
 def _say_where_things_are(cfg: DictConfig) -> None:
     if not cfg.trainer.get("fast_dev_run"):
-        teacher = None if cfg.teacher is None else str(cfg.teacher.path)
-        say_where_things_are(console, cfg.name, _run_dir(cfg), teacher, cfg.example_prompt)
+        teacher = None if cfg.teacher is None else cfg.teacher.path
+        say_where_things_are(console, _run_dir(cfg), cfg.name, teacher, cfg.example_prompt)
 
 
 if __name__ == "__main__":

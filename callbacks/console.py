@@ -42,6 +42,22 @@ def print_answers(console: Console, prompts: list[str], responses: list[str]) ->
         console.print(f"[dim]{escape(prompt)}[/] → {escape(response)}" if prompt else escape(response), soft_wrap=True)
 
 
+def say_where_things_are(
+    console: Console, folder: Path, experiment: str, teacher: str | None, example_prompt: str | None
+) -> None:
+    """What a run left in its folder and what to type next; teacher: the folder of the student's, None where there is none."""
+    console.print(f"\nrecord and figure: {folder}/record.json, {folder}/frontier.png", highlight=False)
+    console.print(f"dashboard:         tensorboard --logdir {folder}", highlight=False)
+    if teacher is None:
+        return
+    console.print(f"student:           {folder}/student (its teacher: {teacher})", highlight=False)
+    prompt = "''" if example_prompt is None else f"'{example_prompt}'"
+    console.print(
+        f"next:              python run.py experiment={experiment} mode=generate \"prompt={prompt}\"",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Hold back library messages that no user of a run can act on."""
@@ -55,18 +71,3 @@ def quiet_libraries() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
         yield
-
-
-def say_where_things_are(
-    console: Console, experiment: str, folder: Path, teacher: str | None, example_prompt: str | None
-) -> None:
-    """What a run has left, and what to type next. teacher: where a student's teacher is; None where no student was trained."""
-    console.print(f"\nrecord and figure: {folder}/record.json, {folder}/frontier.png", highlight=False)
-    console.print(f"dashboard:         tensorboard --logdir {folder}", highlight=False)
-    if teacher is not None:
-        console.print(f"student:           {folder}/student (its teacher: {teacher})", highlight=False)
-        prompt = "''" if example_prompt is None else f"'{example_prompt}'"
-        console.print(
-            f"next:              python run.py experiment={experiment} mode=generate \"prompt={prompt}\"",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip

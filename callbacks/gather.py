@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.picture import PREFERRED, STYLE
 from callbacks.record import find_records
-from callbacks.table import COLUMNS, heading, value_at, written
+from callbacks.table import EVERY_COLUMN, heading, value_at, written
 
 NAMES = (
     "validity",
@@ -50,7 +50,7 @@ NAMES = (
     "train_flops",
 )
 # name -> (title, where the value is in a record's row, how it is written), as in the table of one run
-FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in COLUMNS.items() if path[-1] in NAMES}
+FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in EVERY_COLUMN.items() if path[-1] in NAMES}
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 # left out on a narrow terminal; all of it is in frontier.md
 DISPENSABLE = ("tv", "tokens_per_s", "validity_part", "entropy", "train_flops", "train_seconds", "train_tokens")

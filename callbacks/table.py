@@ -30,7 +30,9 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "largest error": (("quality", "max_enumeration_error"), ".0e"),
     "tokens/s": (("cost", "tokens_per_s"), ",.0f"),
     "MFLOP/token": (("cost", "flops_per_token"), "mega"),
-    # of the model itself, whatever it generates
+}
+# the same of the model itself, whatever it generates
+MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "nats/token": (("quality", "nll"), ".4f"),
     "nats/token|bound": (("quality", "nll_bound"), ".4f"),
     "nats/token|truth": (("quality", "nll_truth"), ".4f"),
@@ -48,14 +50,16 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "GFLOP/step": (("quality", "flops_per_step"), "giga"),
     "TFLOP": (("quality", "train_flops"), "tera"),
 }
+EVERY_COLUMN = COLUMNS | MODEL_COLUMNS
 SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 
 
 # what a narrow terminal does without first; all of it is in record.json
 DISPENSABLE = (
     *("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct"),
-    *("perplexity", "probe|chance", "Mtok", "s", "TFLOP", "exact match", "valid|part"),
+    *("exact match", "valid|part"),
 )
+MODEL_DISPENSABLE = ("perplexity", "probe|chance", "Mtok", "s", "TFLOP")
 
 
 def split_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -73,7 +77,7 @@ def results_table(record: dict[str, Any], width: int = 120) -> Table:
     widths = {
         t: 2 + max(len(text) for text in (heading(t), *(_cells(r, [t])[0] for r in record["rows"]))) for t in titles
     }
-    for title in DISPENSABLE:
+    for title in (*DISPENSABLE, *MODEL_DISPENSABLE):
         if first + sum(widths[t] for t in titles) <= width:
             break
         titles = [t for t in titles if t != title]
@@ -172,11 +176,13 @@ def heading(title: str) -> str:
 
 
 def _used_columns(record: dict[str, Any]) -> list[str]:
-    return [title for title, (path, _) in COLUMNS.items() if any(value_at(r, path) is not None for r in record["rows"])]
+    return [
+        title for title, (path, _) in EVERY_COLUMN.items() if any(value_at(r, path) is not None for r in record["rows"])
+    ]
 
 
 def _cells(row: dict[str, Any], titles: list[str]) -> list[str]:
-    return [written(value_at(row, COLUMNS[title][0]), COLUMNS[title][1]) for title in titles]
+    return [written(value_at(row, EVERY_COLUMN[title][0]), EVERY_COLUMN[title][1]) for title in titles]
 
 
 def value_at(row: dict[str, Any], path: tuple[str, ...]) -> float | None:

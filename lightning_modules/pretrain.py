@@ -18,6 +18,7 @@ from models.backbones.states import text_states
 from models.decoding.autoregressive import AutoregressiveDecoder
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
+from models.decoding.noisy_mask import NoisyMaskDecoder
 from models.functional.next_token import token_counts
 from models.objectives.base import Objective, TextObjective
 
@@ -133,17 +134,19 @@ class PretrainModule(LeapModule):
         generation = getattr(self.objective, "generation", "masked")
         if generation is None:
             return []
+        if generation == "flow":
+            return [NoisyMaskDecoder(self.objective.student, n, step="ode") for n in self.forwards]
         if generation != "masked":
-            length = self.trainer.datamodule.response_length
-            prefix = generation == "prefix"
-            return [AutoregressiveDecoder(self.model, length, temperature=self.temperature, whole_prompt=prefix)]
+            data = self.trainer.datamodule
+            how = {"whole_prompt": generation == "prefix", "vocab_size": len(data.tokenizer)}
+            return [AutoregressiveDecoder(self.model, data.response_length, temperature=self.temperature, **how)]
         options: dict[str, Any] = {"temperature": self.temperature, "remasking": self.remasking}
         return [MaskedDiffusionDecoder(self.model, n, **options) for n in self.forwards]
 
     @torch.no_grad()
     def states(self, rows: dict[str, Tensor]) -> Tensor:
-        """The model's last states of whole texts, (B, L, D)."""
-        return text_states(self.model, rows["input_ids"], rows["attention_mask"])
+        """The last states of whole texts, (B, L, D)."""
+        return text_states(self.objective.trained(self.model), rows["input_ids"], rows["attention_mask"])
 
     def flops_of_step(self, batch: dict[str, Tensor]) -> float:
         """Floating point operations of a forward and backward pass over the batch, counted on two of its rows."""

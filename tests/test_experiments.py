@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_causal import tiny_causal
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +15,7 @@ from hydra.utils import get_method
 
 import run
 from callbacks.console import sentence_for
+from models.backbones.causal_lm import save_causal
 from models.functional.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -51,13 +53,22 @@ def pairs_overrides(cfg, folder: Path) -> list[str]:
     return [f"data.{split}={path}" for split in ("train", "val", "test")]
 
 
+def model_overrides(cfg, folder: Path) -> list[str]:
+    """For an experiment on a Hugging Face model: a tiny one in a folder; for others small sizes."""
+    if cfg.study is not None or "path" not in cfg.model:
+        return SMALL
+    save_causal(tiny_causal(128, architecture="qwen3"), folder / "qwen")
+    return ["trainer.accelerator=cpu", f"model.path={folder}/qwen", "model.lora_rank=2"]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, capsys, name):
-    files = pairs_overrides(configure(f"experiment={name}"), tmp_path)
-    cfg = configure(f"experiment={name}", "trainer.fast_dev_run=true", "data.eval_batch_size=8", *SMALL, *files)
+    plain = configure(f"experiment={name}")
+    small = [*model_overrides(plain, tmp_path), *pairs_overrides(plain, tmp_path)]
+    cfg = configure(f"experiment={name}", "trainer.fast_dev_run=true", "data.eval_batch_size=8", *small)
     run.fit(cfg)
     printed = capsys.readouterr().out
-    assert cfg.name == name
+    assert cfg.name.split("/")[0] == name
     assert ("C" if cfg.study else "forwards") in printed
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # a shortened teacher is never kept
     header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
@@ -142,6 +153,65 @@ def test_a_published_model_fits_every_experiment(configure, name):
     assert set(cfg.model) - {"_target_"} <= set(accepted)
 
 
+@pytest.mark.parametrize("objective", sorted(path.stem for path in (ROOT / "conf/module/objective").glob("*.yaml")))
+def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, capsys, objective):
+    short = ["data.train_rows=64", "data.test_rows=32", "data.batch_size=16", "data.size=tiny", "module.forwards=[1,2]"]
+    steps = ["trainer.max_steps=4", "trainer.val_check_interval=2", "logger=none"]
+    choice = f"module/objective={objective}"
+    cfg = configure("experiment=objectives", choice, *short, *steps, *SMALL, "callbacks.goal.below=100")
+    assert cfg.name == f"objectives/{objective}"
+    run.fit(cfg)
+    record = json.loads((tmp_path / "out" / "x" / "run" / "record.json").read_text())
+    (model,) = (row for row in record["rows"] if row["method"] == "model")
+    found = model["quality"]
+    assert found["flops_per_step"] > 0
+    assert found["train_flops"] == 4 * found["flops_per_step"]
+    assert found["train_tokens"] == 4 * 16 * 6
+    assert 0 <= found["probe"] <= 1
+    likelihood = [name for name in ("nll", "nll_bound") if name in found]
+    assert len(likelihood) == (objective not in ("latent", "continuous_diffusion"))
+    assert ("goal_tokens" in found) == bool(likelihood)
+    capsys.readouterr()
+    run.report(configure("mode=report"))
+    assert f"objectives/{objective}" in (tmp_path / "out" / "report" / "frontier.md").read_text()
+
+
+def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, capsys):
+    save_causal(tiny_causal(128, architecture="qwen3"), tmp_path / "qwen")
+    short = ["experiment=next_token_qwen", f"model.path={tmp_path}/qwen", "trainer.accelerator=cpu", "logger=none"]
+    small = ["data.size=tiny", "data.train_rows=64", "data.test_rows=16", "data.batch_size=16", "module.forwards=[1]"]
+    with pytest.raises(UsageError, match="no run of it left a causal model"):
+        run.generate(configure(*short, *small, "mode=generate", "prompt='who=anna'"))
+    folder = tmp_path / "out" / "next_token_qwen" / "first"
+    run.fit(configure(*short, *small, "trainer.max_steps=2", "data=oracle", f"paths.run_dir={folder}"))
+    assert (folder / "model" / "adapter_model.safetensors").is_file()
+    assert (folder / "model_merged" / "model.safetensors").is_file()
+    capsys.readouterr()
+    run.generate(configure(*short, *small, "data=oracle", "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 3
+    assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
+
+
+def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):
+    short = [
+        "experiment=objectives",
+        "data.train_rows=64",
+        "data.test_rows=16",
+        "data.size=tiny",
+        "module.forwards=[1]",
+        "logger=none",
+        *SMALL,
+    ]
+    run.fit(configure(*short, "trainer.max_steps=1", "data.batch_size=16"))
+    record = tmp_path / "out" / "x" / "run" / "record.json"
+    per_step = json.loads(record.read_text())["rows"][-1]["quality"]["flops_per_step"]
+    run.fit(configure(*short, "data.batch_size=16", f"callbacks.budget.flops={3.5 * per_step}"))
+    assert json.loads(record.read_text())["rows"][-1]["quality"]["train_flops"] == 3 * per_step
+    with pytest.raises(UsageError, match=r"callbacks.budget.flops=10 is less than one step"):
+        run.fit(configure(*short, "data.batch_size=16", "callbacks.budget.flops=10"))
+
+
 def test_each_stage_runs_alone_from_the_student_of_another(configure, tmp_path):
     stages = ("adapt", "flow", "polish")
     only = {name: [f"module.stages.{other}.share={int(other == name)}" for other in stages] for name in stages}
@@ -199,6 +269,13 @@ MISTAKES = [
     (["flow=logit", "module.correction_limit=0"], "must be above 0"),
     (["module.jvp_backend=magic"], "forward_ad, finite_difference"),
     (["experiment=llada_oracle", "mode=generate"], "trains no student"),
+    (
+        ["experiment=llada_oracle", "module/objective=next_token"],
+        "needs a model that looks backwards only; type model=small",
+    ),
+    (["experiment=objectives", "model.attention=sideways"], "model.attention=sideways is not known"),
+    (["experiment=objectives", "callbacks.budget.flops=-1"], "callbacks.budget.flops=-1 must be above 0"),
+    (["experiment=next_token_qwen", "model.path=./nowhere"], "this folder does not exist"),
     (["experiment=llada_oracle", "mode=test"], "no run of it left a checkpoint"),
     (["module.stages.flow.share=0.9"], "must add up to 1"),
     (["module.adapter=magic"], "type one of prefix, prefix+mask_noise, lora, full"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -32,3 +33,29 @@ def test_two_ranks_train_compare_and_save(tmp_path):
     assert [row["decoder"] for row in rows if row["method"] == "student"] == ["student", "student", "denoiser's flow"]
     weights = load_file(path.parent / "student" / "student.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_two_ranks_train_and_measure_what_one_does(tmp_path):
+    """Next-token prediction draws nothing at random: halves of a batch on two ranks are the batch, in training and tests."""
+    short = [
+        "experiment=objectives", "trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2",
+        "data.size=tiny", "data.train_rows=64", "data.test_rows=33", "data.val_rows=17", "data.eval_batch_size=8",
+        "module.forwards=[1]", "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16",
+        "logger=none", f"paths.cache_dir={tmp_path}/cache",
+    ]  # fmt: skip
+    ranks = {1: ["data.batch_size=16"], 2: ["data.batch_size=8", "trainer=ddp", "trainer.devices=2"]}
+    runs = {
+        n: subprocess.Popen(
+            [sys.executable, "run.py", *short, *own, f"paths.output_dir={tmp_path}/{n}"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for n, own in ranks.items()
+    }  # fmt: skip
+    found = {}
+    for n, running in runs.items():
+        printed, _ = running.communicate(timeout=300)
+        assert running.returncode == 0, printed[-3000:]
+        (path,) = (tmp_path / str(n)).rglob("record.json")
+        (found[n],) = (row["quality"] for row in json.loads(path.read_text())["rows"] if row["method"] == "model")
+    for name in ("nll", "perplexity", "nll_truth", "flops_per_step", "train_flops", "train_tokens"):
+        assert found[1][name] == pytest.approx(found[2][name], rel=1e-5), name

@@ -58,6 +58,20 @@ def load_causal(
     return model.to(device).train()
 
 
+def load_trained(folder: str | Path) -> PreTrainedModel | PeftModel:
+    """What `save_causal` wrote: a whole model, or an adapter on the base that it names. Ready to answer.
+
+    Errors: UsageError as in `load_causal`, also for an adapter whose base is no longer there.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        return load_causal(folder).eval()
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UsageError(f"{folder} holds no adapter_model.safetensors; only safetensors are read")
+    base = files.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    return PeftModel.from_pretrained(load_causal(base), folder).eval()
+
+
 def with_adapters(model: PreTrainedModel, rank: int, alpha: float | None = None, dropout: float = 0.0) -> PeftModel:
     """Low-rank adapters (Hu et al., 2021) on every linear layer but the head; they start as no-ops."""
     config = LoraConfig(

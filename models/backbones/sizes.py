@@ -6,6 +6,16 @@ from models.functional.errors import UsageError
 
 IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 
+# a network just large enough to try a module's options on
+STAND_IN = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 8,
+    "max_position_embeddings": 8,
+    "rope_theta": 10_000.0,
+}
+
 
 def require_fitting_sizes(options: dict[str, Any]) -> None:
     """Raise UsageError, naming model.<option>, where ids lie outside the vocabulary or widths and heads do not fit.

@@ -19,10 +19,12 @@ def generate_autoregressive(
     *,
     temperature: float = 1.0,
     whole_prompt: bool = False,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
 
     whole_prompt: prompt tokens see each other both ways, as a prefix language model was trained.
+    vocab_size: ids from there on are padding of the output layer and never said.
     """
     columns = int(rows["response_mask"][0].sum())
     seen = read_columns(rows)
@@ -34,7 +36,7 @@ def generate_autoregressive(
     response = []
     for place in range(columns):
         # 2. a token from what has been read so far
-        response.append(gumbel_argmax(out.logits[:, -1], temperature, generator))
+        response.append(gumbel_argmax(out.logits[:, -1, :vocab_size], temperature, generator))
         if place + 1 == columns:
             break
         # 3. read it: its keys and values join the cache
@@ -56,10 +58,16 @@ class AutoregressiveDecoder:
     method = "teacher"
 
     def __init__(
-        self, model: nn.Module, response_length: int, *, temperature: float = 1.0, whole_prompt: bool = False
+        self,
+        model: nn.Module,
+        response_length: int,
+        *,
+        temperature: float = 1.0,
+        whole_prompt: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         self.model, self.forwards = model, response_length
-        self.options = {"temperature": temperature, "whole_prompt": whole_prompt}
+        self.options = {"temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size}
         self.name = "autoregressive" if temperature else "autoregressive, greedy"
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Generator, Tensor, nn
 
 Likelihood = Literal["exact", "bound"]
-Generation = Literal["masked", "autoregressive", "prefix"]
+Generation = Literal["masked", "autoregressive", "prefix", "flow"]
 
 
 class ObjectiveOutput(NamedTuple):
@@ -46,6 +46,10 @@ class TextObjective:
 
     def attach(self, model: nn.Module) -> None:
         """Called once with the model: refuse one that does not fit (UsageError) and make weights of its size."""
+
+    def trained(self, model: nn.Module) -> nn.Module:
+        """The network whose states are the result of the training."""
+        return model
 
     def after_step(self, model: nn.Module) -> None:
         """Called after every optimizer step."""

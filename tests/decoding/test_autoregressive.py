@@ -92,3 +92,10 @@ def test_greedy_takes_the_most_probable_token_and_the_decoder_says_what_it_is():
         best = model(input_ids=ids).logits[0, -1].argmax()
         assert best == text[0, k]
         ids = torch.cat([ids, best.view(1, 1)], -1)
+
+
+def test_padding_of_the_output_layer_is_never_said():
+    model, rows = model_of("llama"), pair_batch()
+    many = {name: column.repeat(50, 1) for name, column in rows.items()}
+    assert AutoregressiveDecoder(model, 4, vocab_size=5)(many, draw()).max() < 5
+    assert AutoregressiveDecoder(model, 4)(many, draw()).max() >= 5

@@ -11,11 +11,13 @@ from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.latent import covariance_penalty, variance_penalty
 from models.functional.masked_diffusion import mask_probability
+from models.objectives.continuous_diffusion import ContinuousDiffusion
 from models.objectives.latent import Latent
 from models.objectives.masked_diffusion import MaskedDiffusion
 from models.objectives.masked_lm import MaskedLM
 from models.objectives.multi_token import MultiToken
 from models.objectives.next_token import NextToken
+from models.objectives.noisy_mask import adapt_to_noise
 from models.objectives.span_corruption import SpanCorruption
 
 MAKE = {
@@ -264,6 +266,28 @@ def test_the_latent_target_follows_slowly_and_alone():
     assert int(objective.steps) == 1
     assert objective.likelihood is None
     assert objective.generation is None
+
+
+@pytest.mark.parametrize("form", ["pairs", "packed"])
+def test_continuous_diffusion_is_the_noisy_mask_denoiser(tiny_llada, form):
+    """Loss and gradients of `adapt_to_noise` with the same draws; the embedding table stays where it is."""
+    objective, model, batch = ContinuousDiffusion(), tiny_llada(), BATCHES[form]()
+    objective.attach(model)
+    rows = batch
+    if form == "packed":
+        everything = torch.ones_like(batch["labels"], dtype=torch.bool)
+        rows = {"input_ids": batch["labels"], "attention_mask": everything, "response_mask": everything}
+    weights = [p for p in objective.parameters() if p.requires_grad]
+    assert not any(p is model.embedding for p in weights)
+    out = objective(model, batch, draw())
+    terms = adapt_to_noise(objective.student, model, rows, draw(), teacher_weight=0.0, observed_share=0.1)
+    torch.testing.assert_close(out.loss_sum / out.tokens, terms.loss)
+    ours = torch.autograd.grad(out.loss_sum / out.tokens, weights, allow_unused=True)
+    theirs = torch.autograd.grad(terms.loss, weights, allow_unused=True)
+    for mine, known in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, known)
+    assert sum(g is not None and bool(g.abs().sum() > 0) for g in ours) > len(weights) // 2
+    assert objective.trained(model) is objective.student.body
 
 
 def test_models_that_do_not_fit_are_refused(tiny_llada):

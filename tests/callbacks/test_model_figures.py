@@ -1,0 +1,109 @@
+"""What callbacks find out of a model itself: what a probe reads, when a goal is reached, and how it is tabulated."""
+
+import pytest
+import torch
+from helpers_causal import PackedStream, tiny_causal
+from helpers_trainer import quiet_trainer
+from lightning import LightningModule, Trainer
+
+from callbacks.gather import frontier_markdown, frontier_rows
+from callbacks.goal import TrainingGoal
+from callbacks.plan_probe import PlanProbe
+from callbacks.table import split_rows
+from datamodules.oracle.datamodule import OracleDataModule
+from lightning_modules.pretrain import PretrainModule
+from models.functional.probe import fit_ridge, probe_accuracy, standardise
+from models.objectives.next_token import NextToken
+
+
+def test_ridge_is_the_minimum_of_its_loss():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 2, (40,), generator=generator)
+    weights = fit_ridge(states, labels, 2, ridge=0.1)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        error = states @ w[:-1] + w[-1] - torch.nn.functional.one_hot(labels, 2).double()
+        return error.square().sum() + 0.1 * 40 * w[:-1].square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(weights.requires_grad_()), weights)
+    assert gradient.abs().max() < 1e-10
+
+
+def test_a_probe_reads_what_is_there_and_nothing_of_shuffled_labels():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (2000,), generator=generator)
+    directions = torch.randn(4, 8, generator=generator)
+    states = directions[labels] + 0.1 * torch.randn(2000, 8, generator=generator)
+    train, test = standardise(states[:1000], states[1000:])
+    assert probe_accuracy(fit_ridge(train, labels[:1000], 4), test, labels[1000:]) > 0.99
+    shuffled = labels[:1000][torch.randperm(1000, generator=generator)]
+    assert probe_accuracy(fit_ridge(train, shuffled, 4), test, labels[1000:]) < 0.5
+
+
+class Told(LightningModule):
+    """A module whose last state is (or is not) the one-hot plan of the text."""
+
+    def __init__(self, data: OracleDataModule, tells: bool) -> None:
+        super().__init__()
+        self.data, self.tells, self.figures = data, tells, {}
+
+    def states(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        plans = torch.nn.functional.one_hot(self.data.hidden_plans(rows), 16).flatten(1).float()
+        noise = torch.randn(plans.shape, generator=torch.Generator().manual_seed(0))
+        last = plans if self.tells else noise
+        return torch.cat([noise.unsqueeze(1).expand(-1, rows["input_ids"].shape[1] - 1, -1), last.unsqueeze(1)], 1)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_the_plan_is_found_where_it_is(tells):
+    data = OracleDataModule(size="tiny", train_rows=2000, val_rows=16, test_rows=1000)
+    data.setup()
+    trainer, module = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), Told(data, tells)
+    trainer.datamodule = data
+    PlanProbe().on_test_start(trainer, module)
+    figures = module.figures
+    assert (figures["probe"] == 1.0) == tells
+    assert (figures["probe"] < figures["probe_chance"] + 0.1) != tells
+    assert figures["probe_shuffled"] < figures["probe_chance"] + 0.1
+    truth = data.hidden_plans(data.rows["test"].columns)
+    shown = data.rows["test"].columns["reveal"]
+    assert torch.equal(truth[shown >= 0], shown[shown >= 0])  # the text tells what the prompt reveals
+
+
+def test_a_goal_is_noted_once_and_only_when_it_is_reached():
+    torch.manual_seed(0)
+    data = PackedStream(sizes=(2, 3))
+    found = {}
+    for below in (100.0, 0.0):
+        module = PretrainModule(tiny_causal(7), NextToken(), lr=1e-2, warmup_steps=1)
+        goal = TrainingGoal(below)
+        trainer = quiet_trainer(4, callbacks=[goal], val_check_interval=1)
+        trainer.fit(module, data)
+        again = TrainingGoal(below)
+        again.load_state_dict(goal.state_dict())
+        assert again.state_dict() == goal.state_dict()
+        again.on_test_start(trainer, module)
+        found[below] = module.figures
+    assert found[100.0]["goal_tokens"] == 2 * 6  # the first validation, after one batch
+    assert 0 < found[100.0]["goal_seconds"] < found[100.0]["train_seconds"]
+    assert found[100.0]["train_tokens"] == 2 * (2 + 3) * 6
+    assert "goal_tokens" not in found[0.0]
+
+
+def test_models_have_a_table_of_their_own():
+    def row(method: str, **quality: float) -> dict:
+        return {"method": method, "decoder": method, "forwards": 0, "quality": quality, "entropy": None, "cost": {}}
+
+    record = {
+        "experiment": "objectives/next_token",
+        "seed": 0,
+        "data": {"name": "oracle-small"},
+        "rows": [row("teacher", validity=0.5), row("model", nll=0.25, probe=0.9)],
+    }
+    assert [[r["method"] for r in part["rows"]] for part in split_rows(record)] == [["teacher"], ["model"]]
+    rows = frontier_rows([record, {**record, "seed": 1}])
+    text = frontier_markdown([r for r in rows if r.method == "model"])
+    assert "nats/token | probe |" in text
+    assert "0.2500 ± 0.0000" in text
+    assert "valid" not in text
