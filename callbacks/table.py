@@ -16,20 +16,23 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "exact match": (("quality", "exact_match"), ".3f"),
     "slot acc.": (("quality", "slot_accuracy"), ".3f"),
     "BLEU": (("quality", "bleu"), ".1f"),
-    "style": (("quality", "style"), ".3f"),
-    "NLL|by θ": (("quality", "nll_theta"), ".3f"),
-    "NLL|by t": (("quality", "nll_target"), ".3f"),
     "entropy": (("entropy",), ".2f"),
     "TV": (("quality", "tv"), ".2f"),
     "coverage": (("quality", "coverage"), ".2f"),
     "distinct": (("distinct",), ".2f"),
+    "tokens/s": (("cost", "tokens_per_s"), ",.0f"),
+    "MFLOP/token": (("cost", "flops_per_token"), "mega"),
+}
+# the same of texts between two models
+PAIR_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "style": (("quality", "style"), ".3f"),
+    "NLL|by θ": (("quality", "nll_theta"), ".3f"),
+    "NLL|by t": (("quality", "nll_target"), ".3f"),
     "kept": (("cost", "acceptance"), ".3f"),
     "speed-up": (("cost", "speedup_vs_naive"), ".2f"),
     "formula": (("cost", "speedup_formula"), ".2f"),
     "G-test p": (("quality", "g_test_p"), ".3f"),
     "largest error": (("quality", "max_enumeration_error"), ".0e"),
-    "tokens/s": (("cost", "tokens_per_s"), ",.0f"),
-    "MFLOP/token": (("cost", "flops_per_token"), "mega"),
 }
 # the same of the model itself, whatever it generates
 MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -50,15 +53,13 @@ MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "GFLOP/step": (("quality", "flops_per_step"), "giga"),
     "TFLOP": (("quality", "train_flops"), "tera"),
 }
-EVERY_COLUMN = COLUMNS | MODEL_COLUMNS
+EVERY_COLUMN = COLUMNS | PAIR_COLUMNS | MODEL_COLUMNS
 SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 
 
 # what a narrow terminal does without first; all of it is in record.json
-DISPENSABLE = (
-    *("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct"),
-    *("exact match", "valid|part"),
-)
+DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct")
+PAIR_DISPENSABLE = ("formula", "largest error", "kept")
 MODEL_DISPENSABLE = ("perplexity", "probe|chance", "Mtok", "s", "TFLOP")
 
 
@@ -77,7 +78,7 @@ def results_table(record: dict[str, Any], width: int = 120) -> Table:
     widths = {
         t: 2 + max(len(text) for text in (heading(t), *(_cells(r, [t])[0] for r in record["rows"]))) for t in titles
     }
-    for title in (*DISPENSABLE, *MODEL_DISPENSABLE):
+    for title in (*DISPENSABLE, *PAIR_DISPENSABLE, *MODEL_DISPENSABLE):
         if first + sum(widths[t] for t in titles) <= width:
             break
         titles = [t for t in titles if t != title]
@@ -87,7 +88,7 @@ def results_table(record: dict[str, Any], width: int = 120) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("decoder", no_wrap=True)
-    table.add_column("forwards", justify="right", no_wrap=True)
+    table.add_column("forwards", justify="right")
     for title in titles:
         table.add_column(heading(title), justify="right", no_wrap=True)
     previous = None

@@ -113,6 +113,9 @@ class PromptResponseDataModule(LightningDataModule):
     def test_dataloader(self) -> ResumableLoader:
         return self._loader("test", self.eval_batch_size)
 
+    def predict_dataloader(self) -> ResumableLoader:
+        return self.test_dataloader()
+
     def _loader(self, split: str, batch_size: int, *, shuffle: bool = False, drop_last: bool = False):
         rows = self.rows[split]
         if drop_last and len(rows) < batch_size:

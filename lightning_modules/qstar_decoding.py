@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_modules.base import LeapModule
@@ -146,12 +147,12 @@ class QStarDecodingModule(LeapModule):
         if listed is None or self.trainer.fast_dev_run:
             return
         prompt, texts = (part.to(self.device) for part in listed)
-        for k, decoder in enumerate(self._decoders):
-            if isinstance(decoder, QStarDecoder):
-                generator = self.step_generator(k, stream=3, epoch=0)
-                p = g_test_of(decoder, prompt, texts, self.exactness_samples, data.eval_batch_size, generator)
-                self._sums[k]["g_test_p"] = p
-                self._sums[k]["max_enumeration_error"] = enumeration_error(decoder, prompt)
+        schemes = [(k, decoder) for k, decoder in enumerate(self._decoders) if isinstance(decoder, QStarDecoder)]
+        quiet = not self.trainer.is_global_zero
+        for k, decoder in track(schemes, description="exactness of each scheme", disable=quiet):
+            generator = self.step_generator(k, stream=3, epoch=0)
+            self._sums[k]["g_test_p"] = g_test_of(decoder, prompt, texts, self.exactness_samples, generator)
+            self._sums[k]["max_enumeration_error"] = enumeration_error(decoder, prompt)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's texts, how likely each model finds them, and what the drafts were worth."""

@@ -56,7 +56,9 @@ def law_of_texts(
 
 
 @torch.no_grad()
-def g_test_of(decoder: QStarDecoder, prompt: Tensor, texts: Tensor, n: int, batch: int, generator: Generator) -> float:
+def g_test_of(
+    decoder: QStarDecoder, prompt: Tensor, texts: Tensor, n: int, generator: Generator, batch: int = 1024
+) -> float:
     """p-value of n texts that the decoder says after a prompt (P,) against the law of all `texts` (T, R) and of the rest."""
     log_q = law_of_texts(decoder.theta, decoder.target, decoder.law, prompt, texts, decoder.vocab_size)
     place = {tuple(text): k for k, text in enumerate(texts.tolist())}

@@ -54,7 +54,13 @@ def pairs_overrides(cfg, folder: Path) -> list[str]:
 
 
 def model_overrides(cfg, folder: Path) -> list[str]:
-    """For an experiment on a Hugging Face model: a tiny one in a folder; for others small sizes."""
+    """For an experiment on Hugging Face models: tiny ones in folders; for others small sizes."""
+    if cfg.pair is not None and cfg.pair.theta.path is not None:
+        paths = []
+        for name in cfg.pair:
+            save_causal(tiny_causal(300, architecture="qwen3"), folder / name)
+            paths.append(f"pair.{name}.path={folder}/{name}")
+        return [*paths, "trainer.accelerator=cpu", "module.lora_rank=2", "data.tokenizer=byte"]
     if cfg.study is not None or "path" not in cfg.model:
         return SMALL
     save_causal(tiny_causal(128, architecture="qwen3"), folder / "qwen")

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chisquare, power_divergence
 
 import models.decoding.qstar as decoding
 import models.decoding.qstar_run as state
@@ -262,3 +262,36 @@ def test_wrong_options_are_named(options, message):
 def test_wrong_options_of_the_law_are_named(options, message):
     with pytest.raises(UsageError, match=message):
         QStarLaw(**options)
+
+
+def g_test_p(options, models, words, length, n, batch=20_000):
+    """p-value of n texts of `length` tokens against the exact law."""
+    law = exact_law(length, models=models, words=words)
+    places = torch.tensor([words**k for k in reversed(range(length))])
+    counts = torch.zeros(words**length)
+    chance = TorchChance(torch.Generator().manual_seed(0))
+    for _ in range(n // batch):
+        out = decode_qstar(*models, PROMPT.expand(batch, -1), max_new_tokens=length, chance=chance, **options)
+        counts += torch.bincount((out.tokens * places).sum(-1), minlength=words**length)
+    expected = n * torch.tensor(list(law.values())).double()
+    return power_divergence(counts.double().numpy(), expected.numpy(), lambda_="log-likelihood").pvalue
+
+
+FOUR = table_model(6, 4), table_model(7, 4)
+LONG = [
+    {"draft": draft, "gamma": gamma, "verify": verify}
+    for draft in ("theta", "target", "alternate", "assistant")
+    for gamma in (1, 3)
+    for verify in ("token", "block")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"gamma": 0}, *LONG], ids=str)
+def test_two_hundred_thousand_texts_pass_a_g_test_and_a_biased_rule_fails(options, monkeypatch):
+    """All 4^4 texts of four words, 200 000 samples: every scheme with drafts of 1, 2 and 3."""
+    options = options | ({"assistant": table_model(8, 4)} if options.get("draft") == "assistant" else {})
+    assert g_test_p(options, FOUR, 4, 4, 200_000) > 1e-3
+    if options.get("verify") == "token":
+        monkeypatch.setattr(state, "residual", resample_q)
+        assert g_test_p(options, FOUR, 4, 4, 200_000) < 1e-9

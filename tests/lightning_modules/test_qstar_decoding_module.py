@@ -1,0 +1,237 @@
+"""q* of two small trained-on-nothing models on the tiny corpus: figures against enumeration, training, resume, files."""
+
+import math
+
+import pytest
+import torch
+from helpers_trainer import quiet_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from scipy.stats import chi2
+from transformers import AutoModelForCausalLM
+
+import models.decoding.qstar_run as state
+from callbacks.frontier import FrontierReport
+from datamodules.oracle.datamodule import OracleDataModule
+from lightning_modules.qstar_decoding import QStarDecodingModule
+from lightning_modules.qstar_exactness import enumeration_error, g_test, g_test_of, law_of_texts
+from models.backbones.causal import build_causal
+from models.decoding.qstar_law import QStarLaw
+from models.functional.errors import UsageError
+from models.functional.next_token import causal_text
+from models.objectives.qstar import kl_divergence, qstar_terms
+
+
+def corpus(**options) -> OracleDataModule:
+    data = OracleDataModule(
+        size="tiny", style=0.5, train_rows=64, val_rows=16, test_rows=32, batch_size=16, eval_batch_size=16, **options
+    )
+    data.setup()
+    return data
+
+
+def network(data, seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = build_causal(**data.special_ids(), **sizes, max_position_embeddings=32, rope_theta=10_000.0)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.5)
+    return model
+
+
+@pytest.fixture
+def data():
+    return corpus()
+
+
+def build(data, **options):
+    options = {"exactness_samples": 0, "lr": 1e-2, "warmup_steps": 0} | options
+    return QStarDecodingModule(network(data, 0), network(data, 1), **options)
+
+
+def attach(module, data):
+    """Decoders without a run."""
+    trainer = quiet_trainer(1)
+    trainer.datamodule = data
+    module.trainer = trainer
+    module.setup("test")
+    return module
+
+
+# -- objective -------------------------------------------------------------------------------------------------------
+
+
+def pair(places=5, words=6):
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(2, places, words, generator=draw, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss", ["kl", "acceptance"])
+def test_the_loss_and_its_gradient_by_finite_differences(loss):
+    """q* is held fixed: differences are taken with q* from the unperturbed logits."""
+    theta, target = pair()
+    law = QStarLaw()
+    fixed = law(theta.log_softmax(-1), target.log_softmax(-1)).log_q
+
+    def value(logits):
+        logp = logits.log_softmax(-1)
+        if loss == "kl":
+            return (fixed.exp() * (fixed - logp)).sum(-1).mean()
+        return (1 - torch.minimum(fixed.exp(), logp.exp()).sum(-1)).mean()
+
+    logits = theta.clone().requires_grad_()
+    terms = qstar_terms(logits.log_softmax(-1), target.log_softmax(-1), law, loss)
+    assert terms.loss.item() == pytest.approx(value(theta).item(), abs=1e-12)
+    terms.loss.backward()
+    for place, word in [(0, 0), (2, 3), (4, 5)]:
+        step = torch.zeros_like(theta)
+        step[place, word] = 1e-6
+        slope = (value(theta + step) - value(theta - step)) / 2e-6
+        assert logits.grad[place, word].item() == pytest.approx(slope.item(), abs=1e-7)
+
+
+def test_the_figures_of_a_place_satisfy_what_is_known_of_them():
+    theta, target = (part.log_softmax(-1) for part in pair())
+    raw = qstar_terms(theta, target, QStarLaw(), "kl").raw
+    assert raw["kl_theta"].item() == pytest.approx(raw["chernoff"].item(), abs=1e-5)
+    assert raw["kl_target"].item() == pytest.approx(raw["chernoff"].item(), abs=1e-5)
+    assert raw["kl_theta_target"].item() == pytest.approx(kl_divergence(theta, target).mean().item(), abs=1e-6)
+    assert raw["overlap"] <= min(raw["beta_theta"], raw["beta_target"])
+    half = qstar_terms(theta, target, QStarLaw(0.5), "kl").raw
+    assert half["alpha"] == 0.5
+    assert abs(half["kl_theta"] - half["kl_target"]) > 1e-3  # the control: an equal mixture is not equally far
+
+
+# -- exactness -------------------------------------------------------------------------------------------------------
+
+
+def test_a_g_test_by_hand():
+    """2 Σ O log(O/E) with k - 1 degrees of freedom; rare cells are one; what cannot be and was seen is impossible."""
+    counts, expected = torch.tensor([30.0, 50.0, 20.0]), torch.tensor([0.25, 0.5, 0.25])
+    statistic = 2 * sum(o * math.log(o / e) for o, e in zip([30, 50, 20], [25, 50, 25], strict=True))
+    assert g_test(counts, expected) == pytest.approx(chi2.sf(statistic, 2))
+    rare = torch.tensor([0.01, 0.02, 0.97])
+    pooled = 2 * (4 * math.log(4 / 3) + 96 * math.log(96 / 97))
+    assert g_test(torch.tensor([1.0, 3.0, 96.0]), rare) == pytest.approx(chi2.sf(pooled, 1))
+    assert g_test(torch.tensor([99.0, 1.0]), torch.tensor([1.0, 0.0])) == 0.0
+
+
+@pytest.mark.parametrize("scheme", ["naive", "theta", "target", "alternate", "ngram"])
+def test_every_scheme_passes_both_tests_and_a_biased_one_neither(data, scheme, monkeypatch):
+    module = attach(build(data, verify="block" if scheme == "target" else "token"), data)
+    decoder = module.decoder(scheme, data)
+    prompt = data.encode_prompts([""])["input_ids"][0, : data.prompt_length]
+    texts = torch.cartesian_prod(*[torch.arange(len(data.tokenizer))] * 2)
+    sample = lambda: g_test_of(decoder, prompt, texts, 4000, torch.Generator().manual_seed(0))  # noqa: E731
+    assert enumeration_error(decoder, prompt) < 1e-12
+    assert sample() > 1e-3
+    if scheme in ("theta", "alternate", "ngram"):
+        monkeypatch.setattr(state, "residual", lambda log_q, _: log_q.exp())
+        assert enumeration_error(decoder, prompt) > 1e-3
+        assert sample() < 1e-5
+
+
+def test_the_law_of_all_texts_is_a_law(data):
+    module = build(data)
+    prompt = data.encode_prompts([""])["input_ids"][0, : data.prompt_length]
+    words = len(data.tokenizer)
+    texts = torch.cartesian_prod(*[torch.arange(words)] * 2)
+    total = law_of_texts(module.theta, module.target, QStarLaw(), prompt, texts, words).exp().sum()
+    assert total.item() == pytest.approx(1.0, abs=1e-5)
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_test_run_records_what_lies_between(data, tmp_path):
+    report = FrontierReport(str(tmp_path), "trial", {})
+    module = build(data, schemes=("naive", "alternate"), exactness_samples=500)
+    quiet_trainer(1, callbacks=[report]).test(module, data, verbose=False)
+    rows = {row["decoder"]: row for row in report.record["rows"]}
+    assert list(rows)[:4] == ["π_θ alone", "π_t alone", "q*, both at every token", "q*, alternating"]
+    own, other = rows["π_θ alone"]["quality"], rows["π_t alone"]["quality"]
+    for name in ("q*, both at every token", "q*, alternating"):
+        quality, cost = rows[name]["quality"], rows[name]["cost"]
+        assert own["nll_theta"] < quality["nll_theta"] < other["nll_theta"]
+        assert other["nll_target"] < quality["nll_target"] < own["nll_target"]
+        assert quality["g_test_p"] > 1e-3
+        assert quality["max_enumeration_error"] < 1e-12
+        assert 0 <= quality["style"] <= 1
+        assert cost["speedup_vs_naive"] > 0
+    assert rows["q*, both at every token"]["cost"]["speedup_vs_naive"] == 1.0
+    assert rows["q*, both at every token"]["cost"]["acceptance"] is None
+    assert 0 < rows["q*, alternating"]["cost"]["acceptance"] < 1
+    assert rows["q*, alternating"]["cost"]["speedup_formula"] > 1
+
+
+def test_training_draws_theta_toward_q_and_leaves_the_target_alone(data):
+    module = build(data)
+    before = [weight.clone() for weight in module.target.parameters()]
+    trainer = quiet_trainer(30, limit_val_batches=1, val_check_interval=1)
+    trainer.validate(module, data, verbose=False)
+    start = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    trainer.fit(module, data)
+    end = trainer.callback_metrics
+    assert end["val/kl_theta"] < 0.5 * start["val/kl_theta"]
+    assert end["val/beta_theta"] > start["val/beta_theta"]
+    assert end["val/accepted_length"] > start["val/accepted_length"]
+    assert all(torch.equal(a, b) for a, b in zip(before, module.target.parameters(), strict=True))
+
+
+def test_texts_of_a_step_are_theta_s_own(data):
+    module = attach(build(data), data)
+    batch = next(iter(data.train_dataloader()))
+    rows = module._said_by_theta(batch, 0, 0)
+    columns = data.response_length
+    assert torch.equal(rows["input_ids"][:, :-columns], batch["input_ids"][:, :-columns])
+    assert not torch.equal(rows["input_ids"][:, -columns:], batch["input_ids"][:, -columns:])
+    assert causal_text(rows).weights.sum() == columns * len(batch["input_ids"])
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_a_resumed_training_is_the_uninterrupted_one(data, tmp_path, stop):
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, resumed = build(data, lora_rank=2), build(data, lora_rank=2)
+    quiet_trainer(7, callbacks=[keep], enable_checkpointing=True).fit(whole, data)
+    quiet_trainer(7).fit(resumed, corpus(), ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
+    names = [name for name, weight in whole.theta.named_parameters() if weight.requires_grad]
+    assert names
+    ours, theirs, fresh = (dict(m.theta.named_parameters()) for m in (resumed, whole, build(data, lora_rank=2)))
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], atol=0, rtol=0)
+        assert not torch.equal(ours[name], fresh[name])
+
+
+def test_exports_are_read_by_peft_and_by_transformers(data, tmp_path):
+    module = build(data, lora_rank=2)
+    with torch.no_grad():
+        for name, weight in module.theta.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    ids = torch.arange(6).unsqueeze(0)
+    wanted = module.theta.eval()(ids).logits
+    adapter, merged = module.export(tmp_path / "a"), module.export(tmp_path / "m", merged=True)
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    torch.testing.assert_close(plain(ids).logits, wanted, atol=1e-5, rtol=0)
+    read = PeftModel.from_pretrained(network(data, 0), adapter).eval()
+    torch.testing.assert_close(read(ids).logits, wanted, atol=1e-6, rtol=0)
+
+
+def test_predictions_are_responses(data):
+    module = build(data)
+    answers = quiet_trainer(1).predict(module, data.test_dataloader())
+    assert answers[0].shape == (16, data.response_length)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "mse"}, "module.loss=mse"),
+        ({"schemes": ("both",)}, "module.schemes=both"),
+        ({"schemes": ("assistant",)}, "no third model"),
+        ({"theta_weight": 3.0}, "theta_weight=3"),
+    ],
+)
+def test_wrong_options_are_named(data, options, message):
+    with pytest.raises(UsageError, match=message):
+        build(data, **options)
