@@ -59,7 +59,7 @@ SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 
 # what a narrow terminal does without first; all of it is in record.json
 DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct")
-PAIR_DISPENSABLE = ("formula", "largest error", "kept")
+PAIR_DISPENSABLE = ("formula", "kept", "largest error")
 MODEL_DISPENSABLE = ("perplexity", "probe|chance", "Mtok", "s", "TFLOP")
 
 
@@ -126,7 +126,8 @@ def in_words(record: dict[str, Any]) -> list[str]:
             "fixed all-mask response draws or picks every place on its own, so no such generator's samples can come nearer "
             f"to the truth than KL {correlation:.2f}, which the product of marginals reaches."
         )
-    sentences += _student_against_teacher(rows)
+    between = _between_two_models(rows)
+    sentences += between or _student_against_teacher(rows)
     marginals = next((r for r in rows if r["decoder"] == "product of marginals"), None)
     for row in rows:
         part = row["quality"].get("validity_part")
@@ -164,6 +165,20 @@ def _student_against_teacher(rows: list[dict[str, Any]]) -> list[str]:
         f"teacher {share[1]} at {first['forwards']} and {share[2]} at {last['forwards']} forwards. The student writes "
         f"{best['cost']['tokens_per_s'] / last['cost']['tokens_per_s']:.1f} times the teacher's tokens per second at "
         f"{last['forwards']} forwards (batch {best['cost']['batch']})."
+    ]
+
+
+def _between_two_models(rows: list[dict[str, Any]]) -> list[str]:
+    """One sentence: how likely both models find q*'s texts, beside their own."""
+    models = [row for row in rows if row["method"] == "teacher" and row["quality"].get("nll_theta") is not None]
+    drawn = [row for row in rows if row["method"] == "student" and row["quality"].get("nll_theta") is not None]
+    if len(models) != 2 or not drawn:
+        return []
+    (own, other), q = models, drawn[0]
+    by = [[row["quality"][name] for row in (own, q, other)] for name in ("nll_theta", "nll_target")]
+    return [
+        f"Between the models: π_θ needs {by[0][0]:.3f} nats a token for its own texts, {by[0][1]:.3f} for those of q* and "
+        f"{by[0][2]:.3f} for π_t's; π_t needs {by[1][2]:.3f} for its own, {by[1][1]:.3f} for q*'s and {by[1][0]:.3f} for π_θ's."
     ]
 
 

@@ -38,6 +38,7 @@ class CachedScores:
                 "holes in the cache that such layers would count: type cache=false"
             )
         self.model, self.vocab_size = model.eval(), vocab_size
+        self.context = getattr(model.config, "max_position_embeddings", None)
         self.forget()
 
     def forget(self) -> None:

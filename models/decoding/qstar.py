@@ -103,8 +103,8 @@ def _round(
         if not bool(run.active.any()):
             return None
         further = own[:, 1] if bool((kept | ~run.active).all()) else None
-    # 2. a draft, no longer than any row has room for
-    size = min(gamma, int((run.most - run.made)[run.active].min()))
+    # 2. a draft, no longer than some row has room for; what goes beyond a row's room is never settled
+    size = min(gamma, int((run.most - run.made)[run.active].max()), run.context - int(run.lengths[run.active].max()))
     own, drafts = [], []
     for k in range(size):
         own.append(further if k == 0 and further is not None else run.score(drafter, k, 1)[:, 0])

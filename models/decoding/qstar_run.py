@@ -81,6 +81,8 @@ class QStarRun:
         self.notes = {
             name: torch.full((batch, max_new_tokens), torch.nan, dtype=torch.float64, device=device) for name in NOTES
         }
+        # places that every model can read; a request that fits is never drafted beyond them
+        self.context = min(getattr(model, "context", None) or self.ids.shape[1] for model in models.values())
         self.drafts, self.drafted = 0, 0
         self.examined, self.kept, self.forwards = (dict.fromkeys(models, 0) for _ in range(3))
 

@@ -46,7 +46,8 @@ def verify_block(run: QStarRun, drafts: Tensor, law: PlaceLaw, drafter: str, pro
             chance = torch.where(weight < 1, total / (total + 1 - weight).clamp(min=1e-300), 1.0)
         if k > 0:
             best = torch.where(run.chance.accept(chance.log()), k, best)
-    run.count(drafter, int((best[active] + 1).clamp(max=gamma).sum()), int(best[active].sum()))
+    room = (run.most - run.made)[active].clamp(max=gamma)
+    run.count(drafter, int(torch.minimum(best[active] + 1, room).sum()), int(torch.minimum(best[active], room).sum()))
     for k in range(gamma):
         run.append(active & (best > k), drafts[:, k], law.at(k))
     for k in range(gamma):

@@ -219,7 +219,7 @@ def test_exports_are_read_by_peft_and_by_transformers(data, tmp_path):
 
 def test_predictions_are_responses(data):
     module = build(data)
-    answers = quiet_trainer(1).predict(module, data.test_dataloader())
+    answers = quiet_trainer(1).predict(module, datamodule=data)
     assert answers[0].shape == (16, data.response_length)
 
 
