@@ -25,6 +25,11 @@ class EpochSampler(Sampler[list[int]]):
         self.epoch = 0
         self.start = 0
 
+    @property
+    def sampler(self) -> "EpochSampler":
+        """Itself: a trainer tells the epoch to a batch sampler's `sampler`."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 

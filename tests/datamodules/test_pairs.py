@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_trainer import quiet_trainer
+from lightning import LightningModule
 from omegaconf import OmegaConf
 
 from datamodules.loader import EpochSampler
@@ -265,6 +267,23 @@ def test_the_same_seed_gives_the_same_order_and_each_epoch_another(build):
     first.set_epoch(1)
     assert order(first) != order(again)
     assert order(build(**same).val_dataloader()) == order(build(**same).val_dataloader())
+
+
+@pytest.mark.filterwarnings("ignore:.*no optimizer", "ignore:.*returned .None.")
+def test_a_trainer_tells_the_loader_its_epoch(build):
+    class Reader(LightningModule):
+        def training_step(self, batch, batch_idx):
+            read.append(batch["row_index"].tolist())
+
+        def configure_optimizers(self):
+            return None
+
+    datamodule, read = build(val=ROWS, test=ROWS), []
+    quiet_trainer(-1, max_epochs=2, limit_val_batches=0).fit(Reader(), datamodule)
+    first, second = datamodule.train_dataloader(), datamodule.train_dataloader()
+    second.set_epoch(1)
+    assert read == order(first) + order(second)
+    assert order(first) != order(second)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
