@@ -64,7 +64,9 @@ def find_files(item: str | os.PathLike, option: str, extensions: str = ROW_EXTEN
 # -- from files to rows -----------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path, fields: Sequence[str], option: str, meter: Meter = unwatched) -> Iterator[PlacedRow]:
+def read_rows(
+    path: Path, fields: Sequence[str], option: str, meter: Meter = unwatched, extensions: str = ROW_EXTENSIONS
+) -> Iterator[PlacedRow]:
     """The rows of a file; of a parquet file only the given fields, where it has them all."""
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
@@ -74,7 +76,7 @@ def read_rows(path: Path, fields: Sequence[str], option: str, meter: Meter = unw
         elif suffix.removesuffix(".gz") in readers:
             yield from readers[suffix.removesuffix(".gz")](path, meter)
         else:
-            raise UsageError(f"{option}: {path} has an unknown extension; it must be a {ROW_EXTENSIONS} file")
+            raise UsageError(f"{option}: {path} has an unknown extension; it must be a {extensions} file")
 
 
 @contextmanager
@@ -196,9 +198,17 @@ def load_hub(item: str, fields: Sequence[str], option: str) -> Any:
     return rows
 
 
-def hub_rows(item: str, fields: Sequence[str], option: str) -> Iterator[PlacedRow]:
-    for number, row in enumerate(load_hub(item, fields, option), start=1):
+def hub_rows(item: str, fields: Sequence[str], option: str, meter: Meter = unwatched) -> Iterator[PlacedRow]:
+    rows = load_hub(item, fields, option)
+    share = hub_bytes(rows) / max(1, len(rows))
+    for number, row in enumerate(rows, start=1):
         yield f"{item}:{number}", row
+        meter(share)
+
+
+def hub_bytes(rows: Any) -> int:
+    """Bytes of a data set's table."""
+    return rows.data.nbytes
 
 
 # -- from rows to text ------------------------------------------------------------------------------------------------

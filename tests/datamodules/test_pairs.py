@@ -306,12 +306,12 @@ def test_a_resumed_loader_continues_at_the_exact_batch(build, workers):
 def test_two_ranks_see_each_row_exactly_once(rows, drop_last, monkeypatch):
     batches = []
     for rank in range(2):
-        monkeypatch.setattr("datamodules.loader._rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("datamodules.loader.rank_and_world", lambda rank=rank: (rank, 2))
         sampler = EpochSampler(rows, 2, shuffle=True, drop_last=drop_last, seed=5)
         batches.append(list(sampler))
     seen = [row for rank in batches for batch in rank for row in batch]
     assert sorted(seen) == list(range(rows))
-    monkeypatch.setattr("datamodules.loader._rank_and_world", lambda: (0, 1))
+    monkeypatch.setattr("datamodules.loader.rank_and_world", lambda: (0, 1))
     # Together the ranks see the batches that one rank with twice the batch size sees.
     one = list(EpochSampler(rows, 4, shuffle=True, drop_last=drop_last, seed=5))
     assert [sorted(a + b) for a, b in zip(*batches, strict=False)] == [
