@@ -151,6 +151,9 @@ class DocumentReader:
         """(number of its first line, text) of what stands between two cuts."""
         first, held, size = 1, [], 0
         for number, line in lines:
+            if held and not held[-1].endswith("\n"):
+                size -= len(held[-1])
+                line = held.pop() + line  # the next part of a very long line
             *ended, rest = self._parts(line)
             for part in ended:
                 yield first if held else number, "".join([*held, part])
@@ -170,7 +173,7 @@ class DocumentReader:
         """The parts of a line that end a document, then the one with which the next begins."""
         if self.cut == "separator":
             return line.split(self.separator)
-        ends = self.cut == "line" or not line.strip()
+        ends = line.endswith("\n") and (self.cut == "line" or not line.strip())
         return [line, ""] if ends else [line]
 
 

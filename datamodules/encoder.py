@@ -62,27 +62,28 @@ class Encoder:
 def bytes_of_spans(text: str, starts: np.ndarray, ends: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """UTF-8 bytes (N,) that tokens with the character spans [starts, ends) stand for; their sum is that of the text.
 
-    What lies between two spans (dropped spaces) belongs to the token after it, what follows the last to the last. Where
-    tokens share a character each takes its width in bytes, the last first: a prefix that was put in front gets what is left.
+    What lies between two spans (dropped spaces, a combining mark) belongs to the token before it, what precedes the first to
+    the first. Where tokens share a character each takes its width in bytes, the last first: a prefix that was put in front
+    gets what is left.
     """
     if not len(starts):
         return np.zeros(0, np.int64)
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     byte_of = np.concatenate([[0], np.cumsum(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF))])
-    shares_with_next = np.append(starts[1:] < ends[:-1], False)
-    last_of_group = np.flatnonzero(~shares_with_next)
-    reached = np.maximum.accumulate(byte_of[ends])[last_of_group]
-    reached[-1] = byte_of[-1]
-    totals = np.diff(reached, prepend=0)
+    # groups of tokens that share characters, most of them of one token
+    firsts = np.flatnonzero(np.append(True, starts[1:] >= ends[:-1]))
+    lasts = np.append(firsts[1:], len(starts)) - 1
+    begins = np.maximum.accumulate(byte_of[starts[firsts]])
+    begins[0] = 0
+    totals = np.diff(begins, append=byte_of[-1])
     sizes = np.zeros(len(starts), np.int64)
-    sizes[last_of_group] = totals
-    begins = np.append(0, last_of_group[:-1] + 1)
-    for group in np.flatnonzero(last_of_group > begins):
+    sizes[firsts] = totals
+    for group in np.flatnonzero(lasts > firsts):
         left = totals[group]
-        for token in range(last_of_group[group], begins[group], -1):
+        for token in range(lasts[group], firsts[group], -1):
             sizes[token] = min(widths[token], left)
             left -= sizes[token]
-        sizes[begins[group]] = left
+        sizes[firsts[group]] = left
     return sizes
 
 

@@ -7,12 +7,13 @@ so `<bos>` and the like count in neither.
 import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class NllSums(NamedTuple):
-    """Sums over tokens, float64 scalars: nats of all and how many they are; nats and UTF-8 bytes of those that stand for text."""
+    """float64 scalars: nats of all targets and their number; nats and UTF-8 bytes of those that stand for text."""
 
     nats: Tensor
     tokens: Tensor
@@ -26,7 +27,8 @@ class NllSums(NamedTuple):
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label] in nats: logits (..., V), labels (...) -> (...), in float32 at least."""
-    nll = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(exact.flatten(0, -2), labels.flatten(), reduction="none")
     return nll.view(labels.shape)
 
 
