@@ -11,6 +11,7 @@ import re
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -29,7 +30,11 @@ class Encoder:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.backend.encode_special_tokens = True
-        self.byte_level = '"ByteLevel"' in json.dumps(json.loads(description)["decoder"])
+        described = json.loads(description)
+        self.byte_level = '"ByteLevel"' in json.dumps(described["decoder"])
+        self.id_of_byte = (
+            _ids_of_bytes(self.backend) if self.byte_level and described["model"].get("merges") == [] else None
+        )
         self.unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
         self.widths = _widths(tokenizer, self.unknown_id, self.byte_level)
         self.id_type = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
@@ -38,6 +43,9 @@ class Encoder:
 
     def __call__(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids (N,), bytes (N,)) of each text."""
+        if self.id_of_byte is not None:
+            ids = [self.id_of_byte[np.frombuffer(text.encode(), np.uint8)] for text in texts]
+            return [(some, np.ones(len(some), np.int64)) for some in ids]
         if not self.byte_level:
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
             return [(np.array(e.ids, np.int64), self._by_offsets(t, e)) for t, e in zip(texts, encodings, strict=True)]
@@ -85,6 +93,17 @@ def bytes_of_spans(text: str, starts: np.ndarray, ends: np.ndarray, widths: np.n
             left -= sizes[token]
         sizes[firsts[group]] = left
     return sizes
+
+
+def _ids_of_bytes(backend: Tokenizer) -> np.ndarray | None:
+    """The id (256,) of each byte, where a tokenizer without merges turns every text into those of its bytes."""
+    found = [backend.token_to_id(character) for _, character in sorted(bytes_to_unicode().items())]
+    if None in found:
+        return None
+    ids = np.array(found, np.int64)
+    probe = "".join(map(chr, range(0x800))) + "\u0fff\uffff\U0001ffff\U0010ffff"
+    encoded = backend.encode(probe, add_special_tokens=False).ids
+    return ids if encoded == ids[np.frombuffer(probe.encode(), np.uint8)].tolist() else None
 
 
 def _widths(tokenizer: PreTrainedTokenizerFast, unknown_id: int, byte_level: bool) -> np.ndarray:

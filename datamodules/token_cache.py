@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,8 +102,7 @@ def _content(source: Source, reader: DocumentReader, cache_dir: Path, option: st
             total += hub_bytes(rows)
             continue
         for path in find_files(item, option, EXTENSIONS):
-            with readable(path, option):
-                found, size = _file_hash(path, cache_dir / "hashes"), path.stat().st_size
+            found, size = _file_hash(path, cache_dir / "hashes", option)
             hashes.append(found)
             total += size
     if not hashes:
@@ -110,22 +110,23 @@ def _content(source: Source, reader: DocumentReader, cache_dir: Path, option: st
     return hashes, total
 
 
-def _file_hash(path: Path, notes: Path) -> str:
-    """sha256 of a file and its extension, noted down so that an unchanged file is not read again for it."""
-    found = path.stat()
+def _file_hash(path: Path, notes: Path, option: str) -> tuple[str, int]:
+    """sha256 of a file with its extension, and its size; noted down, so that an unchanged file is not read again for it."""
+    with readable(path, option):
+        found = path.stat()
     now = [str(path.absolute()), found.st_size, found.st_mtime_ns]
     note = notes / f"{hashlib.sha256(now[0].encode()).hexdigest()[:20]}.json"
     if note.is_file():
         *noted, known = json.loads(note.read_text())
         if noted == now:
-            return known
-    with open(path, "rb") as file:
+            return known, found.st_size
+    with readable(path, option), open(path, "rb") as file:
         known = hashlib.file_digest(file, "sha256").hexdigest() + "".join(path.suffixes[-2:])
     notes.mkdir(parents=True, exist_ok=True)
-    unfinished = note.with_suffix(f".{os.getpid()}")
+    unfinished = note.with_suffix(f".{uuid.uuid4().hex}")
     unfinished.write_text(json.dumps([*now, known]))
     os.replace(unfinished, note)
-    return known
+    return known, found.st_size
 
 
 # -- tokenising -------------------------------------------------------------------------------------------------------

@@ -95,7 +95,12 @@ def test_the_bytes_of_a_text_add_up(encoder, kind):
 @pytest.mark.parametrize("kind", ["byte", "byte-level"])
 def test_every_byte_is_one(encoder, kind):
     for text in HARD_TEXTS:
-        assert [n for _, n in spelled(encoder(kind), text)] == [1] * len(text.encode())
+        encode = encoder(kind)
+        assert [n for _, n in spelled(encode, text)] == [1] * len(text.encode())
+        assert encode([text])[0][0].tolist() == encode.backend.encode(text, add_special_tokens=False).ids
+        assert encode.id_of_byte is not None
+    assert encoder("byte-level, prefix space").id_of_byte is encoder("byte-level, NFC").id_of_byte is None
+    assert encoder("bpe").id_of_byte is None
 
 
 def test_bpe_by_hand(encoder):
