@@ -41,6 +41,7 @@ NAMES = (
     "bits_per_byte_bound",
     "probe",
     "probe_mean",
+    "probe_untrained",
     "probe_shuffled",
     "goal_tokens",
     "goal_seconds",
@@ -53,7 +54,16 @@ NAMES = (
 FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in EVERY_COLUMN.items() if path[-1] in NAMES}
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 # left out on a narrow terminal; all of it is in frontier.md
-DISPENSABLE = ("tv", "tokens_per_s", "validity_part", "entropy", "train_flops", "train_seconds", "train_tokens")
+DISPENSABLE = (
+    "tv",
+    "tokens_per_s",
+    "validity_part",
+    "entropy",
+    "train_flops",
+    "train_seconds",
+    "train_tokens",
+    "probe_mean",
+)
 
 
 @dataclass

@@ -33,6 +33,7 @@ MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "bits/byte|bound": (("quality", "bits_per_byte_bound"), ".4f"),
     "probe": (("quality", "probe"), ".3f"),
     "probe|mean": (("quality", "probe_mean"), ".3f"),
+    "probe|untrained": (("quality", "probe_untrained"), ".3f"),
     "probe|shuffled": (("quality", "probe_shuffled"), ".3f"),
     "probe|chance": (("quality", "probe_chance"), ".3f"),
     "Mtok|to goal": (("quality", "goal_tokens"), "mega"),
@@ -48,7 +49,7 @@ SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 
 # what a narrow terminal does without first; all of it is in record.json
 DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct")
-MODEL_DISPENSABLE = ("perplexity", "probe|chance", "Mtok", "s", "TFLOP")
+MODEL_DISPENSABLE = ("perplexity", "probe|chance", "probe|mean", "Mtok", "s", "TFLOP")
 
 
 def split_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
