@@ -124,6 +124,13 @@ class PackedTextDataModule(CorpusDataModule):
         about = self.rows["train"].stream.cache.about
         return super().facts() | {"bytes_per_token": about["text_bytes"] / max(1, about["tokens"] - about["documents"])}
 
+    def special_ids(self) -> dict[str, int | None]:
+        """As for every corpus; a folder may lack a mask token, and one without end-of-text or padding uses `<bos>` for them."""
+        ids = super().special_ids()
+        end = self.bos_id if ids["eos_token_id"] is None else ids["eos_token_id"]
+        pad = end if ids["pad_token_id"] is None else ids["pad_token_id"]
+        return ids | {"eos_token_id": end, "pad_token_id": pad}
+
     def fingerprint(self) -> str:
         """sha256 of the training tokens' own hash, of the documents held out and of how rows are laid out."""
         self.setup()

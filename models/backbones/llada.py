@@ -141,7 +141,7 @@ class ExactRotaryEmbedding(LlamaRotaryEmbedding):
 def build_llada(
     *,
     vocab_size: int,
-    mask_token_id: int,
+    mask_token_id: int | None,
     eos_token_id: int,
     pad_token_id: int,
     hidden_size: int,
@@ -159,6 +159,11 @@ def build_llada(
     Errors: UsageError that names model.<option>, where the sizes do not fit together.
     """
     options = dict(locals())
+    if mask_token_id is None:
+        raise UsageError(
+            "the corpus' tokenizer has no mask token, which this network needs; add one to its folder "
+            "(tokenizer.add_special_tokens({'mask_token': '<mask>'}), then save_pretrained) or type data.tokenizer=bpe"
+        )
     options["num_key_value_heads"] = num_key_value_heads or num_attention_heads
     ids = ("mask_token_id", "eos_token_id", "pad_token_id")
     for name, value in options.items():

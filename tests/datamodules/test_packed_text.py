@@ -14,14 +14,25 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from datamodules import documents, token_cache
 from datamodules.encoder import Encoder
 from datamodules.packed_text import PackedTextDataModule, split_documents
+from models.backbones.llada import build_llada
 from models.functional.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Café {k}: {'日本語 🦘 ' * (k % 4)}{k * k} jumps, twice.\n" for k in range(60)]
+TINY = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 8,
+    "max_position_embeddings": 16,
+    "rope_theta": 100.0,
+}
 
 
 def write(path, texts):
@@ -320,6 +331,23 @@ def test_a_network_must_fit_the_rows_and_the_vocabulary(build):
         with pytest.raises(UsageError, match="different vocabularies"):
             data.check_network("model", vocabulary, mask, 16)
     assert data.facts()["bytes_per_token"] == 1.0
+
+
+def test_a_folder_of_a_causal_model_needs_neither_mask_nor_padding(build, tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: n for n, token in enumerate([*alphabet, "<|endoftext|>"])}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(tmp_path / "gpt")
+    data = build(tokenizer=str(tmp_path / "gpt"), val=[*TEXTS, "<|endoftext|>"], length=9)
+    assert data.special_ids() == {"vocab_size": 257, "mask_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    assert data.bos_id == 256
+    assert texts_of(data, "val") == [*TEXTS, "<|endoftext|>"]  # the text of that name is no end
+    data.check_network("model", 257, None, 9)
+    with pytest.raises(UsageError, match=r"no mask token, which this network needs.*data\.tokenizer=bpe"):
+        build_llada(**data.special_ids(), **TINY)
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "bare")
+    with pytest.raises(UsageError, match=r"neither a bos_token nor an eos_token"):
+        build(tokenizer=str(tmp_path / "bare"))
 
 
 def test_the_config_has_exactly_the_options_of_the_constructor():
