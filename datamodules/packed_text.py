@@ -183,8 +183,8 @@ def split_documents(hashes: np.ndarray, fractions: dict[str, float], seed: int) 
     if sum(counts.values()) >= len(different):
         options = " and ".join(f"data.{split}=FILE" for split in fractions)
         raise UsageError(
-            f"data.train has {len(different)} different documents, too few to hold {sum(counts.values())} out; type {options}, "
-            "or data.cut=line, blank_line or separator where a text file holds many documents"
+            f"data.train has too few different documents ({len(different)}) to hold {sum(counts.values())} out; "
+            f"type {options}, or data.cut=line, blank_line or separator where a text file holds many documents"
         )
     order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).numpy()
     edges = np.cumsum(list(counts.values()))

@@ -142,7 +142,9 @@ def test_no_document_is_in_two_splits_and_none_in_no_split():
     parts = split_documents(hashes, {"val": 0.1, "test": 0.01}, 3)
     assert sum(parts.values()).tolist() == [1] * 200
     assert [len(set(hashes[parts[split]])) for split in ("train", "val", "test")] == [35, 4, 1]
-    with pytest.raises(UsageError, match=r"2 different documents.*data\.val=FILE and data\.test=FILE.*data\.cut=line"):
+    with pytest.raises(
+        UsageError, match=r"too few different documents \(2\).*data\.val=FILE and data\.test=FILE.*data\.cut=line"
+    ):
         split_documents(hashes[:1].repeat(9) + np.arange(9) % 2, {"val": 0.1, "test": 0.1}, 0)
 
 
@@ -295,7 +297,7 @@ def test_options_that_cannot_work_are_named(build, tmp_path):
     refuses(r"data\.val_fraction=1\.5 must lie between 0 and 1", val_fraction=1.5)
     refuses(r"data\.tokenizer=gpt2 is neither", tokenizer="gpt2")
     refuses(r"the train split has .* tokens, fewer than one row; type data\.length=", length=10**6)
-    refuses(r"1 different documents", train=TEXTS[:1] * 3)
+    refuses(r"too few different documents \(1\)", train=TEXTS[:1] * 3)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     refuses(r"(?s)data\.val has no document; 1 lines or files.*empty\.txt: the file is empty", val=str(empty))
