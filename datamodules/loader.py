@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -33,15 +34,18 @@ class EpochSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def rows_per_step(self) -> int:
+        """Of all ranks together."""
+        return self.batch_size * rank_and_world()[1]
+
     def __len__(self) -> int:
-        world = rank_and_world()[1]
-        per_step = self.batch_size * world
+        per_step = self.rows_per_step()
         return self.rows // per_step if self.drop_last else -(-self.rows // per_step)
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = rank_and_world()
         order = self.order_of(self.rows, self.epoch)
-        per_step = self.batch_size * world
+        per_step = self.rows_per_step()
         for step in range(self.start, len(self)):
             chosen = order[step * per_step : (step + 1) * per_step][rank::world].tolist()
             if chosen:
@@ -98,10 +102,17 @@ class ResumableLoader(DataLoader):
         self.handed_out = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"handed_out": self.handed_out % max(1, len(self))}
+        return {"handed_out": self.handed_out % max(1, len(self)), "rows_per_step": self.order.rows_per_step()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.resume_at = state["handed_out"]
+        now = self.order.rows_per_step()
+        before = state.get("rows_per_step", now)
+        if before != now:
+            rank_zero_warn(
+                f"the run took {before} rows a step and now takes {now}, so it does not go on at the exact row; "
+                f"type data.batch_size={before / rank_and_world()[1]:g} for that"
+            )
 
 
 def rank_and_world() -> tuple[int, int]:

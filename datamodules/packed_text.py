@@ -124,6 +124,13 @@ class PackedTextDataModule(CorpusDataModule):
         about = self.rows["train"].stream.cache.about
         return super().facts() | {"bytes_per_token": about["text_bytes"] / max(1, about["tokens"] - about["documents"])}
 
+    def special_ids(self) -> dict[str, int | None]:
+        """As for every corpus; a folder may lack a mask token, and one without end-of-text or padding uses `<bos>` for them."""
+        ids = super().special_ids()
+        end = self.bos_id if ids["eos_token_id"] is None else ids["eos_token_id"]
+        pad = end if ids["pad_token_id"] is None else ids["pad_token_id"]
+        return ids | {"eos_token_id": end, "pad_token_id": pad}
+
     def fingerprint(self) -> str:
         """sha256 of the training tokens' own hash, of the documents held out and of how rows are laid out."""
         self.setup()
@@ -176,8 +183,8 @@ def split_documents(hashes: np.ndarray, fractions: dict[str, float], seed: int) 
     if sum(counts.values()) >= len(different):
         options = " and ".join(f"data.{split}=FILE" for split in fractions)
         raise UsageError(
-            f"data.train has {len(different)} different documents, too few to hold {sum(counts.values())} out; type {options}, "
-            "or data.cut=line, blank_line or separator where a text file holds many documents"
+            f"data.train has too few different documents ({len(different)}) to hold {sum(counts.values())} out; "
+            f"type {options}, or data.cut=line, blank_line or separator where a text file holds many documents"
         )
     order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).numpy()
     edges = np.cumsum(list(counts.values()))

@@ -111,9 +111,8 @@ class EndlessOrder(EpochSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = rank_and_world()
-        per_step = self.batch_size * world
-        first = self.epoch * len(self)
-        rows = self._rows((first + self.start) * per_step)
+        per_step = self.rows_per_step()
+        rows = self._rows((self.epoch * len(self) + self.start) * per_step)
         for _ in range(self.start, len(self)):
             yield [next(rows) for _ in range(per_step)][rank::world]
 

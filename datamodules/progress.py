@@ -29,7 +29,8 @@ class ReadingProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self.console.is_terminal:
+            self._bar.stop()
 
     def __call__(self, read: float) -> None:
         self.done += read

@@ -22,9 +22,9 @@ def benchmark(monkeypatch, tmp_path):
     """A function that runs a benchmark's main at the minimal shape and returns what it wrote."""
     monkeypatch.syspath_prepend(str(FOLDER))
 
-    def run(name: str, *options: str) -> dict:
+    def run(name: str, *options: str, shape: list[str] = SMALL) -> dict:
         path = tmp_path / f"{name}.json"
-        importlib.import_module(name).main([*COMMON, *SMALL, *options, "--json", str(path)])
+        importlib.import_module(name).main([*COMMON, *shape, *options, "--json", str(path)])
         return json.loads(path.read_text())
 
     return run
@@ -100,6 +100,22 @@ def test_lightning_overhead(benchmark):
     assert result["losses"].keys() == {row["name"] for row in result["rows"]}
     assert len(set(result["losses"].values())) == 1  # every loop took the same steps
     assert all(math.isfinite(row["more_seconds"]["median"]) for row in result["rows"])
+
+
+def test_packed_loader(benchmark):
+    result = benchmark(
+        "packed_loader", "--length", "16", "--batch", "3", "--batches", "4", "--documents", "30", shape=[]
+    )
+    check_layout(result, ["sliced by hand", "loader", "loader, document_mask", "loader, one worker"])
+    for row in result["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(4 * 3 * 16 / row["seconds"]["median"])
+        assert 0 < row["rate"]["q1"] <= row["rate"]["median"] <= row["rate"]["q3"]
+
+
+def test_packed_loader_refuses_to_time_other_rows(benchmark, monkeypatch):
+    monkeypatch.setattr("datamodules.packing.PackedRows.__getitems__", lambda *_: {"input_ids": torch.zeros(3, 16)})
+    with pytest.raises(SystemExit, match="row 0 of the loader is not the slice by hand"):
+        benchmark("packed_loader", "--documents", "30", shape=[])
 
 
 def test_a_loop_that_fails_says_so(benchmark):

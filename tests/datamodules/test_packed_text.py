@@ -14,14 +14,25 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from datamodules import documents, token_cache
 from datamodules.encoder import Encoder
 from datamodules.packed_text import PackedTextDataModule, split_documents
+from models.backbones.llada import build_llada
 from models.functional.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Café {k}: {'日本語 🦘 ' * (k % 4)}{k * k} jumps, twice.\n" for k in range(60)]
+TINY = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 8,
+    "max_position_embeddings": 16,
+    "rope_theta": 100.0,
+}
 
 
 def write(path, texts):
@@ -131,7 +142,9 @@ def test_no_document_is_in_two_splits_and_none_in_no_split():
     parts = split_documents(hashes, {"val": 0.1, "test": 0.01}, 3)
     assert sum(parts.values()).tolist() == [1] * 200
     assert [len(set(hashes[parts[split]])) for split in ("train", "val", "test")] == [35, 4, 1]
-    with pytest.raises(UsageError, match=r"2 different documents.*data\.val=FILE and data\.test=FILE.*data\.cut=line"):
+    with pytest.raises(
+        UsageError, match=r"too few different documents \(2\).*data\.val=FILE and data\.test=FILE.*data\.cut=line"
+    ):
         split_documents(hashes[:1].repeat(9) + np.arange(9) % 2, {"val": 0.1, "test": 0.1}, 0)
 
 
@@ -216,13 +229,12 @@ def test_fingerprint_follows_training_rows_and_vocabulary(build):
     assert build(seed=1).fingerprint() != build().fingerprint()
 
 
-MEMORY = """
+BOUNDED = """
 import resource, sys
-import numpy, pyarrow, torch
+import pyarrow
 from datamodules.packed_text import PackedTextDataModule
 
-path, cache_dir, spare = sys.argv[1], sys.argv[2], int(sys.argv[3])
-options = dict(name="big", train=path, cut="line", tokenizer="byte", vocab_size=0, length=64, batch_size=4, eval_batch_size=4)
+path, cache_dir, spare, kind = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 with open("/proc/self/status") as status:
     now = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (now + spare, now + spare))
@@ -230,27 +242,29 @@ try:
     open(path).read()
 except MemoryError:
     print("the corpus does not fit")
-data = PackedTextDataModule(**options, cache_dir=cache_dir)
+sizes = dict(length=64, batch_size=4, eval_batch_size=4, vocab_size=600, tokenizer_megabytes=1)
+data = PackedTextDataModule(name="big", train=path, cut="line", tokenizer=kind, cache_dir=cache_dir, **sizes)
 data.setup()
-batches = iter(data.train_dataloader())
-print(sum(int(next(batches)["target_bytes"].sum()) for _ in range(100)), len(data.rows["train"].stream))
+print("tokens", next(iter(data.train_dataloader()))["labels"].numel(), len(data.rows["train"].stream))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and counts memory as Linux does")
-@pytest.mark.slow
-def test_a_corpus_larger_than_memory(tmp_path):
-    spare = 160 * 2**20
+@pytest.mark.parametrize("tokenizer", ["byte", pytest.param("bpe", marks=pytest.mark.slow)])
+def test_a_corpus_larger_than_memory(tmp_path, tokenizer):
+    spare = 64 * 2**20
     line = "the quick brown fox jumps over the lazy dog, " * 40
     with open(tmp_path / "big.txt", "w") as file:
         for number in range(spare // len(line) + 1000):
             file.write(f"{number} {line}\n")
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path / "big.txt"), str(tmp_path / "cache"), str(spare)],
+        [sys.executable, "-c", BOUNDED, str(tmp_path / "big.txt"), str(tmp_path / "cache"), str(spare), tokenizer],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the corpus does not fit" in done.stdout
+    tokens = int(done.stdout.split()[-1])
+    assert tokens > (0.8 * spare if tokenizer == "byte" else 0.1 * spare)
 
 
 # -- what cannot work ------------------------------------------------------------------------------------------------
@@ -283,7 +297,7 @@ def test_options_that_cannot_work_are_named(build, tmp_path):
     refuses(r"data\.val_fraction=1\.5 must lie between 0 and 1", val_fraction=1.5)
     refuses(r"data\.tokenizer=gpt2 is neither", tokenizer="gpt2")
     refuses(r"the train split has .* tokens, fewer than one row; type data\.length=", length=10**6)
-    refuses(r"1 different documents", train=TEXTS[:1] * 3)
+    refuses(r"too few different documents \(1\)", train=TEXTS[:1] * 3)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     refuses(r"(?s)data\.val has no document; 1 lines or files.*empty\.txt: the file is empty", val=str(empty))
@@ -319,6 +333,23 @@ def test_a_network_must_fit_the_rows_and_the_vocabulary(build):
         with pytest.raises(UsageError, match="different vocabularies"):
             data.check_network("model", vocabulary, mask, 16)
     assert data.facts()["bytes_per_token"] == 1.0
+
+
+def test_a_folder_of_a_causal_model_needs_neither_mask_nor_padding(build, tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: n for n, token in enumerate([*alphabet, "<|endoftext|>"])}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(tmp_path / "gpt")
+    data = build(tokenizer=str(tmp_path / "gpt"), val=[*TEXTS, "<|endoftext|>"], length=9)
+    assert data.special_ids() == {"vocab_size": 257, "mask_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    assert data.bos_id == 256
+    assert texts_of(data, "val") == [*TEXTS, "<|endoftext|>"]  # the text of that name is no end
+    data.check_network("model", 257, None, 9)
+    with pytest.raises(UsageError, match=r"no mask token, which this network needs.*data\.tokenizer=bpe"):
+        build_llada(**data.special_ids(), **TINY)
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "bare")
+    with pytest.raises(UsageError, match=r"neither a bos_token nor an eos_token"):
+        build(tokenizer=str(tmp_path / "bare"))
 
 
 def test_the_config_has_exactly_the_options_of_the_constructor():

@@ -153,6 +153,14 @@ def test_a_resumed_loader_continues_at_the_exact_row(cache, workers, taken):
     assert read(resumed, [1, 2]) == read(whole, [1, 2], skip=taken)
 
 
+def test_another_number_of_rows_a_step_is_warned_of(cache, as_ranks):
+    saved = endless(TokenStream(cache), 7, 4).state_dict()
+    as_ranks(1, 2)
+    endless(TokenStream(cache), 7, 2).load_state_dict(saved)
+    with pytest.warns(UserWarning, match=r"took 4 rows a step and now takes 8.*type data\.batch_size=2 for that"):
+        endless(TokenStream(cache), 7, 4).load_state_dict(saved)
+
+
 class Reader(LightningModule):
     """Notes down what it is given."""
 
