@@ -1,6 +1,9 @@
 """What every corpus tells about itself, whatever its rows look like."""
 
+from itertools import takewhile
+
 from lightning import LightningDataModule
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from models.functional.errors import UsageError
@@ -59,3 +62,13 @@ class CorpusDataModule(LightningDataModule):
                 f"{len(self.tokenizer)} with mask {mask}; they belong to different vocabularies "
                 f"(type data.tokenizer=<the folder of the {what}> or another {what})"
             )
+
+    def end_ids(self) -> set[int]:
+        """The tokens at which a text ends."""
+        return {self.tokenizer.eos_token_id}
+
+    def decode_responses(self, responses: Tensor) -> list[str]:
+        """Responses (N, R) as text, cut at the first token that ends one."""
+        ends = self.end_ids()
+        texts = [list(takewhile(lambda token: token not in ends, ids)) for ids in responses.tolist()]
+        return [self.tokenizer.decode(ids) for ids in texts]

@@ -10,7 +10,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from datamodules.batch import pack_prompt_response
 from datamodules.corpus import CorpusDataModule
 from datamodules.documents import DocumentReader
 from datamodules.encoder import Encoder
@@ -137,6 +139,20 @@ class PackedTextDataModule(CorpusDataModule):
         stream = self.rows["train"].stream
         made_from = (stream.cache.folder.name, self.length, self.document_mask)
         return hashlib.sha256(repr(made_from).encode() + stream.offsets.tobytes() + stream.starts.tobytes()).hexdigest()
+
+    # -- text in, text out --------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Rows that begin a document with the prompt and leave one row's length to continue it, see `datamodules.batch`."""
+        ids = [[self.bos_id, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
+        longest, unseen = max(map(len, ids)), self.bos_id
+        return pack_prompt_response(
+            ids, [[]] * len(ids), prompt_length=longest, response_length=self.length, pad_id=unseen, eos_id=unseen
+        )
+
+    def end_ids(self) -> set[int]:
+        """A document ends where the next one begins."""
+        return {self.bos_id, self.tokenizer.eos_token_id}
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 

@@ -44,15 +44,6 @@ class PromptResponseDataModule(CorpusDataModule):
         rows["input_ids"][rows["response_mask"]] = self.tokenizer.mask_token_id
         return rows
 
-    def decode_responses(self, responses: Tensor) -> list[str]:
-        """Responses (N, R) as text, cut at the first end-of-text token."""
-        texts = []
-        for ids in responses.tolist():
-            if self.tokenizer.eos_token_id in ids:
-                ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-            texts.append(self.tokenizer.decode(ids))
-        return texts
-
     def decode_prompts(self, rows: dict[str, Tensor]) -> list[str]:
         """The prompts of a batch as text, without padding and end mark."""
         prompt = rows["attention_mask"] & ~rows["response_mask"] & (rows["input_ids"] != self.tokenizer.eos_token_id)

@@ -202,16 +202,18 @@ def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, cap
     assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
 
 
-def test_a_model_of_text_is_recorded_by_its_bits_per_byte(configure, tmp_path):
+def test_a_model_of_text_is_recorded_by_its_bits_per_byte_and_goes_on_with_a_text(configure, tmp_path, capsys):
     plain = configure("experiment=next_token_qwen")
-    cfg = configure(
-        "experiment=next_token_qwen", *model_overrides(plain, tmp_path), "trainer.max_steps=2", "logger=none"
-    )
-    run.fit(cfg)
-    (row,) = json.loads((tmp_path / "out" / "x" / "run" / "record.json").read_text())["rows"]
+    short = ["experiment=next_token_qwen", *model_overrides(plain, tmp_path), "trainer.max_steps=2", "logger=none"]
+    run.fit(configure(*short, f"paths.run_dir={tmp_path}/out/next_token_qwen/run"))
+    folder = tmp_path / "out" / "next_token_qwen" / "run"
+    (row,) = json.loads((folder / "record.json").read_text())["rows"]
     assert row["method"] == "model"
     assert row["quality"]["bits_per_byte"] > 0
-    assert (tmp_path / "out" / "x" / "run" / "model" / "adapter_model.safetensors").is_file()
+    assert (folder / "model" / "adapter_model.safetensors").is_file()
+    capsys.readouterr()
+    run.generate(configure(*short, "mode=generate", "prompt='A paragraph'"))
+    assert "A paragraph → " in capsys.readouterr().out  # and goes on
 
 
 def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):

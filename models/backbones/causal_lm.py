@@ -99,11 +99,6 @@ def require_bidirectional(model: nn.Module, objective: str) -> None:
         raise UsageError(
             f"module/objective={objective} needs a model that looks both ways; type model=small (made to fit)"
         )
-    if model.mask_id is None:
-        raise UsageError(
-            f"module/objective={objective} hides tokens behind a mask, which the corpus' tokenizer has none of; "
-            "type data.tokenizer=bpe"
-        )
 
 
 def causal_logits(model: nn.Module, text: CausalText) -> Tensor:
