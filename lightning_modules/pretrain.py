@@ -73,7 +73,7 @@ class PretrainModule(LeapModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self._likelihood_figures().items():
-            self.log(f"val/{name}", value)  # the same on every rank: the meter sums over them
+            self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meter sums over them
 
     def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> Tensor:
         stream = 0 if split == "train" else 1
