@@ -65,6 +65,9 @@ def quiet_libraries() -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing.*"
+        )  # peft asks transformers by an old name
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")

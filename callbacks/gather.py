@@ -41,6 +41,7 @@ NAMES = (
     "bits_per_byte_bound",
     "probe",
     "probe_mean",
+    "probe_untrained",
     "probe_shuffled",
     "goal_tokens",
     "goal_seconds",
@@ -53,7 +54,10 @@ NAMES = (
 FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in EVERY_COLUMN.items() if path[-1] in NAMES}
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 # left out on a narrow terminal; all of it is in frontier.md
-DISPENSABLE = ("tv", "tokens_per_s", "validity_part", "entropy", "train_flops", "train_seconds", "train_tokens")
+DISPENSABLE = (
+    *("tv", "tokens_per_s", "validity_part", "entropy"),
+    *("train_flops", "train_seconds", "train_tokens", "probe_mean", "probe_shuffled", "nll_truth"),
+)
 
 
 @dataclass
@@ -101,7 +105,7 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
 def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
     """Rows of one corpus; only the figures that some row has, and not the dispensable ones where `width` is too small."""
     names = _known(rows)
-    text = 20 + max(len(row.experiment) for row in rows) + max(len(row.decoder) for row in rows)
+    text = 24 + max(len(row.experiment) for row in rows) + max(len(row.decoder) for row in rows)
     for name in DISPENSABLE:
         if text + sum(2 + max(len(FIGURES[n][0]), *(len(_written(row, n)) for row in rows)) for n in names) <= width:
             break

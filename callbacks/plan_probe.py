@@ -1,5 +1,7 @@
 """Reads the hidden plan of texts off a model's states with a linear probe, beside the same probe on shuffled labels."""
 
+from typing import Any
+
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
@@ -8,37 +10,56 @@ from models.functional.probe import fit_ridge, probe_accuracy, standardise
 
 
 class PlanProbe(Callback):
-    """Adds to the module's figures before a test, where the corpus knows its plans (`hidden_plans`) and the module `states`.
+    """Adds to the module's figures where the corpus knows its plans (`hidden_plans`) and the module its `states`.
 
     probe: accuracy on test texts, averaged over attributes, from the state at a text's last place, which has to hold the
         whole plan; probe_mean: from the mean state, which words told one by one are enough for.
+    probe_untrained: `probe` before the training. Random states mix all words of a text and lose none: a training that
+        keeps what it can use for its task alone comes out below.
     probe_shuffled: `probe` of labels that were shuffled before fitting; probe_chance: the most frequent value everywhere.
-    Only texts whose prompt shows nothing are taken. rows: at most so many of each split.
+    Only texts whose prompt shows nothing are taken. rows: how many training texts the probe is fitted on.
     """
 
-    def __init__(self, rows: int = 2000, ridge: float = 1e-3) -> None:
+    def __init__(self, rows: int = 200, ridge: float = 1e-3) -> None:
         self.rows, self.ridge = rows, ridge
+        self.untrained: float | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0 and self.untrained is None:
+            self.untrained = self._figures(trainer, pl_module).get("probe")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        figures = self._figures(trainer, pl_module)
+        if figures and self.untrained is not None:
+            figures["probe_untrained"] = self.untrained
+        if figures:
+            pl_module.figures |= figures
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"untrained": self.untrained}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.untrained = state["untrained"]
 
     @torch.no_grad()
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _figures(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         plans_of = getattr(trainer.datamodule, "hidden_plans", None)
-        if plans_of is None or not hasattr(pl_module, "states"):
-            return
-        splits = [self._unprompted(trainer.datamodule.rows[split].columns) for split in ("train", "test")]
+        if plans_of is None or not hasattr(module, "states"):
+            return {}
+        train, test = (_unprompted(trainer.datamodule.rows[split].columns) for split in ("train", "test"))
+        splits = [{name: column[: self.rows] for name, column in train.items()}, test]
         if min(len(rows["input_ids"]) for rows in splits) < 2:
-            return
+            return {}
         plans = [plans_of(rows) for rows in splits]
-        last, mean = zip(*(self._states(pl_module, rows) for rows in splits), strict=True)
-        shuffled = [plans[0][torch.randperm(len(plans[0]), generator=Generator().manual_seed(0))], plans[1]]
-        pl_module.figures["probe"] = self._accuracy(last, plans)
-        pl_module.figures["probe_mean"] = self._accuracy(mean, plans)
-        pl_module.figures["probe_shuffled"] = self._accuracy(last, shuffled)
+        last, mean = zip(*(self._states(module, rows) for rows in splits), strict=True)
+        shuffled = plans[0][torch.randperm(len(plans[0]), generator=Generator().manual_seed(0))]
         common = plans[0].mode(0).values
-        pl_module.figures["probe_chance"] = (plans[1] == common).double().mean().item()
-
-    def _unprompted(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        chosen = (columns["reveal"] < 0).all(-1).nonzero()[: self.rows, 0]
-        return {name: column[chosen] for name, column in columns.items()}
+        return {
+            "probe": self._accuracy(last, plans),
+            "probe_mean": self._accuracy(mean, plans),
+            "probe_shuffled": self._accuracy(last, [shuffled, plans[1]]),
+            "probe_chance": (plans[1] == common).double().mean().item(),
+        }
 
     def _states(self, module: LightningModule, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The state at the last place and the mean over the response, (N, D) each."""
@@ -58,3 +79,9 @@ class PlanProbe(Callback):
             weights = fit_ridge(train, labels, int(max(labels.max(), truth.max())) + 1, self.ridge)
             found.append(probe_accuracy(weights, test, truth))
         return sum(found) / len(found)
+
+
+def _unprompted(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows whose prompt shows nothing of the plan."""
+    chosen = (columns["reveal"] < 0).all(-1)
+    return {name: column[chosen] for name, column in columns.items()}

@@ -37,17 +37,18 @@ PAIR_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
 # the same of the model itself, whatever it generates
 MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "nats/token": (("quality", "nll"), ".4f"),
-    "nats/token|bound": (("quality", "nll_bound"), ".4f"),
-    "nats/token|truth": (("quality", "nll_truth"), ".4f"),
+    "nats ≤": (("quality", "nll_bound"), ".4f"),
+    "nats|truth": (("quality", "nll_truth"), ".4f"),
     "perplexity": (("quality", "perplexity"), ".3f"),
     "bits/byte": (("quality", "bits_per_byte"), ".4f"),
-    "bits/byte|bound": (("quality", "bits_per_byte_bound"), ".4f"),
+    "bits/byte ≤": (("quality", "bits_per_byte_bound"), ".4f"),
     "probe": (("quality", "probe"), ".3f"),
     "probe|mean": (("quality", "probe_mean"), ".3f"),
-    "probe|shuffled": (("quality", "probe_shuffled"), ".3f"),
-    "probe|chance": (("quality", "probe_chance"), ".3f"),
-    "Mtok|to goal": (("quality", "goal_tokens"), "mega"),
-    "s|to goal": (("quality", "goal_seconds"), ".1f"),
+    "untrained": (("quality", "probe_untrained"), ".3f"),
+    "shuffled": (("quality", "probe_shuffled"), ".3f"),
+    "chance": (("quality", "probe_chance"), ".3f"),
+    "goal|Mtok": (("quality", "goal_tokens"), "mega"),
+    "goal|s": (("quality", "goal_seconds"), ".1f"),
     "Mtok": (("quality", "train_tokens"), "mega"),
     "s": (("quality", "train_seconds"), ".1f"),
     "GFLOP/step": (("quality", "flops_per_step"), "giga"),
@@ -60,7 +61,7 @@ SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 # what a narrow terminal does without first; all of it is in record.json
 DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct")
 PAIR_DISPENSABLE = ("formula", "kept", "largest error")
-MODEL_DISPENSABLE = ("perplexity", "probe|chance", "Mtok", "s", "TFLOP")
+MODEL_DISPENSABLE = ("perplexity", "chance", "probe|mean", "Mtok", "s", "TFLOP")
 
 
 def split_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

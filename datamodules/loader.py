@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -25,44 +26,60 @@ class EpochSampler(Sampler[list[int]]):
         self.epoch = 0
         self.start = 0
 
+    @property
+    def sampler(self) -> "EpochSampler":
+        """Itself: a trainer tells the epoch to a batch sampler's `sampler`."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def rows_per_step(self) -> int:
+        """Of all ranks together."""
+        return self.batch_size * rank_and_world()[1]
+
     def __len__(self) -> int:
-        world = _rank_and_world()[1]
-        per_step = self.batch_size * world
+        per_step = self.rows_per_step()
         return self.rows // per_step if self.drop_last else -(-self.rows // per_step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rank, world = _rank_and_world()
-        order = torch.arange(self.rows)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.rows, generator=generator)
-        per_step = self.batch_size * world
+        rank, world = rank_and_world()
+        order = self.order_of(self.rows, self.epoch)
+        per_step = self.rows_per_step()
         for step in range(self.start, len(self)):
             chosen = order[step * per_step : (step + 1) * per_step][rank::world].tolist()
             if chosen:
                 yield chosen
 
+    def order_of(self, rows: int, epoch: int) -> Tensor:
+        """The order (rows,) in which an epoch reads its rows."""
+        if not self.shuffle:
+            return torch.arange(rows)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(rows, generator=generator)
+
 
 class ResumableLoader(DataLoader):
-    """`DataLoader` over `TensorRows` whose `state_dict` is the number of batches handed out in this epoch.
+    """`DataLoader` over rows fetched a batch at a time whose `state_dict` is the number of batches handed out in this epoch.
 
+    order: takes the place of the order that the options before it describe.
     After an epoch's last batch that number is 0: a run that resumes there begins the next epoch.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        batch_size: int,
+        batch_size: int = 1,
         *,
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
+        order: EpochSampler | None = None,
         num_workers: int = 0,
     ) -> None:
-        self.order = EpochSampler(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
+        if order is None:
+            order = EpochSampler(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
+        self.order = order
         self.handed_out = 0
         self.resume_at = 0
         super().__init__(
@@ -85,13 +102,20 @@ class ResumableLoader(DataLoader):
         self.handed_out = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"handed_out": self.handed_out % max(1, len(self))}
+        return {"handed_out": self.handed_out % max(1, len(self)), "rows_per_step": self.order.rows_per_step()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.resume_at = state["handed_out"]
+        now = self.order.rows_per_step()
+        before = state.get("rows_per_step", now)
+        if before != now:
+            rank_zero_warn(
+                f"the run took {before} rows a step and now takes {now}, so it does not go on at the exact row; "
+                f"type data.batch_size={before / rank_and_world()[1]:g} for that"
+            )
 
 
-def _rank_and_world() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.batch import TensorRows, pack_prompt_response
-from datamodules.files import Pairs, Source, read_pairs
+from datamodules.files import Pairs, read_pairs
 from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
+from datamodules.sources import Source
 from datamodules.tokenizer import build_tokenizer
 from models.functional.errors import UsageError
 

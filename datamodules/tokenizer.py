@@ -1,14 +1,15 @@
 """Tokenizers of a text corpus: bytes, a trained byte-level BPE, phrases, whole words, or a local Hugging Face folder.
 
-Our own tokenizers put `<pad> <eos> <mask>` (then `<unk>` where one is needed) at ids 0, 1, 2 (3). They add nothing when
-encoding, and a text that happens to contain "<mask>" is encoded as those six characters, never as the mask token.
+Our own tokenizers put `<pad> <eos> <mask>` (then `<bos>` for packed text and `<unk>` where they are needed) at ids 0, 1, 2 ...
+They add nothing when encoding, and a text that happens to contain "<mask>" is encoded as those six characters, never as the
+mask token.
 """
 
 import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from datamodules.prompt_response import check_special_tokens
 from models.functional.errors import UsageError
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<mask>"]
+BEGINNING = "<bos>"
 UNKNOWN = "<unk>"
 
 # From this size on a BPE vocabulary holds all 256 bytes, so that it can spell any text; a smaller one could not afford
@@ -33,34 +35,56 @@ CACHE_LAYOUT = 1
 
 
 def build_tokenizer(
-    kind: str, texts: Sequence[str], vocab_size: int, cache_dir: str | os.PathLike
+    kind: str, texts: Iterable[str], vocab_size: int, cache_dir: str | os.PathLike, *, packed: bool = False
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer that `data.tokenizer=kind` asks for.
 
     kind: `byte` (exact on any text; vocab_size is not used), `bpe`, `phrases` (BPE whose merges run across spaces, as in
         SuperBPE, Liu et al. 2025: formulaic texts become a few tokens), `words` (split at white space, decoded with single
         spaces), or the path of a folder that a Hugging Face `save_pretrained` wrote (vocab_size is not used).
-    texts: what `bpe`, `phrases` and `words` are trained on; the result is kept in cache_dir under the hash of its inputs.
+    texts: what `bpe`, `phrases` and `words` are trained on, iterated more than once; the result is kept in cache_dir under
+        the hash of its inputs.
     vocab_size: at most this many tokens, special tokens included; `bpe` and `phrases` spell every text exactly from 512
         on, below that a byte that is not in the training texts becomes `<unk>`.
+    packed: for a stream of documents: our own tokenizers have `<bos>` too, and a folder needs no more than a token that can
+        stand before a document (see `document_start`).
 
     Raises UsageError for a folder that does not exist or has no usable tokenizer, and for a too small vocab_size.
     """
+    special = [*SPECIAL_TOKENS, BEGINNING] if packed else SPECIAL_TOKENS
     if kind == "byte":
-        return _with_special_tokens(_byte_level(models.BPE(_byte_vocabulary(), []), split=False), unknown=False)
+        return _with_special_tokens(_byte_level(models.BPE(_byte_vocabulary(special), []), split=False), special)
     if kind in ("bpe", "phrases", "words"):
-        return _trained(kind, texts, vocab_size, Path(cache_dir).expanduser())
-    return _from_folder(kind)
+        return _trained(kind, texts, vocab_size, Path(cache_dir).expanduser(), special)
+    tokenizer = _from_folder(kind)
+    if packed:
+        document_start(tokenizer, kind)
+    else:
+        check_special_tokens(tokenizer, kind)
+    return tokenizer
+
+
+def document_start(tokenizer: PreTrainedTokenizerFast, where: str = "data.tokenizer") -> int:
+    """The id that stands before every document of a packed stream: `<bos>`, or end-of-text where there is none (GPT-2)."""
+    for number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if number is not None:
+            return number
+    raise UsageError(
+        f"the tokenizer in {where} has neither a bos_token nor an eos_token to put before documents; add one to it "
+        f"(tokenizer.add_special_tokens({{'bos_token': '<bos>'}}), then save_pretrained) or type data.tokenizer=bpe"
+    )
 
 
 # -- training, once per content --------------------------------------------------------------------------------------
 
 
-def _trained(kind: str, texts: Sequence[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast:
-    folder = cache_dir / f"{kind}-{vocab_size}-{_content_hash(kind, texts, vocab_size)[:16]}"
+def _trained(
+    kind: str, texts: Iterable[str], vocab_size: int, cache_dir: Path, special: list[str]
+) -> PreTrainedTokenizerFast:
+    folder = cache_dir / f"{kind}-{vocab_size}-{_content_hash(kind, texts, vocab_size, special)[:16]}"
     if not (folder / "tokenizer.json").is_file():
         train = _train_words if kind == "words" else partial(_train_bpe, split=kind == "bpe")
-        tokenizer = train(texts, vocab_size)
+        tokenizer = train(texts, vocab_size, special)
         if len(tokenizer) > vocab_size:
             raise UsageError(
                 f"data.vocab_size={vocab_size} is too small for data.tokenizer={kind}: the special tokens and the "
@@ -71,32 +95,33 @@ def _trained(kind: str, texts: Sequence[str], vocab_size: int, cache_dir: Path) 
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
-def _train_bpe(texts: Sequence[str], vocab_size: int, *, split: bool) -> PreTrainedTokenizerFast:
+def _train_bpe(texts: Iterable[str], vocab_size: int, special: list[str], *, split: bool) -> PreTrainedTokenizerFast:
     full = vocab_size >= FULL_ALPHABET_FROM
+    special = special if full else [*special, UNKNOWN]
     backend = _byte_level(models.BPE() if full else models.BPE(unk_token=UNKNOWN), split=split)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS if full else [*SPECIAL_TOKENS, UNKNOWN],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if full else [],
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _with_special_tokens(backend, unknown=not full)
+    return _with_special_tokens(backend, special)
 
 
-def _train_words(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def _train_words(texts: Iterable[str], vocab_size: int, special: list[str]) -> PreTrainedTokenizerFast:
+    special = [*special, UNKNOWN]
     # Without a decoder, tokens are joined with single spaces: just what words need.
     backend = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, UNKNOWN], show_progress=False
-    )
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
     backend.train_from_iterator(texts, trainer)
-    return _with_special_tokens(backend, unknown=True)
+    return _with_special_tokens(backend, special)
 
 
-def _content_hash(kind: str, texts: Sequence[str], vocab_size: int) -> str:
-    digest = hashlib.sha256(f"{CACHE_LAYOUT} {kind} {vocab_size}\n".encode())
+def _content_hash(kind: str, texts: Iterable[str], vocab_size: int, special: list[str]) -> str:
+    beyond = "".join(f" {token}" for token in special[len(SPECIAL_TOKENS) :])
+    digest = hashlib.sha256(f"{CACHE_LAYOUT} {kind} {vocab_size}{beyond}\n".encode())
     for text in texts:
         data = text.encode()
         # The length keeps ["ab", "c"] and ["a", "bc"] apart.
@@ -123,8 +148,8 @@ def _save_atomically(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 # -- construction ----------------------------------------------------------------------------------------------------
 
 
-def _byte_vocabulary() -> dict[str, int]:
-    tokens = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
+def _byte_vocabulary(special: list[str]) -> dict[str, int]:
+    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     return {token: number for number, token in enumerate(tokens)}
 
 
@@ -137,15 +162,11 @@ def _byte_level(model: models.BPE, *, split: bool) -> Tokenizer:
     return backend
 
 
-def _with_special_tokens(backend: Tokenizer, *, unknown: bool) -> PreTrainedTokenizerFast:
-    pad, eos, mask = SPECIAL_TOKENS
+def _with_special_tokens(backend: Tokenizer, special: list[str]) -> PreTrainedTokenizerFast:
+    names = dict(zip(SPECIAL_TOKENS, ("pad_token", "eos_token", "mask_token"), strict=True))
+    names |= {BEGINNING: "bos_token", UNKNOWN: "unk_token"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=pad,
-        eos_token=eos,
-        mask_token=mask,
-        split_special_tokens=True,
-        **({"unk_token": UNKNOWN} if unknown else {}),
+        tokenizer_object=backend, split_special_tokens=True, **{names[token]: token for token in special}
     )
 
 
@@ -169,5 +190,4 @@ def _from_folder(kind: str) -> PreTrainedTokenizerFast:
             f"data.tokenizer={kind} holds a {type(tokenizer).__name__}, which has no tokenizer.json; "
             f"type data.tokenizer=bpe or the folder of a fast tokenizer"
         )
-    check_special_tokens(tokenizer, str(kind))
     return tokenizer

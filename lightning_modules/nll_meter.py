@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from models.functional.nll import bits_per_byte, perplexity
+from models.functional.bits_per_byte import NllSums, bits_per_byte, nats_per_token, perplexity
 
 
 class NllMeter(Metric):
@@ -31,12 +31,10 @@ class NllMeter(Metric):
 
     def compute(self) -> dict[str, float]:
         """`nll` in nats a token, `perplexity`, and `bits_per_byte` where bytes were counted; {} where nothing was."""
-        if self.tokens == 0:
+        sums = NllSums(self.nats, self.tokens, self.text_nats, self.text_bytes)
+        if sums.tokens == 0:
             return {}
-        figures = {
-            "nll": float(self.nats / self.tokens),
-            "perplexity": perplexity(float(self.nats), float(self.tokens)),
-        }
-        if self.text_bytes > 0:
-            figures["bits_per_byte"] = bits_per_byte(float(self.text_nats), float(self.text_bytes))
-        return figures
+        figures = {"nll": nats_per_token(sums), "perplexity": perplexity(sums)}
+        if sums.text_bytes > 0:
+            figures["bits_per_byte"] = bits_per_byte(sums)
+        return {name: float(value) for name, value in figures.items()}

@@ -73,7 +73,7 @@ class PretrainModule(LeapModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self._likelihood_figures().items():
-            self.log(f"val/{name}", value)  # the same on every rank: the meter sums over them
+            self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meter sums over them
 
     def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> Tensor:
         stream = 0 if split == "train" else 1
@@ -151,12 +151,13 @@ class PretrainModule(LeapModule):
     def flops_of_step(self, batch: dict[str, Tensor]) -> float:
         """Floating point operations of a forward and backward pass over the batch, counted on two of its rows."""
         few = {name: column[:2] for name, column in batch.items()}
-        rows = len(next(iter(batch.values())))
+        rows, draws = len(next(iter(batch.values()))), getattr(self.objective, "kinds_of_batch", 1)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            out = self.objective(self.model, few, torch.Generator(device=self.device).manual_seed(0))
-            out.loss_sum.backward()
+            for seed in range(draws):
+                out = self.objective(self.model, few, torch.Generator(device=self.device).manual_seed(seed))
+                out.loss_sum.backward()
         self.zero_grad(set_to_none=True)
-        return counter.get_total_flops() * rows / min(2, rows)
+        return counter.get_total_flops() / draws * rows / min(2, rows)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers_causal import TINY_SHAPE
 
 from datamodules.oracle.datamodule import OracleDataModule
 from models.backbones.llada import LladaModel, build_llada
@@ -19,19 +20,7 @@ def tiny_llada():
     """A function that builds a two-layer LLaDA with grouped key-value heads; vocabulary 11, mask id 2."""
 
     def build(vocab_size: int = 11, **options) -> LladaModel:
-        shape = {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 24,
-            "max_position_embeddings": 64,
-            "rope_theta": 10_000.0,
-            "mask_token_id": 2,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-        }
-        model = build_llada(vocab_size=vocab_size, **(shape | options)).eval()
+        model = build_llada(vocab_size=vocab_size, **(TINY_SHAPE | options)).eval()
         for weight in model.parameters():
             if weight.ndim >= 2:  # fresh weights are so small that every text looks alike
                 torch.nn.init.normal_(weight, std=0.4)

@@ -12,6 +12,18 @@ from datamodules.batch import pack_prompt_response
 from models.backbones.causal import build_causal
 
 PAD, EOS, MASK = 0, 1, 2
+TINY_SHAPE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "rope_theta": 10_000.0,
+    "mask_token_id": MASK,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
 
 
 class RunningMean(nn.Module):
@@ -82,19 +94,7 @@ class ToyFiller(nn.Module):
 
 def tiny_causal(vocab_size: int = 11, **options) -> PreTrainedModel:
     """A two-layer causal model whose weights are large enough that texts differ; mask 2, end 1, padding 0."""
-    shape = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 24,
-        "max_position_embeddings": 64,
-        "rope_theta": 10_000.0,
-        "mask_token_id": MASK,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-    }
-    model = build_causal(vocab_size=vocab_size, **(shape | options)).eval()
+    model = build_causal(vocab_size=vocab_size, **(TINY_SHAPE | options)).eval()
     for weight in model.parameters():
         if weight.ndim >= 2:
             nn.init.normal_(weight, std=0.4)

@@ -8,7 +8,7 @@ def quiet_trainer(max_steps: int, **options) -> Trainer:
         accelerator="cpu",
         devices=1,
         max_steps=max_steps,
-        max_epochs=-1,
+        max_epochs=options.pop("max_epochs", -1),
         logger=options.pop("logger", False),
         enable_checkpointing=options.pop("enable_checkpointing", False),
         enable_progress_bar=False,

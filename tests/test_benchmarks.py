@@ -22,9 +22,9 @@ def benchmark(monkeypatch, tmp_path):
     """A function that runs a benchmark's main at the minimal shape and returns what it wrote."""
     monkeypatch.syspath_prepend(str(FOLDER))
 
-    def run(name: str, *options: str, sizes: list[str] = SMALL) -> dict:
+    def run(name: str, *options: str, shape: list[str] = SMALL) -> dict:
         path = tmp_path / f"{name}.json"
-        importlib.import_module(name).main([*COMMON, *sizes, *options, "--json", str(path)])
+        importlib.import_module(name).main([*COMMON, *shape, *options, "--json", str(path)])
         return json.loads(path.read_text())
 
     return run
@@ -109,16 +109,11 @@ def check_finite(rows: list[dict]) -> None:
 
 def test_qstar_decoding(benchmark):
     sizes = ["--width", "16", "--layers", "3", "--trunk", "1", "--heads", "2", "--vocabulary", "11"]
-    result = benchmark("qstar_decoding", "--batch", "1", "2", "--prompt", "3", "--new", "8", sizes=sizes)
+    result = benchmark("qstar_decoding", "--batch", "1", "2", "--prompt", "3", "--new", "8", shape=sizes)
     check_finite(result["rows"])
     schemes = [row for row in result["rows"] if "beta" in row]
-    assert [row["name"] for row in schemes] == [
-        "draft=theta",
-        "draft=alternate",
-        "draft=assistant",
-        "draft=theta",
-        "draft=alternate",
-    ] * 2
+    equal = ["draft=theta", "draft=alternate", "draft=assistant"]
+    assert [row["name"] for row in schemes] == [*equal, *equal[:2]] * 2
     for row in schemes:
         assert 0 <= row["beta"] <= 1
         assert row["formula"] > 0
@@ -129,12 +124,28 @@ def test_qstar_decoding(benchmark):
 
 
 def test_qstar_solver(benchmark):
-    result = benchmark("qstar_solver", "--vocabulary", "3000", "--rows", "2", sizes=[])
+    result = benchmark("qstar_solver", "--vocabulary", "3000", "--rows", "2", shape=[])
     check_finite(result["rows"])
     assert [row["name"] for row in result["rows"]] == ["solve_alpha", "20 bisections", "one read"] * 3
     for solver, halved in zip(result["rows"][::3], result["rows"][1::3], strict=True):
         assert solver["gap"] < 1e-6
         assert solver["passes"] < halved["passes"]
+
+
+def test_packed_loader(benchmark):
+    result = benchmark(
+        "packed_loader", "--length", "16", "--batch", "3", "--batches", "4", "--documents", "30", shape=[]
+    )
+    check_layout(result, ["sliced by hand", "loader", "loader, document_mask", "loader, one worker"])
+    for row in result["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(4 * 3 * 16 / row["seconds"]["median"])
+        assert 0 < row["rate"]["q1"] <= row["rate"]["median"] <= row["rate"]["q3"]
+
+
+def test_packed_loader_refuses_to_time_other_rows(benchmark, monkeypatch):
+    monkeypatch.setattr("datamodules.packing.PackedRows.__getitems__", lambda *_: {"input_ids": torch.zeros(3, 16)})
+    with pytest.raises(SystemExit, match="row 0 of the loader is not the slice by hand"):
+        benchmark("packed_loader", "--documents", "30", shape=[])
 
 
 def test_a_loop_that_fails_says_so(benchmark):

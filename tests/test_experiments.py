@@ -15,6 +15,7 @@ from hydra.utils import get_method
 
 import run
 from callbacks.console import sentence_for
+from datamodules.tokenizer import build_tokenizer
 from models.backbones.causal_lm import save_causal
 from models.functional.errors import UsageError
 
@@ -63,8 +64,16 @@ def model_overrides(cfg, folder: Path) -> list[str]:
         return [*paths, "trainer.accelerator=cpu", "module.lora_rank=2", "data.tokenizer=byte"]
     if cfg.study is not None or "path" not in cfg.model:
         return SMALL
-    save_causal(tiny_causal(128, architecture="qwen3"), folder / "qwen")
-    return ["trainer.accelerator=cpu", f"model.path={folder}/qwen", "model.lora_rank=2"]
+    (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
+    text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.length=16"]
+    return ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen')}", "model.lora_rank=2", *text]
+
+
+def tiny_qwen(folder: Path) -> Path:
+    """A Hugging Face folder with a causal model and its tokenizer (bytes)."""
+    return save_causal(
+        tiny_causal(264, architecture="qwen3"), folder, build_tokenizer("byte", [], 0, folder, packed=True)
+    )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -183,20 +192,34 @@ def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, ca
 
 
 def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, capsys):
-    save_causal(tiny_causal(128, architecture="qwen3"), tmp_path / "qwen")
-    short = ["experiment=next_token_qwen", f"model.path={tmp_path}/qwen", "trainer.accelerator=cpu", "logger=none"]
-    small = ["data.size=tiny", "data.train_rows=64", "data.test_rows=16", "data.batch_size=16", "module.forwards=[1]"]
+    short = ["experiment=next_token_qwen", f"model.path={tiny_qwen(tmp_path / 'qwen')}", "logger=none"]
+    short += ["trainer.accelerator=cpu", "data=oracle", "~data.tokenizer", "data.size=tiny", "module.forwards=[1]"]
+    rows = ["data.train_rows=64", "data.test_rows=16", "data.batch_size=16"]
     with pytest.raises(UsageError, match="no run of it left a causal model"):
-        run.generate(configure(*short, *small, "mode=generate", "prompt='who=anna'"))
+        run.generate(configure(*short, "mode=generate", "prompt='who=anna'"))
     folder = tmp_path / "out" / "next_token_qwen" / "first"
-    run.fit(configure(*short, *small, "trainer.max_steps=2", "data=oracle", f"paths.run_dir={folder}"))
+    run.fit(configure(*short, *rows, "trainer.max_steps=2", f"paths.run_dir={folder}"))
     assert (folder / "model" / "adapter_model.safetensors").is_file()
     assert (folder / "model_merged" / "model.safetensors").is_file()
     capsys.readouterr()
-    run.generate(configure(*short, *small, "data=oracle", "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
+    run.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 3
     assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
+
+
+def test_a_model_of_text_is_recorded_by_its_bits_per_byte_and_goes_on_with_a_text(configure, tmp_path, capsys):
+    plain = configure("experiment=next_token_qwen")
+    short = ["experiment=next_token_qwen", *model_overrides(plain, tmp_path), "trainer.max_steps=2", "logger=none"]
+    run.fit(configure(*short, f"paths.run_dir={tmp_path}/out/next_token_qwen/run"))
+    folder = tmp_path / "out" / "next_token_qwen" / "run"
+    (row,) = json.loads((folder / "record.json").read_text())["rows"]
+    assert row["method"] == "model"
+    assert row["quality"]["bits_per_byte"] > 0
+    assert (folder / "model" / "adapter_model.safetensors").is_file()
+    capsys.readouterr()
+    run.generate(configure(*short, "mode=generate", "prompt='A paragraph'"))
+    assert "A paragraph → " in capsys.readouterr().out  # and goes on
 
 
 def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):
@@ -281,7 +304,7 @@ MISTAKES = [
     ),
     (["experiment=objectives", "model.attention=sideways"], "model.attention=sideways is not known"),
     (["experiment=objectives", "callbacks.budget.flops=-1"], "callbacks.budget.flops=-1 must be above 0"),
-    (["experiment=next_token_qwen", "model.path=./nowhere"], "this folder does not exist"),
+    (["experiment=next_token_qwen", "model.path=./nowhere", "data=oracle", "~data.tokenizer"], "folder does not exist"),
     (["experiment=llada_oracle", "mode=test"], "no run of it left a checkpoint"),
     (["module.stages.flow.share=0.9"], "must add up to 1"),
     (["module.adapter=magic"], "type one of prefix, prefix+mask_noise, lora, full"),

@@ -5,8 +5,6 @@ Legend: B batch, T positions, D width, V vocabulary.
 """
 
 import copy
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -135,14 +133,10 @@ def save_causal(model: PreTrainedModel | PeftModel, folder: str | Path, tokenize
     A half-written folder never appears.
     """
     folder = Path(folder)
-    staging = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    model.save_pretrained(staging)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
+    with files.written_whole(folder) as staging:
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
     return folder
 
 

@@ -4,8 +4,11 @@ Nothing here runs code from a checkpoint: no pickles, no remote modules.
 """
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +84,17 @@ def find_folder(path: str | Path) -> Path:
             f"Without network, run `hf download {path} --local-dir FOLDER` on a machine that has one, copy FOLDER here "
             "and type model.path=FOLDER"
         ) from error
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to that takes the place of `folder` once everything is in it: half of one never appears."""
+    staging = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)
 
 
 def read_json(file: Path) -> dict:

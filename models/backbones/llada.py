@@ -142,7 +142,7 @@ class ExactRotaryEmbedding(LlamaRotaryEmbedding):
 def build_llada(
     *,
     vocab_size: int,
-    mask_token_id: int,
+    mask_token_id: int | None,
     eos_token_id: int,
     pad_token_id: int,
     hidden_size: int,
@@ -160,6 +160,11 @@ def build_llada(
     Errors: UsageError that names model.<option>, where the sizes do not fit together.
     """
     options = dict(locals())
+    if mask_token_id is None:
+        raise UsageError(
+            "the corpus' tokenizer has no mask token, which this network needs; add one to its folder "
+            "(tokenizer.add_special_tokens({'mask_token': '<mask>'}), then save_pretrained) or type data.tokenizer=bpe"
+        )
     options["num_key_value_heads"] = num_key_value_heads or num_attention_heads
     require_fitting_sizes(options)
     rope = {"rope_type": "default", "rope_theta": float(options.pop("rope_theta"))}

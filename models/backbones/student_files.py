@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from models.backbones.checkpoint_files import written_whole
 from models.backbones.llada import LladaModel
 from models.backbones.masked_student import MaskedStudent
 from models.backbones.noisy_mask_student import NoisyMaskStudent
@@ -36,11 +35,7 @@ def base_fingerprint(base: LladaModel) -> str:
 def save_student(student: Student, folder: str | Path, notes: dict | None = None) -> Path:
     """Write the trained part to `folder` (student.safetensors, student.json); a half-written folder never appears."""
     folder = Path(folder)
-    staging = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     weights = {name: p.detach().cpu().contiguous() for name, p in trainable_weights(student).items()}
-    save_file(weights, staging / "student.safetensors")
     description = {
         "format": FORMAT,
         "kind": next(kind for kind, student_class in KINDS.items() if type(student) is student_class),
@@ -48,9 +43,9 @@ def save_student(student: Student, folder: str | Path, notes: dict | None = None
         "options": student.options,
         "notes": notes or {},
     }
-    (staging / "student.json").write_text(json.dumps(description, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
+    with written_whole(folder) as staging:
+        save_file(weights, staging / "student.safetensors")
+        (staging / "student.json").write_text(json.dumps(description, indent=2) + "\n")
     return folder
 
 

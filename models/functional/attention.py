@@ -1,4 +1,4 @@
-r"""Bidirectional attention, and attention that also sees a gated prefix.
+r"""Bidirectional attention, attention that also sees a gated prefix, and masks.
 
 Legend: B batch, H heads, L length, K prefix length, d head width.
 """
@@ -112,6 +112,12 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
     """(B, L) bool, True = real token -> (B, 1, L, L) bool: every query sees every real key."""
     batch, length = attention_mask.shape
     return attention_mask.bool()[:, None, None, :].expand(batch, 1, length, length)
+
+
+def document_attention_mask(document_ids: Tensor, *, causal: bool) -> Tensor:
+    """(B, L) int -> (B, 1, L, L) bool: every query sees its own document's keys, only those up to itself where causal."""
+    own = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return own.tril() if causal else own
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.functional.attention import positions_from_mask
+from models.functional.errors import UsageError
 
 IGNORED = -100  # a label that is nobody's target
 
@@ -68,7 +69,10 @@ def whole_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """What a model that looks both ways reads: ids, attention_mask and which tokens may be hidden; (B, L) each.
 
     Packed rows are their labels, so that every token of the stream is read once and stands where `target_bytes` counts it.
+    Errors: UsageError for rows of several documents, which are kept apart by causal objectives alone.
     """
+    if "document_ids" in batch:
+        raise UsageError("data.document_mask=true needs module/objective=next_token, multi_token or latent")
     if "labels" in batch:
         real = batch["labels"] != IGNORED
         return batch["labels"].masked_fill(~real, 0), torch.ones_like(real), real

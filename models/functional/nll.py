@@ -1,13 +1,12 @@
-"""Negative log-likelihoods of tokens, and what is read off their sums.
+"""Negative log-likelihoods of the tokens that count.
 
 Legend: B batch, L length, M chosen positions, V vocabulary.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from models.functional.bits_per_byte import token_nll
 
 
 def chosen_nll(chosen_logits: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
@@ -15,16 +14,5 @@ def chosen_nll(chosen_logits: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
 
     chosen_logits (M, V) are the logits of the M = chosen.sum() positions, in row-major order; ids (B, L), chosen (B, L) bool.
     """
-    wide = chosen_logits if chosen_logits.dtype == torch.float64 else chosen_logits.float()
-    nll = F.cross_entropy(wide, ids[chosen], reduction="none")
+    nll = token_nll(chosen_logits, ids[chosen])
     return torch.zeros(chosen.shape, dtype=nll.dtype, device=nll.device).masked_scatter(chosen, nll)
-
-
-def perplexity(nats: float, tokens: float) -> float:
-    """exp of the mean nats a token."""
-    return math.exp(nats / tokens)
-
-
-def bits_per_byte(nats: float, text_bytes: float) -> float:
-    """Nats of text tokens over the bytes that they stand for, in bits: the figure that compares across tokenizers."""
-    return nats / (math.log(2) * text_bytes)

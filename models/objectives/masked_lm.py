@@ -43,7 +43,7 @@ def fill_nll(model: nn.Module, xt: Tensor, x0: Tensor, chosen: Tensor, attention
     return chosen_nll(model.lm_head(model.hidden(model.embed(xt), attention_mask)[chosen]), x0, chosen)
 
 
-def any_order_nll(model: nn.Module, batch: dict[str, Tensor], generator: Generator, most: int = 64) -> Tensor:
+def any_order_nll(model: nn.Module, batch: dict[str, Tensor], generator: Generator, most: int = 16) -> Tensor:
     """Bound on the NLL of texts filled in random order, by position: (B, L) nats, see `any_order_weight`.
 
     A forward with random hidden positions for every number of them, at most `most` numbers spread evenly over 1..R.

@@ -32,6 +32,7 @@ class SpanCorruption(TextObjective):
 
     likelihood = "exact"
     generation = "prefix"
+    kinds_of_batch = 16
     spans = {"short": (0.15, 3.0), "long": (0.5, 3.0)}  # noqa: RUF012
 
     def __init__(self, mix: dict[str, float] | None = None) -> None:

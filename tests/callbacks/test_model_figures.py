@@ -61,8 +61,13 @@ def test_the_plan_is_found_where_it_is(tells):
     data.setup()
     trainer, module = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), Told(data, tells)
     trainer.datamodule = data
-    PlanProbe().on_test_start(trainer, module)
+    probe = PlanProbe(rows=1000)
+    probe.on_fit_start(trainer, module)
+    again = PlanProbe(rows=1000)
+    again.load_state_dict(probe.state_dict())
+    again.on_test_start(trainer, module)
     figures = module.figures
+    assert figures["probe_untrained"] == figures["probe"]  # nothing has been trained in between
     assert (figures["probe"] == 1.0) == tells
     assert (figures["probe"] < figures["probe_chance"] + 0.1) != tells
     assert figures["probe_shuffled"] < figures["probe_chance"] + 0.1

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_trainer import quiet_trainer
+from lightning import LightningModule
 from omegaconf import OmegaConf
 
 from datamodules.loader import EpochSampler
@@ -267,6 +269,23 @@ def test_the_same_seed_gives_the_same_order_and_each_epoch_another(build):
     assert order(build(**same).val_dataloader()) == order(build(**same).val_dataloader())
 
 
+@pytest.mark.filterwarnings("ignore:.*no optimizer", "ignore:.*returned .None.")
+def test_a_trainer_tells_the_loader_its_epoch(build):
+    class Reader(LightningModule):
+        def training_step(self, batch, batch_idx):
+            read.append(batch["row_index"].tolist())
+
+        def configure_optimizers(self):
+            return None
+
+    datamodule, read = build(val=ROWS, test=ROWS), []
+    quiet_trainer(-1, max_epochs=2, limit_val_batches=0).fit(Reader(), datamodule)
+    first, second = datamodule.train_dataloader(), datamodule.train_dataloader()
+    second.set_epoch(1)
+    assert read == order(first) + order(second)
+    assert order(first) != order(second)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_loader_continues_at_the_exact_batch(build, workers):
     datamodule = build(val=ROWS, test=ROWS, num_workers=workers)
@@ -287,12 +306,12 @@ def test_a_resumed_loader_continues_at_the_exact_batch(build, workers):
 def test_two_ranks_see_each_row_exactly_once(rows, drop_last, monkeypatch):
     batches = []
     for rank in range(2):
-        monkeypatch.setattr("datamodules.loader._rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("datamodules.loader.rank_and_world", lambda rank=rank: (rank, 2))
         sampler = EpochSampler(rows, 2, shuffle=True, drop_last=drop_last, seed=5)
         batches.append(list(sampler))
     seen = [row for rank in batches for batch in rank for row in batch]
     assert sorted(seen) == list(range(rows))
-    monkeypatch.setattr("datamodules.loader._rank_and_world", lambda: (0, 1))
+    monkeypatch.setattr("datamodules.loader.rank_and_world", lambda: (0, 1))
     # Together the ranks see the batches that one rank with twice the batch size sees.
     one = list(EpochSampler(rows, 4, shuffle=True, drop_last=drop_last, seed=5))
     assert [sorted(a + b) for a, b in zip(*batches, strict=False)] == [

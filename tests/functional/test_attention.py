@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from models.backbones.llada import Prefix
-from models.functional.attention import bidirectional_attention, gated_prefix_attention, positions_from_mask
+from models.functional.attention import (
+    bidirectional_attention,
+    document_attention_mask,
+    gated_prefix_attention,
+    positions_from_mask,
+)
 from models.functional.jvp import value_and_jvp
 
 
@@ -100,3 +106,23 @@ def test_prefix_equals_a_prefilled_key_value_cache(tiny_llada):
 def test_positions_skip_left_padding():
     mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
     assert positions_from_mask(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+
+
+def test_a_document_mask_gives_each_document_what_it_gets_on_its_own():
+    q, k, v = (torch.randn(1, 2, 7, 8, dtype=torch.float64) for _ in range(3))
+    lengths = [3, 1, 3]
+    document_ids = torch.repeat_interleave(torch.tensor([0, 1, 2]), torch.tensor(lengths))[None]
+    for causal in (False, True):
+        together = bidirectional_attention(q, k, v, document_attention_mask(document_ids, causal=causal), 0.3)
+        alone = [
+            F.scaled_dot_product_attention(*part, is_causal=causal, scale=0.3)
+            for part in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        ]
+        torch.testing.assert_close(together, torch.cat(alone, 2))
+    everything = document_attention_mask(torch.zeros(1, 7), causal=False)
+    assert (bidirectional_attention(q, k, v, everything, 0.3) - together).abs().max() > 1e-2
+
+
+def test_a_document_mask_by_hand():
+    causal = document_attention_mask(torch.tensor([[0, 0, 1]]), causal=True)
+    assert causal.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]

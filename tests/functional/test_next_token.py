@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from helpers_causal import pair_batch
 
@@ -16,7 +15,7 @@ from models.functional.next_token import (
     token_counts,
     whole_text,
 )
-from models.functional.nll import bits_per_byte, chosen_nll
+from models.functional.nll import chosen_nll
 
 
 def test_a_packed_row_scores_every_label_that_counts():
@@ -76,10 +75,6 @@ def test_a_prefix_sees_itself_both_ways_and_nobody_sees_padding():
         [0, 1, 1, 1, 0],
         [0, 1, 1, 1, 1],
     ]
-
-
-def test_bits_per_byte_of_a_uniform_byte_is_eight():
-    assert bits_per_byte(10 * math.log(256), 10) == pytest.approx(8)
 
 
 def test_what_a_model_that_looks_both_ways_reads():

@@ -1,0 +1,74 @@
+"""What every corpus tells about itself, whatever its rows look like."""
+
+from itertools import takewhile
+
+from lightning import LightningDataModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from models.functional.errors import UsageError
+
+
+class CorpusDataModule(LightningDataModule):
+    """Subclasses set `tokenizer`, `prompt_length` and `response_length` in their `setup`.
+
+    name: the corpus' name in tables and records. batch_size, eval_batch_size: rows per step and device.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    prompt_length: int
+    response_length: int
+    length_options = "data.prompt_length or data.response_length"  # what makes rows shorter
+
+    def __init__(
+        self, *, name: str, batch_size: int, eval_batch_size: int, seed: int = 0, num_workers: int = 0
+    ) -> None:
+        super().__init__()
+        self.name, self.batch_size, self.eval_batch_size = name, batch_size, eval_batch_size
+        self.seed, self.num_workers = seed, num_workers
+
+    def facts(self) -> dict[str, str | float | None]:
+        """Truths for the record: entropy in nats per response token, total correlation given the prompt in nats."""
+        return {"name": self.name, "entropy_nats_per_token": None, "conditional_total_correlation": None}
+
+    def fingerprint(self) -> str:
+        """A string that changes whenever the training rows or the vocabulary change (part of a teacher's cache key)."""
+        raise NotImplementedError
+
+    def controls(self) -> list:
+        """Decoders that need no model, such as the product of marginals; empty where the truth is not known."""
+        return []
+
+    def special_ids(self) -> dict[str, int]:
+        """What a network with fresh weights needs to know of the vocabulary."""
+        ids = self.tokenizer
+        names = ("mask_token_id", "eos_token_id", "pad_token_id")
+        return {"vocab_size": len(ids), **{name: getattr(ids, name) for name in names}}
+
+    def check_network(self, what: str, vocab_size: int, mask_token_id: int | None, context: int) -> None:
+        """Raise UsageError unless a network of this vocabulary and context length can read the corpus.
+
+        mask_token_id: None for a network that has no use for a mask.
+        """
+        columns = self.prompt_length + self.response_length
+        if columns > context:
+            raise UsageError(
+                f"rows of the corpus need {columns} positions, the {what} has {context}; shorten {self.length_options}"
+            )
+        mask = self.tokenizer.mask_token_id
+        if len(self.tokenizer) > vocab_size or mask_token_id not in (None, mask):
+            raise UsageError(
+                f"the {what} has {vocab_size} token ids with mask {mask_token_id}, the corpus' tokenizer "
+                f"{len(self.tokenizer)} with mask {mask}; they belong to different vocabularies "
+                f"(type data.tokenizer=<the folder of the {what}> or another {what})"
+            )
+
+    def end_ids(self) -> set[int]:
+        """The tokens at which a text ends."""
+        return {self.tokenizer.eos_token_id}
+
+    def decode_responses(self, responses: Tensor) -> list[str]:
+        """Responses (N, R) as text, cut at the first token that ends one."""
+        ends = self.end_ids()
+        texts = [list(takewhile(lambda token: token not in ends, ids)) for ids in responses.tolist()]
+        return [self.tokenizer.decode(ids) for ids in texts]

@@ -1,0 +1,230 @@
+"""`data=packed_text`: documents of text as one stream of tokens, cut into rows of equal length for pre-training."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from datamodules.batch import pack_prompt_response
+from datamodules.corpus import CorpusDataModule
+from datamodules.documents import DocumentReader
+from datamodules.encoder import Encoder
+from datamodules.loader import ResumableLoader
+from datamodules.packing import EndlessOrder, OnePass, PackedRows, TokenStream
+from datamodules.sources import Source
+from datamodules.token_cache import TokenCache, tokenize_once
+from datamodules.tokenizer import build_tokenizer, document_start
+from models.functional.errors import UsageError
+
+
+class PackedTextDataModule(CorpusDataModule):
+    """Every option is documented where it is set, in `conf/data/packed_text.yaml`; batches are those of `PackedRows`.
+
+    rows: {"train", "val", "test"} -> PackedRows. A row is all response: nothing of it is a prompt.
+    """
+
+    length_options = "data.length"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        train: Source,
+        tokenizer: str,
+        vocab_size: int,
+        length: int,
+        batch_size: int,
+        eval_batch_size: int,
+        cache_dir: str | os.PathLike,
+        val: Source | None = None,
+        test: Source | None = None,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        text_field: str = "text",
+        cut: str = "file",
+        separator: str = "<|endoftext|>",
+        tokenizer_megabytes: float = 100.0,
+        shuffle: bool = True,
+        document_mask: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            name=name, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, num_workers=num_workers
+        )
+        self.sources = {"train": train, "val": val, "test": test}
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.reader = DocumentReader(text_field, cut, separator)
+        self.tokenizer_kind, self.vocab_size, self.cache_dir = str(tokenizer), vocab_size, os.fspath(cache_dir)
+        self.tokenizer_megabytes = tokenizer_megabytes
+        self.length, self.shuffle, self.document_mask = length, shuffle, document_mask
+        self.prompt_length, self.response_length = 0, length
+        self.rows: dict[str, PackedRows] = {}
+        for option in ("length", "batch_size", "eval_batch_size"):
+            if getattr(self, option) < 1:
+                raise UsageError(f"data.{option}={getattr(self, option)} must be at least 1")
+        for split, fraction in self.fractions.items():
+            if self.sources[split] is None and not 0 < fraction < 1:
+                raise UsageError(
+                    f"data.{split}_fraction={fraction} must lie between 0 and 1; type data.{split}_fraction=0.05"
+                )
+
+    def prepare_data(self) -> None:
+        """Tokenise before the processes of a run start: those that come later find it done."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenise and split, whatever the stage; a second call does nothing."""
+        if self.rows:
+            return
+        if self.sources["train"] is None:
+            raise UsageError("data.train is not set; type data.train=FILE.txt")
+        self.tokenizer = build_tokenizer(
+            self.tokenizer_kind,
+            FirstTexts(self),
+            self.vocab_size,
+            os.path.join(self.cache_dir, "tokenizers"),
+            packed=True,
+        )
+        self.bos_id = document_start(self.tokenizer, f"data.tokenizer={self.tokenizer_kind}")
+        encoder = Encoder(self.tokenizer)
+        caches = {
+            split: tokenize_once(
+                source, self.reader, encoder, self.bos_id, os.path.join(self.cache_dir, "tokens"), f"data.{split}"
+            )
+            for split, source in self.sources.items()
+            if source is not None
+        }
+        streams = {split: TokenStream(cache) for split, cache in caches.items()}
+        wanted = {split: fraction for split, fraction in self.fractions.items() if split not in caches}
+        if wanted:
+            parts = split_documents(caches["train"].hashes, wanted, self.seed)
+            streams |= {split: TokenStream(caches["train"], chosen) for split, chosen in parts.items()}
+        for split, stream in streams.items():
+            least = self.length + 1 if split == "train" else 2
+            if len(stream) < least:
+                raise UsageError(
+                    f"the {split} split has {len(stream)} tokens, fewer than one row; type data.length={len(stream) - 1} "
+                    f"or less, or give data.{split} more text"
+                )
+        for split, cache in caches.items():
+            _warn_of_losses(f"data.{split}", cache, encoder.unknown_id)
+        _print_statistics(self.name, streams, self.length)
+        self.rows = {
+            split: PackedRows(stream, self.length, document_mask=self.document_mask, endless=split == "train")
+            for split, stream in streams.items()
+        }
+
+    def facts(self) -> dict[str, str | float | None]:
+        about = self.rows["train"].stream.cache.about
+        return super().facts() | {"bytes_per_token": about["text_bytes"] / max(1, about["tokens"] - about["documents"])}
+
+    def special_ids(self) -> dict[str, int | None]:
+        """As for every corpus; a folder may lack a mask token, and one without end-of-text or padding uses `<bos>` for them."""
+        ids = super().special_ids()
+        end = self.bos_id if ids["eos_token_id"] is None else ids["eos_token_id"]
+        pad = end if ids["pad_token_id"] is None else ids["pad_token_id"]
+        return ids | {"eos_token_id": end, "pad_token_id": pad}
+
+    def fingerprint(self) -> str:
+        """sha256 of the training tokens' own hash, of the documents held out and of how rows are laid out."""
+        self.setup()
+        stream = self.rows["train"].stream
+        made_from = (stream.cache.folder.name, self.length, self.document_mask)
+        return hashlib.sha256(repr(made_from).encode() + stream.offsets.tobytes() + stream.starts.tobytes()).hexdigest()
+
+    # -- text in, text out --------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Rows that begin a document with the prompt and leave one row's length to continue it, see `datamodules.batch`."""
+        ids = [[self.bos_id, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
+        longest, unseen = max(map(len, ids)), self.bos_id
+        return pack_prompt_response(
+            ids, [[]] * len(ids), prompt_length=longest, response_length=self.length, pad_id=unseen, eos_id=unseen
+        )
+
+    def end_ids(self) -> set[int]:
+        """A document ends where the next one begins."""
+        return {self.bos_id, self.tokenizer.eos_token_id}
+
+    # -- loaders ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> ResumableLoader:
+        rows = self.rows["train"]
+        order = EndlessOrder(len(rows.stream), self.length, self.batch_size, shuffle=self.shuffle, seed=self.seed)
+        return ResumableLoader(rows, order=order, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self._one_pass("val")
+
+    def test_dataloader(self) -> ResumableLoader:
+        return self._one_pass("test")
+
+    def _one_pass(self, split: str) -> ResumableLoader:
+        rows = self.rows[split]
+        order = OnePass(len(rows.stream), self.length, self.eval_batch_size)
+        return ResumableLoader(rows, order=order, num_workers=self.num_workers)
+
+
+class FirstTexts:
+    """The first megabytes of the training documents, held out or not, so that the tokenizer does not depend on the seed."""
+
+    def __init__(self, data: PackedTextDataModule) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[str]:
+        left = self.data.tokenizer_megabytes * 1e6
+        for passage in self.data.reader.read(self.data.sources["train"], "data.train"):
+            yield passage.text
+            left -= len(passage.text)
+            if left <= 0:
+                return
+
+
+def split_documents(hashes: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
+    """Which documents (bool, one each) belong to each split of `fractions`, and to `train`, which gets the rest.
+
+    hashes: of the documents' texts. Documents with the same text go the same way, so that no split knows another's.
+    Raises UsageError where there are too few different documents.
+    """
+    different, which = np.unique(hashes, return_inverse=True)
+    counts = {split: max(1, round(fraction * len(different))) for split, fraction in fractions.items()}
+    if sum(counts.values()) >= len(different):
+        options = " and ".join(f"data.{split}=FILE" for split in fractions)
+        raise UsageError(
+            f"data.train has too few different documents ({len(different)}) to hold {sum(counts.values())} out; "
+            f"type {options}, or data.cut=line, blank_line or separator where a text file holds many documents"
+        )
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).numpy()
+    edges = np.cumsum(list(counts.values()))
+    parts = zip([*counts, "train"], np.split(order, edges), strict=True)
+    return {split: np.isin(which, part) for split, part in parts}
+
+
+def _warn_of_losses(option: str, cache: TokenCache, unknown_id: int) -> None:
+    about = cache.about
+    if about["unusable"]:
+        rank_zero_warn(f"{option}: {about['unusable']} unusable lines were skipped:\n{about['first_unusable']}")
+    if about["unknown"]:
+        rank_zero_warn(
+            f"{option}: {about['unknown']:,} of {about['tokens']:,} tokens are unknown to the tokenizer, so bits per byte "
+            "do not count what they hide; type data.tokenizer=byte, or data.tokenizer=bpe data.vocab_size=512 or more"
+        )
+
+
+@rank_zero_only
+def _print_statistics(name: str, streams: dict[str, TokenStream], length: int) -> None:
+    table = Table(title=f"{name}: rows of {length} tokens", box=SIMPLE)
+    for column in ("split", "documents", "tokens", "rows"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split in ("train", "val", "test"):
+        stream = streams[split]
+        table.add_row(split, f"{stream.documents:,}", f"{len(stream):,}", f"{(len(stream) - 1) / length:,.1f}")
+    Console().print(table)
