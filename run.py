@@ -31,7 +31,7 @@ from models.backbones.student_files import load_student, read_student
 from models.decoding.autoregressive import AutoregressiveDecoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.students import student_decoder
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_choice
 
 console = report_console()
 
@@ -108,8 +108,7 @@ def generate(cfg: DictConfig) -> None:
     forwards = 1 if cfg.forwards is None else cfg.forwards
     if forwards < 1 or (cfg.temperature or 0) < 0:
         raise UsageError(f"forwards={forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
-    if cfg.decoder not in ("student", "teacher"):
-        raise UsageError(f"decoder={cfg.decoder} is not known; type decoder=student or decoder=teacher")
+    require_choice("decoder", cfg.decoder, ("student", "teacher"))
     datamodule = instantiate(cfg.data)
     datamodule.setup("predict")
     rows = datamodule.encode_prompts(prompts)

@@ -60,8 +60,9 @@ class PromptResponseDataModule(CorpusDataModule):
     def test_dataloader(self) -> ResumableLoader:
         return self._loader("test", self.eval_batch_size)
 
-    def predict_dataloader(self) -> ResumableLoader:
-        return self.test_dataloader()
+    def predict_dataloader(self) -> list[dict[str, Tensor]]:
+        """The test split's batches; a list, since a trainer that predicts would rebuild a loader without knowing how."""
+        return list(self.test_dataloader())
 
     def _loader(self, split: str, batch_size: int, *, shuffle: bool = False, drop_last: bool = False):
         rows = self.rows[split]
