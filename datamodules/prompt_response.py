@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.batch import TensorRows, pack_prompt_response
@@ -60,9 +61,9 @@ class PromptResponseDataModule(CorpusDataModule):
     def test_dataloader(self) -> ResumableLoader:
         return self._loader("test", self.eval_batch_size)
 
-    def predict_dataloader(self) -> list[dict[str, Tensor]]:
-        """The test split's batches; a list, since a trainer that predicts would rebuild a loader without knowing how."""
-        return list(self.test_dataloader())
+    def predict_dataloader(self) -> DataLoader:
+        """The test split's batches, laid out beforehand: a trainer that predicts rebuilds loaders, and cannot rebuild ours."""
+        return DataLoader(list(self.test_dataloader()), batch_size=None)
 
     def _loader(self, split: str, batch_size: int, *, shuffle: bool = False, drop_last: bool = False):
         rows = self.rows[split]

@@ -309,7 +309,7 @@ MISTAKES = [
     (["module.stages.flow.share=0.9"], "must add up to 1"),
     (["module.adapter=magic"], "type one of prefix, prefix+mask_noise, lora, full"),
     (["module.student_forwards=[1,64]"], "module.student_forwards=[1, 64]"),
-    (["mode=generate", "decoder=oracle"], "type decoder=student or decoder=teacher"),
+    (["mode=generate", "decoder=oracle"], "decoder=oracle is not known; type one of student, teacher"),
     (["mode=generate", "n=0"], "n=0 must be at least 1"),
     (["mode=generate", "forwards=-2"], "forwards=-2 must be at least 1"),
     (["seed=-1"], "seed=-1 must be at least 0"),
