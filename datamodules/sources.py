@@ -166,12 +166,13 @@ def _parquet_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[P
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
             known = file.schema_arrow.names
             columns = list(dict.fromkeys(fields)) if set(fields) <= set(known) else None
             share = path.stat().st_size / max(1, file.metadata.num_rows)
             number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+            # buffers and threads would read a whole row group ahead, whatever its size
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row

@@ -4,6 +4,7 @@ import gzip
 import inspect
 import json
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -229,6 +232,8 @@ def test_fingerprint_follows_training_rows_and_vocabulary(build):
     assert build(seed=1).fingerprint() != build().fingerprint()
 
 
+# threads and arrow's own pool reserve memory that they never touch
+FRUGAL = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 BOUNDED = """
 import resource, sys
 import pyarrow
@@ -239,7 +244,7 @@ with open("/proc/self/status") as status:
     now = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (now + spare, now + spare))
 try:
-    open(path).read()
+    open(path, "rb").read()
 except MemoryError:
     print("the corpus does not fit")
 sizes = dict(length=64, batch_size=4, eval_batch_size=4, vocab_size=600, tokenizer_megabytes=1)
@@ -250,16 +255,25 @@ print("tokens", next(iter(data.train_dataloader()))["labels"].numel(), len(data.
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and counts memory as Linux does")
-@pytest.mark.parametrize("tokenizer", ["byte", pytest.param("bpe", marks=pytest.mark.slow)])
-def test_a_corpus_larger_than_memory(tmp_path, tokenizer):
-    spare = 64 * 2**20
-    line = "the quick brown fox jumps over the lazy dog, " * 40
-    with open(tmp_path / "big.txt", "w") as file:
-        for number in range(spare // len(line) + 1000):
-            file.write(f"{number} {line}\n")
+@pytest.mark.parametrize(
+    ("kind", "tokenizer"),
+    [
+        ("txt", "byte"),
+        pytest.param("txt", "bpe", marks=pytest.mark.slow),
+        pytest.param("parquet", "byte", marks=pytest.mark.slow),
+    ],
+)
+def test_a_corpus_larger_than_memory(tmp_path, kind, tokenizer):
+    spare, draw = 64 * 2**20, random.Random(0)
+    path = tmp_path / f"big.{kind}"
+    texts = [f"{draw.random()} jumps over the lazy dog, " * 40 for _ in range(spare // 1500)]
+    if kind == "txt":
+        path.write_text("\n".join(texts))
+    else:  # one row group
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="none", use_dictionary=False)
     done = subprocess.run(
-        [sys.executable, "-c", BOUNDED, str(tmp_path / "big.txt"), str(tmp_path / "cache"), str(spare), tokenizer],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"},
+        [sys.executable, "-c", BOUNDED, str(path), str(tmp_path / "cache"), str(spare), tokenizer],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | FRUGAL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the corpus does not fit" in done.stdout
