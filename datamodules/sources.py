@@ -61,6 +61,11 @@ def find_files(item: str | os.PathLike, option: str, extensions: str = ROW_EXTEN
     return found
 
 
+def suffix_of(path: Path) -> str:
+    """The extension, with what is before it where it is .gz."""
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+
+
 # -- from files to rows -----------------------------------------------------------------------------------------------
 
 
@@ -68,7 +73,7 @@ def read_rows(
     path: Path, fields: Sequence[str], option: str, meter: Meter = unwatched, extensions: str = ROW_EXTENSIONS
 ) -> Iterator[PlacedRow]:
     """The rows of a file; of a parquet file only the given fields, where it has them all."""
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    suffix = suffix_of(path)
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
     with readable(path, option):
         if suffix == ".parquet":

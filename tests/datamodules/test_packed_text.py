@@ -1,8 +1,10 @@
 """The packed corpus from files to batches: the text comes back, nothing is tokenised twice, memory stays bounded."""
 
+import functools
 import gzip
 import inspect
 import json
+import math
 import os
 import random
 import subprocess
@@ -24,6 +26,7 @@ from datamodules import documents, token_cache
 from datamodules.encoder import Encoder
 from datamodules.packed_text import PackedTextDataModule, split_documents
 from models.backbones.llada import build_llada
+from models.functional.bits_per_byte import NllSums, bits_per_byte, nll_sums, perplexity, token_nll
 from models.functional.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +44,15 @@ TINY = {
 def write(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
+
+
+def save_byte_level(folder, **special) -> str:
+    """A folder as a GPT-2 has it, without merges."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -109,6 +121,23 @@ def test_targets_of_a_document_stand_for_all_its_bytes(build, tokenizer):
     assert (cache.target_bytes[cache.starts] == 0).all()
     targets = sum(int(batch["target_bytes"].sum()) for batch in data.val_dataloader())
     assert targets == sum(len(text.encode()) for text in TEXTS)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe", "phrases", "words", "folder"])
+def test_bits_per_byte_of_a_uniform_model_by_hand(build, tokenizer, tmp_path):
+    kind = save_byte_level(tmp_path / "folder", eos_token="<|endoftext|>") if tokenizer == "folder" else tokenizer
+    data = build(val=TEXTS, test=TEXTS, tokenizer=kind, vocab_size=512)
+    vocabulary = len(data.tokenizer)
+    pieces = sum(len(data.tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS)
+    parts = [
+        nll_sums(token_nll(torch.zeros(*batch["labels"].shape, vocabulary), batch["labels"]), batch["target_bytes"])
+        for batch in data.val_dataloader()
+    ]
+    sums = functools.reduce(NllSums.plus, parts)
+    expected = pieces * math.log2(vocabulary) / len("".join(TEXTS).encode())
+    assert bits_per_byte(sums).item() == pytest.approx(expected, rel=1e-6)
+    assert perplexity(sums).item() == pytest.approx(vocabulary, rel=1e-5)
+    assert sums.tokens == pieces + len(TEXTS) - 1  # the first <bos> is no target
 
 
 def test_batches_have_the_promised_columns(build):
@@ -350,20 +379,16 @@ def test_a_network_must_fit_the_rows_and_the_vocabulary(build):
 
 
 def test_a_folder_of_a_causal_model_needs_neither_mask_nor_padding(build, tmp_path):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: n for n, token in enumerate([*alphabet, "<|endoftext|>"])}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(tmp_path / "gpt")
-    data = build(tokenizer=str(tmp_path / "gpt"), val=[*TEXTS, "<|endoftext|>"], length=9)
+    folder = save_byte_level(tmp_path / "gpt", eos_token="<|endoftext|>")
+    data = build(tokenizer=folder, val=[*TEXTS, "<|endoftext|>"], length=9)
     assert data.special_ids() == {"vocab_size": 257, "mask_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
     assert data.bos_id == 256
     assert texts_of(data, "val") == [*TEXTS, "<|endoftext|>"]  # the text of that name is no end
     data.check_network("model", 257, None, 9)
     with pytest.raises(UsageError, match=r"no mask token, which this network needs.*data\.tokenizer=bpe"):
         build_llada(**data.special_ids(), **TINY)
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "bare")
     with pytest.raises(UsageError, match=r"neither a bos_token nor an eos_token"):
-        build(tokenizer=str(tmp_path / "bare"))
+        build(tokenizer=save_byte_level(tmp_path / "bare"))
 
 
 def test_the_config_has_exactly_the_options_of_the_constructor():
