@@ -106,9 +106,14 @@ class _MeteredFile(io.FileIO):
         return read
 
 
+def open_raw(path: Path, meter: Meter = unwatched) -> BinaryIO:
+    """A file's bytes as they are on disk."""
+    return io.BufferedReader(_MeteredFile(path, meter), 2**17)
+
+
 def open_bytes(path: Path, meter: Meter = unwatched) -> BinaryIO:
     """A file's bytes, unzipped where its name ends in .gz; the meter counts those on disk."""
-    raw = io.BufferedReader(_MeteredFile(path, meter), 2**17)
+    raw = open_raw(path, meter)
     return io.BufferedReader(_Unzipped(raw), 2**17) if path.suffix == ".gz" else raw
 
 

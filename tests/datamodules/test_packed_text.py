@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -150,6 +151,14 @@ def test_batches_have_the_promised_columns(build):
             assert {(column.shape, column.dtype) for column in batch.values()} == {((4, 16), torch.int64)}
             assert all(column.is_contiguous() for column in batch.values())
             assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+
+
+def test_a_hub_name_is_read_as_any_file(build, monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "other": list(range(len(TEXTS)))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("some/name", "validation"): rows}[name, split])
+    data = build(val="hub:some/name:validation", test=("hub:some/name:validation",))
+    assert texts_of(data, "val") == texts_of(data, "test") == TEXTS
+    assert data.rows["val"].stream.cache.folder == data.rows["test"].stream.cache.folder
 
 
 # -- splits ----------------------------------------------------------------------------------------------------------
