@@ -48,7 +48,7 @@ def sliced_by_hand(
     path: Path, kind: str, length: int, batch: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches (input, targets) of a file of tokens, as a short training script makes them."""
-    data = np.memmap(path, kind, mode="r")
+    data = np.memmap(path, kind, mode="r").view(np.ndarray)  # slices of np.memmap itself cost several times as much
     order = np.random.default_rng(seed)
     while True:
         starts = length * order.integers((len(data) - 1) // length, size=batch)
