@@ -25,6 +25,7 @@ from datamodules.sources import (
     open_bytes,
     read_rows,
     readable,
+    suffix_of,
     text_of,
     unwatched,
 )
@@ -102,7 +103,7 @@ class DocumentReader:
                 yield from self._of_rows(rows, f"{option}={item}", problems)
                 continue
             for path in find_files(item, option, EXTENSIONS):
-                if path.name.removesuffix(".gz").endswith(".txt"):
+                if suffix_of(path) in (".txt", ".txt.gz"):
                     with readable(path, option):
                         yield from self._of_text_file(path, option, problems, meter)
                 else:
@@ -139,7 +140,9 @@ class DocumentReader:
             yield from _whole_file(path, problems, meter)
             return
         found = False
-        for line, text in self._documents(path, option, _lines(path, LONGEST_DOCUMENT, problems, meter)):
+        mark = self.separator if self.cut == "separator" else ""
+        lines = _lines(path, LONGEST_DOCUMENT, problems, meter, mark)
+        for line, text in self._documents(path, option, lines):
             text = text.strip("\r\n")
             if text.strip():
                 found = True
@@ -191,8 +194,11 @@ def _whole_file(path: Path, problems: Problems, meter: Meter) -> Iterator[Passag
         problems.add(str(path), "the file is empty")
 
 
-def _lines(path: Path, limit: int, problems: Problems, meter: Meter) -> Iterator[tuple[int, str]]:
-    """(number, text with its end) of each line; one of more than `limit` bytes comes in parts."""
+def _lines(path: Path, limit: int, problems: Problems, meter: Meter, mark: str = "") -> Iterator[tuple[int, str]]:
+    """(number, text with its end) of each line; one of more than `limit` bytes comes in parts.
+
+    mark: what is kept of a line that is left out, as often as the line has it.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open_bytes(path, meter) as file:
         number, passed, first = 1, 0, True
@@ -205,9 +211,9 @@ def _lines(path: Path, limit: int, problems: Problems, meter: Meter) -> Iterator
             except UnicodeDecodeError as error:
                 problems.add(f"{path}:{number}", f"bad UTF-8 at byte {passed + error.start + 1}")
                 decoder.reset()
-            else:
-                if text:
-                    yield number, text
+                text = mark * part.count(mark.encode()) if mark else ""
+            if text:
+                yield number, text
             number, passed = (number + 1, 0) if ended else (number, passed + len(part))
 
 

@@ -86,13 +86,14 @@ class PackedTextDataModule(CorpusDataModule):
             return
         if self.sources["train"] is None:
             raise UsageError("data.train is not set; type data.train=FILE.txt")
-        self.tokenizer = build_tokenizer(
-            self.tokenizer_kind,
-            FirstTexts(self),
-            self.vocab_size,
-            os.path.join(self.cache_dir, "tokenizers"),
-            packed=True,
-        )
+        with Console().status(f"{self.name}: tokenizer"):
+            self.tokenizer = build_tokenizer(
+                self.tokenizer_kind,
+                FirstTexts(self),
+                self.vocab_size,
+                os.path.join(self.cache_dir, "tokenizers"),
+                packed=True,
+            )
         self.bos_id = document_start(self.tokenizer, f"data.tokenizer={self.tokenizer_kind}")
         encoder = Encoder(self.tokenizer)
         caches = {

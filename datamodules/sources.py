@@ -61,6 +61,11 @@ def find_files(item: str | os.PathLike, option: str, extensions: str = ROW_EXTEN
     return found
 
 
+def suffix_of(path: Path) -> str:
+    """The extension, with what is before it where it is .gz."""
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+
+
 # -- from files to rows -----------------------------------------------------------------------------------------------
 
 
@@ -68,7 +73,7 @@ def read_rows(
     path: Path, fields: Sequence[str], option: str, meter: Meter = unwatched, extensions: str = ROW_EXTENSIONS
 ) -> Iterator[PlacedRow]:
     """The rows of a file; of a parquet file only the given fields, where it has them all."""
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    suffix = suffix_of(path)
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
     with readable(path, option):
         if suffix == ".parquet":
@@ -101,9 +106,14 @@ class _MeteredFile(io.FileIO):
         return read
 
 
+def open_raw(path: Path, meter: Meter = unwatched) -> BinaryIO:
+    """A file's bytes as they are on disk."""
+    return io.BufferedReader(_MeteredFile(path, meter), 2**17)
+
+
 def open_bytes(path: Path, meter: Meter = unwatched) -> BinaryIO:
     """A file's bytes, unzipped where its name ends in .gz; the meter counts those on disk."""
-    raw = io.BufferedReader(_MeteredFile(path, meter), 2**17)
+    raw = open_raw(path, meter)
     return io.BufferedReader(_Unzipped(raw), 2**17) if path.suffix == ".gz" else raw
 
 
@@ -166,12 +176,13 @@ def _parquet_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[P
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
             known = file.schema_arrow.names
             columns = list(dict.fromkeys(fields)) if set(fields) <= set(known) else None
             share = path.stat().st_size / max(1, file.metadata.num_rows)
             number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+            # buffers and threads would read a whole row group ahead, whatever its size
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row

@@ -21,7 +21,18 @@ from filelock import FileLock
 from datamodules.documents import EXTENSIONS, DocumentReader, Passage, Problems
 from datamodules.encoder import Encoder
 from datamodules.progress import ReadingProgress
-from datamodules.sources import Meter, Source, find_files, hub_bytes, is_hub, items_of, load_hub, readable
+from datamodules.sources import (
+    Meter,
+    Source,
+    find_files,
+    hub_bytes,
+    is_hub,
+    items_of,
+    load_hub,
+    open_raw,
+    readable,
+    suffix_of,
+)
 from models.functional.errors import UsageError
 
 # Part of the folder's name: raise it when what is written below changes.
@@ -120,8 +131,9 @@ def _file_hash(path: Path, notes: Path, option: str) -> tuple[str, int]:
         *noted, known = json.loads(note.read_text())
         if noted == now:
             return known, found.st_size
-    with readable(path, option), open(path, "rb") as file:
-        known = hashlib.file_digest(file, "sha256").hexdigest() + "".join(path.suffixes[-2:])
+    progress = ReadingProgress(f"{option}: looking through {path.name}", found.st_size)
+    with readable(path, option), progress as meter, open_raw(path, meter) as file:
+        known = hashlib.file_digest(file, "sha256").hexdigest() + suffix_of(path)
     notes.mkdir(parents=True, exist_ok=True)
     unfinished = note.with_suffix(f".{uuid.uuid4().hex}")
     unfinished.write_text(json.dumps([*now, known]))

@@ -114,6 +114,13 @@ def test_a_line_of_bad_bytes_is_left_out_counted_and_named(cut, tmp_path):
     assert problems.first == [f"{path}:2: bad UTF-8 at byte 2", f"{path}:4: bad UTF-8 at byte 5"]
 
 
+def test_a_line_that_is_left_out_still_ends_its_document(tmp_path):
+    path = write(tmp_path / "a.txt", b"one\nb\xffd|\xff|two\n|three\nb\xffd\nthree")
+    assert read(path, cut="separator", separator="|") == ["one", "three\nthree"]
+    path = write(tmp_path / "b.txt", b"one\n\xff|two\n")
+    assert read(path, cut="separator", separator="|") == ["one"]
+
+
 def test_bad_rows_and_empty_ones_are_counted_and_named(tmp_path):
     problems = Problems()
     lines = [b'{"text": "a"}', b"{broken", b'{"text": "\xff"}', b'{"text": ""}', b'{"other": 1}', b'{"text": null}']

@@ -1,16 +1,22 @@
 """The packed corpus from files to batches: the text comes back, nothing is tokenised twice, memory stays bounded."""
 
+import functools
 import gzip
 import inspect
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -21,6 +27,7 @@ from datamodules import documents, token_cache
 from datamodules.encoder import Encoder
 from datamodules.packed_text import PackedTextDataModule, split_documents
 from models.backbones.llada import build_llada
+from models.functional.bits_per_byte import NllSums, bits_per_byte, nll_sums, perplexity, token_nll
 from models.functional.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +45,15 @@ TINY = {
 def write(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
+
+
+def save_byte_level(folder, **special) -> str:
+    """A folder as a GPT-2 has it, without merges."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -108,6 +124,23 @@ def test_targets_of_a_document_stand_for_all_its_bytes(build, tokenizer):
     assert targets == sum(len(text.encode()) for text in TEXTS)
 
 
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe", "phrases", "words", "folder"])
+def test_bits_per_byte_of_a_uniform_model_by_hand(build, tokenizer, tmp_path):
+    kind = save_byte_level(tmp_path / "folder", eos_token="<|endoftext|>") if tokenizer == "folder" else tokenizer
+    data = build(val=TEXTS, test=TEXTS, tokenizer=kind, vocab_size=512)
+    vocabulary = len(data.tokenizer)
+    pieces = sum(len(data.tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS)
+    parts = [
+        nll_sums(token_nll(torch.zeros(*batch["labels"].shape, vocabulary), batch["labels"]), batch["target_bytes"])
+        for batch in data.val_dataloader()
+    ]
+    sums = functools.reduce(NllSums.plus, parts)
+    expected = pieces * math.log2(vocabulary) / len("".join(TEXTS).encode())
+    assert bits_per_byte(sums).item() == pytest.approx(expected, rel=1e-6)
+    assert perplexity(sums).item() == pytest.approx(vocabulary, rel=1e-5)
+    assert sums.tokens == pieces + len(TEXTS) - 1  # the first <bos> is no target
+
+
 def test_batches_have_the_promised_columns(build):
     for mask in (False, True):
         data = build(val=TEXTS, test=TEXTS, document_mask=mask)
@@ -118,6 +151,14 @@ def test_batches_have_the_promised_columns(build):
             assert {(column.shape, column.dtype) for column in batch.values()} == {((4, 16), torch.int64)}
             assert all(column.is_contiguous() for column in batch.values())
             assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+
+
+def test_a_hub_name_is_read_as_any_file(build, monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "other": list(range(len(TEXTS)))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("some/name", "validation"): rows}[name, split])
+    data = build(val="hub:some/name:validation", test=("hub:some/name:validation",))
+    assert texts_of(data, "val") == texts_of(data, "test") == TEXTS
+    assert data.rows["val"].stream.cache.folder == data.rows["test"].stream.cache.folder
 
 
 # -- splits ----------------------------------------------------------------------------------------------------------
@@ -229,6 +270,8 @@ def test_fingerprint_follows_training_rows_and_vocabulary(build):
     assert build(seed=1).fingerprint() != build().fingerprint()
 
 
+# threads and arrow's own pool reserve memory that they never touch
+FRUGAL = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 BOUNDED = """
 import resource, sys
 import pyarrow
@@ -239,7 +282,7 @@ with open("/proc/self/status") as status:
     now = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (now + spare, now + spare))
 try:
-    open(path).read()
+    open(path, "rb").read()
 except MemoryError:
     print("the corpus does not fit")
 sizes = dict(length=64, batch_size=4, eval_batch_size=4, vocab_size=600, tokenizer_megabytes=1)
@@ -250,16 +293,25 @@ print("tokens", next(iter(data.train_dataloader()))["labels"].numel(), len(data.
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and counts memory as Linux does")
-@pytest.mark.parametrize("tokenizer", ["byte", pytest.param("bpe", marks=pytest.mark.slow)])
-def test_a_corpus_larger_than_memory(tmp_path, tokenizer):
-    spare = 64 * 2**20
-    line = "the quick brown fox jumps over the lazy dog, " * 40
-    with open(tmp_path / "big.txt", "w") as file:
-        for number in range(spare // len(line) + 1000):
-            file.write(f"{number} {line}\n")
+@pytest.mark.parametrize(
+    ("kind", "tokenizer"),
+    [
+        ("txt", "byte"),
+        pytest.param("txt", "bpe", marks=pytest.mark.slow),
+        pytest.param("parquet", "byte", marks=pytest.mark.slow),
+    ],
+)
+def test_a_corpus_larger_than_memory(tmp_path, kind, tokenizer):
+    spare, draw = 64 * 2**20, random.Random(0)
+    path = tmp_path / f"big.{kind}"
+    texts = [f"{draw.random()} jumps over the lazy dog, " * 40 for _ in range(spare // 1500)]
+    if kind == "txt":
+        path.write_text("\n".join(texts))
+    else:  # one row group
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="none", use_dictionary=False)
     done = subprocess.run(
-        [sys.executable, "-c", BOUNDED, str(tmp_path / "big.txt"), str(tmp_path / "cache"), str(spare), tokenizer],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"},
+        [sys.executable, "-c", BOUNDED, str(path), str(tmp_path / "cache"), str(spare), tokenizer],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | FRUGAL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the corpus does not fit" in done.stdout
@@ -336,20 +388,16 @@ def test_a_network_must_fit_the_rows_and_the_vocabulary(build):
 
 
 def test_a_folder_of_a_causal_model_needs_neither_mask_nor_padding(build, tmp_path):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: n for n, token in enumerate([*alphabet, "<|endoftext|>"])}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(tmp_path / "gpt")
-    data = build(tokenizer=str(tmp_path / "gpt"), val=[*TEXTS, "<|endoftext|>"], length=9)
+    folder = save_byte_level(tmp_path / "gpt", eos_token="<|endoftext|>")
+    data = build(tokenizer=folder, val=[*TEXTS, "<|endoftext|>"], length=9)
     assert data.special_ids() == {"vocab_size": 257, "mask_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
     assert data.bos_id == 256
     assert texts_of(data, "val") == [*TEXTS, "<|endoftext|>"]  # the text of that name is no end
     data.check_network("model", 257, None, 9)
     with pytest.raises(UsageError, match=r"no mask token, which this network needs.*data\.tokenizer=bpe"):
         build_llada(**data.special_ids(), **TINY)
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "bare")
     with pytest.raises(UsageError, match=r"neither a bos_token nor an eos_token"):
-        build(tokenizer=str(tmp_path / "bare"))
+        build(tokenizer=save_byte_level(tmp_path / "bare"))
 
 
 def test_the_config_has_exactly_the_options_of_the_constructor():

@@ -178,12 +178,14 @@ class Reader(LightningModule):
 
 def test_a_resumed_training_reads_what_the_uninterrupted_one_reads(cache, tmp_path):
     whole = []
-    saved = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    saved = ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     trainer = quiet_trainer(11, callbacks=[saved], enable_checkpointing=True)
     trainer.fit(Reader(whole), endless(TokenStream(cache), 7, 4))
     for stop in (3, 4, 6):  # an epoch has 4 steps
         rest, loader = [], endless(TokenStream(cache), 7, 4)
-        quiet_trainer(11).fit(Reader(rest), loader, ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
+        quiet_trainer(11).fit(
+            Reader(rest), loader, ckpt_path=tmp_path / "saved" / f"step={stop}.ckpt", weights_only=True
+        )
         assert rest == whole[stop:]
     assert whole == [[row[:-1] for row in batch] for batch in read(loader, range(3))][:11]
 

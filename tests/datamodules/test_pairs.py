@@ -269,7 +269,7 @@ def test_the_same_seed_gives_the_same_order_and_each_epoch_another(build):
     assert order(build(**same).val_dataloader()) == order(build(**same).val_dataloader())
 
 
-@pytest.mark.filterwarnings("ignore:.*no optimizer", "ignore:.*returned .None.")
+@pytest.mark.filterwarnings("ignore:.*no optimizer", "ignore:.*returned .None.", "ignore:.*no .validation_step")
 def test_a_trainer_tells_the_loader_its_epoch(build):
     class Reader(LightningModule):
         def training_step(self, batch, batch_idx):
