@@ -49,6 +49,8 @@ def say_where_things_are(
     console.print(f"\nrecord and figure: {folder}/record.json, {folder}/frontier.png", highlight=False)
     console.print(f"dashboard:         tensorboard --logdir {folder}", highlight=False)
     if teacher is None:
+        if (folder / "model").is_dir():
+            console.print(f"model:             {folder}/model", highlight=False)
         return
     console.print(f"student:           {folder}/student (its teacher: {teacher})", highlight=False)
     prompt = "''" if example_prompt is None else f"'{example_prompt}'"

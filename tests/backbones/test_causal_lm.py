@@ -23,6 +23,7 @@ from models.backbones.llada import LladaModel
 from models.backbones.states import text_states
 from models.functional.errors import UsageError
 from models.functional.next_token import causal_text
+from models.objectives.next_token import NextToken
 
 IDS = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(0))
 TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -142,6 +143,16 @@ def test_plain_peft_reads_the_adapter_and_plain_transformers_the_merged_model(qw
     assert isinstance(by_transformers, Qwen3ForCausalLM)
     torch.testing.assert_close(logits_of(by_transformers), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(logits_of(model), expected)  # merging was done on a copy
+
+
+def test_adapters_of_a_half_precision_model_train_in_single_precision(qwen_folder):
+    model = load_causal(qwen_folder, dtype="bfloat16", lora_rank=2)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    out = NextToken()(model, {"input_ids": IDS, "labels": IDS}, torch.Generator())
+    assert out.position_nll.dtype == torch.float32
+    out.loss_sum.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_what_cannot_be_read_gets_a_sentence(qwen_folder, tmp_path, tiny_llada):
