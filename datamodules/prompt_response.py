@@ -42,7 +42,8 @@ class PromptResponseDataModule(CorpusDataModule):
             pad_id=self.tokenizer.pad_token_id,
             eos_id=self.tokenizer.eos_token_id,
         )
-        rows["input_ids"][rows["response_mask"]] = self.tokenizer.mask_token_id
+        hidden = self.tokenizer.mask_token_id
+        rows["input_ids"][rows["response_mask"]] = self.tokenizer.eos_token_id if hidden is None else hidden
         return rows
 
     def decode_prompts(self, rows: dict[str, Tensor]) -> list[str]:
@@ -77,8 +78,11 @@ class PromptResponseDataModule(CorpusDataModule):
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
-    """Raise UsageError when a tokenizer lacks the mask, end-of-text or padding token that the methods here need."""
-    for name in ("mask_token", "eos_token", "pad_token"):
+    """Raise UsageError when a tokenizer lacks the end-of-text or padding token that every method here needs.
+
+    A mask is for the networks that know one to ask for (`check_network`): causal models need none.
+    """
+    for name in ("eos_token", "pad_token"):
         if getattr(tokenizer, f"{name}_id") is None:
             raise UsageError(
                 f"the tokenizer in {where} has no {name}; add one to it "

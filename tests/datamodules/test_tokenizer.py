@@ -2,6 +2,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from datamodules.pairs import PairsDataModule
 from datamodules.tokenizer import build_tokenizer
 from models.functional.errors import UsageError
 
@@ -114,7 +115,20 @@ def test_a_local_folder_is_read(tmp_path):
     assert (tokenizer.pad_token, tokenizer.mask_token_id) == ("[PAD]", 3)
 
 
-@pytest.mark.parametrize("missing", ["pad_token", "eos_token", "mask_token"])
+def test_a_folder_without_a_mask_serves_models_that_need_none(tmp_path):
+    folder = saved_tokenizer(tmp_path, pad_token="[PAD]", eos_token="[EOS]")
+    assert build_tokenizer(folder, [], 0, tmp_path).mask_token_id is None
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(f'{{"q": "jump {k}", "a": "I_JUMP {k}"}}' for k in range(40)))
+    data = PairsDataModule(train=str(rows), prompt_field="q", response_field="a", tokenizer=folder, cache_dir=tmp_path)
+    data.setup()
+    asked = data.encode_prompts(["jump 3"])
+    assert (asked["input_ids"][asked["response_mask"]] == data.tokenizer.eos_token_id).all()
+    with pytest.raises(UsageError, match="different vocabularies"):
+        data.check_network("model", 10_000, 7, 512)
+
+
+@pytest.mark.parametrize("missing", ["pad_token", "eos_token"])
 def test_a_tokenizer_without_a_needed_token_is_refused(missing, tmp_path):
     special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
     del special[missing]
