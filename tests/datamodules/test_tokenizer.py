@@ -116,11 +116,16 @@ def test_a_local_folder_is_read(tmp_path):
 
 
 def test_a_folder_without_a_mask_serves_models_that_need_none(tmp_path):
-    folder = saved_tokenizer(tmp_path, pad_token="[PAD]", eos_token="[EOS]")
+    own, folder = build_tokenizer("byte", [], 0, tmp_path), str(tmp_path / "maskless")
+    own.mask_token = None
+    own.save_pretrained(folder)
     assert build_tokenizer(folder, [], 0, tmp_path).mask_token_id is None
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(f'{{"q": "jump {k}", "a": "I_JUMP {k}"}}' for k in range(40)))
-    data = PairsDataModule(train=str(rows), prompt_field="q", response_field="a", tokenizer=folder, cache_dir=tmp_path)
+    data = PairsDataModule(
+        name="jumps", train=str(rows), prompt_field="q", response_field="a", tokenizer=folder, vocab_size=64,
+        batch_size=4, eval_batch_size=4, cache_dir=tmp_path,
+    )  # fmt: skip
     data.setup()
     asked = data.encode_prompts(["jump 3"])
     assert (asked["input_ids"][asked["response_mask"]] == data.tokenizer.eos_token_id).all()
