@@ -62,10 +62,13 @@ def model_overrides(cfg, folder: Path) -> list[str]:
             save_causal(tiny_causal(300, architecture="qwen3"), folder / name)
             paths.append(f"pair.{name}.path={folder}/{name}")
         return [*paths, "trainer.accelerator=cpu", "module.lora_rank=2", "data.tokenizer=byte"]
-    if cfg.study is not None or "path" not in cfg.model:
+    if cfg.study is not None:
         return SMALL
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.length=16"]
+    packed = "PackedTextDataModule" in cfg.data._target_
+    if "path" not in cfg.model:
+        return [*SMALL, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else SMALL
     return ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen')}", "model.lora_rank=2", *text]
 
 
