@@ -84,8 +84,8 @@ def fit(cfg: DictConfig) -> float | None:
 
 
 def test(cfg: DictConfig) -> None:
-    """Compare every decoder again, from ckpt_path= or student_path=."""
-    if cfg.ckpt_path is None and cfg.student_path is None:
+    """Compare every decoder again, from ckpt_path= or student_path=; a pair of models as it is, unless ckpt_path= is given."""
+    if cfg.ckpt_path is None and cfg.student_path is None and cfg.pair is None:
         if cfg.teacher is None:
             cfg.ckpt_path = "last"
         else:

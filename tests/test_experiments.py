@@ -11,6 +11,7 @@ from helpers_causal import tiny_causal
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_method
 
 import run
@@ -366,3 +367,35 @@ def test_llada_8b_composes_and_says_what_it_needs_before_reading_anything(config
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run.instantiate(cfg.model)
     assert "GiB" in sentence_for(caught.value)
+
+
+def test_the_whole_way_between_two_models(configure, tmp_path, capsys):
+    """A pair trained and kept, compared, drawn together, exported, asked; a second run takes both from the cache."""
+    short = [
+        *SMALL, "experiment=qstar_oracle", "data.size=tiny", "data.train_rows=64", "data.test_rows=32", "data.batch_size=16",
+        "data.eval_batch_size=16", "pair.theta.max_steps=3", "pair.target.max_steps=3", "module.exactness_samples=64",
+        "trainer.val_check_interval=2", "model.num_attention_heads=2", "model.num_key_value_heads=2",
+    ]  # fmt: skip
+    place = f"paths.run_dir={tmp_path}/out/qstar_oracle/first"
+    run.fit(configure(*short, place, "trainer.max_steps=3", "module.lora_rank=2"))
+    printed = capsys.readouterr().out
+    assert "theta: no matching one is cached" in printed
+    assert "Between the models" in printed.replace("\n", " ")
+    folder = tmp_path / "out" / "qstar_oracle" / "first"
+    rows = {row["decoder"]: row for row in json.loads((folder / "record.json").read_text())["rows"]}
+    assert rows["q*, alternating"]["quality"]["max_enumeration_error"] < 1e-12
+    assert rows["q*, alternating"]["cost"].keys() >= {"speedup_vs_naive", "speedup_formula", "acceptance"}
+    assert (folder / "theta" / "adapter_config.json").is_file()
+    run.test(configure(*short, "mode=test", f"paths.run_dir={tmp_path}/out/qstar_oracle/second"))
+    assert "target: reusing the trained one" in capsys.readouterr().out.replace("\n", " ")
+    resumed = ["mode=test", "ckpt_path=last", "module.lora_rank=2"]
+    run.test(configure(*short, *resumed, f"paths.run_dir={tmp_path}/out/qstar_oracle/third"))
+    again = json.loads((tmp_path / "out" / "qstar_oracle" / "third" / "record.json").read_text())["rows"]
+    assert again[0]["quality"]["nll_theta"] == pytest.approx(rows["π_θ alone"]["quality"]["nll_theta"], abs=1e-4)
+    capsys.readouterr()
+    run.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=2"))
+    assert capsys.readouterr().out.count("→") == 2
+    with pytest.raises(InstantiationException) as error:  # before any model is trained
+        run.fit(configure(*short, "module.loss=mse", "paths.cache_dir=empty"))
+    assert sentence_for(error.value) == "module.loss=mse is not known; type one of kl, acceptance"
+    assert not (tmp_path / "empty" / "pairs").exists()
