@@ -104,7 +104,8 @@ def _round(
             return None
         further = own[:, 1] if bool((kept | ~run.active).all()) else None
     # 2. a draft, no longer than some row has room for; what goes beyond a row's room is never settled
-    size = min(gamma, int((run.most - run.made)[run.active].max()), run.context - int(run.lengths[run.active].max()))
+    within = max(1, run.context - int(run.lengths[run.active].max()))  # a request that does not fit is the models' to judge
+    size = min(gamma, int((run.most - run.made)[run.active].max()), within)
     own, drafts = [], []
     for k in range(size):
         own.append(further if k == 0 and further is not None else run.score(drafter, k, 1)[:, 0])

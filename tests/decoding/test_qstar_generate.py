@@ -163,3 +163,11 @@ def test_the_n_gram_drafter_repeats_what_followed():
     out = scores(ids, torch.tensor([6, 5, 7, 4]), 1)
     assert out.argmax(-1).flatten().tolist() == [3, 7, 7, 3]
     assert (out.exp().sum(-1) == 1).all()
+
+
+def test_a_request_beyond_the_context_is_the_models_to_judge():
+    """Rotary models read on, as they do in transformers' own loop."""
+    pair = [tiny_qwen(seed, max_position_embeddings=10, eos_token_id=None) for seed in range(2)]
+    plain = say(model=pair[0], target=pair[1], do_sample=False, gamma=0)
+    for scheme in ({"draft": "theta", "gamma": 3}, {"draft": "alternate"}, {"verify": "block", "draft": "target"}):
+        assert torch.equal(say(model=pair[0], target=pair[1], do_sample=False, **scheme), plain)
