@@ -152,9 +152,11 @@ def _balance(
 
 def mix(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
     """log q_α (..., V) and log Z(α) (...); a token that either model forbids has probability 0. alpha (...) or a number."""
-    d, support = log_ratio(logp_theta, logp_t)
-    b = 1 - torch.as_tensor(alpha, dtype=d.dtype, device=d.device).expand(d.shape[:-1])
-    logits = torch.where(support, logp_theta + b.unsqueeze(-1) * d, -torch.inf)
+    _, support = log_ratio(logp_theta, logp_t)
+    alpha = torch.as_tensor(alpha, dtype=logp_theta.dtype, device=logp_theta.device)
+    alpha = alpha.expand(logp_theta.shape[:-1]).unsqueeze(-1)
+    # not log pi_theta + b d: a small alpha is lost in b = 1 - alpha, and with it a token that pi_theta all but forbids
+    logits = torch.where(support, alpha * logp_theta + (1 - alpha) * logp_t, -torch.inf)
     log_z = logits.logsumexp(-1)
     return logits - log_z.unsqueeze(-1), log_z
 
