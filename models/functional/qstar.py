@@ -190,7 +190,13 @@ def overlap(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def truncate(log_q: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Keep the top_k most probable tokens, then the fewest whose mass reaches top_p; renormalised, (..., V)."""
+    """Keep the top_k most probable tokens, then the fewest whose mass reaches top_p; renormalised, (..., V).
+
+    Tokens as probable as the last one kept stay too, but top_k=1 is the first of the most probable: one text.
+    """
+    if top_k == 1:
+        first = torch.zeros_like(log_q, dtype=torch.bool).scatter(-1, log_q.argmax(-1, keepdim=True), True)
+        return torch.where(first, 0.0, -torch.inf).to(log_q.dtype)
     if top_k is not None and top_k < log_q.shape[-1]:
         least = log_q.topk(top_k, -1).values[..., -1:]
         log_q = log_q.masked_fill(log_q < least, -torch.inf)

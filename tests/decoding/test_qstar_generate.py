@@ -171,3 +171,12 @@ def test_a_request_beyond_the_context_is_the_models_to_judge():
     plain = say(model=pair[0], target=pair[1], do_sample=False, gamma=0)
     for scheme in ({"draft": "theta", "gamma": 3}, {"draft": "alternate"}, {"verify": "block", "draft": "target"}):
         assert torch.equal(say(model=pair[0], target=pair[1], do_sample=False, **scheme), plain)
+
+
+def test_the_most_probable_token_is_the_first_of_those_that_tie():
+    tied = tiny_qwen(0, eos_token_id=None)
+    with torch.no_grad():
+        tied.lm_head.weight[20:] = tied.lm_head.weight[20]
+    plain = tied.generate(PROMPTS, do_sample=False, max_new_tokens=16)
+    assert (plain[:, 6:] == 20).any()
+    assert torch.equal(say(model=tied, theta_weight=1.0, do_sample=False), plain)
