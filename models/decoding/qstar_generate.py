@@ -87,7 +87,7 @@ def qstar_generate(
         max_new_tokens=generation_config.max_length - input_ids.shape[1], law=law, gamma=gamma, draft=draft, verify=verify,
         cost=_cost(model, target_model, draft_model) if cost is None else cost,
         eos_ids=eos_ids, stop=_stop(stopping_criteria), processors=processors, settled=stream,
-        chance=TorchChance(generator),
+        chance=TorchChance(generator), shown=input_ids,
     )  # fmt: skip
     pad = generation_config.pad_token_id
     pad = eos_ids[0] if pad is None and eos_ids else pad or 0

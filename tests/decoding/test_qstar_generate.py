@@ -180,3 +180,24 @@ def test_the_most_probable_token_is_the_first_of_those_that_tie():
     plain = tied.generate(PROMPTS, do_sample=False, max_new_tokens=16)
     assert (plain[:, 6:] == 20).any()
     assert torch.equal(say(model=tied, theta_weight=1.0, do_sample=False), plain)
+
+
+@pytest.mark.parametrize("draft", ["theta", "alternate"])
+def test_rules_that_count_tokens_count_padding_as_generate_does(draft):
+    """All words but one end a text, so it ends as soon as it may: at min_new_tokens, however much padding stands before."""
+    padded, mask = torch.cat([torch.zeros(3, 4).long(), PROMPTS], -1), torch.ones(3, 10).long()
+    mask[:, :4] = 0
+    seen = []
+
+    class Watch(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            seen.append(input_ids.shape[1])
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = {"eos_token_id": list(range(1, 50)), "min_new_tokens": 3, "draft": draft, "do_sample": False}
+    out = say(padded, attention_mask=mask, return_dict_in_generate=True, stopping_criteria=[Watch()], **options)
+    bare = say(return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences[:, 10:], bare.sequences[:, 6:])
+    assert (out.details.lengths >= 3).all()
+    assert int(out.details.lengths.min()) <= 4
+    assert min(seen) == 11
