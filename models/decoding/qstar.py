@@ -55,8 +55,8 @@ def decode_qstar(
     own token as the next proposal. gamma: tokens of a draft; 0 evaluates both models at every token, the plain reference;
     `auto` is the best for the share of proposals kept so far. cost: seconds of a forward of theta over one of target; with an
     assistant, seconds of its forward over both.
-    eos_ids, stop (of the ids (n,) of a row), processors (on log q*), shown (prompts as those two see them): see `QStarRun`. settled: called after every round with
-    the new tokens (n,), for a batch of one.
+    eos_ids, stop (of the ids (n,) of a row), processors (on log q*), shown (prompts as those two see them): see `QStarRun`.
+    settled: called after every round with the new tokens (n,), for a batch of one.
     """
     require_choice("draft", draft, get_args(Draft))
     require_choice("verify", verify, VERIFICATIONS)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers_qwen import tiny_qwen
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import StoppingCriteria, set_seed
 
@@ -151,6 +152,9 @@ def test_wrong_requests_are_sentences():
         say(target=SMALL[0])
     with pytest.raises(UsageError, match="theta_weight=symmetric"):
         say(theta_weight="symmetric")
+    for small in (SMALL[0], NgramScores(5)):
+        with pytest.raises(UsageError, match="draft_model has 5 words and the other two have 50"):
+            say(draft_model=small)
     with pytest.raises(UsageError, match="num_beams=2"):
         say(num_beams=2, do_sample=False)
 
@@ -201,3 +205,10 @@ def test_rules_that_count_tokens_count_padding_as_generate_does(draft):
     assert (out.details.lengths >= 3).all()
     assert int(out.details.lengths.min()) <= 4
     assert min(seen) == 11
+
+
+def test_an_adapted_model_drafts_and_end_tokens_may_be_a_tensor():
+    third = get_peft_model(tiny_qwen(4), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert torch.equal(say(draft_model=third, do_sample=False), say(do_sample=False))
+    ends = say(do_sample=False, eos_token_id=torch.tensor([3, 7]))
+    assert torch.equal(ends, say(do_sample=False, eos_token_id=[3, 7]))
