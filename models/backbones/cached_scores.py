@@ -14,6 +14,8 @@ from models.functional.errors import UsageError
 
 # holes are squeezed out once the cache is this many times as long as its longest row
 MOST_WASTE = 1.5
+# no key-value cache that is handed in, or distances counted in slots
+WITHOUT_PLACES = ("mpt", "rwkv", "openai-gpt", "xlnet")
 
 
 class CachedScores:
@@ -26,19 +28,26 @@ class CachedScores:
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
         """vocab_size: ids from there on are padding of the output layer and never said.
 
-        Raises UsageError for a model whose attention has a sliding window, which would count holes.
+        Raises UsageError for a model that would count holes (attention with a window, or with places of its own counting) or
+        that keeps its past elsewhere.
         """
-        config = model.config
-        kinds = set(getattr(config, "layer_types", None) or [])
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []) - {
+            "global"
+        }
         if not kinds and getattr(config, "sliding_window", None) is not None:
             kinds = {"sliding_attention"}
+        if config.model_type in WITHOUT_PLACES:
+            raise UsageError(
+                f"{config.model_type} cannot be told where a token stands or what to keep: type cache=false"
+            )
         if kinds - {"full_attention"}:
             raise UsageError(
                 f"{config.model_type} has layers of {', '.join(sorted(kinds - {'full_attention'}))}; rejected tokens leave "
                 "holes in the cache that such layers would count: type cache=false"
             )
         self.model, self.vocab_size = model.eval(), vocab_size
-        self.context = getattr(model.config, "max_position_embeddings", None)
+        self.context = getattr(config, "max_position_embeddings", None)
         self.forget()
 
     def forget(self) -> None:

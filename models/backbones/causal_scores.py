@@ -19,7 +19,7 @@ class CausalScores:
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
         """vocab_size: ids from there on are padding of the output layer and never said."""
         self.model, self.vocab_size = model.eval(), vocab_size
-        self.context = getattr(model.config, "max_position_embeddings", None)
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:

@@ -47,6 +47,7 @@ def decode_qstar(
     stop: Callable[[Tensor], bool] | None = None,
     processors: tuple[Processor, ...] = (),
     settled: Callable[[Tensor], None] | None = None,
+    shown: Tensor | None = None,
 ) -> QStarOutput:
     """Tokens with the law of q* after prompts input_ids (B, L), right-padded, of which `lengths` (B,) are real.
 
@@ -54,8 +55,8 @@ def decode_qstar(
     own token as the next proposal. gamma: tokens of a draft; 0 evaluates both models at every token, the plain reference;
     `auto` is the best for the share of proposals kept so far. cost: seconds of a forward of theta over one of target; with an
     assistant, seconds of its forward over both.
-    eos_ids, stop (of the ids (n,) of a row), processors (on log q*): see `QStarRun`. settled: called after every round with
-    the new tokens (n,), for a batch of one.
+    eos_ids, stop (of the ids (n,) of a row), processors (on log q*), shown (prompts as those two see them): see `QStarRun`.
+    settled: called after every round with the new tokens (n,), for a batch of one.
     """
     require_choice("draft", draft, get_args(Draft))
     require_choice("verify", verify, VERIFICATIONS)
@@ -66,7 +67,7 @@ def decode_qstar(
     models = {"theta": theta, "target": target} | ({"assistant": assistant} if draft == "assistant" else {})
     run = QStarRun(
         models, input_ids, lengths, max_new_tokens=max_new_tokens, spare=MOST_GAMMA + 2 if gamma == "auto" else gamma + 2,
-        law=law or QStarLaw(), eos_ids=eos_ids, stop=stop, processors=processors, chance=chance,
+        law=law or QStarLaw(), eos_ids=eos_ids, stop=stop, processors=processors, chance=chance, shown=shown,
     )  # fmt: skip
     pending: tuple[Tensor, Tensor, Tensor] | None = None  # rows, tokens, the checker's distribution at their place
     while bool(run.active.any()):
@@ -104,7 +105,10 @@ def _round(
             return None
         further = own[:, 1] if bool((kept | ~run.active).all()) else None
     # 2. a draft, no longer than some row has room for; what goes beyond a row's room is never settled
-    size = min(gamma, int((run.most - run.made)[run.active].max()), run.context - int(run.lengths[run.active].max()))
+    within = max(
+        1, run.context - int(run.lengths[run.active].max())
+    )  # a request that does not fit is the models' to judge
+    size = min(gamma, int((run.most - run.made)[run.active].max()), within)
     own, drafts = [], []
     for k in range(size):
         own.append(further if k == 0 and further is not None else run.score(drafter, k, 1)[:, 0])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -74,20 +74,22 @@ def qstar_generate(
     vocabulary = _shared_vocabulary(model, target_model, tokenizers)
     law, processors = _law(generation_config, logits_processor, theta_weight)
     kind = CachedScores if cache else CausalScores
-    assistant = kind(draft_model, vocabulary) if isinstance(draft_model, PreTrainedModel) else draft_model
+    if draft_model is not None:
+        _require_words(draft_model, vocabulary)
+    assistant = kind(draft_model, vocabulary) if isinstance(draft_model, nn.Module) else draft_model
     if draft == "auto":
         draft = "alternate" if assistant is None else "assistant"
     if generator is None:
         generator = Generator(device=input_ids.device).manual_seed(int(torch.randint(2**62, ())))
     prompts, lengths = right_padded(input_ids, model_kwargs.get("attention_mask"))
     ends = generation_config.eos_token_id
-    eos_ids = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    eos_ids = () if ends is None else tuple(torch.as_tensor(ends).flatten().tolist())
     out = decode_qstar(
         kind(model, vocabulary), kind(target_model, vocabulary), prompts, lengths=lengths, assistant=assistant,
         max_new_tokens=generation_config.max_length - input_ids.shape[1], law=law, gamma=gamma, draft=draft, verify=verify,
         cost=_cost(model, target_model, draft_model) if cost is None else cost,
         eos_ids=eos_ids, stop=_stop(stopping_criteria), processors=processors, settled=stream,
-        chance=TorchChance(generator),
+        chance=TorchChance(generator), shown=input_ids,
     )  # fmt: skip
     pad = generation_config.pad_token_id
     pad = eos_ids[0] if pad is None and eos_ids else pad or 0
@@ -148,10 +150,18 @@ def _shared_vocabulary(model: PreTrainedModel, target: PreTrainedModel, tokenize
     return sizes[0]
 
 
+def _require_words(draft_model: Any, vocabulary: int) -> None:
+    """Raise UsageError for a third model of fewer words than the other two have."""
+    config = getattr(draft_model, "config", None)
+    words = getattr(draft_model, "vocab_size", None) if config is None else config.get_text_config().vocab_size
+    if words is not None and words < vocabulary:
+        raise UsageError(f"draft_model has {words} words and the other two have {vocabulary}; q* needs one vocabulary")
+
+
 def _cost(model: PreTrainedModel, target: PreTrainedModel, assistant: Any) -> float:
     """Forwards cost what their parameters do: a ratio that does not change from run to run."""
     theta, other = count_parameters(model), count_parameters(target)
     if assistant is None:
         return theta / other
-    own = count_parameters(assistant) if isinstance(assistant, PreTrainedModel) else 0
+    own = count_parameters(assistant) if isinstance(assistant, nn.Module) else 0
     return max(own, 1) / (theta + other)

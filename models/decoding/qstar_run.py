@@ -54,7 +54,8 @@ class QStarRun:
     """The state of a batch, and the steps that change it.
 
     models: {"theta", "target", and "assistant" where a third one drafts}. eos_ids, stop: what ends a row; stop sees the ids
-    (n,) of one row after each of its tokens. processors act on log q* before top-k and top-p.
+    (n,) of one row after each of its tokens. processors act on log q* before top-k and top-p. shown (B, P): the prompts as
+    processors and stop are to see them, padding and all; None shows what the models read.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class QStarRun:
         stop: Callable[[Tensor], bool] | None,
         processors: tuple[Processor, ...],
         chance: Chance,
+        shown: Tensor | None = None,
     ) -> None:
         self.models, self.law, self.chance = models, law, chance
-        self.most, self.stop, self.processors = max_new_tokens, stop, processors
+        self.most, self.stop, self.processors, self.shown = max_new_tokens, stop, processors, shown
         batch, device = len(input_ids), input_ids.device
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=device)
         self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, max_new_tokens + spare)], -1)
@@ -108,6 +110,12 @@ class QStarRun:
         """Put tokens (B,) at `offset` beyond what is settled."""
         self.ids.scatter_(1, (self.lengths + offset).unsqueeze(-1), tokens.unsqueeze(-1))
 
+    def text(self, row: int, length: int) -> Tensor:
+        """The ids (n,) of a row as processors and stop see them, of which the models read the first `length`."""
+        if self.shown is None:
+            return self.ids[row, :length]
+        return torch.cat([self.shown[row], self.ids[row, int(self.start[row]) : length]])
+
     def target_law(self, theta: Tensor, target: Tensor) -> PlaceLaw:
         """q* at the next places, from both models' (B, G, V)."""
         if not self.processors:
@@ -117,7 +125,7 @@ class QStarRun:
         for row, length in enumerate(self.lengths.tolist()):
             for k in range(log_q.shape[1]):
                 for process in self.processors:
-                    log_q[row, k] = process(self.ids[row : row + 1, : length + k], log_q[row : row + 1, k])[0]
+                    log_q[row, k] = process(self.text(row, length + k).unsqueeze(0), log_q[row : row + 1, k])[0]
         return whole._replace(log_q=self.law.truncated(log_q.log_softmax(-1)))
 
     def append(self, rows: Tensor, tokens: Tensor, law: PlaceLaw) -> None:
@@ -134,7 +142,7 @@ class QStarRun:
         self.ended = self.ended | (rows & torch.isin(tokens, self.eos_ids))
         if self.stop is not None:
             for k in row.tolist():
-                self.ended[k] |= bool(self.stop(self.ids[k, : self.lengths[k]]))
+                self.ended[k] |= bool(self.stop(self.text(k, int(self.lengths[k]))))
 
     def settle(self, rows: Tensor, tokens: Tensor, law: PlaceLaw, proposer: str, proposal: Tensor) -> Tensor:
         """Keep or replace one token of each of the rows, proposed with log-probabilities `proposal` (B, V).

@@ -152,9 +152,11 @@ def _balance(
 
 def mix(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
     """log q_α (..., V) and log Z(α) (...); a token that either model forbids has probability 0. alpha (...) or a number."""
-    d, support = log_ratio(logp_theta, logp_t)
-    b = 1 - torch.as_tensor(alpha, dtype=d.dtype, device=d.device).expand(d.shape[:-1])
-    logits = torch.where(support, logp_theta + b.unsqueeze(-1) * d, -torch.inf)
+    _, support = log_ratio(logp_theta, logp_t)
+    alpha = torch.as_tensor(alpha, dtype=logp_theta.dtype, device=logp_theta.device)
+    alpha = alpha.expand(logp_theta.shape[:-1]).unsqueeze(-1)
+    # not log pi_theta + b d: a small alpha is lost in b = 1 - alpha, and with it a token that pi_theta all but forbids
+    logits = torch.where(support, alpha * logp_theta + (1 - alpha) * logp_t, -torch.inf)
     log_z = logits.logsumexp(-1)
     return logits - log_z.unsqueeze(-1), log_z
 
@@ -188,7 +190,13 @@ def overlap(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def truncate(log_q: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Keep the top_k most probable tokens, then the fewest whose mass reaches top_p; renormalised, (..., V)."""
+    """Keep the top_k most probable tokens, then the fewest whose mass reaches top_p; renormalised, (..., V).
+
+    Tokens as probable as the last one kept stay too, but top_k=1 is the first of the most probable: one text.
+    """
+    if top_k == 1:
+        first = torch.zeros_like(log_q, dtype=torch.bool).scatter(-1, log_q.argmax(-1, keepdim=True), True)
+        return torch.where(first, 0.0, -torch.inf).to(log_q.dtype)
     if top_k is not None and top_k < log_q.shape[-1]:
         least = log_q.topk(top_k, -1).values[..., -1:]
         log_q = log_q.masked_fill(log_q < least, -torch.inf)

@@ -3,7 +3,19 @@
 import pytest
 import torch
 from helpers_qwen import tiny_qwen
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPTNeoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    OpenAIGPTConfig,
+    RwkvConfig,
+)
 
 from models.backbones.cached_scores import CachedScores
 from models.backbones.causal_scores import CausalScores
@@ -127,3 +139,39 @@ def test_a_sliding_window_is_refused_with_what_to_type():
     model = MistralForCausalLM(MistralConfig(vocab_size=20, intermediate_size=16, sliding_window=8, **sizes))
     with pytest.raises(UsageError, match="cache=false"):
         CachedScores(model)
+
+
+def gemma_with_pictures():
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    text |= {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4}
+    text["layer_types"] = ["sliding_attention", "full_attention"]
+    seen = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    seen |= {"image_size": 16, "patch_size": 8}
+    ids = {"image_token_index": 49, "boi_token_index": 48, "eoi_token_index": 47}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=seen, **ids))
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 16}
+LOCAL = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        gemma_with_pictures,
+        lambda: AutoModelForCausalLM.from_config(GPTNeoConfig(**SMALL, **LOCAL)),
+        lambda: AutoModelForCausalLM.from_config(MptConfig(vocab_size=50, d_model=16, n_layers=1, n_heads=2)),
+        lambda: AutoModelForCausalLM.from_config(RwkvConfig(**SMALL, num_hidden_layers=2, attention_hidden_size=16)),
+        lambda: AutoModelForCausalLM.from_config(OpenAIGPTConfig(vocab_size=50, n_embd=16, n_layer=1, n_head=2)),
+    ],
+    ids=["gemma3", "gpt_neo", "mpt", "rwkv", "openai-gpt"],
+)
+def test_models_that_would_count_holes_are_refused(make):
+    with pytest.raises(UsageError, match="cache=false"):
+        CachedScores(make())

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers_qwen import tiny_qwen
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import StoppingCriteria, set_seed
 
@@ -151,6 +152,9 @@ def test_wrong_requests_are_sentences():
         say(target=SMALL[0])
     with pytest.raises(UsageError, match="theta_weight=symmetric"):
         say(theta_weight="symmetric")
+    for small in (SMALL[0], NgramScores(5)):
+        with pytest.raises(UsageError, match="draft_model has 5 words and the other two have 50"):
+            say(draft_model=small)
     with pytest.raises(UsageError, match="num_beams=2"):
         say(num_beams=2, do_sample=False)
 
@@ -163,3 +167,48 @@ def test_the_n_gram_drafter_repeats_what_followed():
     out = scores(ids, torch.tensor([6, 5, 7, 4]), 1)
     assert out.argmax(-1).flatten().tolist() == [3, 7, 7, 3]
     assert (out.exp().sum(-1) == 1).all()
+
+
+def test_a_request_beyond_the_context_is_the_models_to_judge():
+    """Rotary models read on, as they do in transformers' own loop."""
+    pair = [tiny_qwen(seed, max_position_embeddings=10, eos_token_id=None) for seed in range(2)]
+    plain = say(model=pair[0], target=pair[1], do_sample=False, gamma=0)
+    for scheme in ({"draft": "theta", "gamma": 3}, {"draft": "alternate"}, {"verify": "block", "draft": "target"}):
+        assert torch.equal(say(model=pair[0], target=pair[1], do_sample=False, **scheme), plain)
+
+
+def test_the_most_probable_token_is_the_first_of_those_that_tie():
+    tied = tiny_qwen(0, eos_token_id=None)
+    with torch.no_grad():
+        tied.lm_head.weight[20:] = tied.lm_head.weight[20]
+    plain = tied.generate(PROMPTS, do_sample=False, max_new_tokens=16)
+    assert (plain[:, 6:] == 20).any()
+    assert torch.equal(say(model=tied, theta_weight=1.0, do_sample=False), plain)
+
+
+@pytest.mark.parametrize("draft", ["theta", "alternate"])
+def test_rules_that_count_tokens_count_padding_as_generate_does(draft):
+    """All words but one end a text, so it ends as soon as it may: at min_new_tokens, however much padding stands before."""
+    padded, mask = torch.cat([torch.zeros(3, 4).long(), PROMPTS], -1), torch.ones(3, 10).long()
+    mask[:, :4] = 0
+    seen = []
+
+    class Watch(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            seen.append(input_ids.shape[1])
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = {"eos_token_id": list(range(1, 50)), "min_new_tokens": 3, "draft": draft, "do_sample": False}
+    out = say(padded, attention_mask=mask, return_dict_in_generate=True, stopping_criteria=[Watch()], **options)
+    bare = say(return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences[:, 10:], bare.sequences[:, 6:])
+    assert (out.details.lengths >= 3).all()
+    assert int(out.details.lengths.min()) <= 4
+    assert min(seen) == 11
+
+
+def test_an_adapted_model_drafts_and_end_tokens_may_be_a_tensor():
+    third = get_peft_model(tiny_qwen(4), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert torch.equal(say(draft_model=third, do_sample=False), say(do_sample=False))
+    ends = say(do_sample=False, eos_token_id=torch.tensor([3, 7]))
+    assert torch.equal(ends, say(do_sample=False, eos_token_id=[3, 7]))

@@ -123,6 +123,17 @@ def test_leading_dimensions_are_rows():
     torch.testing.assert_close(shaped.alpha.flatten(), flat.alpha, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("forbidden", [-1e5, -1e7, -1e9])
+def test_a_token_that_one_model_all_but_forbids_has_its_share_in_single_precision(forbidden):
+    a = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    a[0, 2] = forbidden
+    b = torch.tensor([[0.1, 0.1, 0.8]]).log()
+    alpha = solve_alpha(a, b).alpha
+    q, _ = mix(a, b, alpha.float())
+    exact, _ = mix(a.double(), b.double(), alpha)
+    torch.testing.assert_close(q.exp().double(), exact.exp(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("drafter", ["theta", "target"])
 def test_accepting_and_drawing_from_the_residual_is_drawing_from_q(drafter):
     """p(x) min(1, q/p) + (rejected mass) residual(x) = q(x), by enumeration."""
