@@ -61,7 +61,7 @@ def bisect(theta: Tensor, target: Tensor, steps: int = 20) -> Tensor:
 
 
 def gap(theta: Tensor, target: Tensor, alpha: Tensor) -> float:
-    theta, target = theta.double(), target.double()
+    theta, target = theta.double().log_softmax(-1), target.double().log_softmax(-1)
     q, _ = mix(theta, target, alpha.double())
     return float((q.exp() * (target - theta)).sum(-1).abs().max())
 

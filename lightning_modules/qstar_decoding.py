@@ -5,7 +5,7 @@ Legend: B batch, R response columns, M places that count, V vocabulary.
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -17,10 +17,12 @@ from lightning_modules.qstar_exactness import enumeration_error, g_test_of
 from models.backbones.causal_lm import causal_logits, save_causal, save_merged, with_adapters
 from models.decoding.autoregressive import AutoregressiveDecoder, generate_autoregressive
 from models.decoding.decoder import Decoder
+from models.decoding.qstar import require_draft_length
 from models.decoding.qstar_decoder import NAMES, QStarDecoder, Scheme
 from models.decoding.qstar_law import QStarLaw
+from models.decoding.verification import VERIFICATIONS
 from models.functional.errors import UsageError, require_choice
-from models.functional.next_token import causal_text
+from models.functional.next_token import CausalText, causal_text, until_end
 from models.objectives.base import Terms
 from models.objectives.qstar import QStarLoss, qstar_terms
 
@@ -57,9 +59,13 @@ class QStarDecodingModule(LeapModule):
         seed: int = 0,
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
-        require_choice("module.loss", loss, ("kl", "acceptance"))
+        require_choice("module.loss", loss, get_args(QStarLoss))
         for scheme in schemes:
             require_choice("module.schemes", scheme, NAMES)
+        if not schemes:
+            raise UsageError("module.schemes is empty; type for example module.schemes=[alternate]")
+        require_choice("module.verify", verify, VERIFICATIONS)
+        require_draft_length("module.gamma", gamma)
         if "assistant" in schemes and assistant is None:
             raise UsageError("module.schemes names assistant, but there is no third model; type ngram, or give one")
         self.save_hyperparameters(ignore=["theta", "target", "assistant"])
@@ -90,9 +96,9 @@ class QStarDecodingModule(LeapModule):
         rows = self._said_by_theta(batch, batch_idx, stream)
         # 2. both models' distributions at every place of them
         text = causal_text(rows)
-        theta = causal_logits(self.theta, text)[text.weights].float().log_softmax(-1)  # (M, V)
+        theta = self._logp(self.theta, text)  # (M, V)
         with torch.no_grad():
-            target = causal_logits(self.target, text)[text.weights].float().log_softmax(-1)
+            target = self._logp(self.target, text)
         # 3. q* between them, and the loss toward it
         terms = qstar_terms(self.law.tempered(theta), self.law.tempered(target), self.law, self.loss)
         # 4. tokens that a draft of four yields, if each is kept with the same chance
@@ -102,19 +108,35 @@ class QStarDecodingModule(LeapModule):
     @torch.no_grad()
     def _said_by_theta(self, batch: dict[str, Tensor], batch_idx: int, stream: int) -> dict[str, Tensor]:
         generator = self.step_generator(batch_idx, stream)
-        said = generate_autoregressive(self.theta, batch, generator, temperature=self.law.temperature)
-        ids = batch["input_ids"].clone()
-        ids[:, -said.shape[1] :] = said
-        return {**batch, "input_ids": ids}
+        options = {"temperature": self.law.temperature, "vocab_size": self.words, "eos_id": self.eos_id}
+        return self._with_responses(batch, generate_autoregressive(self.theta, batch, generator, **options))
+
+    def _with_responses(self, batch: dict[str, Tensor], said: Tensor) -> dict[str, Tensor]:
+        """The rows with other responses (B, R), of which what stands beyond the end token does not count."""
+        columns = said.shape[1]
+        ids, counts = batch["input_ids"].clone(), batch["response_mask"].clone()
+        ids[:, -columns:] = said
+        counts[:, -columns:] = until_end(said, self.eos_id)
+        return {**batch, "input_ids": ids, "response_mask": counts}
+
+    def _logp(self, model: nn.Module, text: CausalText) -> Tensor:
+        """log-probabilities (M, V) of the places that count, of the words that the corpus has."""
+        return causal_logits(model, text)[text.weights][..., : self.words].float().log_softmax(-1)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
         length = data.response_length
-        plain = [AutoregressiveDecoder(model, length, temperature=self.law.temperature) for model in self._pair]
-        for decoder, name in zip(plain, ("π_θ alone", "π_t alone"), strict=True):
-            decoder.name = name
+        self.words, self.eos_id = len(data.tokenizer), data.tokenizer.eos_token_id
+        plain = []
+        for model, name in zip(self._pair, ("π_θ alone", "π_t alone"), strict=True):
+            plain.append(
+                AutoregressiveDecoder(
+                    model, length, temperature=self.law.temperature, vocab_size=self.words, eos_id=self.eos_id
+                )
+            )
+            plain[-1].name = name
         self._decoders = [*plain, *(self.decoder(scheme, data) for scheme in self.schemes)]
         self._sums = defaultdict(lambda: defaultdict(float))
 
@@ -181,13 +203,10 @@ class QStarDecodingModule(LeapModule):
 
     @torch.no_grad()
     def _nll(self, batch: dict[str, Tensor], responses: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p of responses under both models, nats, one figure for each token."""
-        ids = batch["input_ids"].clone()
-        ids[:, -responses.shape[1] :] = responses
-        text = causal_text({**batch, "input_ids": ids})
+        """-log p of responses under both models, nats, one figure for each token up to the end."""
+        text = causal_text(self._with_responses(batch, responses))
         said = text.targets[text.weights].unsqueeze(-1)
-        logp = (causal_logits(model, text)[text.weights].float().log_softmax(-1) for model in self._pair)
-        return tuple(-values.gather(-1, said).squeeze(-1) for values in logp)
+        return tuple(-self._logp(model, text).gather(-1, said).squeeze(-1) for model in self._pair)
 
     def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
         """What is known of decoder k beside its texts: `quality` and `cost`, in the record's names; every rank has to ask."""

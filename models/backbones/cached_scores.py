@@ -95,7 +95,8 @@ class CachedScores:
 
     def _held(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Tokens of each row that the cache holds, from its beginning, (B,); the last one before `lengths` is always fed."""
-        wrong = self.real & (ids.gather(1, self.places) != self.tokens)
+        seen = ids.gather(1, self.places.clamp(max=ids.shape[1] - 1))
+        wrong = self.real & ((seen != self.tokens) | (self.places >= ids.shape[1]))
         first_wrong = (
             torch.where(wrong, self.places, ids.shape[1]).amin(-1) if wrong.shape[1] else torch.zeros_like(lengths)
         )

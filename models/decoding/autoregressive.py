@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from models.decoding.masked_diffusion import gumbel_argmax
 from models.functional.attention import positions_from_mask
-from models.functional.next_token import prefix_mask, read_columns
+from models.functional.next_token import prefix_mask, read_columns, until_end
 
 
 @torch.no_grad()
@@ -20,11 +20,13 @@ def generate_autoregressive(
     temperature: float = 1.0,
     whole_prompt: bool = False,
     vocab_size: int | None = None,
+    eos_id: int | None = None,
 ) -> Tensor:
     """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
 
     whole_prompt: prompt tokens see each other both ways, as a prefix language model was trained.
-    vocab_size: ids from there on are padding of the output layer and never said.
+    vocab_size: ids from there on are padding of the output layer and never said. eos_id: fills what stands beyond its
+    first place; None leaves what the model goes on to say.
     """
     columns = int(rows["response_mask"][0].sum())
     seen = read_columns(rows)
@@ -49,7 +51,8 @@ def generate_autoregressive(
             past_key_values=out.past_key_values,
             use_cache=True,
         )
-    return torch.stack(response, -1)
+    said = torch.stack(response, -1)
+    return said if eos_id is None else said.masked_fill(~until_end(said, eos_id), eos_id)
 
 
 class AutoregressiveDecoder:
@@ -65,9 +68,12 @@ class AutoregressiveDecoder:
         temperature: float = 1.0,
         whole_prompt: bool = False,
         vocab_size: int | None = None,
+        eos_id: int | None = None,
     ) -> None:
         self.model, self.forwards = model, response_length
-        self.options = {"temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size}
+        self.options = {
+            "temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size, "eos_id": eos_id,
+        }  # fmt: skip
         self.name = "autoregressive" if temperature else "autoregressive, greedy"
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:

@@ -163,11 +163,16 @@ def _draft_length(run: QStarRun, gamma: int | str, drafter: str, cost: float, dr
 def _check(
     gamma: int | str, max_new_tokens: int, cost: float, draft: str, assistant: object, settled: object, batch: int
 ) -> None:
-    if gamma != "auto" and (not isinstance(gamma, int) or gamma < 0):
-        raise UsageError(f"gamma={gamma} must be a whole number, at least 0, or auto")
+    require_draft_length("gamma", gamma)
     if max_new_tokens < 1 or cost <= 0:
         raise UsageError(f"max_new_tokens={max_new_tokens} must be at least 1 and cost={cost} above 0")
     if (draft == "assistant") != (assistant is not None):
         raise UsageError("draft=assistant needs a third model, and a third model needs draft=assistant")
     if settled is not None and batch > 1:
         raise UsageError(f"tokens can be streamed of one text at a time, not of {batch}")
+
+
+def require_draft_length(option: str, gamma: int | str) -> None:
+    """Raise UsageError, naming the option, unless gamma is `auto` or a whole number from 0 on."""
+    if gamma != "auto" and (not isinstance(gamma, int) or gamma < 0):
+        raise UsageError(f"{option}={gamma} must be a whole number, at least 0, or auto")

@@ -1,17 +1,20 @@
 """q* for users of Hugging Face models: `model.generate(..., custom_generate=qstar_generate, target_model=other)`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from transformers import (
+    EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -29,6 +32,9 @@ from models.decoding.qstar_decoder import count_parameters, right_padded
 from models.decoding.qstar_law import QStarLaw, Weight
 from models.decoding.qstar_run import QStarOutput, Scores
 from models.functional.errors import UsageError
+
+# processors that look at which row of a batch they are asked for
+ROW_BY_ROW_REFUSED = (PrefixConstrainedLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
 
 
 @dataclass
@@ -69,6 +75,8 @@ def qstar_generate(
     where none is given.
     Temperature acts on both models, other processors, top-k and top-p on q*. do_sample=False takes q*'s most probable token.
     """
+    if len(input_ids) > 1 and any(isinstance(p, ROW_BY_ROW_REFUSED) for p in logits_processor):
+        raise UsageError("prefix_allowed_tokens_fn and encoder_repetition_penalty need a batch of one text with q*")
     if generation_config.num_beams > 1:
         raise UsageError(f"num_beams={generation_config.num_beams}: q* is sampled, not searched; leave num_beams out")
     vocabulary = _shared_vocabulary(model, target_model, tokenizers)
@@ -84,13 +92,14 @@ def qstar_generate(
     prompts, lengths = right_padded(input_ids, model_kwargs.get("attention_mask"))
     ends = generation_config.eos_token_id
     eos_ids = () if ends is None else tuple(torch.as_tensor(ends).flatten().tolist())
-    out = decode_qstar(
-        kind(model, vocabulary), kind(target_model, vocabulary), prompts, lengths=lengths, assistant=assistant,
-        max_new_tokens=generation_config.max_length - input_ids.shape[1], law=law, gamma=gamma, draft=draft, verify=verify,
-        cost=_cost(model, target_model, draft_model) if cost is None else cost,
-        eos_ids=eos_ids, stop=_stop(stopping_criteria), processors=processors, settled=stream,
-        chance=TorchChance(generator), shown=input_ids,
-    )  # fmt: skip
+    with _in_eval_mode(model, target_model, draft_model):
+        out = decode_qstar(
+            kind(model, vocabulary), kind(target_model, vocabulary), prompts, lengths=lengths, assistant=assistant,
+            max_new_tokens=generation_config.max_length - input_ids.shape[1], law=law, gamma=gamma, draft=draft,
+            verify=verify, cost=_cost(model, target_model, draft_model) if cost is None else cost,
+            eos_ids=eos_ids, stop=_stop(stopping_criteria), processors=processors, settled=stream,
+            chance=TorchChance(generator), shown=input_ids,
+        )  # fmt: skip
     pad = generation_config.pad_token_id
     pad = eos_ids[0] if pad is None and eos_ids else pad or 0
     longest = int(out.lengths.max())
@@ -112,6 +121,19 @@ class QStarLogitsProcessor(LogitsProcessor):
         lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         theta, target = scores.log_softmax(-1), self.target(input_ids, lengths, 1)[:, 0]
         return self.law(self.law.tempered(theta), self.law.tempered(target)).log_q
+
+
+@contextmanager
+def _in_eval_mode(*models: Any) -> Iterator[None]:
+    """Every network without dropout, and back as it was."""
+    training = [model for model in models if isinstance(model, nn.Module) and model.training]
+    for model in training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in training:
+            model.train()
 
 
 def _law(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.decoding.chance import Chance
 from models.decoding.qstar_law import PlaceLaw, QStarLaw
-from models.functional.qstar import residual
+from models.functional.qstar import no_common_token, residual
 
 # (ids (B, L), lengths (B,), count) -> log-probabilities (B, count, V) of the tokens at places lengths, lengths + 1, ...
 Scores = Callable[[Tensor, Tensor, int], Tensor]
@@ -117,7 +117,18 @@ class QStarRun:
         return torch.cat([self.shown[row], self.ids[row, int(self.start[row]) : length]])
 
     def target_law(self, theta: Tensor, target: Tensor) -> PlaceLaw:
-        """q* at the next places, from both models' (B, G, V)."""
+        """q* at the next places, from both models' (B, G, V).
+
+        Behind a draft that is certain to be refused there may be no q*; such a place has weight NaN and is never settled.
+        """
+        dead = ~(theta.isfinite() & target.isfinite()).any(-1)
+        if not bool(dead.any()):
+            return self._law(theta, target)
+        even = torch.zeros_like(theta).log_softmax(-1)
+        law = self._law(*(torch.where(dead.unsqueeze(-1), even, part) for part in (theta, target)))
+        return law._replace(alpha=law.alpha.masked_fill(dead, torch.nan), theta=theta, target=target)
+
+    def _law(self, theta: Tensor, target: Tensor) -> PlaceLaw:
         if not self.processors:
             return self.law(theta, target)
         whole = QStarLaw(self.law.theta_weight)(theta, target)
@@ -132,6 +143,8 @@ class QStarRun:
         """Put tokens (B,) at the end of the rows (B,) bool that have not ended; law is that of the place, (B, V)."""
         rows = rows & self.active
         row = rows.nonzero().squeeze(-1)
+        if bool(law.alpha[row].isnan().any()):
+            raise no_common_token(law.theta[row], law.target[row])
         self.ids[row, self.lengths[row]] = tokens[row]
         place = self.made[row]
         for name in NOTES:

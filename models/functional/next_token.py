@@ -65,6 +65,14 @@ def before_response(response_mask: Tensor) -> Tensor:
     return first & (first.cumsum(-1) == 1)
 
 
+def until_end(said: Tensor, eos_id: int | None) -> Tensor:
+    """(B, R) bool: the tokens of responses up to their first end token, that one included; all where there is none."""
+    if eos_id is None:
+        return torch.ones_like(said, dtype=torch.bool)
+    end = said == eos_id
+    return end.cumsum(-1) - end.long() == 0
+
+
 def whole_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """What a model that looks both ways reads: ids, attention_mask and which tokens may be hidden; (B, L) each.
 

@@ -40,6 +40,15 @@ class _Tilted(NamedTuple):
     spread: Tensor
 
 
+def no_common_token(logp_theta: Tensor, logp_t: Tensor) -> UsageError:
+    """What to say where q* does not exist."""
+    if bool((logp_theta.isnan() | logp_t.isnan()).any()):
+        return UsageError("a model gives NaN: load it in float32 or bfloat16, or go back to a good checkpoint of it")
+    return UsageError(
+        "the two models allow no common token: q* does not exist; loosen top_k / top_p or use one vocabulary"
+    )
+
+
 def log_ratio(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:
     """d = log π_t - log π_θ and the common support, both (..., V); d is 0 outside of it, where 0 · -inf would be NaN.
 
@@ -47,9 +56,7 @@ def log_ratio(logp_theta: Tensor, logp_t: Tensor) -> tuple[Tensor, Tensor]:
     """
     support = torch.isfinite(logp_theta) & torch.isfinite(logp_t)
     if not bool(support.any(-1).all()):
-        raise UsageError(
-            "the two models allow no common token: q* does not exist; loosen top_k / top_p or use one vocabulary"
-        )
+        raise no_common_token(logp_theta, logp_t)
     return torch.where(support, logp_t - logp_theta, 0.0), support
 
 
@@ -90,7 +97,7 @@ def solve_alpha(logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, 
     and K' itself jumps; a shrinking bracket catches every step that leaves it.
     logp_theta, logp_t (..., V): log-probabilities, -inf where a token is not allowed; any float type. Passes are made in
     float32 until |K'| <= 1e-5 (1 + sqrt E d²), then in float64 until |K'| <= tolerance: the KL gap, not α, is
-    what matters, and float32 sums alone leave gaps up to 2e-5.
+    what matters, and float32 sums alone leave gaps up to 2e-5. Both are the divergences of the models normalised.
     With truncated supports (S the common one) an interior root exists iff Σ_S π_θ d < 0 < Σ_S π_t d; otherwise α = 1 or 0,
     q is that model restricted to S, and the two KLs differ while C = -log Z still holds. d = 0 on S gives 1/2.
     """
@@ -112,6 +119,9 @@ def _solve(logp_theta: Tensor, logp_t: Tensor, tolerance: float, most: int) -> t
     d, support = log_ratio(logp_theta, logp_t)
     zero = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
     b, done = zero + 0.5, (d == 0).all(-1)
+    # a log-softmax of few digits sums to 1 only nearly, which moves the root of two nearly equal models out of [0, 1]
+    scale_theta, scale_t = (zero, zero) if dtype == torch.float64 else (_log_mass(logp_theta), _log_mass(logp_t))
+    d = torch.where(support, d - (scale_t - scale_theta).unsqueeze(-1).to(dtype), 0.0)
     # 1. rows without an interior root: some token is forbidden by one model only, and K' >= 0 at b = 0 or <= 0 at b = 1
     if not bool(support.all()):
         truncated = (torch.isfinite(logp_theta) != torch.isfinite(logp_t)).any(-1) & ~done
@@ -125,9 +135,14 @@ def _solve(logp_theta: Tensor, logp_t: Tensor, tolerance: float, most: int) -> t
     if dtype == torch.float32:
         b, _, iterations = _balance(logp_theta, d, b, done, max(1e-5, tolerance), True, most)
         logp_theta = logp_theta.double()
-        d = torch.where(support, logp_t.double() - logp_theta, 0.0)
+        d = torch.where(support, logp_t.double() - logp_theta - (scale_t - scale_theta).unsqueeze(-1), 0.0)
     b, log_z, more = _balance(logp_theta, d, b, done, tolerance, False, most)
-    return 1 - b, log_z, iterations + more
+    return 1 - b, log_z - scale_theta, iterations + more
+
+
+def _log_mass(logp: Tensor) -> Tensor:
+    """log Σ π (N,) of log-probabilities (N, V), summed in float64."""
+    return logp.exp().sum(-1, dtype=torch.float64).log()
 
 
 def _balance(

@@ -233,6 +233,25 @@ def test_texts_end_at_their_end_token():
         assert figures[end + 1 :].isnan().all()
 
 
+@pytest.mark.parametrize("verify", ["token", "block"])
+def test_a_draft_that_is_certain_to_be_refused_may_lead_where_q_does_not_exist(verify):
+    """After word 1, which π_t forbids, the models share no word; q* says word 0 for ever."""
+    theta = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]).double().log()
+    target = torch.tensor([0.5, 0.0, 0.5]).double().log()
+
+    def last_word(ids, lengths, count):
+        return theta[ids.gather(1, lengths.unsqueeze(-1) + torch.arange(count) - 1)]
+
+    def always(ids, lengths, count):
+        return target.expand(len(ids), count, -1)
+
+    options = {"max_new_tokens": 4, "chance": TorchChance(torch.Generator().manual_seed(0))}
+    out = decode_qstar(last_word, always, torch.zeros(20, 1).long(), gamma=2, verify=verify, **options)
+    assert (out.tokens == 0).all()
+    with pytest.raises(UsageError, match="no common token"):  # where it is asked for in earnest
+        decode_qstar(last_word, always, torch.ones(1, 1).long(), gamma=2, verify=verify, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

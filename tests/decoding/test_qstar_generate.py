@@ -212,3 +212,17 @@ def test_an_adapted_model_drafts_and_end_tokens_may_be_a_tensor():
     assert torch.equal(say(draft_model=third, do_sample=False), say(do_sample=False))
     ends = say(do_sample=False, eos_token_id=torch.tensor([3, 7]))
     assert torch.equal(ends, say(do_sample=False, eos_token_id=[3, 7]))
+
+
+def test_a_model_in_training_is_in_training_again_afterwards():
+    model = tiny_qwen(0).train()
+    say(model=model, max_new_tokens=2)
+    assert model.training
+    assert not TARGET.training
+
+
+def test_processors_that_look_at_the_row_want_one_text():
+    allowed = {"prefix_allowed_tokens_fn": lambda row, ids: [4, 5]}
+    assert set(say(PROMPTS[:1], **allowed)[0, 6:].tolist()) <= {4, 5}
+    with pytest.raises(UsageError, match="batch of one text"):
+        say(**allowed)

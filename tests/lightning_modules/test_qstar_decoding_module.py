@@ -18,7 +18,7 @@ from lightning_modules.qstar_exactness import enumeration_error, g_test, g_test_
 from models.backbones.causal import build_causal
 from models.decoding.qstar_law import QStarLaw
 from models.functional.errors import UsageError
-from models.functional.next_token import causal_text
+from models.functional.next_token import causal_text, until_end
 from models.objectives.qstar import kl_divergence, qstar_terms
 
 
@@ -185,7 +185,36 @@ def test_texts_of_a_step_are_theta_s_own(data):
     columns = data.response_length
     assert torch.equal(rows["input_ids"][:, :-columns], batch["input_ids"][:, :-columns])
     assert not torch.equal(rows["input_ids"][:, -columns:], batch["input_ids"][:, -columns:])
-    assert causal_text(rows).weights.sum() == columns * len(batch["input_ids"])
+    said = rows["input_ids"][:, -columns:]
+    assert causal_text(rows).weights.sum() == until_end(said, data.tokenizer.eos_token_id).sum()
+
+
+def test_what_stands_beyond_the_end_does_not_count(data):
+    module = attach(build(data), data)
+    end, batch = data.tokenizer.eos_token_id, next(iter(data.train_dataloader()))
+    said = torch.full((len(batch["input_ids"]), data.response_length), 9)
+    said[0, 2], said[1, 0] = end, end
+    rows = module._with_responses(batch, said)
+    counts = causal_text(rows).weights.sum(-1)
+    assert counts[:3].tolist() == [3, 1, data.response_length]
+    other = said.clone()
+    other[0, 3:], other[1, 1:] = 12, 7
+    again = module._nll(batch, other)
+    for ours, theirs in zip(module._nll(batch, said), again, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for decoder in module.decoders()[:2]:
+        texts = decoder(batch, torch.Generator().manual_seed(0))
+        ended = (texts == end).cumsum(-1) > 0
+        assert (texts[ended] == end).all()
+
+
+def test_output_layers_may_be_padded_differently(data):
+    """As those of Qwen2.5's sizes: ids beyond the tokenizer's are never said and take no part."""
+    module = build(data)
+    module.target.resize_token_embeddings(len(data.tokenizer) + 8, mean_resizing=False)
+    trainer = quiet_trainer(2, limit_val_batches=1)
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
@@ -230,6 +259,9 @@ def test_predictions_are_responses(data):
         ({"schemes": ("both",)}, "module.schemes=both"),
         ({"schemes": ("assistant",)}, "no third model"),
         ({"theta_weight": 3.0}, "theta_weight=3"),
+        ({"schemes": ()}, "module.schemes is empty"),
+        ({"verify": "all"}, "module.verify=all"),
+        ({"gamma": -2}, "module.gamma=-2"),
     ],
 )
 def test_wrong_options_are_named(data, options, message):
