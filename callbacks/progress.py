@@ -47,7 +47,8 @@ class StageProgress(ProgressBar):
 
     # -- testing: batches -------------------------------------------------------------------------------------------
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # later than on_test_start, where a module may have work of its own to show
         self._begin(int(sum(trainer.num_test_batches)), "comparing decoders")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

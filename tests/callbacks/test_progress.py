@@ -88,7 +88,7 @@ def test_no_time_at_all_and_no_batches_at_all_divide_by_nothing(clock):
     assert len(out.getvalue().splitlines()) == 10
     progress, out = bar()
     train(progress, clock, 0)
-    progress.on_test_start(SimpleNamespace(num_test_batches=[0]), None)
+    progress.on_test_epoch_start(SimpleNamespace(num_test_batches=[0]), None)
     progress.on_test_epoch_end(None, None)
     assert out.getvalue() == ""
 
@@ -96,7 +96,7 @@ def test_no_time_at_all_and_no_batches_at_all_divide_by_nothing(clock):
 def test_testing_counts_batches_of_all_loaders(clock):
     progress, out = bar()
     trainer = SimpleNamespace(num_test_batches=[3, 2])
-    progress.on_test_start(trainer, None)
+    progress.on_test_epoch_start(trainer, None)
     for _ in range(5):
         clock.now += 4.0
         progress.on_test_batch_end(trainer, None, None, None, 0)
