@@ -75,11 +75,11 @@ class Planner:
         choices = torch.full((len(text), slots), END, device=text.device)
         reading, made, embeds, logits = Reading(model), [], [], []
         # 1. the text, <PLAN> and the first separator
-        states = reading.read(*self._opening(text, mask))
-        block = self._embedded(layout.block(choices))
+        opening, block = self._opening(text, mask), self._embedded(layout.block(choices))
         first = int(layout.slot_columns[0])
         embeds.append(block[0][:, :first])
-        states = reading.read(embeds[-1], block[1].between(0, first))
+        opened = torch.cat([opening[0], embeds[0]], 1)
+        states = reading.read(opened, joined(opening[1], block[1].between(0, first)))
         for slot in range(slots):
             # 2. a choice given everything before it
             logits.append(model.slot_logits(states[:, -1], slot))
