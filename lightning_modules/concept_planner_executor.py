@@ -31,9 +31,11 @@ class ConceptPlannerExecutorModule(LeapModule):
     """model: a causal LM, shared by planner and executor. types: {name: {"codes", "most", "least"}}, in planning order.
 
     weights: of each loss in `terms.NAMES`; 0 or none switches it off. free_bits: nats that each slot's KL may have for nothing.
-    quota: concepts a text that the quota loss asks for. temperatures: the relaxation's, from the first to the second, linearly
-    over `anneal_share` of the steps. corruption: share of the executor's words that are hidden from it in training, the same
-    way. lora_rank: adapters that train in the backbone's place, beside the new tables; None trains all.
+    quota: concepts a text that the quota loss asks for.
+    Three pairs go from their first to their second value, linearly over `anneal_share` of the steps. temperatures: the
+    relaxation's. noise: 1 draws concepts from the posterior, 0 takes the most probable ones. corruption: share of the
+    executor's words that are hidden from it in training.
+    lora_rank: adapters that train in the backbone's place, beside the new tables; None trains all.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         free_bits: float = 0.0,
         quota: float | None = None,
         temperatures: tuple[float, float] = (1.0, 0.5),
+        noise: tuple[float, float] = (1.0, 1.0),
         corruption: tuple[float, float] = (0.5, 0.0),
         anneal_share: float = 0.6,
         plan_temperature: float = 1.0,
@@ -57,7 +60,7 @@ class ConceptPlannerExecutorModule(LeapModule):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
         require_causal(model, "concepts")
-        _check_options(weights, quota, temperatures, corruption, anneal_share)
+        _check_options(weights, quota, temperatures, noise, corruption, anneal_share)
         self.save_hyperparameters(ignore=["model"])
         vocabulary = ConceptVocabulary(types, model.get_input_embeddings().num_embeddings)
         if lora_rank is not None:
@@ -66,7 +69,8 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.planner, self.executor = Planner(self.model), Executor(self.model)
         self.weights = {name: float(weights.get(name, 0.0)) for name in NAMES}
         self.free_bits, self.quota = free_bits, quota
-        self.temperatures, self.corruption, self.anneal_share = tuple(temperatures), tuple(corruption), anneal_share
+        self.temperatures, self.noise, self.corruption = tuple(temperatures), tuple(noise), tuple(corruption)
+        self.anneal_share = anneal_share
         self.plan_temperature, self.temperature = plan_temperature, temperature
         self.meter = PlanMeter()
         self._before: dict[int, Tensor] = {}
@@ -75,9 +79,9 @@ class ConceptPlannerExecutorModule(LeapModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = self.step_generator(batch_idx)
-        relaxation, hidden = self._annealed(self.temperatures), self._annealed(self.corruption)
+        relaxation, noise, hidden = map(self._annealed, (self.temperatures, self.noise, self.corruption))
         # 1. a plan of each text, drawn from q(z | u, x)
-        plan = self.planner.draw(*self._whole(batch), relaxed(generator, relaxation))
+        plan = self.planner.draw(*self._whole(batch), relaxed(generator, relaxation, noise))
         # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
         text = self._text(batch)
         blank = torch.rand(text.shape, generator=generator, device=self.device) < hidden
@@ -88,7 +92,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         loss = self._weighted(raw)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"monitor/{name}": value for name, value in raw.items()})
-        self.log_dict({"monitor/temperature": relaxation, "monitor/corruption": hidden})
+        self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise, "monitor/corruption": hidden})
         return self.refuse_nan(loss)
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -141,10 +145,11 @@ class ConceptPlannerExecutorModule(LeapModule):
         generator = self.step_generator(batch_idx, stream=1, epoch=0)
         text, data = self._text(batch), self.trainer.datamodule
         # 1. a drawn plan: its prices under posterior and prior, and the text's given it
-        plan = self.planner.draw(*self._whole(batch), relaxed(generator, self.temperatures[1]))
+        plan = self.planner.draw(*self._whole(batch), relaxed(generator, self.temperatures[1], self.noise[1]))
         prior = self._prior_logits(batch, plan.choices)
         nll = token_nll(self.executor.logits(plan.ids, plan.embeds, text), text)
-        prices = (plan_nll(logits.log_softmax(-1), plan.choices, plan.open_slots) for logits in (prior, plan.logits))
+        log_p, log_q = prior.log_softmax(-1), plan.logits.log_softmax(-1)
+        prices = [plan_nll(logs, plan.choices, plan.open_slots) for logs in (log_p, log_q * self.noise[1])]
         # 2. the text given another text's plan
         other = token_nll(self.executor.logits(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text), text)
         # 3. the most probable plan, and the text that it is turned back into
@@ -214,6 +219,7 @@ def _check_options(
     weights: Mapping[str, float],
     quota: float | None,
     temperatures: tuple[float, float],
+    noise: tuple[float, float],
     corruption: tuple[float, float],
     share: float,
 ) -> None:
@@ -228,6 +234,8 @@ def _check_options(
         raise UsageError("module.weights.quota needs a number of concepts a text; type for example module.quota=3")
     if len(temperatures) != 2 or min(temperatures) <= 0:
         raise UsageError(f"module.temperatures={list(temperatures)} must be two numbers above 0, such as [1.0, 0.5]")
+    if len(noise) != 2 or not 0 <= noise[0] <= 1 or noise[1] not in (0, 1):
+        raise UsageError(f"module.noise={list(noise)} must begin between 0 and 1 and end in 0 or 1, such as [0.0, 1.0]")
     if len(corruption) != 2 or min(corruption) < 0 or max(corruption) > 1:
         raise UsageError(f"module.corruption={list(corruption)} must be two shares from 0 to 1, such as [0.5, 0.0]")
     if not 0 <= share <= 1:

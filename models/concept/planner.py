@@ -58,9 +58,12 @@ def sampled(generator: Generator, temperature: float = 1.0) -> Chooser:
     return choose
 
 
-def relaxed(generator: Generator, temperature: float) -> Chooser:
-    """A draw from softmax(logits) whose gradient is that of the choice relaxed at `temperature`."""
-    return lambda logits: gumbel_st(logits, temperature, gumbel_noise(logits, generator))
+def relaxed(generator: Generator, temperature: float, noise: float = 1.0) -> Chooser:
+    """A draw from softmax(logits) whose gradient is that of the choice relaxed at `temperature`.
+
+    noise scales what makes it a draw: 0 is the most probable choice, with the same kind of gradient.
+    """
+    return lambda logits: gumbel_st(logits, temperature, noise * gumbel_noise(logits, generator))
 
 
 class Planner:

@@ -10,12 +10,16 @@ from transformers import DynamicCache
 from models.concept.layout import Columns, PlanLayout
 from models.concept.vocabulary import IMPOSSIBLE, ConceptVocabulary
 
+FIRST_LOGITS = 4.0  # spread of a slot's logits before training
+LOUDNESS = 5.0  # spread of new embeddings, in that of the backbone's
+
 
 class UnifiedModel(nn.Module):
     """backbone: a causal LM of transformers, whole or with adapters; its own tables stay as they are.
 
-    New tokens start with the spread of the backbone's embeddings, and text's type embedding at zero: without concepts the
-    backbone says what it said before.
+    Text's type embedding starts at zero: without concepts the backbone says what it said before. Concepts start sharp and
+    loud. A posterior whose logits are nearly alike is drowned by the noise of its own draws, and an executor that hears
+    nothing in them teaches it nothing.
     """
 
     def __init__(self, backbone: nn.Module, vocabulary: ConceptVocabulary) -> None:
@@ -27,8 +31,9 @@ class UnifiedModel(nn.Module):
         self.new_head = nn.Linear(width, vocabulary.new, bias=False, **like)
         self.type_embedding = nn.Embedding(len(vocabulary.types) + 1, width, **like)
         spread = table.detach().float().std().item()
-        for weight in (self.new_embedding.weight, self.new_head.weight, self.type_embedding.weight):
-            nn.init.normal_(weight, std=spread)
+        nn.init.normal_(self.new_embedding.weight, std=LOUDNESS * spread)
+        nn.init.normal_(self.new_head.weight, std=FIRST_LOGITS / width**0.5)
+        nn.init.normal_(self.type_embedding.weight, std=spread)
         nn.init.zeros_(self.type_embedding.weight[0])
         own = vocabulary.choices - vocabulary.base
         self.register_buffer("choices", own[vocabulary.slot_types], persistent=False)  # (S, W), among the new ids
