@@ -214,13 +214,13 @@ def test_a_plan_is_learnt_and_used(tiny_oracle):
     for split in ("train", "val"):
         tiny_oracle.rows[split].columns = few
     types, weights = {"a": {"codes": 4}, "b": {"codes": 4}}, {"text": 1.0, "planner": 1.0, "usage": 1.0}
-    module = build(tiny_oracle, types=types, weights=weights, lr=1e-2, warmup_steps=5)
+    module = build(tiny_oracle, types=types, weights=weights, lr=1e-2, warmup_steps=5, corruption=(1.0, 0.0))
     trainer = quiet_trainer(120)
     trainer.fit(module, tiny_oracle)
     (found,) = trainer.validate(module, tiny_oracle, verbose=False)
     assert found["val/reconstruction"] == 1
-    assert found["val/nll"] < 0.1
-    assert found["val/dnll_shuffle"] > 0.5
+    assert found["val/joint_information"] == pytest.approx(1)
+    assert found["val/dnll_shuffle"] > 0.3
     plan = module.planner.draw(*module._whole(few), greedy)
     assert len(torch.unique(plan.choices, dim=0)) == len(torch.unique(module._text(few), dim=0))
 
