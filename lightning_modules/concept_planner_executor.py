@@ -48,7 +48,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         quota: float | None = None,
         temperatures: tuple[float, float] = (1.0, 0.5),
         noise: tuple[float, float] = (1.0, 1.0),
-        corruption: tuple[float, float] = (0.5, 0.0),
+        corruption: tuple[float, float] = (1.0, 0.0),
         anneal_share: float = 0.6,
         plan_temperature: float = 1.0,
         temperature: float = 1.0,

@@ -63,12 +63,12 @@ class PlanMeter(Metric):
             "reconstruction": nats["rebuilt"] / texts,
         }
         concepts = dim_zero_cat(self.concepts).cpu()
-        if self.before:
+        if len(self.before) > 0:  # a list, or one tensor once ranks were gathered
             figures["flip_rate"] = flip_rate(dim_zero_cat(self.before).cpu(), concepts)
         if nats["truth"] > 0:
             figures["nll_truth"] = nats["truth"] / tokens
             figures["efficiency"] = efficiency(nats["truth"], nats["text"], nats["prior"])
-        if self.plans:
+        if len(self.plans) > 0:
             figures |= _information(concepts, dim_zero_cat(self.plans).cpu())
         return figures
 
