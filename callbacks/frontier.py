@@ -129,8 +129,8 @@ def _known(pl_module: LightningModule, k: int) -> dict[str, dict]:
 def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[str, Any]:
     """The row of what is known of the model itself, in the shape of a decoder's."""
     cost = {"tokens_per_s": None, "flops_per_token": None, "peak_memory_bytes": None, "batch": None}
-    objective = type(pl_module.objective).__name__
-    named = {"method": "model", "decoder": objective, "forwards": 0}
+    trained = getattr(pl_module, "objective", pl_module)
+    named = {"method": "model", "decoder": type(trained).__name__, "forwards": 0}
     return {**named, "quality": figures, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
 
 

@@ -35,12 +35,25 @@ def test_two_ranks_train_compare_and_save(tmp_path):
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
-def test_two_ranks_train_and_measure_what_one_does(tmp_path):
-    """Next-token prediction draws nothing at random: halves of a batch on two ranks are the batch, in training and tests."""
+# experiments that draw nothing at random and lose a mean over texts: halves of a batch on two ranks are the batch
+ALIKE = {
+    "objectives": (
+        ["module.forwards=[1]"], ("nll", "perplexity", "nll_truth", "flops_per_step", "train_flops", "train_tokens")
+    ),
+    "concept_oracle": (
+        ["module.noise=[0,0]", "module.corruption=[0,0]", "module.weights.usage=0"],
+        ("nll_given_plan", "nll_bound", "nll_truth", "rate_bits", "efficiency", "joint_information", "nmi"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", ["objectives", pytest.param("concept_oracle", marks=pytest.mark.slow)])
+def test_two_ranks_train_and_measure_what_one_does(tmp_path, experiment):
+    options, names = ALIKE[experiment]
     short = [
-        "experiment=objectives", "trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2",
+        f"experiment={experiment}", *options, "trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2",
         "data.size=tiny", "data.train_rows=64", "data.test_rows=33", "data.val_rows=17", "data.eval_batch_size=8",
-        "module.forwards=[1]", "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16",
+        "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16",
         "logger=none", f"paths.cache_dir={tmp_path}/cache",
     ]  # fmt: skip
     ranks = {1: ["data.batch_size=16"], 2: ["data.batch_size=8", "trainer=ddp", "trainer.devices=2"]}
@@ -57,5 +70,5 @@ def test_two_ranks_train_and_measure_what_one_does(tmp_path):
         assert running.returncode == 0, printed[-3000:]
         (path,) = (tmp_path / str(n)).rglob("record.json")
         (found[n],) = (row["quality"] for row in json.loads(path.read_text())["rows"] if row["method"] == "model")
-    for name in ("nll", "perplexity", "nll_truth", "flops_per_step", "train_flops", "train_tokens"):
+    for name in names:
         assert found[1][name] == pytest.approx(found[2][name], rel=1e-5), name

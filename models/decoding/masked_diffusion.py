@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
+from models.functional.gumbel import gumbel_noise
 
 Remasking = Literal["low_confidence", "random"]
 
@@ -27,9 +28,8 @@ def gumbel_argmax(logits: Tensor, temperature: float, generator: Generator) -> T
     """
     if temperature == 0:
         return logits.argmax(-1)
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float64)
-    noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-    return (logits.double() / temperature + noise).argmax(-1)
+    wide = logits.double()
+    return (wide / temperature + gumbel_noise(wide, generator)).argmax(-1)
 
 
 def guided_logits(

@@ -1,0 +1,92 @@
+"""Where concepts and text stand: columns, positions and types of what planner and executor read.
+
+A plan is one block of columns, for each type <SEP_i>, its slots, and one more for an <EOS> after the last slot. Positions start
+again with each type: separator 0, concepts from 1. Text starts at a constant position past the longest type, wherever its
+columns are, so that neither the lengths of a plan nor padding move it.
+Legend: B batch, T text columns, C columns of a plan's block, S slots.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.concept.vocabulary import END, ConceptVocabulary
+from models.functional.attention import positions_from_mask
+
+
+class Columns(NamedTuple):
+    """What is read: mask (B, L) bool, position_ids (B, L), type_ids (B, L) with 0 for text and what belongs to none."""
+
+    mask: Tensor
+    position_ids: Tensor
+    type_ids: Tensor
+
+    def between(self, first: int, last: int) -> "Columns":
+        """The columns from `first` to before `last`."""
+        return Columns(*(field[:, first:last] for field in self))
+
+
+def joined(*parts: Columns) -> Columns:
+    """One after the other."""
+    return Columns(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
+
+
+class PlanLayout:
+    """Columns of a vocabulary's plans. slot_columns (S,): where in the block each slot stands."""
+
+    def __init__(self, vocabulary: ConceptVocabulary) -> None:
+        self.vocabulary = vocabulary
+        positions, types, skeleton, slots = [], [], [], []
+        for k, t in enumerate(vocabulary.types):
+            slots += range(len(skeleton) + 1, len(skeleton) + 1 + t.most)
+            positions += range(t.most + 2)
+            types += [k + 1] * (t.most + 2)
+            skeleton += [vocabulary.separator(k)] + [vocabulary.pad] * (t.most + 1)
+        self.position_ids, self.type_ids = torch.tensor(positions), torch.tensor(types)
+        self.skeleton, self.slot_columns = torch.tensor(skeleton), torch.tensor(slots)
+        self.text_start = max(t.most for t in vocabulary.types) + 2
+
+    @property
+    def columns(self) -> int:
+        return len(self.skeleton)
+
+    def open_slots(self, choices: Tensor) -> Tensor:
+        """(B, S) bool: slots at which something was chosen, those up to and with the first end of their type."""
+        parts = [self._alive(own) for own in self._by_type(choices)]
+        return torch.cat(parts, -1)
+
+    def block(self, choices: Tensor) -> Tensor:
+        """Ids (B, C) of the plans with these choices (B, S): separators, codes, one <EOS> a type, <PAD> behind it."""
+        v = self.vocabulary
+        table = v.choices.to(choices.device)
+        parts = []
+        for k, own in enumerate(self._by_type(choices)):
+            alive = self._alive(own)
+            ids = torch.where(alive, table[k][own], v.pad)
+            full = alive[:, -1:] & (own[:, -1:] != END)
+            last = torch.where(full, v.eos, v.pad)
+            parts += [torch.full_like(last, v.separator(k)), ids, last]
+        return torch.cat(parts, -1)
+
+    def of_block(self, ids: Tensor) -> Columns:
+        """Columns of a block (B, C); <PAD> is not looked at."""
+        place, kind = (part.to(ids.device).expand_as(ids) for part in (self.position_ids, self.type_ids))
+        return Columns(ids != self.vocabulary.pad, place, kind)
+
+    def of_text(self, mask: Tensor) -> Columns:
+        """Columns of text (B, T), padded on any side: the first real token stands just past <TEXT>'s position."""
+        return Columns(mask, positions_from_mask(mask) + self.text_start + 1, torch.zeros_like(mask, dtype=torch.long))
+
+    def of_special(self, like: Tensor, position: int = 0) -> Columns:
+        """One column of a token that belongs to no type, for each row of `like`."""
+        zero = torch.zeros(len(like), 1, dtype=torch.long, device=like.device)
+        return Columns(torch.ones_like(zero, dtype=torch.bool), zero + position, zero)
+
+    def _by_type(self, choices: Tensor) -> tuple[Tensor, ...]:
+        return choices.split([t.most for t in self.vocabulary.types], -1)
+
+    @staticmethod
+    def _alive(own: Tensor) -> Tensor:
+        ended = (own == END).long()
+        return ended.cumsum(-1) - ended == 0

@@ -1,0 +1,95 @@
+"""One causal backbone that reads and says text and concepts: base + new embeddings, base + new heads, type embeddings.
+
+Legend: B batch, L columns, D width, V text vocabulary, S slots, W choices of a slot.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from models.concept.layout import Columns, PlanLayout
+from models.concept.vocabulary import IMPOSSIBLE, ConceptVocabulary
+
+FIRST_LOGITS = 4.0  # spread of a slot's logits before training
+LOUDNESS = 5.0  # spread of new embeddings, in that of the backbone's
+
+
+class UnifiedModel(nn.Module):
+    """backbone: a causal LM of transformers, whole or with adapters; its own tables stay as they are.
+
+    Text's type embedding starts at zero: without concepts the backbone says what it said before. Concepts start sharp and
+    loud. A posterior whose logits are nearly alike is drowned by the noise of its own draws, and an executor that hears
+    nothing in them teaches it nothing.
+    """
+
+    def __init__(self, backbone: nn.Module, vocabulary: ConceptVocabulary) -> None:
+        super().__init__()
+        self.backbone, self.vocabulary, self.layout = backbone, vocabulary, PlanLayout(vocabulary)
+        table = backbone.get_input_embeddings().weight
+        width, like = table.shape[1], {"device": table.device, "dtype": table.dtype}
+        self.new_embedding = nn.Embedding(vocabulary.new, width, **like)
+        self.new_head = nn.Linear(width, vocabulary.new, bias=False, **like)
+        self.type_embedding = nn.Embedding(len(vocabulary.types) + 1, width, **like)
+        spread = table.detach().float().std().item()
+        nn.init.normal_(self.new_embedding.weight, std=LOUDNESS * spread)
+        nn.init.normal_(self.new_head.weight, std=FIRST_LOGITS / width**0.5)
+        nn.init.normal_(self.type_embedding.weight, std=spread)
+        nn.init.zeros_(self.type_embedding.weight[0])
+        own = vocabulary.choices - vocabulary.base
+        self.register_buffer("choices", own[vocabulary.slot_types], persistent=False)  # (S, W), among the new ids
+        self.register_buffer("possible", vocabulary.possible, persistent=False)
+
+    # -- in -----------------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor, type_ids: Tensor) -> Tensor:
+        """Embeddings (B, L, D) of text and concepts alike."""
+        base = self.vocabulary.base
+        is_new = (ids >= base).unsqueeze(-1)
+        text = self.backbone.get_input_embeddings()(ids.clamp(max=base - 1))
+        return torch.where(is_new, self.new_embedding((ids - base).clamp(min=0)), text) + self.type_embedding(type_ids)
+
+    def choice_embeddings(self, slot: int) -> Tensor:
+        """Embeddings (W, D) of what may be chosen at a slot, without its type's."""
+        return self.new_embedding(self.choices[slot])
+
+    def states(self, embeds: Tensor, columns: Columns, cache: DynamicCache | None = None) -> Tensor:
+        """States (B, L, D) after the last norm; with a cache, `columns.mask` is that of all columns read so far."""
+        # a mask is always given: without one, positions that start again would be taken for another document
+        return self.backbone.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=columns.mask.long(),
+            position_ids=columns.position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    # -- out ----------------------------------------------------------------------------------------------------------
+
+    def text_logits(self, states: Tensor) -> Tensor:
+        """Logits (..., V) over the base vocabulary: no concept among them."""
+        return self.backbone.get_output_embeddings()(states)
+
+    def choice_logits(self, states: Tensor) -> Tensor:
+        """Logits (B, S, W) of every slot's choices from the states before them (B, S, D), at least float32."""
+        return self._limited(torch.einsum("bsd,swd->bsw", states, self.new_head.weight[self.choices]), self.possible)
+
+    def slot_logits(self, state: Tensor, slot: int) -> Tensor:
+        """The same for one slot: (B, D) -> (B, W)."""
+        return self._limited(state @ self.new_head.weight[self.choices[slot]].T, self.possible[slot])
+
+    @staticmethod
+    def _limited(logits: Tensor, possible: Tensor) -> Tensor:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return wide.masked_fill(~possible, IMPOSSIBLE)
+
+
+class Reading:
+    """What has been read so far, as keys and values that carry gradients; each `read` adds columns."""
+
+    def __init__(self, model: UnifiedModel) -> None:
+        self.model, self.cache, self.mask = model, DynamicCache(), None
+
+    def read(self, embeds: Tensor, columns: Columns) -> Tensor:
+        """States (B, L, D) of the new columns."""
+        self.mask = columns.mask if self.mask is None else torch.cat([self.mask, columns.mask], -1)
+        return self.model.states(embeds, columns._replace(mask=self.mask), self.cache)

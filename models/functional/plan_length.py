@@ -1,0 +1,26 @@
+r"""How long a planned sequence is, when each slot may end it.
+
+stop (..., K) holds for each of K slots the chance to end there rather than to name a concept: a probability, or the 0 and 1 of
+a choice with a straight-through gradient. Slots after the end count as stopped (1).
+
+.. math:: E[n] = \sum_k \prod_{j \le k} (1 - s_j)
+"""
+
+import torch
+from torch import Tensor
+
+
+def expected_length(stop: Tensor) -> Tensor:
+    """Expected number of concepts before the end, (..., K) -> (...), between 0 and K."""
+    return (1 - stop).cumprod(-1).sum(-1)
+
+
+def eos_loss(stop: Tensor) -> Tensor:
+    """-log P(the sequence ends by itself within its K slots) in nats, (..., K) -> (...): what having to cut it costs."""
+    never = torch.log1p(-stop.clamp(max=1 - torch.finfo(stop.dtype).eps)).sum(-1)
+    return -torch.log(-torch.expm1(never.clamp(max=-torch.finfo(stop.dtype).eps)))
+
+
+def quota_loss(lengths: Tensor, quota: float) -> Tensor:
+    """(mean length - quota)² over a batch of lengths (B,): single texts may spend more where others spend less."""
+    return (lengths.mean() - quota).square()

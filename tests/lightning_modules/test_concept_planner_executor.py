@@ -1,0 +1,291 @@
+"""Every loss moves what it should and nothing else, figures by hand, exact resume, and a plan that is learnt and used."""
+
+import math
+
+import pytest
+import torch
+from helpers_causal import tiny_causal
+from helpers_concept import TYPES
+from helpers_trainer import quiet_trainer
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.testing import assert_close
+
+from callbacks.ema import TrainableEMA
+from callbacks.frontier import FrontierReport
+from callbacks.record import read_record
+from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
+from models.concept.planner import greedy, relaxed
+from models.concept.terms import NAMES, plan_terms
+from models.functional.errors import UsageError
+
+ALL = dict.fromkeys(NAMES, 1.0)
+
+
+def build(data, types=TYPES, **options) -> ConceptPlannerExecutorModule:
+    torch.manual_seed(0)
+    ids = data.special_ids()
+    model = tiny_causal(ids.pop("vocab_size"), **ids)
+    wanted = {"types": types, "weights": ALL, "quota": 2.0, "lr": 3e-3, "warmup_steps": 1, "seed": 7} | options
+    return ConceptPlannerExecutorModule(model, **wanted)
+
+
+def batch_of(data, rows: int = 8, split: str = "train") -> dict[str, torch.Tensor]:
+    return {name: column[:rows] for name, column in data.rows[split].columns.items()}
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.seen, self.figures = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_) -> None:
+        self.seen.append(outputs["loss"].item())
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.figures.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def slopes(module, batch, name: str) -> dict[str, float]:
+    """Size of one raw term's gradient in logits of posterior and prior, and in the plan that the executor reads."""
+    module.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    kept = {}
+
+    def choose(logits):
+        logits.retain_grad()
+        kept.setdefault("posterior", []).append(logits)
+        return relaxed(generator, 1.0)(logits)
+
+    plan = module.planner.draw(*module._whole(batch), choose)
+    prior = module._prior_logits(batch, plan.choices)
+    prior.retain_grad()
+    text = module._text(batch)
+    logits = module.executor.logits(plan.ids, plan.embeds, text)
+    raw = {"text": torch.nn.functional.cross_entropy(logits.flatten(0, 1), text.flatten())}
+    raw |= plan_terms(plan, prior, module.model.vocabulary, tokens=text.shape[1], floor=module.free_bits, quota=1.0)
+    raw[name].backward()
+
+    def size(tensors):
+        return sum(float(t.grad.abs().sum()) for t in tensors if t.grad is not None)
+
+    return {"posterior": size(kept["posterior"]), "prior": size([prior])}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loss_moves_what_it_should(tiny_oracle, name):
+    found = slopes(build(tiny_oracle), batch_of(tiny_oracle), name)
+    if name == "planner":
+        assert found["prior"] > 1e-4
+        assert found["posterior"] == 0
+    else:
+        assert found["posterior"] > 1e-6
+        assert found["prior"] == 0
+
+
+def test_free_bits_switch_the_rate_off_below_the_floor(tiny_oracle):
+    assert slopes(build(tiny_oracle, free_bits=100.0), batch_of(tiny_oracle), "rate")["posterior"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loss_is_switched_by_its_weight(tiny_oracle, name):
+    """The whole is the sum of its parts, and one alone is that part."""
+
+    def loss(weights):
+        losses = Losses()
+        quiet_trainer(1, callbacks=[losses]).fit(build(tiny_oracle, weights=weights), tiny_oracle)
+        return losses.seen[0]
+
+    others = {other: 1.0 for other in NAMES if other != name}
+    assert loss({name: 2.0}) + loss(others) - loss({name: 1.0}) == pytest.approx(loss(ALL), rel=1e-4)
+    assert loss({name: 1.0}) != 0
+
+
+def test_planning_alone_cannot_move_the_posterior_s_choices(tiny_oracle):
+    """Types that may not end have no price for ends."""
+    module, batch = build(tiny_oracle, types={"a": {"codes": 3, "most": 2}}), batch_of(tiny_oracle)
+    plan = module.planner.draw(*module._whole(batch), relaxed(torch.Generator().manual_seed(0), 1.0))
+    prior = module._prior_logits(batch, plan.choices)
+    raw = plan_terms(plan, prior, module.model.vocabulary, tokens=6, floor=0.0, quota=None)
+    assert (raw["eos"], raw["quota"], raw["concepts"]) == (0, 0, 2)
+    assert plan.open_slots.all()
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_figures_by_hand(tiny_oracle, noise):
+    """Choice by choice; a plan that is no draw has no price under the posterior."""
+    module = build(tiny_oracle, noise=(0.0, noise))
+    (found,) = quiet_trainer(1).validate(module, tiny_oracle, verbose=False)
+    rows, module = tiny_oracle.rows["val"].columns, module.eval()
+    with torch.no_grad():
+        plan = module.planner.draw(
+            *module._whole(rows), relaxed(module.step_generator(0, stream=1, epoch=0), 0.5, noise)
+        )
+        text, planner = module._text(rows), module.planner
+        log_p = module.executor.logits(plan.ids, plan.embeds, text).log_softmax(-1)
+        nll = -log_p.gather(-1, text.unsqueeze(-1)).sum().item()
+        price = {}
+        for name, context in (("prior", module._prompt(rows)), ("posterior", module._whole(rows))):
+            chances = planner.score(*context, plan.choices).log_softmax(-1)
+            price[name] = -sum(
+                chances[b, s, plan.choices[b, s]].item()
+                for b in range(len(text))
+                for s in range(plan.choices.shape[1])
+                if plan.open_slots[b, s]
+            )
+    truth = tiny_oracle.true_nll(rows).sum().item()
+    tokens, texts = text.numel(), len(text)
+    assert found["val/nll"] == pytest.approx(nll / tokens, rel=1e-4)
+    assert found["val/nll_truth"] == pytest.approx(truth / tokens, rel=1e-6)
+    bound = nll + price["prior"] - noise * price["posterior"]
+    assert found["val/nll_bound"] == pytest.approx(bound / tokens, rel=1e-4)
+    assert found["val/rate_bits"] == pytest.approx(price["prior"] / texts / math.log(2), rel=1e-4)
+    assert found["val/efficiency"] == pytest.approx((truth - nll) / price["prior"], rel=1e-4)
+    assert {"val/dnll_shuffle", "val/joint_information", "val/joint_information_shuffled", "val/nmi", "val/ami"} < set(
+        found
+    )
+
+
+def test_a_batch_has_the_same_figures_whole_or_in_parts(tiny_oracle):
+    module = build(tiny_oracle)
+    whole, parts = type(module.meter)(), [type(module.meter)() for _ in range(2)]
+    concepts, plans = torch.randint(0, 3, (12, 2)), torch.randint(0, 3, (12, 2))
+    sums = {name: torch.rand(12) for name in ("text", "shuffled", "prior", "posterior", "truth", "rebuilt")}
+    whole.update(sums, 6, concepts, plans, concepts.flip(0))
+    for meter, part in zip(parts, (slice(0, 5), slice(5, 12)), strict=True):
+        meter.update({k: v[part] for k, v in sums.items()}, 6, concepts[part], plans[part], concepts.flip(0)[part])
+    for name in ("text", "shuffled", "prior", "posterior", "truth", "rebuilt", "texts", "tokens"):
+        setattr(parts[0], name, getattr(parts[0], name) + getattr(parts[1], name))
+    for name in ("concepts", "plans", "before"):
+        getattr(parts[0], name).extend(getattr(parts[1], name))
+    expected = whole.compute()
+    assert parts[0].compute() == pytest.approx(expected)
+    assert expected["flip_rate"] > 0
+
+
+def test_a_plan_that_says_everything_is_told_from_one_that_says_nothing(tiny_oracle):
+    meter = type(build(tiny_oracle).meter)()
+    plans = torch.randint(0, 3, (400, 2), generator=torch.Generator().manual_seed(0))
+    nothing = {name: torch.zeros(400) for name in ("text", "shuffled", "prior", "posterior", "rebuilt")}
+    meter.update(nothing, 6, plans.flip(1), plans)
+    found = meter.compute()
+    for name in ("joint_information", "nmi", "ami"):
+        assert found[name] == pytest.approx(1, abs=1e-3)
+    meter.reset()
+    meter.update(nothing, 6, torch.randint(0, 3, (400, 2), generator=torch.Generator().manual_seed(1)), plans)
+    for name in ("joint_information", "nmi", "ami"):
+        assert abs(meter.compute()[name]) < 0.05
+    assert "efficiency" not in found  # nobody knows the texts' own probabilities here
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def test_resumed_is_uninterrupted(tmp_path, tiny_oracle):
+    """Weights, losses and the figures that compare with earlier plans."""
+
+    def options(losses: Losses) -> dict:
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+        return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
+
+    whole, first, second = build(tiny_oracle), Losses(), Losses()
+    quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
+    resumed = build(tiny_oracle)
+    trainer = quiet_trainer(12, callbacks=[TrainableEMA(0.9), second], val_check_interval=4)
+    trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
+    assert second.seen == first.seen[5:]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert "val/flip_rate" not in first.figures[0]
+    assert [figures["val/flip_rate"] for figures in second.figures] == [f["val/flip_rate"] for f in first.figures[1:]]
+    for resumed_figures, figures in zip(second.figures, first.figures[1:], strict=True):
+        assert resumed_figures == pytest.approx(figures)
+
+
+def test_a_plan_is_learnt_and_used(tiny_oracle):
+    """On a handful of texts: all rebuilt from their plans, and much dearer given another's."""
+    rows = tiny_oracle.rows["train"].columns
+    few = {name: column[:4].repeat(16, 1) for name, column in rows.items()}
+    for split in ("train", "val"):
+        tiny_oracle.rows[split].columns = few
+    types, weights = {"a": {"codes": 4}, "b": {"codes": 4}}, {"text": 1.0, "planner": 1.0, "usage": 1.0}
+    module = build(tiny_oracle, types=types, weights=weights, lr=1e-2, warmup_steps=5, corruption=(1.0, 0.0))
+    trainer = quiet_trainer(120)
+    trainer.fit(module, tiny_oracle)
+    (found,) = trainer.validate(module, tiny_oracle, verbose=False)
+    assert found["val/reconstruction"] == 1
+    assert found["val/joint_information"] == pytest.approx(1)
+    assert found["val/dnll_shuffle"] > 0.3
+    plan = module.planner.draw(*module._whole(few), greedy)
+    assert len(torch.unique(plan.choices, dim=0)) == len(torch.unique(module._text(few), dim=0))
+
+
+def test_decoders_record_and_figures_of_a_test(tmp_path, tiny_oracle):
+    module = build(tiny_oracle)
+    quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "concept", {})]).test(module, tiny_oracle, verbose=False)
+    rows = {row["decoder"]: row for row in read_record(tmp_path / "record.json")["rows"]}
+    assert rows["plan greedy, text greedy"]["forwards"] == 6 + tiny_oracle.response_length
+    figures = rows["ConceptPlannerExecutorModule"]["quality"]
+    assert figures.keys() >= {"nll_given_plan", "nll_bound", "nll_truth", "efficiency", "joint_information"}
+    assert "nll" not in figures
+    batch = batch_of(tiny_oracle, 8, "test")
+    greedy_decoder, sampler = module.decoders()
+    first, second = (greedy_decoder(batch, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(first, second)
+    drawn = [sampler(batch, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    hidden = {**batch, "input_ids": batch["input_ids"].clone()}
+    hidden["input_ids"][:, -tiny_oracle.response_length :] = 3
+    assert torch.equal(greedy_decoder(hidden, torch.Generator()), first)  # the answer is not looked at
+
+
+def test_adapters_train_alone_beside_the_new_tables(tiny_oracle):
+    module = build(tiny_oracle, lora_rank=2)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    quiet_trainer(3).fit(module, tiny_oracle)
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert all("lora_" in name or name.startswith(("model.new_", "model.type_")) for name in moved)
+    assert len(moved) > 3
+
+
+def test_temperature_and_corruption_fall_with_the_steps(tiny_oracle):
+    module, seen = build(tiny_oracle, anneal_share=0.5), []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_) -> None:
+            seen.append((module._annealed((1.0, 0.5)), module._annealed((0.4, 0.0))))
+
+    quiet_trainer(8, callbacks=[Watch()]).fit(module, tiny_oracle)
+    temperatures, corruptions = zip(*seen, strict=True)
+    assert_close(torch.tensor(temperatures), torch.tensor([1.0, 0.875, 0.75, 0.625, 0.5, 0.5, 0.5, 0.5]))
+    assert_close(torch.tensor(corruptions), torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"weights": {"txt": 1.0}}, "module.weights.txt is not known; the losses are text, planner"),
+        ({"weights": {"text": -1.0}}, "module.weights.text=-1.0 must be at least 0"),
+        ({"weights": {"text": 0.0}}, "module.weights are all 0"),
+        ({"weights": {"quota": 1.0}, "quota": None}, "type for example module.quota=3"),
+        ({"temperatures": (1.0, 0.0)}, r"module.temperatures=\[1.0, 0.0\]"),
+        ({"noise": (0.0, 0.5)}, r"module.noise=\[0.0, 0.5\] must begin between 0 and 1 and end in 0 or 1"),
+        ({"corruption": (1.5, 0.0)}, r"module.corruption=\[1.5, 0.0\]"),
+        ({"anneal_share": 2.0}, "module.anneal_share=2.0"),
+        ({"types": {"a": {"codes": 1}}}, "module.types.a.codes=1"),
+    ],
+)
+def test_mistakes_are_named(tiny_oracle, options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        build(tiny_oracle, **options)
+
+
+def test_a_model_that_looks_both_ways_is_refused(tiny_llada):
+    with pytest.raises(UsageError, match="looks backwards only"):
+        ConceptPlannerExecutorModule(tiny_llada(), types=TYPES, weights=ALL, quota=1.0)
