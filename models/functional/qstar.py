@@ -9,6 +9,8 @@ Entropy 2022, 24(10):1400).
 Legend: (...) any leading dimensions, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -90,7 +92,20 @@ def _halley_step(weight: Tensor, d: Tensor) -> Tensor:
     return 2 * height * slope / (2 * slope.square() - height * curvature)
 
 
-def solve_alpha(logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, most: int = 60) -> Alpha:
+def _tilt_and_step(logp_theta: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_z, mean, spread and the Halley step, (N,) each: what a compiler makes one pass of, with nothing of (N, V) written."""
+    here = _tilt(logp_theta, d, b)
+    return here.log_z, here.mean, here.spread, _halley_step(here.weight, d)
+
+
+@cache
+def _fused_pass() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    return torch.compile(_tilt_and_step, dynamic=True)
+
+
+def solve_alpha(
+    logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, most: int = 60, fused: bool | None = None
+) -> Alpha:
     """The α at which KL(q‖π_θ) = KL(q‖π_t), for every row: Halley's method on h = log A - log B (`_halley_step`).
 
     h increases with b and is nearly straight, even where one token is far more probable under one model than under the other
@@ -100,6 +115,7 @@ def solve_alpha(logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, 
     what matters, and float32 sums alone leave gaps up to 2e-5. Both are the divergences of the models normalised.
     With truncated supports (S the common one) an interior root exists iff Σ_S π_θ d < 0 < Σ_S π_t d; otherwise α = 1 or 0,
     q is that model restricted to S, and the two KLs differ while C = -log Z still holds. d = 0 on S gives 1/2.
+    fused: passes compiled by torch, which pays on a GPU; None is wherever the tensors are on one.
     """
     shape, vocabulary = logp_theta.shape[:-1], logp_theta.shape[-1]
     theta, target = (logp.reshape(-1, vocabulary) for logp in (logp_theta, logp_t))
@@ -107,12 +123,15 @@ def solve_alpha(logp_theta: Tensor, logp_t: Tensor, *, tolerance: float = 5e-7, 
     # a few rows at a time stay in a CPU's cache through all passes
     rows = max(1, CACHED_NUMBERS // vocabulary) if on_cpu else max(1, len(theta))
     blocks = zip(theta.split(rows), target.split(rows), strict=True)
-    found = [_solve(a, b, tolerance, most) for a, b in blocks]
+    fused = theta.device.type == "cuda" if fused is None else fused
+    found = [_solve(a, b, tolerance, most, fused) for a, b in blocks]
     alpha, log_z = (torch.cat([part[k] for part in found]).view(shape) for k in (0, 1))
     return Alpha(alpha, -log_z, log_z, max((part[2] for part in found), default=0))
 
 
-def _solve(logp_theta: Tensor, logp_t: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor, int]:
+def _solve(
+    logp_theta: Tensor, logp_t: Tensor, tolerance: float, most: int, fused: bool
+) -> tuple[Tensor, Tensor, int]:
     """alpha (N,), log Z (N,) and the passes that the slowest of the rows (N, V) took."""
     dtype = torch.float64 if logp_theta.dtype == torch.float64 else torch.float32
     logp_theta, logp_t = logp_theta.to(dtype), logp_t.to(dtype)
@@ -133,10 +152,10 @@ def _solve(logp_theta: Tensor, logp_t: Tensor, tolerance: float, most: int) -> t
     # 2. a float32 search, then float64 from where it ended
     iterations = 0
     if dtype == torch.float32:
-        b, _, iterations = _balance(logp_theta, d, b, done, max(1e-5, tolerance), True, most)
+        b, _, iterations = _balance(logp_theta, d, b, done, max(1e-5, tolerance), True, most, fused)
         logp_theta = logp_theta.double()
         d = torch.where(support, logp_t.double() - logp_theta - (scale_t - scale_theta).unsqueeze(-1), 0.0)
-    b, log_z, more = _balance(logp_theta, d, b, done, tolerance, False, most)
+    b, log_z, more = _balance(logp_theta, d, b, done, tolerance, False, most, fused)
     return 1 - b, log_z - scale_theta, iterations + more
 
 
@@ -146,7 +165,7 @@ def _log_mass(logp: Tensor) -> Tensor:
 
 
 def _balance(
-    logp_theta: Tensor, d: Tensor, b: Tensor, done: Tensor, goal: float, relative: bool, most: int
+    logp_theta: Tensor, d: Tensor, b: Tensor, done: Tensor, goal: float, relative: bool, most: int, fused: bool
 ) -> tuple[Tensor, Tensor, int]:
     """Halley's method from b (N,) inside a shrinking bracket, until |K'| <= goal (1 + sqrt E d² if relative).
 
@@ -154,15 +173,18 @@ def _balance(
     """
     low, high = torch.zeros_like(b), torch.ones_like(b)
     for passes in range(1, most + 1):
-        here = _tilt(logp_theta, d, b)
-        done = done | (here.mean.abs() <= goal * (1 + relative * here.spread))
+        if fused:
+            log_z, mean, spread, step = _fused_pass()(logp_theta, d, b)
+        else:
+            weight, log_z, mean, spread = _tilt(logp_theta, d, b)
+        done = done | (mean.abs() <= goal * (1 + relative * spread))
         if bool(done.all()) or passes == most:
             break
-        low, high = torch.where(here.mean < 0, b, low), torch.where(here.mean < 0, high, b)
-        proposed = b - _halley_step(here.weight, d)
+        low, high = torch.where(mean < 0, b, low), torch.where(mean < 0, high, b)
+        proposed = b - (step if fused else _halley_step(weight, d))
         inside = (proposed > low) & (proposed < high)
         b = torch.where(done, b, torch.where(inside, proposed, (low + high) / 2))
-    return b, here.log_z, passes
+    return b, log_z, passes
 
 
 def mix(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:

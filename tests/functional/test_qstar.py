@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -120,6 +121,18 @@ def test_nearly_equal_models_are_weighted_nearly_alike_whatever_their_digits_sum
     assert found.iterations <= 4
     assert (found.alpha - 0.5).abs().max() < 0.05
     assert (found.chernoff > -1e-9).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+def test_compiled_passes_give_what_plain_ones_give():
+    for rows, vocabulary in ((3, 1000), (2, 5000)):
+        a, b = pair(rows, vocabulary, dtype=torch.float32)
+        a[0, 7] = -torch.inf
+        plain, fused = solve_alpha(a, b, fused=False), solve_alpha(a, b, fused=True)
+        torch.testing.assert_close(fused.alpha, plain.alpha, atol=1e-6, rtol=0)
+        torch.testing.assert_close(fused.log_z, plain.log_z, atol=1e-7, rtol=0)
+        assert fused.iterations == plain.iterations
 
 
 def test_a_model_that_gives_nan_is_called_so():
