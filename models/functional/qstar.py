@@ -129,9 +129,7 @@ def solve_alpha(
     return Alpha(alpha, -log_z, log_z, max((part[2] for part in found), default=0))
 
 
-def _solve(
-    logp_theta: Tensor, logp_t: Tensor, tolerance: float, most: int, fused: bool
-) -> tuple[Tensor, Tensor, int]:
+def _solve(logp_theta: Tensor, logp_t: Tensor, tolerance: float, most: int, fused: bool) -> tuple[Tensor, Tensor, int]:
     """alpha (N,), log Z (N,) and the passes that the slowest of the rows (N, V) took."""
     dtype = torch.float64 if logp_theta.dtype == torch.float64 else torch.float32
     logp_theta, logp_t = logp_theta.to(dtype), logp_t.to(dtype)
