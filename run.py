@@ -140,9 +140,8 @@ def generate(cfg: DictConfig) -> None:
 def _trained_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> AutoregressiveDecoder:
     """The newest causal model that the experiment itself trained and left in model/."""
     advice = "it trains no student, and no run of it left a causal model in model/; mode=generate needs one of them"
-    model = _fitting(load_trained(newest(_runs(cfg), "model/*config.json", advice).parent), datamodule, "model").to(
-        device
-    )
+    folder = newest(_runs(cfg), "model/*config.json", advice).parent
+    model = _fitting(load_trained(folder), datamodule, "model").to(device)
     temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
     words = len(datamodule.tokenizer)
     return AutoregressiveDecoder(model, datamodule.response_length, temperature=temperature, vocab_size=words)
@@ -239,6 +238,7 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
     return train_or_load(
         folder,
         what=what,
+        option=what if what == "teacher" else f"pair.{what}",
         load=load,
         build_model=lambda: _new_model(cfg, datamodule),
         build_module=lambda model: instantiate(recipe.module, _convert_="all", model=model),

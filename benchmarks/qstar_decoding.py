@@ -29,6 +29,7 @@ from models.backbones.cached_scores import CachedScores
 from models.decoding.chance import TorchChance
 from models.decoding.qstar import decode_qstar
 from models.decoding.qstar_law import QStarLaw
+from models.decoding.qstar_roles import roles
 from models.decoding.qstar_run import QStarOutput
 from models.functional.qstar_speed import SPEEDUPS, best_gamma
 
@@ -116,10 +117,8 @@ def measure_pair(pair: Pair, batch: int) -> list[Row]:
     one = {name: forward_seconds(model, batch, 1, args, device) for name, model in pair.models.items()}
     schemes, runs = {}, {NAIVE: lambda: pair.decode(prompts, gamma=0)}
     for draft in ("theta", "alternate", *(["assistant"] if "assistant" in pair.models else [])):
-        checkers = ["theta", "target"] if draft == "assistant" else ["target"]
-        drafter = "assistant" if draft == "assistant" else "theta"
+        drafter, checkers, _, formula = roles(draft, 1.0)
         cost = one[drafter] / sum(one[name] for name in checkers)
-        formula = "carry" if draft == "theta" else draft
         beta = pair.decode(prompts, draft=draft, gamma=4, cost=min(cost, 1.0)).acceptance[drafter]
         gamma = best_gamma(beta, cost, formula)
         options = {"draft": draft, "gamma": gamma, "cost": min(cost, 1.0)}

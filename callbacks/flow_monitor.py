@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 
 from models.functional.monitor import distinct_share, noise_information, plug_in_entropy
+from models.functional.rows import response_columns
 
 
 class NoisyFlow(Protocol):
@@ -56,7 +57,7 @@ class FlowMonitor(Callback):
         self, trainer: Trainer, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator
     ) -> dict[str, float]:
         few = {name: column[: self.prompts].repeat_interleave(self.noises, 0) for name, column in rows.items()}
-        texts = module.answer(few, generator).view(-1, self.noises, int(few["response_mask"][0].sum()))
+        texts = module.answer(few, generator).view(-1, self.noises, response_columns(few["response_mask"]))
         figures = {"noise_information": noise_information(texts), "distinct": distinct_share(texts)}
         truth = getattr(trainer.datamodule, "sample_truth", None)
         if truth is not None:  # the same estimator on as many texts of the corpus itself

@@ -53,8 +53,8 @@ class FrontierReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
-        figures = pl_module.model_figures() if hasattr(pl_module, "model_figures") else {}
-        known = [_known(pl_module, k) for k in range(len(self._decoders))]
+        figures = pl_module.model_figures()
+        known = [pl_module.decoder_figures(k) for k in range(len(self._decoders))]
         rows = _gather({name: torch.cat([r[name] for r in self._rows]) for name in self._rows[0]}) if self._rows else {}
         responses = [_gather({"r": torch.cat(self._responses[k])})["r"] for k in range(len(self._decoders))]
         if not trainer.is_global_zero:
@@ -119,11 +119,6 @@ class FrontierReport(Callback):
                 faults = data.explain(answers[n], few["reveal"][n]) if hasattr(data, "explain") else []
                 texts.append((name, prompts[n], answer, "; ".join(faults[:1])))
         return texts
-
-
-def _known(pl_module: LightningModule, k: int) -> dict[str, dict]:
-    """What the module itself knows of its decoder k, beside the texts."""
-    return pl_module.decoder_figures(k) if hasattr(pl_module, "decoder_figures") else {"quality": {}, "cost": {}}
 
 
 def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 
 from models.functional.probe import fit_ridge, probe_accuracy, standardise
+from models.functional.rows import response_columns
 
 
 class PlanProbe(Callback):
@@ -66,7 +67,7 @@ class PlanProbe(Callback):
         last, mean = [], []
         for start in range(0, len(rows["input_ids"]), 512):
             few = {name: column[start : start + 512].to(module.device) for name, column in rows.items()}
-            states = module.states(few)[:, -int(few["response_mask"][0].sum()) :]
+            states = module.states(few)[:, -response_columns(few["response_mask"]) :]
             last.append(states[:, -1].cpu())
             mean.append(states.mean(1).cpu())
         return torch.cat(last), torch.cat(mean)

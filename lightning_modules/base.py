@@ -89,6 +89,14 @@ class LeapModule(LightningModule):
         """The ways of generating that `trainer.test` compares."""
         raise NotImplementedError
 
+    def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
+        """What the module knows of its k-th decoder beside the texts, as the record's `quality` and `cost`; every rank asks."""
+        return {"quality": {}, "cost": {}}
+
+    def model_figures(self) -> dict[str, float]:
+        """Figures of the model itself after a test; every rank asks."""
+        return {}
+
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's responses to the batch, with seconds taken, FLOPs per response token and peak memory."""
         results = []

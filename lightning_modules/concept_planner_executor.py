@@ -22,6 +22,7 @@ from models.decoding.decoder import Decoder
 from models.functional.bits_per_byte import token_nll
 from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
+from models.functional.rows import response_columns
 
 # what earlier plans of validation texts are called in a checkpoint
 BEFORE = "concepts_before"
@@ -114,7 +115,7 @@ class ConceptPlannerExecutorModule(LeapModule):
 
     @staticmethod
     def _text(batch: dict[str, Tensor]) -> Tensor:
-        return batch["input_ids"][:, -int(batch["response_mask"][0].sum()) :]
+        return batch["input_ids"][:, -response_columns(batch["response_mask"]) :]
 
     @staticmethod
     def _whole(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ class ConceptPlannerExecutorModule(LeapModule):
 
     @staticmethod
     def _prompt(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        columns = int(batch["response_mask"][0].sum())
+        columns = response_columns(batch["response_mask"])
         return batch["input_ids"][:, :-columns], batch["attention_mask"][:, :-columns]
 
     # -- figures ------------------------------------------------------------------------------------------------------
@@ -195,7 +196,6 @@ class ConceptPlannerExecutorModule(LeapModule):
         return super().test_step(batch, batch_idx)
 
     def model_figures(self) -> dict[str, float]:
-        """Figures of the model itself after a test; every rank has to ask."""
         figures = self.meter.compute()
         # given its plan a text costs less than it does: not to be compared with what other models call their NLL
         return {"nll_given_plan": figures.pop("nll"), **figures} if figures else {}

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
@@ -124,7 +123,6 @@ class PretrainModule(LeapModule):
         return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}
 
     def model_figures(self) -> dict[str, float]:
-        """Figures of the model itself after a test; every rank has to ask."""
         figures = {**self.figures, **self._likelihood_figures()}
         if self._truth is not None and self._likelihood is not None:
             figures["nll_truth"] = self.truth_meter.compute()["nll"]
@@ -167,8 +165,6 @@ class PretrainModule(LeapModule):
         # what an objective keeps without training it, such as an average of the model, is in no other file
         checkpoint["state_dict"] |= {name: value for name, value in whole.items() if name.startswith("objective.")}
 
-    def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path | None:
+    def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the model as a plain folder: an adapter for peft, `merged` or whole for transformers."""
-        if isinstance(self.model, PeftModel) and merged:
-            return save_merged(self.model, folder, tokenizer)
-        return save_causal(self.model, folder, tokenizer)
+        return (save_merged if merged else save_causal)(self.model, folder, tokenizer)

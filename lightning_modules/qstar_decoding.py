@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftModel
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -209,13 +208,13 @@ class QStarDecodingModule(LeapModule):
         return tuple(-self._logp(model, text).gather(-1, said).squeeze(-1) for model in self._pair)
 
     def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
-        """What is known of decoder k beside its texts: `quality` and `cost`, in the record's names; every rank has to ask."""
+        """How likely both models find the texts, whether the scheme is exact, and what its drafts were worth."""
         named = sorted(self._sums[k])
         values = torch.tensor([self._sums[k][name] for name in named], dtype=torch.float64, device=self.device)
         once = ("g_test_p", "max_enumeration_error")
         total = self.all_gather(values).view(-1, len(named)).sum(0).tolist()
         sums = {name: self._sums[k][name] if name in once else value for name, value in zip(named, total, strict=True)}
-        quality = {f"{name}": sums[name] / sums["tokens"] for name in ("nll_theta", "nll_target")}
+        quality = {name: sums[name] / sums["tokens"] for name in ("nll_theta", "nll_target")}
         quality |= {name: sums[name] for name in once if name in sums}
         if "rows" not in sums:
             return {"quality": quality, "cost": {}}
@@ -232,6 +231,4 @@ class QStarDecodingModule(LeapModule):
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write π_θ as a plain folder: its adapter for peft, `merged` or whole for transformers."""
-        if isinstance(self.theta, PeftModel) and merged:
-            return save_merged(self.theta, folder, tokenizer)
-        return save_causal(self.theta, folder, tokenizer)
+        return (save_merged if merged else save_causal)(self.theta, folder, tokenizer)

@@ -33,6 +33,7 @@ def train_or_load(
     folder: Path,
     *,
     what: str = "teacher",
+    option: str = "teacher",
     load: Callable[[Path], PreTrainedModel] = load_llada,
     build_model: Callable[[], PreTrainedModel],
     build_module: Callable[[PreTrainedModel], LeapModule],
@@ -40,7 +41,8 @@ def train_or_load(
     datamodule: LightningDataModule,
     console: Console,
 ) -> PreTrainedModel:
-    """The model kept in `folder`, trained first if it is not there. what: its name in messages; load: reads the folder.
+    """The model kept in `folder`, trained first if it is not there. what: its name in messages; option: where its recipe
+    stands in the configuration; load: reads the folder.
 
     Training checkpoints go to `<folder>.partial`, where an interrupted training is taken up again; the finished model is
     put in place in one step, so `folder` is either absent or whole. A fast_dev_run trains one step and keeps nothing.
@@ -66,7 +68,7 @@ def train_or_load(
     if not whole and not trainer.fast_dev_run:
         console.print(
             f"{what}: stopped after {trainer.global_step} of {trainer.max_steps} steps, so it is used but not kept; "
-            "set its length with teacher.max_steps",
+            f"set its length with {option}.max_steps",
             highlight=False,
         )
     if whole and not trainer.fast_dev_run and trainer.is_global_zero:

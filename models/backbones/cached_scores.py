@@ -6,10 +6,13 @@ prefixes give the same log-probabilities.
 Legend: B batch, L columns of the buffer, S cache slots, W tokens fed in one forward, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from models.backbones.causal_scores import context_of, log_probabilities_from
 from models.functional.errors import UsageError
 
 # holes are squeezed out once the cache is this many times as long as its longest row
@@ -31,41 +34,22 @@ class CachedScores:
         Raises UsageError for a model that would count holes (attention with a window, or with places of its own counting) or
         that keeps its past elsewhere.
         """
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []) - {
-            "global"
-        }
-        if not kinds and getattr(config, "sliding_window", None) is not None:
-            kinds = {"sliding_attention"}
-        if config.model_type in WITHOUT_PLACES:
-            raise UsageError(
-                f"{config.model_type} cannot be told where a token stands or what to keep: type cache=false"
-            )
-        if kinds - {"full_attention"}:
-            raise UsageError(
-                f"{config.model_type} has layers of {', '.join(sorted(kinds - {'full_attention'}))}; rejected tokens leave "
-                "holes in the cache that such layers would count: type cache=false"
-            )
+        _require_places(model.config.get_text_config())
         self.model, self.vocab_size = model.eval(), vocab_size
-        self.context = getattr(config, "max_position_embeddings", None)
-        self.forget()
+        self.context = context_of(model)
+        self._begin(torch.empty(0, 0, dtype=torch.long))
 
-    def forget(self) -> None:
-        """Begin with an empty cache."""
+    def _begin(self, ids: Tensor) -> None:
+        """An empty cache for the rows of ids (B, L)."""
         self.cache = DynamicCache()
-        none = torch.empty(0, 0, dtype=torch.long)
-        self.tokens, self.places, self.real = (
-            none,
-            none,
-            none.bool(),
-        )  # (B, S): what each slot holds, where, and if at all
+        # (B, S): what each slot holds, where that stands, and whether it is no hole
+        self.tokens = self.places = ids.new_zeros(len(ids), 0)
+        self.real = self.tokens.bool()
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
         if len(ids) != len(self.tokens):
-            self.forget()
-            self.tokens, self.places = (ids.new_zeros(len(ids), 0) for _ in range(2))
-            self.real = torch.zeros(len(ids), 0, dtype=torch.bool, device=ids.device)
+            self._begin(ids)
         # 1. how much of each row is cached, and holes where it is not
         held = self._held(ids, lengths)
         self.real = self.real & (self.places < held.unsqueeze(-1))
@@ -89,9 +73,7 @@ class CachedScores:
             use_cache=True,
             logits_to_keep=width - first,
         ).logits[..., : self.vocab_size]
-        column = (end - held - count - first).unsqueeze(-1) + torch.arange(count, device=ids.device)  # (B, count)
-        chosen = logits.gather(1, column.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-        return (chosen if chosen.dtype == torch.float64 else chosen.float()).log_softmax(-1)
+        return log_probabilities_from(logits, end - held - count - first, count)
 
     def _held(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Tokens of each row that the cache holds, from its beginning, (B,); the last one before `lengths` is always fed."""
@@ -118,6 +100,20 @@ class CachedScores:
             self._each_layer(lambda states: states[:, :, :last])
             self.tokens, self.places, self.real = (part[:, :last] for part in (self.tokens, self.places, self.real))
 
-    def _each_layer(self, change) -> None:
+    def _each_layer(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.cache.layers:
             layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+
+def _require_places(config: PreTrainedConfig) -> None:
+    """Raise UsageError unless every layer looks back without limit and takes a token's place from position_ids."""
+    if config.model_type in WITHOUT_PLACES:
+        raise UsageError(f"{config.model_type} cannot be told where a token stands or what to keep: type cache=false")
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
+    if not kinds and getattr(config, "sliding_window", None) is not None:
+        kinds = {"sliding_attention"}
+    if limited := kinds - {"full_attention", "global"}:
+        raise UsageError(
+            f"{config.model_type} has layers of {', '.join(sorted(limited))}; rejected tokens leave holes in the cache "
+            "that such layers would count: type cache=false"
+        )

@@ -140,6 +140,7 @@ def save_causal(model: PreTrainedModel | PeftModel, folder: str | Path, tokenize
     return folder
 
 
-def save_merged(model: PeftModel, folder: str | Path, tokenizer=None) -> Path:
-    """Write a plain transformers folder with the adapters added into the weights; the model itself stays as it is."""
-    return save_causal(copy.deepcopy(model).merge_and_unload(), folder, tokenizer)
+def save_merged(model: PreTrainedModel | PeftModel, folder: str | Path, tokenizer=None) -> Path:
+    """Write a plain transformers folder, with adapters added into the weights; the model itself stays as it is."""
+    whole = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+    return save_causal(whole, folder, tokenizer)

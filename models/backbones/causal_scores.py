@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.functional.errors import UsageError
+from models.functional.precision import at_least_float32
 
 
 class CausalScores:
@@ -19,16 +20,25 @@ class CausalScores:
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
         """vocab_size: ids from there on are padding of the output layer and never said."""
         self.model, self.vocab_size = model.eval(), vocab_size
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = context_of(model)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
         width = int(lengths.max()) + count - 1
         logits = self.model(input_ids=ids[:, :width]).logits[..., : self.vocab_size]  # (B, width, V)
-        places = lengths.unsqueeze(-1) - 1 + torch.arange(count, device=ids.device)
-        chosen = logits.gather(1, places.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-        wide = chosen if chosen.dtype == torch.float64 else chosen.float()
-        return wide.log_softmax(-1)
+        return log_probabilities_from(logits, lengths - 1, count)
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """How many places a model can read; None where its configuration sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def log_probabilities_from(logits: Tensor, first: Tensor, count: int) -> Tensor:
+    """log p (B, count, V) of `count` columns of logits (B, W, V) from column first (B,) on, in float32 at least."""
+    columns = first.unsqueeze(-1) + torch.arange(count, device=logits.device)
+    chosen = logits.gather(1, columns.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+    return at_least_float32(chosen).log_softmax(-1)
 
 
 def require_same_vocabulary(theta: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> int:

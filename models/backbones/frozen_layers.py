@@ -13,6 +13,8 @@ from torch.autograd import Function
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from models.functional.precision import at_least_float32
+
 
 class _Linear(Function):
     @staticmethod
@@ -39,7 +41,7 @@ class _RMSNorm(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        wide = at_least_float32(x)
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         n = (wide * inverse).to(x.dtype)
         return weight * n, n, inverse.to(x.dtype)

@@ -14,6 +14,7 @@ from models.backbones.student import Student
 from models.backbones.twin import with_lora, with_own_weights
 from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import flow_map, noisy_mask, warp_time
+from models.functional.precision import at_least_float32
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
 
@@ -87,7 +88,7 @@ class NoisyMaskStudent(Student):
             z = torch.where(masked.unsqueeze(-1), mask + self.mask_noise((z - mask).to(wide)).to(mask.dtype), z)
         prefix = self.soft_prompt(1 - t, 1 - s)  # its own times are noise times, r <= t
         logits = self.body.lm_head(self.body.hidden(z, attention_mask, prefix)[masked])
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return at_least_float32(logits)
 
     def expected(self, psi: Tensor) -> Tensor:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the base's precision."""

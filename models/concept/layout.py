@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.concept.vocabulary import END, ConceptVocabulary
 from models.functional.attention import positions_from_mask
+from models.functional.next_token import until_end
 
 
 class Columns(NamedTuple):
@@ -53,7 +54,7 @@ class PlanLayout:
 
     def open_slots(self, choices: Tensor) -> Tensor:
         """(B, S) bool: slots at which something was chosen, those up to and with the first end of their type."""
-        parts = [self._alive(own) for own in self._by_type(choices)]
+        parts = [until_end(own, END) for own in self._by_type(choices)]
         return torch.cat(parts, -1)
 
     def block(self, choices: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class PlanLayout:
         table = v.choices.to(choices.device)
         parts = []
         for k, own in enumerate(self._by_type(choices)):
-            alive = self._alive(own)
+            alive = until_end(own, END)
             ids = torch.where(alive, table[k][own], v.pad)
             full = alive[:, -1:] & (own[:, -1:] != END)
             last = torch.where(full, v.eos, v.pad)
@@ -85,8 +86,3 @@ class PlanLayout:
 
     def _by_type(self, choices: Tensor) -> tuple[Tensor, ...]:
         return choices.split([t.most for t in self.vocabulary.types], -1)
-
-    @staticmethod
-    def _alive(own: Tensor) -> Tensor:
-        ended = (own == END).long()
-        return ended.cumsum(-1) - ended == 0

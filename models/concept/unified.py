@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from models.concept.layout import Columns, PlanLayout
 from models.concept.vocabulary import IMPOSSIBLE, ConceptVocabulary
+from models.functional.precision import at_least_float32
 
 FIRST_LOGITS = 4.0  # spread of a slot's logits before training
 LOUDNESS = 5.0  # spread of new embeddings, in that of the backbone's
@@ -79,8 +80,7 @@ class UnifiedModel(nn.Module):
 
     @staticmethod
     def _limited(logits: Tensor, possible: Tensor) -> Tensor:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return wide.masked_fill(~possible, IMPOSSIBLE)
+        return at_least_float32(logits).masked_fill(~possible, IMPOSSIBLE)
 
 
 class Reading:

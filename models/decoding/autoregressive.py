@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from models.decoding.masked_diffusion import gumbel_argmax
 from models.functional.attention import positions_from_mask
 from models.functional.next_token import prefix_mask, read_columns, until_end
+from models.functional.rows import response_columns
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def generate_autoregressive(
     vocab_size: ids from there on are padding of the output layer and never said. eos_id: fills what stands beyond its
     first place; None leaves what the model goes on to say.
     """
-    columns = int(rows["response_mask"][0].sum())
+    columns = response_columns(rows["response_mask"])
     seen = read_columns(rows)
     seen, positions = seen[:, :-columns], positions_from_mask(seen)
     # 1. the prompt, once

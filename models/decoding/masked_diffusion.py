@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.gumbel import gumbel_noise
+from models.functional.rows import response_columns
 
 Remasking = Literal["low_confidence", "random"]
 
@@ -39,7 +40,7 @@ def guided_logits(
 
     w = 0 is the conditional model in one forward; otherwise two. The mask token itself is never an answer.
     """
-    columns = int(response_mask[0].sum())
+    columns = response_columns(response_mask)
     conditional = model.lm_head(model.hidden(model.embed(xt), attention_mask)[:, -columns:])
     if guidance != 0:
         hidden_prompt = torch.where(response_mask, xt, model.mask_id)
@@ -68,7 +69,7 @@ def generate_masked_diffusion(
     (`low_confidence`; at temperature 1 this favours a few safe texts) or randomly chosen ones (`random`, ancestral sampling).
     """
     response_mask, attention_mask = rows["response_mask"], rows["attention_mask"]
-    length = int(response_mask[0].sum())
+    length = response_columns(response_mask)
     block_length = block_length or length
     if length % block_length:
         raise UsageError(f"block_length={block_length} must divide the response length {length}")

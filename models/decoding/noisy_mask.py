@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import line_point
+from models.functional.rows import response_columns
 
 Step = Literal["chain", "renoise", "ode"]
 Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -113,4 +114,4 @@ class NoisyMaskDecoder:
     def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
         begin = start_rows(self.student, rows, generator)
         tokens = follow_flow(self.student, begin, forwards=self.forwards, generator=generator, **self.options)
-        return tokens[:, -int(rows["response_mask"][0].sum()) :]
+        return tokens[:, -response_columns(rows["response_mask"]) :]

@@ -5,6 +5,7 @@ from torch import Generator, Tensor
 
 from models.backbones.prefix_student import PrefixStudent
 from models.decoding.masked_diffusion import gumbel_argmax
+from models.functional.rows import response_columns
 
 
 @torch.no_grad()
@@ -14,7 +15,7 @@ def generate_one_step(student: PrefixStudent, rows: dict[str, Tensor], generator
     xt = torch.where(response_mask, base.mask_id, rows["input_ids"])
     r = torch.zeros(len(xt), device=xt.device)
     hidden = student.hidden(base.embed(xt), rows["attention_mask"], r, torch.ones_like(r))
-    logits = base.lm_head(hidden[:, -int(response_mask[0].sum()) :])
+    logits = base.lm_head(hidden[:, -response_columns(response_mask) :])
     logits[..., base.mask_id] = float("-inf")
     return gumbel_argmax(logits, temperature, generator)
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from models.decoding.chance import Chance
 from models.decoding.qstar_law import QStarLaw
+from models.decoding.qstar_roles import Draft, Roles, roles
 from models.decoding.qstar_run import Processor, QStarOutput, QStarRun, Scores
 from models.decoding.verification import VERIFICATIONS
 from models.functional.errors import UsageError, require_choice
 from models.functional.qstar_speed import best_gamma
 
-Draft = Literal["theta", "target", "alternate", "assistant"]
 MOST_GAMMA = 16
 # what `gamma="auto"` believes before it has seen a draft: three of four tokens kept
 PRIOR_KEPT, PRIOR_EXAMINED = 3, 4
@@ -61,7 +61,7 @@ def decode_qstar(
     require_choice("draft", draft, get_args(Draft))
     require_choice("verify", verify, VERIFICATIONS)
     _check(gamma, max_new_tokens, cost, draft, assistant, settled, len(input_ids))
-    drafter, checkers, relative = _roles(draft, cost)
+    who = roles(draft, cost)
     if lengths is None:
         lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
     models = {"theta": theta, "target": target} | ({"assistant": assistant} if draft == "assistant" else {})
@@ -76,8 +76,7 @@ def decode_qstar(
             here = run.target_law(run.score("theta", 0, 1), run.score("target", 0, 1)).at(0)
             run.append(run.active, chance.choose(here.log_q.exp()), here)
         else:
-            length = _draft_length(run, gamma, drafter, relative, draft)
-            pending = _round(run, pending, length, drafter, checkers, draft == "alternate", verify)
+            pending = _round(run, pending, _draft_length(run, gamma, who), who, draft == "alternate", verify)
         if settled is not None:
             settled(run.ids[0, before : int(run.lengths[0])])
     return run.output()
@@ -87,12 +86,12 @@ def _round(
     run: QStarRun,
     pending: tuple[Tensor, Tensor, Tensor] | None,
     gamma: int,
-    drafter: str,
-    checkers: tuple[str, ...],
+    who: Roles,
     alternate: bool,
     verify: str,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """One draft and its verification. Returns the checker's proposal for the next round, where there is one."""
+    drafter, checkers = who.drafter, who.checkers
     # 1. the checker's proposal of the last round, checked by the drafter, which also looks one place further
     further = None
     if pending is not None and bool((pending[0] & run.active).any()):
@@ -105,9 +104,8 @@ def _round(
             return None
         further = own[:, 1] if bool((kept | ~run.active).all()) else None
     # 2. a draft, no longer than some row has room for; what goes beyond a row's room is never settled
-    within = max(
-        1, run.context - int(run.lengths[run.active].max())
-    )  # a request that does not fit is the models' to judge
+    # a request that does not fit is the models' to judge
+    within = max(1, run.context - int(run.lengths[run.active].max()))
     size = min(gamma, int((run.most - run.made)[run.active].max()), within)
     own, drafts = [], []
     for k in range(size):
@@ -140,24 +138,15 @@ def _round(
     return None
 
 
-def _roles(draft: Draft, cost: float) -> tuple[str, tuple[str, ...], float]:
-    """Who drafts, who checks, and what a forward of the drafter costs relative to one of the checkers together."""
-    if draft == "assistant":
-        return "assistant", ("theta", "target"), cost
-    if draft == "theta" or (draft == "alternate" and cost <= 1):
-        return "theta", ("target",), cost
-    return "target", ("theta",), 1 / cost
-
-
-def _draft_length(run: QStarRun, gamma: int | str, drafter: str, cost: float, draft: Draft) -> int:
+def _draft_length(run: QStarRun, gamma: int | str, who: Roles) -> int:
     """gamma, or the length of the highest expected speed-up at the share of the drafter's tokens kept so far.
 
     It depends on what has happened only, so the law of what comes next is q* for any value.
     """
     if gamma != "auto":
         return gamma
-    beta = (run.kept[drafter] + PRIOR_KEPT) / (run.examined[drafter] + PRIOR_EXAMINED)
-    return best_gamma(beta, cost, draft if draft in ("alternate", "assistant") else "carry", MOST_GAMMA)
+    beta = (run.kept[who.drafter] + PRIOR_KEPT) / (run.examined[who.drafter] + PRIOR_EXAMINED)
+    return best_gamma(beta, who.cost, who.formula, MOST_GAMMA)
 
 
 def _check(

@@ -11,10 +11,12 @@ from models.decoding.chance import Chance, TorchChance
 from models.decoding.ngram import NgramScores
 from models.decoding.qstar import decode_qstar
 from models.decoding.qstar_law import QStarLaw
+from models.decoding.qstar_roles import Draft, parameter_cost, roles
 from models.decoding.qstar_run import QStarOutput
 from models.functional.errors import require_choice
 from models.functional.next_token import read_columns
 from models.functional.qstar_speed import SPEEDUPS
+from models.functional.rows import response_columns
 
 Scheme = Literal["naive", "theta", "target", "alternate", "ngram", "assistant"]
 NAMES = {
@@ -60,16 +62,13 @@ class QStarDecoder:
         self.outputs: list[QStarOutput] = []
 
     @property
-    def draft(self) -> str:
+    def draft(self) -> Draft:
         return {"naive": "theta", "ngram": "assistant"}.get(self.scheme, self.scheme)
 
     @property
     def cost(self) -> float:
         """A forward of the drafter over one of its checkers (of θ over t where one of them drafts), by their parameters."""
-        sizes = {name: count_parameters(getattr(self, name)) for name in ("theta", "target", "assistant")}
-        if self.draft == "assistant":
-            return max(1, sizes["assistant"]) / (sizes["theta"] + sizes["target"])
-        return sizes["theta"] / sizes["target"]
+        return parameter_cost(self.theta, self.target, self.draft, self.assistant)
 
     @property
     def forwards(self) -> int:
@@ -98,22 +97,15 @@ class QStarDecoder:
 
     def expected_speedup(self, out: QStarOutput) -> float | None:
         """The formula's speed-up at the acceptance that `out` had; None where nothing was drafted."""
-        drafter = {"naive": None, "ngram": "assistant"}.get(self.scheme, self.draft)
-        if drafter is None or not out.drafts:
+        if not out.drafts:
             return None
-        cost = self.cost
-        if drafter == "alternate":
-            drafter = "theta" if cost <= 1 else "target"
-        if drafter == "target":
-            cost = 1 / cost
-        formula = self.draft if self.draft in SPEEDUPS else "carry"
-        gamma = max(1, round(out.drafted / out.drafts))
-        return SPEEDUPS[formula](gamma, out.acceptance.get(drafter, 0.0), cost)
+        who, gamma = roles(self.draft, self.cost), max(1, round(out.drafted / out.drafts))
+        return SPEEDUPS[who.formula](gamma, out.acceptance.get(who.drafter, 0.0), who.cost)
 
 
 def prompts_of(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """What stands before the response, right-padded (B, P), and its lengths (B,)."""
-    columns = int(rows["response_mask"][0].sum())
+    columns = response_columns(rows["response_mask"])
     seen = read_columns(rows)[:, :-columns]
     return right_padded(rows["input_ids"][:, :-columns], seen)
 
@@ -124,7 +116,3 @@ def right_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tens
         return input_ids, torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
     order = (attention_mask == 0).long().argsort(dim=-1, stable=True)
     return input_ids.gather(1, order), attention_mask.long().sum(-1)
-
-
-def count_parameters(model: nn.Module | None) -> int:
-    return 0 if model is None else sum(weight.numel() for weight in model.parameters())

@@ -28,8 +28,9 @@ from models.backbones.cached_scores import CachedScores
 from models.backbones.causal_scores import CausalScores, require_same_vocabulary
 from models.decoding.chance import TorchChance
 from models.decoding.qstar import decode_qstar
-from models.decoding.qstar_decoder import count_parameters, right_padded
+from models.decoding.qstar_decoder import right_padded
 from models.decoding.qstar_law import QStarLaw, Weight
+from models.decoding.qstar_roles import parameter_cost
 from models.decoding.qstar_run import QStarOutput, Scores
 from models.functional.errors import UsageError
 
@@ -96,7 +97,7 @@ def qstar_generate(
         out = decode_qstar(
             kind(model, vocabulary), kind(target_model, vocabulary), prompts, lengths=lengths, assistant=assistant,
             max_new_tokens=generation_config.max_length - input_ids.shape[1], law=law, gamma=gamma, draft=draft,
-            verify=verify, cost=_cost(model, target_model, draft_model) if cost is None else cost,
+            verify=verify, cost=parameter_cost(model, target_model, draft, draft_model) if cost is None else cost,
             eos_ids=eos_ids, stop=_stop(stopping_criteria), processors=processors, settled=stream,
             chance=TorchChance(generator), shown=input_ids,
         )  # fmt: skip
@@ -178,12 +179,3 @@ def _require_words(draft_model: Any, vocabulary: int) -> None:
     words = getattr(draft_model, "vocab_size", None) if config is None else config.get_text_config().vocab_size
     if words is not None and words < vocabulary:
         raise UsageError(f"draft_model has {words} words and the other two have {vocabulary}; q* needs one vocabulary")
-
-
-def _cost(model: PreTrainedModel, target: PreTrainedModel, assistant: Any) -> float:
-    """Forwards cost what their parameters do: a ratio that does not change from run to run."""
-    theta, other = count_parameters(model), count_parameters(target)
-    if assistant is None:
-        return theta / other
-    own = count_parameters(assistant) if isinstance(assistant, nn.Module) else 0
-    return max(own, 1) / (theta + other)

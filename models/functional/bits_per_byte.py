@@ -7,9 +7,10 @@ so `<bos>` and the like count in neither.
 import math
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.functional.precision import at_least_float32
 
 
 class NllSums(NamedTuple):
@@ -27,8 +28,7 @@ class NllSums(NamedTuple):
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label] in nats: logits (..., V), labels (...) -> (...), in float32 at least."""
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = F.cross_entropy(exact.flatten(0, -2), labels.flatten(), reduction="none")
+    nll = F.cross_entropy(at_least_float32(logits).flatten(0, -2), labels.flatten(), reduction="none")
     return nll.view(labels.shape)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.functional.divergence import kl_divergence
 from models.functional.errors import UsageError
 
 Tangent = Literal["path", "source"]
@@ -75,7 +76,7 @@ def flow_loss(u: Tensor, target: Tensor, kind: FlowLoss, tokens: Tensor | None =
     if kind == "ce":
         return -(log_p.exp() * log_q).sum(-1)
     if kind == "kl":
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+        return kl_divergence(log_p, log_q)
     raise UsageError(f"module.loss={kind} is not known; type kl, ce, mse or hard")
 
 

@@ -9,6 +9,8 @@ Legend: B batch, S slots, W choices of a slot (impossible ones have a very small
 
 from torch import Tensor
 
+from models.functional.divergence import kl_divergence
+
 
 def plan_nll(log_p: Tensor, choices: Tensor, open_slots: Tensor) -> Tensor:
     """-log p of the choices (B, S) under log_p (B, S, W), 0 at slots that are not open (B, S) bool; (B, S)."""
@@ -18,7 +20,7 @@ def plan_nll(log_p: Tensor, choices: Tensor, open_slots: Tensor) -> Tensor:
 
 def slot_kl(log_q: Tensor, log_p: Tensor, open_slots: Tensor) -> Tensor:
     """KL of each slot's two distributions given the same earlier choices, (B, S); an unbiased draw of the sequences' KL."""
-    return (log_q.exp() * (log_q - log_p)).sum(-1).masked_fill(~open_slots, 0.0)
+    return kl_divergence(log_q, log_p).masked_fill(~open_slots, 0.0)
 
 
 def free_bits(kl: Tensor, floor: float) -> Tensor:

@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 
 from models.decoding.qstar_law import QStarLaw
+from models.functional.divergence import kl_divergence
 from models.functional.errors import require_choice
 from models.functional.qstar import overlap
 from models.objectives.base import Terms, mean_of
 
 QStarLoss = Literal["kl", "acceptance"]
-
-
-def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p‖q) in nats over the last axis; p = 0 adds nothing."""
-    p = logp.exp()
-    return torch.where(p > 0, p * (logp - logq), 0.0).sum(-1)
 
 
 def qstar_terms(theta: Tensor, target: Tensor, law: QStarLaw, loss: QStarLoss) -> Terms:

@@ -17,9 +17,10 @@ from lightning_modules.qstar_decoding import QStarDecodingModule
 from lightning_modules.qstar_exactness import enumeration_error, g_test, g_test_of, law_of_texts
 from models.backbones.causal import build_causal
 from models.decoding.qstar_law import QStarLaw
+from models.functional.divergence import kl_divergence
 from models.functional.errors import UsageError
 from models.functional.next_token import causal_text, until_end
-from models.objectives.qstar import kl_divergence, qstar_terms
+from models.objectives.qstar import qstar_terms
 
 
 def corpus(**options) -> OracleDataModule:
@@ -213,8 +214,13 @@ def test_output_layers_may_be_padded_differently(data):
     module = build(data)
     module.target.resize_token_embeddings(len(data.tokenizer) + 8, mean_resizing=False)
     trainer = quiet_trainer(2, limit_val_batches=1)
+    before = [weight.clone() for weight in module.theta.parameters()]
     trainer.fit(module, data)
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.theta.parameters(), strict=True))
     trainer.test(module, data, verbose=False)
+    batch = next(iter(data.test_dataloader()))
+    for decoder in module.decoders():
+        assert decoder(batch, torch.Generator().manual_seed(0)).max() < len(data.tokenizer)
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
