@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from lightning_modules.base import LeapModule
 from lightning_modules.plan_meter import PlanMeter
+from lightning_modules.plan_probes import PlanProbes
 from models.backbones.causal_lm import require_causal, with_adapters
 from models.concept.decoder import PlannedDecoder
 from models.concept.executor import Executor
@@ -28,7 +29,7 @@ from models.functional.rows import response_columns
 BEFORE = "concepts_before"
 
 
-class ConceptPlannerExecutorModule(LeapModule):
+class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
     """model: a causal LM, shared by planner and executor. types: {name: {"codes", "most", "least"}}, in planning order.
 
     weights: of each loss in `terms.NAMES`; 0 or none switches it off. free_bits: nats that each slot's KL may have for nothing.
@@ -74,6 +75,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.anneal_share = anneal_share
         self.plan_temperature, self.temperature = plan_temperature, temperature
         self.meter = PlanMeter()
+        self.figures: dict[str, float] = {}
         self._before: dict[int, Tensor] = {}
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -83,6 +85,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         relaxation, noise, hidden = map(self._annealed, (self.temperatures, self.noise, self.corruption))
         # 1. a plan of each text, drawn from q(z | u, x)
         plan = self.planner.draw(*self._whole(batch), relaxed(generator, relaxation, noise))
+        self.relaxation = tuple(e[plan.open_slots].detach() for e in (plan.soft_embeds, plan.hard_embeds))
         # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
         text = self._text(batch)
         blank = torch.rand(text.shape, generator=generator, device=self.device) < hidden
@@ -198,7 +201,7 @@ class ConceptPlannerExecutorModule(LeapModule):
     def model_figures(self) -> dict[str, float]:
         figures = self.meter.compute()
         # given its plan a text costs less than it does: not to be compared with what other models call their NLL
-        return {"nll_given_plan": figures.pop("nll"), **figures} if figures else {}
+        return {"nll_given_plan": figures.pop("nll"), **figures, **self.figures} if figures else {}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Response ids (B, R) by the last of the decoders."""

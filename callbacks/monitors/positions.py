@@ -1,0 +1,27 @@
+"""Monitor 8: NLL by position. A plan that is used makes all of a text cheaper, one that only opens it the first words."""
+
+from typing import Any
+
+from torch import Generator, Tensor
+
+from callbacks.monitors.probe import WritesFromCondition
+from callbacks.monitors.rows import RowMonitor, in_parts
+from models.functional.per_token import by_position
+
+
+class PositionMonitor(RowMonitor):
+    """nll_at_<place>: nats a token of `width` positions from there on, each text under its own condition."""
+
+    offers = WritesFromCondition
+
+    def __init__(self, rows: int = 256, width: int = 64) -> None:
+        super().__init__(rows)
+        self.width = width
+
+    def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
+        given = module.probe(rows, generator)
+        nll = in_parts(module.probe_nll, rows, given)
+        return {f"nll_at_{place}": value.mean for place, value in by_position(nll, given.counts, self.width).items()}
+
+    def charts(self) -> dict[str, list[str]]:
+        return {"NLL by position": ["monitor/nll_at_[0-9]+$"]}
