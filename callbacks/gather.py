@@ -20,6 +20,7 @@ from scipy.stats import t as student_t
 from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.picture import PREFERRED, STYLE
+from callbacks.rate_picture import rate_figure
 from callbacks.record import find_records
 from callbacks.table import EVERY_COLUMN, heading, value_at, written
 
@@ -43,6 +44,7 @@ NAMES = (
     "dnll_shuffle",
     "reconstruction",
     "rate_bits",
+    "gain_bits",
     "efficiency",
     "joint_information",
     "probe",
@@ -172,8 +174,16 @@ def report_frontier(folder: str | Path, console: Console) -> None:
     (out / "frontier.md").write_text(text + "\n")
     figure = frontier_figure(rows)
     figure.savefig(out / "frontier.png", dpi=130)
+    rate = rate_figure(rows)
+    if rate is not None:
+        rate.savefig(out / "rate.png", dpi=130)
+        console.print(
+            f"figure: {out}/rate.png   what plans save against what they cost", highlight=False, soft_wrap=True
+        )
     with SummaryWriter(str(out)) as writer:
         writer.add_figure("frontier", figure)
+        if rate is not None:
+            writer.add_figure("rate", rate)
         writer.add_text("frontier", text)
     console.print(f"figure: {out}/frontier.png   table: {out}/frontier.md", highlight=False, soft_wrap=True)
 

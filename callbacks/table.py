@@ -43,6 +43,7 @@ MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "by other|plan": (("quality", "dnll_shuffle"), "+.4f"),
     "rebuilt": (("quality", "reconstruction"), ".3f"),
     "plan|bits": (("quality", "rate_bits"), ".2f"),
+    "gain|bits": (("quality", "gain_bits"), "+.2f"),
     "η": (("quality", "efficiency"), ".3f"),
     "plan|told": (("quality", "joint_information"), ".3f"),
     "told by|chance": (("quality", "joint_information_shuffled"), ".3f"),

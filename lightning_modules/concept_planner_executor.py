@@ -84,7 +84,7 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
         generator = self.step_generator(batch_idx)
         relaxation, noise, hidden = map(self._annealed, (self.temperatures, self.noise, self.corruption))
         # 1. a plan of each text, drawn from q(z | u, x)
-        plan = self.planner.draw(*self._whole(batch), relaxed(generator, relaxation, noise))
+        plan = self._drawn(batch, generator, relaxation, noise)
         self.relaxation = tuple(e[plan.open_slots].detach() for e in (plan.soft_embeds, plan.hard_embeds))
         # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
         text = self._text(batch)
@@ -98,6 +98,13 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
         self.log_dict({f"monitor/{name}": value for name, value in raw.items()})
         self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise, "monitor/corruption": hidden})
         return self.refuse_nan(loss)
+
+    def _drawn(self, batch: dict[str, Tensor], generator: Generator, temperature: float, noise: float) -> Plan:
+        """A plan from q(z | u, x) with a gradient to it."""
+        return self.planner.draw(*self._whole(batch), relaxed(generator, temperature, noise))
+
+    def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
+        return self.planner.draw(*self._whole(batch), greedy)
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
         options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota}
@@ -149,7 +156,7 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
         generator = self.step_generator(batch_idx, stream=1, epoch=0)
         text, data = self._text(batch), self.trainer.datamodule
         # 1. a drawn plan: its prices under posterior and prior, and the text's given it
-        plan = self.planner.draw(*self._whole(batch), relaxed(generator, self.temperatures[1], self.noise[1]))
+        plan = self._drawn(batch, generator, self.temperatures[1], self.noise[1])
         prior = self._prior_logits(batch, plan.choices)
         nll = token_nll(self.executor.logits(plan.ids, plan.embeds, text), text)
         log_p, log_q = prior.log_softmax(-1), plan.logits.log_softmax(-1)
@@ -157,7 +164,7 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
         # 2. the text given another text's plan
         other = token_nll(self.executor.logits(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text), text)
         # 3. the most probable plan, and the text that it is turned back into
-        best = self.planner.draw(*self._whole(batch), greedy)
+        best = self._most_probable(batch)
         again = self._written(best, text.shape[1], generator)
         # 4. what the corpus knows
         sums = {"text": nll.sum(-1), "shuffled": other.sum(-1), "rebuilt": (again == text).all(-1)}

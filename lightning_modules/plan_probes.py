@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 
 from models.concept.executor import Executor
-from models.concept.planner import Planner, greedy
+from models.concept.planner import Planner
 from models.concept.unified import UnifiedModel
 from models.concept.wrong_plans import block_without, random_plan
 from models.functional.bits_per_byte import token_nll
@@ -32,7 +32,7 @@ class PlanProbes:
 
     def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given:
         """The rows' texts and their most probable plans."""
-        plan = self.planner.draw(*self._whole(rows), greedy)
+        plan = self._most_probable(rows)
         text = self._text(rows)
         seen = torch.ones_like(plan.choices, dtype=torch.bool)
         counts = until_end(text, self.trainer.datamodule.tokenizer.eos_token_id)
@@ -66,7 +66,7 @@ class PlanProbes:
 
     def probe_choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
         """Of the posterior, and of the prior at the same plans."""
-        plan = self.planner.draw(*self._whole(rows), greedy)
+        plan = self._most_probable(rows)
         prior = self._prior_logits(rows, plan.choices)
         logits = {"posterior": plan.logits, "prior": prior}
         return {who: Choices(own.log_softmax(-1), plan.open_slots) for who, own in logits.items()}
