@@ -1,4 +1,4 @@
-"""Leap's entry: compose a configuration, build what it names, then fit, test, generate or report (run.py --help)."""
+"""Leap's entry: compose a configuration, build what it names, then fit, test, generate, export or report (run.py --help)."""
 
 import os
 import sys
@@ -20,15 +20,15 @@ from callbacks.frontier import FrontierReport
 from callbacks.gather import report_frontier
 from datamodules.prompts import read_prompts
 from lightning_modules.base import require_forwards
-from lightning_modules.run_files import find_checkpoint, newest, newest_student
+from lightning_modules.run_files import find_checkpoint, newest_student
 from lightning_modules.teacher_cache import cache_key, partial_folder, train_or_load
+from lightning_modules.trained import fill_from_checkpoint, newest_model, trained_decoder
 from models.backbones.causal import build_causal
-from models.backbones.causal_lm import load_causal, load_trained
+from models.backbones.causal_lm import load_causal
 from models.backbones.causal_scores import require_one_vocabulary
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.sizes import STAND_IN
 from models.backbones.student_files import load_student, read_student
-from models.decoding.autoregressive import AutoregressiveDecoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.students import student_decoder
 from models.functional.errors import UsageError, require_choice
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def run_mode(cfg: DictConfig) -> float | None:
-    modes = {"fit": fit, "test": test, "generate": generate, "report": report}
+    modes = {"fit": fit, "test": test, "generate": generate, "export": export, "report": report}
     if cfg.mode not in modes:
         raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
     if cfg.seed < 0:
@@ -117,7 +117,8 @@ def generate(cfg: DictConfig) -> None:
     if cfg.pair is not None:
         decoder = _module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
     elif cfg.teacher is None:
-        decoder = _trained_decoder(cfg, datamodule, device)
+        temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
+        decoder = trained_decoder(newest_model(_runs(cfg)), datamodule, temperature, device)
     elif cfg.decoder == "student":
         folder = Path(cfg.student_path) if cfg.student_path else newest_student(_runs(cfg))
         base = _teacher_of(cfg, folder)
@@ -137,14 +138,13 @@ def generate(cfg: DictConfig) -> None:
         print_answers(console, prompts[start : start + 64], datamodule.decode_responses(decoder(few, generator)))
 
 
-def _trained_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> AutoregressiveDecoder:
-    """The newest causal model that the experiment itself trained and left in model/."""
-    advice = "it trains no student, and no run of it left a causal model in model/; mode=generate needs one of them"
-    folder = newest(_runs(cfg), "model/*config.json", advice).parent
-    model = _fitting(load_trained(folder), datamodule, "model").to(device)
-    temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
-    words = len(datamodule.tokenizer)
-    return AutoregressiveDecoder(model, datamodule.response_length, temperature=temperature, vocab_size=words)
+def export(cfg: DictConfig) -> None:
+    """Write the model of ckpt_path= (the experiment's newest) as a folder, model/ of this run."""
+    cfg.ckpt_path = cfg.ckpt_path or "last"
+    module, _, datamodule = _build(cfg)
+    fill_from_checkpoint(module, cfg.ckpt_path)
+    folder = module.export(_run_dir(cfg) / "model", datamodule.tokenizer)
+    console.print(f"model: {folder}", highlight=False, soft_wrap=True)
 
 
 def report(cfg: DictConfig) -> None:

@@ -4,6 +4,7 @@ u prompt, x text, z plan. Legend: B batch, R response columns, S concept slots.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_modules.plan_probes import PlanProbes
 from models.backbones.causal_lm import require_causal, with_adapters
 from models.concept.decoder import PlannedDecoder
 from models.concept.executor import Executor
+from models.concept.files import save_plans
 from models.concept.planner import Plan, Planner, greedy, relaxed
 from models.concept.terms import NAMES, plan_terms
 from models.concept.unified import UnifiedModel
@@ -213,6 +215,11 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Response ids (B, R) by the last of the decoders."""
         return self.decoders()[-1](batch, self.step_generator(batch_idx, stream=2, epoch=0))
+
+    def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
+        """Write the model as a folder, adapters added in; `lightning_modules.trained.load_planned` reads it."""
+        options = dict(self.hparams) | {"module": type(self).__name__, "lora_rank": None}
+        return save_plans(self.model, folder, options, tokenizer)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -226,6 +226,27 @@ def test_a_model_of_text_is_recorded_by_its_bits_per_byte_and_goes_on_with_a_tex
     assert "A paragraph → " in capsys.readouterr().out  # and goes on
 
 
+def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path, capsys):
+    short = [
+        "experiment=concept_oracle", "data.size=tiny", "data.train_rows=64", "data.test_rows=16", "data.batch_size=16",
+        "logger=none", *SMALL,
+    ]  # fmt: skip
+    folder = tmp_path / "out" / "concept_oracle" / "first"
+    run.fit(configure(*short, "trainer.max_steps=2", "trainer.val_check_interval=2", f"paths.run_dir={folder}"))
+    assert (folder / "model" / "concepts.safetensors").is_file()
+    ask = ["mode=generate", "prompt='who=anna'", "n=3", "temperature=0"]
+    capsys.readouterr()
+    run.generate(configure(*short, *ask))
+    first = capsys.readouterr().out
+    assert first.count("who=anna → ") == 3
+    again = tmp_path / "out" / "concept_oracle" / "second"
+    run.export(configure(*short, "mode=export", f"paths.run_dir={again}"))
+    assert (again / "model" / "backbone" / "config.json").is_file()
+    capsys.readouterr()
+    run.generate(configure(*short, *ask))  # the newest is the one that was exported from the checkpoint
+    assert capsys.readouterr().out == first
+
+
 def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):
     short = [
         "experiment=objectives",
