@@ -71,6 +71,16 @@ class PlanProbes:
         logits = {"posterior": plan.logits, "prior": prior}
         return {who: Choices(own.log_softmax(-1), plan.open_slots) for who, own in logits.items()}
 
+    @property
+    def slot_names(self) -> list[str]:
+        """The type of each slot and, where it has several, its place."""
+        types = self.model.vocabulary.types
+        return [t.name if t.most == 1 else f"{t.name}{place + 1}" for t in types for place in range(t.most)]
+
+    def concepts_of(self, rows: dict[str, Tensor]) -> Tensor:
+        """The most probable choices (B, S)."""
+        return self._most_probable(rows).choices
+
     def planner_parameters(self) -> Iterable[Parameter]:
         """The head that chooses concepts."""
         return self.model.new_head.parameters()

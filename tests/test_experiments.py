@@ -70,7 +70,8 @@ def model_overrides(cfg, folder: Path) -> list[str]:
     packed = "PackedTextDataModule" in cfg.data._target_
     if "path" not in cfg.model:
         return [*SMALL, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else SMALL
-    return ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen')}", "model.lora_rank=2", *text]
+    own = ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen')}", "model.lora_rank=2"]
+    return [*own, *text] if packed else own
 
 
 def tiny_qwen(folder: Path) -> Path:
