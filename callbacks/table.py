@@ -69,7 +69,7 @@ SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 # what a narrow terminal does without first; all of it is in record.json
 DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct")
 PAIR_DISPENSABLE = ("formula", "kept", "largest error")
-MODEL_DISPENSABLE = ("perplexity", "chance", "probe|mean", "Mtok", "s", "TFLOP")
+MODEL_DISPENSABLE = ("perplexity", "chance", "probe|mean", "Mtok", "s", "TFLOP", "told by|chance", "nats|truth")
 
 
 def split_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
