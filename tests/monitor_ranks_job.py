@@ -24,13 +24,14 @@ from models.functional.watched import EStep
 
 
 class Searching(ConceptPlannerExecutorModule):
-    """Reports of every batch what a search could have found, a function of its rows: ranks have unequal shares of `kept`."""
+    """Reports of every batch what a search could have found, a function of its rows: ranks have unequal numbers of them."""
 
     def training_step(self, batch, batch_idx):
         ids = batch["input_ids"]
         value = ids.float().std(-1)
-        plans = ids[:, -2:] % 2
-        self.e_step = EStep(torch.stack([value, value / 2], -1), plans, ids.sum(-1) % 3 > 0, value - 1, plans.flip(-1))
+        none = ids.sum(-1) % 3 == 0
+        flips = (ids[:, -1] % 2).float().masked_fill(none, torch.nan)
+        self.e_step = EStep(value, value.square().masked_fill(none, torch.nan), flips)
         return super().training_step(batch, batch_idx)
 
 

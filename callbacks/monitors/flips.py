@@ -12,4 +12,4 @@ class FlipMonitor(SearchMonitor):
     names = ("plan_flips",)
 
     def values(self, found: EStep) -> Tensor:
-        return (found.plans != found.kept_plans)[found.kept].any(-1)
+        return found.flips

@@ -12,4 +12,4 @@ class MarginMonitor(SearchMonitor):
     names = ("margin",)
 
     def values(self, found: EStep) -> Tensor:
-        return found.scores[:, 0] - found.scores[:, 1] if found.scores.shape[1] > 1 else found.scores[:0, 0]
+        return found.margins

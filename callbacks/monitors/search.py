@@ -16,11 +16,12 @@ class SearchMonitor(StepMonitor):
 
     @abstractmethod
     def values(self, found: EStep) -> Tensor:
-        """(N,) of the texts that have one."""
+        """(B,), not finite where there is none."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if isinstance(pl_module, SearchesPlans) and pl_module.e_step is not None:
-            self.add(self.names[0], self.values(pl_module.e_step))
+            values = self.values(pl_module.e_step)
+            self.add(self.names[0], values[values.isfinite()])
 
     def charts(self) -> dict[str, list[str]]:
         return {"search for plans": [f"monitor/{self.names[0]}$"]}

@@ -12,4 +12,4 @@ class StalenessMonitor(SearchMonitor):
     names = ("staleness",)
 
     def values(self, found: EStep) -> Tensor:
-        return (found.scores[:, 0] - found.kept_scores)[found.kept]
+        return found.gaps

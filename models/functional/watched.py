@@ -1,6 +1,6 @@
 """What a model under watch shows of itself: texts and what they are written from, choices, and the results of a search.
 
-Legend: B texts, R tokens of a text, S slots, W choices of a slot, K candidates of a search.
+Legend: B texts, R tokens of a text, S slots, W choices of a slot.
 """
 
 from typing import NamedTuple
@@ -32,17 +32,15 @@ class Choices(NamedTuple):
 
 
 class EStep(NamedTuple):
-    """What a search for better plans found for B texts.
+    """What a search for better plans found for this rank's texts, (B,) each, not finite where there is nothing to say.
 
-    scores (B, K): of its candidates, the best first, nats a text; plans (B, S): the best ones.
-    kept (B,) bool: texts that had a plan before; kept_scores (B,): of that plan, scored anew; kept_plans (B, S).
+    margins: S(z) of the best candidate before the second, nats a text; gaps: of the best before the plan kept so far, both
+    scored now; flips: 1 where the best is another plan than the one kept, 0 where it is the same.
     """
 
-    scores: Tensor
-    plans: Tensor
-    kept: Tensor
-    kept_scores: Tensor
-    kept_plans: Tensor
+    margins: Tensor
+    gaps: Tensor
+    flips: Tensor
 
 
 def rows_at(columns: dict[str, Tensor], index: Tensor | slice) -> dict[str, Tensor]:
