@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from callbacks.monitors.probe import WritesFromCondition
-from callbacks.monitors.rows import RowMonitor, in_parts
+from callbacks.monitors.rows import in_parts
+from callbacks.monitors.texts import TextMonitor
 from models.functional.exchange import derangement, nearest_other
 from models.functional.per_token import by_position, per_token
 from models.functional.watched import Given, rows_at
@@ -13,7 +13,7 @@ from models.functional.watched import Given, rows_at
 KINDS = ("shuffle", "blank", "random", "nearest")
 
 
-class ExchangeMonitor(RowMonitor):
+class ExchangeMonitor(TextMonitor):
     """ΔNLL = NLL(x given a wrong condition) - NLL(x given its own), nats a token.
 
     dnll_shuffle: that of another text, none its own; dnll_blank: one that says nothing; dnll_random: a random one of the same
@@ -21,12 +21,6 @@ class ExchangeMonitor(RowMonitor):
     interval over texts; dnll_shuffle_at_<place>: of `width` positions from there on, with their intervals.
     Whether the condition is used is read off the shuffle: a blank one may hurt because it is unlike anything seen.
     """
-
-    offers = WritesFromCondition
-
-    def __init__(self, rows: int = 256, width: int = 64) -> None:
-        super().__init__(rows)
-        self.width = width
 
     def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
         given = module.probe(rows, generator)

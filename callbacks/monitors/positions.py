@@ -4,19 +4,13 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from callbacks.monitors.probe import WritesFromCondition
-from callbacks.monitors.rows import RowMonitor, in_parts
+from callbacks.monitors.rows import in_parts
+from callbacks.monitors.texts import TextMonitor
 from models.functional.per_token import by_position
 
 
-class PositionMonitor(RowMonitor):
+class PositionMonitor(TextMonitor):
     """nll_at_<place>: nats a token of `width` positions from there on, each text under its own condition."""
-
-    offers = WritesFromCondition
-
-    def __init__(self, rows: int = 256, width: int = 64) -> None:
-        super().__init__(rows)
-        self.width = width
 
     def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
         given = module.probe(rows, generator)
