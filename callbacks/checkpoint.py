@@ -13,5 +13,6 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run:
             return
         super().on_train_end(trainer, pl_module)
-        if self.save_last and trainer.global_step % self._every_n_train_steps:
+        steps = self._every_n_train_steps  # 0 where epochs are counted
+        if self.save_last and (not steps or trainer.global_step % steps):
             trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
