@@ -248,6 +248,18 @@ def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path,
     assert capsys.readouterr().out == first
 
 
+def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, capsys):
+    plain = configure("experiment=concept_qwen")
+    lengths = ["data.prompt_length=16", "data.response_length=16", "trainer.max_steps=2", "logger=none"]
+    small = [*model_overrides(plain, tmp_path), *pairs_overrides(plain, tmp_path), *lengths]
+    folder = tmp_path / "out" / "concept_qwen" / "first"
+    run.fit(configure("experiment=concept_qwen", *small, f"paths.run_dir={folder}"))
+    assert (folder / "model" / "backbone" / "model.safetensors").is_file()  # adapters added in
+    capsys.readouterr()
+    run.generate(configure("experiment=concept_qwen", *small, "mode=generate", "prompt='jump 3'", "temperature=0"))
+    assert "jump 3 → " in capsys.readouterr().out
+
+
 def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):
     short = [
         "experiment=objectives",

@@ -36,7 +36,7 @@ class RowMonitor(Callback):
         return figures
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not isinstance(pl_module, self.offers):
+        if trainer.sanity_checking or not self._can_watch(trainer, pl_module):
             return
         with getattr(pl_module, "averaged", nullcontext)():
             figures = self._figures(trainer, pl_module, "val")
@@ -44,8 +44,11 @@ class RowMonitor(Callback):
             pl_module.log(f"monitor/{name}", value, sync_dist=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, self.offers) and hasattr(pl_module, "figures"):
+        if self._can_watch(trainer, pl_module) and hasattr(pl_module, "figures"):
             pl_module.figures |= self.recorded(self._figures(trainer, pl_module, "test"))
+
+    def _can_watch(self, trainer: Trainer, module: LightningModule) -> bool:
+        return isinstance(module, self.offers) and hasattr(trainer.datamodule, "rows")
 
     @torch.no_grad()
     def _figures(self, trainer: Trainer, module: Any, split: str) -> dict[str, float]:
