@@ -1,5 +1,6 @@
 """ConceptBaselineModule: a planner-executor whose plans nobody learns, so that learned ones can be compared at equal rate."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -12,13 +13,25 @@ from models.functional.errors import UsageError, require_choice
 from models.functional.fixed_codes import leading_tokens, random_hash, surprising_tokens, unigram_surprisal
 
 Code = Literal["leading", "surprisal", "hash"]
+USED = (
+    "corruption",
+    "anneal_share",
+    "plan_temperature",
+    "temperature",
+    "lora_rank",
+    "lr",
+    "weight_decay",
+    "warmup_steps",
+    "seed",
+)
 
 
 class ConceptBaselineModule(ConceptPlannerExecutorModule):
     """code: what stands in the place of the posterior's plan; the prior learns to predict it, the executor reads it alone.
 
     leading: the first `tokens` words of the text; surprisal: the `tokens` that are rarest in the training texts, in reading
-    order; hash: a random code of the whole text, of `types` as a plan has them. Only the losses text and planner are used.
+    order; hash: a random code of the whole text, of `types` as a plan has them. Only the losses text and planner are used, and
+    of the other options of a planner-executor those in USED: the rest say how a plan is learned.
     """
 
     def __init__(
@@ -36,8 +49,12 @@ class ConceptBaselineModule(ConceptPlannerExecutorModule):
             raise UsageError(f"module.tokens={tokens} must be at least 1")
         if code != "hash":
             types = {"words": {"codes": model.get_input_embeddings().num_embeddings, "most": tokens}}
-        used = {name: (weights or {}).get(name, 1.0) for name in ("text", "planner")}
-        super().__init__(model, types=types or {}, weights=used, **options | {"noise": (0.0, 0.0)})
+        losses = {name: (weights or {}).get(name, 1.0) for name in ("text", "planner")}
+        known = inspect.signature(ConceptPlannerExecutorModule.__init__).parameters
+        if unknown := set(options) - set(known):
+            raise TypeError(f"ConceptBaselineModule got an unexpected keyword argument {min(unknown)!r}")
+        used = {name: value for name, value in options.items() if name in USED}
+        super().__init__(model, types=types or {}, weights=losses, noise=(0.0, 0.0), **used)
         self.code, self.tokens = code, tokens
         self.register_buffer("surprisal", None, persistent=False)
 

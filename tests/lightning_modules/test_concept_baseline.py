@@ -79,6 +79,17 @@ def test_mistakes_are_named(tiny_oracle, code, options, sentence):
         build(tiny_oracle, code, **options)
 
 
+def test_options_of_learning_are_passed_over_and_unknown_ones_are_not(tiny_oracle):
+    module = build(
+        tiny_oracle, "leading", free_bits=1.0, noise=(1.0, 1.0), weights={"text": 2.0, "usage": 1.0}, quota=3.0
+    )
+    assert (module.free_bits, module.noise, module.quota) == (0.0, (0.0, 0.0), None)
+    batch = {name: column[:8] for name, column in tiny_oracle.rows["train"].columns.items()}
+    assert torch.equal(module._drawn(batch, torch.Generator(), 1.0, 1.0).choices, module.codes_of(batch))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fre_bits'"):
+        build(tiny_oracle, "leading", fre_bits=1.0)
+
+
 def test_more_words_than_a_text_has_are_refused(tiny_oracle):
     with pytest.raises(UsageError, match=r"module.tokens=7 must not be above the response length 6"):
         prepared(tiny_oracle, "leading", tokens=7)
