@@ -59,6 +59,7 @@ class ConceptBaselineModule(ConceptPlannerExecutorModule):
         self.register_buffer("surprisal", None, persistent=False)
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         data = self.trainer.datamodule
         if self.code != "hash" and self.tokens > data.response_length:
             raise UsageError(
