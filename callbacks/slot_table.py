@@ -39,10 +39,10 @@ class SlotTable(Callback):
 
     @torch.no_grad()
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        plans_of = getattr(trainer.datamodule, "hidden_plans", None)
-        if plans_of is None or not isinstance(pl_module, NamesConcepts):
+        values_of = getattr(trainer.datamodule, "attributes_of", None)
+        if values_of is None or not isinstance(pl_module, NamesConcepts):
             return
-        values = plans_of(batch)
+        values = values_of(batch)
         if values is not None:
             self._parts.append((pl_module.concepts_of(batch).cpu(), values.cpu()))
 

@@ -218,7 +218,7 @@ class PairsDataModule(PromptResponseDataModule):
         """The slots of the prompts, [] where they are no dictionaries."""
         return [] if self._slot_values is None else self._slot_values[0]
 
-    def hidden_plans(self, rows: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def attributes_of(self, rows: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """The number of each row's value of each slot, (N, A), 0 where it has none; None where prompts are no dictionaries."""
         return None if self._slot_values is None else self._slot_values[1][rows["row_index"].cpu()]
 

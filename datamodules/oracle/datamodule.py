@@ -124,6 +124,10 @@ class OracleDataModule(PromptResponseDataModule):
     def attribute_names(self) -> list[str]:
         return [attribute.name for attribute in self.grammar.attributes]
 
+    def attributes_of(self, rows: dict[str, Tensor]) -> Tensor:
+        """What is known of each row's text, (N, A)."""
+        return self.hidden_plans(rows)
+
     def hidden_plans(self, rows: dict[str, Tensor]) -> Tensor:
         """The plan that each row's text tells, one value for each attribute: (N, A)."""
         return self.distribution.plans_of(rows["input_ids"][:, self.prompt_length :].cpu())

@@ -24,7 +24,7 @@ class Slots(LightningModule):
 
 
 def table_of(concepts, values, capsys) -> tuple[dict, str]:
-    data = SimpleNamespace(hidden_plans=lambda rows: values[rows["row"]], attribute_names=NAMES)
+    data = SimpleNamespace(attributes_of=lambda rows: values[rows["row"]], attribute_names=NAMES)
     trainer, module, callback = (
         SimpleNamespace(datamodule=data, is_global_zero=True, loggers=[]),
         Slots(concepts),

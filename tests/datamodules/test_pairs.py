@@ -337,11 +337,11 @@ def test_slots_of_dictionary_prompts_are_known_attributes_of_their_texts(build):
     test = [{"q": {"name": "Blue"}, "a": "Blue"}, {"q": {"food": "Thai", "name": "Aromi"}, "a": "Aromi"}]
     data = build(train=train, test=test)
     assert data.attribute_names == ["food", "name"]
-    plans = {split: data.hidden_plans(data.rows[split].columns) for split in ("train", "test")}
+    plans = {split: data.attributes_of(data.rows[split].columns) for split in ("train", "test")}
     train_names = dict(zip(split_prompts(data, "train"), plans["train"].tolist(), strict=True))
     (blue, aromi) = plans["test"].tolist()
     assert blue[0] == 0  # no food is said
     seen = {prompt: plan for prompt, plan in train_names.items() if "Blue" in prompt}
     assert all(plan[1] == blue[1] for plan in seen.values())
     assert all(plan[1] == aromi[1] for prompt, plan in train_names.items() if "Aromi" in prompt)
-    assert build(setup=True).hidden_plans({"row_index": torch.tensor([0])}) is None  # prompts that are text
+    assert build(setup=True).attributes_of({"row_index": torch.tensor([0])}) is None  # prompts that are text
