@@ -64,7 +64,16 @@ STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a52
 # left out on a narrow terminal; all of it is in frontier.md
 DISPENSABLE = (
     *("tv", "tokens_per_s", "validity_part", "entropy"),
-    *("train_flops", "train_seconds", "train_tokens", "probe_mean", "probe_shuffled", "nll_truth"),
+    *(
+        "train_flops",
+        "train_seconds",
+        "train_tokens",
+        "probe_mean",
+        "probe_shuffled",
+        "nll_truth",
+        "nll_bound",
+        "reconstruction",
+    ),
 )
 
 
