@@ -30,6 +30,7 @@ class PretrainModule(LeapModule):
     Validation logs `val/loss`, what is minimised, and `val/nll`, `val/perplexity`, `val/bits_per_byte` of the text; the names
     of an objective with an upper bound end in `_bound`.
     figures: what is known of the model itself, whatever it generates; callbacks add theirs, and the report shows all.
+    curve: how its validation likelihood came about, a list of values for each name; a callback fills it.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PretrainModule(LeapModule):
         self.model, self.objective = model, objective
         self.forwards, self.temperature, self.remasking = tuple(forwards), temperature, remasking
         self.figures: dict[str, float] = {}
+        self.curve: dict[str, list[float]] = {}
         self.meter, self.truth_meter = NllMeter(), NllMeter()
         if isinstance(objective, TextObjective):
             objective.attach(model)
@@ -66,6 +68,7 @@ class PretrainModule(LeapModule):
 
     def on_validation_epoch_start(self) -> None:
         self.meter.reset()
+        self.truth_meter.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self._loss(batch, batch_idx, "val")
@@ -84,6 +87,7 @@ class PretrainModule(LeapModule):
                 self.meter.update(out.position_nll, out.tokens, batch.get("target_bytes"))
             else:
                 self._measure(batch, batch_idx)
+            self._measure_truth(batch)
         return loss
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
@@ -102,11 +106,19 @@ class PretrainModule(LeapModule):
         nll = self.objective.text_nll(self.model, batch, self.step_generator(batch_idx, stream=2, epoch=0))
         self.meter.update(nll, token_counts(batch), batch.get("target_bytes"))
 
+    def _measure_truth(self, batch: dict[str, Tensor]) -> None:
+        if self._truth is not None:
+            self.truth_meter.update(self._truth(batch), token_counts(batch))
+
     def _likelihood_figures(self) -> dict[str, float]:
+        """What was measured, and the corpus' own NLL of the same texts where it knows it."""
         if self._likelihood is None:
             return {}
         ending = "_bound" if self._likelihood == "bound" else ""
-        return {name + ending: value for name, value in self.meter.compute().items()}
+        figures = {name + ending: value for name, value in self.meter.compute().items()}
+        if self._truth is not None:
+            figures["nll_truth"] = self.truth_meter.compute()["nll"]
+        return figures
 
     # -- comparison ---------------------------------------------------------------------------------------------------
 
@@ -118,15 +130,11 @@ class PretrainModule(LeapModule):
         """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
         if self._likelihood is not None:
             self._measure(batch, batch_idx)
-            if self._truth is not None:
-                self.truth_meter.update(self._truth(batch), token_counts(batch))
+            self._measure_truth(batch)
         return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}
 
     def model_figures(self) -> dict[str, float]:
-        figures = {**self.figures, **self._likelihood_figures()}
-        if self._truth is not None and self._likelihood is not None:
-            figures["nll_truth"] = self.truth_meter.compute()["nll"]
-        return figures
+        return {**self.figures, **self._likelihood_figures()}
 
     def decoders(self) -> list[Decoder]:
         generation = getattr(self.objective, "generation", "masked")
