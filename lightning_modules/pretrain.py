@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.base import LeapModule
 from lightning_modules.nll_meter import NllMeter
+from lightning_modules.token_weights import TokenWeights
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
 from models.decoding.autoregressive import AutoregressiveDecoder
@@ -27,6 +28,7 @@ class PretrainModule(LeapModule):
 
     forwards, temperature, remasking: the sampler settings that `trainer.test` compares; of these a model that generates from
     left to right uses the temperature alone.
+    A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
     Validation logs `val/loss`, what is minimised, and `val/nll`, `val/perplexity`, `val/bits_per_byte` of the text; the names
     of an objective with an upper bound end in `_bound`.
     figures: what is known of the model itself, whatever it generates; callbacks add theirs, and the report shows all.
@@ -52,14 +54,20 @@ class PretrainModule(LeapModule):
         self.forwards, self.temperature, self.remasking = tuple(forwards), temperature, remasking
         self.figures: dict[str, float] = {}
         self.curve: dict[str, list[float]] = {}
-        self.meter, self.truth_meter = NllMeter(), NllMeter()
+        self.meter, self.truth_meter, self.token_weights = NllMeter(), NllMeter(), TokenWeights()
+        # the corpus' own NLL of its texts, where it knows it
+        self._truth: Callable[[dict[str, Tensor]], Tensor] | None = None
         if isinstance(objective, TextObjective):
             objective.attach(model)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.refuse_nan(self._loss(batch, batch_idx, "train"))
+        loss, tokens = self._loss(batch, batch_idx, "train")
+        return self.refuse_nan(loss) * self.token_weights.weight(tokens, self.device)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.token_weights.finish(optimizer, self.trainer.accumulate_grad_batches, self.device)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -67,17 +75,17 @@ class PretrainModule(LeapModule):
             self.objective.after_step(self.model)
 
     def on_validation_epoch_start(self) -> None:
-        self.meter.reset()
-        self.truth_meter.reset()
+        self._start_measuring()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._loss(batch, batch_idx, "val")
+        return self._loss(batch, batch_idx, "val")[0]
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self._likelihood_figures().items():
             self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meter sums over them
 
-    def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> tuple[Tensor, int]:
+        """The mean loss of a batch, and over how many tokens."""
         stream = 0 if split == "train" else 1
         out = self.objective(self.model, batch, self.step_generator(batch_idx, stream))
         loss = out.loss_sum / max(1, out.tokens)
@@ -88,7 +96,7 @@ class PretrainModule(LeapModule):
             else:
                 self._measure(batch, batch_idx)
             self._measure_truth(batch)
-        return loss
+        return loss, out.tokens
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
@@ -96,10 +104,10 @@ class PretrainModule(LeapModule):
     def _likelihood(self) -> str | None:
         return getattr(self.objective, "likelihood", None)
 
-    @property
-    def _truth(self) -> Callable[[dict[str, Tensor]], Tensor] | None:
-        """The corpus' own NLL of its texts, where it knows it."""
-        return getattr(self.trainer.datamodule, "true_nll", None)
+    def _start_measuring(self) -> None:
+        self.meter.reset()
+        self.truth_meter.reset()
+        self._truth = getattr(self.trainer.datamodule, "true_nll", None)
 
     def _measure(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the NLL of the batch's texts to the meter, with the same draws whenever it is measured."""
@@ -123,8 +131,7 @@ class PretrainModule(LeapModule):
     # -- comparison ---------------------------------------------------------------------------------------------------
 
     def on_test_epoch_start(self) -> None:
-        self.meter.reset()
-        self.truth_meter.reset()
+        self._start_measuring()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""

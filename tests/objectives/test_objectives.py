@@ -251,6 +251,22 @@ def test_latent_by_hand():
     assert out.loss_sum.item() == pytest.approx((sum(errors) + 12 * penalty).item())
 
 
+def test_the_latent_target_stays_in_its_document():
+    """Documents of 4 and 2 states with spans of 2: after the first two alone both next states are the document's own."""
+    objective, model = made("latent")
+    batch = packed_batch(rows=3)
+    batch["document_ids"] = torch.tensor([0, 0, 0, 0, 1, 1]).expand(3, -1)
+    out = objective(model, batch, draw())
+    assert out.tokens == 3 * 2
+    assert (out.position_nll != 0).nonzero()[:, 1].tolist() == [0, 1] * 3
+    batch["document_ids"] = torch.arange(6).expand(3, -1)
+    with pytest.raises(UsageError, match=r"module.objective.span=2; type a smaller"):
+        objective(model, batch, draw())
+    objective.eval()  # a last row of validation may be as short: it counts for nothing
+    out = objective(model, batch, draw())
+    assert (out.tokens, out.loss_sum.item()) == (0, 0.0)
+
+
 def norm(state: torch.Tensor) -> torch.Tensor:
     return (state - state.mean()) / (state.var(correction=0) + 1e-5).sqrt()
 
