@@ -4,11 +4,10 @@ Runs of the same experiment with different seeds become one row: mean and 95 % i
 repeated with the same seed replaces the earlier one; give a variant its own name=... to keep it apart.
 """
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,9 +15,10 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student_t
 from torch.utils.tensorboard import SummaryWriter
 
+from callbacks.intervals import half_width
+from callbacks.learning import learning_curves, learning_figure
 from callbacks.picture import PREFERRED, STYLE
 from callbacks.record import find_records
 from callbacks.table import EVERY_COLUMN, heading, value_at, written
@@ -86,10 +86,7 @@ class FrontierRow:
 
     def half_width(self, name: str) -> float | None:
         """Half of the 95 % interval of the mean over seeds; None for fewer than two."""
-        values = self.values.get(name, [])
-        if len(values) < 2:
-            return None
-        return float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        return half_width(self.values.get(name, []))
 
 
 def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
@@ -160,8 +157,12 @@ def frontier_figure(rows: list[FrontierRow]) -> Figure:
 
 
 def report_frontier(folder: str | Path, console: Console) -> None:
-    """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report."""
-    rows = frontier_rows([record for _, record in find_records(folder)])
+    """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report.
+
+    Where models have noted how their likelihood came about, learning.png shows it.
+    """
+    records = [record for _, record in find_records(folder)]
+    rows = frontier_rows(records)
     out = Path(folder) / "report"
     out.mkdir(exist_ok=True)
     parts = dict.fromkeys((row.corpus, row.method == "model") for row in rows)  # models have figures of their own
@@ -170,12 +171,16 @@ def report_frontier(folder: str | Path, console: Console) -> None:
         console.print(frontier_table(own, console.width))
     text = "\n\n".join(f"## {own[0].corpus}\n\n{frontier_markdown(own)}" for own in tables)
     (out / "frontier.md").write_text(text + "\n")
-    figure = frontier_figure(rows)
-    figure.savefig(out / "frontier.png", dpi=130)
+    figures = {"frontier": frontier_figure(rows)}
+    if curves := learning_curves(records):
+        figures["learning"] = learning_figure(curves)
     with SummaryWriter(str(out)) as writer:
-        writer.add_figure("frontier", figure)
+        for name, drawn in figures.items():
+            drawn.savefig(out / f"{name}.png", dpi=130)
+            writer.add_figure(name, drawn)
         writer.add_text("frontier", text)
-    console.print(f"figure: {out}/frontier.png   table: {out}/frontier.md", highlight=False, soft_wrap=True)
+    drawn = ", ".join(f"{out}/{name}.png" for name in figures)
+    console.print(f"figures: {drawn}   table: {out}/frontier.md", highlight=False, soft_wrap=True)
 
 
 def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:

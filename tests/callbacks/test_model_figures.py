@@ -89,6 +89,10 @@ def test_a_goal_is_noted_once_and_only_when_it_is_reached():
         again.load_state_dict(goal.state_dict())
         assert again.state_dict() == goal.state_dict()
         again.on_test_start(trainer, module)
+        assert module.curve["steps"] == [1, 2, 3, 4]
+        assert module.curve["tokens"][:2] == [2 * 6, 5 * 6]
+        assert module.curve["nll"][-1] == pytest.approx(float(trainer.callback_metrics["val/nll"]))
+        assert "nll_truth" not in module.curve  # this corpus does not know it
         found[below] = module.figures
     assert found[100.0]["goal_tokens"] == 2 * 6  # the first validation, after one batch
     assert 0 < found[100.0]["goal_seconds"] < found[100.0]["train_seconds"]
