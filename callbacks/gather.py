@@ -37,6 +37,7 @@ NAMES = (
     "nll",
     "nll_bound",
     "nll_truth",
+    "above_truth",
     "bits_per_byte",
     "bits_per_byte_bound",
     "nll_given_plan",
@@ -58,11 +59,13 @@ NAMES = (
 )
 # name -> (title, where the value is in a record's row, how it is written), as in the table of one run
 FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in EVERY_COLUMN.items() if path[-1] in NAMES}
+FIGURES["above_truth"] = ("above truth", ("quality", "above_truth"), ".4f")  # taken seed by seed, so it has an interval
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 # left out on a narrow terminal; all of it is in frontier.md
 DISPENSABLE = (
     *("tv", "tokens_per_s", "validity_part", "entropy"),
     *("train_flops", "train_seconds", "train_tokens", "probe_mean", "probe_shuffled", "nll_truth"),
+    *("goal_seconds", "probe_untrained", "flops_per_step"),
 )
 
 
@@ -102,7 +105,16 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
         for name, (_, path, _) in FIGURES.items():
             if (value := value_at(row, path)) is not None:
                 own.values[name].append(value)
+        if (above := _above_truth(row)) is not None:
+            own.values["above_truth"].append(above)
     return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
+
+
+def _above_truth(row: dict[str, Any]) -> float | None:
+    """Nats a token, or their bound, above the texts' own."""
+    known = [value_at(row, ("quality", name)) for name in ("nll", "nll_bound")]
+    own, truth = next((value for value in known if value is not None), None), value_at(row, ("quality", "nll_truth"))
+    return None if own is None or truth is None else own - truth
 
 
 def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
@@ -220,5 +232,7 @@ def _known(rows: list[FrontierRow]) -> list[str]:
 
 def _written(row: FrontierRow, name: str) -> str:
     mean, half, form = row.mean(name), row.half_width(name), FIGURES[name][2]
-    interval = "" if half is None or name == "tokens_per_s" else f" ± {half:{form}}"
-    return written(mean, form) + interval
+    interval = "" if half is None or name == "tokens_per_s" else f" ± {written(half, form)}"
+    known = len(row.values.get(name, []))
+    # such as a goal that some seeds did not reach
+    return written(mean, form) + interval + (f" ({known} of {row.seeds})" if 0 < known < row.seeds else "")
