@@ -100,13 +100,12 @@ def document_places(starts: np.ndarray, runs: np.ndarray, rows: int, length: int
     own = np.arange(number.sum()) + np.repeat(last - number.cumsum(), number)
     begins = np.union1d(starts[own] + np.repeat(place - at, number), np.arange(0, rows * length, length))
     # 2. every token's distance from the last of them, and how many there are before it in its row
-    lengths = np.diff(begins, append=rows * length)
-    positions = np.arange(rows * length) - np.repeat(begins, lengths)
-    numbers = np.arange(len(begins)) - np.searchsorted(begins, begins - begins % length)
-    documents = np.repeat(numbers, lengths)
-    return {
-        name: flat.reshape(rows, length) for name, flat in (("document_ids", documents), ("position_ids", positions))
-    }
+    lengths, in_row = np.diff(begins, append=rows * length), begins % length
+    numbers = np.arange(len(begins)) - np.searchsorted(begins, begins - in_row)
+    documents, positions = (np.repeat(each, lengths).reshape(rows, length) for each in (numbers, in_row))
+    # fresh memory of this size costs more than the arithmetic
+    np.subtract(np.arange(length), positions, out=positions)
+    return {"document_ids": documents, "position_ids": positions}
 
 
 class EndlessOrder(EpochSampler):
