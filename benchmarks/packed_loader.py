@@ -41,7 +41,7 @@ each row reads the same number of batches in a random order of rows. By hand: fo
 tokens for the input and one for the targets, made int64 and stacked, nothing else. The loader gives these and the bytes that
 each target stands for, from the same file; document_mask adds document and position ids. Tokens per second are those of the
 inputs; a ratio is the loader's rate over that by hand in the same round (above 1 is faster), median [first, third quartile].
-That the rows are the same is checked. The training step is the forward, backward and AdamW of a causal body of 3 million
+That the rows are the same is checked. The training step is the forward, backward and AdamW of a causal body of 2 million
 parameters (experiment=next_token_text), timed on two rows and multiplied: its tokens per second are what a loader must deliver.
 """
 
