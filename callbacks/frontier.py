@@ -126,7 +126,8 @@ def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[st
     cost = {"tokens_per_s": None, "flops_per_token": None, "peak_memory_bytes": None, "batch": None}
     trained = getattr(pl_module, "objective", pl_module)
     named = {"method": "model", "decoder": type(trained).__name__, "forwards": 0}
-    return {**named, "quality": figures, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
+    named |= {"quality": figures, "curve": getattr(pl_module, "curve", {})}
+    return {**named, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
 
 
 def _print_samples(console: Console, texts: list[tuple[str, str, str, str]]) -> None:

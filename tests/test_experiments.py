@@ -192,9 +192,11 @@ def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, ca
     likelihood = [name for name in ("nll", "nll_bound") if name in found]
     assert len(likelihood) == (objective not in ("latent", "continuous_diffusion"))
     assert ("goal_tokens" in found) == bool(likelihood)
+    assert set(model["curve"]) == ({"steps", "tokens", "nll", "nll_truth"} if likelihood else set())
     capsys.readouterr()
     modes.report(configure("mode=report"))
     assert f"objectives/{objective}" in (tmp_path / "out" / "report" / "frontier.md").read_text()
+    assert (tmp_path / "out" / "report" / "learning.png").exists() == bool(likelihood)
 
 
 def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, capsys):
