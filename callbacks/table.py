@@ -17,17 +17,20 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "slot acc.": (("quality", "slot_accuracy"), ".3f"),
     "BLEU": (("quality", "bleu"), ".1f"),
     "self-BLEU": (("quality", "self_bleu"), ".1f"),
-    "judge|perplexity": (("quality", "judge_perplexity"), ".1f"),
-    "entropy|in a text": (("quality", "text_entropy"), ".2f"),
-    "of all|tokens": (("quality", "unigram_entropy"), ".2f"),
-    "distinct-2": (("quality", "distinct_2"), ".3f"),
-    "distinct-3": (("quality", "distinct_3"), ".3f"),
     "entropy": (("entropy",), ".2f"),
     "TV": (("quality", "tv"), ".2f"),
     "coverage": (("quality", "coverage"), ".2f"),
     "distinct": (("distinct",), ".2f"),
     "tokens/s": (("cost", "tokens_per_s"), ",.0f"),
     "MFLOP/token": (("cost", "flops_per_token"), "mega"),
+}
+# the same of texts without a prompt
+TEXT_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "judge|perplexity": (("quality", "judge_perplexity"), ".1f"),
+    "entropy|in a text": (("quality", "text_entropy"), ".2f"),
+    "of all|tokens": (("quality", "unigram_entropy"), ".2f"),
+    "distinct-2": (("quality", "distinct_2"), ".3f"),
+    "distinct-3": (("quality", "distinct_3"), ".3f"),
 }
 # the same of texts between two models
 PAIR_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -67,7 +70,7 @@ MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "GFLOP/step": (("quality", "flops_per_step"), "giga"),
     "TFLOP": (("quality", "train_flops"), "tera"),
 }
-EVERY_COLUMN = COLUMNS | PAIR_COLUMNS | MODEL_COLUMNS
+EVERY_COLUMN = TEXT_COLUMNS | COLUMNS | PAIR_COLUMNS | MODEL_COLUMNS
 SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 
 
@@ -139,6 +142,11 @@ def in_words(record: dict[str, Any]) -> list[str]:
             f"Given its prompt a text's words still share {correlation:.2f} nats (total correlation). One forward from a "
             "fixed all-mask response draws or picks every place on its own, so no such generator's samples can come nearer "
             f"to the truth than KL {correlation:.2f}, which the product of marginals reaches."
+        )
+    stated = record["data"].get("reference_slot_accuracy")
+    if stated is not None:
+        sentences.append(
+            f"People's own texts for these prompts state {_percent(stated)} of the slot values word for word."
         )
     between = _between_two_models(rows)
     sentences += between or _student_against_teacher(rows)

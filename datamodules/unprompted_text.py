@@ -45,7 +45,9 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         super().__init__(**options)
         self.judge, self.max_eval_rows = judge, max_eval_rows
         if self.document_mask:
-            raise UsageError("data.document_mask=true has no use here: a generator writes a row as one text; type false")
+            raise UsageError(
+                "data.document_mask=true has no use here: a generator writes a row as one text; type false"
+            )
         if max_eval_rows is not None and max_eval_rows < 1:
             raise UsageError(f"data.max_eval_rows={max_eval_rows} leaves no row; type data.max_eval_rows=null for all")
 
@@ -86,9 +88,7 @@ class UnpromptedTextDataModule(PackedTextDataModule):
                 raise UsageError(f"prompt={prompt!r}: this corpus' texts are written without one; leave prompt= out")
         mask = self.tokenizer.mask_token_id
         none: list[list[int]] = [[]] * len(prompts)
-        return pack_prompt_response(
-            none, none, prompt_length=0, response_length=self.length, pad_id=mask, eos_id=mask
-        )
+        return pack_prompt_response(none, none, prompt_length=0, response_length=self.length, pad_id=mask, eos_id=mask)
 
     def decode_prompts(self, rows: dict[str, Tensor]) -> list[str]:
         return [""] * len(rows["input_ids"])

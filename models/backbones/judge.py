@@ -45,6 +45,8 @@ def load_judge(path: str | Path | None) -> Judge | None:
         return None
     model = load_trained(path)
     if not (Path(path) / "tokenizer_config.json").is_file():
-        raise UsageError(f"data.judge.path={path} holds no tokenizer; give a folder that experiment=next_token_text wrote")
+        raise UsageError(
+            f"data.judge.path={path} holds no tokenizer; give a folder that experiment=next_token_text wrote"
+        )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return Judge(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
