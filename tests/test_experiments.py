@@ -67,7 +67,9 @@ def model_overrides(cfg, folder: Path) -> list[str]:
         return SMALL
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.length=16"]
-    packed = "PackedTextDataModule" in cfg.data._target_
+    packed = "TextDataModule" in cfg.data._target_
+    if "Unprompted" in cfg.data._target_:
+        text += ["module.forwards=[1,2]"]
     if "path" not in cfg.model:
         return [*SMALL, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else SMALL
     return ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen')}", "model.lora_rank=2", *text]
@@ -157,7 +159,7 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
 
 
 @pytest.mark.parametrize("flow", sorted(path.stem for path in (ROOT / "conf" / "flow").glob("*.yaml")))
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e"])
+@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
 def test_every_flow_fits_every_experiment(configure, name, flow):
     """One word switches: no experiment sets an option that only one flow has."""
     cfg = configure(f"experiment={name}", f"flow={flow}")
@@ -165,7 +167,7 @@ def test_every_flow_fits_every_experiment(configure, name, flow):
     assert run.instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in
 
 
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e"])
+@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
 def test_a_published_model_fits_every_experiment(configure, name):
     cfg = configure(f"experiment={name}", "model=llada_8b", "model.path=somewhere")
     accepted = inspect.signature(get_method(cfg.model._target_)).parameters
