@@ -149,7 +149,7 @@ def in_words(record: dict[str, Any]) -> list[str]:
             f"People's own texts for these prompts state {_percent(stated)} of the slot values word for word."
         )
     between = _between_two_models(rows)
-    sentences += between or _student_against_teacher(rows)
+    sentences += between or _student_against_teacher(rows) + _judged(rows)
     marginals = next((r for r in rows if r["decoder"] == "product of marginals"), None)
     for row in rows:
         part = row["quality"].get("validity_part")
@@ -188,6 +188,21 @@ def _student_against_teacher(rows: list[dict[str, Any]]) -> list[str]:
         f"{best['cost']['tokens_per_s'] / last['cost']['tokens_per_s']:.1f} times the teacher's tokens per second at "
         f"{last['forwards']} forwards (batch {best['cost']['batch']})."
     ]
+
+
+def _judged(rows: list[dict[str, Any]]) -> list[str]:
+    """One sentence: what the judge makes of real text and of each one-forward text, beside how varied they are."""
+    known = [row for row in rows if row["quality"].get("judge_perplexity") is not None]
+    shown = [row for row in known if row["forwards"] == 1 or row["method"] == "control"]
+    parts = [
+        f"{row['decoder']}{', 1 forward' if row['forwards'] else ''}: {row['quality']['judge_perplexity']:.1f} at "
+        f"{row['quality']['text_entropy']:.2f}"
+        for row in shown
+    ]
+    if not parts:
+        return []
+    listed = "; ".join(parts)
+    return [f"Judge's perplexity, at nats of entropy within a text (less is repetition): {listed}."]
 
 
 def _between_two_models(rows: list[dict[str, Any]]) -> list[str]:

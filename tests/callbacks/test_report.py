@@ -418,6 +418,17 @@ def points(axis, label: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in drawn.lines[0].get_xydata()]
 
 
+def test_the_judges_figures_are_said_beside_entropy(pairs_record):
+    assert not [s for s in in_words(pairs_record) if s.startswith("Judge")]
+    for k, row in enumerate(pairs_record["rows"]):
+        row["quality"] |= {"judge_perplexity": 20.0 + k, "text_entropy": 3.5}
+    (sentence,) = [s for s in in_words(pairs_record) if s.startswith("Judge")]
+    one = [row["decoder"] for row in pairs_record["rows"] if row["forwards"] == 1]
+    assert all(f"{decoder}, 1 forward: 2" in sentence for decoder in one)
+    assert sentence.count("at 3.50") == len(one)
+    assert "judge perplexity" in cells(results_table(pairs_record, 300))
+
+
 def test_figure_has_a_panel_for_each_quality_of_the_oracle(oracle_record):
     found = panels(quality_figure(oracle_record))
     assert set(found) == {
