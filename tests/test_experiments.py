@@ -228,6 +228,28 @@ def test_a_model_of_text_is_recorded_by_its_bits_per_byte_and_goes_on_with_a_tex
     assert "A paragraph → " in capsys.readouterr().out  # and goes on
 
 
+def test_texts_without_a_prompt_are_judged_by_a_model_of_another_run(configure, tmp_path, capsys):
+    plain = configure("experiment=meanflow_text")
+    small = [*model_overrides(plain, tmp_path), "trainer.max_steps=3", "logger=none", "data.batch_size=4"]
+    judge = tmp_path / "out" / "next_token_text" / "run"
+    words = "data.vocab_size=2048"
+    forwards = "module.forwards=[1,2]"
+    run.fit(configure("experiment=next_token_text", words, f"paths.run_dir={judge}", *small))
+    flow = ["experiment=meanflow_text", "teacher.max_steps=2", *FLOWS["noisy_mask"], *small, forwards]
+    place = f"paths.run_dir={tmp_path}/out/meanflow_text/run"
+    run.fit(configure(*flow, f"data.judge.path={judge}/model", place))
+    record = json.loads((tmp_path / "out" / "meanflow_text" / "run" / "record.json").read_text())
+    assert [row["decoder"] for row in record["rows"]][-2:] == ["product of marginals", "held-out text"]
+    assert all(row["quality"]["judge_perplexity"] > 1 for row in record["rows"])
+    assert "Judge's perplexity" in capsys.readouterr().out.replace("\n", " ")
+    run.generate(configure(*flow, "mode=generate", "n=2"))
+    assert all(text.strip() for text in capsys.readouterr().out.splitlines()[-2:])
+    with pytest.raises(UsageError, match="leave prompt= out"):
+        run.generate(configure(*flow, "mode=generate", "prompt=once"))
+    with pytest.raises(UsageError, match="the judge has a vocabulary"):
+        run.fit(configure(*flow, f"data.judge.path={judge}/model", "data.tokenizer=byte"))
+
+
 def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):
     short = [
         "experiment=objectives",
