@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.intervals import half_width
 from callbacks.learning import learning_curves, learning_figure
-from callbacks.picture import PREFERRED, STYLE
+from callbacks.picture import PREFERRED, STYLE, scale_quality
 from callbacks.record import find_records
 from callbacks.table import EVERY_COLUMN, heading, value_at, written
 
@@ -30,6 +30,12 @@ NAMES = (
     "exact_match",
     "slot_accuracy",
     "bleu",
+    "self_bleu",
+    "judge_perplexity",
+    "text_entropy",
+    "unigram_entropy",
+    "distinct_2",
+    "distinct_3",
     "tv",
     "entropy",
     "tokens_per_s",
@@ -219,8 +225,7 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
     if cost == "forwards":
         axis.xaxis.set_major_formatter(ScalarFormatter())
-    if quality != "bleu":
-        axis.set_ylim(-0.03, 1.05)
+    scale_quality(axis, quality)
     axis.set_xlabel("forwards per sequence" if cost == "forwards" else "response tokens per second")
     axis.set_title("TV (0 is the truth)" if quality == "tv" else FIGURES[quality][0], fontsize=10)
     axis.grid(alpha=0.25)

@@ -69,7 +69,9 @@ def model_overrides(cfg, folder: Path) -> list[str]:
         return SMALL
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.length=16"]
-    packed = "PackedTextDataModule" in cfg.data._target_
+    packed = "TextDataModule" in cfg.data._target_
+    if "Unprompted" in cfg.data._target_:
+        text += ["module.forwards=[1,2]"]
     if "path" not in cfg.model:
         return [*SMALL, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else SMALL
     return ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen')}", "model.lora_rank=2", *text]
@@ -159,7 +161,7 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
 
 
 @pytest.mark.parametrize("flow", sorted(path.stem for path in (ROOT / "conf" / "flow").glob("*.yaml")))
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e"])
+@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
 def test_every_flow_fits_every_experiment(configure, name, flow):
     """One word switches: no experiment sets an option that only one flow has."""
     cfg = configure(f"experiment={name}", f"flow={flow}")
@@ -167,7 +169,7 @@ def test_every_flow_fits_every_experiment(configure, name, flow):
     assert instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in
 
 
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e"])
+@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
 def test_a_published_model_fits_every_experiment(configure, name):
     cfg = configure(f"experiment={name}", "model=llada_8b", "model.path=somewhere")
     accepted = inspect.signature(get_method(cfg.model._target_)).parameters
@@ -228,6 +230,28 @@ def test_a_model_of_text_is_recorded_by_its_bits_per_byte_and_goes_on_with_a_tex
     capsys.readouterr()
     modes.generate(configure(*short, "mode=generate", "prompt='A paragraph'"))
     assert "A paragraph → " in capsys.readouterr().out  # and goes on
+
+
+def test_texts_without_a_prompt_are_judged_by_a_model_of_another_run(configure, tmp_path, capsys):
+    plain = configure("experiment=meanflow_text")
+    small = [*model_overrides(plain, tmp_path), "trainer.max_steps=3", "logger=none", "data.batch_size=4"]
+    judge = tmp_path / "out" / "next_token_text" / "run"
+    words = "data.vocab_size=2048"
+    forwards = "module.forwards=[1,2]"
+    modes.fit(configure("experiment=next_token_text", words, f"paths.run_dir={judge}", *small))
+    flow = ["experiment=meanflow_text", "teacher.max_steps=2", *FLOWS["noisy_mask"], *small, forwards]
+    place = f"paths.run_dir={tmp_path}/out/meanflow_text/run"
+    modes.fit(configure(*flow, f"data.judge.path={judge}/model", place))
+    record = json.loads((tmp_path / "out" / "meanflow_text" / "run" / "record.json").read_text())
+    assert [row["decoder"] for row in record["rows"]][-2:] == ["product of marginals", "held-out text"]
+    assert all(row["quality"]["judge_perplexity"] > 1 for row in record["rows"])
+    assert "Judge's perplexity" in capsys.readouterr().out.replace("\n", " ")
+    modes.generate(configure(*flow, "mode=generate", "n=2"))
+    assert all(text.strip() for text in capsys.readouterr().out.splitlines()[-2:])
+    with pytest.raises(UsageError, match="leave prompt= out"):
+        modes.generate(configure(*flow, "mode=generate", "prompt=once"))
+    with pytest.raises(UsageError, match="the judge has a vocabulary"):
+        modes.fit(configure(*flow, f"data.judge.path={judge}/model", "data.tokenizer=byte"))
 
 
 def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):
