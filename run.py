@@ -23,14 +23,15 @@ from lightning_modules.base import require_forwards
 from lightning_modules.run_files import find_checkpoint, newest, newest_student
 from lightning_modules.teacher_cache import cache_key, partial_folder, train_or_load
 from models.backbones.causal import build_causal
-from models.backbones.causal_lm import load_causal, load_trained
+from models.backbones.causal_lm import load_causal
 from models.backbones.causal_scores import require_one_vocabulary
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.sizes import STAND_IN
 from models.backbones.student_files import load_student, read_student
-from models.decoding.autoregressive import AutoregressiveDecoder
+from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.students import student_decoder
+from models.decoding.trained import load_trained, trained_decoder
 from models.functional.errors import UsageError, require_choice
 
 console = report_console()
@@ -137,14 +138,13 @@ def generate(cfg: DictConfig) -> None:
         print_answers(console, prompts[start : start + 64], datamodule.decode_responses(decoder(few, generator)))
 
 
-def _trained_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> AutoregressiveDecoder:
+def _trained_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
     """The newest causal model that the experiment itself trained and left in model/."""
     advice = "it trains no student, and no run of it left a causal model in model/; mode=generate needs one of them"
     folder = newest(_runs(cfg), "model/*config.json", advice).parent
     model = _fitting(load_trained(folder), datamodule, "model").to(device)
     temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
-    words = len(datamodule.tokenizer)
-    return AutoregressiveDecoder(model, datamodule.response_length, temperature=temperature, vocab_size=words)
+    return trained_decoder(model, datamodule.response_length, temperature, vocab_size=len(datamodule.tokenizer))
 
 
 def report(cfg: DictConfig) -> None:

@@ -68,16 +68,17 @@ def model_overrides(cfg, folder: Path) -> list[str]:
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.length=16"]
     packed = "PackedTextDataModule" in cfg.data._target_
+    deep = 3 if "split" in cfg.module else None  # a model that is split in three
+    small = [*SMALL, *([f"model.num_hidden_layers={deep}"] if deep else [])]
     if "path" not in cfg.model:
-        return [*SMALL, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else SMALL
-    return ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen')}", "model.lora_rank=2", *text]
+        return [*small, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else small
+    return ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen', deep or 2)}", "model.lora_rank=2", *text]
 
 
-def tiny_qwen(folder: Path) -> Path:
+def tiny_qwen(folder: Path, layers: int = 2) -> Path:
     """A Hugging Face folder with a causal model and its tokenizer (bytes)."""
-    return save_causal(
-        tiny_causal(264, architecture="qwen3"), folder, build_tokenizer("byte", [], 0, folder, packed=True)
-    )
+    model = tiny_causal(264, architecture="qwen3", num_hidden_layers=layers)
+    return save_causal(model, folder, build_tokenizer("byte", [], 0, folder, packed=True))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -5,9 +5,10 @@ Legend: B batch, T positions, D width, V vocabulary.
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from models.concept.concept_stack import ConceptStack, Level, Setting, StackState
-from models.concept.layer_stack import nested_split, require_layout, require_same, require_split
+from models.concept.layer_stack import nested_split, require_layout, require_same, require_split, suggested_split
 from models.functional.attention import positions_from_mask
 from models.functional.errors import UsageError
 
@@ -15,7 +16,7 @@ from models.functional.errors import UsageError
 class OnlineConceptModel(nn.Module):
     """backbone: a causal LM of transformers in the layout of Llama and Qwen3, whole or with adapters.
 
-    split: layers of [shallow, middle, deep]; levels: how often the middle is split again in the same proportions.
+    split: layers of [shallow, middle, deep], None is 2 : 3 : 2; levels: how often the middle is split again in the same proportions.
     growth: which positions commit (router.GROWTH); most_nulls: NULLs that may follow each other; codes: of the concepts.
     gate: how the decision to commit gets its gradient (concept_stack.GATES). The setting last trained with is kept in
     buffers, beside the routers' offsets.
@@ -24,7 +25,7 @@ class OnlineConceptModel(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        split: list,
+        split: list | None = None,
         *,
         levels: int = 1,
         growth: str = "null",
@@ -36,27 +37,30 @@ class OnlineConceptModel(nn.Module):
     ) -> None:
         super().__init__()
         decoder = require_layout(backbone)
-        require_split(list(split), len(decoder.layers))
+        split = suggested_split(len(decoder.layers)) if split is None else list(split)
+        require_split(split, len(decoder.layers))
         if levels < 1 or (levels > 1 and isinstance(split[1], list)):
             raise UsageError(
                 f"module.levels={levels} splits the middle itself; type module.levels=1, or a number in module.split={split}"
             )
-        split = nested_split(list(split), levels)
+        split = nested_split(split, levels)
         require_split(split, len(decoder.layers))
         table = backbone.get_input_embeddings().weight
         like = {"device": table.device, "dtype": table.dtype}
         self.backbone, self.split, self.levels = backbone, split, levels
-        self.stack = ConceptStack(
-            decoder, split, growth=growth, gate=gate, codes=codes, most_nulls=most_nulls, read_out=self.read_out, **like
-        )
+        options = {"growth": growth, "gate": gate, "codes": codes, "most_nulls": most_nulls}
+        loudness = table.detach().float().std().item()  # codes start as loud as words
+        self.stack = ConceptStack(decoder, split, **options, loudness=loudness, read_out=self.read_out, **like)
         # (compression, quantisation)
         self.register_buffer(
             "setting", torch.tensor([compression, quantisation], dtype=torch.float64, device=table.device)
         )
-        self.options = {
-            "split": list(split), "growth": growth, "gate": gate, "codes": codes, "most_nulls": most_nulls,
-        }  # fmt: skip
+        self.options = {"split": split, **options}
         self._require_same()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.backbone.config
 
     # -- a whole text -------------------------------------------------------------------------------------------------
 
