@@ -30,7 +30,7 @@ TIMED_ROWS, TIMED_TOKENS = 16, 32
 
 
 class OnlineConceptModule(LeapModule):
-    """model: a causal LM in the layout of Llama and Qwen3. split, levels, growth, gate, codes, most_nulls: `OnlineConceptModel`.
+    """model: a causal LM in the layout of Llama and Qwen3; split to most_nulls: as in `OnlineConceptModel`.
 
     Four pairs go from their first to their second value, linearly over `anneal_share` of the steps. compression: tokens a
     concept; 1 is the model as it was. quantisation: 0 the middle stack reads shallow states, 1 codes. temperatures: of the
@@ -103,6 +103,8 @@ class OnlineConceptModule(LeapModule):
         raw = {"text": nll.sum() / text.weights.sum().clamp(min=1), **online_terms(self.model, levels, text)}
         # 3. the weighted sum
         loss = sum(weight * raw[name] for name, weight in self.weights.items() if weight)
+        # ranks wait for every weight's gradient, also while nothing is compressed and a router decides nothing
+        loss = loss + 0.0 * sum(p.sum() for p in self.model.stack.parameters())
         # 4. hold the rate that was realised
         if self.hold_rate:
             self._hold(levels)
@@ -120,10 +122,12 @@ class OnlineConceptModule(LeapModule):
     def _hold(self, levels: list[Level]) -> None:
         for stack, level in zip(self.model.stacks(), levels, strict=True):
             routing = level.routing
-            counts = torch.stack([routing.commit.sum(), routing.valid.sum()]).double()
-            counts = self.all_gather(counts).reshape(-1, 2).sum(0)  # the same offset on every rank
-            spread = self.all_gather(routing.spread).mean()
-            stack.router.hold((counts[0] / counts[1]).float(), routing.compression, spread)
+            sums = torch.cat(
+                [torch.stack([routing.commit.sum(), routing.valid.sum()]).double(), routing.moments.double()]
+            )
+            sums = self.all_gather(sums).reshape(-1, len(sums)).sum(0)  # the same offset on every rank
+            if sums[1] > 0:  # there may be no concepts for concepts of concepts
+                stack.router.hold(sums[0] / sums[1], routing.compression, sums[2:])
 
     def _setting(self, batch_idx: int) -> Setting:
         pairs = (self.compression, self.quantisation, self.temperatures, self.noise)
@@ -190,7 +194,7 @@ class OnlineConceptModule(LeapModule):
             return {}
         figures["compression"] = 1 / float(self.commit_rate.compute())
         for name, meter in (("nll_truth", self.truth_meter), ("baseline_nll", self.base_meter)):
-            figures |= {name: found["nll"]} if (found := meter.compute()) else {}
+            figures |= {name: meter.compute()["nll"]} if meter.update_called else {}
         return figures
 
     def model_cost(self) -> dict[str, float | None]:
@@ -228,7 +232,8 @@ class OnlineConceptModule(LeapModule):
         data = self.trainer.datamodule
         how = {"vocab_size": len(data.tokenizer)}
         return [
-            OnlineConceptDecoder(self.model, data.response_length, temperature=t, **how) for t in (0.0, self.temperature)
+            OnlineConceptDecoder(self.model, data.response_length, temperature=t, **how)
+            for t in (0.0, self.temperature)
         ]
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -285,4 +290,6 @@ def _check_options(
     if not 0 <= share <= 1:
         raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")
     if baseline is not None and not Path(baseline).is_dir():
-        raise UsageError(f"module.baseline={baseline} is no folder; type that of a trained causal LM, <run folder>/model")
+        raise UsageError(
+            f"module.baseline={baseline} is no folder; type that of a trained causal LM, <run folder>/model"
+        )

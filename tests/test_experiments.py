@@ -72,7 +72,12 @@ def model_overrides(cfg, folder: Path) -> list[str]:
     small = [*SMALL, *([f"model.num_hidden_layers={deep}"] if deep else [])]
     if "path" not in cfg.model:
         return [*small, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else small
-    return ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen', deep or 2)}", "model.lora_rank=2", *text]
+    return [
+        "trainer.accelerator=cpu",
+        f"model.path={tiny_qwen(folder / 'qwen', deep or 2)}",
+        "model.lora_rank=2",
+        *text,
+    ]
 
 
 def tiny_qwen(folder: Path, layers: int = 2) -> Path:

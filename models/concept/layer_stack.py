@@ -80,7 +80,9 @@ def split_size(split: list) -> int:
 def suggested_split(layers: int) -> list[int]:
     """2 : 3 : 2 of the layers, [8, 12, 8] of 28."""
     if layers < 3:
-        raise UsageError(f"model.num_hidden_layers={layers} cannot be split in three; type model.num_hidden_layers=3 or more")
+        raise UsageError(
+            f"model.num_hidden_layers={layers} cannot be split in three; type model.num_hidden_layers=3 or more"
+        )
     ends = max(1, round(layers * 2 / 7))
     return [ends, max(1, layers - 2 * ends), ends]
 

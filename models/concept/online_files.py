@@ -1,5 +1,4 @@
-"""Online concept models on disk: the backbone as transformers or peft write it, and beside it what is new.
-"""
+"""Online concept models on disk: the backbone as transformers or peft write it, and beside it what is new."""
 
 import json
 from pathlib import Path

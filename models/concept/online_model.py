@@ -16,7 +16,7 @@ from models.functional.errors import UsageError
 class OnlineConceptModel(nn.Module):
     """backbone: a causal LM of transformers in the layout of Llama and Qwen3, whole or with adapters.
 
-    split: layers of [shallow, middle, deep], None is 2 : 3 : 2; levels: how often the middle is split again in the same proportions.
+    split: layers of [shallow, middle, deep], None is 2 : 3 : 2; levels: 2 splits the middle again in the same proportions.
     growth: which positions commit (router.GROWTH); most_nulls: NULLs that may follow each other; codes: of the concepts.
     gate: how the decision to commit gets its gradient (concept_stack.GATES). The setting last trained with is kept in
     buffers, beside the routers' offsets.

@@ -27,7 +27,7 @@ def online_terms(model: OnlineConceptModel, levels: list[Level], text: CausalTex
         if routing.compression > 1 and stack.router.learned:
             parts = (routing.commit, routing.probability, routing.valid, routing.compression)
             terms["ratio"] = terms["ratio"] + ratio_loss(*parts)
-        terms["code"] = terms["code"] + level.coded.error[real].mean()
+        terms["code"] = terms["code"] + (level.coded.error * real).sum() / real.sum().clamp(min=1)
         terms["usage"] = terms["usage"] + usage_kl(level.coded.probabilities[real])
         if hasattr(stack.router, "draft"):
             logits = stack.router.draft(level.hidden[text.weights])

@@ -19,6 +19,7 @@ from models.functional.gumbel import gumbel_noise
 from models.functional.precision import at_least_float32
 
 ReadOut = Callable[[Tensor], Tensor]
+LEAST_SPREAD = 0.05  # scores that are all alike would never be moved
 
 
 class RouterState(NamedTuple):
@@ -39,13 +40,13 @@ class RouterState(NamedTuple):
 class Routing(NamedTuple):
     """commit (B, T) bool; probability (B, T) of a commit, with its gradient; valid (B, T) bool.
 
-    spread: how far the scores lie apart; compression: what was asked for.
+    moments (3,): number, sum and sum of squares of the scores of real positions; compression: what was asked for.
     """
 
     commit: Tensor
     probability: Tensor
     valid: Tensor
-    spread: Tensor
+    moments: Tensor
     compression: float
 
     @property
@@ -93,7 +94,7 @@ class Router(nn.Module):
         after = state._replace(place=state.place + valid.sum(1))
         if compression == 1:
             one = torch.ones_like(valid, dtype=hidden.dtype)
-            return Routing(valid, one, valid, one.new_zeros(()), 1.0), after
+            return Routing(valid, one, valid, one.new_zeros(3), 1.0), after
         # 1. scores, centred so that a fresh router commits one position in `compression`
         scores = at_least_float32(self.scores(hidden, codes)) - null_bias(compression) - self.offset
         if noise and self.learned:
@@ -102,9 +103,9 @@ class Router(nn.Module):
         natural, probability, total = self.decide(scores, valid, place, state, compression)
         commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since)
         since = commits.nulls_since(commit, valid, state.since)
-        routing = Routing(
-            commit, probability.to(hidden.dtype), valid, self.spread_of(scores.detach()[valid]), compression
-        )
+        real = scores.detach()[valid]
+        moments = torch.stack([valid.sum().to(real.dtype), real.sum(), real.square().sum()])
+        routing = Routing(commit, probability.to(hidden.dtype), valid, moments, compression)
         return routing, after._replace(since=since, total=total)
 
     def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
@@ -117,14 +118,16 @@ class Router(nn.Module):
         """Natural commits (B, T), their probability (B, T) and the new running sum (B,)."""
         return scores > 0, scores.sigmoid(), state.total
 
-    def spread_of(self, scores: Tensor) -> Tensor:
-        return scores.std().clamp(min=0.05) if scores.numel() > 1 else scores.new_tensor(0.05)
+    def spread(self, moments: Tensor) -> Tensor:
+        """How far the scores lie apart: their standard deviation."""
+        count, total, squares = moments
+        return (squares / count - (total / count).square()).clamp(min=LEAST_SPREAD**2).sqrt()
 
     @torch.no_grad()
-    def hold(self, realised: Tensor, compression: float, spread: Tensor) -> None:
-        """Move the offset after a step whose realised rate was measured, over all ranks."""
+    def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
+        """Move the offset after a step; realised rate and moments are those of all ranks."""
         if compression > 1:
-            self.offset.copy_(correction(self.offset, realised, compression, spread))
+            self.offset.copy_(correction(self.offset, realised, compression, self.spread(moments)))
 
 
 class NullRouter(Router):
@@ -184,8 +187,8 @@ class AccumulateRouter(ScoreRouter):
         natural, total = commits.accumulated_commits((increments * valid).detach(), state.total)
         return natural, increments, total
 
-    def spread_of(self, scores: Tensor) -> Tensor:
-        return scores.new_ones(())  # the rate follows the offset itself, not what lies on either side of a threshold
+    def spread(self, moments: Tensor) -> Tensor:
+        return moments.new_ones(())  # the rate follows the offset itself, not what lies on either side of a threshold
 
 
 class FixedRouter(Router):
@@ -202,7 +205,7 @@ class FixedRouter(Router):
         natural = commits.even_commits(place, compression) & valid
         return natural, natural.to(scores.dtype), state.total
 
-    def hold(self, realised: Tensor, compression: float, spread: Tensor) -> None:
+    def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
         """Its rate is what it is."""
 
 
