@@ -88,7 +88,7 @@ class ConceptStack(nn.Module):
         size = middle if self.inner is None else self.inner.size
         self.size, self.gate = shallow + size + deep, gate
         self.shallow = LayerStack(decoder, first, first + shallow)
-        self.middle = None if self.inner else LayerStack(decoder, first + shallow, first + shallow + size)
+        self.middle = None if self.inner is not None else LayerStack(decoder, first + shallow, first + shallow + size)
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
         self.codes = ConceptCodes(width, codes, loudness, **like)
         self.router = build_router(growth, width, most_nulls, self.codes, read_out, **like)
