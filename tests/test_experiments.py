@@ -218,6 +218,25 @@ def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, cap
     assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
 
 
+def test_online_concepts_are_trained_kept_and_answer(configure, tmp_path, capsys):
+    short = ["experiment=concept_online_oracle", "data.size=tiny", "logger=none", *SMALL, "model.num_hidden_layers=3"]
+    rows = ["data.train_rows=64", "data.test_rows=16", "data.batch_size=16", "module.codes=8", "trainer.max_steps=2"]
+    folder = tmp_path / "out" / "concept_online_oracle" / "first"
+    run.fit(configure(*short, *rows, f"paths.run_dir={folder}"))
+    row = next(r for r in json.loads((folder / "record.json").read_text())["rows"] if r["method"] == "model")
+    assert {"nll", "nll_truth", "compression"} <= row["quality"].keys()
+    assert all(row["cost"][name] > 0 for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes"))
+    assert (folder / "model" / "concepts.safetensors").is_file()
+    capsys.readouterr()
+    run.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 3
+    assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
+    run.test(configure(*short, *rows, "mode=test", f"paths.run_dir={tmp_path}/out/concept_online_oracle/second"))
+    again = json.loads((tmp_path / "out/concept_online_oracle/second/record.json").read_text())["rows"]
+    assert next(r for r in again if r["method"] == "model")["quality"] == pytest.approx(row["quality"])
+
+
 def test_a_model_of_text_is_recorded_by_its_bits_per_byte_and_goes_on_with_a_text(configure, tmp_path, capsys):
     plain = configure("experiment=next_token_qwen")
     short = ["experiment=next_token_qwen", *model_overrides(plain, tmp_path), "trainer.max_steps=2", "logger=none"]
