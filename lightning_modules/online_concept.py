@@ -30,7 +30,7 @@ TIMED_ROWS, TIMED_TOKENS = 16, 32
 
 
 class OnlineConceptModule(LeapModule):
-    """model: a causal LM in the layout of Llama and Qwen3; split to most_nulls: as in `OnlineConceptModel`.
+    """model: a causal LM in the layout of Llama and Qwen3; split to attention: as in `OnlineConceptModel`.
 
     Four pairs go from their first to their second value, linearly over `anneal_share` of the steps. compression: tokens a
     concept; 1 is the model as it was. quantisation: 0 the middle stack reads shallow states, 1 codes. temperatures: of the
@@ -51,6 +51,7 @@ class OnlineConceptModule(LeapModule):
         gate: str = "slot",
         codes: int = 4096,
         most_nulls: int = 15,
+        attention: str = "sdpa",
         compression: tuple[float, float] = (1.0, 4.0),
         quantisation: tuple[float, float] = (0.0, 1.0),
         temperatures: tuple[float, float] = (1.0, 0.5),
@@ -80,6 +81,7 @@ class OnlineConceptModule(LeapModule):
             gate=gate,
             codes=codes,
             most_nulls=most_nulls,
+            attention=attention,
             compression=compression[1],
             quantisation=quantisation[1],
         )

@@ -10,11 +10,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from models.backbones.row_cache import RowCache
+from models.concept.attention import concepts_first, deep_block_mask
 from models.concept.codes import Coded, ConceptCodes
 from models.concept.layer_stack import LayerStack
 from models.concept.router import ReadOut, RouterState, Routing, build_router
 from models.functional.commit_gates import mix_slots, smooth_concepts
-from models.functional.commits import deep_mask, pack_commits, take
+from models.functional.commits import Packing, deep_mask, pack_commits, take
 from models.functional.errors import require_choice
 
 GATES = ("slot", "smooth", "mass", "none")
@@ -61,6 +62,7 @@ class ConceptStack(nn.Module):
     """split: [shallow, middle, deep] layers of `decoder` from `first` on; middle may be such a list again.
 
     gate: how the decision to commit gets a gradient: `slot`, `smooth`, `mass` (commit_gates) or `none`.
+    attention: of the deep layers over whole texts, `sdpa` or `flex`.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ConceptStack(nn.Module):
         gate: str,
         codes: int,
         most_nulls: int,
+        attention: str = "sdpa",
         loudness: float = 1.0,
         read_out: ReadOut | None = None,
         first: int = 0,
@@ -81,12 +84,13 @@ class ConceptStack(nn.Module):
         require_choice("module.gate", gate, GATES)
         shallow, middle, deep = split
         width = decoder.embed_tokens.weight.shape[1]
-        more = {"growth": growth, "gate": gate, "codes": codes, "most_nulls": most_nulls, "loudness": loudness}
+        more = {"growth": growth, "gate": gate, "codes": codes, "most_nulls": most_nulls}
+        more |= {"attention": attention, "loudness": loudness}
         self.inner = (
             ConceptStack(decoder, middle, **more, first=first + shallow, **like) if isinstance(middle, list) else None
         )
         size = middle if self.inner is None else self.inner.size
-        self.size, self.gate = shallow + size + deep, gate
+        self.size, self.gate, self.attention = shallow + size + deep, gate, attention
         self.shallow = LayerStack(decoder, first, first + shallow)
         self.middle = None if self.inner is not None else LayerStack(decoder, first + shallow, first + shallow + size)
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
@@ -116,9 +120,7 @@ class ConceptStack(nn.Module):
             concepts = smooth_concepts(concepts, sure)
         # 4. concepts, and each position's own tail
         slots = self._slots(hidden, concepts, routing, packing.segment, packing.slot)
-        everything = bool(routing.commit.eq(valid).all())
-        mask = None if everything and bool(valid.all()) else deep_mask(routing.commit, packing.segment, valid)
-        out = self.deep.run(slots, positions, mask, state and state.deep)
+        out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep)
         if state is not None:
             count = packing.segment[:, -1]
             state.deep.keep(routing.commit | (valid & (packing.segment == count.unsqueeze(1))))
@@ -158,6 +160,17 @@ class ConceptStack(nn.Module):
         if self.gate == "slot":
             return mix_slots(routing.commit, routing.probability, last, token)
         return torch.where(routing.commit.unsqueeze(-1), last, token)
+
+    def _deep(
+        self, slots: Tensor, positions: Tensor, commit: Tensor, packing: Packing, valid: Tensor, cache: RowCache | None
+    ) -> Tensor:
+        if bool(commit.all()):
+            return self.deep.run(slots, positions, None, cache)
+        if self.attention == "sdpa" or cache is not None:
+            return self.deep.run(slots, positions, deep_mask(commit, packing.segment, valid), cache)
+        order = concepts_first(commit)
+        mask = deep_block_mask(commit, packing, valid, order)
+        return take(self.deep.run(take(slots, order), take(positions, order), mask), order.argsort(1))
 
     def _bridged(self, hidden: Tensor) -> Tensor:
         return hidden + self.bridge(self.codes.normed(hidden))

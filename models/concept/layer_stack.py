@@ -12,7 +12,7 @@ from models.functional.commits import text_mask
 from models.functional.errors import UsageError
 
 PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
-MASKED = ("sdpa",)  # kinds of attention that take a mask of true and false
+MASKED = ("sdpa", "leap_concepts")  # kinds of attention that take a mask of true and false
 
 
 class LayerStack:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from models.concept.attention import use_attention
 from models.concept.concept_stack import ConceptStack, Level, Setting, StackState
 from models.concept.layer_stack import nested_split, require_layout, require_same, require_split, suggested_split
 from models.functional.attention import positions_from_mask
@@ -18,8 +19,8 @@ class OnlineConceptModel(nn.Module):
 
     split: layers of [shallow, middle, deep], None is 2 : 3 : 2; levels: 2 splits the middle again in the same proportions.
     growth: which positions commit (router.GROWTH); most_nulls: NULLs that may follow each other; codes: of the concepts.
-    gate: how the decision to commit gets its gradient (concept_stack.GATES). The setting last trained with is kept in
-    buffers, beside the routers' offsets.
+    gate: how the decision to commit gets its gradient (concept_stack.GATES). attention: sdpa, or flex for long texts on a GPU.
+    The setting last trained with is kept in buffers, beside the routers' offsets.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class OnlineConceptModel(nn.Module):
         most_nulls: int = 15,
         compression: float = 4.0,
         quantisation: float = 1.0,
+        attention: str = "sdpa",
     ) -> None:
         super().__init__()
         decoder = require_layout(backbone)
+        use_attention(backbone, attention)
         split = suggested_split(len(decoder.layers)) if split is None else list(split)
         require_split(split, len(decoder.layers))
         if levels < 1 or (levels > 1 and isinstance(split[1], list)):
@@ -48,7 +51,7 @@ class OnlineConceptModel(nn.Module):
         table = backbone.get_input_embeddings().weight
         like = {"device": table.device, "dtype": table.dtype}
         self.backbone, self.split, self.levels = backbone, split, levels
-        options = {"growth": growth, "gate": gate, "codes": codes, "most_nulls": most_nulls}
+        options = {"growth": growth, "gate": gate, "codes": codes, "most_nulls": most_nulls, "attention": attention}
         loudness = table.detach().float().std().item()  # codes start as loud as words
         self.stack = ConceptStack(decoder, split, **options, loudness=loudness, read_out=self.read_out, **like)
         # (compression, quantisation)
