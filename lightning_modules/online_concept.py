@@ -14,7 +14,8 @@ from torchmetrics import MeanMetric
 
 from lightning_modules.base import LeapModule
 from lightning_modules.nll_meter import NllMeter
-from models.backbones.causal_lm import causal_nll, load_trained, require_causal, with_adapters
+from lightning_modules.online_options import check_options, load_baseline
+from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
 from models.concept.concept_stack import Level, Setting
 from models.concept.online_files import save_online
 from models.concept.online_model import OnlineConceptModel
@@ -69,7 +70,7 @@ class OnlineConceptModule(LeapModule):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
         require_causal(model, "online concepts")
-        _check_options(weights, compression, quantisation, temperatures, noise, anneal_share, baseline)
+        check_options(weights, compression, quantisation, temperatures, noise, anneal_share, most_nulls, baseline)
         self.save_hyperparameters(ignore=["model"])
         if lora_rank is not None:
             model = with_adapters(model, lora_rank)
@@ -177,7 +178,7 @@ class OnlineConceptModule(LeapModule):
     def on_test_epoch_start(self) -> None:
         self._reset()
         if self.baseline is not None and not self._base:
-            self._base.append(_baseline(self.baseline, self.model).to(self.device))
+            self._base.append(load_baseline(self.baseline, self.model).to(self.device))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
@@ -252,46 +253,3 @@ class OnlineConceptModule(LeapModule):
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the backbone (or its adapter) and the new weights beside it, for mode=generate."""
         return save_online(self.model, folder, tokenizer)
-
-
-def _baseline(folder: str, model: OnlineConceptModel) -> nn.Module:
-    """The model to compare with. Raises UsageError where it is none, or has another vocabulary."""
-    base = load_trained(folder)
-    if base.config.vocab_size != model.config.vocab_size:
-        raise UsageError(
-            f"module.baseline={folder} has {base.config.vocab_size} tokens, this model {model.config.vocab_size}; "
-            "type the folder of a model trained on the same corpus"
-        )
-    return base
-
-
-def _check_options(
-    weights: Mapping[str, float],
-    compression: tuple[float, float],
-    quantisation: tuple[float, float],
-    temperatures: tuple[float, float],
-    noise: tuple[float, float],
-    share: float,
-    baseline: str | None,
-) -> None:
-    for name, weight in weights.items():
-        if name not in NAMES:
-            raise UsageError(f"module.weights.{name} is not known; the terms are {', '.join(NAMES)}")
-        if weight < 0:
-            raise UsageError(f"module.weights.{name}={weight} must be at least 0; 0 switches it off")
-    if not weights.get("text"):
-        raise UsageError("module.weights.text must be above 0: it is the text's own loss; type module.weights.text=1")
-    for option, pair, least, most, such in (
-        ("compression", compression, 1, float("inf"), "[1.0, 4.0]"),
-        ("quantisation", quantisation, 0, 1, "[0.0, 1.0]"),
-        ("temperatures", temperatures, 1e-6, float("inf"), "[1.0, 0.5]"),
-        ("noise", noise, 0, 1, "[1.0, 0.0]"),
-    ):
-        if len(pair) != 2 or min(pair) < least or max(pair) > most:
-            raise UsageError(f"module.{option}={list(pair)} must be a first and a last value, such as {such}")
-    if not 0 <= share <= 1:
-        raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")
-    if baseline is not None and not Path(baseline).is_dir():
-        raise UsageError(
-            f"module.baseline={baseline} is no folder; type that of a trained causal LM, <run folder>/model"
-        )
