@@ -48,6 +48,8 @@ MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "nats/token": (("quality", "nll"), ".4f"),
     "nats ≤": (("quality", "nll_bound"), ".4f"),
     "nats|truth": (("quality", "nll_truth"), ".4f"),
+    "nats|baseline": (("quality", "baseline_nll"), ".4f"),
+    "tokens a|concept": (("quality", "compression"), ".2f"),
     "nats|by plan": (("quality", "nll_given_plan"), ".4f"),
     "by other|plan": (("quality", "dnll_shuffle"), "+.4f"),
     "rebuilt": (("quality", "reconstruction"), ".3f"),
@@ -69,6 +71,9 @@ MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "s": (("quality", "train_seconds"), ".1f"),
     "GFLOP/step": (("quality", "flops_per_step"), "giga"),
     "TFLOP": (("quality", "train_flops"), "tera"),
+    "prefill|tokens/s": (("cost", "prefill_tokens_per_s"), ",.0f"),
+    "decode|tokens/s": (("cost", "decode_tokens_per_s"), ",.0f"),
+    "KV|MB": (("cost", "kv_bytes"), "mega"),
 }
 EVERY_COLUMN = TEXT_COLUMNS | COLUMNS | PAIR_COLUMNS | MODEL_COLUMNS
 SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}

@@ -100,6 +100,10 @@ class LeapModule(LightningModule):
         """Figures of the model itself after a test; every rank asks."""
         return {}
 
+    def model_cost(self) -> dict[str, float | None]:
+        """What the model itself costs, as the record's `cost` of its row; every rank asks."""
+        return {}
+
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's responses to the batch, with seconds taken, FLOPs per response token and peak memory."""
         results = []

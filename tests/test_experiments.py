@@ -72,16 +72,22 @@ def model_overrides(cfg, folder: Path) -> list[str]:
     packed = "TextDataModule" in cfg.data._target_
     if "Unprompted" in cfg.data._target_:
         text += ["module.forwards=[1,2]"]
+    deep = 3 if "split" in cfg.module else None  # a model that is split in three
+    small = [*SMALL, *([f"model.num_hidden_layers={deep}"] if deep else [])]
     if "path" not in cfg.model:
-        return [*SMALL, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else SMALL
-    return ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen')}", "model.lora_rank=2", *text]
+        return [*small, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else small
+    return [
+        "trainer.accelerator=cpu",
+        f"model.path={tiny_qwen(folder / 'qwen', deep or 2)}",
+        "model.lora_rank=2",
+        *text,
+    ]
 
 
-def tiny_qwen(folder: Path) -> Path:
+def tiny_qwen(folder: Path, layers: int = 2) -> Path:
     """A Hugging Face folder with a causal model and its tokenizer (bytes)."""
-    return save_causal(
-        tiny_causal(264, architecture="qwen3"), folder, build_tokenizer("byte", [], 0, folder, packed=True)
-    )
+    model = tiny_causal(264, architecture="qwen3", num_hidden_layers=layers)
+    return save_causal(model, folder, build_tokenizer("byte", [], 0, folder, packed=True))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -216,6 +222,25 @@ def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, cap
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 3
     assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
+
+
+def test_online_concepts_are_trained_kept_and_answer(configure, tmp_path, capsys):
+    short = ["experiment=concept_online_oracle", "data.size=tiny", "logger=none", *SMALL, "model.num_hidden_layers=3"]
+    rows = ["data.train_rows=64", "data.test_rows=16", "data.batch_size=16", "module.codes=8", "trainer.max_steps=2"]
+    folder = tmp_path / "out" / "concept_online_oracle" / "first"
+    modes.fit(configure(*short, *rows, f"paths.run_dir={folder}"))
+    row = next(r for r in json.loads((folder / "record.json").read_text())["rows"] if r["method"] == "model")
+    assert {"nll", "nll_truth", "compression"} <= row["quality"].keys()
+    assert all(row["cost"][name] > 0 for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes"))
+    assert (folder / "model" / "concepts.safetensors").is_file()
+    capsys.readouterr()
+    modes.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 3
+    assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
+    modes.test(configure(*short, *rows, "mode=test", f"paths.run_dir={tmp_path}/out/concept_online_oracle/second"))
+    again = json.loads((tmp_path / "out/concept_online_oracle/second/record.json").read_text())["rows"]
+    assert next(r for r in again if r["method"] == "model")["quality"] == pytest.approx(row["quality"])
 
 
 def test_a_model_of_text_is_recorded_by_its_bits_per_byte_and_goes_on_with_a_text(configure, tmp_path, capsys):

@@ -31,6 +31,7 @@ METHODS = {
     "baseline_logit_flow": TAUGHT,
     "baseline_step_halving": [*TAUGHT, "module.student_forwards=[1]", "module.start_forwards=4"],
     "concept_oracle": [],
+    "concept_online_oracle": ["model.num_hidden_layers=3", "module.codes=8"],
     "qstar_oracle": [
         *(f"pair.{name}.{option}" for name in ("theta", "target") for option in ("max_steps=4", TAUGHT[1].split(".", 1)[1])),
         "module.exactness_samples=0",

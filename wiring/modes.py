@@ -13,12 +13,12 @@ from callbacks.gather import report_frontier
 from datamodules.prompts import read_prompts
 from lightning_modules.locks import alone_in
 from lightning_modules.run_files import newest, newest_student
-from models.backbones.causal_lm import load_trained
 from models.backbones.llada import load_llada
 from models.backbones.student_files import load_student
-from models.decoding.autoregressive import AutoregressiveDecoder
+from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.students import student_decoder
+from models.decoding.trained import load_trained, trained_decoder
 from models.functional.errors import UsageError, require_choice
 from wiring.build import build, fitting, module_of_pair, run_dir, runs_of, teacher_of, trained_teacher
 from wiring.options import check_options
@@ -118,14 +118,13 @@ def generate(cfg: DictConfig) -> None:
         print_answers(console, prompts[start : start + 64], datamodule.decode_responses(decoder(few, generator)))
 
 
-def _trained_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> AutoregressiveDecoder:
+def _trained_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
     """The newest causal model that the experiment itself trained and left in model/."""
     advice = "it trains no student, and no run of it left a causal model in model/; mode=generate needs one of them"
     folder = newest(runs_of(cfg), "model/*config.json", advice).parent
     model = fitting(load_trained(folder), datamodule, "model").to(device)
     temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
-    words = len(datamodule.tokenizer)
-    return AutoregressiveDecoder(model, datamodule.response_length, temperature=temperature, vocab_size=words)
+    return trained_decoder(model, datamodule.response_length, temperature, vocab_size=len(datamodule.tokenizer))
 
 
 def report(cfg: DictConfig) -> None:
