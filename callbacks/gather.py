@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from callbacks.intervals import half_width
 from callbacks.learning import learning_curves, learning_figure
 from callbacks.picture import PREFERRED, STYLE, scale_quality
+from callbacks.rate_picture import rate_figure
 from callbacks.record import find_records
 from callbacks.table import EVERY_COLUMN, heading, value_at, written
 
@@ -50,6 +51,7 @@ NAMES = (
     "dnll_shuffle",
     "reconstruction",
     "rate_bits",
+    "gain_bits",
     "efficiency",
     "joint_information",
     "probe",
@@ -192,6 +194,8 @@ def report_frontier(folder: str | Path, console: Console) -> None:
     figures = {"frontier": frontier_figure(rows)}
     if curves := learning_curves(records):
         figures["learning"] = learning_figure(curves)
+    if (rate := rate_figure(rows)) is not None:
+        figures["rate"] = rate
     with SummaryWriter(str(out)) as writer:
         for name, drawn in figures.items():
             drawn.savefig(out / f"{name}.png", dpi=130)

@@ -54,6 +54,7 @@ MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "by other|plan": (("quality", "dnll_shuffle"), "+.4f"),
     "rebuilt": (("quality", "reconstruction"), ".3f"),
     "plan|bits": (("quality", "rate_bits"), ".2f"),
+    "gain|bits": (("quality", "gain_bits"), "+.2f"),
     "η": (("quality", "efficiency"), ".3f"),
     "plan|told": (("quality", "joint_information"), ".3f"),
     "told by|chance": (("quality", "joint_information_shuffled"), ".3f"),
@@ -82,7 +83,7 @@ SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 # what a narrow terminal does without first; all of it is in record.json
 DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct")
 PAIR_DISPENSABLE = ("formula", "kept", "largest error")
-MODEL_DISPENSABLE = ("perplexity", "chance", "probe|mean", "Mtok", "s", "TFLOP")
+MODEL_DISPENSABLE = ("perplexity", "chance", "probe|mean", "Mtok", "s", "TFLOP", "told by|chance", "nats|truth")
 
 
 def split_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

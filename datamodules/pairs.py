@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -15,6 +16,7 @@ from datamodules.batch import TensorRows, pack_prompt_response
 from datamodules.files import Pairs, read_pairs
 from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
+from datamodules.slot_values import slot_values
 from datamodules.sources import Source
 from datamodules.tokenizer import build_tokenizer
 from models.functional.errors import UsageError
@@ -227,6 +229,19 @@ class PairsDataModule(PromptResponseDataModule):
         prompts = [prompt for split in pairs.values() for prompt in split.prompts]
         known = {"references": references, "slots": slots, "prompts": prompts}
         return PairsScorer(decode=self.decode_responses, spell=self._spell, **known)
+
+    @cached_property
+    def _slot_values(self) -> tuple[list[str], torch.Tensor] | None:
+        return slot_values(self.scorer.slots)
+
+    @property
+    def attribute_names(self) -> list[str]:
+        """The slots of the prompts, [] where they are no dictionaries."""
+        return [] if self._slot_values is None else self._slot_values[0]
+
+    def hidden_plans(self, rows: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The number of each row's value of each slot, (N, A), 0 where it has none; None where prompts are no dictionaries."""
+        return None if self._slot_values is None else self._slot_values[1][rows["row_index"].cpu()]
 
     def _spell(self, text: str) -> str:
         """A text as it comes back from the tokenizer; one with unknown tokens stays as it is, which nothing matches."""

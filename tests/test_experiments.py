@@ -76,12 +76,8 @@ def model_overrides(cfg, folder: Path) -> list[str]:
     small = [*SMALL, *([f"model.num_hidden_layers={deep}"] if deep else [])]
     if "path" not in cfg.model:
         return [*small, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else small
-    return [
-        "trainer.accelerator=cpu",
-        f"model.path={tiny_qwen(folder / 'qwen', deep or 2)}",
-        "model.lora_rank=2",
-        *text,
-    ]
+    own = ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen', deep or 2)}", "model.lora_rank=2"]
+    return [*own, *text] if packed else own
 
 
 def tiny_qwen(folder: Path, layers: int = 2) -> Path:
@@ -232,7 +228,7 @@ def test_online_concepts_are_trained_kept_and_answer(configure, tmp_path, capsys
     row = next(r for r in json.loads((folder / "record.json").read_text())["rows"] if r["method"] == "model")
     assert {"nll", "nll_truth", "compression"} <= row["quality"].keys()
     assert all(row["cost"][name] > 0 for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes"))
-    assert (folder / "model" / "concepts.safetensors").is_file()
+    assert (folder / "model" / "online_concepts.safetensors").is_file()
     capsys.readouterr()
     modes.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
     answers = capsys.readouterr().out.splitlines()
@@ -277,6 +273,39 @@ def test_texts_without_a_prompt_are_judged_by_a_model_of_another_run(configure, 
         modes.generate(configure(*flow, "mode=generate", "prompt=once"))
     with pytest.raises(UsageError, match="the judge has a vocabulary"):
         modes.fit(configure(*flow, f"data.judge.path={judge}/model", "data.tokenizer=byte"))
+
+
+def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path, capsys):
+    short = [
+        "experiment=concept_oracle", "data.size=tiny", "data.train_rows=64", "data.test_rows=16", "data.batch_size=16",
+        "logger=none", *SMALL,
+    ]  # fmt: skip
+    folder = tmp_path / "out" / "concept_oracle" / "first"
+    modes.fit(configure(*short, "trainer.max_steps=2", "trainer.val_check_interval=2", f"paths.run_dir={folder}"))
+    assert (folder / "model" / "concepts.safetensors").is_file()
+    ask = ["mode=generate", "prompt='who=anna'", "n=3", "temperature=0"]
+    capsys.readouterr()
+    modes.generate(configure(*short, *ask))
+    first = capsys.readouterr().out
+    assert first.count("who=anna → ") == 3
+    again = tmp_path / "out" / "concept_oracle" / "second"
+    modes.export(configure(*short, "mode=export", f"paths.run_dir={again}"))
+    assert (again / "model" / "backbone" / "config.json").is_file()
+    capsys.readouterr()
+    modes.generate(configure(*short, *ask))  # the newest is the one that was exported from the checkpoint
+    assert capsys.readouterr().out == first
+
+
+def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, capsys):
+    plain = configure("experiment=concept_qwen")
+    lengths = ["data.prompt_length=16", "data.response_length=16", "trainer.max_steps=2", "logger=none"]
+    small = [*model_overrides(plain, tmp_path), *pairs_overrides(plain, tmp_path), *lengths]
+    folder = tmp_path / "out" / "concept_qwen" / "first"
+    modes.fit(configure("experiment=concept_qwen", *small, f"paths.run_dir={folder}"))
+    assert (folder / "model" / "backbone" / "model.safetensors").is_file()  # adapters added in
+    capsys.readouterr()
+    modes.generate(configure("experiment=concept_qwen", *small, "mode=generate", "prompt='jump 3'", "temperature=0"))
+    assert "jump 3 → " in capsys.readouterr().out
 
 
 def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):

@@ -1,7 +1,6 @@
-"""What `mode=` does: fit, test, generate, report."""
+"""What `mode=` does: fit, test, generate, export, report."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -12,13 +11,12 @@ from callbacks.console import print_answers, report_console, say_where_things_ar
 from callbacks.gather import report_frontier
 from datamodules.prompts import read_prompts
 from lightning_modules.locks import alone_in
-from lightning_modules.run_files import newest, newest_student
+from lightning_modules.run_files import newest_student
+from lightning_modules.trained import fill_from_checkpoint, newest_model, trained_decoder
 from models.backbones.llada import load_llada
 from models.backbones.student_files import load_student
-from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder
 from models.decoding.students import student_decoder
-from models.decoding.trained import load_trained, trained_decoder
 from models.functional.errors import UsageError, require_choice
 from wiring.build import build, fitting, module_of_pair, run_dir, runs_of, teacher_of, trained_teacher
 from wiring.options import check_options
@@ -27,7 +25,7 @@ console = report_console()
 
 
 def run_mode(cfg: DictConfig) -> float | None:
-    modes = {"fit": fit, "test": test, "generate": generate, "report": report}
+    modes = {"fit": fit, "test": test, "generate": generate, "export": export, "report": report}
     if cfg.mode not in modes:
         raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
     check_options(cfg)
@@ -98,7 +96,8 @@ def generate(cfg: DictConfig) -> None:
     if cfg.pair is not None:
         decoder = module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
     elif cfg.teacher is None:
-        decoder = _trained_decoder(cfg, datamodule, device)
+        temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
+        decoder = trained_decoder(newest_model(runs_of(cfg)), datamodule, temperature, device)
     elif cfg.decoder == "student":
         folder = Path(cfg.student_path) if cfg.student_path else newest_student(runs_of(cfg))
         base = teacher_of(cfg, folder)
@@ -118,13 +117,13 @@ def generate(cfg: DictConfig) -> None:
         print_answers(console, prompts[start : start + 64], datamodule.decode_responses(decoder(few, generator)))
 
 
-def _trained_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
-    """The newest causal model that the experiment itself trained and left in model/."""
-    advice = "it trains no student, and no run of it left a causal model in model/; mode=generate needs one of them"
-    folder = newest(runs_of(cfg), "model/*config.json", advice).parent
-    model = fitting(load_trained(folder), datamodule, "model").to(device)
-    temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
-    return trained_decoder(model, datamodule.response_length, temperature, vocab_size=len(datamodule.tokenizer))
+def export(cfg: DictConfig) -> None:
+    """Write the model of ckpt_path= (the experiment's newest) as a folder, model/ of this run."""
+    cfg.ckpt_path = cfg.ckpt_path or "last"
+    module, _, datamodule = build(cfg)
+    fill_from_checkpoint(module, cfg.ckpt_path)
+    folder = module.export(run_dir(cfg) / "model", datamodule.tokenizer)
+    console.print(f"model: {folder}", highlight=False, soft_wrap=True)
 
 
 def report(cfg: DictConfig) -> None:

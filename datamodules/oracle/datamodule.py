@@ -121,6 +121,10 @@ class OracleDataModule(PromptResponseDataModule):
             return None
         return self.encode_prompts([""])["input_ids"][0, : self.prompt_length], texts
 
+    @property
+    def attribute_names(self) -> list[str]:
+        return [attribute.name for attribute in self.grammar.attributes]
+
     def hidden_plans(self, rows: dict[str, Tensor]) -> Tensor:
         """The plan that each row's text tells, one value for each attribute: (N, A)."""
         return self.distribution.plans_of(rows["input_ids"][:, self.prompt_length :].cpu())

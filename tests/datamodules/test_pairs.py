@@ -364,3 +364,20 @@ def test_prompts_end_in_a_mark_that_is_not_shown(build):
         asked = data.encode_prompts(["jump"])
         assert bool(asked["input_ids"][0, data.prompt_length - 1] == data.tokenizer.eos_token_id) == ends
         assert data.decode_prompts(asked) == ["jump"]
+
+
+def test_slots_of_dictionary_prompts_are_known_attributes_of_their_texts(build):
+    train = [
+        {"q": {"name": n, "food": f}, "a": f"{n} {f}"} for n in ("Aromi", "Blue", "Cocum") for f in ("Thai", "Pub")
+    ]
+    test = [{"q": {"name": "Blue"}, "a": "Blue"}, {"q": {"food": "Thai", "name": "Aromi"}, "a": "Aromi"}]
+    data = build(train=train, test=test)
+    assert data.attribute_names == ["food", "name"]
+    plans = {split: data.hidden_plans(data.rows[split].columns) for split in ("train", "test")}
+    train_names = dict(zip(split_prompts(data, "train"), plans["train"].tolist(), strict=True))
+    (blue, aromi) = plans["test"].tolist()
+    assert blue[0] == 0  # no food is said
+    seen = {prompt: plan for prompt, plan in train_names.items() if "Blue" in prompt}
+    assert all(plan[1] == blue[1] for plan in seen.values())
+    assert all(plan[1] == aromi[1] for prompt, plan in train_names.items() if "Aromi" in prompt)
+    assert build(setup=True).hidden_plans({"row_index": torch.tensor([0])}) is None  # prompts that are text
