@@ -126,9 +126,11 @@ class FrontierReport(Callback):
 def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[str, Any]:
     """The row of what is known of the model itself, in the shape of a decoder's."""
     cost = {"tokens_per_s": None, "flops_per_token": None, "peak_memory_bytes": None, "batch": None}
+    cost |= pl_module.model_cost() if hasattr(pl_module, "model_cost") else {}
     trained = getattr(pl_module, "objective", pl_module)
     named = {"method": "model", "decoder": type(trained).__name__, "forwards": 0}
-    return {**named, "quality": figures, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
+    named |= {"quality": figures, "curve": getattr(pl_module, "curve", {})}
+    return {**named, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
 
 
 def _print_samples(console: Console, texts: list[tuple[str, str, str, str]]) -> None:

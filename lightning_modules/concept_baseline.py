@@ -40,7 +40,7 @@ class ConceptBaselineModule(ConceptPlannerExecutorModule):
         *,
         code: Code,
         tokens: int = 2,
-        types: Mapping[str, Mapping[str, int | None]] | None = None,
+        types: Mapping[str, Mapping[str, int | None] | None] | None = None,
         weights: Mapping[str, float] | None = None,
         **options: Any,
     ) -> None:

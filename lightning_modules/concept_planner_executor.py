@@ -46,7 +46,7 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
         self,
         model: nn.Module,
         *,
-        types: Mapping[str, Mapping[str, int | None]],
+        types: Mapping[str, Mapping[str, int | None] | None],
         weights: Mapping[str, float],
         free_bits: float = 0.0,
         quota: float | None = None,

@@ -9,10 +9,9 @@ from lightning import LightningModule
 from lightning_modules.concept_baseline import ConceptBaselineModule
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
 from lightning_modules.run_files import newest
-from models.backbones.causal_lm import load_trained
 from models.concept.decoder import PlannedDecoder
 from models.concept.files import OPTIONS, fill_tables, load_backbone, read_options
-from models.decoding.autoregressive import AutoregressiveDecoder
+from models.decoding import trained
 from models.decoding.decoder import Decoder
 from models.functional.errors import UsageError
 from models.functional.weights import copy_weights
@@ -46,8 +45,8 @@ def trained_decoder(folder: Path, data: Any, temperature: float, device: torch.d
         module.to(device)
         options = {"plan_temperature": min(module.plan_temperature, temperature), "temperature": temperature}
         return PlannedDecoder(module.planner, module.executor, length, vocab_size=words, **options)
-    model = _fitting(load_trained(folder), data).to(device)
-    return AutoregressiveDecoder(model, length, temperature=temperature, vocab_size=words)
+    model = _fitting(trained.load_trained(folder), data).to(device)
+    return trained.trained_decoder(model, length, temperature, vocab_size=words)
 
 
 def fill_from_checkpoint(module: LightningModule, path: str | Path) -> None:

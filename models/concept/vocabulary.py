@@ -35,7 +35,7 @@ class ConceptVocabulary:
     Errors: UsageError that names module.types.<name>.<option>.
     """
 
-    def __init__(self, types: Mapping[str, Mapping[str, int | None]], base: int) -> None:
+    def __init__(self, types: Mapping[str, Mapping[str, int | None] | None], base: int) -> None:
         types = {name: options for name, options in types.items() if options is not None}
         if not types:
             raise UsageError("module.types names no type; type for example '+module.types.a={codes: 8, most: 1}'")
