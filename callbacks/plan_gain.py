@@ -1,0 +1,33 @@
+"""What a plan saves where the corpus does not know its own likelihood: against a model that reads the prompt and no plan."""
+
+import math
+
+from lightning import Callback, LightningModule, Trainer
+
+from models.functional.errors import UsageError
+from models.functional.plan_information import efficiency
+
+
+class PlanGain(Callback):
+    """Adds gain_bits and efficiency, on the test texts, to the figures of a module with a meter of plans.
+
+    nll: nats a token of the same test texts by that model, as its own run records them; None adds nothing. It should be no
+    worse a model than the executor: a weak one makes η look high.
+    """
+
+    def __init__(self, nll: float | None = None) -> None:
+        if nll is not None and not nll > 0:
+            raise UsageError(
+                f"callbacks.gain.nll={nll} must be above 0; it is the nll in the record of a model without plans"
+            )
+        self.nll = nll
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.nll is None or not hasattr(pl_module, "meter"):
+            return
+        known = pl_module.meter.compute()
+        if "rate_bits" not in known:
+            return
+        gain = (self.nll - known["nll"]) * trainer.datamodule.response_length / math.log(2)
+        found = {"nll_baseline": self.nll, "gain_bits": gain, "efficiency": efficiency(gain, 0.0, known["rate_bits"])}
+        pl_module.figures |= found
