@@ -3,7 +3,7 @@
 u prompt, x text, z plan. Legend: B batch, R response columns, S concept slots.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,17 @@ from torch import Generator, Tensor, nn
 from lightning_modules.base import LeapModule
 from lightning_modules.plan_meter import PlanMeter
 from models.backbones.causal_lm import require_causal, with_adapters
+from models.concept.bag import BagOfWords
 from models.concept.decoder import PlannedDecoder
 from models.concept.executor import Executor
-from models.concept.planner import Plan, Planner, greedy, relaxed
+from models.concept.layout import Planning
+from models.concept.planner import Coder, Plan, Planner, greedy, relaxed
+from models.concept.quantiser import Quantiser
 from models.concept.terms import NAMES, plan_terms
 from models.concept.unified import UnifiedModel
 from models.concept.vocabulary import ConceptVocabulary
 from models.decoding.decoder import Decoder
+from models.functional.bag_of_words import bag_of_words_nll
 from models.functional.bits_per_byte import token_nll
 from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
@@ -45,6 +49,10 @@ class ConceptPlannerExecutorModule(LeapModule):
         *,
         types: Mapping[str, Mapping[str, int | None]],
         weights: Mapping[str, float],
+        sampler: str = "gumbel_st",
+        planning: Mapping[str, Planning] | None = None,
+        quantise: tuple[float, float] = (0.1, 0.4),
+        code_decay: float = 0.99,
         free_bits: float = 0.0,
         quota: float | None = None,
         temperatures: tuple[float, float] = (1.0, 0.5),
@@ -66,10 +74,15 @@ class ConceptPlannerExecutorModule(LeapModule):
         vocabulary = ConceptVocabulary(types, model.get_input_embeddings().num_embeddings)
         if lora_rank is not None:
             model = with_adapters(model, lora_rank)
-        self.model = UnifiedModel(model, vocabulary)
-        self.planner, self.executor = Planner(self.model), Executor(self.model)
-        self.weights = {name: float(weights.get(name, 0.0)) for name in NAMES}
+        self.model = UnifiedModel(model, vocabulary, sampler)
+        planning = {"prior": "sequential", "posterior": "sequential"} | dict(planning or {})
+        self.planner, self.executor = Planner(self.model, planning["prior"]), Executor(self.model)
+        self.posterior = Planner(self.model, planning["posterior"])
+        self.bag = BagOfWords(self.model) if weights.get("bag") else None
+        self.quantise, self.code_decay = tuple(quantise), code_decay
+        self.weights = {name: _pair(weights.get(name, 0.0)) for name in NAMES}
         self.free_bits, self.quota = free_bits, quota
+        noise = noise if self.model.quantiser is None else (0.0, 0.0)  # a quantiser's plan is no draw
         self.temperatures, self.noise, self.corruption = tuple(temperatures), tuple(noise), tuple(corruption)
         self.anneal_share = anneal_share
         self.plan_temperature, self.temperature = plan_temperature, temperature
@@ -82,19 +95,50 @@ class ConceptPlannerExecutorModule(LeapModule):
         generator = self.step_generator(batch_idx)
         relaxation, noise, hidden = map(self._annealed, (self.temperatures, self.noise, self.corruption))
         # 1. a plan of each text, drawn from q(z | u, x)
-        plan = self.planner.draw(*self._whole(batch), relaxed(generator, relaxation, noise))
+        plan = self._drawn(batch, generator, relaxation, noise)
         # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
         text = self._text(batch)
         blank = torch.rand(text.shape, generator=generator, device=self.device) < hidden
         nll = token_nll(self.executor.logits(plan.ids, plan.embeds, text, blank), text)
         # 3. what the plan costs under p(z | u), and what else is asked of it
         raw = {"text": nll.mean(), **self._plan_terms(plan, self._prior_logits(batch, plan.choices), text)}
+        if self.bag is not None:
+            raw["bag"] = bag_of_words_nll(self.bag(plan.embeds), text).mean()
         # 4. the weighted sum
-        loss = self._weighted(raw)
+        loss = self._weighted(raw, {name: self._annealed(ends) for name, ends in self.weights.items()})
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"monitor/{name}": value for name, value in raw.items()})
         self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise, "monitor/corruption": hidden})
         return self.refuse_nan(loss)
+
+    def _drawn(self, batch: dict[str, Tensor], generator: Generator, temperature: float, noise: float) -> Plan:
+        """A plan from q(z | u, x) with a gradient to it; of a quantiser, which draws nothing, the codes of its points."""
+        quantiser = self.model.quantiser
+        if quantiser is None:
+            return self.posterior.draw(*self._whole(batch), relaxed(generator, temperature, noise))
+        coder = Coder(quantiser, self._quantised_share() if self.training else 1.0)
+        plan = self.posterior.draw(*self._whole(batch), coder)
+        if self.training and quantiser.moving:
+            self._move_codes(quantiser, coder.points)
+        return plan
+
+    def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
+        quantiser = self.model.quantiser
+        return self.posterior.draw(*self._whole(batch), greedy if quantiser is None else Coder(quantiser))
+
+    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
+        """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
+        points = {slot: self.all_gather(own).flatten(0, -2) for slot, own in points.items()}
+        begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
+        generator = Generator(device=self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
+        begin = self.global_step in (0, begins)
+        dead = quantiser.follow(points, self.code_decay, generator, begin=begin)
+        self.log("monitor/dead_codes", float(dead))
+
+    def _quantised_share(self) -> float:
+        """0 until the first of `quantise`, 1 from the second on, shares of the steps."""
+        first, last = (share * float(self.trainer.estimated_stepping_batches) for share in self.quantise)
+        return min(1.0, max(0.0, (self.global_step - first) / max(1.0, last - first)))
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
         options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota}
@@ -103,8 +147,9 @@ class ConceptPlannerExecutorModule(LeapModule):
     def _prior_logits(self, batch: dict[str, Tensor], choices: Tensor) -> Tensor:
         return self.planner.score(*self._prompt(batch), choices)
 
-    def _weighted(self, raw: dict[str, Tensor]) -> Tensor:
-        return sum(weight * raw[name] for name, weight in self.weights.items() if weight)
+    @staticmethod
+    def _weighted(raw: dict[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+        return sum(weight * raw[name] for name, weight in weights.items() if weight and name in raw)
 
     def _annealed(self, ends: tuple[float, float]) -> float:
         """From the first to the second value over the first `anneal_share` of the steps."""
@@ -119,6 +164,10 @@ class ConceptPlannerExecutorModule(LeapModule):
 
     @staticmethod
     def _whole(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        import os
+        if os.environ.get("TEXT_ONLY"):
+            c=response_columns(batch["response_mask"])
+            return batch["input_ids"][:, -c:], batch["attention_mask"][:, -c:]
         return batch["input_ids"], batch["attention_mask"]
 
     @staticmethod
@@ -146,7 +195,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         generator = self.step_generator(batch_idx, stream=1, epoch=0)
         text, data = self._text(batch), self.trainer.datamodule
         # 1. a drawn plan: its prices under posterior and prior, and the text's given it
-        plan = self.planner.draw(*self._whole(batch), relaxed(generator, self.temperatures[1], self.noise[1]))
+        plan = self._drawn(batch, generator, self.temperatures[1], self.noise[1])
         prior = self._prior_logits(batch, plan.choices)
         nll = token_nll(self.executor.logits(plan.ids, plan.embeds, text), text)
         log_p, log_q = prior.log_softmax(-1), plan.logits.log_softmax(-1)
@@ -154,7 +203,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         # 2. the text given another text's plan
         other = token_nll(self.executor.logits(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text), text)
         # 3. the most probable plan, and the text that it is turned back into
-        best = self.planner.draw(*self._whole(batch), greedy)
+        best = self._most_probable(batch)
         again = self._written(best, text.shape[1], generator)
         # 4. what the corpus knows
         sums = {"text": nll.sum(-1), "shuffled": other.sum(-1), "rebuilt": (again == text).all(-1)}
@@ -165,7 +214,8 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.meter.update(sums, text.shape[1], best.choices, plans, before)
         if not self.trainer.testing:
             self._before[batch_idx] = best.choices
-        return self._weighted({"text": nll.mean(), **self._plan_terms(plan, prior, text)})
+        raw = {"text": nll.mean(), **self._plan_terms(plan, prior, text)}
+        return self._weighted(raw, {name: last for name, (_, last) in self.weights.items()})
 
     def _written(self, plan: Plan, length: int, generator: Generator) -> Tensor:
         return self.executor.generate(plan.ids, plan.embeds, length, generator, temperature=0, vocab_size=self._words)
@@ -215,6 +265,12 @@ class ConceptPlannerExecutorModule(LeapModule):
         self._before = {k: concepts.to(self.device) for k, concepts in checkpoint.get(BEFORE, {}).items()}
 
 
+def _pair(weight: float | Sequence[float]) -> tuple[float, float]:
+    """A weight's first and last value; a single number is both."""
+    first, last = weight if isinstance(weight, Sequence) else (weight, weight)
+    return float(first), float(last)
+
+
 def _check_options(
     weights: Mapping[str, float],
     quota: float | None,
@@ -226,9 +282,9 @@ def _check_options(
     for name, weight in weights.items():
         if name not in NAMES:
             raise UsageError(f"module.weights.{name} is not known; the losses are {', '.join(NAMES)}")
-        if weight < 0:
+        if min(_pair(weight)) < 0:
             raise UsageError(f"module.weights.{name}={weight} must be at least 0; 0 switches it off")
-    if not any(weights.values()):
+    if not any(map(any, map(_pair, weights.values()))):
         raise UsageError("module.weights are all 0; type for example module.weights.text=1 module.weights.planner=1")
     if weights.get("quota") and quota is None:
         raise UsageError("module.weights.quota needs a number of concepts a text; type for example module.quota=3")
