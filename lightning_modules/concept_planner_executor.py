@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_modules.base import LeapModule
+from lightning_modules.hard_em import build_hard_em
 from lightning_modules.plan_meter import PlanMeter
 from models.backbones.causal_lm import require_causal, with_adapters
 from models.concept.bag import BagOfWords
@@ -18,18 +19,19 @@ from models.concept.executor import Executor
 from models.concept.layout import Planning
 from models.concept.planner import Coder, Plan, Planner, greedy, relaxed
 from models.concept.quantiser import Quantiser
+from models.concept.search import Read
 from models.concept.terms import NAMES, plan_terms
 from models.concept.unified import UnifiedModel
 from models.concept.vocabulary import ConceptVocabulary
 from models.decoding.decoder import Decoder
 from models.functional.bag_of_words import bag_of_words_nll
 from models.functional.bits_per_byte import token_nll
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_choice
 from models.functional.plan_nll import plan_nll
 from models.functional.rows import response_columns
 
-# what earlier plans of validation texts are called in a checkpoint
-BEFORE = "concepts_before"
+# in a checkpoint: earlier plans of validation texts, a quantiser's codes, the best plans of training rows
+BEFORE, CODES, FOUND = "concepts_before", "concepts_codes", "concepts_found"
 
 
 class ConceptPlannerExecutorModule(LeapModule):
@@ -51,6 +53,8 @@ class ConceptPlannerExecutorModule(LeapModule):
         weights: Mapping[str, float],
         sampler: str = "gumbel_st",
         planning: Mapping[str, Planning] | None = None,
+        posterior_reads: str = "all",
+        search: Mapping[str, float] | None = None,
         quantise: tuple[float, float] = (0.1, 0.4),
         code_decay: float = 0.99,
         free_bits: float = 0.0,
@@ -77,7 +81,10 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.model = UnifiedModel(model, vocabulary, sampler)
         planning = {"prior": "sequential", "posterior": "sequential"} | dict(planning or {})
         self.planner, self.executor = Planner(self.model, planning["prior"]), Executor(self.model)
-        self.posterior = Planner(self.model, planning["posterior"])
+        self.posterior = Planner(self.model, planning["posterior"], self.model.quantiser)
+        require_choice("module.posterior_reads", posterior_reads, ("text", "all"))
+        self.posterior_reads = posterior_reads
+        self.em = build_hard_em(search, self.planner, self.posterior, self.executor)
         self.bag = BagOfWords(self.model) if weights.get("bag") else None
         self.quantise, self.code_decay = tuple(quantise), code_decay
         self.weights = {name: _pair(weights.get(name, 0.0)) for name in NAMES}
@@ -93,23 +100,60 @@ class ConceptPlannerExecutorModule(LeapModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = self.step_generator(batch_idx)
-        relaxation, noise, hidden = map(self._annealed, (self.temperatures, self.noise, self.corruption))
-        # 1. a plan of each text, drawn from q(z | u, x)
-        plan = self._drawn(batch, generator, relaxation, noise)
+        hidden = self._annealed(self.corruption)
+        # 1. a plan of each text: drawn from q(z | u, x) with a gradient to it, or the best one found
+        searching = self.em is not None and self.em.active(self._progress())
+        prepare = self._searched if searching else self._straight_through
+        (ids, embeds), raw = prepare(batch, generator)
         # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
         text = self._text(batch)
         blank = torch.rand(text.shape, generator=generator, device=self.device) < hidden
-        nll = token_nll(self.executor.logits(plan.ids, plan.embeds, text, blank), text)
-        # 3. what the plan costs under p(z | u), and what else is asked of it
-        raw = {"text": nll.mean(), **self._plan_terms(plan, self._prior_logits(batch, plan.choices), text)}
+        raw["text"] = token_nll(self.executor.logits(ids, embeds, text, blank), text).mean()
         if self.bag is not None:
-            raw["bag"] = bag_of_words_nll(self.bag(plan.embeds), text).mean()
-        # 4. the weighted sum
+            raw["bag"] = bag_of_words_nll(self.bag(embeds), text).mean()
+        # 3. the weighted sum
         loss = self._weighted(raw, {name: self._annealed(ends) for name, ends in self.weights.items()})
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"monitor/{name}": value for name, value in raw.items()})
-        self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise, "monitor/corruption": hidden})
+        self.log("monitor/corruption", hidden)
         return self.refuse_nan(loss)
+
+    def _straight_through(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Read, dict[str, Tensor]]:
+        """A drawn plan's block with its gradient, what the plan costs under p(z | u), and what else is asked of it."""
+        relaxation, noise = self._annealed(self.temperatures), self._annealed(self.noise)
+        self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise})
+        plan = self._drawn(batch, generator, relaxation, noise)
+        raw = self._plan_terms(plan, self._prior_logits(batch, plan.choices), self._text(batch))
+        return (plan.ids, plan.embeds), raw
+
+    def _searched(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Read, dict[str, Tensor]]:
+        """The best plan's block, and what it costs under prior and posterior: all three are taught the same plan."""
+        text, seen, prompt = self._text(batch), self._whole(batch), self._prompt(batch)
+        own = batch["row"], prompt, seen, text
+        choices, figures = self.em.plans(*own, self.global_step, generator, self._gathered)
+        self.log_dict({f"monitor/{name}": value for name, value in figures.items()})
+        is_open, raw = self.model.layout.open_slots(choices), {}
+        for name, planner, read in (("planner", self.planner, prompt), ("posterior", self.posterior, seen)):
+            log_p = planner.score(*read, choices).log_softmax(-1)
+            raw[name] = plan_nll(log_p, choices, is_open).sum(-1).mean() / text.shape[1]
+        return self.planner.block(choices), raw
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """Of all ranks, (ranks, ...)."""
+        return self.all_gather(own).reshape(-1, *own.shape)
+
+    def on_fit_start(self) -> None:
+        if self.em is not None:
+            self.em.prepare(len(self.trainer.datamodule.rows["train"]))
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if self.em is not None:
+            self.em.step_begins()
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if self.em is not None:
+            self.em.step_ends()
+            self.log("monitor/search_share", self.em.share)
 
     def _drawn(self, batch: dict[str, Tensor], generator: Generator, temperature: float, noise: float) -> Plan:
         """A plan from q(z | u, x) with a gradient to it; of a quantiser, which draws nothing, the codes of its points."""
@@ -128,7 +172,7 @@ class ConceptPlannerExecutorModule(LeapModule):
 
     def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
         """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
-        points = {slot: self.all_gather(own).flatten(0, -2) for slot, own in points.items()}
+        points = {slot: self._gathered(own).flatten(0, 1) for slot, own in points.items()}
         begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
         generator = Generator(device=self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
         begin = self.global_step in (0, begins)
@@ -156,19 +200,20 @@ class ConceptPlannerExecutorModule(LeapModule):
         over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
         return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
 
+    def _progress(self) -> float:
+        """Share of the steps that are over."""
+        return self.global_step / max(1.0, float(self.trainer.estimated_stepping_batches))
+
     # -- batches ------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _text(batch: dict[str, Tensor]) -> Tensor:
         return batch["input_ids"][:, -response_columns(batch["response_mask"]) :]
 
-    @staticmethod
-    def _whole(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        import os
-        if os.environ.get("TEXT_ONLY"):
-            c=response_columns(batch["response_mask"])
-            return batch["input_ids"][:, -c:], batch["attention_mask"][:, -c:]
-        return batch["input_ids"], batch["attention_mask"]
+    def _whole(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the posterior reads."""
+        first = -response_columns(batch["response_mask"]) if self.posterior_reads == "text" else 0
+        return batch["input_ids"][:, first:], batch["attention_mask"][:, first:]
 
     @staticmethod
     def _prompt(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -259,10 +304,18 @@ class ConceptPlannerExecutorModule(LeapModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[BEFORE] = dict(self._before)
+        if self.model.quantiser is not None:  # its codes are no parameters
+            checkpoint[CODES] = dict(self.model.quantiser.named_buffers())
+        if self.em is not None:
+            checkpoint[FOUND] = self.em.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._before = {k: concepts.to(self.device) for k, concepts in checkpoint.get(BEFORE, {}).items()}
+        if self.model.quantiser is not None:
+            self.model.quantiser.load_state_dict(checkpoint[CODES], strict=False)
+        if self.em is not None:
+            self.em.load_state_dict(checkpoint.get(FOUND, {}))
 
 
 def _pair(weight: float | Sequence[float]) -> tuple[float, float]:

@@ -102,12 +102,15 @@ def relaxed(generator: Generator, temperature: float, noise: float = 1.0) -> Cho
 class Planner:
     """Plans with a shared `UnifiedModel`; it has no weights of its own.
 
-    planning: what a slot's choice may look at beside the text (`layout.Planning`).
+    planning: what a slot's choice may look at beside the text (`layout.Planning`). quantiser: whose codes it scores in place
+    of the concepts' heads.
     """
 
-    def __init__(self, model: UnifiedModel, planning: Planning = "sequential") -> None:
+    def __init__(
+        self, model: UnifiedModel, planning: Planning = "sequential", quantiser: Quantiser | None = None
+    ) -> None:
         require_choice("module.planning", planning, get_args(Planning))
-        self.model, self.layout, self.planning = model, model.layout, planning
+        self.model, self.layout, self.planning, self.quantiser = model, model.layout, planning, quantiser
 
     def draw(self, text: Tensor, mask: Tensor, choose: Chooser | Coder) -> Plan:
         """A plan for each text (B, T), real where mask (B, T) bool, round by round with a key-value cache.
@@ -146,7 +149,10 @@ class Planner:
         embeds, columns = torch.cat([opening[0], block[0]], 1), joined(opening[1], block[1])
         states = self.model.states(embeds, columns, apart=self.planning != "sequential")
         before = opening[0].shape[1] + self.layout.slot_columns.to(text.device) - 1
-        return self.model.choice_logits(states[:, before])
+        states = states[:, before]
+        if self.quantiser is None:
+            return self.model.choice_logits(states)
+        return torch.stack([self.quantiser(state, slot).logits for slot, state in enumerate(states.unbind(1))], 1)
 
     def block(self, choices: Tensor) -> tuple[Tensor, Tensor]:
         """Ids (B, C) and embeddings (B, C, D) of given choices (B, S), as an executor reads them."""
