@@ -51,7 +51,9 @@ class HardEM:
         if self._waiting is not None:
             held = len(self._waiting["found"])
             if held != rows:
-                raise UsageError(f"the checkpoint keeps plans of {held} training rows, data.train has {rows}; use the same rows")
+                raise UsageError(
+                    f"the checkpoint keeps plans of {held} training rows, data.train has {rows}; use the same rows"
+                )
             self.cache.load_state_dict(self._waiting)
 
     def plans(
@@ -78,7 +80,9 @@ class HardEM:
             mine = [tuple(part[due] for part in read) for read in (prompt, seen)]
             found = self.search(*mine, text[due], kept[due], known[due], generator)
             chosen = kept.index_put((due,), found.choices)
-            scores[due], margins[due], gaps[due] = (v.to(scores.dtype) for v in (found.scores, found.margins, found.gaps))
+            scores[due], margins[due], gaps[due] = (
+                v.to(scores.dtype) for v in (found.scores, found.margins, found.gaps)
+            )
         # 3. the same cache on every rank
         everyone = [gather(part).flatten(0, 1) for part in (rows, chosen, scores, margins, gaps, due, kept, known)]
         rows, all_chosen, scores, margins, gaps, due, kept, known = everyone

@@ -82,7 +82,7 @@ class PlanSearch:
 def beam(planner: Planner, text: Tensor, mask: Tensor, width: int) -> Tensor:
     """The most probable plans (B, width, S) of texts (B, T) that a beam search of that width finds, best first.
 
-    Exact where slots are chosen apart from each other. Rows that have fewer plans repeat their best.
+    Exact where slots are chosen apart from each other and no type may end early. Rows that have fewer plans repeat their best.
     """
     layout, rows = planner.layout, len(text)
     slots = len(layout.slot_columns)

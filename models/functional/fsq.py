@@ -24,7 +24,9 @@ def fsq_levels(codes: int, option: str) -> list[int]:
     while rest > 1:
         level = next((n for n in range(MOST_LEVELS, 1, -1) if rest % n == 0), None)
         if level is None:
-            raise UsageError(f"{option}={codes} cannot be shared out among levels of 2 to 8; type {option}={_near(codes)}")
+            raise UsageError(
+                f"{option}={codes} cannot be shared out among levels of 2 to 8; type {option}={_near(codes)}"
+            )
         levels.append(level)
         rest //= level
     return levels
