@@ -172,7 +172,8 @@ class ConceptPlannerExecutorModule(LeapModule):
 
     def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
         """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
-        points = {slot: self._gathered(own).flatten(0, 1) for slot, own in points.items()}
+        # in the order of the rows, whatever the number of ranks
+        points = {slot: self._gathered(own).transpose(0, 1).flatten(0, 1) for slot, own in points.items()}
         begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
         generator = Generator(device=self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
         begin = self.global_step in (0, begins)

@@ -16,7 +16,7 @@ NEVER = -1
 
 @dataclass
 class Refresh:
-    """A plan is searched again after `interval` steps: fewer where plans were stale by more than `tolerance` nats, else more."""
+    """A plan is searched again after `interval` steps: fewer where plans were stale by more than `tolerance` nats."""
 
     interval: int = 500
     tolerance: float = 0.5

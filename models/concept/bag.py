@@ -1,4 +1,4 @@
-"""Words from concepts without an executor in between: a short way for the gradient in training, and no part of a model's answer."""
+"""Words from concepts without an executor in between: a short way for the gradient in training, no part of any answer."""
 
 from torch import Tensor, nn
 

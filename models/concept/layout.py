@@ -15,7 +15,6 @@ from models.concept.vocabulary import END, ConceptVocabulary
 from models.functional.attention import positions_from_mask
 from models.functional.next_token import until_end
 
-
 # sequential: each slot given all before it; types: given those of its own type; slots: all at once, given the text alone
 Planning = Literal["sequential", "types", "slots"]
 

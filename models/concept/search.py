@@ -45,7 +45,10 @@ class PlanSearch:
     def __call__(
         self, prompt: Read, seen: Read, text: Tensor, before: Tensor, known: Tensor, generator: Generator
     ) -> Found:
-        """The best plans of texts (B, R). seen: what the posterior reads; before (B, S): earlier plans, where known (B,) bool."""
+        """The best plans of texts (B, R).
+
+        seen: what the posterior reads. before (B, S): earlier plans, where known (B,) bool.
+        """
         # 1. candidates, the plan of before in front
         drawn = round(self.explore * self.candidates)
         likely = beam(self.posterior, *seen, max(1, self.candidates - drawn))

@@ -122,5 +122,5 @@ def test_rounds_by_hand():
 
 
 def test_an_unknown_form_is_named():
-    with pytest.raises(UsageError, match="module.planning=both is not known; type one of sequential, types, slots"):
+    with pytest.raises(UsageError, match=r"module\.planning=both is not known; type one of sequential, types, slots"):
         Planner(concept_parts()[0], "both")

@@ -90,7 +90,7 @@ def test_a_beam_as_wide_as_all_plans_lists_them_in_order(planning):
 
 def test_a_beam_over_slots_apart_from_each_other_is_exact_at_any_width():
     model, _, _ = concept_parts({"a": {"codes": 3, "most": 2}, "b": {"codes": 4}})
-    planner, (text, mask) = Planner(model, "slots"), some_texts(2)
+    planner, (text, mask) = Planner(model, "slots"), some_texts(24)
     whole = beam(planner, text, mask, 36)
     assert torch.equal(beam(planner, text, mask, 5), whole[:, :5])
     sequential = Planner(model)

@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def test_levels_multiply_to_the_codes():
     assert [fsq_levels(n, "codes") for n in (2, 7, 8, 16, 24, 4096)] == [[2], [7], [8], [8, 2], [8, 3], [8, 8, 8, 8]]
-    with pytest.raises(UsageError, match="module.types.a.codes=22 cannot .* type module.types.a.codes=16"):
+    with pytest.raises(UsageError, match=r"module\.types\.a\.codes=22 cannot .* type module\.types\.a\.codes=16"):
         fsq_levels(22, "module.types.a.codes")
 
 
