@@ -69,7 +69,9 @@ def test_ranks_keep_what_one_rank_keeps(tiny_oracle):
         return em.plans(rows, read, read, text, step, torch.Generator(), gather)
 
     whole, ranks = fresh(), [fresh(), fresh()]
-    for step, rows in enumerate((torch.arange(8), torch.arange(4, 12), torch.arange(8), torch.arange(3, 11), torch.arange(8))):
+    for step, rows in enumerate(
+        (torch.arange(8), torch.arange(4, 12), torch.arange(8), torch.arange(3, 11), torch.arange(8))
+    ):
         chosen, figures = visit(whole, rows, step, lambda own: own.unsqueeze(0))
         shares = [rows[rank::2] for rank in range(2)]
         sent = []
