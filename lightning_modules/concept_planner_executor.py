@@ -3,7 +3,7 @@
 u prompt, x text, z plan. Legend: B batch, R response columns, S concept slots.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,21 +12,21 @@ from torch import Generator, Tensor, nn
 from lightning_modules.base import LeapModule
 from lightning_modules.hard_em import build_hard_em
 from lightning_modules.plan_meter import PlanMeter
+from lightning_modules.plan_options import check_options, pair
+from lightning_modules.plan_training import PlanTraining
 from models.backbones.causal_lm import require_causal, with_adapters
 from models.concept.bag import BagOfWords
 from models.concept.decoder import PlannedDecoder
 from models.concept.executor import Executor
 from models.concept.layout import Planning
-from models.concept.planner import Coder, Plan, Planner, greedy, relaxed
-from models.concept.quantiser import Quantiser
-from models.concept.search import Read
-from models.concept.terms import NAMES, plan_terms
+from models.concept.planner import Plan, Planner
+from models.concept.terms import NAMES, plan_terms, slots_of
 from models.concept.unified import UnifiedModel
 from models.concept.vocabulary import ConceptVocabulary
 from models.decoding.decoder import Decoder
 from models.functional.bag_of_words import bag_of_words_nll
 from models.functional.bits_per_byte import token_nll
-from models.functional.errors import UsageError, require_choice
+from models.functional.errors import require_choice
 from models.functional.plan_nll import plan_nll
 from models.functional.rows import response_columns
 
@@ -34,14 +34,19 @@ from models.functional.rows import response_columns
 BEFORE, CODES, FOUND = "concepts_before", "concepts_codes", "concepts_found"
 
 
-class ConceptPlannerExecutorModule(LeapModule):
+class ConceptPlannerExecutorModule(PlanTraining, LeapModule):
     """model: a causal LM, shared by planner and executor. types: {name: {"codes", "most", "least"}}, in planning order.
 
     weights: of each loss in `terms.NAMES`; 0 or none switches it off. free_bits: nats that each slot's KL may have for nothing.
     quota: concepts a text that the quota loss asks for.
-    Three pairs go from their first to their second value, linearly over `anneal_share` of the steps. temperatures: the
-    relaxation's. noise: 1 draws concepts from the posterior, 0 takes the most probable ones. corruption: share of the
-    executor's words that are hidden from it in training.
+    sampler: how the posterior chooses, `quantiser.SAMPLERS`. planning: {"prior", "posterior"}: `layout.Planning` of each.
+    posterior_reads: `all` (prompt and text) or `text`. search: hard EM, `hard_em.OPTIONS`; None trains straight through.
+    signals: {type: signal of the corpus} that each type has to predict. curriculum: share of the steps after which texts of
+    all lengths count; shorter ones come first.
+    quantise: shares of the steps between which a quantiser's points move to their codes. code_decay: of the codes' means.
+    A weight is a number or a pair. Pairs go from their first to their second value, linearly over `anneal_share` of the
+    steps. temperatures: the relaxation's. noise: 1 draws concepts from the posterior, 0 takes the most probable ones.
+    corruption: share of the executor's words that are hidden from it in training.
     lora_rank: adapters that train in the backbone's place, beside the new tables; None trains all.
     """
 
@@ -55,6 +60,8 @@ class ConceptPlannerExecutorModule(LeapModule):
         planning: Mapping[str, Planning] | None = None,
         posterior_reads: str = "all",
         search: Mapping[str, float] | None = None,
+        signals: Mapping[str, str] | None = None,
+        curriculum: float = 0.0,
         quantise: tuple[float, float] = (0.1, 0.4),
         code_decay: float = 0.99,
         free_bits: float = 0.0,
@@ -73,7 +80,7 @@ class ConceptPlannerExecutorModule(LeapModule):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
         require_causal(model, "concepts")
-        _check_options(weights, quota, temperatures, noise, corruption, anneal_share)
+        check_options(weights, quota, temperatures, noise, corruption, anneal_share)
         self.save_hyperparameters(ignore=["model"])
         vocabulary = ConceptVocabulary(types, model.get_input_embeddings().num_embeddings)
         if lora_rank is not None:
@@ -86,14 +93,17 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.posterior_reads = posterior_reads
         self.em = build_hard_em(search, self.planner, self.posterior, self.executor)
         self.bag = BagOfWords(self.model) if weights.get("bag") else None
+        self.wanted_signals, self.signals = signals, None  # the corpus knows their sizes
+        self.curriculum = curriculum
         self.quantise, self.code_decay = tuple(quantise), code_decay
-        self.weights = {name: _pair(weights.get(name, 0.0)) for name in NAMES}
+        self.weights = {name: pair(weights.get(name, 0.0)) for name in NAMES}
         self.free_bits, self.quota = free_bits, quota
         noise = noise if self.model.quantiser is None else (0.0, 0.0)  # a quantiser's plan is no draw
         self.temperatures, self.noise, self.corruption = tuple(temperatures), tuple(noise), tuple(corruption)
         self.anneal_share = anneal_share
         self.plan_temperature, self.temperature = plan_temperature, temperature
-        self.meter = PlanMeter()
+        names = [t.name for t in vocabulary.types]
+        self.meter = PlanMeter(dict(zip(names, slots_of(vocabulary), strict=True)))
         self._before: dict[int, Tensor] = {}
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -108,82 +118,17 @@ class ConceptPlannerExecutorModule(LeapModule):
         # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
         text = self._text(batch)
         blank = torch.rand(text.shape, generator=generator, device=self.device) < hidden
-        raw["text"] = token_nll(self.executor.logits(ids, embeds, text, blank), text).mean()
+        raw["text"] = self._of_short(token_nll(self.executor.logits(ids, embeds, text, blank), text).mean(-1), text)
         if self.bag is not None:
-            raw["bag"] = bag_of_words_nll(self.bag(embeds), text).mean()
+            raw["bag"] = self._of_short(bag_of_words_nll(self.bag(embeds), text), text)
+        if self.signals is not None:
+            raw["signals"] = -self.signals.log_prob(embeds, self.trainer.datamodule.signals(batch)).mean()
         # 3. the weighted sum
         loss = self._weighted(raw, {name: self._annealed(ends) for name, ends in self.weights.items()})
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"monitor/{name}": value for name, value in raw.items()})
         self.log("monitor/corruption", hidden)
         return self.refuse_nan(loss)
-
-    def _straight_through(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Read, dict[str, Tensor]]:
-        """A drawn plan's block with its gradient, what the plan costs under p(z | u), and what else is asked of it."""
-        relaxation, noise = self._annealed(self.temperatures), self._annealed(self.noise)
-        self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise})
-        plan = self._drawn(batch, generator, relaxation, noise)
-        raw = self._plan_terms(plan, self._prior_logits(batch, plan.choices), self._text(batch))
-        return (plan.ids, plan.embeds), raw
-
-    def _searched(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Read, dict[str, Tensor]]:
-        """The best plan's block, and what it costs under prior and posterior: all three are taught the same plan."""
-        text, seen, prompt = self._text(batch), self._whole(batch), self._prompt(batch)
-        own = batch["row"], prompt, seen, text
-        choices, figures = self.em.plans(*own, self.global_step, generator, self._gathered)
-        self.log_dict({f"monitor/{name}": value for name, value in figures.items()})
-        is_open, raw = self.model.layout.open_slots(choices), {}
-        for name, planner, read in (("planner", self.planner, prompt), ("posterior", self.posterior, seen)):
-            log_p = planner.score(*read, choices).log_softmax(-1)
-            raw[name] = plan_nll(log_p, choices, is_open).sum(-1).mean() / text.shape[1]
-        return self.planner.block(choices), raw
-
-    def _gathered(self, own: Tensor) -> Tensor:
-        """Of all ranks, (ranks, ...)."""
-        return self.all_gather(own).reshape(-1, *own.shape)
-
-    def on_fit_start(self) -> None:
-        if self.em is not None:
-            self.em.prepare(len(self.trainer.datamodule.rows["train"]))
-
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        if self.em is not None:
-            self.em.step_begins()
-
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        if self.em is not None:
-            self.em.step_ends()
-            self.log("monitor/search_share", self.em.share)
-
-    def _drawn(self, batch: dict[str, Tensor], generator: Generator, temperature: float, noise: float) -> Plan:
-        """A plan from q(z | u, x) with a gradient to it; of a quantiser, which draws nothing, the codes of its points."""
-        quantiser = self.model.quantiser
-        if quantiser is None:
-            return self.posterior.draw(*self._whole(batch), relaxed(generator, temperature, noise))
-        coder = Coder(quantiser, self._quantised_share() if self.training else 1.0)
-        plan = self.posterior.draw(*self._whole(batch), coder)
-        if self.training and quantiser.moving:
-            self._move_codes(quantiser, coder.points)
-        return plan
-
-    def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
-        quantiser = self.model.quantiser
-        return self.posterior.draw(*self._whole(batch), greedy if quantiser is None else Coder(quantiser))
-
-    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
-        """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
-        # in the order of the rows, whatever the number of ranks
-        points = {slot: self._gathered(own).transpose(0, 1).flatten(0, 1) for slot, own in points.items()}
-        begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
-        generator = Generator(device=self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
-        begin = self.global_step in (0, begins)
-        dead = quantiser.follow(points, self.code_decay, generator, begin=begin)
-        self.log("monitor/dead_codes", float(dead))
-
-    def _quantised_share(self) -> float:
-        """0 until the first of `quantise`, 1 from the second on, shares of the steps."""
-        first, last = (share * float(self.trainer.estimated_stepping_batches) for share in self.quantise)
-        return min(1.0, max(0.0, (self.global_step - first) / max(1.0, last - first)))
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
         options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota}
@@ -195,15 +140,6 @@ class ConceptPlannerExecutorModule(LeapModule):
     @staticmethod
     def _weighted(raw: dict[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         return sum(weight * raw[name] for name, weight in weights.items() if weight and name in raw)
-
-    def _annealed(self, ends: tuple[float, float]) -> float:
-        """From the first to the second value over the first `anneal_share` of the steps."""
-        over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
-        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
-
-    def _progress(self) -> float:
-        """Share of the steps that are over."""
-        return self.global_step / max(1.0, float(self.trainer.estimated_stepping_batches))
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -260,8 +196,23 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.meter.update(sums, text.shape[1], best.choices, plans, before)
         if not self.trainer.testing:
             self._before[batch_idx] = best.choices
+        elif plans is not None:
+            self.meter.update_swaps(plans.roll(1, 0), self._swapped(batch, best.choices, generator))
         raw = {"text": nll.mean(), **self._plan_terms(plan, prior, text)}
         return self._weighted(raw, {name: last for name, (_, last) in self.weights.items()})
+
+    def _swapped(self, batch: dict[str, Tensor], choices: Tensor, generator: Generator) -> Tensor:
+        """Hidden plans (B, K, A) of the texts written with one type's concepts of the text before it in the batch."""
+        told = []
+        for own in slots_of(self.model.vocabulary):
+            mixed = choices.clone()
+            mixed[:, own] = choices.roll(1, 0)[:, own]
+            length = response_columns(batch["response_mask"])
+            options = {"temperature": 0, "vocab_size": self._words}
+            text = self.executor.generate(*self.planner.block(mixed), length, generator, **options)
+            ids = torch.cat([batch["input_ids"][:, :-length], text], -1)
+            told.append(self.trainer.datamodule.hidden_plans(batch | {"input_ids": ids}))
+        return torch.stack(told, 1)
 
     def _written(self, plan: Plan, length: int, generator: Generator) -> Tensor:
         return self.executor.generate(plan.ids, plan.embeds, length, generator, temperature=0, vocab_size=self._words)
@@ -317,36 +268,3 @@ class ConceptPlannerExecutorModule(LeapModule):
             self.model.quantiser.load_state_dict(checkpoint[CODES], strict=False)
         if self.em is not None:
             self.em.load_state_dict(checkpoint.get(FOUND, {}))
-
-
-def _pair(weight: float | Sequence[float]) -> tuple[float, float]:
-    """A weight's first and last value; a single number is both."""
-    first, last = weight if isinstance(weight, Sequence) else (weight, weight)
-    return float(first), float(last)
-
-
-def _check_options(
-    weights: Mapping[str, float],
-    quota: float | None,
-    temperatures: tuple[float, float],
-    noise: tuple[float, float],
-    corruption: tuple[float, float],
-    share: float,
-) -> None:
-    for name, weight in weights.items():
-        if name not in NAMES:
-            raise UsageError(f"module.weights.{name} is not known; the losses are {', '.join(NAMES)}")
-        if min(_pair(weight)) < 0:
-            raise UsageError(f"module.weights.{name}={weight} must be at least 0; 0 switches it off")
-    if not any(map(any, map(_pair, weights.values()))):
-        raise UsageError("module.weights are all 0; type for example module.weights.text=1 module.weights.planner=1")
-    if weights.get("quota") and quota is None:
-        raise UsageError("module.weights.quota needs a number of concepts a text; type for example module.quota=3")
-    if len(temperatures) != 2 or min(temperatures) <= 0:
-        raise UsageError(f"module.temperatures={list(temperatures)} must be two numbers above 0, such as [1.0, 0.5]")
-    if len(noise) != 2 or not 0 <= noise[0] <= 1 or noise[1] not in (0, 1):
-        raise UsageError(f"module.noise={list(noise)} must begin between 0 and 1 and end in 0 or 1, such as [0.0, 1.0]")
-    if len(corruption) != 2 or min(corruption) < 0 or max(corruption) > 1:
-        raise UsageError(f"module.corruption={list(corruption)} must be two shares from 0 to 1, such as [0.5, 0.0]")
-    if not 0 <= share <= 1:
-        raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_modules.plan_cache import PlanCache, Refresh
-from models.concept.search import PlanSearch, Read
+from models.concept.search import Found, Further, PlanSearch, Read
 from models.functional.errors import UsageError
 
 OPTIONS = {
@@ -36,6 +36,7 @@ class HardEM:
         self.refresh = Refresh(interval, tolerance)
         self.cache: PlanCache | None = None
         self.seconds = {"search": 0.0, "step": 0.0}
+        self.found: Found | None = None  # by the last search of this rank
         self._waiting: dict[str, Any] | None = None
         self._started = 0.0
 
@@ -65,21 +66,25 @@ class HardEM:
         step: int,
         generator: Generator,
         gather: Callable[[Tensor], Tensor],
+        further: Callable[[Tensor], Further] | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The kept plans (B, S) of rows (B,), searched where they are due, and figures of that search.
 
-        gather: stacks a tensor of all ranks, (ranks, ...), so that every rank keeps the whole cache.
+        gather: stacks a tensor of all ranks, (ranks, ...), so that every rank keeps the whole cache. further: of the rows
+        (B,) bool that are searched, what is added to their score.
         """
         start = time.perf_counter()
         # 1. what is kept
         kept, known, due = self.cache.get(rows), self.cache.known(rows), self.cache.due(rows, step)
         scores, margins, gaps = (torch.full(rows.shape, torch.nan, device=rows.device) for _ in range(3))
-        chosen = kept
+        chosen, self.found = kept, None
         # 2. the E-step of the rows that are due
         if due.any():
             mine = [tuple(part[due] for part in read) for read in (prompt, seen)]
-            found = self.search(*mine, text[due], kept[due], known[due], generator)
+            more = None if further is None else further(due)
+            found = self.search(*mine, text[due], kept[due], known[due], generator, more)
             chosen = kept.index_put((due,), found.choices)
+            self.found = found
             scores[due], margins[due], gaps[due] = (
                 v.to(scores.dtype) for v in (found.scores, found.margins, found.gaps)
             )

@@ -4,6 +4,7 @@ Legend: B texts, S concept slots, A attributes of the hidden plan, R tokens of a
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -12,21 +13,26 @@ from torchmetrics import Metric
 from torchmetrics.functional.clustering import adjusted_mutual_info_score, normalized_mutual_info_score
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_modules.plan_matching import as_numbers, hungarian_accuracy, match_types, swap_locality
 from models.functional.plan_information import efficiency, flip_rate, joint_information, shuffled_information
 
 SUMS = ("text", "shuffled", "prior", "posterior", "truth", "rebuilt", "texts", "tokens")
 
 
 class PlanMeter(Metric):
-    """Nats of whole texts and plans by name; concepts, and hidden plans where the corpus knows them."""
+    """Nats of whole texts and plans by name; concepts, and hidden plans where the corpus knows them.
+
+    types: {name: its slots}; each is matched to one attribute.
+    """
 
     full_state_update = False
 
-    def __init__(self) -> None:
+    def __init__(self, types: Mapping[str, slice] | None = None) -> None:
         super().__init__()
+        self.types = dict(types or {})
         for name in SUMS:
             self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("concepts", "before", "plans"):
+        for name in ("concepts", "before", "plans", "donors", "swapped"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(
@@ -47,6 +53,11 @@ class PlanMeter(Metric):
             self.plans.append(plans.to(concepts.device))
         if before is not None:
             self.before.append(before)
+
+    def update_swaps(self, donors: Tensor, swapped: Tensor) -> None:
+        """After `update` of the same texts: plans (B, A) of their donors, (B, K, A) of texts with a type's concepts theirs."""
+        self.donors.append(donors)
+        self.swapped.append(swapped)
 
     def compute(self) -> dict[str, float]:
         """Figures by name; {} where nothing was seen. Nats a token, but for rates, which are bits a text."""
@@ -69,7 +80,23 @@ class PlanMeter(Metric):
             figures["nll_truth"] = nats["truth"] / tokens
             figures["efficiency"] = efficiency(nats["truth"], nats["text"], nats["prior"])
         if len(self.plans) > 0:
-            figures |= _information(concepts, dim_zero_cat(self.plans).cpu())
+            plans = dim_zero_cat(self.plans).cpu()
+            figures |= _information(concepts, plans)
+            if self.types:
+                figures |= self._by_type(concepts, plans)
+        return figures
+
+    def _by_type(self, concepts: Tensor, plans: Tensor) -> dict[str, float]:
+        """NMI and accuracy of each type's attribute, and how local swaps are where some were made."""
+        codes = torch.stack([as_numbers(concepts[:, own]) for own in self.types.values()], -1)
+        pairs, shared = match_types(codes, plans)
+        names = list(self.types)
+        figures = {f"nmi_{names[kind]}": value for (kind, _), value in zip(pairs, shared, strict=True)}
+        found = [hungarian_accuracy(codes[:, kind], plans[:, attribute]) for kind, attribute in pairs]
+        figures["hungarian_accuracy"] = sum(found) / len(found)
+        if len(self.swapped) > 0:
+            donors, swapped = dim_zero_cat(self.donors).cpu(), dim_zero_cat(self.swapped).cpu()
+            figures["swap_locality"] = swap_locality(plans, donors, swapped, pairs)
         return figures
 
 

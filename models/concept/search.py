@@ -5,6 +5,7 @@ neighbours of these that differ in one slot, drawn at random: what the posterior
 Legend: B texts, T text columns, K candidates, S slots, W choices of a slot.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,15 +20,20 @@ from models.functional.plan_nll import plan_nll
 from models.functional.plan_search import margin, plan_score, repeats, staleness
 
 Read = tuple[Tensor, Tensor]  # ids and mask (B, T)
+Further = Callable[[Tensor], Tensor]  # plans (B, K, S) -> nats (B, K)
 
 
 class Found(NamedTuple):
-    """choices (B, S) of the best plans; scores, margins (B,) nats; gaps (B,): staleness, NaN where there was no plan before."""
+    """choices (B, S) of the best plans; scores, margins (B,) nats.
+
+    gaps, flips (B,): staleness, and 1 where the plan is another than before; NaN where there was none.
+    """
 
     choices: Tensor
     scores: Tensor
     margins: Tensor
     gaps: Tensor
+    flips: Tensor
 
 
 @dataclass
@@ -43,11 +49,18 @@ class PlanSearch:
 
     @torch.no_grad()
     def __call__(
-        self, prompt: Read, seen: Read, text: Tensor, before: Tensor, known: Tensor, generator: Generator
+        self,
+        prompt: Read,
+        seen: Read,
+        text: Tensor,
+        before: Tensor,
+        known: Tensor,
+        generator: Generator,
+        further: Further | None = None,
     ) -> Found:
         """The best plans of texts (B, R).
 
-        seen: what the posterior reads. before (B, S): earlier plans, where known (B,) bool.
+        seen: what the posterior reads. before (B, S): earlier plans, where known (B,) bool. further: added to S.
         """
         # 1. candidates, the plan of before in front
         drawn = round(self.explore * self.candidates)
@@ -56,11 +69,13 @@ class PlanSearch:
         near = [self.neighbour(likely[:, k % likely.shape[1]], generator) for k in range(drawn)]
         plans = torch.stack([first, *likely.unbind(1), *near], 1)
         # 2. their scores, each plan once
-        scores = self.scores(prompt, text, plans).masked_fill(repeats(plans), -torch.inf)
+        scores = self.scores(prompt, text, plans)
+        scores = (scores if further is None else scores + further(plans)).masked_fill(repeats(plans), -torch.inf)
         best, which = scores.max(-1)
         chosen = plans[torch.arange(len(plans), device=plans.device), which]
         gaps = staleness(best, scores[:, 0]).masked_fill(~known, torch.nan)
-        return Found(chosen, best, margin(scores), gaps)
+        flips = (chosen != before).any(-1).to(gaps.dtype).masked_fill(~known, torch.nan)
+        return Found(chosen, best, margin(scores), gaps, flips)
 
     @torch.no_grad()
     def scores(self, prompt: Read, text: Tensor, plans: Tensor) -> Tensor:

@@ -48,10 +48,10 @@ class ByHand:
     def __init__(self, prior) -> None:
         self.prior = prior
 
-    def __call__(self, prompt, seen, text, before, known, generator) -> Found:
+    def __call__(self, prompt, seen, text, before, known, generator, further) -> Found:
         choices = torch.stack([1 + text.sum(-1) % 3, 1 + text[:, 0] % 4], -1)
         gaps = torch.where(known, text[:, 0].float(), torch.nan)
-        return Found(choices, -text.sum(-1).float(), text[:, 1].float(), gaps)
+        return Found(choices, -text.sum(-1).float(), text[:, 1].float(), gaps, gaps)
 
 
 def test_ranks_keep_what_one_rank_keeps(tiny_oracle):
