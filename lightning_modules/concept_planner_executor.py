@@ -3,6 +3,7 @@
 u prompt, x text, z plan. Legend: B batch, R response columns, S concept slots.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -244,6 +245,13 @@ class ConceptPlannerExecutorModule(PlanTraining, LeapModule):
 
     def model_figures(self) -> dict[str, float]:
         figures = self.meter.compute()
+        if "nll_truth" in figures:
+            # most probable plans are a function of the text, so that H(x | z) = H(x) - H(z)
+            data = self.trainer.datamodule
+            told = figures["concept_bits"] * math.log(2) / data.response_length
+            figures["nll_floor"] = data.facts()["entropy_nats_per_token"] - told
+        if self.em is not None and self.em.share:
+            figures["search_share"] = self.em.share
         # given its plan a text costs less than it does: not to be compared with what other models call their NLL
         return {"nll_given_plan": figures.pop("nll"), **figures} if figures else {}
 

@@ -14,6 +14,7 @@ from torchmetrics.functional.clustering import adjusted_mutual_info_score, norma
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_modules.plan_matching import as_numbers, hungarian_accuracy, match_types, swap_locality
+from models.functional.monitor import plug_in_entropy
 from models.functional.plan_information import efficiency, flip_rate, joint_information, shuffled_information
 
 SUMS = ("text", "shuffled", "prior", "posterior", "truth", "rebuilt", "texts", "tokens")
@@ -74,6 +75,7 @@ class PlanMeter(Metric):
             "reconstruction": nats["rebuilt"] / texts,
         }
         concepts = dim_zero_cat(self.concepts).cpu()
+        figures["concept_bits"] = plug_in_entropy(concepts) / math.log(2)
         if len(self.before) > 0:  # a list, or one tensor once ranks were gathered
             figures["flip_rate"] = flip_rate(dim_zero_cat(self.before).cpu(), concepts)
         if nats["truth"] > 0:
