@@ -25,7 +25,17 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_levels_multiply_to_the_codes():
-    assert [fsq_levels(n, "codes") for n in (2, 7, 8, 16, 24, 4096)] == [[2], [7], [8], [8, 2], [8, 3], [8, 8, 8, 8]]
+    expected = {
+        2: [2],
+        7: [7],
+        4: [2, 2],
+        8: [2, 2, 2],
+        24: [4, 3, 2],
+        64: [4, 4, 4],
+        1000: [8, 5, 5, 5],
+        4096: [8, 8, 8, 8],
+    }
+    assert {codes: fsq_levels(codes, "codes") for codes in expected} == expected
     with pytest.raises(UsageError, match=r"module\.types\.a\.codes=22 cannot .* type module\.types\.a\.codes=16"):
         fsq_levels(22, "module.types.a.codes")
 
