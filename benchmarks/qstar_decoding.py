@@ -31,17 +31,19 @@ from models.decoding.qstar import decode_qstar
 from models.decoding.qstar_law import QStarLaw
 from models.decoding.qstar_roles import roles
 from models.decoding.qstar_run import QStarOutput
-from models.functional.qstar_speed import SPEEDUPS, best_gamma
+from models.functional.qstar_speed import SPEEDUPS, best_gamma, wait_for_the_slowest
 
 NAIVE = "both models at every token"
+PLACES = 5  # of the longer of the two forwards whose times give w
 
 READING = """
 All models have random weights, one trunk of layers and layers of their own whose output is scaled by --apart; that sets beta,
 the share of drafted tokens kept. A ratio is the time over that of evaluating both models at every token (with caches, the same
-batch and round), median [first, third quartile]. formula: the expected speed-up at the measured beta, c and gamma, were a
-forward's time the same for one token and for a draft; wide: the same with the time that the checker really takes for it.
-alpha = 0 is ordinary speculative sampling of pi_t by pi_theta, which transformers' assisted generation does too; there a ratio
-is to pi_t alone, token by token.
+batch and round), median [first, third quartile]. w: what each further place adds to a checker's forward, as a share of it.
+formula: the expected speed-up at the measured beta, c and gamma, were w = 0; wide: the same with w; slowest: with w, until the
+last row of the batch is done, as if rows that are done cost as before. gamma is the best for wide; 0 drafts nothing, as nothing
+would pay. alpha = 0 is ordinary speculative sampling of pi_t by pi_theta, which transformers' assisted generation does too;
+there a ratio is to pi_t alone, token by token.
 """
 
 
@@ -114,28 +116,35 @@ def measure_pair(pair: Pair, batch: int) -> list[Row]:
     """A row for the plain loop and for every scheme, at the draft length that the formula prefers."""
     args, device = pair.args, pair.device
     prompts = torch.randint(0, args.vocabulary, (batch, args.prompt), device=device)
-    one = {name: forward_seconds(model, batch, 1, args, device) for name, model in pair.models.items()}
+    one, more = (
+        {name: forward_seconds(model, batch, places, args, device) for name, model in pair.models.items()}
+        for places in (1, PLACES)
+    )
     schemes, runs = {}, {NAIVE: lambda: pair.decode(prompts, gamma=0)}
     for draft in ("theta", "alternate", *(["assistant"] if "assistant" in pair.models else [])):
         drafter, checkers, _, formula = roles(draft, 1.0)
-        cost = one[drafter] / sum(one[name] for name in checkers)
-        beta = pair.decode(prompts, draft=draft, gamma=4, cost=min(cost, 1.0)).acceptance[drafter]
-        gamma = best_gamma(beta, cost, formula)
-        options = {"draft": draft, "gamma": gamma, "cost": min(cost, 1.0)}
-        out = pair.decode(prompts, **options)
-        beta = out.acceptance[drafter]
-        wide = sum(forward_seconds(pair.models[name], batch, gamma + 1, args, device) for name in checkers)
-        # naive time over checker time grows by what a wide forward costs more
-        stretched = one[drafter] / wide
-        expected = SPEEDUPS[formula](gamma, beta, cost)
-        in_units = {"assistant": 1.0}.get(draft, 1 + cost) / {"assistant": 1.0}.get(draft, 1 + stretched)
-        really = SPEEDUPS[formula](gamma, beta, stretched) * in_units * sum(one[n] for n in checkers) / wide
-        schemes[f"draft={draft}"] = {"beta": beta, "cost": cost, "gamma": gamma, "formula": expected, "wide": really}
+        checking = sum(one[name] for name in checkers)
+        cost = one[drafter] / checking
+        wide = max(0.0, sum(more[name] for name in checkers) / checking - 1) / (PLACES - 1)
+        options = {"draft": draft, "cost": min(cost, 1.0)}
+        beta = pair.decode(prompts, gamma=4, **options).acceptance[drafter]
+        options["gamma"] = best_gamma(beta, cost, formula, wide=wide) if args.gamma is None else args.gamma
+        schemes[f"draft={draft}"] = expectation(formula, options["gamma"], beta, cost, wide, args.new, batch)
         runs[f"draft={draft}"] = lambda options=options: pair.decode(prompts, **options)
     times = interleave(
         {name: timed(run, device, args.clock) for name, run in runs.items()}, repeats=args.repeats, warmup=args.warmup
     )
     return [build_row(name, times, NAIVE, pair=pair.name, batch=batch, **schemes.get(name, {})) for name in runs]
+
+
+def expectation(formula: str, gamma: int, beta: float, cost: float, wide: float, tokens: int, batch: int) -> Row:
+    """What is put into the formula, and what comes out: as it stands, with w, and with w for the slowest row of a batch."""
+    said = {"beta": beta, "cost": cost, "w": wide, "gamma": gamma}
+    if gamma == 0:
+        return said | dict.fromkeys(("formula", "wide", "slowest"), 1.0)
+    with_w = SPEEDUPS[formula](gamma, beta, cost, wide)
+    slowest = with_w / wait_for_the_slowest(gamma, beta, tokens, batch)
+    return said | {"formula": SPEEDUPS[formula](gamma, beta, cost), "wide": with_w, "slowest": slowest}
 
 
 def measure_peer(pair: Pair, gamma: int = 4) -> list[Row]:
@@ -185,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sharpness", type=float, default=3.0, help="spread of the logits")
     parser.add_argument("--apart", type=float, default=0.5, help="how much a model's own layers change")
     parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--gamma", type=int, help="tokens of a draft; the best one for the measured costs unless given")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     args = parser.parse_args(argv)
     device, console = prepare(args), report_console()
@@ -206,8 +216,10 @@ def main(argv: list[str] | None = None) -> None:
         "speed-up": number("speedup", ".2f"),
         "formula": number("formula", ".2f"),
         "wide": number("wide", ".2f"),
+        "slowest": number("slowest", ".2f"),
         "beta": number("beta", ".2f"),
         "c": number("cost", ".2f"),
+        "w": number("w", ".2f"),
         "gamma": number("gamma", "d"),
         "tokens/forward": number("tokens_per_forward", ".2f"),
     }

@@ -4,8 +4,9 @@ u prompt, x text, z plan. Legend: B batch, R response columns, S concept slots.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,13 +15,16 @@ from lightning_modules.base import LeapModule
 from lightning_modules.hard_em import build_hard_em
 from lightning_modules.plan_meter import PlanMeter
 from lightning_modules.plan_options import check_options, pair
+from lightning_modules.plan_probes import PlanProbes
 from lightning_modules.plan_training import PlanTraining
 from models.backbones.causal_lm import require_causal, with_adapters
 from models.concept.bag import BagOfWords
 from models.concept.decoder import PlannedDecoder
 from models.concept.executor import Executor
+from models.concept.files import save_plans
 from models.concept.layout import Planning
 from models.concept.planner import Plan, Planner
+from models.concept.quantiser import Sampler
 from models.concept.terms import NAMES, plan_terms, slots_of
 from models.concept.unified import UnifiedModel
 from models.concept.vocabulary import ConceptVocabulary
@@ -35,12 +39,12 @@ from models.functional.rows import response_columns
 BEFORE, CODES, FOUND = "concepts_before", "concepts_codes", "concepts_found"
 
 
-class ConceptPlannerExecutorModule(PlanTraining, LeapModule):
+class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
     """model: a causal LM, shared by planner and executor. types: {name: {"codes", "most", "least"}}, in planning order.
 
     weights: of each loss in `terms.NAMES`; 0 or none switches it off. free_bits: nats that each slot's KL may have for nothing.
     quota: concepts a text that the quota loss asks for.
-    sampler: how the posterior chooses, `quantiser.SAMPLERS`. planning: {"prior", "posterior"}: `layout.Planning` of each.
+    sampler: how the posterior chooses, `quantiser.Sampler`. planning: {"prior", "posterior"}: `layout.Planning` of each.
     posterior_reads: `all` (prompt and text) or `text`. search: hard EM, `hard_em.OPTIONS`; None trains straight through.
     signals: {type: signal of the corpus} that each type has to predict. curriculum: share of the steps after which texts of
     all lengths count; shorter ones come first.
@@ -55,11 +59,11 @@ class ConceptPlannerExecutorModule(PlanTraining, LeapModule):
         self,
         model: nn.Module,
         *,
-        types: Mapping[str, Mapping[str, int | None]],
-        weights: Mapping[str, float],
-        sampler: str = "gumbel_st",
+        types: Mapping[str, Mapping[str, int | None] | None],
+        weights: Mapping[str, float | Sequence[float]],
+        sampler: Sampler = "gumbel_st",
         planning: Mapping[str, Planning] | None = None,
-        posterior_reads: str = "all",
+        posterior_reads: Literal["all", "text"] = "all",
         search: Mapping[str, float] | None = None,
         signals: Mapping[str, str] | None = None,
         curriculum: float = 0.0,
@@ -105,6 +109,7 @@ class ConceptPlannerExecutorModule(PlanTraining, LeapModule):
         self.plan_temperature, self.temperature = plan_temperature, temperature
         names = [t.name for t in vocabulary.types]
         self.meter = PlanMeter(dict(zip(names, slots_of(vocabulary), strict=True)))
+        self.figures: dict[str, float] = {}
         self._before: dict[int, Tensor] = {}
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -253,11 +258,16 @@ class ConceptPlannerExecutorModule(PlanTraining, LeapModule):
         if self.em is not None and self.em.share:
             figures["search_share"] = self.em.share
         # given its plan a text costs less than it does: not to be compared with what other models call their NLL
-        return {"nll_given_plan": figures.pop("nll"), **figures} if figures else {}
+        return {"nll_given_plan": figures.pop("nll"), **figures, **self.figures} if figures else {}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Response ids (B, R) by the last of the decoders."""
         return self.decoders()[-1](batch, self.step_generator(batch_idx, stream=2, epoch=0))
+
+    def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
+        """Write the model as a folder, adapters added in; `lightning_modules.trained.load_planned` reads it."""
+        options = dict(self.hparams) | {"module": type(self).__name__, "lora_rank": None}
+        return save_plans(self.model, folder, options, tokenizer)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -11,26 +11,22 @@ from torch import Generator, Tensor
 from lightning_modules.hard_em import HardEM
 from models.concept.planner import Coder, Plan, Planner, greedy, relaxed
 from models.concept.quantiser import Quantiser
-from models.concept.search import Found, Further, Read
+from models.concept.search import Further, Read
 from models.concept.signals import SignalHeads, repeated
 from models.concept.unified import UnifiedModel
 from models.functional.curriculum import length_limit, mean_of_short, text_lengths
 from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
+from models.functional.watched import EStep
 
 
 class PlanTraining:
-    """A mixin of the module.
-
-    relaxation: relaxed and made choices of the last straight-through step. e_step: what this rank's last search found.
-    """
+    """A mixin of the module."""
 
     model: UnifiedModel
     planner: Planner
     posterior: Planner
     em: HardEM | None
-    relaxation: tuple[Tensor, Tensor] | None = None
-    e_step: Found | None = None
 
     def setup(self, stage: str) -> None:
         if self.wanted_signals and self.signals is None:
@@ -56,7 +52,8 @@ class PlanTraining:
         own = batch["row"], prompt, seen, text
         further = None if self.signals is None else self._told_by(self.trainer.datamodule.signals(batch))
         choices, figures = self.em.plans(*own, self.global_step, generator, self._gathered, further)
-        self.e_step = self.em.found
+        found, self.relaxation = self.em.found, None
+        self.e_step = None if found is None else EStep(found.margins, found.gaps, found.flips)
         self.log_dict({f"monitor/{name}": value for name, value in figures.items()})
         is_open, raw = self.model.layout.open_slots(choices), {}
         for name, planner, read in (("planner", self.planner, prompt), ("posterior", self.posterior, seen)):

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lightning_modules.base import LeapModule
 from lightning_modules.qstar_exactness import enumeration_error, g_test_of
+from lightning_modules.qstar_probes import QStarProbes
 from models.backbones.causal_lm import causal_logits, save_causal, save_merged, with_adapters
 from models.decoding.autoregressive import AutoregressiveDecoder, generate_autoregressive
 from models.decoding.decoder import Decoder
 from models.decoding.qstar import require_draft_length
-from models.decoding.qstar_decoder import NAMES, QStarDecoder, Scheme
+from models.decoding.qstar_decoder import NAMES, Costs, QStarDecoder, Scheme
 from models.decoding.qstar_law import QStarLaw
 from models.decoding.verification import VERIFICATIONS
 from models.functional.errors import UsageError, require_choice
@@ -26,11 +27,12 @@ from models.objectives.base import Terms
 from models.objectives.qstar import QStarLoss, qstar_terms
 
 
-class QStarDecodingModule(LeapModule):
+class QStarDecodingModule(QStarProbes, LeapModule):
     """theta, target: causal models of one vocabulary, π_θ (trained) and π_t (frozen). assistant: a third that may draft.
 
     theta_weight: α; None is equally far from both. schemes: the ways of drafting that `trainer.test` compares, with gamma
-    tokens a draft (`auto` follows the acceptance), checked by `verify`. temperature acts on both models, top_k and top_p on q*.
+    tokens a draft (`auto` follows the acceptance and the `costs`), checked by `verify`. temperature acts on both models, top_k
+    and top_p on q*.
     loss: `kl` or `acceptance`, on texts that π_θ says itself. lora_rank: adapters that train in its place; None trains all.
     exactness_samples: texts for a G-test of each scheme, where the corpus can list all texts; 0 does without.
     """
@@ -49,6 +51,7 @@ class QStarDecodingModule(LeapModule):
         gamma: int | Literal["auto"] = "auto",
         verify: Literal["token", "block"] = "token",
         cache: bool = True,
+        costs: Costs = "parameters",
         loss: QStarLoss = "kl",
         lora_rank: int | None = None,
         exactness_samples: int = 8192,
@@ -65,6 +68,7 @@ class QStarDecodingModule(LeapModule):
             raise UsageError("module.schemes is empty; type for example module.schemes=[alternate]")
         require_choice("module.verify", verify, VERIFICATIONS)
         require_draft_length("module.gamma", gamma)
+        require_choice("module.costs", costs, get_args(Costs))
         if "assistant" in schemes and assistant is None:
             raise UsageError("module.schemes names assistant, but there is no third model; type ngram, or give one")
         self.save_hyperparameters(ignore=["theta", "target", "assistant"])
@@ -72,7 +76,7 @@ class QStarDecodingModule(LeapModule):
         self.theta = theta if lora_rank is None else with_adapters(theta, lora_rank)
         self.target, self.assistant = target.requires_grad_(False), assistant
         self.schemes, self.gamma, self.verify, self.cache = tuple(schemes), gamma, verify, cache
-        self.loss, self.exactness_samples = loss, exactness_samples
+        self.costs, self.loss, self.exactness_samples = costs, loss, exactness_samples
         self._decoders: list[Decoder] = []
         self._sums: dict[int, dict[str, float]] = {}
 
@@ -148,7 +152,7 @@ class QStarDecodingModule(LeapModule):
         return QStarDecoder(
             self.theta, self.target, scheme, response_length=data.response_length, vocab_size=len(data.tokenizer),
             eos_id=data.tokenizer.eos_token_id, law=self.law, gamma=self.gamma, verify=self.verify, cache=self.cache,
-            assistant=self.assistant,
+            assistant=self.assistant, costs=self.costs,
         )  # fmt: skip
 
     def decoders(self) -> list[Decoder]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from lightning_modules.base import LeapModule
+from lightning_modules.locks import one_at_a_time
 from models.backbones.llada import load_llada
 from models.functional.errors import UsageError
 
@@ -45,11 +46,28 @@ def train_or_load(
     stands in the configuration; load: reads the folder.
 
     Training checkpoints go to `<folder>.partial`, where an interrupted training is taken up again; the finished model is
-    put in place in one step, so `folder` is either absent or whole. A fast_dev_run trains one step and keeps nothing.
+    put in place in one step, so `folder` is either absent or whole. Runs that need the same model wait for the one that trains
+    it. A fast_dev_run trains one step and keeps nothing.
     """
-    if (folder / "config.json").is_file():
-        console.print(f"{what}: reusing the trained one in {folder}", highlight=False)
-        return load(folder)
+    waiting = f"{what}: another run is training the same one; waiting for it"
+    with one_at_a_time(folder, lambda: console.print(waiting, highlight=False)):
+        if (folder / "config.json").is_file():
+            console.print(f"{what}: reusing the trained one in {folder}", highlight=False)
+            return load(folder)
+        return _train(folder, what, option, build_model, build_module, build_trainer, datamodule, console)
+
+
+def _train(
+    folder: Path,
+    what: str,
+    option: str,
+    build_model: Callable[[], PreTrainedModel],
+    build_module: Callable[[PreTrainedModel], LeapModule],
+    build_trainer: Callable[[], Trainer],
+    datamodule: LightningDataModule,
+    console: Console,
+) -> PreTrainedModel:
+    """The model, trained or taken up again, and put into `folder` when it is whole."""
     partial = partial_folder(folder)
     last = partial / "last.ckpt"
     if last.is_file() and not _readable(last):
@@ -75,7 +93,7 @@ def train_or_load(
         staging = folder.with_name(f"{folder.name}.staging-{os.getpid()}")
         model.save_pretrained(staging)
         datamodule.tokenizer.save_pretrained(staging)
-        if folder.exists():  # another run trained the same teacher meanwhile
+        if folder.exists():  # a run on another machine, whose lock was not seen here, trained the same one meanwhile
             shutil.rmtree(staging)
         else:
             os.replace(staging, folder)

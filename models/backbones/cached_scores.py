@@ -46,6 +46,13 @@ class CachedScores:
         self.tokens = self.places = ids.new_zeros(len(ids), 0)
         self.real = self.tokens.bool()
 
+    def keep_rows(self, stay: Tensor) -> None:
+        """The next batch is the last one without the rows that are False in stay (B,)."""
+        if len(stay) != len(self.tokens):
+            return
+        self._each_layer(lambda states: states[stay])
+        self.tokens, self.places, self.real = (part[stay] for part in (self.tokens, self.places, self.real))
+
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
         if len(ids) != len(self.tokens):

@@ -6,7 +6,7 @@ Legend: B batch, D width, V codes of a type, W choices of a slot, d coordinates.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -26,7 +26,7 @@ from models.functional.vector_quantisation import (
     reset_dead,
 )
 
-SAMPLERS = ("gumbel_st", "fsq", "ema_vq")
+Sampler = Literal["gumbel_st", "fsq", "ema_vq"]
 COORDINATES = 8  # of a space whose codes move
 
 
@@ -151,5 +151,5 @@ class Quantiser(nn.Module):
 
 def build_quantiser(sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float) -> Quantiser | None:
     """None for `gumbel_st`, whose codes are rows of a table."""
-    require_choice("module.sampler", sampler, SAMPLERS)
+    require_choice("module.sampler", sampler, get_args(Sampler))
     return None if sampler == "gumbel_st" else Quantiser(sampler, vocabulary, width, spread)

@@ -10,6 +10,7 @@ from models.backbones.causal_scores import CausalScores
 from models.decoding.chance import Chance, TorchChance
 from models.decoding.ngram import NgramScores
 from models.decoding.qstar import decode_qstar
+from models.decoding.qstar_costs import ForwardCosts, forward_costs
 from models.decoding.qstar_law import QStarLaw
 from models.decoding.qstar_roles import Draft, parameter_cost, roles
 from models.decoding.qstar_run import QStarOutput
@@ -19,6 +20,7 @@ from models.functional.qstar_speed import SPEEDUPS
 from models.functional.rows import response_columns
 
 Scheme = Literal["naive", "theta", "target", "alternate", "ngram", "assistant"]
+Costs = Literal["parameters", "measured"]
 NAMES = {
     "naive": "q*, both at every token",
     "theta": "q*, π_θ drafts",
@@ -32,8 +34,9 @@ NAMES = {
 class QStarDecoder:
     """theta, target: causal models of one vocabulary; assistant: a third one, for the scheme that names it.
 
-    vocab_size: ids from there on are never said. eos_id ends a text, and fills what is beyond. outputs: what each call found,
-    oldest first; whoever reads them clears them.
+    vocab_size: ids from there on are never said. eos_id ends a text, and fills what is beyond. costs: what a draft is thought
+    to cost, by the models' `parameters`, or `measured` once for each size of batch; then the texts of a seed depend on the
+    machine, but never their law. outputs: what each call found, oldest first; whoever reads them clears them.
     """
 
     method = "student"
@@ -52,23 +55,32 @@ class QStarDecoder:
         verify: Literal["token", "block"] = "token",
         cache: bool = True,
         assistant: nn.Module | None = None,
+        costs: Costs = "parameters",
     ) -> None:
         require_choice("module.schemes", scheme, NAMES)
         self.theta, self.target, self.assistant = theta, target, assistant
         self.scheme, self.name, self.response_length = scheme, NAMES[scheme], response_length
         self.vocab_size, self.eos_id, self.law, self.verify = vocab_size, eos_id, law, verify
         self.gamma = 0 if scheme == "naive" else gamma
-        self.kind = CachedScores if cache else CausalScores
+        self.kind, self.costs = CachedScores if cache else CausalScores, costs
+        self._measured: dict[int, ForwardCosts] = {}  # by the texts of a batch
         self.outputs: list[QStarOutput] = []
 
     @property
     def draft(self) -> Draft:
         return {"naive": "theta", "ngram": "assistant"}.get(self.scheme, self.scheme)
 
+    def forward_costs(self, prompts: Tensor) -> ForwardCosts:
+        """A forward of the drafter over one of its checkers (of θ over t where one of them drafts), and of a further place."""
+        if self.costs == "parameters":
+            return ForwardCosts(parameter_cost(self.theta, self.target, self.draft, self.assistant), 0.0)
+        if len(prompts) not in self._measured:
+            self._measured[len(prompts)] = forward_costs(self.theta, self.target, prompts, self._third)
+        return self._measured[len(prompts)]
+
     @property
-    def cost(self) -> float:
-        """A forward of the drafter over one of its checkers (of θ over t where one of them drafts), by their parameters."""
-        return parameter_cost(self.theta, self.target, self.draft, self.assistant)
+    def _third(self) -> nn.Module | NgramScores | None:
+        return {"ngram": NgramScores(self.vocab_size), "assistant": self.assistant}.get(self.scheme)
 
     @property
     def forwards(self) -> int:
@@ -79,15 +91,14 @@ class QStarDecoder:
 
     def decode(self, prompts: Tensor, lengths: Tensor, most: int, chance: Chance) -> QStarOutput:
         """At most `most` tokens after right-padded prompts (B, L), of which lengths (B,) are real."""
-        third = {}
-        if self.scheme == "ngram":
-            third = {"assistant": NgramScores(self.vocab_size)}
-        elif self.scheme == "assistant":
-            third = {"assistant": self.kind(self.assistant, self.vocab_size)}
+        third = self._third
+        if isinstance(third, nn.Module):
+            third = self.kind(third, self.vocab_size)
+        cost, wide = self.forward_costs(prompts)
         return decode_qstar(
             self.kind(self.theta, self.vocab_size), self.kind(self.target, self.vocab_size), prompts, lengths=lengths,
-            max_new_tokens=most, law=self.law, gamma=self.gamma, draft=self.draft, verify=self.verify, cost=self.cost,
-            eos_ids=() if self.eos_id is None else (self.eos_id,), chance=chance, **third,
+            assistant=third, max_new_tokens=most, law=self.law, gamma=self.gamma, draft=self.draft, verify=self.verify,
+            cost=cost, wide=wide, eos_ids=() if self.eos_id is None else (self.eos_id,), chance=chance,
         )  # fmt: skip
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
@@ -99,8 +110,9 @@ class QStarDecoder:
         """The formula's speed-up at the acceptance that `out` had; None where nothing was drafted."""
         if not out.drafts:
             return None
-        who, gamma = roles(self.draft, self.cost), max(1, round(out.drafted / out.drafts))
-        return SPEEDUPS[who.formula](gamma, out.acceptance.get(who.drafter, 0.0), who.cost)
+        cost, wide = self.forward_costs(out.tokens)
+        who, gamma = roles(self.draft, cost), max(1, round(out.drafted / out.drafts))
+        return SPEEDUPS[who.formula](gamma, out.acceptance.get(who.drafter, 0.0), who.cost, wide)
 
 
 def prompts_of(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

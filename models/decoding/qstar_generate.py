@@ -61,6 +61,7 @@ def qstar_generate(
     gamma: int | Literal["auto"] = "auto",
     verify: Literal["token", "block"] = "token",
     cost: float | None = None,
+    wide: float = 0.0,
     cache: bool = True,
     generator: Generator | None = None,
     stream: Callable[[Tensor], None] | None = None,
@@ -71,7 +72,8 @@ def qstar_generate(
     model, target_model: π_θ and π_t, of one vocabulary (tokenizers: theirs, where the sizes of their output layers differ).
     draft_model: a third model, or any scores such as `NgramScores`. theta_weight: α; `kl_symmetry` is equally far from both.
     draft: `theta`, `target`, `alternate`, `assistant` or `auto`: the third model where there is one, else `alternate`.
-    gamma: drafted tokens; `auto` follows the acceptance. cost: see `decode_qstar`; the ratio of parameters unless given.
+    gamma: drafted tokens; `auto` follows the acceptance. cost, wide: what forwards cost, see `decode_qstar`; the ratio of
+    parameters and 0 unless given, `**forward_costs(model, target_model, input_ids, draft_model)._asdict()` measures them.
     stream: called with the new tokens (n,) of a single text after every round. generator: of all draws; torch's own seed
     where none is given.
     Temperature acts on both models, other processors, top-k and top-p on q*. do_sample=False takes q*'s most probable token.
@@ -98,6 +100,7 @@ def qstar_generate(
             kind(model, vocabulary), kind(target_model, vocabulary), prompts, lengths=lengths, assistant=assistant,
             max_new_tokens=generation_config.max_length - input_ids.shape[1], law=law, gamma=gamma, draft=draft,
             verify=verify, cost=parameter_cost(model, target_model, draft, draft_model) if cost is None else cost,
+            wide=wide,
             eos_ids=eos_ids, stop=_stop(stopping_criteria), processors=processors, settled=stream,
             chance=TorchChance(generator), shown=input_ids,
         )  # fmt: skip

@@ -56,6 +56,7 @@ class QStarRun:
     models: {"theta", "target", and "assistant" where a third one drafts}. eos_ids, stop: what ends a row; stop sees the ids
     (n,) of one row after each of its tokens. processors act on log q* before top-k and top-p. shown (B, P): the prompts as
     processors and stop are to see them, padding and all; None shows what the models read.
+    rows (B,): which rows of the request are still here; `drop_ended` lets the others go. said, notes, counts keep them all.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class QStarRun:
         batch, device = len(input_ids), input_ids.device
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=device)
         self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, max_new_tokens + spare)], -1)
-        self.lengths, self.start = lengths.clone(), lengths.clone()
+        self.rows, self.lengths, self.start = torch.arange(batch, device=device), lengths.clone(), lengths.clone()
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.said, self.counts = input_ids.new_zeros(batch, max_new_tokens), torch.zeros_like(lengths)
         self.notes = {
             name: torch.full((batch, max_new_tokens), torch.nan, dtype=torch.float64, device=device) for name in NOTES
         }
@@ -98,23 +100,37 @@ class QStarRun:
         """Rows that still want tokens, (B,) bool."""
         return ~self.ended & (self.made < self.most)
 
-    def score(self, name: str, offset: int, count: int) -> Tensor:
-        """One forward: (B, count, V) tempered log-probabilities at `offset` beyond what is settled; anything for ended rows."""
+    def drop_ended(self) -> Tensor:
+        """Let the rows go that want no more tokens, so that nobody reads them again. Returns which stay, (B,) bool."""
+        stay = self.active
+        self.rows, self.ids, self.lengths, self.start, self.ended = (
+            part[stay] for part in (self.rows, self.ids, self.lengths, self.start, self.ended)
+        )
+        for model in self.models.values():
+            if hasattr(model, "keep_rows"):
+                model.keep_rows(stay)
+        return stay
+
+    def score(self, name: str, offset: int | Tensor, count: int) -> Tensor:
+        """One forward: (B, count, V) tempered log-probabilities at `offset`, perhaps by row, beyond what is settled.
+
+        Anything for ended rows.
+        """
         self.forwards[name] += 1
-        active = self.active
+        active, wanted = self.active, self.lengths + offset
         # ended rows must not widen the forward
-        within = torch.where(active, self.lengths, self.lengths[active].min()) + offset
+        within = torch.where(active, wanted, wanted[active].min())
         return self.law.tempered(self.models[name](self.ids, within, count))
 
-    def write(self, tokens: Tensor, offset: int) -> None:
-        """Put tokens (B,) at `offset` beyond what is settled."""
+    def write(self, tokens: Tensor, offset: int | Tensor) -> None:
+        """Put tokens (B,) at `offset`, perhaps by row, beyond what is settled."""
         self.ids.scatter_(1, (self.lengths + offset).unsqueeze(-1), tokens.unsqueeze(-1))
 
     def text(self, row: int, length: int) -> Tensor:
         """The ids (n,) of a row as processors and stop see them, of which the models read the first `length`."""
         if self.shown is None:
             return self.ids[row, :length]
-        return torch.cat([self.shown[row], self.ids[row, int(self.start[row]) : length]])
+        return torch.cat([self.shown[self.rows[row]], self.ids[row, int(self.start[row]) : length]])
 
     def target_law(self, theta: Tensor, target: Tensor) -> PlaceLaw:
         """q* at the next places, from both models' (B, G, V).
@@ -146,11 +162,13 @@ class QStarRun:
         if bool(law.alpha[row].isnan().any()):
             raise no_common_token(law.theta[row], law.target[row])
         self.ids[row, self.lengths[row]] = tokens[row]
-        place = self.made[row]
+        request, place = self.rows[row], self.made[row]
+        self.said[request, place] = tokens[row]
+        self.counts[request] += 1
         for name in NOTES:
             value = getattr(law, name)
-            said = value[row] if value.ndim == 1 else value[row, tokens[row]]
-            self.notes[name][row, place] = said.double()
+            figure = value[row] if value.ndim == 1 else value[row, tokens[row]]
+            self.notes[name][request, place] = figure.double()
         self.lengths = self.lengths + rows.long()
         self.ended = self.ended | (rows & torch.isin(tokens, self.eos_ids))
         if self.stop is not None:
@@ -178,11 +196,10 @@ class QStarRun:
         self.kept[proposer] += kept
 
     def output(self) -> QStarOutput:
-        beyond = torch.arange(self.most, device=self.ids.device) >= self.made.unsqueeze(-1)
-        tokens = self.ids.gather(1, self.start.unsqueeze(-1) + torch.arange(self.most, device=self.ids.device))
-        tokens = tokens.masked_fill(beyond, int(self.eos_ids[0]) if len(self.eos_ids) else 0)
+        beyond = torch.arange(self.most, device=self.ids.device) >= self.counts.unsqueeze(-1)
+        tokens = self.said.masked_fill(beyond, int(self.eos_ids[0]) if len(self.eos_ids) else 0)
         n = self.notes
         return QStarOutput(
-            tokens, self.made, n["alpha"], n["chernoff"], n["theta"], n["target"], n["log_q"],
+            tokens, self.counts, n["alpha"], n["chernoff"], n["theta"], n["target"], n["log_q"],
             self.drafts, self.drafted, self.examined, self.kept, self.forwards,
         )  # fmt: skip

@@ -115,6 +115,31 @@ def test_decoding_with_caches_is_decoding_without(scheme):
     assert len(set(outs[0].lengths.tolist())) > 1
 
 
+@pytest.mark.parametrize("draft", ["theta", "alternate"])
+def test_rows_that_have_ended_are_read_no_more_and_no_forward_is_for_a_few_rows(draft):
+    """Batches shrink to the rows that go on, and a round takes gamma forwards of the drafter whatever rows had open."""
+    models, seen = [tiny_qwen(seed) for seed in range(2)], []
+
+    class Watched(CachedScores):
+        def __call__(self, ids, lengths, count):
+            seen.append(len(ids))
+            return super().__call__(ids, lengths, count)
+
+    prompts = torch.randint(4, 50, (8, 4), generator=torch.Generator().manual_seed(0))
+    out = decode_qstar(
+        *(Watched(model) for model in models), prompts, max_new_tokens=30, eos_ids=(3, 4, 5), draft=draft, gamma=3,
+        chance=TorchChance(torch.Generator().manual_seed(0)),
+    )  # fmt: skip
+    assert seen == sorted(seen, reverse=True)
+    assert len(set(seen)) > 3
+    assert seen[-1] == 1
+    assert out.lengths.max() > out.lengths.min()
+    alone = 4  # rounds of one or two rows may all have a place open at once
+    assert 3 * out.forwards["target"] <= out.forwards["theta"] + alone
+    assert out.forwards["theta"] <= 3 * out.forwards["target"] + alone
+    assert out.acceptance["theta"] < 0.95
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_ragged_batch_is_its_rows_one_by_one(scheme):
     """With top_k=1 the text is determined, however the drafts fall: batch, row and plain decoding agree."""

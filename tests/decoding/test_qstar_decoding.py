@@ -106,17 +106,17 @@ def test_every_scheme_emits_q_star(options):
 @pytest.mark.parametrize("cost", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("scheme", SCHEMES[2::4], ids=str)
 def test_a_draft_length_that_follows_the_acceptance_keeps_the_law(scheme, cost, monkeypatch):
-    """`auto` looks at what has happened only; every length from 1 to 3 occurs here."""
+    """`auto` looks at what has happened only; every length from 0 to 3 occurs here."""
     lengths = []
 
-    def watched(beta, cost, scheme, most):
-        lengths.append(1 + int(beta * 37) % 3)
+    def watched(beta, cost, scheme, most, wide):
+        lengths.append(int(beta * 71) % 4)
         return lengths[-1]
 
     monkeypatch.setattr(decoding, "best_gamma", watched)
     options = third(scheme, small=True) | {"models": SMALL, "words": 2, "gamma": "auto", "cost": cost}
     assert worst(emitted_law(3, **options), exact_law(3, models=SMALL, words=2)) < 1e-12
-    assert set(lengths) == {1, 2, 3}
+    assert set(lengths) == {0, 1, 2, 3}
 
 
 def test_a_weight_may_be_a_function_of_both_models():

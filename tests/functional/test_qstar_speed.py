@@ -5,7 +5,14 @@ import random
 import pytest
 
 from models.functional.errors import UsageError
-from models.functional.qstar_speed import best_gamma, speedup_alternate, speedup_carry, speedup_third_drafter
+from models.functional.qstar_speed import (
+    SPEEDUPS,
+    best_gamma,
+    speedup_alternate,
+    speedup_carry,
+    speedup_third_drafter,
+    wait_for_the_slowest,
+)
 
 
 @pytest.mark.parametrize("beta", [0.2, 0.5, 0.9])
@@ -28,15 +35,16 @@ def test_ceilings():
 
 
 @pytest.mark.parametrize("scheme", ["carry", "alternate"])
+@pytest.mark.parametrize("wide", [0.0, 0.2])
 @pytest.mark.parametrize(("gamma", "beta", "cost"), [(1, 0.5, 1.0), (3, 0.7, 0.3), (5, 0.9, 1.0)])
-def test_a_simulation_of_the_rounds_takes_as_long(scheme, gamma, beta, cost):
+def test_a_simulation_of_the_rounds_takes_as_long(scheme, gamma, beta, cost, wide):
     """Count tokens and model time round by round, as the decoder spends them."""
     draw, tokens, time, pending = random.Random(0), 0, 0.0, False
     for _ in range(200_000):
         drafter_runs = gamma
         if pending:  # the drafter's run that checks the proposal is the first run of its draft only where it is kept
             tokens += 1
-            time += cost
+            time += cost * (1 + wide)
             if draw.random() >= beta:
                 pending = False
                 continue
@@ -44,7 +52,7 @@ def test_a_simulation_of_the_rounds_takes_as_long(scheme, gamma, beta, cost):
         kept = 0
         while kept < gamma and draw.random() < beta:
             kept += 1
-        time += drafter_runs * cost + 1
+        time += drafter_runs * cost + 1 + gamma * wide
         tokens += kept + (kept < gamma)
         pending = False
         if kept == gamma:
@@ -53,9 +61,37 @@ def test_a_simulation_of_the_rounds_takes_as_long(scheme, gamma, beta, cost):
                 time += cost
             else:
                 pending = True
-    formula = {"carry": speedup_carry, "alternate": speedup_alternate}[scheme](gamma, beta, cost)
+    formula = SPEEDUPS[scheme](gamma, beta, cost, wide)
     measured = tokens * (1 + cost) / time
     assert measured == pytest.approx(formula, rel=0.01)
+
+
+@pytest.mark.parametrize("scheme", SPEEDUPS)
+def test_drafts_are_as_long_as_they_pay(scheme):
+    """Shorter where further places cost, none where they cost as much as forwards of their own."""
+    lengths = [best_gamma(0.8, 0.1, scheme, wide=wide) for wide in (0.0, 0.1, 0.3, 1.0)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[2] > 0 == lengths[3]
+    assert best_gamma(0.0, 0.1, scheme) == 0
+
+
+@pytest.mark.parametrize(("gamma", "beta", "tokens", "batch"), [(3, 0.7, 30, 8), (6, 0.9, 64, 32), (1, 0.0, 5, 4)])
+def test_a_batch_waits_for_its_slowest_row(gamma, beta, tokens, batch):
+    draw = random.Random(0)
+
+    def rounds():
+        made = count = 0
+        while made < tokens:
+            kept = 0
+            while kept < gamma and draw.random() < beta:
+                kept += 1
+            made, count = made + kept + 1, count + 1
+        return count
+
+    batches = [[rounds() for _ in range(batch)] for _ in range(4000)]
+    ratio = sum(map(max, batches)) * batch / sum(map(sum, batches))
+    assert wait_for_the_slowest(gamma, beta, tokens, batch) == pytest.approx(ratio, rel=0.01)
+    assert wait_for_the_slowest(gamma, beta, tokens, 1) == pytest.approx(1)
 
 
 def test_unknown_schemes_are_named():

@@ -1,0 +1,123 @@
+"""A run that is killed anywhere, and taken up again, ends where an uninterrupted one does.
+
+A life is a process that runs `run.py` and may be killed, with SIGKILL, before any of its optimiser steps or any of its writes:
+a file opened for writing, renamed or removed.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "trainer.accelerator=cpu"]
+ROWS = ["data.size=tiny", "data.train_rows=64", "data.val_rows=16", "data.test_rows=16", "data.batch_size=16"]
+SHORT = [
+    *SMALL, *ROWS, "data.eval_batch_size=16", "trainer.max_steps=8", "trainer.val_check_interval=3", "logger=none",
+    "callbacks.checkpoint.every_n_train_steps=1", "paths.output_dir=out", "paths.cache_dir=cache", "hydra.run.dir=out/run",
+]  # fmt: skip
+TAUGHT = ["teacher.max_steps=5", "teacher.callbacks.checkpoint.every_n_train_steps=1", "module.forwards=[1,2]"]
+METHODS = {
+    "objectives": ["module.forwards=[1]"],
+    "meanflow_llada": [*TAUGHT, "module.student_forwards=[1]", "module.ode_forwards=[2]", "module.ode_steps=2"],
+    "baseline_logit_flow": TAUGHT,
+    "baseline_step_halving": [*TAUGHT, "module.student_forwards=[1]", "module.start_forwards=4"],
+    "concept_oracle": [],
+    "concept_online_oracle": ["model.num_hidden_layers=3", "module.codes=8"],
+    "qstar_oracle": [
+        *(f"pair.{name}.{option}" for name in ("theta", "target") for option in ("max_steps=4", TAUGHT[1].split(".", 1)[1])),
+        "module.exactness_samples=0",
+    ],
+}  # fmt: skip
+
+
+def live(folder: str, arguments: list[str], kill_at: int, events) -> None:
+    """The child: `run.py` with these arguments, killed before its event number kill_at; counts them in `events`."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open("output.txt", "a")  # noqa: SIM115
+
+    def happens() -> None:
+        events.value += 1
+        if events.value == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event: str, about: tuple) -> None:
+        writes = event == "open" and isinstance(about[1], str) and set(about[1]) & set("wax+")
+        if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            happens()
+
+    register_optimizer_step_pre_hook(lambda *_: happens())
+    sys.addaudithook(watch)
+    sys.argv = ["run.py", *arguments]
+    runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+
+
+class Lives:
+    """Runs of one method in a folder, each a process of its own."""
+
+    def __init__(self, folder: Path, method: str) -> None:
+        self.folder, self.arguments = folder, [f"experiment={method}", *SHORT, *METHODS[method]]
+        folder.mkdir()
+        self.run = folder / "out" / "run"
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["wiring.modes", "datamodules.oracle"])
+
+    def live(self, kill_at: int = 0) -> tuple[int, int]:
+        """Start, or go on where the last life ended. Returns the exit status, negative for a signal, and the events."""
+        last = self.run / "checkpoints" / "last.ckpt"
+        going_on = [f"ckpt_path={last}"] if last.is_file() else []
+        events = self.context.Value("i", 0, lock=False)
+        child = self.context.Process(target=live, args=(str(self.folder), self.arguments + going_on, kill_at, events))
+        child.start()
+        child.join()
+        return child.exitcode, events.value
+
+    def left(self) -> dict:
+        """All weights that the run left, and what it measured."""
+        weights = {
+            f"{path.relative_to(self.folder)}:{name}": tensor.tolist()
+            for path in sorted(self.folder.glob("**/*.safetensors"))
+            for name, tensor in load_file(path).items()
+        }
+        last = torch.load(self.run / "checkpoints" / "last.ckpt", weights_only=True)
+        weights |= {name: tensor.tolist() for name, tensor in last["state_dict"].items()}
+        rows = json.loads((self.run / "record.json").read_text())["rows"]
+        quality = [{name: figure for name, figure in row["quality"].items() if "seconds" not in name} for row in rows]
+        return {"weights": weights, "quality": quality}
+
+    def said(self) -> str:
+        return (self.folder / "output.txt").read_text()[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("method", "kills"), [("objectives", 4), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in METHODS)]
+)
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, method, kills):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT))
+    whole = Lives(tmp_path / "whole", method)
+    status, events = whole.live()
+    assert status == 0, whole.said()
+    expected = whole.left()
+    draw, survived, lives = random.Random(0), 0, None
+    while survived < kills or lives is not None:
+        if lives is None:
+            lives = Lives(tmp_path / f"after{survived}", method)
+        kill_at = draw.randint(1, events) if survived < kills else 0
+        status, _ = lives.live(kill_at)
+        if status == -signal.SIGKILL:
+            survived += 1
+            continue
+        assert status == 0, lives.said()
+        assert lives.left() == expected
+        lives = None
