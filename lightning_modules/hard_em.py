@@ -76,7 +76,7 @@ class HardEM:
         start = time.perf_counter()
         # 1. what is kept
         kept, known, due = self.cache.get(rows), self.cache.known(rows), self.cache.due(rows, step)
-        scores, margins, gaps = (torch.full(rows.shape, torch.nan, device=rows.device) for _ in range(3))
+        scores, gaps = (torch.full(rows.shape, torch.nan, device=rows.device) for _ in range(2))
         chosen, self.found = kept, None
         # 2. the E-step of the rows that are due
         if due.any():
@@ -89,19 +89,12 @@ class HardEM:
                 v.to(scores.dtype) for v in (found.scores, found.margins, found.gaps)
             )
         # 3. the same cache on every rank
-        everyone = [gather(part).flatten(0, 1) for part in (rows, chosen, scores, margins, gaps, due, kept, known)]
-        rows, all_chosen, scores, margins, gaps, due, kept, known = everyone
-        self.cache.put(rows[due], all_chosen[due], scores[due], step)
+        everyone = [gather(part).flatten(0, 1) for part in (rows, chosen, scores, gaps, due)]
+        rows, everyones, scores, gaps, due = everyone
+        self.cache.put(rows[due], everyones[due], scores[due], step)
         self.cache.adapt(gaps)
         self.seconds["search"] += time.perf_counter() - start
-        again = due & known
         figures = {"searched": float(due.float().mean()), "search_interval": float(self.cache.interval)}
-        finite = margins[due & margins.isfinite()]
-        if len(finite) > 0:
-            figures["margin"] = float(finite.mean())
-        if again.any():
-            figures["staleness"] = float(gaps[again].mean())
-            figures["plan_flips"] = float((all_chosen != kept).any(-1)[again].float().mean())
         return chosen, figures
 
     # -- what it costs ------------------------------------------------------------------------------------------------
