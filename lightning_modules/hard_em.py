@@ -85,14 +85,12 @@ class HardEM:
             found = self.search(*mine, text[due], kept[due], known[due], generator, more)
             chosen = kept.index_put((due,), found.choices)
             self.found = found
-            scores[due], margins[due], gaps[due] = (
-                v.to(scores.dtype) for v in (found.scores, found.margins, found.gaps)
-            )
+            scores[due], gaps[due] = (values.to(scores.dtype) for values in (found.scores, found.gaps))
         # 3. the same cache on every rank
         everyone = [gather(part).flatten(0, 1) for part in (rows, chosen, scores, gaps, due)]
         rows, everyones, scores, gaps, due = everyone
         self.cache.put(rows[due], everyones[due], scores[due], step)
-        self.cache.adapt(gaps)
+        self.cache.adapt(gaps, step)
         self.seconds["search"] += time.perf_counter() - start
         figures = {"searched": float(due.float().mean()), "search_interval": float(self.cache.interval)}
         return chosen, figures

@@ -35,6 +35,10 @@ class PlanCache:
         self.scores = torch.full((rows,), -torch.inf)
         self.found = torch.full((rows,), NEVER)
         self.refresh, self.interval = refresh, refresh.interval
+        self.gaps, self.adapted = (
+            torch.zeros(2, dtype=torch.float64),
+            0,
+        )  # sum and number since the step of the last change
 
     def known(self, rows: Tensor) -> Tensor:
         """(B,) bool: rows (B,) that have a plan."""
@@ -55,16 +59,22 @@ class PlanCache:
         self.scores[rows] = scores.to("cpu", self.scores.dtype)
         self.found[rows] = step
 
-    def adapt(self, gaps: Tensor) -> None:
-        """Set the interval by the staleness (B,) of plans that were searched again, NaN for those that were not."""
-        again = gaps[~gaps.isnan()]
-        if len(again) > 0:
+    def adapt(self, gaps: Tensor, step: int) -> None:
+        """Once an interval, set the next by the mean staleness (B,) of plans that were searched again since, NaN for others."""
+        again = gaps[~gaps.isnan()].double()
+        self.gaps += torch.tensor([again.sum(), len(again)], dtype=torch.float64)
+        total, count = self.gaps.tolist()
+        if count and step - self.adapted >= self.interval:
             r = self.refresh
-            self.interval = next_interval(self.interval, float(again.mean()), r.tolerance, r.least, r.most)
+            self.interval = next_interval(self.interval, total / count, r.tolerance, r.least, r.most)
+            self.gaps, self.adapted = torch.zeros(2, dtype=torch.float64), step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"choices": self.choices, "scores": self.scores, "found": self.found, "interval": self.interval}
+        tensors = {name: getattr(self, name) for name in ("choices", "scores", "found", "gaps")}
+        return tensors | {"interval": self.interval, "adapted": self.adapted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.choices, self.scores, self.found = (state[name].clone() for name in ("choices", "scores", "found"))
-        self.interval = int(state["interval"])
+        self.choices, self.scores, self.found, self.gaps = (
+            state[name].clone() for name in ("choices", "scores", "found", "gaps")
+        )
+        self.interval, self.adapted = int(state["interval"]), int(state["adapted"])

@@ -36,10 +36,17 @@ def test_a_cache_by_hand():
 
 
 def test_the_interval_follows_staleness():
-    cache = PlanCache(1, 1, Refresh(interval=100, tolerance=1.0, least=40))
+    cache, step = PlanCache(1, 1, Refresh(interval=100, tolerance=1.0, least=40)), 0
     for gaps, expected in (([2.0, 4.0, torch.nan], 50), ([torch.nan], 50), ([0.7], 50), ([0.0], 75), ([9.0], 40)):
-        cache.adapt(torch.tensor(gaps))
+        step += 100
+        cache.adapt(torch.tensor(gaps), step)
         assert cache.interval == expected
+    for gap in (0.0, 9.0, 0.0):  # within one interval nothing changes, and all of it counts at its end
+        cache.adapt(torch.tensor([gap]), step + 1)
+    assert cache.interval == 40
+    cache.adapt(torch.tensor([torch.nan]), step + 40)
+    assert cache.interval == 40  # a mean of 3 is above the tolerance, and 40 the least
+    assert cache.gaps.tolist() == [0.0, 0.0]
 
 
 class ByHand:
