@@ -19,7 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.intervals import half_width
 from callbacks.learning import learning_curves, learning_figure
-from callbacks.picture import PREFERRED, STYLE
+from callbacks.picture import PREFERRED, STYLE, scale_quality
+from callbacks.rate_picture import rate_figure
 from callbacks.record import find_records
 from callbacks.table import EVERY_COLUMN, heading, value_at, written
 
@@ -30,6 +31,12 @@ NAMES = (
     "exact_match",
     "slot_accuracy",
     "bleu",
+    "self_bleu",
+    "judge_perplexity",
+    "text_entropy",
+    "unigram_entropy",
+    "distinct_2",
+    "distinct_3",
     "tv",
     "entropy",
     "tokens_per_s",
@@ -44,6 +51,7 @@ NAMES = (
     "dnll_shuffle",
     "reconstruction",
     "rate_bits",
+    "gain_bits",
     "efficiency",
     "joint_information",
     "probe",
@@ -195,6 +203,8 @@ def report_frontier(folder: str | Path, console: Console) -> None:
     figures = {"frontier": frontier_figure(rows)}
     if curves := learning_curves(records):
         figures["learning"] = learning_figure(curves)
+    if (rate := rate_figure(rows)) is not None:
+        figures["rate"] = rate
     with SummaryWriter(str(out)) as writer:
         for name, drawn in figures.items():
             drawn.savefig(out / f"{name}.png", dpi=130)
@@ -228,8 +238,7 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
     if cost == "forwards":
         axis.xaxis.set_major_formatter(ScalarFormatter())
-    if quality != "bleu":
-        axis.set_ylim(-0.03, 1.05)
+    scale_quality(axis, quality)
     axis.set_xlabel("forwards per sequence" if cost == "forwards" else "response tokens per second")
     axis.set_title("TV (0 is the truth)" if quality == "tv" else FIGURES[quality][0], fontsize=10)
     axis.grid(alpha=0.25)

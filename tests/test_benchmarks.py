@@ -107,6 +107,24 @@ def check_finite(rows: list[dict]) -> None:
         assert all(math.isfinite(value) and value > 0 for part in ("seconds", "ratio") for value in row[part].values())
 
 
+def test_concept_online(benchmark):
+    """The arithmetic by hand; both kinds of commits; the rate that a router was brought to."""
+    sizes = ["--width", "128", "--split", "1", "2", "1", "--vocabulary", "40", "--codes", "8"]
+    options = ["--batch", "2", "--prompt", "16", "--new", "8", "--compression", "2", "--growth", "fixed", "null"]
+    result = benchmark("concept_online", *options, shape=sizes)
+    assert [row["name"] for row in result["rows"]] == [
+        n for n in ("every layer", "fixed, R = 2", "null, R = 2") for _ in "pd"
+    ]
+    fixed, null = result["rows"][2], result["rows"][4]
+    layer, new = 128 * (128 + 64 + 64 + 128 + 3 * 384), 128 * 128
+    assert fixed["realised"] == 2
+    assert fixed["expected"] == pytest.approx((3 * layer + 40 * 128 + new + 4 * 128) / (4 * layer + 40 * 128))
+    assert fixed["expected_kv"] == pytest.approx((1 + 3 / 2 + 0.5 / 24) / 4)
+    assert fixed["kv_share"] == pytest.approx((24 + 2 * 12 + 12) / (4 * 24))  # the last of 24 tokens commits: no tail
+    assert 1.2 < null["realised"] < 4
+    assert all(row["tokens_per_s"] > 0 for row in result["rows"])
+
+
 def test_qstar_decoding(benchmark):
     sizes = ["--width", "16", "--layers", "3", "--trunk", "1", "--heads", "2", "--vocabulary", "11"]
     result = benchmark("qstar_decoding", "--batch", "1", "2", "--prompt", "3", "--new", "8", shape=sizes)

@@ -31,6 +31,7 @@ METHODS = {
     "baseline_logit_flow": TAUGHT,
     "baseline_step_halving": [*TAUGHT, "module.student_forwards=[1]", "module.start_forwards=4"],
     "concept_oracle": [],
+    "concept_online_oracle": ["model.num_hidden_layers=3", "module.codes=8"],
     "qstar_oracle": [
         *(f"pair.{name}.{option}" for name in ("theta", "target") for option in ("max_steps=4", TAUGHT[1].split(".", 1)[1])),
         "module.exactness_samples=0",
@@ -69,7 +70,7 @@ class Lives:
         folder.mkdir()
         self.run = folder / "out" / "run"
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["run", "callbacks.record", "datamodules.oracle"])
+        self.context.set_forkserver_preload(["wiring.modes", "datamodules.oracle"])
 
     def live(self, kill_at: int = 0) -> tuple[int, int]:
         """Start, or go on where the last life ended. Returns the exit status, negative for a signal, and the events."""

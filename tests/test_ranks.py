@@ -44,16 +44,22 @@ ALIKE = {
         ["module.noise=[0,0]", "module.corruption=[0,0]", "module.weights.usage=0"],
         ("nll_given_plan", "nll_bound", "nll_truth", "rate_bits", "efficiency", "joint_information", "nmi"),
     ),
+    "concept_online_oracle": (
+        ["module.noise=[0,0]", "module.weights.ratio=0", "module.weights.code=0", "module.weights.usage=0", "module.codes=8",
+         "model.num_hidden_layers=3", "module.anneal_share=0"],
+        ("nll", "nll_truth", "compression"),
+    ),
 }  # fmt: skip
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("concept_oracle", "concept_online_oracle")]
 
 
-@pytest.mark.parametrize("experiment", ["objectives", pytest.param("concept_oracle", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("experiment", ["objectives", *SLOW])
 def test_two_ranks_train_and_measure_what_one_does(tmp_path, experiment):
     options, names = ALIKE[experiment]
     short = [
-        f"experiment={experiment}", *options, "trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2",
+        f"experiment={experiment}", "trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2",
         "data.size=tiny", "data.train_rows=64", "data.test_rows=33", "data.val_rows=17", "data.eval_batch_size=8",
-        "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16",
+        "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", *options,
         "logger=none", f"paths.cache_dir={tmp_path}/cache",
     ]  # fmt: skip
     ranks = {1: ["data.batch_size=16"], 2: ["data.batch_size=8", "trainer=ddp", "trainer.devices=2"]}

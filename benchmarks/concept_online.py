@@ -1,0 +1,228 @@
+"""What concept-only middle layers save: tokens a second and key-value bytes beside the model that they are made of.
+
+python benchmarks/concept_online.py --batch 1 16 --compression 2 4
+Legend: B batch, P prompt columns, N new tokens, D width, L layers, R compression.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from timing import (
+    Columns,
+    Row,
+    Stopwatch,
+    build_result,
+    build_row,
+    in_milliseconds,
+    interleave,
+    new_parser,
+    prepare,
+    show,
+    timed,
+    with_spread,
+    write_json,
+)
+from torch import Tensor, nn
+
+from callbacks.console import report_console
+from models.backbones.causal import build_causal
+from models.concept.concept_stack import Setting
+from models.concept.online_model import OnlineConceptModel
+from models.decoding.online_concept import OnlineReading
+
+BASE = "every layer"
+
+READING = """
+time and KV are shares of the same backbone's that reads every token in every layer, in the same round, median [first, third
+quartile]; expected is arithmetic: multiplications by weights, the output layer and what is new (router, codes, bridge) counted,
+attention and bookkeeping not. saved is what was saved of what was expected to be. With fixed commits all rows of a
+batch commit together; with `null` each when it will, so that at batch 16 nearly every step has some row that commits. middle
+is the time of the middle layers alone over P / R concepts. Weights are random: nothing here says anything of quality.
+"""
+
+
+def build_backbone(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    torch.manual_seed(args.seed)
+    model = build_causal(
+        vocab_size=args.vocabulary,
+        hidden_size=args.width,
+        num_hidden_layers=sum(args.split),
+        num_attention_heads=args.width // 64,
+        num_key_value_heads=max(1, args.width // 128),
+        intermediate_size=3 * args.width,
+        max_position_embeddings=4096,
+        rope_theta=1e6,
+        architecture="qwen3",
+    )
+    return model.to(device).eval()
+
+
+def build_online(
+    backbone: nn.Module, growth: str, compression: float, args: argparse.Namespace, prompt: Tensor
+) -> OnlineConceptModel:
+    """On the same weights; a learned router is brought to the rate by its own controller."""
+    options = {"codes": args.codes, "growth": growth, "compression": compression}
+    model = OnlineConceptModel(backbone, list(args.split), **options).to(prompt.device).eval()
+    router = model.stack.router
+    with torch.no_grad():
+        for _ in range(40 if router.learned else 0):
+            (level,) = model.read(prompt)[1]
+            router.hold(level.routing.realised, compression, level.routing.moments)
+    return model
+
+
+# -- the arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def expected_time(model: OnlineConceptModel, compression: float) -> float:
+    """Weights that a token is multiplied with, ours over the backbone's; a concept's count for 1 / R."""
+    layer = sum(p.numel() for p in model.backbone.get_decoder().layers[0].parameters() if p.ndim == 2)
+    head = model.backbone.get_output_embeddings().weight.numel()
+    shallow, middle, deep = model.split
+    codes, new = model.stack.codes.head.weight.numel(), model.stack.bridge.weight.numel()
+    scored = codes if model.options["growth"] == "null" else 0  # NULL is weighed against every code, at every token
+    concept = middle * layer + codes
+    ours = (shallow + deep) * layer + head + new + scored + concept / compression
+    return ours / ((shallow + middle + deep) * layer + head)
+
+
+def expected_bytes(split: list[int], compression: float, length: int) -> float:
+    """[Ls + (Lm + Ld) / R] / L, and the deep layers' tails, which are (R - 1) / 2 long on average."""
+    shallow, middle, deep = split
+    tail = deep * (compression - 1) / 2 / length
+    return (shallow + (middle + deep) / compression + tail) / (shallow + middle + deep)
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------------
+
+
+class BaseReading:
+    """The backbone with transformers' own cache, in the shape of `OnlineReading`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids.unsqueeze(1), past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for layer in self.cache.layers for x in (layer.keys, layer.values))
+
+
+def writing(
+    reading: BaseReading | OnlineReading, prompt: Tensor, new: int, device: torch.device, clock: str
+) -> Callable[[], float]:
+    """A function that reads the prompt and returns the seconds that writing `new` tokens then takes."""
+
+    def measure() -> float:
+        logits = reading.read(prompt)
+        watch = Stopwatch(device, clock)
+        for _ in range(new):
+            logits = reading.step(logits.argmax(-1))
+        return watch.seconds()
+
+    return measure
+
+
+def middle_alone(model: OnlineConceptModel, batch: int, concepts: int) -> Callable[[], Tensor]:
+    states = torch.randn(batch, concepts, model.config.hidden_size, device=model.setting.device)
+    places = torch.arange(concepts, device=states.device).expand(batch, -1)
+    return torch.no_grad()(lambda: model.stack.middle.run(states, places, None))
+
+
+def measure_batch(batch: int, args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Rows of the backbone and of every growth and compression at one batch size."""
+    backbone = build_backbone(args, device)
+    prompt = torch.randint(args.vocabulary, (batch, args.prompt), device=device)
+    readings: dict[str, BaseReading | OnlineReading] = {BASE: BaseReading(backbone)}
+    for growth in args.growth:
+        for compression in args.compression:
+            model = build_online(backbone, growth, compression, args, prompt)
+            readings[f"{growth}, R = {compression:g}"] = OnlineReading(model)
+    rounds = {"repeats": args.repeats, "warmup": args.warmup}
+    prefill = {name: timed(lambda r=r: r.read(prompt), device, args.clock) for name, r in readings.items()}
+    decode = {name: writing(r, prompt, args.new, device, args.clock) for name, r in readings.items()}
+    times = {"prefill": interleave(prefill, **rounds), "decode": interleave(decode, **rounds)}
+    rows = []
+    for name, reading in readings.items():
+        for kind, tokens in (("prefill", batch * args.prompt), ("decode", batch * args.new)):
+            row = build_row(name, times[kind], BASE, batch=batch, kind=kind)
+            row |= {"tokens_per_s": tokens / row["seconds"]["median"], "kv_bytes": reading.kv_bytes}
+            row |= {"kv_share": reading.kv_bytes / readings[BASE].kv_bytes, "expected": None, "middle_ms": None}
+            if isinstance(reading, OnlineReading):
+                row |= of_online(reading, kind, batch, args, device)
+                row["saved"] = (1 - row["ratio"]["median"]) / (1 - row["expected"])
+            rows.append(row)
+    return rows
+
+
+def of_online(reading: OnlineReading, kind: str, batch: int, args: argparse.Namespace, device: torch.device) -> dict:
+    """What is expected of a row, at the compression that was realised, and what the middle takes alone."""
+    model, length = reading.model, args.prompt + args.new
+    realised = length * batch / int(reading.concepts.sum())
+    found = {"realised": realised, "expected": expected_time(model, realised)}
+    found["expected_kv"] = expected_bytes(model.split, realised, length)
+    if kind == "prefill":
+        alone = timed(middle_alone(model, batch, round(args.prompt / realised)), device, args.clock)
+        found["middle_ms"] = 1e3 * min(interleave({"m": alone}, repeats=args.repeats, warmup=1)["m"])
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = new_parser(__doc__.splitlines()[0], repeats=5)
+    parser.add_argument("--width", type=int, default=512, help="heads are 64 wide, two share their keys and values")
+    parser.add_argument("--split", type=int, nargs=3, default=[2, 10, 2], help="shallow, middle and deep layers")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--codes", type=int, default=512)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--compression", type=float, nargs="+", default=[2.0, 4.0])
+    parser.add_argument(
+        "--growth", nargs="+", choices=("fixed", "null", "autoregressive", "accumulate"), default=["fixed"]
+    )
+    args = parser.parse_args(argv)
+    if min(args.compression) <= 1 or args.width % 128:
+        parser.error("--compression has to be above 1, and --width a multiple of 128")
+    device, console = prepare(args), report_console()
+    check_equal(args, device)
+    rows = [row for batch in args.batch for row in measure_batch(batch, args, device)]
+    result = build_result("concept_online", args, device, rows, READING)
+    columns: Columns = {
+        "model": lambda row: f"{row['kind']}, batch {row['batch']}: {row['name']}",
+        "ms": in_milliseconds,
+        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+        "time": lambda row: with_spread(row["ratio"]),
+        "expected": lambda row: "-" if row["expected"] is None else f"{row['expected']:.3f}",
+        "saved": lambda row: "-" if row["expected"] is None else f"{row['saved']:.0%}",
+        "KV": lambda row: f"{row['kv_share']:.3f}",
+        "expected KV": lambda row: "-" if row["expected"] is None else f"{row['expected_kv']:.3f}",
+        "middle ms": lambda row: "-" if row["middle_ms"] is None else f"{row['middle_ms']:.1f}",
+    }
+    show(result, columns, console)
+    write_json(result, args.json)
+
+
+def check_equal(args: argparse.Namespace, device: torch.device) -> None:
+    """Without compression the same computation: refuse to time two different ones."""
+    backbone = build_backbone(args, device)
+    model = OnlineConceptModel(backbone, list(args.split), codes=args.codes).to(device).eval()
+    ids = torch.arange(16, device=device).unsqueeze(0) % args.vocabulary
+    with torch.no_grad():
+        ours = model.logits(model.read(ids, setting=Setting(1.0, 0.0))[0])
+        gap = (ours - backbone(input_ids=ids).logits).abs().max().item()
+    if gap > 1e-3:
+        raise SystemExit(f"without compression the logits differ from the backbone's by {gap:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""OnlineConceptModule: a causal LM whose middle layers read concepts alone, trained in one forward with exactly T deep slots.
+
+Legend: B batch, T positions, V vocabulary.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lightning_modules.base import LeapModule
+from lightning_modules.nll_meter import NllMeter
+from lightning_modules.online_options import check_options, load_baseline
+from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
+from models.concept.concept_stack import Level, Setting
+from models.concept.online_files import save_online
+from models.concept.online_model import OnlineConceptModel
+from models.concept.online_terms import NAMES, online_monitors, online_terms
+from models.decoding.decoder import Decoder
+from models.decoding.online_concept import OnlineConceptDecoder, OnlineReading
+from models.functional.errors import UsageError
+from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
+from models.functional.nll import chosen_nll
+
+# rows and tokens that speeds are measured on, after a test
+TIMED_ROWS, TIMED_TOKENS = 16, 32
+
+
+class OnlineConceptModule(LeapModule):
+    """model: a causal LM in the layout of Llama and Qwen3; split to attention: as in `OnlineConceptModel`.
+
+    Four pairs go from their first to their second value, linearly over `anneal_share` of the steps. compression: tokens a
+    concept; 1 is the model as it was. quantisation: 0 the middle stack reads shallow states, 1 codes. temperatures: of the
+    relaxed codes. noise: 1 draws codes and commits, 0 takes the most probable ones.
+    weights: of the terms in `online_terms.NAMES`; 0 or none switches one off. hold_rate: keep the realised rate of commits at
+    1 / compression by an offset, whatever the terms do.
+    baseline: the folder of a causal LM to compare with, such as that of a run of next_token_text; None compares with none.
+    lora_rank: adapters that train in the backbone's place; None trains all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        split: list | None = None,
+        levels: int = 1,
+        growth: str = "null",
+        gate: str = "slot",
+        codes: int = 4096,
+        most_nulls: int = 15,
+        attention: str = "sdpa",
+        compression: tuple[float, float] = (1.0, 4.0),
+        quantisation: tuple[float, float] = (0.0, 1.0),
+        temperatures: tuple[float, float] = (1.0, 0.5),
+        noise: tuple[float, float] = (1.0, 0.0),
+        anneal_share: float = 0.5,
+        weights: Mapping[str, float],
+        hold_rate: bool = True,
+        baseline: str | None = None,
+        temperature: float = 1.0,
+        lora_rank: int | None = None,
+        lr: float = 2e-3,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
+        require_causal(model, "online concepts")
+        check_options(weights, compression, quantisation, temperatures, noise, anneal_share, most_nulls, baseline)
+        self.save_hyperparameters(ignore=["model"])
+        if lora_rank is not None:
+            model = with_adapters(model, lora_rank)
+        self.model = OnlineConceptModel(
+            model,
+            split,
+            levels=levels,
+            growth=growth,
+            gate=gate,
+            codes=codes,
+            most_nulls=most_nulls,
+            attention=attention,
+            compression=compression[1],
+            quantisation=quantisation[1],
+        )
+        self.weights = {name: float(weights.get(name, 0.0)) for name in NAMES}
+        self.compression, self.quantisation = tuple(compression), tuple(quantisation)
+        self.temperatures, self.noise, self.anneal_share = tuple(temperatures), tuple(noise), anneal_share
+        self.hold_rate, self.baseline, self.temperature = hold_rate, baseline, temperature
+        self.meter, self.truth_meter, self.base_meter = NllMeter(), NllMeter(), NllMeter()
+        self.commit_rate = MeanMetric()
+        self._cost: dict[str, float | None] = {}
+        self._base: list[nn.Module] = []  # compared with, no part of what is trained
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        text, setting = self._text(batch), self._setting(batch_idx)
+        self.model.keep_setting(setting.compression, setting.quantisation)
+        # 1. what each token costs, and what became of the positions
+        nll, levels = self._nll(text, setting)
+        # 2. what else is asked of commits and codes
+        raw = {"text": nll.sum() / text.weights.sum().clamp(min=1), **online_terms(self.model, levels, text)}
+        # 3. the weighted sum
+        loss = sum(weight * raw[name] for name, weight in self.weights.items() if weight)
+        # ranks wait for every weight's gradient, also while nothing is compressed and a router decides nothing
+        loss = loss + 0.0 * sum(p.sum() for p in self.model.stack.parameters())
+        # 4. hold the rate that was realised
+        if self.hold_rate:
+            self._hold(levels)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({f"monitor/{name}": value for name, value in (raw | online_monitors(levels)).items()})
+        self.log_dict({"monitor/wanted": setting.compression, "monitor/quantisation": setting.quantisation})
+        return self.refuse_nan(loss)
+
+    def _nll(self, text: CausalText, setting: Setting | None = None) -> tuple[Tensor, list[Level]]:
+        """-log p of each target that counts, nats, 0 elsewhere, (B, T)."""
+        valid = None if text.attention_mask is None else text.attention_mask.bool()
+        states, levels = self.model.read(text.ids, valid, text.position_ids, setting)
+        return chosen_nll(self.model.logits(states[text.weights]), text.targets, text.weights), levels
+
+    def _hold(self, levels: list[Level]) -> None:
+        for stack, level in zip(self.model.stacks(), levels, strict=True):
+            routing = level.routing
+            sums = torch.cat(
+                [torch.stack([routing.commit.sum(), routing.valid.sum()]).double(), routing.moments.double()]
+            )
+            sums = self.all_gather(sums).reshape(-1, len(sums)).sum(0)  # the same offset on every rank
+            if sums[1] > 0:  # there may be no concepts for concepts of concepts
+                stack.router.hold(sums[0] / sums[1], routing.compression, sums[2:])
+
+    def _setting(self, batch_idx: int) -> Setting:
+        pairs = (self.compression, self.quantisation, self.temperatures, self.noise)
+        return Setting(*map(self._annealed, pairs), generator=self.step_generator(batch_idx))
+
+    def _annealed(self, ends: tuple[float, float]) -> float:
+        """From the first to the second value over the first `anneal_share` of the steps."""
+        over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
+        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
+
+    @staticmethod
+    def _text(batch: dict[str, Tensor]) -> CausalText:
+        if "document_ids" in batch:
+            raise UsageError("data.document_mask=true is not known to online concepts; type data.document_mask=false")
+        return causal_text(batch)
+
+    # -- likelihood ---------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._reset()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        nll = self._measure(batch)
+        self.log("val/loss", nll.sum() / max(1, token_counts(batch)), batch_size=token_counts(batch), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        figures = self.meter.compute() | {"compression": 1 / float(self.commit_rate.compute())}
+        for name, value in figures.items():
+            self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meters sum over them
+
+    def _measure(self, batch: dict[str, Tensor]) -> Tensor:
+        text = self._text(batch)
+        nll, levels = self._nll(text)
+        self.meter.update(align_with_columns(nll, batch), token_counts(batch), batch.get("target_bytes"))
+        routing = levels[0].routing
+        self.commit_rate.update(routing.realised, routing.valid.sum())
+        return nll
+
+    def _reset(self) -> None:
+        for meter in (self.meter, self.truth_meter, self.base_meter, self.commit_rate):
+            meter.reset()
+
+    # -- comparison ---------------------------------------------------------------------------------------------------
+
+    def on_test_epoch_start(self) -> None:
+        self._reset()
+        if self.baseline is not None and not self._base:
+            self._base.append(load_baseline(self.baseline, self.model).to(self.device))
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
+        self._measure(batch)
+        if batch_idx == 0:
+            self._cost = self._measured_cost(self._text(batch))
+        for base in self._base:
+            self.base_meter.update(causal_nll(base, self._text(batch)), token_counts(batch))
+        if hasattr(self.trainer.datamodule, "true_nll"):
+            self.truth_meter.update(self.trainer.datamodule.true_nll(batch), token_counts(batch))
+        return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}
+
+    def model_figures(self) -> dict[str, float]:
+        figures = self.meter.compute()
+        if not figures:
+            return {}
+        figures["compression"] = 1 / float(self.commit_rate.compute())
+        for name, meter in (("nll_truth", self.truth_meter), ("baseline_nll", self.base_meter)):
+            figures |= {name: meter.compute()["nll"]} if meter.update_called else {}
+        return figures
+
+    def model_cost(self) -> dict[str, float | None]:
+        return self._cost
+
+    def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
+        return {"quality": {}, "cost": self._cost if k < len(self.decoders()) else {}}
+
+    @torch.no_grad()
+    def _measured_cost(self, text: CausalText) -> dict[str, float | None]:
+        """Tokens a second of reading and of writing, and bytes of keys and values a text at the end of both."""
+        ids = text.ids[:TIMED_ROWS]
+        valid = None if text.attention_mask is None else text.attention_mask[:TIMED_ROWS].bool()
+        reading = OnlineReading(self.model)
+        reading.read(ids, valid)  # warms up
+        moments = [self._now()]
+        logits = reading.read(ids, valid)
+        moments.append(self._now())
+        for _ in range(TIMED_TOKENS):
+            logits = reading.step(logits.argmax(-1))
+        moments.append(self._now())
+        return {
+            "prefill_tokens_per_s": ids.numel() / (moments[1] - moments[0]),
+            "decode_tokens_per_s": len(ids) * TIMED_TOKENS / (moments[2] - moments[1]),
+            "kv_bytes": reading.kv_bytes / len(ids),
+            "batch": len(ids),
+        }
+
+    def _now(self) -> float:
+        self._synchronise()
+        return time.perf_counter()
+
+    def decoders(self) -> list[Decoder]:
+        """Greedy, then sampled."""
+        data = self.trainer.datamodule
+        how = {"vocab_size": len(data.tokenizer)}
+        return [
+            OnlineConceptDecoder(self.model, data.response_length, temperature=t, **how)
+            for t in (0.0, self.temperature)
+        ]
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {k: v for k, v in checkpoint["state_dict"].items() if k in self._buffers_kept()}
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"] |= kept
+
+    def _buffers_kept(self) -> set[str]:
+        """The setting and the routers' offsets: no gradient trains them, and no other file has them."""
+        return {name for name, _ in self.named_buffers() if name == "model.setting" or name.endswith("router.offset")}
+
+    def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
+        """Write the backbone (or its adapter) and the new weights beside it, for mode=generate."""
+        return save_online(self.model, folder, tokenizer)

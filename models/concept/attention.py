@@ -1,0 +1,63 @@
+"""Attention of the deep layers: SDPA with a mask of true and false, or FlexAttention with blocks of it.
+
+Blocks pay where concepts stand together: the slots are put in the order [concepts | tokens], each in the order of the text.
+Token queries then meet all concept keys and, of the tokens, those near the diagonal; concept queries meet no token at all.
+Legend: B batch, T positions, H heads, d head width.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from models.functional.commits import Packing
+from models.functional.errors import require_choice
+
+ATTENTIONS = ("sdpa", "flex")
+NAME = "leap_concepts"
+
+
+@cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def concept_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **options
+) -> tuple[Tensor, None]:
+    """In the shape that transformers asks for: query (B, H, T, d), key and value of their own heads -> (B, T, H, d)."""
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    flex = _compiled_flex() if query.is_cuda else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    out = flex(query, key, value, block_mask=attention_mask, scale=options.get("scaling"), enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def use_attention(model: nn.Module, attention: str) -> None:
+    """Have the model's layers take block masks too. `sdpa` leaves it as it is."""
+    require_choice("module.attention", attention, ATTENTIONS)
+    if attention == "flex":
+        AttentionInterface.register(NAME, concept_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.config._attn_implementation = NAME
+
+
+def concepts_first(commit: Tensor) -> Tensor:
+    """The order (B, T) of slots: positions that commit, then the others, each as they stand in the text."""
+    return (~commit).long().argsort(dim=1, stable=True)
+
+
+def deep_block_mask(commit: Tensor, packing: Packing, valid: Tensor, order: Tensor) -> BlockMask:
+    """`commits.deep_mask` of slots in another order, as blocks; all (B, T)."""
+    own, segment, real = (x.gather(1, order) for x in (commit, packing.segment, valid))
+
+    def allow(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (order[b, k] <= order[b, q]) & real[b, k] & (own[b, k] | (segment[b, q] == segment[b, k]))
+        return seen | (q == k)
+
+    return create_block_mask(allow, len(commit), None, commit.shape[1], commit.shape[1], device=commit.device)

@@ -1,0 +1,119 @@
+r"""Commits: which positions of a text become concepts, packed for a stack that reads concepts alone.
+
+A position either commits (g_t = 1) or is NULL. tau(t) is the last commit at or before t; the deep stack at t reads the
+concepts up to tau(t) and the tail, the NULL positions tau(t)+1 .. t. All of it in one forward with exactly T slots.
+Legend: B batch, T positions, M packed concepts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """index (B, M): positions of the commits, in order, then others; real (B, M): which of them are commits.
+
+    segment (B, T): commits at or before a position; slot (B, T): the packed place of tau(t), 0 where there is none yet.
+    """
+
+    index: Tensor
+    real: Tensor
+    segment: Tensor
+    slot: Tensor
+
+
+def pack_commits(commit: Tensor) -> Packing:
+    """commit (B, T) bool, False on padding -> `Packing` with M = the most commits of any row, at least 1.
+
+    Rows with fewer are filled up behind their last commit, so that a stack that is causal in the packed order needs no
+    padding mask.
+    """
+    g = commit.long()
+    segment = g.cumsum(1)
+    count = segment[:, -1]
+    place = torch.arange(commit.shape[1], device=commit.device)
+    most = max(1, int(count.max()))
+    index = (place + len(place) * (1 - g)).argsort(1)[:, :most]
+    return Packing(index, place[:most] < count.unsqueeze(1), segment, (segment - 1).clamp(min=0))
+
+
+def take(states: Tensor, index: Tensor) -> Tensor:
+    """states (B, T, ...) at index (B, M) -> (B, M, ...)."""
+    flat = index.view(*index.shape, *[1] * (states.ndim - 2))
+    return states.gather(1, flat.expand(*index.shape, *states.shape[2:]))
+
+
+def text_mask(valid: Tensor) -> Tensor | None:
+    """What the shallow stack may see, (B, 1, T, T) bool: real positions up to the query, and itself.
+
+    valid (B, T) bool. None where nothing that is padding stands before something real: causal attention is then enough.
+    """
+    if bool((valid.long().cummin(1).values == valid.long()).all()):
+        return None
+    length = valid.shape[1]
+    eye = torch.eye(length, dtype=torch.bool, device=valid.device)
+    return ((valid.unsqueeze(1) & eye.logical_not()).tril() | eye).unsqueeze(1)
+
+
+def deep_mask(commit: Tensor, segment: Tensor, valid: Tensor) -> Tensor:
+    """What the deep stack may see, (B, 1, T, T) bool, True = may be seen; all (B, T).
+
+    allow(q, k) = k <= q and valid_k and (g_k or segment_q = segment_k), or k = q. A concept sees concepts alone (a NULL
+    position before it has another segment), a tail position the concepts before it and its own tail.
+    """
+    seen = commit.unsqueeze(1) | (segment.unsqueeze(2) == segment.unsqueeze(1))
+    eye = torch.eye(commit.shape[1], dtype=torch.bool, device=commit.device)
+    return ((seen & valid.unsqueeze(1)).tril() | eye).unsqueeze(1)
+
+
+def cap_nulls(natural: Tensor, valid: Tensor, most: int, since: Tensor) -> Tensor:
+    """natural commits (B, T) with a forced one wherever more than `most` NULLs would follow each other.
+
+    d = t - last natural commit, t counted over valid positions; forced where NULL and d is a multiple of most + 1.
+    since (B,): NULLs in a row before the first of these positions; 0 at the beginning of a text.
+    """
+    place = valid.long().cumsum(1) - 1
+    before = (-1 - since).unsqueeze(1)
+    last = torch.maximum(torch.where(natural, place, before).cummax(1).values, before)
+    distance = place - last
+    return natural | (valid & (distance > 0) & (distance % (most + 1) == 0))
+
+
+def nulls_since(commit: Tensor, valid: Tensor, since: Tensor) -> Tensor:
+    """How many NULLs in a row each row of commit (B, T) ends with, (B,), counting `since` (B,) from before."""
+    after = commit.long().flip(1).cumsum(1).flip(1) == 0  # no commit from here on
+    nulls = (after & valid).sum(1)
+    return torch.where(commit.any(1), nulls, since + nulls)
+
+
+def even_commits(place: Tensor, compression: float) -> Tensor:
+    """One commit in `compression` positions, spread evenly: of N tokens the M that make floor((t + 1) M / N) grow.
+
+    place (B, T): positions counted from the text's beginning. compression = N / M >= 1.
+    """
+    rate = 1.0 / compression
+    return torch.floor((place + 1).double() * rate + 1e-9) > torch.floor(place.double() * rate + 1e-9)
+
+
+def accumulated_commits(increments: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Integrate and fire (Dong & Xu, 1905.11235): a commit wherever the running sum passes a whole number.
+
+    increments (B, T) in [0, 1], total (B,) from before -> commits (B, T) bool and the new total, both summed in float64.
+    """
+    sums = torch.cat([total.double().unsqueeze(1), increments.double()], 1).cumsum(1)
+    return torch.floor(sums[:, 1:]) > torch.floor(sums[:, :-1]), sums[:, -1]
+
+
+def renewal_nulls(scores: Tensor, by_distance: Tensor, valid: Tensor, most: int, since: Tensor) -> Tensor:
+    """NULLs in a row before each position, (B, T), where each decision depends on how long ago the last commit was.
+
+    A position commits where scores (B, T) + by_distance[NULLs in a row before it] > 0, or where more than `most` NULLs would
+    follow each other. by_distance (most + 1,); since (B,) as in `cap_nulls`.
+    """
+    before = []
+    for t in range(scores.shape[1]):
+        before.append(since)
+        commits = (scores[:, t] + by_distance[since.clamp(max=most)] > 0) | (since >= most)
+        since = torch.where(valid[:, t], torch.where(commits, 0, since + 1), since)
+    return torch.stack(before, 1)

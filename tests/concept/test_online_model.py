@@ -1,0 +1,216 @@
+"""The parallel form is the slow one: logits, gradients, warm start, causality, padding."""
+
+import pytest
+import torch
+from helpers_causal import tiny_causal
+from helpers_online import in_float64, naive_logits, padded, ragged, texts, tiny_online
+from torch.nn.attention.flex_attention import create_mask
+
+from models.backbones.causal_lm import with_adapters
+from models.concept.attention import concepts_first, deep_block_mask
+from models.concept.concept_stack import Setting
+from models.concept.layer_stack import nested_split
+from models.concept.online_model import OnlineConceptModel
+from models.concept.router import GROWTH
+from models.functional.commits import deep_mask, pack_commits
+from models.functional.errors import UsageError
+
+HALF = Setting(compression=2.0, quantisation=0.5)
+NESTED = ([1, [1, 1, 1], 1], {})
+
+
+def commits_of(model, ids, setting=HALF):
+    return model.read(ids, setting=setting)[1][0].routing.commit
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_one_forward_is_one_forward_a_position(growth):
+    model, ids = tiny_online(growth=growth, gate="none"), texts()
+    logits = model.logits(model.read(ids, setting=HALF)[0])
+    slow = torch.stack([naive_logits(model, row, HALF) for row in ids])
+    assert 0.2 < commits_of(model, ids).double().mean() < 0.9  # both kinds of positions are there
+    torch.testing.assert_close(logits, slow, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("split", "architecture"), [((1, 2, 1), "qwen3"), ((1, [1, 1, 1], 1), "llama")])
+def test_gradients_are_those_of_one_forward_a_position(split, architecture):
+    """A middle that is split again is the same thing inside of itself."""
+    model, ids = tiny_online(split, architecture=architecture, gate="none", growth="autoregressive"), texts()
+    mix = torch.randn(*ids.shape, 13, dtype=torch.float64)
+    grads = []
+    for logits in (
+        model.logits(model.read(ids, setting=HALF)[0]),
+        torch.stack([naive_logits(model, row, HALF) for row in ids]),
+    ):
+        model.zero_grad()
+        (logits * mix).sum().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert {"stack.bridge.weight", "stack.codes.embedding.weight", "stack.codes.head.weight"} <= grads[0].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], atol=1e-10, rtol=1e-10, msg=name)
+
+
+def test_a_tail_that_sees_dropped_positions_is_seen_by_the_oracle():
+    """Negative control: a deep stack that is merely causal gives something else."""
+    model, ids = tiny_online(growth="fixed", gate="none"), texts()
+    right = model.logits(model.read(ids, setting=HALF)[0])
+    run = model.stack.deep.run
+    model.stack.deep.run = lambda states, positions, mask, cache=None: run(states, positions, None, cache)
+    wrong = model.logits(model.read(ids, setting=HALF)[0])
+    assert (right - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_without_compression_it_is_the_backbone(architecture, levels):
+    split = [1, 3, 1]
+    model, ids = tiny_online(split, architecture=architecture, levels=levels), texts()
+    every = Setting(compression=1.0, quantisation=0.0)
+    ours = model.logits(model.read(ids, setting=every)[0])
+    assert torch.equal(ours, model.backbone(input_ids=ids, use_cache=False).logits)
+    part, valid = padded(ragged(), left=True)
+    theirs = model.backbone(
+        input_ids=part, attention_mask=valid.long(), position_ids=(valid.cumsum(1) - 1).clamp(min=0), use_cache=False
+    ).logits
+    ours = model.logits(model.read(part, valid, setting=every)[0])
+    torch.testing.assert_close(ours[valid], theirs[valid], atol=1e-12, rtol=1e-12)
+    assert not torch.equal(model.logits(model.read(ids, setting=HALF)[0]), model.backbone(input_ids=ids).logits)
+
+
+def test_every_gate_leaves_a_sure_choice_as_it_is():
+    ids, every = texts(), Setting(compression=1.0, quantisation=0.0)
+    for gate in ("slot", "smooth", "mass", "none"):
+        model = tiny_online(gate=gate)
+        assert torch.equal(model.logits(model.read(ids, setting=every)[0]), model.backbone(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("gate", ["slot", "smooth", "mass"])
+@pytest.mark.parametrize("growth", GROWTH)
+def test_nothing_looks_ahead(growth, gate):
+    """Neither a value nor a gradient: changing a token changes nothing before it."""
+    model, ids = tiny_online(growth=growth, gate=gate), texts(rows=1)
+    model.train()
+    states, levels = model.read(ids, setting=HALF)
+    for t in (4, 8):
+        other = ids.clone()
+        other[:, t] = 3 + (other[:, t] - 2) % 10
+        changed, again = model.read(other, setting=HALF)
+        torch.testing.assert_close(changed[:, :t], states[:, :t], atol=1e-12, rtol=1e-12)
+        assert torch.equal(again[0].routing.commit[:, :t], levels[0].routing.commit[:, :t])
+        assert (changed[:, t] - states[:, t]).abs().max() > 1e-4  # the change is seen where it is
+    embeds = model.backbone.get_input_embeddings()(ids).detach().requires_grad_()
+    out, _ = model.stack.read(embeds, torch.arange(11)[None], torch.ones_like(ids, dtype=torch.bool), HALF)
+    (grad,) = torch.autograd.grad(out[0, 5].sum(), embeds)
+    assert grad[0, :6].abs().amax(-1).min() > 0
+    assert grad[0, 6:].abs().max() == 0
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_moves_nothing(growth, left):
+    model, rows = tiny_online(growth=growth), ragged()
+    ids, valid = padded(rows, left)
+    states, levels = model.read(ids, valid, setting=HALF)
+    for k, row in enumerate(rows):
+        alone, level = model.read(row[None], setting=HALF)
+        torch.testing.assert_close(states[k, valid[k]], alone[0], atol=1e-12, rtol=1e-12)
+        assert torch.equal(levels[0].routing.commit[k, valid[k]], level[0].routing.commit[0])
+    assert not levels[0].routing.commit[~valid].any()
+
+
+@pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "none"])
+def test_the_decision_to_commit_gets_a_gradient_from_the_text(gate):
+    model, ids = tiny_online(gate=gate, growth="null").train(), texts()
+    model.read(ids, setting=HALF)[0].sum().backward()
+    grad = model.stack.router.null.weight.grad
+    assert (grad is None or grad.abs().max() == 0) == (gate == "none")
+
+
+def test_adapters_and_new_weights_train_alone():
+    backbone = with_adapters(in_float64(tiny_causal(13, num_hidden_layers=4)), rank=2)
+    model = OnlineConceptModel(backbone, [1, 2, 1], codes=8)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.startswith("stack.") or "lora" in name for name in names)
+    assert not any(
+        name.startswith("stack.shallow") for name, _ in model.named_parameters()
+    )  # owned by the backbone alone
+
+
+@pytest.mark.parametrize("split", [[1, 2, 1], [1, [1, 1, 1], 1]])
+def test_blocks_of_the_mask_are_the_mask(split):
+    """FlexAttention over [concepts | tokens], with grouped heads, padding and more than one block of 128."""
+    rows = [texts(rows=1, length=length, seed=length)[0] for length in (150, 131)]
+    ids, valid = padded(rows, left=True)
+    found = {}
+    for attention in ("sdpa", "flex"):
+        model = tiny_online(split, growth="null", attention=attention).float()
+        with torch.no_grad():
+            found[attention] = model.logits(model.read(ids, valid, setting=HALF)[0])[valid]
+    torch.testing.assert_close(found["flex"], found["sdpa"], atol=2e-5, rtol=1e-4)
+    for stack in model.stacks():
+        stack.attention = "sdpa"  # the same function answers for both
+    with torch.no_grad():
+        assert torch.equal(model.logits(model.read(ids, valid, setting=HALF)[0])[valid], found["sdpa"])
+
+
+def test_concepts_together_leave_blocks_empty():
+    commit = torch.arange(1024).remainder(4).eq(3)[None]
+    packing, valid = pack_commits(commit), torch.ones_like(commit)
+    order = concepts_first(commit)
+    assert order[0, :3].tolist() == [3, 7, 11]
+    mixed = deep_block_mask(commit, packing, valid, torch.arange(1024)[None])
+    apart = deep_block_mask(commit, packing, valid, order)
+    assert apart.sparsity() > mixed.sparsity() + 5  # per cent of the blocks are skipped
+    dense = deep_mask(commit, packing.segment, valid)[0, 0]
+    assert apart.to_dense()[0, 0].sum() < mixed.to_dense()[0, 0].sum()
+    assert dense.sum() == create_mask(apart.mask_mod, 1, 1, 1024, 1024, device="cpu").sum()
+
+
+def test_the_middle_is_as_long_as_the_concepts():
+    model, ids = tiny_online(growth="fixed"), texts(length=12)
+    lengths = []
+    run = model.stack.middle.run
+    model.stack.middle.run = lambda states, *more: lengths.append(states.shape[1]) or run(states, *more)
+    for compression in (1.0, 2.0, 4.0):
+        model.read(ids, setting=Setting(compression, 1.0))
+    assert lengths == [12, 6, 3]
+
+
+@pytest.mark.parametrize(
+    ("split", "levels", "part"),
+    [
+        ([1, 2], 1, "module.split=[1, 2] must be [shallow, middle, deep]"),
+        ([1, 1, 1], 1, "has 3 layers, the model 4"),
+        ([0, 3, 1], 1, "at least one layer each"),
+        ([1, 2, 1], 2, "module.split"),
+        ([1, [1, 1], 1], 1, "must be [shallow, middle, deep]"),
+    ],
+)
+def test_a_split_that_does_not_fit_is_refused(split, levels, part):
+    with pytest.raises(UsageError) as found:
+        OnlineConceptModel(tiny_causal(num_hidden_layers=4), split, levels=levels, codes=8)
+    assert part in str(found.value)
+
+
+def test_proportions_are_kept_at_every_level():
+    assert nested_split([8, 12, 8], 2) == [8, [3, 6, 3], 8]
+    assert nested_split([8, 12, 8], 1) == [8, 12, 8]
+
+
+def test_other_models_are_refused():
+    eager, louder, lopsided = (tiny_causal(num_hidden_layers=4) for _ in range(3))
+    eager.config._attn_implementation = "eager"
+    with pytest.raises(UsageError, match="attention eager takes no mask"):
+        OnlineConceptModel(eager, [1, 2, 1])
+    lopsided.config.layer_types = ["sliding_attention"] * 4
+    with pytest.raises(UsageError, match="layers of sliding_attention"):
+        OnlineConceptModel(lopsided, [1, 2, 1])
+    louder.model.embed_tokens.register_forward_hook(lambda module, given, found: found)
+    decoder = louder.model.forward
+    louder.model.forward = lambda **given: decoder(
+        inputs_embeds=3 * louder.model.embed_tokens(given.pop("input_ids")),
+        **{k: v for k, v in given.items() if v is not None},
+    )
+    with pytest.raises(UsageError, match="does more between its layers"):
+        OnlineConceptModel(louder, [1, 2, 1])

@@ -1,0 +1,275 @@
+"""Nothing compressed is the plain model; terms move what they should; rates are held; records, resume, files."""
+
+import json
+
+import pytest
+import torch
+from helpers_causal import PackedStream, packed_batch, tiny_causal
+from helpers_trainer import quiet_trainer
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.testing import assert_close
+
+from callbacks.ema import TrainableEMA
+from callbacks.frontier import FrontierReport
+from callbacks.record import read_record
+from lightning_modules.online_concept import OnlineConceptModule
+from lightning_modules.pretrain import PretrainModule
+from models.backbones.causal_lm import save_causal
+from models.concept.concept_stack import Setting
+from models.concept.online_files import load_online, save_online
+from models.concept.online_terms import NAMES, online_terms
+from models.concept.router import GROWTH
+from models.functional.errors import UsageError
+from models.functional.next_token import causal_text
+from models.objectives.next_token import NextToken
+
+ALL = dict.fromkeys(NAMES, 1.0)
+PLAIN = {"compression": (1.0, 1.0), "quantisation": (0.0, 0.0), "weights": {"text": 1.0}}
+
+
+def body(vocab_size: int = 7, **options):
+    torch.manual_seed(0)
+    return tiny_causal(vocab_size, num_hidden_layers=3, **options)
+
+
+def build(model=None, **options) -> OnlineConceptModule:
+    torch.manual_seed(0)
+    wanted = {
+        "codes": 8,
+        "most_nulls": 3,
+        "compression": (1.0, 2.0),
+        "weights": ALL,
+        "lr": 3e-3,
+        "warmup_steps": 1,
+        "seed": 7,
+    }
+    return OnlineConceptModule(body() if model is None else model, **(wanted | options))
+
+
+def oracle_body(data):
+    ids = data.special_ids()
+    return body(ids.pop("vocab_size"), **ids)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.seen, self.rates = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_) -> None:
+        self.seen.append(outputs["loss"].item())
+        self.rates.append(1 / float(trainer.callback_metrics.get("monitor/compression", 1)))
+
+
+# -- what is learned -----------------------------------------------------------------------------------------------------
+
+
+def test_without_compression_it_trains_as_the_plain_model_does(tiny_oracle):
+    found = []
+    for module in (
+        build(oracle_body(tiny_oracle), **PLAIN),
+        PretrainModule(oracle_body(tiny_oracle), NextToken(), lr=3e-3, warmup_steps=1, seed=7),
+    ):
+        losses = Losses()
+        trainer = quiet_trainer(6, callbacks=[losses], val_check_interval=6)
+        trainer.fit(module, tiny_oracle)
+        found.append([*losses.seen, trainer.callback_metrics["val/nll"].item()])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+# term -> weights that it may move, beside what lies below the states it is worked out from
+MOVES = {
+    "text": ("backbone", "router", "codes", "bridge"),
+    "ratio": ("backbone", "router", "codes"),  # codes: what NULL is weighed against
+    "code": ("backbone", "codes"),
+    "usage": ("backbone", "codes.head"),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_each_term_moves_what_it_should(name):
+    module, text = build(), causal_text(packed_batch(4, 12))
+    module.model.train()
+    setting = Setting(2.0, 0.5, 1.0, 1.0, torch.Generator().manual_seed(0))
+    nll, levels = module._nll(text, setting)
+    raw = {"text": nll.mean(), **online_terms(module.model, levels, text)}
+    raw[name].backward()
+    moved = {n for n, p in module.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    for part in MOVES[name]:
+        assert any(part in n for n in moved), part
+    assert all(any(part in n for part in MOVES[name]) for n in moved), moved
+
+
+def test_the_draft_learns_from_its_own_loss_alone():
+    module, text = build(growth="entropy"), causal_text(packed_batch(4, 12))
+    _, levels = module._nll(text, Setting(2.0, 0.5))
+    online_terms(module.model, levels, text)["draft"].backward()
+    grads = {n: p.grad for n, p in module.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert "stack.router.adapt.weight" in grads
+    assert not any("layers" in n for n in grads)  # the states are held
+    assert online_terms(build().model, build()._nll(text, Setting(2.0, 0.5))[1], text)["draft"] == 0
+
+
+def test_ratio_is_skipped_where_nothing_is_compressed_or_learned():
+    text = causal_text(packed_batch(4, 12))
+    for module, compression, there in (
+        (build(), 1.0, False),
+        (build(growth="fixed"), 2.0, False),
+        (build(), 2.0, True),
+    ):
+        _, levels = module._nll(text, Setting(compression, 0.5))
+        assert bool(online_terms(module.model, levels, text)["ratio"]) == there
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_the_realised_rate_is_held(growth):
+    data = PackedStream((4, 4, 4))
+    data.batches = [packed_batch(6, 40, seed=k) for k in range(3)]
+    losses = Losses()
+    options = {"growth": growth, "compression": (2.5, 2.5), "noise": (0.0, 0.0), "most_nulls": 7}
+    quiet_trainer(45, callbacks=[losses]).fit(build(**options), data)
+    assert sum(losses.rates[-15:]) / 15 == pytest.approx(0.4, abs=0.05)
+
+
+def test_a_rate_that_is_not_held_goes_its_own_way():
+    data, losses = PackedStream((4,)), Losses()
+    data.batches = [packed_batch(8, 48)]
+    module = build(growth="autoregressive", compression=(2.5, 2.5), noise=(0.0, 0.0), hold_rate=False, most_nulls=7)
+    module.model.stack.router.offset.fill_(1.0)
+    quiet_trainer(20, callbacks=[losses]).fit(module, data)
+    assert losses.rates[0] == pytest.approx(1 / 8)  # forced commits alone
+    assert float(module.model.stack.router.offset) == 1.0
+
+
+def test_values_are_annealed_from_the_first_to_the_last():
+    module, seen = build(anneal_share=0.5, quantisation=(0.0, 1.0)), []
+    watch = type("W", (Callback,), {"on_train_batch_end": lambda self, t, m, *_: seen.append(m.model.setting.tolist())})
+    quiet_trainer(8, callbacks=[watch()]).fit(module, PackedStream((2, 2)))
+    assert seen == [[1 + k / 4, k / 4] for k in range(4)] + [[2.0, 1.0]] * 4
+
+
+# -- what is kept ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_has_quality_and_cost(tmp_path, tiny_oracle):
+    base = oracle_body(tiny_oracle)
+    save_causal(base, tmp_path / "base")
+    module = build(oracle_body(tiny_oracle), baseline=str(tmp_path / "base"), **PLAIN)
+    quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "online", {})]).test(module, tiny_oracle, verbose=False)
+    rows = read_record(tmp_path / "record.json")["rows"]
+    (model,) = (row for row in rows if row["method"] == "model")
+    quality = model["quality"]
+    assert quality["nll"] == pytest.approx(quality["baseline_nll"], rel=1e-6)  # nothing is compressed: the same model
+    assert quality["compression"] == 1.0
+    assert quality["nll_truth"] < quality["nll"]
+    online = [row for row in rows if row["method"] == "student"]
+    assert [row["decoder"] for row in online] == ["online concepts, greedy", "online concepts"]
+    for row in (model, *online):
+        assert row["cost"]["prefill_tokens_per_s"] > 0
+        assert row["cost"]["decode_tokens_per_s"] > 0
+    a_token = 3 * 2 * 2 * 4 * 4  # three layers, keys and values, two heads of width 4, float32
+    few = tiny_oracle.rows["test"].columns["attention_mask"][:16].sum() / 16
+    tokens = model["cost"]["kv_bytes"] / a_token
+    assert few - 2 < tokens - 32 <= few + 1
+    assert all("kv_bytes" not in row["cost"] for row in rows if row["method"] == "control")
+
+
+def test_documents_alone_are_recorded_too(tmp_path):
+    module, data = build(), PackedStream()
+    quiet_trainer(2, callbacks=[FrontierReport(tmp_path, "online", {})]).fit(module, data)
+    quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "online", {})]).test(module, data, verbose=False)
+    (row,) = read_record(tmp_path / "record.json")["rows"]
+    assert {"nll", "bits_per_byte", "compression"} <= row["quality"].keys()
+    assert row["cost"]["kv_bytes"] > 0
+    with pytest.raises(UsageError, match=r"data.document_mask=true is not known"):
+        quiet_trainer(1).fit(build(), PackedStream(documents=True))
+
+
+@pytest.mark.parametrize("growth", ["null", "accumulate"])
+def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth):
+    def options(losses: Losses) -> dict:
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+        return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
+
+    def module() -> OnlineConceptModule:
+        return build(oracle_body(tiny_oracle), growth=growth)
+
+    whole, first, second = module(), Losses(), Losses()
+    quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
+    resumed = module()
+    trainer = quiet_trainer(12, callbacks=[TrainableEMA(0.9), second], val_check_interval=4)
+    trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
+    assert second.seen == first.seen[5:]
+    assert float(whole.model.stack.router.offset) != 0
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("lora_rank", "split"), [(None, None), (2, None), (None, [1, [1, 1, 1], 1])])
+def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split):
+    layers = 5 if split else 3
+    torch.manual_seed(0)
+    base = tiny_causal(7, num_hidden_layers=layers)
+    save_causal(base, tmp_path / "base")
+    base.config._name_or_path = base.name_or_path = str(tmp_path / "base")
+    module = build(base, lora_rank=lora_rank, split=split, growth="autoregressive")
+    quiet_trainer(3).fit(module, PackedStream())
+    module.export(tmp_path / "model")
+    ids = packed_batch(2, 10)["input_ids"]
+    again = load_online(tmp_path / "model")
+    with torch.no_grad():
+        assert_close(again(ids), module.model.eval()(ids))
+    assert again.kept_setting() == module.model.kept_setting()
+    description = json.loads((tmp_path / "model" / "online_concepts.json").read_text())
+    (tmp_path / "model" / "online_concepts.json").write_text(json.dumps({**description, "format": "other"}))
+    with pytest.raises(UsageError, match="is of format 'other'"):
+        load_online(tmp_path / "model")
+
+
+def test_a_damaged_file_is_told(tmp_path):
+    model = build().model
+    save_online(model, tmp_path / "model")
+    (tmp_path / "model" / "online_concepts.safetensors").write_bytes(b"half")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_online(tmp_path / "model")
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"growth": "random"}, "module.growth=random is not known; type one of"),
+        ({"gate": "soft"}, "module.gate=soft is not known; type one of"),
+        ({"codes": 1}, "module.codes=1 must be at least 2"),
+        ({"most_nulls": 0}, "module.most_nulls=0 must be at least 1"),
+        ({"compression": (0.5, 2.0)}, "module.compression=[0.5, 2.0] must be"),
+        ({"compression": (1.0, 8.0)}, "without a concept than module.most_nulls=3; type module.most_nulls=16"),
+        ({"quantisation": (0.0, 2.0)}, "module.quantisation=[0.0, 2.0] must be"),
+        ({"noise": (1.0,)}, "module.noise=[1.0] must be"),
+        ({"anneal_share": 2.0}, "module.anneal_share=2.0"),
+        ({"weights": {"texts": 1.0}}, "module.weights.texts is not known; the terms are text"),
+        ({"weights": {"ratio": 1.0}}, "module.weights.text must be above 0"),
+        ({"weights": {"text": -1.0}}, "module.weights.text=-1.0 must be at least 0"),
+        ({"baseline": "nowhere"}, "module.baseline=nowhere is no folder"),
+        ({"split": [2, 2, 2]}, "has 6 layers, the model 3"),
+        ({"levels": 0}, "module.levels=0"),
+    ],
+)
+def test_mistakes_get_a_sentence(options, part):
+    with pytest.raises(UsageError) as found:
+        build(**options)
+    assert part in str(found.value)
+
+
+def test_a_baseline_of_another_vocabulary_is_refused(tmp_path):
+    save_causal(body(9), tmp_path / "base")
+    with pytest.raises(UsageError, match="has 9 tokens, this model 7"):
+        quiet_trainer(1).test(build(baseline=str(tmp_path / "base")), PackedStream(), verbose=False)
+
+
+def test_entropy_needs_words():
+    torch.manual_seed(0)
+    with pytest.raises(UsageError, match=r"module.growth=entropy needs words"):
+        build(tiny_causal(7, num_hidden_layers=5), growth="entropy", split=[1, [1, 1, 1], 1])
