@@ -41,7 +41,7 @@ class ConceptBaselineModule(ConceptPlannerExecutorModule):
         code: Code,
         tokens: int = 2,
         types: Mapping[str, Mapping[str, int | None] | None] | None = None,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         require_choice("module.code", code, get_args(Code))
