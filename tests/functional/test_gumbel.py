@@ -82,3 +82,11 @@ def test_usage_has_the_gradient_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: usage_kl(x.softmax(-1)), logits)
     (slope,) = torch.autograd.grad(usage_kl(logits.softmax(-1)), logits)
     assert (slope.abs().sum(-1) > 1e-4).all()
+
+
+def test_a_code_that_nobody_can_choose_leaves_the_usage_finite():
+    chances = torch.tensor([[0.5, 0.5, 0.0]], requires_grad=True)
+    loss = usage_kl(chances)
+    assert loss.item() == pytest.approx(torch.tensor(1.5).log().item())
+    loss.backward()
+    assert chances.grad.isfinite().all()

@@ -30,8 +30,17 @@ def answers(decoder, data) -> torch.Tensor:
     return decoder(rows, torch.Generator().manual_seed(3))
 
 
+FIXED = {"a": {"codes": 4, "most": 2}, "b": {"codes": 4}}
+QUANTISED = {
+    "types": FIXED,
+    "sampler": "ema_vq",
+    "planning": {"prior": "types", "posterior": "slots"},
+    "search": {"begin": 0.5},
+}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"lora_rank": 2}, {"kind": ConceptBaselineModule, "code": "leading", "tokens": 2}]
+    "options", [{}, {"lora_rank": 2}, QUANTISED, {"kind": ConceptBaselineModule, "code": "leading", "tokens": 2}]
 )
 def test_what_is_read_back_answers_as_what_was_trained(tmp_path, tiny_oracle, options):
     module = build(tiny_oracle, **options)
