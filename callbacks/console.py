@@ -32,6 +32,11 @@ def sentence_for(error: BaseException) -> str | None:
             return f"{cause.full_key} has no value; type {cause.full_key}=<value>"
         if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
             return f"{cause}; see the options with --cfg job"
+        if type(cause).__name__ == "InstantiationException" and "target 'lightning." in str(cause):
+            place = str(cause).rsplit("full_key: ", 1)[-1]
+            inner = cause.__cause__  # what Lightning says of its own options
+            if isinstance(inner, ValueError | TypeError) and "unexpected keyword" not in str(inner):
+                return f"{place}: {inner}"
         cause = cause.__cause__ or cause.__context__
     return None
 

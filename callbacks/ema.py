@@ -6,6 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from models.functional.errors import UsageError
 from models.functional.weights import copy_weights, snapshot, trainable_weights, update_average
 
 
@@ -18,7 +19,7 @@ class TrainableEMA(Callback):
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay={decay} must be at least 0 and less than 1")
+            raise UsageError(f"callbacks.ema.decay={decay} must be at least 0 and less than 1")
         self.decay = decay
         self.steps = 0
         self.average: dict[str, Tensor] = {}

@@ -53,6 +53,13 @@ class FlowMonitor(Callback):
         for name, value in figures.items():
             pl_module.log(f"monitor/{name}", value, sync_dist=True)
 
+    def charts(self) -> dict[str, list[str]]:
+        return {
+            "use of the noise": ["monitor/noise_information.*", "monitor/entropy_of_all$"],
+            "consistency of jumps": ["monitor/consistency_gap$"],
+            "decoding accuracy": ["monitor/accuracy_at_.*"],
+        }
+
     def _diversity(
         self, trainer: Trainer, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator
     ) -> dict[str, float]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from callbacks.console import report_console
 from callbacks.picture import quality_figure
+from callbacks.ranks import gathered
 from callbacks.record import build_record, write_record
 from callbacks.table import in_words, markdown_table, results_table, split_rows
 
@@ -55,8 +55,10 @@ class FrontierReport(Callback):
         data = trainer.datamodule
         figures = pl_module.model_figures()
         known = [pl_module.decoder_figures(k) for k in range(len(self._decoders))]
-        rows = _gather({name: torch.cat([r[name] for r in self._rows]) for name in self._rows[0]}) if self._rows else {}
-        responses = [_gather({"r": torch.cat(self._responses[k])})["r"] for k in range(len(self._decoders))]
+        rows = (
+            gathered({name: torch.cat([r[name] for r in self._rows]) for name in self._rows[0]}) if self._rows else {}
+        )
+        responses = [gathered({"r": torch.cat(self._responses[k])})["r"] for k in range(len(self._decoders))]
         if not trainer.is_global_zero:
             return
         table_rows = [self._row(k, data.scorer(rows, answer), answer, known[k]) for k, answer in enumerate(responses)]
@@ -127,7 +129,8 @@ def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[st
     cost |= pl_module.model_cost() if hasattr(pl_module, "model_cost") else {}
     trained = getattr(pl_module, "objective", pl_module)
     named = {"method": "model", "decoder": type(trained).__name__, "forwards": 0}
-    return {**named, "quality": figures, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
+    named |= {"quality": figures, "curve": getattr(pl_module, "curve", {})}
+    return {**named, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
 
 
 def _print_samples(console: Console, texts: list[tuple[str, str, str, str]]) -> None:
@@ -144,12 +147,3 @@ def _print_samples(console: Console, texts: list[tuple[str, str, str, str]]) -> 
 def _samples_markdown(texts: list[tuple[str, str, str, str]]) -> str:
     lines = ["| decoder | prompt | response | what is wrong |", "| --- | --- | --- | --- |"]
     return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "/") for cell in text) + " |" for text in texts])
-
-
-def _gather(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns of all ranks, one after the other."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return columns
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, columns)
-    return {name: torch.cat([part[name] for part in every]) for name in columns}

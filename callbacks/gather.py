@@ -4,11 +4,10 @@ Runs of the same experiment with different seeds become one row: mean and 95 % i
 repeated with the same seed replaces the earlier one; give a variant its own name=... to keep it apart.
 """
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,10 +15,12 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student_t
 from torch.utils.tensorboard import SummaryWriter
 
-from callbacks.picture import PREFERRED, STYLE
+from callbacks.intervals import half_width
+from callbacks.learning import learning_curves, learning_figure
+from callbacks.picture import PREFERRED, STYLE, scale_quality
+from callbacks.rate_picture import rate_figure
 from callbacks.record import find_records
 from callbacks.table import EVERY_COLUMN, heading, value_at, written
 
@@ -30,6 +31,12 @@ NAMES = (
     "exact_match",
     "slot_accuracy",
     "bleu",
+    "self_bleu",
+    "judge_perplexity",
+    "text_entropy",
+    "unigram_entropy",
+    "distinct_2",
+    "distinct_3",
     "tv",
     "entropy",
     "tokens_per_s",
@@ -37,12 +44,14 @@ NAMES = (
     "nll",
     "nll_bound",
     "nll_truth",
+    "above_truth",
     "bits_per_byte",
     "bits_per_byte_bound",
     "nll_given_plan",
     "dnll_shuffle",
     "reconstruction",
     "rate_bits",
+    "gain_bits",
     "efficiency",
     "joint_information",
     "probe",
@@ -58,11 +67,13 @@ NAMES = (
 )
 # name -> (title, where the value is in a record's row, how it is written), as in the table of one run
 FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in EVERY_COLUMN.items() if path[-1] in NAMES}
+FIGURES["above_truth"] = ("above truth", ("quality", "above_truth"), ".4f")  # taken seed by seed, so it has an interval
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 # left out on a narrow terminal; all of it is in frontier.md
 DISPENSABLE = (
     *("tv", "tokens_per_s", "validity_part", "entropy"),
     *("train_flops", "train_seconds", "train_tokens", "probe_mean", "probe_shuffled", "nll_truth"),
+    *("goal_seconds", "probe_untrained", "flops_per_step"),
 )
 
 
@@ -86,10 +97,7 @@ class FrontierRow:
 
     def half_width(self, name: str) -> float | None:
         """Half of the 95 % interval of the mean over seeds; None for fewer than two."""
-        values = self.values.get(name, [])
-        if len(values) < 2:
-            return None
-        return float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        return half_width(self.values.get(name, []))
 
 
 def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
@@ -105,7 +113,16 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
         for name, (_, path, _) in FIGURES.items():
             if (value := value_at(row, path)) is not None:
                 own.values[name].append(value)
+        if (above := _above_truth(row)) is not None:
+            own.values["above_truth"].append(above)
     return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
+
+
+def _above_truth(row: dict[str, Any]) -> float | None:
+    """Nats a token, or their bound, above the texts' own."""
+    known = [value_at(row, ("quality", name)) for name in ("nll", "nll_bound")]
+    own, truth = next((value for value in known if value is not None), None), value_at(row, ("quality", "nll_truth"))
+    return None if own is None or truth is None else own - truth
 
 
 def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
@@ -160,8 +177,12 @@ def frontier_figure(rows: list[FrontierRow]) -> Figure:
 
 
 def report_frontier(folder: str | Path, console: Console) -> None:
-    """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report."""
-    rows = frontier_rows([record for _, record in find_records(folder)])
+    """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report.
+
+    Where models have noted how their likelihood came about, learning.png shows it.
+    """
+    records = [record for _, record in find_records(folder)]
+    rows = frontier_rows(records)
     out = Path(folder) / "report"
     out.mkdir(exist_ok=True)
     parts = dict.fromkeys((row.corpus, row.method == "model") for row in rows)  # models have figures of their own
@@ -170,12 +191,18 @@ def report_frontier(folder: str | Path, console: Console) -> None:
         console.print(frontier_table(own, console.width))
     text = "\n\n".join(f"## {own[0].corpus}\n\n{frontier_markdown(own)}" for own in tables)
     (out / "frontier.md").write_text(text + "\n")
-    figure = frontier_figure(rows)
-    figure.savefig(out / "frontier.png", dpi=130)
+    figures = {"frontier": frontier_figure(rows)}
+    if curves := learning_curves(records):
+        figures["learning"] = learning_figure(curves)
+    if (rate := rate_figure(rows)) is not None:
+        figures["rate"] = rate
     with SummaryWriter(str(out)) as writer:
-        writer.add_figure("frontier", figure)
+        for name, drawn in figures.items():
+            drawn.savefig(out / f"{name}.png", dpi=130)
+            writer.add_figure(name, drawn)
         writer.add_text("frontier", text)
-    console.print(f"figure: {out}/frontier.png   table: {out}/frontier.md", highlight=False, soft_wrap=True)
+    drawn = ", ".join(f"{out}/{name}.png" for name in figures)
+    console.print(f"figures: {drawn}   table: {out}/frontier.md", highlight=False, soft_wrap=True)
 
 
 def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
@@ -202,8 +229,7 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
     if cost == "forwards":
         axis.xaxis.set_major_formatter(ScalarFormatter())
-    if quality != "bleu":
-        axis.set_ylim(-0.03, 1.05)
+    scale_quality(axis, quality)
     axis.set_xlabel("forwards per sequence" if cost == "forwards" else "response tokens per second")
     axis.set_title("TV (0 is the truth)" if quality == "tv" else FIGURES[quality][0], fontsize=10)
     axis.grid(alpha=0.25)
@@ -215,5 +241,7 @@ def _known(rows: list[FrontierRow]) -> list[str]:
 
 def _written(row: FrontierRow, name: str) -> str:
     mean, half, form = row.mean(name), row.half_width(name), FIGURES[name][2]
-    interval = "" if half is None or name == "tokens_per_s" else f" ± {half:{form}}"
-    return written(mean, form) + interval
+    interval = "" if half is None or name == "tokens_per_s" else f" ± {written(half, form)}"
+    known = len(row.values.get(name, []))
+    # such as a goal that some seeds did not reach
+    return written(mean, form) + interval + (f" ({known} of {row.seeds})" if 0 < known < row.seeds else "")

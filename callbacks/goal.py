@@ -1,4 +1,4 @@
-"""How much a training needed until its validation likelihood was good enough."""
+"""How much a training needed until its validation likelihood was good enough, and how the likelihood came there."""
 
 import time
 from typing import Any
@@ -13,6 +13,7 @@ class TrainingGoal(Callback):
 
     Tokens are those of the texts that were read, whichever of them an objective scores, over all ranks; seconds are spent in
     training steps alone. The figures are nowhere where the goal was not reached. Looked at after each validation only.
+    The module's `curve` gets a point for each of them: steps, tokens, nll and the corpus' own nll_truth, where it knows it.
     """
 
     monitors = ("val/nll", "val/nll_bound")
@@ -21,6 +22,7 @@ class TrainingGoal(Callback):
         self.below = below
         self.tokens, self.seconds = 0, 0.0
         self.reached: dict[str, float] = {}
+        self.curve: dict[str, list[float]] = {}
         self._started = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -34,15 +36,25 @@ class TrainingGoal(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         known = [float(trainer.callback_metrics[name]) for name in self.monitors if name in trainer.callback_metrics]
-        if known and known[0] <= self.below and not self.reached:
+        if not known or not self.tokens:
+            return
+        if known[0] <= self.below and not self.reached:
             self.reached = {"goal_tokens": self.tokens, "goal_seconds": self.seconds}
+        point = {"steps": trainer.global_step, "tokens": self.tokens, "nll": known[0]}
+        if "val/nll_truth" in trainer.callback_metrics:
+            point["nll_truth"] = float(trainer.callback_metrics["val/nll_truth"])
+        for name, value in point.items():
+            self.curve.setdefault(name, []).append(value)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.tokens and hasattr(pl_module, "figures"):
             pl_module.figures |= {**self.reached, "train_tokens": self.tokens, "train_seconds": self.seconds}
+            pl_module.curve = self.curve
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "seconds": self.seconds, "reached": dict(self.reached)}
+        curve = {name: list(values) for name, values in self.curve.items()}
+        return {"tokens": self.tokens, "seconds": self.seconds, "reached": dict(self.reached), "curve": curve}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens, self.seconds, self.reached = state["tokens"], state["seconds"], dict(state["reached"])
+        self.curve = {name: list(values) for name, values in state.get("curve", {}).items()}

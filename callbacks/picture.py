@@ -9,7 +9,8 @@ matplotlib.use("Agg")
 
 STYLE = {"teacher": ("o-", "#3b6ea5"), "student": ("*-", "#c8553d"), "control": ("--", "#7a7a7a")}
 TITLES = {"validity_part": "validity, part of the plan prompted", "validity_none": "validity, nothing prompted"}
-PREFERRED = ("validity", "exact_match", "slot_accuracy", "bleu")
+PREFERRED = ("validity", "exact_match", "slot_accuracy", "bleu", "judge_perplexity", "text_entropy")
+UNBOUNDED = ("bleu", "judge_perplexity", "text_entropy")
 
 
 def quality_figure(record: dict[str, Any]) -> Figure:
@@ -53,6 +54,13 @@ def _panel(axis, rows: list[dict], name: str) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("forwards per sequence")
     axis.set_title(TITLES.get(name, name.replace("_", " ")), fontsize=10)
-    if name != "bleu":
-        axis.set_ylim(-0.03, 1.05)
+    scale_quality(axis, name)
     axis.grid(alpha=0.25)
+
+
+def scale_quality(axis: Any, name: str) -> None:
+    """Shares from 0 to 1; a perplexity in powers; other figures as they come."""
+    if name == "judge_perplexity":
+        axis.set_yscale("log")
+    elif name not in UNBOUNDED:
+        axis.set_ylim(-0.03, 1.05)

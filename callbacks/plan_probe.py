@@ -45,7 +45,7 @@ class PlanProbe(Callback):
     @torch.no_grad()
     def _figures(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         plans_of = getattr(trainer.datamodule, "hidden_plans", None)
-        if plans_of is None or not hasattr(module, "states"):
+        if plans_of is None or not hasattr(module, "states") or "reveal" not in trainer.datamodule.rows["test"].columns:
             return {}
         train, test = (_unprompted(trainer.datamodule.rows[split].columns) for split in ("train", "test"))
         splits = [{name: column[: self.rows] for name, column in train.items()}, test]

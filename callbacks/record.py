@@ -2,7 +2,8 @@
 
 {"experiment", "commit", "seed", "device", "versions": {}, "config": {}, "data": {...}, "rows": [{"method", "decoder",
 "forwards", "quality": {}, "entropy", "distinct", "cost": {"tokens_per_s", "flops_per_token", "peak_memory_bytes",
-"batch"}, "n_samples", "ci95": {}}]}; a value that was not measured is null.
+"batch"}, "n_samples", "ci95": {}}]}; a value that was not measured is null. The row of a model itself also
+has "curve": {name: []}.
 """
 
 import json

@@ -16,12 +16,21 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "exact match": (("quality", "exact_match"), ".3f"),
     "slot acc.": (("quality", "slot_accuracy"), ".3f"),
     "BLEU": (("quality", "bleu"), ".1f"),
+    "self-BLEU": (("quality", "self_bleu"), ".1f"),
     "entropy": (("entropy",), ".2f"),
     "TV": (("quality", "tv"), ".2f"),
     "coverage": (("quality", "coverage"), ".2f"),
     "distinct": (("distinct",), ".2f"),
     "tokens/s": (("cost", "tokens_per_s"), ",.0f"),
     "MFLOP/token": (("cost", "flops_per_token"), "mega"),
+}
+# the same of texts without a prompt
+TEXT_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "judge|perplexity": (("quality", "judge_perplexity"), ".1f"),
+    "entropy|in a text": (("quality", "text_entropy"), ".2f"),
+    "of all|tokens": (("quality", "unigram_entropy"), ".2f"),
+    "distinct-2": (("quality", "distinct_2"), ".3f"),
+    "distinct-3": (("quality", "distinct_3"), ".3f"),
 }
 # the same of texts between two models
 PAIR_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -45,6 +54,7 @@ MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "by other|plan": (("quality", "dnll_shuffle"), "+.4f"),
     "rebuilt": (("quality", "reconstruction"), ".3f"),
     "plan|bits": (("quality", "rate_bits"), ".2f"),
+    "gain|bits": (("quality", "gain_bits"), "+.2f"),
     "η": (("quality", "efficiency"), ".3f"),
     "plan|told": (("quality", "joint_information"), ".3f"),
     "told by|chance": (("quality", "joint_information_shuffled"), ".3f"),
@@ -66,14 +76,14 @@ MODEL_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "decode|tokens/s": (("cost", "decode_tokens_per_s"), ",.0f"),
     "KV|MB": (("cost", "kv_bytes"), "mega"),
 }
-EVERY_COLUMN = COLUMNS | PAIR_COLUMNS | MODEL_COLUMNS
+EVERY_COLUMN = TEXT_COLUMNS | COLUMNS | PAIR_COLUMNS | MODEL_COLUMNS
 SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
 
 
 # what a narrow terminal does without first; all of it is in record.json
 DISPENSABLE = ("MFLOP/token", "coverage", "TV", "valid|all", "valid|none", "truth", "NLL of valid", "distinct")
 PAIR_DISPENSABLE = ("formula", "kept", "largest error")
-MODEL_DISPENSABLE = ("perplexity", "chance", "probe|mean", "Mtok", "s", "TFLOP")
+MODEL_DISPENSABLE = ("perplexity", "chance", "probe|mean", "Mtok", "s", "TFLOP", "told by|chance", "nats|truth")
 
 
 def split_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -139,8 +149,13 @@ def in_words(record: dict[str, Any]) -> list[str]:
             "fixed all-mask response draws or picks every place on its own, so no such generator's samples can come nearer "
             f"to the truth than KL {correlation:.2f}, which the product of marginals reaches."
         )
+    stated = record["data"].get("reference_slot_accuracy")
+    if stated is not None:
+        sentences.append(
+            f"People's own texts for these prompts state {_percent(stated)} of the slot values word for word."
+        )
     between = _between_two_models(rows)
-    sentences += between or _student_against_teacher(rows)
+    sentences += between or _student_against_teacher(rows) + _judged(rows)
     marginals = next((r for r in rows if r["decoder"] == "product of marginals"), None)
     for row in rows:
         part = row["quality"].get("validity_part")
@@ -179,6 +194,21 @@ def _student_against_teacher(rows: list[dict[str, Any]]) -> list[str]:
         f"{best['cost']['tokens_per_s'] / last['cost']['tokens_per_s']:.1f} times the teacher's tokens per second at "
         f"{last['forwards']} forwards (batch {best['cost']['batch']})."
     ]
+
+
+def _judged(rows: list[dict[str, Any]]) -> list[str]:
+    """One sentence: what the judge makes of real text and of each one-forward text, beside how varied they are."""
+    known = [row for row in rows if row["quality"].get("judge_perplexity") is not None]
+    shown = [row for row in known if row["forwards"] == 1 or row["method"] == "control"]
+    parts = [
+        f"{row['decoder']}{', 1 forward' if row['forwards'] else ''}: {row['quality']['judge_perplexity']:.1f} at "
+        f"{row['quality']['text_entropy']:.2f}"
+        for row in shown
+    ]
+    if not parts:
+        return []
+    listed = "; ".join(parts)
+    return [f"Judge's perplexity, at nats of entropy within a text (less is repetition): {listed}."]
 
 
 def _between_two_models(rows: list[dict[str, Any]]) -> list[str]:

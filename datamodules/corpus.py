@@ -6,7 +6,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_at_least
 
 
 class CorpusDataModule(LightningDataModule):
@@ -24,6 +24,8 @@ class CorpusDataModule(LightningDataModule):
         self, *, name: str, batch_size: int, eval_batch_size: int, seed: int = 0, num_workers: int = 0
     ) -> None:
         super().__init__()
+        require_at_least(1, data__batch_size=batch_size, data__eval_batch_size=eval_batch_size)
+        require_at_least(0, data__seed=seed, data__num_workers=num_workers)
         self.name, self.batch_size, self.eval_batch_size = name, batch_size, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
 

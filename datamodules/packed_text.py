@@ -21,7 +21,7 @@ from datamodules.packing import EndlessOrder, OnePass, PackedRows, TokenStream
 from datamodules.sources import Source
 from datamodules.token_cache import TokenCache, tokenize_once
 from datamodules.tokenizer import build_tokenizer, document_start
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_at_least
 
 
 class PackedTextDataModule(CorpusDataModule):
@@ -67,9 +67,7 @@ class PackedTextDataModule(CorpusDataModule):
         self.length, self.shuffle, self.document_mask = length, shuffle, document_mask
         self.prompt_length, self.response_length = 0, length
         self.rows: dict[str, PackedRows] = {}
-        for option in ("length", "batch_size", "eval_batch_size"):
-            if getattr(self, option) < 1:
-                raise UsageError(f"data.{option}={getattr(self, option)} must be at least 1")
+        require_at_least(1, data__length=length)
         for split, fraction in self.fractions.items():
             if self.sources[split] is None and not 0 < fraction < 1:
                 raise UsageError(

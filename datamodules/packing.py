@@ -73,25 +73,39 @@ class PackedRows(Dataset):
             length = min(length, len(self.stream) - 1 - max(rows) * length)
         tokens = np.empty((len(rows), length + 1), cache.tokens.dtype)
         sizes = np.empty((len(rows), length + 1), cache.target_bytes.dtype)
-        opens = np.zeros((len(rows), length + 1), bool)
+        runs = []
         for i, row in enumerate(rows):
             for done, at, count in self.stream.spans(row * self.length, length + 1):
                 tokens[i, done : done + count] = cache.tokens[at : at + count]
                 sizes[i, done : done + count] = cache.target_bytes[at : at + count]
-                if self.document_mask:
-                    first, last = np.searchsorted(cache.starts, [at, at + count])
-                    opens[i, cache.starts[first:last] - at + done] = True
+                runs.append((i * length + done, at, min(count, length - done)))
         batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "target_bytes": sizes[:, 1:]}
         if self.document_mask:
-            batch |= _places(opens[:, :-1])
-        return {name: torch.from_numpy(column.astype(np.int64, order="C")) for name, column in batch.items()}
+            batch |= document_places(cache.starts, np.array(runs), len(rows), length)
+        return {
+            name: torch.from_numpy(column.astype(np.int64, order="C", copy=False)) for name, column in batch.items()
+        }
 
 
-def _places(opens: np.ndarray) -> dict[str, np.ndarray]:
-    """opens (B, T) bool, where a document begins -> document_ids and position_ids (B, T)."""
-    place = np.arange(opens.shape[1])
-    begin = np.maximum.accumulate(np.where(opens, place, 0), axis=1)
-    return {"document_ids": opens.cumsum(1) - opens[:, :1], "position_ids": place - begin}
+def document_places(starts: np.ndarray, runs: np.ndarray, rows: int, length: int) -> dict[str, np.ndarray]:
+    """`document_ids` and `position_ids`, (B, T) int64, see `PackedRows`.
+
+    starts: where each document begins in the cache. runs (S, 3): the pieces that make up the inputs, row after row: place in
+    the batch laid flat, place in the cache, length.
+    """
+    place, at, count = runs.T
+    # 1. where documents begin in the batch, and where rows do
+    first, last = np.searchsorted(starts, [at, at + count])
+    number = last - first
+    own = np.arange(number.sum()) + np.repeat(last - number.cumsum(), number)
+    begins = np.union1d(starts[own] + np.repeat(place - at, number), np.arange(0, rows * length, length))
+    # 2. every token's distance from the last of them, and how many there are before it in its row
+    lengths, in_row = np.diff(begins, append=rows * length), begins % length
+    numbers = np.arange(len(begins)) - np.searchsorted(begins, begins - in_row)
+    documents, positions = (np.repeat(each, lengths).reshape(rows, length) for each in (numbers, in_row))
+    # fresh memory of this size costs more than the arithmetic
+    np.subtract(np.arange(length), positions, out=positions)
+    return {"document_ids": documents, "position_ids": positions}
 
 
 class EndlessOrder(EpochSampler):

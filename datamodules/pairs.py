@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -15,6 +16,7 @@ from datamodules.batch import TensorRows, pack_prompt_response
 from datamodules.files import Pairs, read_pairs
 from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
+from datamodules.slot_values import slot_values
 from datamodules.sources import Source
 from datamodules.tokenizer import build_tokenizer
 from models.functional.errors import UsageError
@@ -59,6 +61,7 @@ class PairsDataModule(PromptResponseDataModule):
         mark_prompt_end: bool = True,
         too_long: str = "error",
         max_test_rows: int | None = None,
+        test_answers: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -71,12 +74,18 @@ class PairsDataModule(PromptResponseDataModule):
         self.lengths = {"prompt": prompt_length, "response": response_length}
         self.mark_prompt_end = mark_prompt_end
         self.too_long, self.val_fraction, self.max_test_rows = too_long, val_fraction, max_test_rows
+        self.test_answers = test_answers
         if too_long not in ("error", "drop"):
             raise UsageError(f"data.too_long={too_long} is unknown; type data.too_long=error or data.too_long=drop")
         if val is None and not 0 < val_fraction < 1:
             raise UsageError(f"data.val_fraction={val_fraction} must lie between 0 and 1; type data.val_fraction=0.05")
         if max_test_rows is not None and max_test_rows < 1:
             raise UsageError(f"data.max_test_rows={max_test_rows} leaves no row; type data.max_test_rows=null for all")
+        if test_answers is not None and not 1 <= test_answers <= (max_test_rows or test_answers):
+            raise UsageError(
+                f"data.test_answers={test_answers} must be at least 1 and at most data.max_test_rows={max_test_rows}; "
+                "null keeps the rows of the file"
+            )
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenize and lay out all splits, whatever the stage; a second call does nothing."""
@@ -99,11 +108,15 @@ class PairsDataModule(PromptResponseDataModule):
         if "test" not in splits:
             rank_zero_warn("data.test is not set, so the test figures are those of the val split")
             splits["test"] = EncodedSplit(**vars(splits["val"]))
-        self._limit_test_rows(splits["test"])
+        self._choose_test_rows(splits["test"])
 
         self.scorer = self._scorer(pairs)
         _print_statistics(self.name, splits, self.tokenizer.unk_token_id)
         self.rows = {name: self._rows(split) for name, split in splits.items()}
+
+    def facts(self) -> dict[str, str | float | None]:
+        ids = self.rows["test"].columns["row_index"].tolist()
+        return super().facts() | {"reference_slot_accuracy": self.scorer.reference_slot_accuracy(ids)}
 
     def fingerprint(self) -> str:
         """sha256 of the training rows as encoded, of the vocabulary and of the special tokens."""
@@ -142,10 +155,18 @@ class PairsDataModule(PromptResponseDataModule):
         train.problems = pairs.problems
         return train, pairs.take(i for i, prompt in enumerate(pairs.prompts) if prompt in held)
 
-    def _limit_test_rows(self, split: EncodedSplit) -> None:
-        if self.max_test_rows is not None and self.max_test_rows < len(split.kept):
+    def _choose_test_rows(self, split: EncodedSplit) -> None:
+        """At most max_test_rows; with test_answers every prompt stands that many times among them."""
+        answers = self.test_answers or 1
+        if self.test_answers is not None:
+            first: dict[str, int] = {}
+            for row in split.kept:
+                first.setdefault(split.pairs.prompts[row], row)
+            split.kept = list(first.values())
+        if self.max_test_rows is not None:
             order = torch.randperm(len(split.kept), generator=torch.Generator().manual_seed(self.seed))
-            split.kept = [split.kept[i] for i in sorted(order[: self.max_test_rows].tolist())]
+            split.kept = [split.kept[i] for i in sorted(order[: self.max_test_rows // answers].tolist())]
+        split.kept = [row for row in split.kept for _ in range(answers)]
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -205,7 +226,22 @@ class PairsDataModule(PromptResponseDataModule):
                 by_prompt[prompt].append(response)
             references += [by_prompt[prompt] for prompt in split.prompts]
             slots += split.slots
-        return PairsScorer(decode=self.decode_responses, spell=self._spell, references=references, slots=slots)
+        prompts = [prompt for split in pairs.values() for prompt in split.prompts]
+        known = {"references": references, "slots": slots, "prompts": prompts}
+        return PairsScorer(decode=self.decode_responses, spell=self._spell, **known)
+
+    @cached_property
+    def _slot_values(self) -> tuple[list[str], torch.Tensor] | None:
+        return slot_values(self.scorer.slots)
+
+    @property
+    def attribute_names(self) -> list[str]:
+        """The slots of the prompts, [] where they are no dictionaries."""
+        return [] if self._slot_values is None else self._slot_values[0]
+
+    def hidden_plans(self, rows: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The number of each row's value of each slot, (N, A), 0 where it has none; None where prompts are no dictionaries."""
+        return None if self._slot_values is None else self._slot_values[1][rows["row_index"].cpu()]
 
     def _spell(self, text: str) -> str:
         """A text as it comes back from the tokenizer; one with unknown tokens stays as it is, which nothing matches."""

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
 from models.decoding.decoder import Decoder
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_at_least
 from models.functional.weights import trainable_weights
 
 
@@ -27,6 +27,9 @@ class LeapModule(LightningModule):
 
     def __init__(self, *, lr: float, weight_decay: float, warmup_steps: int, seed: int) -> None:
         super().__init__()
+        require_at_least(
+            0, module__lr=lr, module__weight_decay=weight_decay, module__warmup_steps=warmup_steps, seed=seed
+        )
         self.lr, self.weight_decay, self.warmup_steps, self.seed = lr, weight_decay, warmup_steps, seed
         self.strict_loading = False
 

@@ -4,6 +4,7 @@ u prompt, x text, z plan. Legend: B batch, R response columns, S concept slots.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Generator, Tensor, nn
 
 from lightning_modules.base import LeapModule
 from lightning_modules.plan_meter import PlanMeter
+from lightning_modules.plan_probes import PlanProbes
 from models.backbones.causal_lm import require_causal, with_adapters
 from models.concept.decoder import PlannedDecoder
 from models.concept.executor import Executor
+from models.concept.files import save_plans
 from models.concept.planner import Plan, Planner, greedy, relaxed
 from models.concept.terms import NAMES, plan_terms
 from models.concept.unified import UnifiedModel
@@ -28,7 +31,7 @@ from models.functional.rows import response_columns
 BEFORE = "concepts_before"
 
 
-class ConceptPlannerExecutorModule(LeapModule):
+class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
     """model: a causal LM, shared by planner and executor. types: {name: {"codes", "most", "least"}}, in planning order.
 
     weights: of each loss in `terms.NAMES`; 0 or none switches it off. free_bits: nats that each slot's KL may have for nothing.
@@ -43,7 +46,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         self,
         model: nn.Module,
         *,
-        types: Mapping[str, Mapping[str, int | None]],
+        types: Mapping[str, Mapping[str, int | None] | None],
         weights: Mapping[str, float],
         free_bits: float = 0.0,
         quota: float | None = None,
@@ -74,6 +77,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.anneal_share = anneal_share
         self.plan_temperature, self.temperature = plan_temperature, temperature
         self.meter = PlanMeter()
+        self.figures: dict[str, float] = {}
         self._before: dict[int, Tensor] = {}
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -82,7 +86,8 @@ class ConceptPlannerExecutorModule(LeapModule):
         generator = self.step_generator(batch_idx)
         relaxation, noise, hidden = map(self._annealed, (self.temperatures, self.noise, self.corruption))
         # 1. a plan of each text, drawn from q(z | u, x)
-        plan = self.planner.draw(*self._whole(batch), relaxed(generator, relaxation, noise))
+        plan = self._drawn(batch, generator, relaxation, noise)
+        self.relaxation = tuple(e[plan.open_slots].detach() for e in (plan.soft_embeds, plan.hard_embeds))
         # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
         text = self._text(batch)
         blank = torch.rand(text.shape, generator=generator, device=self.device) < hidden
@@ -95,6 +100,13 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.log_dict({f"monitor/{name}": value for name, value in raw.items()})
         self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise, "monitor/corruption": hidden})
         return self.refuse_nan(loss)
+
+    def _drawn(self, batch: dict[str, Tensor], generator: Generator, temperature: float, noise: float) -> Plan:
+        """A plan from q(z | u, x) with a gradient to it."""
+        return self.planner.draw(*self._whole(batch), relaxed(generator, temperature, noise))
+
+    def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
+        return self.planner.draw(*self._whole(batch), greedy)
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
         options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota}
@@ -146,7 +158,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         generator = self.step_generator(batch_idx, stream=1, epoch=0)
         text, data = self._text(batch), self.trainer.datamodule
         # 1. a drawn plan: its prices under posterior and prior, and the text's given it
-        plan = self.planner.draw(*self._whole(batch), relaxed(generator, self.temperatures[1], self.noise[1]))
+        plan = self._drawn(batch, generator, self.temperatures[1], self.noise[1])
         prior = self._prior_logits(batch, plan.choices)
         nll = token_nll(self.executor.logits(plan.ids, plan.embeds, text), text)
         log_p, log_q = prior.log_softmax(-1), plan.logits.log_softmax(-1)
@@ -154,7 +166,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         # 2. the text given another text's plan
         other = token_nll(self.executor.logits(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text), text)
         # 3. the most probable plan, and the text that it is turned back into
-        best = self.planner.draw(*self._whole(batch), greedy)
+        best = self._most_probable(batch)
         again = self._written(best, text.shape[1], generator)
         # 4. what the corpus knows
         sums = {"text": nll.sum(-1), "shuffled": other.sum(-1), "rebuilt": (again == text).all(-1)}
@@ -198,11 +210,16 @@ class ConceptPlannerExecutorModule(LeapModule):
     def model_figures(self) -> dict[str, float]:
         figures = self.meter.compute()
         # given its plan a text costs less than it does: not to be compared with what other models call their NLL
-        return {"nll_given_plan": figures.pop("nll"), **figures} if figures else {}
+        return {"nll_given_plan": figures.pop("nll"), **figures, **self.figures} if figures else {}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Response ids (B, R) by the last of the decoders."""
         return self.decoders()[-1](batch, self.step_generator(batch_idx, stream=2, epoch=0))
+
+    def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
+        """Write the model as a folder, adapters added in; `lightning_modules.trained.load_planned` reads it."""
+        options = dict(self.hparams) | {"module": type(self).__name__, "lora_rank": None}
+        return save_plans(self.model, folder, options, tokenizer)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

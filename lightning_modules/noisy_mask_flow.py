@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from torch import Generator, Tensor
 
+from lightning_modules.flow_probes import FlowProbes
 from lightning_modules.staged_distill import StagedDistillModule
 from lightning_modules.stages import Stages
 from models.backbones.llada import LladaModel
@@ -32,7 +33,7 @@ from models.objectives.noisy_mask import (
 STAGES = ("adapt", "flow", "polish")
 
 
-class NoisyMaskFlowModule(StagedDistillModule):
+class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     """Trains a `NoisyMaskStudent` through the stages adapt, flow and polish.
 
     adapter, sigma, prompt_*, lora_rank: see `NoisyMaskStudent`. time_center: where tokens become decodable, see `warp_time`.

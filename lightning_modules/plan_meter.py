@@ -67,6 +67,7 @@ class PlanMeter(Metric):
             figures["flip_rate"] = flip_rate(dim_zero_cat(self.before).cpu(), concepts)
         if nats["truth"] > 0:
             figures["nll_truth"] = nats["truth"] / tokens
+            figures["gain_bits"] = (nats["truth"] - nats["text"]) / bits
             figures["efficiency"] = efficiency(nats["truth"], nats["text"], nats["prior"])
         if len(self.plans) > 0:
             figures |= _information(concepts, dim_zero_cat(self.plans).cpu())

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.base import LeapModule
 from lightning_modules.nll_meter import NllMeter
+from lightning_modules.token_weights import TokenWeights
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
 from models.decoding.autoregressive import AutoregressiveDecoder
@@ -27,9 +28,11 @@ class PretrainModule(LeapModule):
 
     forwards, temperature, remasking: the sampler settings that `trainer.test` compares; of these a model that generates from
     left to right uses the temperature alone.
+    A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
     Validation logs `val/loss`, what is minimised, and `val/nll`, `val/perplexity`, `val/bits_per_byte` of the text; the names
     of an objective with an upper bound end in `_bound`.
     figures: what is known of the model itself, whatever it generates; callbacks add theirs, and the report shows all.
+    curve: how its validation likelihood came about, a list of values for each name; a callback fills it.
     """
 
     def __init__(
@@ -50,14 +53,21 @@ class PretrainModule(LeapModule):
         self.model, self.objective = model, objective
         self.forwards, self.temperature, self.remasking = tuple(forwards), temperature, remasking
         self.figures: dict[str, float] = {}
-        self.meter, self.truth_meter = NllMeter(), NllMeter()
+        self.curve: dict[str, list[float]] = {}
+        self.meter, self.truth_meter, self.token_weights = NllMeter(), NllMeter(), TokenWeights()
+        # the corpus' own NLL of its texts, where it knows it
+        self._truth: Callable[[dict[str, Tensor]], Tensor] | None = None
         if isinstance(objective, TextObjective):
             objective.attach(model)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.refuse_nan(self._loss(batch, batch_idx, "train"))
+        loss, tokens = self._loss(batch, batch_idx, "train")
+        return self.refuse_nan(loss) * self.token_weights.weight(tokens, self.device)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.token_weights.finish(optimizer, self.trainer.accumulate_grad_batches, self.device)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -65,16 +75,17 @@ class PretrainModule(LeapModule):
             self.objective.after_step(self.model)
 
     def on_validation_epoch_start(self) -> None:
-        self.meter.reset()
+        self._start_measuring()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._loss(batch, batch_idx, "val")
+        return self._loss(batch, batch_idx, "val")[0]
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self._likelihood_figures().items():
             self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meter sums over them
 
-    def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> tuple[Tensor, int]:
+        """The mean loss of a batch, and over how many tokens."""
         stream = 0 if split == "train" else 1
         out = self.objective(self.model, batch, self.step_generator(batch_idx, stream))
         loss = out.loss_sum / max(1, out.tokens)
@@ -84,7 +95,8 @@ class PretrainModule(LeapModule):
                 self.meter.update(out.position_nll, out.tokens, batch.get("target_bytes"))
             else:
                 self._measure(batch, batch_idx)
-        return loss
+            self._measure_truth(batch)
+        return loss, out.tokens
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
@@ -92,41 +104,44 @@ class PretrainModule(LeapModule):
     def _likelihood(self) -> str | None:
         return getattr(self.objective, "likelihood", None)
 
-    @property
-    def _truth(self) -> Callable[[dict[str, Tensor]], Tensor] | None:
-        """The corpus' own NLL of its texts, where it knows it."""
-        return getattr(self.trainer.datamodule, "true_nll", None)
+    def _start_measuring(self) -> None:
+        self.meter.reset()
+        self.truth_meter.reset()
+        self._truth = getattr(self.trainer.datamodule, "true_nll", None)
 
     def _measure(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the NLL of the batch's texts to the meter, with the same draws whenever it is measured."""
         nll = self.objective.text_nll(self.model, batch, self.step_generator(batch_idx, stream=2, epoch=0))
         self.meter.update(nll, token_counts(batch), batch.get("target_bytes"))
 
+    def _measure_truth(self, batch: dict[str, Tensor]) -> None:
+        if self._truth is not None:
+            self.truth_meter.update(self._truth(batch), token_counts(batch))
+
     def _likelihood_figures(self) -> dict[str, float]:
+        """What was measured, and the corpus' own NLL of the same texts where it knows it."""
         if self._likelihood is None:
             return {}
         ending = "_bound" if self._likelihood == "bound" else ""
-        return {name + ending: value for name, value in self.meter.compute().items()}
+        figures = {name + ending: value for name, value in self.meter.compute().items()}
+        if self._truth is not None:
+            figures["nll_truth"] = self.truth_meter.compute()["nll"]
+        return figures
 
     # -- comparison ---------------------------------------------------------------------------------------------------
 
     def on_test_epoch_start(self) -> None:
-        self.meter.reset()
-        self.truth_meter.reset()
+        self._start_measuring()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
         if self._likelihood is not None:
             self._measure(batch, batch_idx)
-            if self._truth is not None:
-                self.truth_meter.update(self._truth(batch), token_counts(batch))
+            self._measure_truth(batch)
         return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}
 
     def model_figures(self) -> dict[str, float]:
-        figures = {**self.figures, **self._likelihood_figures()}
-        if self._truth is not None and self._likelihood is not None:
-            figures["nll_truth"] = self.truth_meter.compute()["nll"]
-        return figures
+        return {**self.figures, **self._likelihood_figures()}
 
     def decoders(self) -> list[Decoder]:
         generation = getattr(self.objective, "generation", "masked")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import LeapModule
 from lightning_modules.qstar_exactness import enumeration_error, g_test_of
+from lightning_modules.qstar_probes import QStarProbes
 from models.backbones.causal_lm import causal_logits, save_causal, save_merged, with_adapters
 from models.decoding.autoregressive import AutoregressiveDecoder, generate_autoregressive
 from models.decoding.decoder import Decoder
@@ -26,7 +27,7 @@ from models.objectives.base import Terms
 from models.objectives.qstar import QStarLoss, qstar_terms
 
 
-class QStarDecodingModule(LeapModule):
+class QStarDecodingModule(QStarProbes, LeapModule):
     """theta, target: causal models of one vocabulary, π_θ (trained) and π_t (frozen). assistant: a third that may draft.
 
     theta_weight: α; None is equally far from both. schemes: the ways of drafting that `trainer.test` compares, with gamma

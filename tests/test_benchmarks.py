@@ -154,7 +154,7 @@ def test_packed_loader(benchmark):
     result = benchmark(
         "packed_loader", "--length", "16", "--batch", "3", "--batches", "4", "--documents", "30", shape=[]
     )
-    check_layout(result, ["sliced by hand", "loader", "loader, document_mask", "loader, one worker"])
+    check_layout(result, ["sliced by hand", "loader", "loader, document_mask", "loader, one worker", "training step"])
     for row in result["rows"]:
         assert row["tokens_per_s"] == pytest.approx(4 * 3 * 16 / row["seconds"]["median"])
         assert 0 < row["rate"]["q1"] <= row["rate"]["median"] <= row["rate"]["q3"]

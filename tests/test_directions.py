@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("models", "datamodules", "lightning_modules", "callbacks", "benchmarks")
-OURS = (*PACKAGES, "run", "tests")
+OURS = (*PACKAGES, "wiring", "run", "tests")
 COMPUTED = "a computed name"
 MOST_LINES = 300
 
@@ -33,7 +33,8 @@ RULES = {
     "lightning_modules": Rule(ours=("lightning_modules", "models"), never=("hydra", "omegaconf")),
     "callbacks": Rule(ours=("callbacks", "models.functional", "models.backbones.student_files")),
     "benchmarks": Rule(ours=PACKAGES, never=()),
-    "run": Rule(ours=PACKAGES, never=()),
+    "wiring": Rule(ours=(*PACKAGES[:-1], "wiring"), never=()),
+    "run": Rule(ours=("wiring", "callbacks"), never=("torch", "lightning", "transformers")),
 }
 
 
@@ -78,7 +79,10 @@ def violations(source: str, module: str) -> list[str]:
 
 
 def python_files() -> list[Path]:
-    return [ROOT / "run.py", *sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
+    return [
+        ROOT / "run.py",
+        *sorted(path for package in (*PACKAGES, "wiring") for path in (ROOT / package).rglob("*.py")),
+    ]
 
 
 def module_name(path: Path) -> str:
@@ -112,7 +116,7 @@ def test_every_package_is_looked_at():
         assert known in names
     assert {"callbacks.ema", "lightning_modules.base"} <= names
     packaged = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert packaged <= set(PACKAGES)
+    assert packaged <= {*PACKAGES, "wiring"}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +147,8 @@ def test_every_package_is_looked_at():
         ("callbacks.export", "import hydra", "hydra"),
         ("benchmarks.timing", "from run import main", "run.main"),
         ("callbacks.export", "import run", "run"),
+        ("lightning_modules.base", "from wiring import build", "wiring.build"),
+        ("run", "import torch", "torch"),
     ],
 )
 def test_a_wrong_import_is_seen(module, source, complaint):

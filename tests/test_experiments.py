@@ -12,13 +12,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.utils import get_method
+from hydra.utils import get_method, instantiate
 
-import run
 from callbacks.console import sentence_for
 from datamodules.tokenizer import build_tokenizer
 from models.backbones.causal_lm import save_causal
+from models.backbones.llada import build_llada
+from models.backbones.sizes import STAND_IN
 from models.functional.errors import UsageError
+from wiring import modes
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -67,17 +69,15 @@ def model_overrides(cfg, folder: Path) -> list[str]:
         return SMALL
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.length=16"]
-    packed = "PackedTextDataModule" in cfg.data._target_
+    packed = "TextDataModule" in cfg.data._target_
+    if "Unprompted" in cfg.data._target_:
+        text += ["module.forwards=[1,2]"]
     deep = 3 if "split" in cfg.module else None  # a model that is split in three
     small = [*SMALL, *([f"model.num_hidden_layers={deep}"] if deep else [])]
     if "path" not in cfg.model:
         return [*small, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else small
-    return [
-        "trainer.accelerator=cpu",
-        f"model.path={tiny_qwen(folder / 'qwen', deep or 2)}",
-        "model.lora_rank=2",
-        *text,
-    ]
+    own = ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen', deep or 2)}", "model.lora_rank=2"]
+    return [*own, *text] if packed else own
 
 
 def tiny_qwen(folder: Path, layers: int = 2) -> Path:
@@ -91,7 +91,7 @@ def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, caps
     plain = configure(f"experiment={name}")
     small = [*model_overrides(plain, tmp_path), *pairs_overrides(plain, tmp_path)]
     cfg = configure(f"experiment={name}", "trainer.fast_dev_run=true", "data.eval_batch_size=8", *small)
-    run.fit(cfg)
+    modes.fit(cfg)
     printed = capsys.readouterr().out
     assert cfg.name.split("/")[0] == name
     assert ("C" if cfg.study else "forwards") in printed
@@ -125,7 +125,7 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     """A few steps of everything: teacher cached and reused, student saved, answers printed, record complete."""
     short = [*TINY, f"flow={flow}", *FLOWS[flow]]
     place = f"paths.run_dir={tmp_path}/out/meanflow_llada/first"
-    assert isinstance(run.fit(configure(*short, place)), float)
+    assert isinstance(modes.fit(configure(*short, place)), float)
     printed = capsys.readouterr().out
     assert "no matching one is cached" in printed
     folder = tmp_path / "out" / "meanflow_llada" / "first"
@@ -138,40 +138,40 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     for made in ("frontier.png", "student/student.safetensors", "checkpoints/last.ckpt", "tensorboard/run"):
         assert (folder / made).exists(), made
 
-    run.fit(configure(*short, f"paths.run_dir={tmp_path}/out/meanflow_llada/second", "ckpt_path=last"))
+    modes.fit(configure(*short, f"paths.run_dir={tmp_path}/out/meanflow_llada/second", "ckpt_path=last"))
     assert "reusing the trained one" in capsys.readouterr().out.replace("\n", " ")
-    run.fit(configure(*short, f"paths.run_dir={tmp_path}/out/meanflow_llada/third", f"student_path={folder}/student"))
+    modes.fit(configure(*short, f"paths.run_dir={tmp_path}/out/meanflow_llada/third", f"student_path={folder}/student"))
     capsys.readouterr()
 
     (tmp_path / "prompts.txt").write_text("who=anna\nwho=boris where=paris\n")
-    run.generate(configure(*short, "mode=generate", "prompt_file=prompts.txt"))
+    modes.generate(configure(*short, "mode=generate", "prompt_file=prompts.txt"))
     answers = capsys.readouterr().out.splitlines()
     assert [line.split(" → ")[0] for line in answers] == ["who=anna", "who=boris where=paris"]
     more = ["mode=generate", "prompt='who=anna'", "n=2", "forwards=2"]
-    run.generate(configure(*short, *more, "decoder=teacher", "temperature=1.0"))
+    modes.generate(configure(*short, *more, "decoder=teacher", "temperature=1.0"))
     assert capsys.readouterr().out.count("→") == 2
     if flow == "logit":
         with pytest.raises(UsageError, match="type decoder=teacher for more"):
-            run.generate(configure(*short, *more))
+            modes.generate(configure(*short, *more))
     else:
-        run.generate(configure(*short, *more))
+        modes.generate(configure(*short, *more))
         assert capsys.readouterr().out.count("→") == 2
-    run.test(configure(*short, "mode=test", place))
-    run.report(configure("mode=report"))
+    modes.test(configure(*short, "mode=test", place))
+    modes.report(configure("mode=report"))
     assert "resampling floor" in capsys.readouterr().out
     assert (tmp_path / "out" / "report" / "frontier.png").exists()
 
 
 @pytest.mark.parametrize("flow", sorted(path.stem for path in (ROOT / "conf" / "flow").glob("*.yaml")))
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e"])
+@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
 def test_every_flow_fits_every_experiment(configure, name, flow):
     """One word switches: no experiment sets an option that only one flow has."""
     cfg = configure(f"experiment={name}", f"flow={flow}")
-    stand_in = run.build_llada(vocab_size=5, mask_token_id=2, eos_token_id=1, pad_token_id=0, **run.STAND_IN)
-    assert run.instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in
+    stand_in = build_llada(vocab_size=5, mask_token_id=2, eos_token_id=1, pad_token_id=0, **STAND_IN)
+    assert instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in
 
 
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e"])
+@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
 def test_a_published_model_fits_every_experiment(configure, name):
     cfg = configure(f"experiment={name}", "model=llada_8b", "model.path=somewhere")
     accepted = inspect.signature(get_method(cfg.model._target_)).parameters
@@ -185,7 +185,7 @@ def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, ca
     choice = f"module/objective={objective}"
     cfg = configure("experiment=objectives", choice, *short, *steps, *SMALL, "callbacks.goal.below=100")
     assert cfg.name == f"objectives/{objective}"
-    run.fit(cfg)
+    modes.fit(cfg)
     record = json.loads((tmp_path / "out" / "x" / "run" / "record.json").read_text())
     (model,) = (row for row in record["rows"] if row["method"] == "model")
     found = model["quality"]
@@ -196,9 +196,11 @@ def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, ca
     likelihood = [name for name in ("nll", "nll_bound") if name in found]
     assert len(likelihood) == (objective not in ("latent", "continuous_diffusion"))
     assert ("goal_tokens" in found) == bool(likelihood)
+    assert set(model["curve"]) == ({"steps", "tokens", "nll", "nll_truth"} if likelihood else set())
     capsys.readouterr()
-    run.report(configure("mode=report"))
+    modes.report(configure("mode=report"))
     assert f"objectives/{objective}" in (tmp_path / "out" / "report" / "frontier.md").read_text()
+    assert (tmp_path / "out" / "report" / "learning.png").exists() == bool(likelihood)
 
 
 def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, capsys):
@@ -206,13 +208,13 @@ def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, cap
     short += ["trainer.accelerator=cpu", "data=oracle", "~data.tokenizer", "data.size=tiny", "module.forwards=[1]"]
     rows = ["data.train_rows=64", "data.test_rows=16", "data.batch_size=16"]
     with pytest.raises(UsageError, match="no run of it left a causal model"):
-        run.generate(configure(*short, "mode=generate", "prompt='who=anna'"))
+        modes.generate(configure(*short, "mode=generate", "prompt='who=anna'"))
     folder = tmp_path / "out" / "next_token_qwen" / "first"
-    run.fit(configure(*short, *rows, "trainer.max_steps=2", f"paths.run_dir={folder}"))
+    modes.fit(configure(*short, *rows, "trainer.max_steps=2", f"paths.run_dir={folder}"))
     assert (folder / "model" / "adapter_model.safetensors").is_file()
     assert (folder / "model_merged" / "model.safetensors").is_file()
     capsys.readouterr()
-    run.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
+    modes.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 3
     assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
@@ -222,17 +224,17 @@ def test_online_concepts_are_trained_kept_and_answer(configure, tmp_path, capsys
     short = ["experiment=concept_online_oracle", "data.size=tiny", "logger=none", *SMALL, "model.num_hidden_layers=3"]
     rows = ["data.train_rows=64", "data.test_rows=16", "data.batch_size=16", "module.codes=8", "trainer.max_steps=2"]
     folder = tmp_path / "out" / "concept_online_oracle" / "first"
-    run.fit(configure(*short, *rows, f"paths.run_dir={folder}"))
+    modes.fit(configure(*short, *rows, f"paths.run_dir={folder}"))
     row = next(r for r in json.loads((folder / "record.json").read_text())["rows"] if r["method"] == "model")
     assert {"nll", "nll_truth", "compression"} <= row["quality"].keys()
     assert all(row["cost"][name] > 0 for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes"))
-    assert (folder / "model" / "concepts.safetensors").is_file()
+    assert (folder / "model" / "online_concepts.safetensors").is_file()
     capsys.readouterr()
-    run.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
+    modes.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=3", "temperature=0"))
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 3
     assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
-    run.test(configure(*short, *rows, "mode=test", f"paths.run_dir={tmp_path}/out/concept_online_oracle/second"))
+    modes.test(configure(*short, *rows, "mode=test", f"paths.run_dir={tmp_path}/out/concept_online_oracle/second"))
     again = json.loads((tmp_path / "out/concept_online_oracle/second/record.json").read_text())["rows"]
     assert next(r for r in again if r["method"] == "model")["quality"] == pytest.approx(row["quality"])
 
@@ -240,15 +242,70 @@ def test_online_concepts_are_trained_kept_and_answer(configure, tmp_path, capsys
 def test_a_model_of_text_is_recorded_by_its_bits_per_byte_and_goes_on_with_a_text(configure, tmp_path, capsys):
     plain = configure("experiment=next_token_qwen")
     short = ["experiment=next_token_qwen", *model_overrides(plain, tmp_path), "trainer.max_steps=2", "logger=none"]
-    run.fit(configure(*short, f"paths.run_dir={tmp_path}/out/next_token_qwen/run"))
+    modes.fit(configure(*short, f"paths.run_dir={tmp_path}/out/next_token_qwen/run"))
     folder = tmp_path / "out" / "next_token_qwen" / "run"
     (row,) = json.loads((folder / "record.json").read_text())["rows"]
     assert row["method"] == "model"
     assert row["quality"]["bits_per_byte"] > 0
     assert (folder / "model" / "adapter_model.safetensors").is_file()
     capsys.readouterr()
-    run.generate(configure(*short, "mode=generate", "prompt='A paragraph'"))
+    modes.generate(configure(*short, "mode=generate", "prompt='A paragraph'"))
     assert "A paragraph → " in capsys.readouterr().out  # and goes on
+
+
+def test_texts_without_a_prompt_are_judged_by_a_model_of_another_run(configure, tmp_path, capsys):
+    plain = configure("experiment=meanflow_text")
+    small = [*model_overrides(plain, tmp_path), "trainer.max_steps=3", "logger=none", "data.batch_size=4"]
+    judge = tmp_path / "out" / "next_token_text" / "run"
+    words = "data.vocab_size=2048"
+    forwards = "module.forwards=[1,2]"
+    modes.fit(configure("experiment=next_token_text", words, f"paths.run_dir={judge}", *small))
+    flow = ["experiment=meanflow_text", "teacher.max_steps=2", *FLOWS["noisy_mask"], *small, forwards]
+    place = f"paths.run_dir={tmp_path}/out/meanflow_text/run"
+    modes.fit(configure(*flow, f"data.judge.path={judge}/model", place))
+    record = json.loads((tmp_path / "out" / "meanflow_text" / "run" / "record.json").read_text())
+    assert [row["decoder"] for row in record["rows"]][-2:] == ["product of marginals", "held-out text"]
+    assert all(row["quality"]["judge_perplexity"] > 1 for row in record["rows"])
+    assert "Judge's perplexity" in capsys.readouterr().out.replace("\n", " ")
+    modes.generate(configure(*flow, "mode=generate", "n=2"))
+    assert all(text.strip() for text in capsys.readouterr().out.splitlines()[-2:])
+    with pytest.raises(UsageError, match="leave prompt= out"):
+        modes.generate(configure(*flow, "mode=generate", "prompt=once"))
+    with pytest.raises(UsageError, match="the judge has a vocabulary"):
+        modes.fit(configure(*flow, f"data.judge.path={judge}/model", "data.tokenizer=byte"))
+
+
+def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path, capsys):
+    short = [
+        "experiment=concept_oracle", "data.size=tiny", "data.train_rows=64", "data.test_rows=16", "data.batch_size=16",
+        "logger=none", *SMALL,
+    ]  # fmt: skip
+    folder = tmp_path / "out" / "concept_oracle" / "first"
+    modes.fit(configure(*short, "trainer.max_steps=2", "trainer.val_check_interval=2", f"paths.run_dir={folder}"))
+    assert (folder / "model" / "concepts.safetensors").is_file()
+    ask = ["mode=generate", "prompt='who=anna'", "n=3", "temperature=0"]
+    capsys.readouterr()
+    modes.generate(configure(*short, *ask))
+    first = capsys.readouterr().out
+    assert first.count("who=anna → ") == 3
+    again = tmp_path / "out" / "concept_oracle" / "second"
+    modes.export(configure(*short, "mode=export", f"paths.run_dir={again}"))
+    assert (again / "model" / "backbone" / "config.json").is_file()
+    capsys.readouterr()
+    modes.generate(configure(*short, *ask))  # the newest is the one that was exported from the checkpoint
+    assert capsys.readouterr().out == first
+
+
+def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, capsys):
+    plain = configure("experiment=concept_qwen")
+    lengths = ["data.prompt_length=16", "data.response_length=16", "trainer.max_steps=2", "logger=none"]
+    small = [*model_overrides(plain, tmp_path), *pairs_overrides(plain, tmp_path), *lengths]
+    folder = tmp_path / "out" / "concept_qwen" / "first"
+    modes.fit(configure("experiment=concept_qwen", *small, f"paths.run_dir={folder}"))
+    assert (folder / "model" / "backbone" / "model.safetensors").is_file()  # adapters added in
+    capsys.readouterr()
+    modes.generate(configure("experiment=concept_qwen", *small, "mode=generate", "prompt='jump 3'", "temperature=0"))
+    assert "jump 3 → " in capsys.readouterr().out
 
 
 def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):
@@ -261,13 +318,13 @@ def test_a_budget_of_flops_sets_the_steps(configure, tmp_path):
         "logger=none",
         *SMALL,
     ]
-    run.fit(configure(*short, "trainer.max_steps=1", "data.batch_size=16"))
+    modes.fit(configure(*short, "trainer.max_steps=1", "data.batch_size=16"))
     record = tmp_path / "out" / "x" / "run" / "record.json"
     per_step = json.loads(record.read_text())["rows"][-1]["quality"]["flops_per_step"]
-    run.fit(configure(*short, "data.batch_size=16", f"callbacks.budget.flops={3.5 * per_step}"))
+    modes.fit(configure(*short, "data.batch_size=16", f"callbacks.budget.flops={3.5 * per_step}"))
     assert json.loads(record.read_text())["rows"][-1]["quality"]["train_flops"] == 3 * per_step
     with pytest.raises(UsageError, match=r"callbacks.budget.flops=10 is less than one step"):
-        run.fit(configure(*short, "data.batch_size=16", "callbacks.budget.flops=10"))
+        modes.fit(configure(*short, "data.batch_size=16", "callbacks.budget.flops=10"))
 
 
 def test_each_stage_runs_alone_from_the_student_of_another(configure, tmp_path):
@@ -275,12 +332,12 @@ def test_each_stage_runs_alone_from_the_student_of_another(configure, tmp_path):
     only = {name: [f"module.stages.{other}.share={int(other == name)}" for other in stages] for name in stages}
     short = [*TINY, *FLOWS["noisy_mask"]]
     first = f"{tmp_path}/out/meanflow_llada/adapt"
-    run.fit(configure(*short, *only["adapt"], f"paths.run_dir={first}"))
+    modes.fit(configure(*short, *only["adapt"], f"paths.run_dir={first}"))
     second = f"{tmp_path}/out/meanflow_llada/flow"
-    run.fit(configure(*short, *only["flow"], f"paths.run_dir={second}", f"student_path={first}/student"))
+    modes.fit(configure(*short, *only["flow"], f"paths.run_dir={second}", f"student_path={first}/student"))
     assert (tmp_path / "out" / "meanflow_llada" / "flow" / "student" / "student.safetensors").is_file()
     with pytest.raises(UsageError, match="give both the same flow= and module options"):
-        run.fit(configure(*short, *only["flow"], "module.sigma=1.0", f"student_path={first}/student"))
+        modes.fit(configure(*short, *only["flow"], "module.sigma=1.0", f"student_path={first}/student"))
 
 
 def test_a_teacher_is_kept_only_when_whole_and_damaged_checkpoints_are_passed_over(configure, tmp_path, capsys):
@@ -298,12 +355,12 @@ def test_a_teacher_is_kept_only_when_whole_and_damaged_checkpoints_are_passed_ov
         *SMALL,
     ]
     short += ["teacher.max_steps=8", "teacher.callbacks.checkpoint.every_n_train_steps=1"]
-    run.fit(configure(*short, "+trainer.limit_train_batches=2", "trainer.max_epochs=1"))
+    modes.fit(configure(*short, "+trainer.limit_train_batches=2", "trainer.max_epochs=1"))
     assert "used but not kept" in capsys.readouterr().out
     (kept,) = (tmp_path / "cache" / "teachers").iterdir()
     assert kept.name.endswith(".partial")
     (kept / "last.ckpt").write_bytes(b"half a checkpoint")
-    run.fit(configure(*short))
+    modes.fit(configure(*short))
     assert "is damaged, starting its training again" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "cache" / "teachers").iterdir()] == [kept.name.removesuffix(".partial")]
 
@@ -323,7 +380,7 @@ MISTAKES = [
     (["experiment=meanflow_scan", "data.train=nowhere.jsonl"], "nowhere.jsonl"),
     (["module.nonsense=1"], "nonsense"),
     (["data.size=tiny"], "module.forwards=[1, 2, 4, 8, 16] must lie between 1 and the response length 6"),
-    (["flow=logit", "module.time_law=cauchy"], "type uniform or logit_normal"),
+    (["flow=logit", "module.time_law=cauchy"], "type one of uniform, logit_normal"),
     (["flow=logit", "module.correction_limit=0"], "must be above 0"),
     (["module.jvp_backend=magic"], "forward_ad, finite_difference"),
     (["experiment=llada_oracle", "mode=generate"], "trains no student"),
@@ -342,13 +399,19 @@ MISTAKES = [
     (["mode=generate", "n=0"], "n=0 must be at least 1"),
     (["mode=generate", "forwards=-2"], "forwards=-2 must be at least 1"),
     (["seed=-1"], "seed=-1 must be at least 0"),
+    (["data.train_rows=0"], "data.train_rows=0 must be at least 1"),
+    (["data.batch_size=-1"], "data.batch_size=-1 must be at least 1"),
+    (["experiment=objectives", "module.lr=-1"], "module.lr=-1 must be at least 0"),
+    (["experiment=objectives", "callbacks.ema.decay=2"], "callbacks.ema.decay=2 must be at least 0 and less than 1"),
+    (["trainer.precision=abc"], "trainer.precision=abc is not known; type one of "),
+    (["trainer.devices=many"], "trainer: "),
 ]
 
 
 def test_a_damaged_checkpoint_is_refused_before_any_work(configure, tmp_path):
     (tmp_path / "half.ckpt").write_bytes(b"PK half of a checkpoint")
     with pytest.raises(UsageError, match=r"ckpt_path=half.ckpt is damaged"):
-        run.fit(configure("ckpt_path=half.ckpt"))
+        modes.fit(configure("ckpt_path=half.ckpt"))
 
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES)
@@ -357,7 +420,7 @@ def test_mistakes_get_a_sentence(configure, overrides, message):
     try:
         cfg = configure(*(f"+{o}" if o.startswith("module.nonsense") else o for o in overrides))
         with pytest.raises(Exception) as caught:  # noqa: PT011
-            run.run_mode(cfg)
+            modes.run_mode(cfg)
     finally:
         GlobalHydra.instance().clear()
     sentence = sentence_for(caught.value)
@@ -390,7 +453,7 @@ def test_llada_8b_composes_and_says_what_it_needs_before_reading_anything(config
     monkeypatch.setattr(memory, "available_memory", lambda device: 2 * 2**30)
     cfg = configure("model=llada_8b", "teacher=masked_diffusion")
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        run.instantiate(cfg.model)
+        instantiate(cfg.model)
     assert "GiB" in sentence_for(caught.value)
 
 
@@ -402,7 +465,7 @@ def test_the_whole_way_between_two_models(configure, tmp_path, capsys):
         "trainer.val_check_interval=2", "model.num_attention_heads=2", "model.num_key_value_heads=2",
     ]  # fmt: skip
     place = f"paths.run_dir={tmp_path}/out/qstar_oracle/first"
-    run.fit(configure(*short, place, "trainer.max_steps=3", "module.lora_rank=2"))
+    modes.fit(configure(*short, place, "trainer.max_steps=3", "module.lora_rank=2"))
     printed = capsys.readouterr().out
     assert "theta: no matching one is cached" in printed
     assert "Between the models" in printed.replace("\n", " ")
@@ -411,16 +474,16 @@ def test_the_whole_way_between_two_models(configure, tmp_path, capsys):
     assert rows["q*, alternating"]["quality"]["max_enumeration_error"] < 1e-12
     assert rows["q*, alternating"]["cost"].keys() >= {"speedup_vs_naive", "speedup_formula", "acceptance"}
     assert (folder / "theta" / "adapter_config.json").is_file()
-    run.test(configure(*short, "mode=test", f"paths.run_dir={tmp_path}/out/qstar_oracle/second"))
+    modes.test(configure(*short, "mode=test", f"paths.run_dir={tmp_path}/out/qstar_oracle/second"))
     assert "target: reusing the trained one" in capsys.readouterr().out.replace("\n", " ")
     resumed = ["mode=test", "ckpt_path=last", "module.lora_rank=2"]
-    run.test(configure(*short, *resumed, f"paths.run_dir={tmp_path}/out/qstar_oracle/third"))
+    modes.test(configure(*short, *resumed, f"paths.run_dir={tmp_path}/out/qstar_oracle/third"))
     again = json.loads((tmp_path / "out" / "qstar_oracle" / "third" / "record.json").read_text())["rows"]
     assert again[0]["quality"]["nll_theta"] == pytest.approx(rows["π_θ alone"]["quality"]["nll_theta"], abs=1e-4)
     capsys.readouterr()
-    run.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=2"))
+    modes.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=2"))
     assert capsys.readouterr().out.count("→") == 2
     with pytest.raises(InstantiationException) as error:  # before any model is trained
-        run.fit(configure(*short, "module.loss=mse", "paths.cache_dir=empty"))
+        modes.fit(configure(*short, "module.loss=mse", "paths.cache_dir=empty"))
     assert sentence_for(error.value) == "module.loss=mse is not known; type one of kl, acceptance"
     assert not (tmp_path / "empty" / "pairs").exists()

@@ -70,7 +70,7 @@ class Lives:
         folder.mkdir()
         self.run = folder / "out" / "run"
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["run", "callbacks.record", "datamodules.oracle"])
+        self.context.set_forkserver_preload(["wiring.modes", "datamodules.oracle"])
 
     def live(self, kill_at: int = 0) -> tuple[int, int]:
         """Start, or go on where the last life ended. Returns the exit status, negative for a signal, and the events."""

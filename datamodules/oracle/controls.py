@@ -3,6 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
+from datamodules.controls import on_cpu
 from datamodules.oracle.distribution import OracleDistribution
 
 
@@ -16,7 +17,7 @@ class ProductOfMarginals:
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
         marginals = self.distribution.marginals(rows["reveal"].cpu())
-        drawn = torch.multinomial(marginals.flatten(0, 1), 1, generator=_on_cpu(generator))
+        drawn = torch.multinomial(marginals.flatten(0, 1), 1, generator=on_cpu(generator))
         return drawn.view(marginals.shape[:2]).to(rows["input_ids"].device)
 
 
@@ -29,13 +30,5 @@ class ResamplingFloor:
         self.distribution = distribution
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
-        texts = self.distribution.sample_continuations(rows["reveal"].cpu(), _on_cpu(generator))
+        texts = self.distribution.sample_continuations(rows["reveal"].cpu(), on_cpu(generator))
         return texts.to(rows["input_ids"].device)
-
-
-def _on_cpu(generator: Generator) -> Generator:
-    """The oracle's tables live on the CPU: a GPU generator hands on a seed instead."""
-    if generator.device.type == "cpu":
-        return generator
-    seed = torch.randint(0, 2**62, (1,), generator=generator, device=generator.device)
-    return torch.Generator().manual_seed(int(seed))

@@ -17,7 +17,7 @@ from datamodules.oracle.explain import explain
 from datamodules.oracle.grammar import SIZES, Grammar, choices, with_style
 from datamodules.oracle.score import OracleScorer
 from datamodules.prompt_response import PromptResponseDataModule
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_at_least
 
 SPECIAL = ("<pad>", "<eos>", "<mask>", "<unk>")
 
@@ -47,6 +47,7 @@ class OracleDataModule(PromptResponseDataModule):
     ) -> None:
         if size not in SIZES:
             raise UsageError(f"data.size={size} is not known; type data.size=tiny, small or large")
+        require_at_least(1, data__train_rows=train_rows, data__val_rows=val_rows, data__test_rows=test_rows)
         if min(reveal_all, reveal_part) < 0 or reveal_all + reveal_part > 1:
             raise UsageError(
                 f"data.reveal_all={reveal_all} and data.reveal_part={reveal_part} are shares of the rows: "
@@ -119,6 +120,10 @@ class OracleDataModule(PromptResponseDataModule):
         except ValueError:
             return None
         return self.encode_prompts([""])["input_ids"][0, : self.prompt_length], texts
+
+    @property
+    def attribute_names(self) -> list[str]:
+        return [attribute.name for attribute in self.grammar.attributes]
 
     def hidden_plans(self, rows: dict[str, Tensor]) -> Tensor:
         """The plan that each row's text tells, one value for each attribute: (N, A)."""

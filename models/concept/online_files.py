@@ -12,11 +12,11 @@ from models.concept.online_model import OnlineConceptModel
 from models.functional.errors import UsageError
 
 FORMAT = "leap-online-concepts-1"
-DESCRIPTION, WEIGHTS = "concepts.json", "concepts.safetensors"
+DESCRIPTION, WEIGHTS = "online_concepts.json", "online_concepts.safetensors"
 
 
 def save_online(model: OnlineConceptModel, folder: str | Path, tokenizer=None) -> Path:
-    """Write the backbone (or its adapter), concepts.safetensors and concepts.json; a half-written folder never appears."""
+    """Write the backbone (or its adapter), online_concepts.safetensors and .json; a half-written folder never appears."""
     folder = Path(folder)
     new = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
     with files.written_whole(folder) as staging:

@@ -66,6 +66,17 @@ def relaxed(generator: Generator, temperature: float, noise: float = 1.0) -> Cho
     return lambda logits: gumbel_st(logits, temperature, noise * gumbel_noise(logits, generator))
 
 
+def dictated(choices: Tensor) -> Chooser:
+    """The choices (B, S) that are given, slot after slot, whatever the logits; for one plan of each text."""
+    slots = iter(choices.unbind(-1))
+
+    def choose(logits: Tensor) -> Choice:
+        hard = torch.zeros_like(logits).scatter(-1, next(slots).unsqueeze(-1), 1.0)
+        return Choice(hard, hard)
+
+    return choose
+
+
 class Planner:
     """Plans with a shared `UnifiedModel`; it has no weights of its own."""
 

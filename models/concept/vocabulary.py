@@ -30,12 +30,13 @@ class ConceptType:
 
 
 class ConceptVocabulary:
-    """types: {name: {"codes", "most", "least" (None is `most`)}}, in the order in which they are planned.
+    """types: {name: {"codes", "most", "least" (None is `most`)}}, in the order in which they are planned; None is no type.
 
     Errors: UsageError that names module.types.<name>.<option>.
     """
 
-    def __init__(self, types: Mapping[str, Mapping[str, int | None]], base: int) -> None:
+    def __init__(self, types: Mapping[str, Mapping[str, int | None] | None], base: int) -> None:
+        types = {name: options for name, options in types.items() if options is not None}
         if not types:
             raise UsageError("module.types names no type; type for example '+module.types.a={codes: 8, most: 1}'")
         self.types = tuple(_checked(name, dict(options)) for name, options in types.items())

@@ -15,3 +15,10 @@ def require_choice(option: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise UsageError(f"{option}={value} is not known; type one of {', '.join(choices)}")
+
+
+def require_at_least(least: float, **options: float) -> None:
+    """Raise UsageError for the first option that is below `least`; data__rows stands for data.rows."""
+    for name, value in options.items():
+        if value < least:
+            raise UsageError(f"{name.replace('__', '.')}={value} must be at least {least}")

@@ -19,12 +19,19 @@ def next_span_mean(hidden: Tensor, span: int) -> Tensor:
 
 
 def variance_penalty(z: Tensor, target: float = 1.0, eps: float = 1e-4) -> Tensor:
-    """Mean over dimensions of max(0, target - sqrt(Var + eps)): (N, D) -> scalar; 0 once every one is spread enough."""
+    """Mean over dimensions of max(0, target - sqrt(Var + eps)): (N, D) -> scalar; 0 once every one is spread enough.
+
+    0 for N < 2, which have no variance.
+    """
+    if len(z) < 2:
+        return z.sum() * 0
     return torch.relu(target - torch.sqrt(z.var(0) + eps)).mean()
 
 
 def covariance_penalty(z: Tensor) -> Tensor:
-    """Sum of squared covariances between different dimensions, over D: (N, D) -> scalar."""
+    """Sum of squared covariances between different dimensions, over D: (N, D) -> scalar; 0 for N < 2."""
+    if len(z) < 2:
+        return z.sum() * 0
     centred = z - z.mean(0)
     covariance = centred.T @ centred / (len(z) - 1)
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[-1]

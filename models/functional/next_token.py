@@ -95,10 +95,15 @@ def shifted_targets(text: CausalText, ahead: int) -> tuple[Tensor, Tensor]:
     off = ahead - 1
     if off == 0:
         return text.targets, text.weights
-    weights = text.weights & F.pad(text.weights[:, off:], (0, off))
+    weights = text.weights & _further_on(text.weights, off, False)
     if text.document_ids is not None:
-        weights = weights & (text.document_ids == F.pad(text.document_ids[:, off:], (0, off), value=-1))
-    return F.pad(text.targets[:, off:], (0, off)), weights
+        weights = weights & (text.document_ids == _further_on(text.document_ids, off, -1))
+    return _further_on(text.targets, off, 0), weights
+
+
+def _further_on(columns: Tensor, off: int, beyond: int) -> Tensor:
+    """(B, T) -> (B, T): what stands `off` places on in its row, `beyond` after the row's end."""
+    return F.pad(columns, (0, off), value=beyond)[:, off:]
 
 
 def align_with_columns(nll: Tensor, batch: dict[str, Tensor]) -> Tensor:

@@ -52,9 +52,10 @@ class Latent(TextObjective, nn.Module):
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
         text = causal_text(batch)
-        # 1. where a whole span follows
-        _, counts = shifted_targets(text, self.span)
-        counts = counts & (torch.arange(counts.shape[1], device=counts.device) < counts.shape[1] - self.span)
+        # 1. where a whole span of states follows, of the same document
+        _, counts = shifted_targets(text, self.span + 1)
+        if self.training and not counts.any():
+            raise UsageError(f"no text is longer than module.objective.span={self.span}; type a smaller number")
         # 2. what is predicted, and what it should be
         z = _normalised(causal_hidden(model, text)[counts])
         with torch.no_grad():

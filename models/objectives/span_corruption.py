@@ -52,17 +52,17 @@ class SpanCorruption(TextObjective):
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
         x0, seen, asked = self._columns(batch)
         first = 0 if "labels" in batch else int((~asked[0]).sum())
+        length, low = x0.shape[1] - first, int(first == 0)  # a packed row has no prompt: its first token is always read
+        if length == low:
+            return _nothing_asked(x0)
         # 1. which denoiser
         weights = torch.tensor(list(self.mix.values()), device=generator.device)
         kind = list(self.mix)[int(torch.multinomial(weights, 1, generator=generator))]
-        # 2. what is read and what is asked for
-        if kind == "prefix":
-            # a packed row has no prompt: its first token is always read
-            low = int(first == 0)
-            split = first + int(torch.randint(low, x0.shape[1] - first, (1,), generator=generator, device=x0.device))
+        # 2. what is read and what is asked for; a single token has no spans
+        if kind == "prefix" or length == 1:
+            split = first + int(torch.randint(low, length, (1,), generator=generator, device=x0.device))
             question, answer, counts = x0[:, :split], x0[:, split:], asked[:, split:]
         else:
-            length = x0.shape[1] - first
             cut = random_spans(len(x0), length, *span_counts(length, *self.spans[kind]), generator, x0.device)
             question, answer = question_and_answer(x0[:, first:], cut, model.config.mask_token_id)
             question, counts = torch.cat([x0[:, :first], question], -1), torch.ones_like(answer, dtype=torch.bool)
@@ -83,6 +83,14 @@ class SpanCorruption(TextObjective):
         """ids, what is read and what may be asked for, (B, L) each."""
         x0, attention_mask, asked = whole_text(batch)
         return x0, attention_mask if "labels" in batch else read_columns(batch), asked
+
+
+def _nothing_asked(x0: Tensor) -> ObjectiveOutput:
+    """Of a packed row of one token, such as the last of a validation: nothing. Errors: UsageError in training."""
+    if torch.is_grad_enabled():
+        raise UsageError("data.length=1 leaves nothing to ask for; type data.length=2 or more")
+    nll = torch.zeros(x0.shape, device=x0.device)
+    return ObjectiveOutput(nll.sum(), 0, nll)
 
 
 def prefix_nll(model: nn.Module, ids: Tensor, seen: Tensor, counts: Tensor, prefix: int) -> Tensor:

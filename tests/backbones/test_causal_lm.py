@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_causal import tiny_causal
+from helpers_causal import pair_batch, tiny_causal
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
 
@@ -101,6 +101,31 @@ def test_a_loaded_model_is_the_one_that_transformers_loads(qwen_folder):
         torch.testing.assert_close(causal_logits(ours, text), logits_of(theirs))
         torch.testing.assert_close(output_head(ours)(causal_hidden(ours, text)), logits_of(theirs))
     assert load_causal(qwen_folder, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_its_loss_and_gradient_are_those_of_transformers(qwen_folder):
+    """A packed row, and prompts with responses padded on both sides, against each text alone with transformers' own labels."""
+    ours, theirs = load_causal(qwen_folder).double(), AutoModelForCausalLM.from_pretrained(qwen_folder).double()
+    packed = {"input_ids": IDS[:, :-1], "labels": IDS[:, 1:]}
+    pairs = pair_batch()
+    alone = [(row, 1) for row in IDS]
+    for ids, mask, response in zip(*(pairs[n] for n in ("input_ids", "attention_mask", "response_mask")), strict=True):
+        if (mask & ~response).any():  # without a prompt transformers scores nothing of the first token
+            alone.append((ids[mask], int((mask & ~response).sum())))
+    nats = []
+    for ids, first in alone:
+        labels = ids.clone()
+        labels[:first] = -100
+        nats.append(theirs(input_ids=ids[None], labels=labels[None]).loss * (len(ids) - first))
+    outs = [NextToken()(ours, batch, torch.Generator()) for batch in (packed, pairs)]
+    found = torch.cat([out.position_nll.sum(-1) for out in outs])
+    prompted = torch.cat([torch.ones(2, dtype=torch.bool), (pairs["attention_mask"] & ~pairs["response_mask"]).any(-1)])
+    torch.testing.assert_close(found[prompted].float(), torch.stack(nats))  # its loss is in single precision
+    gradients = [torch.autograd.grad(total, model.parameters()) for total, model in
+                 ((found[prompted].sum(), ours), (torch.stack(nats).sum(), theirs))]  # fmt: skip
+    for mine, known in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, known, rtol=1e-4, atol=1e-6)
+    assert outs[0].tokens == 16
 
 
 def test_documents_in_a_row_do_not_see_each_other(qwen_folder):

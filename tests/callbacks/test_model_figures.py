@@ -6,7 +6,7 @@ from helpers_causal import PackedStream, tiny_causal
 from helpers_trainer import quiet_trainer
 from lightning import LightningModule, Trainer
 
-from callbacks.gather import frontier_markdown, frontier_rows
+from callbacks.gather import frontier_markdown, frontier_rows, frontier_table
 from callbacks.goal import TrainingGoal
 from callbacks.plan_probe import PlanProbe
 from callbacks.table import split_rows
@@ -89,6 +89,10 @@ def test_a_goal_is_noted_once_and_only_when_it_is_reached():
         again.load_state_dict(goal.state_dict())
         assert again.state_dict() == goal.state_dict()
         again.on_test_start(trainer, module)
+        assert module.curve["steps"] == [1, 2, 3, 4]
+        assert module.curve["tokens"][:2] == [2 * 6, 5 * 6]
+        assert module.curve["nll"][-1] == pytest.approx(float(trainer.callback_metrics["val/nll"]))
+        assert "nll_truth" not in module.curve  # this corpus does not know it
         found[below] = module.figures
     assert found[100.0]["goal_tokens"] == 2 * 6  # the first validation, after one batch
     assert 0 < found[100.0]["goal_seconds"] < found[100.0]["train_seconds"]
@@ -104,11 +108,17 @@ def test_models_have_a_table_of_their_own():
         "experiment": "objectives/next_token",
         "seed": 0,
         "data": {"name": "oracle-small"},
-        "rows": [row("teacher", validity=0.5), row("model", nll=0.25, probe=0.9)],
+        "rows": [row("teacher", validity=0.5), row("model", nll=0.25, nll_truth=0.24, probe=0.9, goal_tokens=4e5)],
     }
     assert [[r["method"] for r in part["rows"]] for part in split_rows(record)] == [["teacher"], ["model"]]
-    rows = frontier_rows([record, {**record, "seed": 1}])
-    text = frontier_markdown([r for r in rows if r.method == "model"])
-    assert "nats/token | probe |" in text
-    assert "0.2500 ± 0.0000" in text
+    other = {**record, "seed": 1, "rows": [row("model", nll=0.26, nll_truth=0.25, probe=0.8, goal_tokens=6e5)]}
+    rows = [r for r in frontier_rows([record, other]) if r.method == "model"]
+    text = frontier_markdown(rows)
+    assert "| nats/token | nats truth | above truth | probe | goal Mtok |" in text
+    assert "| 0.2550 ± 0.0635 | 0.2450 ± 0.0635 | 0.0100 ± 0.0000 |" in text  # the excess is taken seed by seed
+    assert "0.50 ± 1.27" in text  # millions, and so is their interval
     assert "valid" not in text
+    assert len(frontier_table(rows, width=200).columns) == 9
+    missed = {**record, "seed": 2, "rows": [row("model", nll=0.27, nll_truth=0.25, probe=0.8)]}
+    rows = [r for r in frontier_rows([record, other, missed]) if r.method == "model"]
+    assert "0.50 ± 1.27 (2 of 3)" in frontier_markdown(rows)

@@ -314,7 +314,9 @@ def test_columns_exist_only_where_the_record_has_values(oracle_record, pairs_rec
         *("decoder", "forwards", "exact match", "slot acc.", "BLEU", "distinct", "tokens/s", "MFLOP/token")
     ]
     everything = cells(results_table(oracle_record, 300))
-    assert set(everything) == {"decoder", "forwards"} | {heading(t) for t in COLUMNS if t not in ("BLEU", "slot acc.")}
+    assert set(everything) == {"decoder", "forwards"} | {
+        heading(t) for t in COLUMNS if t not in ("BLEU", "self-BLEU", "slot acc.")
+    }
     assert everything["TV"] == ["0.42"] * 5
     for known in oracle_record["rows"]:
         known["quality"]["tv"] = None
@@ -414,6 +416,17 @@ def panels(figure) -> dict:
 def points(axis, label: str) -> list[tuple[float, float]]:
     (drawn,) = [c for c in axis.containers if c.get_label() == label]
     return [(float(x), float(y)) for x, y in drawn.lines[0].get_xydata()]
+
+
+def test_the_judges_figures_are_said_beside_entropy(pairs_record):
+    assert not [s for s in in_words(pairs_record) if s.startswith("Judge")]
+    for k, row in enumerate(pairs_record["rows"]):
+        row["quality"] |= {"judge_perplexity": 20.0 + k, "text_entropy": 3.5}
+    (sentence,) = [s for s in in_words(pairs_record) if s.startswith("Judge")]
+    one = [row["decoder"] for row in pairs_record["rows"] if row["forwards"] == 1]
+    assert all(f"{decoder}, 1 forward: 2" in sentence for decoder in one)
+    assert sentence.count("at 3.50") == len(one)
+    assert "judge perplexity" in cells(results_table(pairs_record, 300))
 
 
 def test_figure_has_a_panel_for_each_quality_of_the_oracle(oracle_record):

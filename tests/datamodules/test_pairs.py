@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from datamodules.loader import EpochSampler
 from datamodules.pairs import PairsDataModule
-from datamodules.pairs_score import slot_share
+from datamodules.pairs_score import self_bleu, slot_share
 from models.functional.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:data.test is not set")
@@ -120,6 +120,17 @@ def test_max_test_rows_is_a_subset_fixed_by_the_seed(build):
     assert len(first.rows["val"]) == 25
 
 
+def test_every_test_prompt_is_answered_as_often_as_asked(build):
+    repeated = [*ROWS, *ROWS[::2]]
+    data = build(val=ROWS, test=repeated, max_test_rows=12, test_answers=4)
+    prompts = split_prompts(data, "test")
+    assert sorted(prompts.count(prompt) for prompt in set(prompts)) == [4, 4, 4]
+    everything = build(val=ROWS, test=repeated, test_answers=2)
+    assert split_prompts(everything, "test") == [row["q"] for row in ROWS for _ in range(2)]
+    with pytest.raises(UsageError, match=r"data\.test_answers=8 must be at least 1 and at most data\.max_test_rows=4"):
+        build(max_test_rows=4, test_answers=8)
+
+
 def test_a_row_that_does_not_fit_raises_or_is_dropped(build, capsys):
     long = [{"q": "jump", "a": "J"}, {"q": "walk", "a": "W" * 99}]
     with pytest.raises(UsageError, match=r"1 rows of the test split.*row 1 has 5 prompt tokens and 99 response tokens"):
@@ -221,6 +232,31 @@ def test_bleu_by_hand(build):
     # Five of six words: all precisions are 1, the brevity penalty is exp(1 - 6/5).
     assert bleu("a b c d e") == pytest.approx(100 * 2.718281828 ** (1 - 6 / 5), rel=1e-5)
     assert bleu("f f f f f f") == 0
+
+
+def test_self_bleu_by_hand():
+    texts, prompts = ["a b c d", "a b c d e", "a b c d", "once", "a b c d f"], ["p", "q", "p", "r", "q"]
+    # matches of 1- to 4-grams, both directions of p then of q: 8 of 8 and 8 of 10, 6/6 and 6/8, 4/4 and 4/6, 2/2 and 2/4
+    expected = 100 * (16 / 18 * 12 / 14 * 8 / 10 * 4 / 6) ** 0.25
+    assert self_bleu(texts, prompts) == pytest.approx(expected, rel=1e-5)
+    assert self_bleu(texts, ["p", "q", "r", "s", "t"]) is None
+    assert self_bleu(["a b c d", "e f g h"], ["p", "p"]) == 0
+
+
+def test_self_bleu_compares_answers_of_one_prompt_whatever_row_they_stand_in(build):
+    data = build(val=ROWS, test=[{"q": "x", "a": "y"}, {"q": "x", "a": "z"}, {"q": "w", "a": "z"}])
+    rows = data.rows["test"].columns
+    same = data.scorer(rows, respond(data, ["a b c d", "a b c d", "e f g h"])).quality["self_bleu"]
+    other = data.scorer(rows, respond(data, ["a b c d", "e f g h", "a b c d"])).quality["self_bleu"]
+    assert (round(same), other) == (100, 0)
+
+
+def test_slot_accuracy_of_the_references(build):
+    slots = {"name": "Aromi", "area": "riverside"}
+    test = [{"q": slots, "a": "Aromi"}, {"q": slots, "a": "Aromi, riverside"}, {"q": {"name": "Zizzi"}, "a": "no"}]
+    # the first prompt's references state 1/2 and all, in two rows; the second's nothing
+    assert build(val=ROWS, test=test).facts()["reference_slot_accuracy"] == pytest.approx((0.75 + 0.75 + 0) / 3)
+    assert build(val=ROWS, test=ROWS).facts()["reference_slot_accuracy"] is None
 
 
 def test_slot_accuracy_by_hand(build):
@@ -328,3 +364,20 @@ def test_prompts_end_in_a_mark_that_is_not_shown(build):
         asked = data.encode_prompts(["jump"])
         assert bool(asked["input_ids"][0, data.prompt_length - 1] == data.tokenizer.eos_token_id) == ends
         assert data.decode_prompts(asked) == ["jump"]
+
+
+def test_slots_of_dictionary_prompts_are_known_attributes_of_their_texts(build):
+    train = [
+        {"q": {"name": n, "food": f}, "a": f"{n} {f}"} for n in ("Aromi", "Blue", "Cocum") for f in ("Thai", "Pub")
+    ]
+    test = [{"q": {"name": "Blue"}, "a": "Blue"}, {"q": {"food": "Thai", "name": "Aromi"}, "a": "Aromi"}]
+    data = build(train=train, test=test)
+    assert data.attribute_names == ["food", "name"]
+    plans = {split: data.hidden_plans(data.rows[split].columns) for split in ("train", "test")}
+    train_names = dict(zip(split_prompts(data, "train"), plans["train"].tolist(), strict=True))
+    (blue, aromi) = plans["test"].tolist()
+    assert blue[0] == 0  # no food is said
+    seen = {prompt: plan for prompt, plan in train_names.items() if "Blue" in prompt}
+    assert all(plan[1] == blue[1] for plan in seen.values())
+    assert all(plan[1] == aromi[1] for prompt, plan in train_names.items() if "Aromi" in prompt)
+    assert build(setup=True).hidden_plans({"row_index": torch.tensor([0])}) is None  # prompts that are text

@@ -21,6 +21,8 @@ def test_penalties_see_one_point_and_one_line_and_pass_a_round_cloud():
     assert variance_penalty(line) == 0
     assert covariance_penalty(cloud) < 1e-2
     assert covariance_penalty(line) == pytest.approx(2 * 1.21**2, rel=0.05)
+    for few in (cloud[:0], cloud[:1]):  # nothing to spread
+        assert variance_penalty(few) == covariance_penalty(few) == 0
 
 
 def test_covariance_by_hand():

@@ -220,8 +220,8 @@ def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split):
     with torch.no_grad():
         assert_close(again(ids), module.model.eval()(ids))
     assert again.kept_setting() == module.model.kept_setting()
-    description = json.loads((tmp_path / "model" / "concepts.json").read_text())
-    (tmp_path / "model" / "concepts.json").write_text(json.dumps({**description, "format": "other"}))
+    description = json.loads((tmp_path / "model" / "online_concepts.json").read_text())
+    (tmp_path / "model" / "online_concepts.json").write_text(json.dumps({**description, "format": "other"}))
     with pytest.raises(UsageError, match="is of format 'other'"):
         load_online(tmp_path / "model")
 
@@ -229,7 +229,7 @@ def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split):
 def test_a_damaged_file_is_told(tmp_path):
     model = build().model
     save_online(model, tmp_path / "model")
-    (tmp_path / "model" / "concepts.safetensors").write_bytes(b"half")
+    (tmp_path / "model" / "online_concepts.safetensors").write_bytes(b"half")
     with pytest.raises(UsageError, match="cannot be read"):
         load_online(tmp_path / "model")
 

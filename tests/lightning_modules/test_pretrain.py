@@ -1,5 +1,6 @@
 """Masked diffusion pre-training: the loss by hand, what may be hidden, and that a resumed run is the same run."""
 
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,9 @@ from datamodules.batch import TensorRows, pack_prompt_response
 from lightning_modules.pretrain import PretrainModule
 from models.decoding.masked_diffusion import generate_masked_diffusion
 from models.functional.errors import UsageError
+from models.objectives.continuous_diffusion import ContinuousDiffusion
 from models.objectives.masked_diffusion import MaskedDiffusion
+from models.objectives.masked_lm import MaskedLM
 
 PAD, EOS, MASK = 0, 1, 2
 
@@ -173,7 +176,7 @@ class Recorder(Callback):
         self.losses.append(outputs["loss"].item())
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self.gradients.append({name: p.grad.clone() for name, p in pl_module.named_parameters()})
+        self.gradients.append({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.requires_grad})
 
 
 def test_two_half_batches_make_one_step_of_the_whole(tiny_llada, tiny_oracle):
@@ -222,15 +225,25 @@ def _checkpointing(tmp_path) -> dict:
     return {"callbacks": [checkpoint, TrainableEMA(0.9)], "enable_checkpointing": True, "val_check_interval": 4}
 
 
-@pytest.mark.parametrize("form", ["sft", "pretrain"])
-@pytest.mark.parametrize("stop", [3, 8, 11])
+OBJECTIVES = {
+    "sft": MaskedDiffusion,
+    "pretrain": lambda: MaskedDiffusion("pretrain", random_length_probability=0.3),
+    "masked_lm": MaskedLM,
+    "continuous": ContinuousDiffusion,
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "stop"),
+    [*itertools.product(("sft", "pretrain"), (3, 8, 11)), ("masked_lm", 11), ("continuous", 11)],
+)
 def test_resume_gives_the_same_losses_and_weights_as_an_uninterrupted_run(
-    tiny_llada, tiny_oracle, tmp_path, stop, form
+    tiny_llada, tiny_oracle, tmp_path, stop, objective
 ):
     """8 batches an epoch: stop in the middle of the first, at its end, and in the second."""
 
     def module():
-        made = build(tiny_llada, tiny_oracle, MaskedDiffusion(form, random_length_probability=0.3))
+        made = build(tiny_llada, tiny_oracle, OBJECTIVES[objective]())
         del made.log
         return made
 

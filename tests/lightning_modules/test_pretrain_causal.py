@@ -138,25 +138,38 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, objective):
     assert {name for name in held if name.startswith("objective.")} == kept
 
 
-def test_two_ragged_halves_make_the_step_of_the_whole():
-    """Gradient accumulation over packed rows: equal batches, so the mean of means is the mean."""
-    data = PackedStream(sizes=(2, 2))
-    module = build(NextToken())
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    gradients = {}
+class Keep(PretrainModule):
+    """Notes down the gradient of every step as the optimiser gets it."""
 
-    class Keep(Callback):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-            gradients.update({name: p.grad.clone() for name, p in pl_module.named_parameters()})
+    def configure_gradient_clipping(self, *_, **__) -> None:
+        self.taken = [p.grad.clone() for p in self.parameters()]
 
-    quiet_trainer(1, callbacks=[Keep()], accumulate_grad_batches=2).fit(module, data)
-    twin = build(NextToken())
-    assert all(torch.equal(p, before[name]) for name, p in twin.named_parameters())
-    both = {name: torch.cat([batch[name] for batch in data.batches]) for name in data.batches[0]}
-    out = twin.objective(twin.model, both, torch.Generator())
-    (out.loss_sum / out.tokens).backward()
-    for name, p in twin.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("hidden", [0, 9])
+def test_ragged_micro_batches_make_the_step_of_the_whole(monkeypatch, weighted, hidden):
+    """Three micro-batches of 3, 1 and 2 rows, some of their labels ignored; without weights it is the mean of means."""
+    data = PackedStream(sizes=(3, 1, 2))
+    data.batches[0]["labels"].view(-1)[:hidden] = -100
+    torch.manual_seed(0)
+    module = Keep(tiny_causal(7), NextToken(), lr=1e-2, warmup_steps=1)
+    start = {name: p.detach().clone() for name, p in module.named_parameters()}
+    if not weighted:
+        monkeypatch.setattr("lightning_modules.token_weights.TokenWeights.weight", lambda *_: 1.0)
+        monkeypatch.setattr("lightning_modules.token_weights.TokenWeights.finish", lambda *_: None)
+    quiet_trainer(1, accumulate_grad_batches=3).fit(module, data)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(start[name])
+    outs = [module.objective(module.model, batch, torch.Generator()) for batch in data.batches]
+    assert [out.tokens for out in outs] == [18 - hidden, 6, 12]
+    expected = torch.autograd.grad(
+        sum(out.loss_sum for out in outs) / sum(out.tokens for out in outs), module.parameters()
+    )
+    same = [
+        torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6) for mine, theirs in zip(module.taken, expected, strict=True)
+    ]
+    assert all(same) == weighted
 
 
 def test_a_tiny_model_learns_one_text_by_heart(tiny_oracle):

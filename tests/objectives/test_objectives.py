@@ -251,6 +251,22 @@ def test_latent_by_hand():
     assert out.loss_sum.item() == pytest.approx((sum(errors) + 12 * penalty).item())
 
 
+def test_the_latent_target_stays_in_its_document():
+    """Documents of 4 and 2 states with spans of 2: after the first two alone both next states are the document's own."""
+    objective, model = made("latent")
+    batch = packed_batch(rows=3)
+    batch["document_ids"] = torch.tensor([0, 0, 0, 0, 1, 1]).expand(3, -1)
+    out = objective(model, batch, draw())
+    assert out.tokens == 3 * 2
+    assert (out.position_nll != 0).nonzero()[:, 1].tolist() == [0, 1] * 3
+    batch["document_ids"] = torch.arange(6).expand(3, -1)
+    with pytest.raises(UsageError, match=r"module.objective.span=2; type a smaller"):
+        objective(model, batch, draw())
+    objective.eval()  # a last row of validation may be as short: it counts for nothing
+    out = objective(model, batch, draw())
+    assert (out.tokens, out.loss_sum.item()) == (0, 0.0)
+
+
 def norm(state: torch.Tensor) -> torch.Tensor:
     return (state - state.mean()) / (state.var(correction=0) + 1e-5).sqrt()
 
@@ -288,6 +304,46 @@ def test_continuous_diffusion_is_the_noisy_mask_denoiser(tiny_llada, form):
         torch.testing.assert_close(mine, known)
     assert sum(g is not None and bool(g.abs().sum() > 0) for g in ours) > len(weights) // 2
     assert objective.trained(model) is objective.student.body
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("name", [*MAKE, "continuous_diffusion"])
+def test_a_last_row_may_be_as_short_as_one_token(name, length, tiny_llada):
+    """What is left of a corpus is a row of validation: its loss and likelihood are finite, and of nothing the loss is 0."""
+    if name == "continuous_diffusion":
+        objective, model = ContinuousDiffusion(), tiny_llada()
+        objective.attach(model)
+    else:
+        objective, model = made(name)
+    if isinstance(objective, torch.nn.Module):
+        objective.eval()
+    batch = packed_batch(rows=1, length=length)
+    with torch.no_grad():
+        for seed in range(6):
+            out = objective(model, batch, draw(seed))
+            assert torch.isfinite(out.loss_sum)
+            assert out.tokens > 0 or out.loss_sum == 0
+        if objective.likelihood is not None:
+            nll = objective.text_nll(model, batch, draw())
+            assert nll.shape == batch["labels"].shape
+            assert torch.isfinite(nll).all()
+    if length == 1 and isinstance(objective, SpanCorruption):
+        with pytest.raises(UsageError, match=r"data.length=1 leaves nothing"):
+            objective(model, batch, draw())
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "prefix"])
+def test_a_response_of_one_token_is_asked_for_whole(kind):
+    response = torch.tensor([[False, False, True]])
+    batch = {
+        "input_ids": torch.tensor([[3, 4, 5]]),
+        "attention_mask": torch.ones_like(response),
+        "response_mask": response,
+    }
+    objective, model = made(kind)
+    out = objective(model, batch, draw())
+    assert out.tokens == 1
+    torch.testing.assert_close(out.loss_sum.item(), say(model, mean_state(model, [3, 4]), 5))
 
 
 def test_models_that_do_not_fit_are_refused(tiny_llada):

@@ -1,0 +1,62 @@
+"""Monitor 1: how much dearer a text is when it has to be written from a wrong condition. Near 0: the condition is ignored."""
+
+from typing import Any
+
+from torch import Generator, Tensor
+
+from callbacks.monitors.rows import in_parts
+from callbacks.monitors.texts import TextMonitor
+from models.functional.exchange import derangement, nearest_other
+from models.functional.per_token import by_position, per_token
+from models.functional.watched import Given, rows_at
+
+KINDS = ("shuffle", "blank", "random", "nearest")
+
+
+class ExchangeMonitor(TextMonitor):
+    """ΔNLL = NLL(x given a wrong condition) - NLL(x given its own), nats a token.
+
+    dnll_shuffle: that of another text, none its own; dnll_blank: one that says nothing; dnll_random: a random one of the same
+    length; dnll_nearest: the nearest that differs. nll_given_own: the text under its own. dnll_shuffle_low and _high: a 95 %
+    interval over texts; dnll_shuffle_at_<place>: of `width` positions from there on, with their intervals.
+    Whether the condition is used is read off the shuffle: a blank one may hurt because it is unlike anything seen.
+    """
+
+    def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
+        given = module.probe(rows, generator)
+        own = in_parts(module.probe_nll, rows, given)
+        base = per_token(own, given.counts)
+        figures = {} if base is None else {"nll_given_own": base.mean}
+        for kind in KINDS if base is not None else ():
+            wrong = self._wrong(module, given, kind, generator)
+            if wrong is None:
+                continue
+            gap = in_parts(module.probe_nll, rows, given.under(wrong)) - own
+            figures |= interval(f"dnll_{kind}", per_token(gap, given.counts), whole=kind == "shuffle")
+            if kind == "shuffle":
+                for place, value in by_position(gap, given.counts, self.width).items():
+                    figures |= interval(f"dnll_shuffle_at_{place}", value)
+        return figures
+
+    @staticmethod
+    def _wrong(module: Any, given: Given, kind: str, generator: Generator) -> dict[str, Tensor] | None:
+        if kind == "shuffle":
+            return rows_at(given.condition, derangement(len(given.text), generator))
+        if kind == "nearest":
+            features = module.probe_features(given)
+            return None if features is None else rows_at(given.condition, nearest_other(features))
+        return module.probe_spoiled(given, kind, generator)
+
+    def charts(self) -> dict[str, list[str]]:
+        return {
+            "ΔNLL": [f"monitor/dnll_{kind}$" for kind in KINDS],
+            "ΔNLL by position": ["monitor/dnll_shuffle_at_[0-9]+$"],
+        }
+
+
+def interval(name: str, value: Any, whole: bool = True) -> dict[str, float]:
+    """A mean under its name and, where `whole`, the ends of its interval under `_low` and `_high`."""
+    found = {name: value.mean}
+    if whole and value.half is not None:
+        found |= {f"{name}_low": value.mean - value.half, f"{name}_high": value.mean + value.half}
+    return found

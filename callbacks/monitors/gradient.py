@@ -1,0 +1,46 @@
+"""Monitor 7: the gradient that reaches the planner's own weights. Near 0: nothing teaches it; exploding: nothing will."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from callbacks.monitors.probe import HasPlanner
+from callbacks.monitors.steps import StepMonitor
+
+
+class GradientMonitor(StepMonitor):
+    """planner_gradient: L2 norm before clipping, mean over steps; planner_gradient_max: the largest."""
+
+    names = ("planner_gradient",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0.0
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not isinstance(pl_module, HasPlanner):
+            return
+        gradients = [p.grad.detach().float() for p in pl_module.planner_parameters() if p.grad is not None]
+        norm = (
+            torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros((), device=pl_module.device)
+        )
+        self.add("planner_gradient", norm.unsqueeze(0))
+        self.largest = max(self.largest, norm.item())
+
+    def log_and_clear(self, module: LightningModule) -> None:
+        if self.sums[0, 1]:
+            module.log("monitor/planner_gradient_max", self.largest, sync_dist=True)
+        self.largest = 0.0
+        super().log_and_clear(module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"largest": self.largest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.largest = state["largest"]
+
+    def charts(self) -> dict[str, list[str]]:
+        return {"planner's gradient": ["monitor/planner_gradient.*"]}

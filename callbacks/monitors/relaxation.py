@@ -1,0 +1,24 @@
+"""Monitor 6: how near the relaxed choice is to the one made. The gradient is that of the relaxed one: low means a wrong one."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from lightning import LightningModule, Trainer
+
+from callbacks.monitors.probe import RelaxesChoices
+from callbacks.monitors.steps import StepMonitor
+
+
+class RelaxationMonitor(StepMonitor):
+    """relaxation_cosine: cos(e_soft, e_hard); relaxation_distance: their L2 distance; means over all choices of the steps."""
+
+    names = ("relaxation_cosine", "relaxation_distance")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if isinstance(pl_module, RelaxesChoices) and pl_module.relaxation is not None:
+            soft, hard = pl_module.relaxation
+            self.add("relaxation_cosine", F.cosine_similarity(soft, hard, dim=-1))
+            self.add("relaxation_distance", (soft - hard).norm(dim=-1))
+
+    def charts(self) -> dict[str, list[str]]:
+        return {"relaxation": ["monitor/relaxation_.*"]}

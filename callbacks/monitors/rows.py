@@ -1,0 +1,63 @@
+"""The base of monitors that measure on held-out rows, after each validation and before a test."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Generator, Tensor
+
+from models.functional.watched import Given, rows_at
+
+CHUNK = 64  # rows of a forward
+
+
+class RowMonitor(Callback):
+    """Measures the split's first `rows` rows: `monitor/<name>` in a validation, and before a test the module's `figures`.
+
+    Every rank measures all of them: figures are the same on any number of ranks, exchanges span all rows, and probing
+    forwards, which are collective where weights are sharded, are made together. Averaged weights are used where there are any.
+    offers: the protocol that a module has to have.
+    """
+
+    offers: type
+
+    def __init__(self, rows: int = 256) -> None:
+        self.rows = rows
+
+    @abstractmethod
+    def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
+        """Figures by name."""
+
+    def recorded(self, figures: dict[str, float]) -> dict[str, float]:
+        """Those of a test that the record keeps."""
+        return figures
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not self._can_watch(trainer, pl_module):
+            return
+        with getattr(pl_module, "averaged", nullcontext)():
+            figures = self._figures(trainer, pl_module, "val")
+        for name, value in figures.items():
+            pl_module.log(f"monitor/{name}", value, sync_dist=True)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._can_watch(trainer, pl_module) and hasattr(pl_module, "figures"):
+            pl_module.figures |= self.recorded(self._figures(trainer, pl_module, "test"))
+
+    def _can_watch(self, trainer: Trainer, module: LightningModule) -> bool:
+        return isinstance(module, self.offers) and hasattr(trainer.datamodule, "rows")
+
+    @torch.no_grad()
+    def _figures(self, trainer: Trainer, module: Any, split: str) -> dict[str, float]:
+        columns = trainer.datamodule.rows[split].columns
+        rows = {name: column[: self.rows].to(module.device) for name, column in columns.items()}
+        return self.measure(module, rows, Generator(device=module.device).manual_seed(0))
+
+
+def in_parts(measure: Callable[[dict[str, Tensor], Given], Tensor], rows: dict[str, Tensor], given: Given) -> Tensor:
+    """What `measure` says of rows and texts, a few at a time."""
+    parts = [slice(start, start + CHUNK) for start in range(0, len(given.text), CHUNK)]
+    return torch.cat([measure(rows_at(rows, part), given.at(part)) for part in parts])

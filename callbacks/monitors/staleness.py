@@ -1,0 +1,15 @@
+"""Monitor 4: how much better the plans found are than those kept so far. Often large: plans are refreshed too seldom."""
+
+from torch import Tensor
+
+from callbacks.monitors.search import SearchMonitor
+from models.functional.watched import EStep
+
+
+class StalenessMonitor(SearchMonitor):
+    """staleness: S(z new) - S(z kept), both scored now, nats a text."""
+
+    names = ("staleness",)
+
+    def values(self, found: EStep) -> Tensor:
+        return found.gaps

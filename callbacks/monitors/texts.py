@@ -1,0 +1,14 @@
+"""The base of monitors of texts that are written from a condition, place by place."""
+
+from callbacks.monitors.probe import WritesFromCondition
+from callbacks.monitors.rows import RowMonitor
+
+
+class TextMonitor(RowMonitor):
+    """rows: held-out texts that are measured; width: positions that are taken together."""
+
+    offers = WritesFromCondition
+
+    def __init__(self, rows: int = 256, width: int = 64) -> None:
+        super().__init__(rows)
+        self.width = width

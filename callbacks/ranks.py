@@ -1,0 +1,32 @@
+"""What several processes know together."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gathered(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Columns of all ranks, one after the other."""
+    if not several():
+        return columns
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, columns)
+    return {name: torch.cat([part[name] for part in every]) for name in columns}
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all ranks; every rank has to ask."""
+    total = values.clone()
+    if several():
+        dist.all_reduce(total)
+    return total
+
+
+def is_first() -> bool:
+    return not several() or dist.get_rank() == 0
+
+
+def several() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,95 @@
+"""Which concept slot found which attribute of the texts: a table of normalised mutual information at the end of a test."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich import box
+from rich.table import Table
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchmetrics.functional.clustering import normalized_mutual_info_score
+
+from callbacks.console import report_console
+from callbacks.ranks import gathered
+
+
+@runtime_checkable
+class NamesConcepts(Protocol):
+    """slot_names: of each concept slot (S,); concepts_of: the slots' choices (B, S) for rows, the most probable ones."""
+
+    slot_names: list[str]
+
+    def concepts_of(self, rows: dict[str, Tensor]) -> Tensor: ...
+
+
+class SlotTable(Callback):
+    """NMI of each slot with each attribute that the corpus knows of its texts, (S, A), over the test texts of all ranks.
+
+    A star marks the attribute that a slot is matched to, one to one, so that the sum is largest (Hungarian). `nmi_<attribute>`
+    in the record: of the slot matched to it. A pair of variables with few values has a little NMI by chance: `by chance` is the
+    largest of the same table with the texts shuffled.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._parts = []
+
+    @torch.no_grad()
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        plans_of = getattr(trainer.datamodule, "hidden_plans", None)
+        if plans_of is None or not isinstance(pl_module, NamesConcepts):
+            return
+        values = plans_of(batch)
+        if values is not None:
+            self._parts.append((pl_module.concepts_of(batch).cpu(), values.cpu()))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._parts:
+            return
+        own = {name: torch.cat(column) for name, column in zip("cv", zip(*self._parts, strict=True), strict=True)}
+        columns = gathered(own)
+        order = torch.randperm(len(columns["c"]), generator=torch.Generator().manual_seed(0))
+        table, chance = nmi_table(columns["c"], columns["v"]), nmi_table(columns["c"], columns["v"][order])
+        matched = dict(zip(*(part.tolist() for part in linear_sum_assignment(table, maximize=True)), strict=True))
+        names = list(trainer.datamodule.attribute_names)
+        pl_module.figures |= {f"nmi_{names[a]}": float(table[s, a]) for s, a in matched.items()}
+        if not trainer.is_global_zero:
+            return
+        lines = _lines(pl_module.slot_names, table, matched)
+        title = f"NMI of concept slots and attributes ({float(chance.max()):.3f} at most by chance)"
+        console = report_console()
+        console.print(f"\n{title}", highlight=False)
+        console.print(_rich(names, lines))
+        text = "\n".join(["| slot | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)])
+        text += "\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_text"):
+                logger.experiment.add_text("slots", f"{title}\n\n{text}", trainer.global_step)
+
+
+def nmi_table(concepts: Tensor, values: Tensor) -> Tensor:
+    """(S, A) from choices (N, S) and attributes (N, A); 0 where one of the two never changes."""
+    table = torch.zeros(concepts.shape[1], values.shape[1])
+    for s, own in enumerate(concepts.unbind(-1)):
+        for a, known in enumerate(values.unbind(-1)):
+            if own.min() < own.max() and known.min() < known.max():
+                table[s, a] = float(normalized_mutual_info_score(own, known))
+    return table
+
+
+def _lines(slots: list[str], table: Tensor, matched: dict[int, int]) -> list[list[str]]:
+    rows = enumerate(table.tolist())
+    return [[slots[s], *(f"{v:.3f}{'*' if matched.get(s) == a else ''}" for a, v in enumerate(row))] for s, row in rows]
+
+
+def _rich(names: list[str], lines: list[list[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("slot", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table

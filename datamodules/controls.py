@@ -1,0 +1,40 @@
+"""Decoders that read the corpus instead of a model: what a text scores that no model wrote."""
+
+import torch
+from torch import Generator, Tensor
+
+from models.functional.rows import response_columns
+
+
+class HeldOutText:
+    """The rows' own texts, which are held out: what real text scores."""
+
+    name, method, forwards = "held-out text", "control", 0
+
+    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        return rows["input_ids"][:, -response_columns(rows["response_mask"]) :].clone()
+
+
+class UnigramText:
+    """Every place drawn on its own by how often a token occurs: rows are cut anywhere, so each place's marginal is this.
+
+    counts: (V,) of the training tokens.
+    """
+
+    name, method, forwards = "product of marginals", "control", 0
+
+    def __init__(self, counts: Tensor) -> None:
+        self.shares = counts.double() / counts.sum()
+
+    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        shape = (len(rows["input_ids"]), response_columns(rows["response_mask"]))
+        drawn = torch.multinomial(self.shares, shape[0] * shape[1], replacement=True, generator=on_cpu(generator))
+        return drawn.view(shape).to(rows["input_ids"].device)
+
+
+def on_cpu(generator: Generator) -> Generator:
+    """A corpus' tables live on the CPU: a GPU generator hands on a seed instead."""
+    if generator.device.type == "cpu":
+        return generator
+    seed = torch.randint(0, 2**62, (1,), generator=generator, device=generator.device)
+    return torch.Generator().manual_seed(int(seed))

@@ -1,0 +1,104 @@
+"""`data=unprompted_text`: rows of packed text as responses without a prompt, for generators that write whole rows."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.batch import TensorRows, pack_prompt_response
+from datamodules.controls import HeldOutText, UnigramText
+from datamodules.loader import ResumableLoader
+from datamodules.packed_text import PackedTextDataModule
+from datamodules.packing import PackedRows, TokenStream
+from datamodules.text_score import TextScorer
+from models.functional.errors import UsageError
+
+
+class WholeRows(PackedRows):
+    """Row r of a stream as a response without a prompt, laid out as `datamodules.batch` describes, with P = 0.
+
+    The response is the row's labels, so that every token of a pass stands in one row, and `target_bytes` belongs to it.
+    """
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        packed = super().__getitems__(rows)
+        every = torch.ones_like(packed["labels"], dtype=torch.bool)
+        return {
+            "input_ids": packed["labels"],
+            "attention_mask": every,
+            "response_mask": every.clone(),
+            "target_bytes": packed["target_bytes"],
+        }
+
+
+class UnpromptedTextDataModule(PackedTextDataModule):
+    """The options of `PackedTextDataModule`, and:
+
+    judge: texts (N, T) -> nats (N, T - 1), such as `models.backbones.judge.Judge`, or None.
+    max_eval_rows: at most this many rows of val and of test, evenly spread; the test rows are as many texts as are drawn.
+    """
+
+    rows: dict[str, Any]  # train: WholeRows of an endless stream; val and test: TensorRows
+
+    def __init__(self, *, judge: Any = None, max_eval_rows: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.judge, self.max_eval_rows = judge, max_eval_rows
+        if self.document_mask:
+            raise UsageError(
+                "data.document_mask=true has no use here: a generator writes a row as one text; type false"
+            )
+        if max_eval_rows is not None and max_eval_rows < 1:
+            raise UsageError(f"data.max_eval_rows={max_eval_rows} leaves no row; type data.max_eval_rows=null for all")
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.rows:
+            return
+        super().setup(stage)
+        if self.judge is not None:
+            self.judge.require_vocabulary(self.tokenizer)
+        self.scorer = TextScorer(self.judge)
+        train = WholeRows(self.rows["train"].stream, self.length, document_mask=False, endless=True)
+        self.rows = {"train": train, "val": self._held_out("val"), "test": self._held_out("test")}
+
+    def _held_out(self, split: str) -> TensorRows:
+        """The whole rows of a split; what is left after the last one is left out."""
+        stream = self.rows[split].stream
+        rows = (len(stream) - 1) // self.length
+        if rows == 0:
+            raise UsageError(
+                f"the {split} split has {len(stream)} tokens, fewer than one row; type data.length={len(stream) - 1} or less"
+            )
+        chosen = np.linspace(0, rows - 1, min(rows, self.max_eval_rows or rows)).round().astype(int)
+        whole = WholeRows(stream, self.length, document_mask=False, endless=False)
+        return TensorRows(whole.__getitems__(chosen.tolist()))
+
+    def _one_pass(self, split: str) -> ResumableLoader:
+        return ResumableLoader(self.rows[split], self.eval_batch_size, num_workers=self.num_workers)
+
+    def controls(self) -> list:
+        return [UnigramText(token_counts(self.rows["train"].stream, len(self.tokenizer))), HeldOutText()]
+
+    # -- text in, text out --------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """A row without a prompt for each of the prompts, which must be empty."""
+        for prompt in prompts:
+            if prompt:
+                raise UsageError(f"prompt={prompt!r}: this corpus' texts are written without one; leave prompt= out")
+        mask = self.tokenizer.mask_token_id
+        none: list[list[int]] = [[]] * len(prompts)
+        return pack_prompt_response(none, none, prompt_length=0, response_length=self.length, pad_id=mask, eos_id=mask)
+
+    def decode_prompts(self, rows: dict[str, Tensor]) -> list[str]:
+        return [""] * len(rows["input_ids"])
+
+    def end_ids(self) -> set[int]:
+        """A row is shown whole: documents may begin inside of it."""
+        return set()
+
+
+def token_counts(stream: TokenStream, vocab_size: int) -> Tensor:
+    """How often each token occurs in one pass over the stream, (V,)."""
+    pieces = (stream.cache.tokens[at : at + count] for _, at, count in stream.spans(0, len(stream)))
+    return torch.from_numpy(sum(np.bincount(piece, minlength=vocab_size) for piece in pieces))

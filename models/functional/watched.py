@@ -1,0 +1,48 @@
+"""What a model under watch shows of itself: texts and what they are written from, choices, and the results of a search.
+
+Legend: B texts, R tokens of a text, S slots, W choices of a slot.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Given(NamedTuple):
+    """text (B, R); counts (B, R) bool: tokens that are scored; condition: what the text is written from, (B, ...) each."""
+
+    text: Tensor
+    counts: Tensor
+    condition: dict[str, Tensor]
+
+    def at(self, index: Tensor | slice) -> "Given":
+        """The texts of an index."""
+        return Given(self.text[index], self.counts[index], rows_at(self.condition, index))
+
+    def under(self, condition: dict[str, Tensor]) -> "Given":
+        """The same texts, to be written from something else."""
+        return self._replace(condition=condition)
+
+
+class Choices(NamedTuple):
+    """log_p (B, S, W): log-probabilities; counts (B, S) bool: slots at which something is chosen."""
+
+    log_p: Tensor
+    counts: Tensor
+
+
+class EStep(NamedTuple):
+    """What a search for better plans found for this rank's texts, (B,) each, not finite where there is nothing to say.
+
+    margins: S(z) of the best candidate before the second, nats a text; gaps: of the best before the plan kept so far, both
+    scored now; flips: 1 where the best is another plan than the one kept, 0 where it is the same.
+    """
+
+    margins: Tensor
+    gaps: Tensor
+    flips: Tensor
+
+
+def rows_at(columns: dict[str, Tensor], index: Tensor | slice) -> dict[str, Tensor]:
+    """The rows of an index, of each column."""
+    return {name: column[index] for name, column in columns.items()}

@@ -1,0 +1,65 @@
+"""The curve rises on a model whose plans are used, lies flat on one that ignores them, and leaves table, figure and record."""
+
+import json
+
+import pytest
+import torch
+from helpers_causal import tiny_causal
+from helpers_trainer import quiet_trainer
+
+from callbacks.concept_dropout import ConceptDropout
+from callbacks.frontier import FrontierReport
+from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
+
+WEIGHTS = {"text": 1.0, "planner": 1.0, "usage": 1.0}
+
+
+def module_of(data, codes: int) -> ConceptPlannerExecutorModule:
+    torch.manual_seed(0)
+    ids = data.special_ids()
+    model = tiny_causal(ids.pop("vocab_size"), **ids)
+    types = {name: {"codes": codes, "most": 1} for name in "ab"}
+    options = {"lr": 1e-2, "warmup_steps": 5, "corruption": (1.0, 0.0), "seed": 7}
+    return ConceptPlannerExecutorModule(model, types=types, weights=WEIGHTS, **options)
+
+
+def only_few(data) -> None:
+    """Four texts, so that a short training learns a plan for each."""
+    columns = data.rows["train"].columns
+    for split in ("train", "val", "test"):
+        data.rows[split].columns = {name: column[:4].repeat(16, 1) for name, column in columns.items()}
+
+
+def test_hiding_concepts_costs_more_and_more_where_they_are_used(tmp_path, tiny_oracle, capsys):
+    only_few(tiny_oracle)
+    module = module_of(tiny_oracle, 4)
+    dropout = ConceptDropout(tmp_path, rows=64, steps=5)
+    trainer = quiet_trainer(120, callbacks=[dropout, FrontierReport(tmp_path, "concept_dropout", {})])
+    trainer.fit(module, tiny_oracle)
+    trainer.test(module, tiny_oracle, verbose=False)
+    percents, nll, _, rebuilt = zip(*dropout.curve(trainer, module), strict=True)
+    assert percents == (0, 20, 40, 60, 80, 100)
+    assert list(nll) == sorted(set(nll))  # each step dearer than the one before
+    assert nll[-1] > nll[0] + 0.3
+    assert list(rebuilt) == sorted(rebuilt, reverse=True)
+    assert rebuilt[0] == 1
+    assert rebuilt[-1] <= 0.5
+    (row,) = (r for r in json.loads((tmp_path / "record.json").read_text())["rows"] if r["method"] == "model")
+    assert row["quality"]["nll_dropped_100"] == pytest.approx(nll[-1])
+    assert row["quality"]["rebuilt_dropped_0"] == 1
+    assert (tmp_path / "concept_dropout.png").stat().st_size > 1000
+    assert "100 %" in capsys.readouterr().out
+
+
+def test_the_curve_of_a_model_that_ignores_its_plans_is_flat(tmp_path, tiny_oracle):
+    class Deaf(ConceptPlannerExecutorModule):
+        def _block(self, given):  # every text is written from the same plan
+            return self.planner.block(torch.ones_like(given.condition["choices"]))
+
+    module = module_of(tiny_oracle, 4)
+    module.__class__ = Deaf
+    dropout = ConceptDropout(tmp_path, rows=16, steps=4)
+    trainer = quiet_trainer(1, callbacks=[dropout])
+    trainer.test(module, tiny_oracle, verbose=False)
+    _, nll, _, _ = zip(*dropout.curve(trainer, module), strict=True)
+    assert max(nll) == pytest.approx(min(nll))

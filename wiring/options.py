@@ -1,0 +1,87 @@
+"""Options of a wrong type get a sentence before any work begins: each is checked against what its constructor says it takes."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from models.functional.errors import UsageError
+
+# of the options that no constructor takes
+OWN = {
+    "seed": int,
+    "samples": int,
+    "n": int,
+    "forwards": int | None,
+    "temperature": float | None,
+    "ckpt_path": str | None,
+    "student_path": str | None,
+    "optimized_metric": str,
+}
+# what Lightning itself does not refuse
+LEAST = {"seed": 0, "trainer.accumulate_grad_batches": 1, "trainer.max_steps": -1, "trainer.log_every_n_steps": 0}
+LENIENT = ConfigDict(arbitrary_types_allowed=True)
+
+
+def check_options(cfg: DictConfig) -> None:
+    """Raise UsageError, naming the option, for the first value that is of another type than what it is for."""
+    for name, kind in OWN.items():
+        _check(name, cfg[name], kind)
+    for option, least in LEAST.items():
+        value = OmegaConf.select(cfg, option)
+        if isinstance(value, int) and value < least:
+            raise UsageError(f"{option}={value} must be at least {least}")
+    for place, node in _constructed(cfg, ""):
+        kinds = _arguments(node["_target_"])
+        for name in node:
+            if name in kinds and not OmegaConf.is_missing(node, name) and not _is_built(node[name]):
+                _check(f"{place}{name}", node[name], kinds[name])
+
+
+def _constructed(node: DictConfig, place: str) -> Iterator[tuple[str, DictConfig]]:
+    """Every part of the configuration that names what it builds, with where it stands."""
+    if "_target_" in node:
+        yield place, node
+    for name in node:
+        if name != "hydra" and not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
+            yield from _constructed(node[name], f"{place}{name}.")
+
+
+def _arguments(target: str) -> dict[str, Any]:
+    """The annotated arguments of a class or function."""
+    found = get_object(target)
+    maker = found.__init__ if inspect.isclass(found) else found
+    try:
+        return get_type_hints(maker)
+    except (NameError, TypeError, AttributeError):  # annotations that only its author's type checker can read
+        return {}
+
+
+def _is_built(value: Any) -> bool:
+    """Whether a value is, or holds, something that has a constructor of its own."""
+    if OmegaConf.is_dict(value):
+        return "_target_" in value or any(_is_built(value[name]) for name in value)
+    return OmegaConf.is_list(value) and any(_is_built(part) for part in value)
+
+
+def _check(option: str, value: Any, kind: Any) -> None:
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    try:
+        TypeAdapter(kind, config=LENIENT).validate_python(plain)
+    except ValidationError as error:
+        raise UsageError(f"{option}={'null' if value is None else value}{_sentence(error)}") from None
+    except PydanticUserError:  # a type that cannot be checked by looking at a value
+        return
+
+
+def _sentence(error: ValidationError) -> str:
+    found = error.errors()
+    if all(problem["type"] == "literal_error" for problem in found):
+        choices = [problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ") for problem in found]
+        return f" is not known; type one of {', '.join(choices)}"
+    wanted = [problem["msg"].removeprefix("Input should be ") for problem in found]
+    return f" should be {' or '.join(dict.fromkeys(wanted))}"
