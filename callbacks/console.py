@@ -1,5 +1,6 @@
 """How a run talks: where it prints, which library messages it holds back, and what it says when something is wrong."""
 
+import errno
 import logging
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from models.functional.errors import UsageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def report_console() -> Console:
@@ -32,6 +35,11 @@ def sentence_for(error: BaseException) -> str | None:
             return f"{cause.full_key} has no value; type {cause.full_key}=<value>"
         if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
             return f"{cause}; see the options with --cfg job"
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            return (
+                f"no room is left to write{f' {cause.filename}' if cause.filename else ''} ({cause.strerror}); make some, then "
+                "type the same command with ckpt_path=last: what was saved before is whole"
+            )
         if type(cause).__name__ == "InstantiationException" and "target 'lightning." in str(cause):
             place = str(cause).rsplit("full_key: ", 1)[-1]
             inner = cause.__cause__  # what Lightning says of its own options

@@ -11,6 +11,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from callbacks.console import report_console
+from callbacks.hparams import headline, hyperparameters
 from callbacks.picture import quality_figure
 from callbacks.ranks import gathered
 from callbacks.record import build_record, write_record
@@ -84,6 +85,7 @@ class FrontierReport(Callback):
                 logger.experiment.add_figure("frontier", figure, trainer.global_step)
                 logger.experiment.add_text("results", tables, trainer.global_step)
                 logger.experiment.add_text("samples", _samples_markdown(texts), trainer.global_step)
+                logger.log_hyperparams(hyperparameters(self.config), headline(self.record))
 
     def _row(self, k: int, score: Any, responses: Tensor, known: dict[str, dict]) -> dict[str, Any]:
         decoder, seconds = self._decoders[k], self._seconds[k]

@@ -60,6 +60,7 @@ NAMES = (
     "probe_shuffled",
     "goal_tokens",
     "goal_seconds",
+    "goal_flops",
     "train_tokens",
     "train_seconds",
     "flops_per_step",
@@ -67,7 +68,7 @@ NAMES = (
 )
 # name -> (title, where the value is in a record's row, how it is written), as in the table of one run
 FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in EVERY_COLUMN.items() if path[-1] in NAMES}
-FIGURES["above_truth"] = ("above truth", ("quality", "above_truth"), ".4f")  # taken seed by seed, so it has an interval
+FIGURES |= {"above_truth": ("above truth", (), ".4f"), "goal_flops": ("goal TFLOP", (), "tera")}  # see _derived
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 # left out on a narrow terminal; all of it is in frontier.md
 DISPENSABLE = (
@@ -111,18 +112,26 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
     for (*key, _), row in newest.items():
         own = rows.setdefault(tuple(key), FrontierRow(*key))
         for name, (_, path, _) in FIGURES.items():
-            if (value := value_at(row, path)) is not None:
+            if path and (value := value_at(row, path)) is not None:
                 own.values[name].append(value)
-        if (above := _above_truth(row)) is not None:
-            own.values["above_truth"].append(above)
+        for name, value in _derived(row["quality"]).items():
+            own.values[name].append(value)
     return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
 
 
-def _above_truth(row: dict[str, Any]) -> float | None:
-    """Nats a token, or their bound, above the texts' own."""
-    known = [value_at(row, ("quality", name)) for name in ("nll", "nll_bound")]
-    own, truth = next((value for value in known if value is not None), None), value_at(row, ("quality", "nll_truth"))
-    return None if own is None or truth is None else own - truth
+def _derived(quality: dict[str, float | None]) -> dict[str, float]:
+    """Figures that follow from others of the same run, taken seed by seed, so that they have an interval.
+
+    above_truth: nats a token, or their bound, minus the texts' own. goal_flops: what was spent until the goal.
+    """
+    known = {name: value for name, value in quality.items() if value is not None}
+    found = {}
+    likelihood = known.get("nll", known.get("nll_bound"))
+    if likelihood is not None and "nll_truth" in known:
+        found["above_truth"] = likelihood - known["nll_truth"]
+    if {"goal_tokens", "train_tokens", "train_flops"} <= known.keys():
+        found["goal_flops"] = known["goal_tokens"] / known["train_tokens"] * known["train_flops"]
+    return found
 
 
 def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:

@@ -28,7 +28,7 @@ class ConceptBaselineModule(ConceptPlannerExecutorModule):
         code: Code,
         tokens: int = 2,
         types: Mapping[str, Mapping[str, int | None] | None] | None = None,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         require_choice("module.code", code, get_args(Code))
@@ -37,7 +37,8 @@ class ConceptBaselineModule(ConceptPlannerExecutorModule):
         if code != "hash":
             types = {"words": {"codes": model.get_input_embeddings().num_embeddings, "most": tokens}}
         used = {name: (weights or {}).get(name, 1.0) for name in ("text", "planner")}
-        super().__init__(model, types=types or {}, weights=used, **options | {"noise": (0.0, 0.0)})
+        fixed = {"noise": (0.0, 0.0), "sampler": "gumbel_st", "planning": None, "search": None, "signals": None}
+        super().__init__(model, types=types or {}, weights=used, **options | fixed)
         self.code, self.tokens = code, tokens
         self.register_buffer("surprisal", None, persistent=False)
 

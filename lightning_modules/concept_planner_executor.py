@@ -3,42 +3,55 @@
 u prompt, x text, z plan. Legend: B batch, R response columns, S concept slots.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from lightning_modules.base import LeapModule
+from lightning_modules.hard_em import build_hard_em
 from lightning_modules.plan_meter import PlanMeter
+from lightning_modules.plan_options import check_options, pair
 from lightning_modules.plan_probes import PlanProbes
+from lightning_modules.plan_training import PlanTraining
 from models.backbones.causal_lm import require_causal, with_adapters
+from models.concept.bag import BagOfWords
 from models.concept.decoder import PlannedDecoder
 from models.concept.executor import Executor
 from models.concept.files import save_plans
-from models.concept.planner import Plan, Planner, greedy, relaxed
-from models.concept.terms import NAMES, plan_terms
+from models.concept.layout import Planning
+from models.concept.planner import Plan, Planner
+from models.concept.quantiser import Sampler
+from models.concept.terms import NAMES, plan_terms, slots_of
 from models.concept.unified import UnifiedModel
 from models.concept.vocabulary import ConceptVocabulary
 from models.decoding.decoder import Decoder
+from models.functional.bag_of_words import bag_of_words_nll
 from models.functional.bits_per_byte import token_nll
-from models.functional.errors import UsageError
+from models.functional.errors import require_choice
 from models.functional.plan_nll import plan_nll
 from models.functional.rows import response_columns
 
-# what earlier plans of validation texts are called in a checkpoint
-BEFORE = "concepts_before"
+# in a checkpoint: earlier plans of validation texts, a quantiser's codes, the best plans of training rows
+BEFORE, CODES, FOUND = "concepts_before", "concepts_codes", "concepts_found"
 
 
-class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
+class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
     """model: a causal LM, shared by planner and executor. types: {name: {"codes", "most", "least"}}, in planning order.
 
     weights: of each loss in `terms.NAMES`; 0 or none switches it off. free_bits: nats that each slot's KL may have for nothing.
     quota: concepts a text that the quota loss asks for.
-    Three pairs go from their first to their second value, linearly over `anneal_share` of the steps. temperatures: the
-    relaxation's. noise: 1 draws concepts from the posterior, 0 takes the most probable ones. corruption: share of the
-    executor's words that are hidden from it in training.
+    sampler: how the posterior chooses, `quantiser.Sampler`. planning: {"prior", "posterior"}: `layout.Planning` of each.
+    posterior_reads: `all` (prompt and text) or `text`. search: hard EM, `hard_em.OPTIONS`; None trains straight through.
+    signals: {type: signal of the corpus} that each type has to predict. curriculum: share of the steps after which texts of
+    all lengths count; shorter ones come first.
+    quantise: shares of the steps between which a quantiser's points move to their codes. code_decay: of the codes' means.
+    A weight is a number or a pair. Pairs go from their first to their second value, linearly over `anneal_share` of the
+    steps. temperatures: the relaxation's. noise: 1 draws concepts from the posterior, 0 takes the most probable ones.
+    corruption: share of the executor's words that are hidden from it in training.
     lora_rank: adapters that train in the backbone's place, beside the new tables; None trains all.
     """
 
@@ -47,7 +60,15 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
         model: nn.Module,
         *,
         types: Mapping[str, Mapping[str, int | None] | None],
-        weights: Mapping[str, float],
+        weights: Mapping[str, float | Sequence[float]],
+        sampler: Sampler = "gumbel_st",
+        planning: Mapping[str, Planning] | None = None,
+        posterior_reads: Literal["all", "text"] = "all",
+        search: Mapping[str, float] | None = None,
+        signals: Mapping[str, str] | None = None,
+        curriculum: float = 0.0,
+        quantise: tuple[float, float] = (0.1, 0.4),
+        code_decay: float = 0.99,
         free_bits: float = 0.0,
         quota: float | None = None,
         temperatures: tuple[float, float] = (1.0, 0.5),
@@ -64,19 +85,30 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
         require_causal(model, "concepts")
-        _check_options(weights, quota, temperatures, noise, corruption, anneal_share)
+        check_options(weights, quota, temperatures, noise, corruption, anneal_share)
         self.save_hyperparameters(ignore=["model"])
         vocabulary = ConceptVocabulary(types, model.get_input_embeddings().num_embeddings)
         if lora_rank is not None:
             model = with_adapters(model, lora_rank)
-        self.model = UnifiedModel(model, vocabulary)
-        self.planner, self.executor = Planner(self.model), Executor(self.model)
-        self.weights = {name: float(weights.get(name, 0.0)) for name in NAMES}
+        self.model = UnifiedModel(model, vocabulary, sampler)
+        planning = {"prior": "sequential", "posterior": "sequential"} | dict(planning or {})
+        self.planner, self.executor = Planner(self.model, planning["prior"]), Executor(self.model)
+        self.posterior = Planner(self.model, planning["posterior"], self.model.quantiser)
+        require_choice("module.posterior_reads", posterior_reads, ("text", "all"))
+        self.posterior_reads = posterior_reads
+        self.em = build_hard_em(search, self.planner, self.posterior, self.executor)
+        self.bag = BagOfWords(self.model) if weights.get("bag") else None
+        self.wanted_signals, self.signals = signals, None  # the corpus knows their sizes
+        self.curriculum = curriculum
+        self.quantise, self.code_decay = tuple(quantise), code_decay
+        self.weights = {name: pair(weights.get(name, 0.0)) for name in NAMES}
         self.free_bits, self.quota = free_bits, quota
+        noise = noise if self.model.quantiser is None else (0.0, 0.0)  # a quantiser's plan is no draw
         self.temperatures, self.noise, self.corruption = tuple(temperatures), tuple(noise), tuple(corruption)
         self.anneal_share = anneal_share
         self.plan_temperature, self.temperature = plan_temperature, temperature
-        self.meter = PlanMeter()
+        names = [t.name for t in vocabulary.types]
+        self.meter = PlanMeter(dict(zip(names, slots_of(vocabulary), strict=True)))
         self.figures: dict[str, float] = {}
         self._before: dict[int, Tensor] = {}
 
@@ -84,29 +116,25 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = self.step_generator(batch_idx)
-        relaxation, noise, hidden = map(self._annealed, (self.temperatures, self.noise, self.corruption))
-        # 1. a plan of each text, drawn from q(z | u, x)
-        plan = self._drawn(batch, generator, relaxation, noise)
-        self.relaxation = tuple(e[plan.open_slots].detach() for e in (plan.soft_embeds, plan.hard_embeds))
+        hidden = self._annealed(self.corruption)
+        # 1. a plan of each text: drawn from q(z | u, x) with a gradient to it, or the best one found
+        searching = self.em is not None and self.em.active(self._progress())
+        prepare = self._searched if searching else self._straight_through
+        (ids, embeds), raw = prepare(batch, generator)
         # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
         text = self._text(batch)
         blank = torch.rand(text.shape, generator=generator, device=self.device) < hidden
-        nll = token_nll(self.executor.logits(plan.ids, plan.embeds, text, blank), text)
-        # 3. what the plan costs under p(z | u), and what else is asked of it
-        raw = {"text": nll.mean(), **self._plan_terms(plan, self._prior_logits(batch, plan.choices), text)}
-        # 4. the weighted sum
-        loss = self._weighted(raw)
+        raw["text"] = self._of_short(token_nll(self.executor.logits(ids, embeds, text, blank), text).mean(-1), text)
+        if self.bag is not None:
+            raw["bag"] = self._of_short(bag_of_words_nll(self.bag(embeds), text), text)
+        if self.signals is not None:
+            raw["signals"] = -self.signals.log_prob(embeds, self.trainer.datamodule.signals(batch)).mean()
+        # 3. the weighted sum
+        loss = self._weighted(raw, {name: self._annealed(ends) for name, ends in self.weights.items()})
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"monitor/{name}": value for name, value in raw.items()})
-        self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise, "monitor/corruption": hidden})
+        self.log("monitor/corruption", hidden)
         return self.refuse_nan(loss)
-
-    def _drawn(self, batch: dict[str, Tensor], generator: Generator, temperature: float, noise: float) -> Plan:
-        """A plan from q(z | u, x) with a gradient to it."""
-        return self.planner.draw(*self._whole(batch), relaxed(generator, temperature, noise))
-
-    def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
-        return self.planner.draw(*self._whole(batch), greedy)
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
         options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota}
@@ -115,13 +143,9 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
     def _prior_logits(self, batch: dict[str, Tensor], choices: Tensor) -> Tensor:
         return self.planner.score(*self._prompt(batch), choices)
 
-    def _weighted(self, raw: dict[str, Tensor]) -> Tensor:
-        return sum(weight * raw[name] for name, weight in self.weights.items() if weight)
-
-    def _annealed(self, ends: tuple[float, float]) -> float:
-        """From the first to the second value over the first `anneal_share` of the steps."""
-        over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
-        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
+    @staticmethod
+    def _weighted(raw: dict[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+        return sum(weight * raw[name] for name, weight in weights.items() if weight and name in raw)
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -129,9 +153,10 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
     def _text(batch: dict[str, Tensor]) -> Tensor:
         return batch["input_ids"][:, -response_columns(batch["response_mask"]) :]
 
-    @staticmethod
-    def _whole(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return batch["input_ids"], batch["attention_mask"]
+    def _whole(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the posterior reads."""
+        first = -response_columns(batch["response_mask"]) if self.posterior_reads == "text" else 0
+        return batch["input_ids"][:, first:], batch["attention_mask"][:, first:]
 
     @staticmethod
     def _prompt(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -177,7 +202,23 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
         self.meter.update(sums, text.shape[1], best.choices, plans, before)
         if not self.trainer.testing:
             self._before[batch_idx] = best.choices
-        return self._weighted({"text": nll.mean(), **self._plan_terms(plan, prior, text)})
+        elif plans is not None:
+            self.meter.update_swaps(plans.roll(1, 0), self._swapped(batch, best.choices, generator))
+        raw = {"text": nll.mean(), **self._plan_terms(plan, prior, text)}
+        return self._weighted(raw, {name: last for name, (_, last) in self.weights.items()})
+
+    def _swapped(self, batch: dict[str, Tensor], choices: Tensor, generator: Generator) -> Tensor:
+        """Hidden plans (B, K, A) of the texts written with one type's concepts of the text before it in the batch."""
+        told = []
+        for own in slots_of(self.model.vocabulary):
+            mixed = choices.clone()
+            mixed[:, own] = choices.roll(1, 0)[:, own]
+            length = response_columns(batch["response_mask"])
+            options = {"temperature": 0, "vocab_size": self._words}
+            text = self.executor.generate(*self.planner.block(mixed), length, generator, **options)
+            ids = torch.cat([batch["input_ids"][:, :-length], text], -1)
+            told.append(self.trainer.datamodule.hidden_plans(batch | {"input_ids": ids}))
+        return torch.stack(told, 1)
 
     def _written(self, plan: Plan, length: int, generator: Generator) -> Tensor:
         return self.executor.generate(plan.ids, plan.embeds, length, generator, temperature=0, vocab_size=self._words)
@@ -209,6 +250,13 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
 
     def model_figures(self) -> dict[str, float]:
         figures = self.meter.compute()
+        if "nll_truth" in figures:
+            # most probable plans are a function of the text, so that H(x | z) = H(x) - H(z)
+            data = self.trainer.datamodule
+            told = figures["concept_bits"] * math.log(2) / data.response_length
+            figures["nll_floor"] = data.facts()["entropy_nats_per_token"] - told
+        if self.em is not None and self.em.share:
+            figures["search_share"] = self.em.share
         # given its plan a text costs less than it does: not to be compared with what other models call their NLL
         return {"nll_given_plan": figures.pop("nll"), **figures, **self.figures} if figures else {}
 
@@ -226,34 +274,15 @@ class ConceptPlannerExecutorModule(PlanProbes, LeapModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[BEFORE] = dict(self._before)
+        if self.model.quantiser is not None:  # its codes are no parameters
+            checkpoint[CODES] = dict(self.model.quantiser.named_buffers())
+        if self.em is not None:
+            checkpoint[FOUND] = self.em.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._before = {k: concepts.to(self.device) for k, concepts in checkpoint.get(BEFORE, {}).items()}
-
-
-def _check_options(
-    weights: Mapping[str, float],
-    quota: float | None,
-    temperatures: tuple[float, float],
-    noise: tuple[float, float],
-    corruption: tuple[float, float],
-    share: float,
-) -> None:
-    for name, weight in weights.items():
-        if name not in NAMES:
-            raise UsageError(f"module.weights.{name} is not known; the losses are {', '.join(NAMES)}")
-        if weight < 0:
-            raise UsageError(f"module.weights.{name}={weight} must be at least 0; 0 switches it off")
-    if not any(weights.values()):
-        raise UsageError("module.weights are all 0; type for example module.weights.text=1 module.weights.planner=1")
-    if weights.get("quota") and quota is None:
-        raise UsageError("module.weights.quota needs a number of concepts a text; type for example module.quota=3")
-    if len(temperatures) != 2 or min(temperatures) <= 0:
-        raise UsageError(f"module.temperatures={list(temperatures)} must be two numbers above 0, such as [1.0, 0.5]")
-    if len(noise) != 2 or not 0 <= noise[0] <= 1 or noise[1] not in (0, 1):
-        raise UsageError(f"module.noise={list(noise)} must begin between 0 and 1 and end in 0 or 1, such as [0.0, 1.0]")
-    if len(corruption) != 2 or min(corruption) < 0 or max(corruption) > 1:
-        raise UsageError(f"module.corruption={list(corruption)} must be two shares from 0 to 1, such as [0.5, 0.0]")
-    if not 0 <= share <= 1:
-        raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")
+        if self.model.quantiser is not None:
+            self.model.quantiser.load_state_dict(checkpoint[CODES], strict=False)
+        if self.em is not None:
+            self.em.load_state_dict(checkpoint.get(FOUND, {}))

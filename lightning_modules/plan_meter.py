@@ -4,6 +4,7 @@ Legend: B texts, S concept slots, A attributes of the hidden plan, R tokens of a
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -12,21 +13,27 @@ from torchmetrics import Metric
 from torchmetrics.functional.clustering import adjusted_mutual_info_score, normalized_mutual_info_score
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_modules.plan_matching import as_numbers, hungarian_accuracy, match_types, swap_locality
+from models.functional.monitor import plug_in_entropy
 from models.functional.plan_information import efficiency, flip_rate, joint_information, shuffled_information
 
 SUMS = ("text", "shuffled", "prior", "posterior", "truth", "rebuilt", "texts", "tokens")
 
 
 class PlanMeter(Metric):
-    """Nats of whole texts and plans by name; concepts, and hidden plans where the corpus knows them."""
+    """Nats of whole texts and plans by name; concepts, and hidden plans where the corpus knows them.
+
+    types: {name: its slots}; each is matched to one attribute.
+    """
 
     full_state_update = False
 
-    def __init__(self) -> None:
+    def __init__(self, types: Mapping[str, slice] | None = None) -> None:
         super().__init__()
+        self.types = dict(types or {})
         for name in SUMS:
             self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("concepts", "before", "plans"):
+        for name in ("concepts", "before", "plans", "donors", "swapped"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(
@@ -48,6 +55,11 @@ class PlanMeter(Metric):
         if before is not None:
             self.before.append(before)
 
+    def update_swaps(self, donors: Tensor, swapped: Tensor) -> None:
+        """After `update` of the same texts: plans (B, A) of their donors, (B, K, A) of texts with a type's concepts theirs."""
+        self.donors.append(donors)
+        self.swapped.append(swapped)
+
     def compute(self) -> dict[str, float]:
         """Figures by name; {} where nothing was seen. Nats a token, but for rates, which are bits a text."""
         if self.texts == 0:
@@ -63,6 +75,7 @@ class PlanMeter(Metric):
             "reconstruction": nats["rebuilt"] / texts,
         }
         concepts = dim_zero_cat(self.concepts).cpu()
+        figures["concept_bits"] = plug_in_entropy(concepts) / math.log(2)
         if len(self.before) > 0:  # a list, or one tensor once ranks were gathered
             figures["flip_rate"] = flip_rate(dim_zero_cat(self.before).cpu(), concepts)
         if nats["truth"] > 0:
@@ -70,7 +83,23 @@ class PlanMeter(Metric):
             figures["gain_bits"] = (nats["truth"] - nats["text"]) / bits
             figures["efficiency"] = efficiency(nats["truth"], nats["text"], nats["prior"])
         if len(self.plans) > 0:
-            figures |= _information(concepts, dim_zero_cat(self.plans).cpu())
+            plans = dim_zero_cat(self.plans).cpu()
+            figures |= _information(concepts, plans)
+            if self.types:
+                figures |= self._by_type(concepts, plans)
+        return figures
+
+    def _by_type(self, concepts: Tensor, plans: Tensor) -> dict[str, float]:
+        """NMI and accuracy of each type's attribute, and how local swaps are where some were made."""
+        codes = torch.stack([as_numbers(concepts[:, own]) for own in self.types.values()], -1)
+        pairs, shared = match_types(codes, plans)
+        names = list(self.types)
+        figures = {f"nmi_{names[kind]}": value for (kind, _), value in zip(pairs, shared, strict=True)}
+        found = [hungarian_accuracy(codes[:, kind], plans[:, attribute]) for kind, attribute in pairs]
+        figures["hungarian_accuracy"] = sum(found) / len(found)
+        if len(self.swapped) > 0:
+            donors, swapped = dim_zero_cat(self.donors).cpu(), dim_zero_cat(self.swapped).cpu()
+            figures["swap_locality"] = swap_locality(plans, donors, swapped, pairs)
         return figures
 
 

@@ -150,6 +150,25 @@ def test_qstar_solver(benchmark):
         assert solver["passes"] < halved["passes"]
 
 
+def test_concept_planning(benchmark):
+    sizes = ["--width", "8", "--layers", "1", "--heads", "2", "--vocabulary", "11", "--codes", "3", "--most", "2"]
+    shape = [*sizes, "--types", "2", "--batch", "2", "--prompt", "2", "--response", "3"]
+    result = benchmark("concept_planning", shape=shape)
+    check_finite(result["rows"])
+    assert [row["name"] for row in result["rows"]] == ["sequential", "types", "slots"] * 2
+    assert 0 <= result["largest_difference"] < 1e-3
+
+
+def test_concept_planning_refuses_to_time_different_computations(benchmark, monkeypatch):
+    planning = importlib.import_module("concept_planning")
+    build = planning.build_model
+    monkeypatch.setattr(planning, "build_model", lambda args, types, device: build(args, types + 1, device))
+    with pytest.raises(SystemExit, match="one type beside no other differs"):
+        benchmark(
+            "concept_planning", "--batch", "2", "--types", "1", shape=["--width", "8", "--layers", "1", "--heads", "2"]
+        )
+
+
 def test_packed_loader(benchmark):
     result = benchmark(
         "packed_loader", "--length", "16", "--batch", "3", "--batches", "4", "--documents", "30", shape=[]

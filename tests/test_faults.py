@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import runpy
 import signal
 import sys
@@ -25,6 +26,7 @@ SHORT = [
     "callbacks.checkpoint.every_n_train_steps=1", "paths.output_dir=out", "paths.cache_dir=cache", "hydra.run.dir=out/run",
 ]  # fmt: skip
 TAUGHT = ["teacher.max_steps=5", "teacher.callbacks.checkpoint.every_n_train_steps=1", "module.forwards=[1,2]"]
+MOST_BYTES = 20_000  # of a file on a full disk: less than a checkpoint, more than what is printed
 METHODS = {
     "objectives": ["module.forwards=[1]"],
     "meanflow_llada": [*TAUGHT, "module.student_forwards=[1]", "module.ode_forwards=[2]", "module.ode_steps=2"],
@@ -39,8 +41,8 @@ METHODS = {
 }  # fmt: skip
 
 
-def live(folder: str, arguments: list[str], kill_at: int, events) -> None:
-    """The child: `run.py` with these arguments, killed before its event number kill_at; counts them in `events`."""
+def live(folder: str, arguments: list[str], at: int, fault: str, events) -> None:
+    """The child: `run.py` with these arguments; counts its events and lets the fault happen before number `at`."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     os.chdir(folder)
@@ -48,8 +50,11 @@ def live(folder: str, arguments: list[str], kill_at: int, events) -> None:
 
     def happens() -> None:
         events.value += 1
-        if events.value == kill_at:
+        if events.value == at and fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif events.value == at:  # from here on no file can hold a checkpoint
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
 
     def watch(event: str, about: tuple) -> None:
         writes = event == "open" and isinstance(about[1], str) and set(about[1]) & set("wax+")
@@ -72,12 +77,12 @@ class Lives:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["wiring.modes", "datamodules.oracle"])
 
-    def live(self, kill_at: int = 0) -> tuple[int, int]:
+    def live(self, at: int = 0, fault: str = "killed") -> tuple[int, int]:
         """Start, or go on where the last life ended. Returns the exit status, negative for a signal, and the events."""
         last = self.run / "checkpoints" / "last.ckpt"
         going_on = [f"ckpt_path={last}"] if last.is_file() else []
         events = self.context.Value("i", 0, lock=False)
-        child = self.context.Process(target=live, args=(str(self.folder), self.arguments + going_on, kill_at, events))
+        child = self.context.Process(target=live, args=(str(self.folder), self.arguments + going_on, at, fault, events))
         child.start()
         child.join()
         return child.exitcode, events.value
@@ -113,11 +118,28 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch
     while survived < kills or lives is not None:
         if lives is None:
             lives = Lives(tmp_path / f"after{survived}", method)
-        kill_at = draw.randint(1, events) if survived < kills else 0
-        status, _ = lives.live(kill_at)
+        at = draw.randint(1, events) if survived < kills else 0
+        status, _ = lives.live(at)
         if status == -signal.SIGKILL:
             survived += 1
             continue
         assert status == 0, lives.said()
         assert lives.left() == expected
         lives = None
+
+
+@pytest.mark.parametrize(
+    "share", [0.3, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(0.7, marks=pytest.mark.slow)]
+)
+def test_a_full_disk_is_said_and_costs_nothing_that_was_good(tmp_path, monkeypatch, share):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    whole = Lives(tmp_path / "whole", "objectives")
+    _, events = whole.live()
+    lives = Lives(tmp_path / "full", "objectives")
+    status, _ = lives.live(int(share * events), "full")
+    assert status == 2, lives.said()
+    assert "no room is left to write" in lives.said()
+    assert "Traceback" not in lives.said()
+    status, _ = lives.live()  # room again
+    assert status == 0, lives.said()
+    assert lives.left() == whole.left()

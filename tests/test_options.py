@@ -41,6 +41,10 @@ def test_what_an_experiment_sets_has_the_right_type(name):
         ("teacher.module.lr=fast", "teacher.module.lr=fast should be a valid number"),
         ("trainer.max_steps=many", "trainer.max_steps=many should be a valid integer"),
         ("callbacks.progress.stage=[1]", r"callbacks.progress.stage=\[1\] should be a valid string"),
+        (
+            "callbacks.export=abc",
+            "callbacks.export=abc is no part of a run; type callbacks.export=null to do without it",
+        ),
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0 must be at least 1"),
         ("callbacks.checkpoint.save_top_k=all", "callbacks.checkpoint.save_top_k=all should be a valid integer"),
     ],

@@ -41,7 +41,10 @@ ALIKE = {
         ["module.forwards=[1]"], ("nll", "perplexity", "nll_truth", "flops_per_step", "train_flops", "train_tokens")
     ),
     "concept_oracle": (
-        ["module.noise=[0,0]", "module.corruption=[0,0]", "module.weights.usage=0"],
+        [
+            "module.corruption=[0,0]", "module.weights.usage=0", "module.weights.commitment=0",
+            "module.search={begin: 0.5, explore: 0.0}",
+        ],
         ("nll_given_plan", "nll_bound", "nll_truth", "rate_bits", "efficiency", "joint_information", "nmi"),
     ),
     "concept_online_oracle": (

@@ -35,6 +35,12 @@ def check_options(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, option)
         if isinstance(value, int) and value < least:
             raise UsageError(f"{option}={value} must be at least {least}")
+    for group in ("callbacks", "logger"):
+        for name, part in cfg.get(group, {}).items():
+            if part is not None and not OmegaConf.is_dict(part):
+                raise UsageError(
+                    f"{group}.{name}={part} is no part of a run; type {group}.{name}=null to do without it"
+                )
     for place, node in _constructed(cfg, ""):
         kinds = _arguments(node["_target_"])
         for name in node:

@@ -129,6 +129,16 @@ class OracleDataModule(PromptResponseDataModule):
         """The plan that each row's text tells, one value for each attribute: (N, A)."""
         return self.distribution.plans_of(rows["input_ids"][:, self.prompt_length :].cpu())
 
+    @property
+    def signal_sizes(self) -> dict[str, int]:
+        """How many values each signal has that a text can give."""
+        return {attribute.name: len(attribute.values) for attribute in self.grammar.attributes}
+
+    def signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{name: (N,)}: the value that each row's text gives of each attribute, -1 where it gives none."""
+        plans = self.hidden_plans(rows).clamp(min=-1).to(rows["input_ids"].device)
+        return {name: plans[:, a] for name, a in self.distribution.index.items()}
+
     def explain(self, response: Tensor, reveal: Tensor) -> list[str]:
         """What is wrong with a response (R,) to a prompt that reveals (A,); [] when nothing is."""
         words = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))

@@ -31,13 +31,17 @@ def build_causal(
     rms_norm_eps: float = 1e-5,
     tie_word_embeddings: bool = False,
     architecture: Architecture = "llama",
+    initializer_range: float = 0.02,
 ) -> PreTrainedModel:
     """A causal model with fresh random weights in float32, drawn from torch's global generator.
+
+    initializer_range: their spread. That of transformers, 0.02, suits widths of a thousand and more; a narrow model whose
+    layers are meant to count from the start wants about 1 / sqrt(hidden_size).
 
     The options are those of `build_llada`, so that bodies of both kinds have the same sizes; the mask's id is only noted.
     Errors: UsageError that names model.<option>, where the sizes do not fit together.
     """
-    sizes = {name: value for name, value in locals().items() if name != "architecture"}
+    sizes = {name: value for name, value in locals().items() if name not in ("architecture", "initializer_range")}
     require_choice("model.architecture", architecture, get_args(Architecture))
     sizes["num_key_value_heads"] = num_key_value_heads or num_attention_heads
     require_fitting_sizes(sizes)
@@ -45,7 +49,8 @@ def build_causal(
     config_class, model_class = CLASSES[architecture]
     # the embedding of a padding id would get neither a start nor a gradient
     padding = sizes.pop("pad_token_id")
-    config = config_class(**sizes, head_dim=hidden_size // num_attention_heads, rope_parameters=rope, use_cache=False)
+    drawn = {"rope_parameters": rope, "initializer_range": initializer_range, "use_cache": False}
+    config = config_class(**sizes, head_dim=hidden_size // num_attention_heads, **drawn)
     model = model_class(config)
     model.config.pad_token_id = padding
     return model

@@ -6,7 +6,7 @@ columns are, so that neither the lengths of a plan nor padding move it.
 Legend: B batch, T text columns, C columns of a plan's block, S slots.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from models.concept.vocabulary import END, ConceptVocabulary
 from models.functional.attention import positions_from_mask
 from models.functional.next_token import until_end
+
+# sequential: each slot given all before it; types: given those of its own type; slots: all at once, given the text alone
+Planning = Literal["sequential", "types", "slots"]
 
 
 class Columns(NamedTuple):
@@ -23,14 +26,34 @@ class Columns(NamedTuple):
     position_ids: Tensor
     type_ids: Tensor
 
-    def between(self, first: int, last: int) -> "Columns":
-        """The columns from `first` to before `last`."""
-        return Columns(*(field[:, first:last] for field in self))
+    def take(self, places: Tensor) -> "Columns":
+        """The columns at these places (n,)."""
+        return Columns(*(field[:, places] for field in self))
 
 
 def joined(*parts: Columns) -> Columns:
     """One after the other."""
     return Columns(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
+
+
+class Round(NamedTuple):
+    """What is decided together: columns of the block that are read first, and the slots chosen from the last of them."""
+
+    columns: Tensor
+    slots: list[int]
+
+
+def types_apart(columns: Columns, asking: int) -> Tensor:
+    """Who sees whom where types do not see each other, (B, 1, asking, L) bool for the last `asking` of L columns.
+
+    A column sees the real ones before it that belong to no type or to its own: one prefix serves all types.
+    """
+    length = columns.mask.shape[1]
+    place = torch.arange(length, device=columns.mask.device)
+    earlier = place <= place[length - asking :].unsqueeze(-1)
+    kind = columns.type_ids.unsqueeze(1)
+    own = (kind == 0) | (kind == kind[..., length - asking :].transpose(1, 2))
+    return (earlier & own & columns.mask.unsqueeze(1)).unsqueeze(1)
 
 
 class PlanLayout:
@@ -51,6 +74,24 @@ class PlanLayout:
     @property
     def columns(self) -> int:
         return len(self.skeleton)
+
+    def rounds(self, planning: Planning) -> list[Round]:
+        """In which order slots are chosen. Before each stands the column whose state it is chosen from."""
+        before = self.slot_columns - 1
+        if planning == "slots":
+            return [Round(before, list(range(len(before))))]
+        if planning == "types":
+            place = self.position_ids[before]
+            rounds = [(place == p).nonzero().flatten() for p in place.unique()]
+            return [Round(before[slots], slots.tolist()) for slots in rounds]
+        first = [0, *(before[:-1] + 1).tolist()]
+        return [Round(torch.arange(f, b + 1), [s]) for s, (f, b) in enumerate(zip(first, before.tolist(), strict=True))]
+
+    def unwritten(self, rows: int) -> Tensor:
+        """Ids (rows, C) of a block whose concepts cannot be read: <BLANK> at every slot."""
+        ids = self.skeleton.clone()
+        ids[self.slot_columns] = self.vocabulary.blank
+        return ids.expand(rows, -1)
 
     def open_slots(self, choices: Tensor) -> Tensor:
         """(B, S) bool: slots at which something was chosen, those up to and with the first end of their type."""

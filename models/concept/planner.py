@@ -1,4 +1,4 @@
-r"""The planner: text in, concepts out, type after type, each slot given those before it.
+r"""The planner: text in, concepts out: type after type, types side by side, or all slots at once.
 
 Reads [<BOS>, text, <PLAN>] and then its own plan. Given the prompt alone it is the prior p(z | u); given prompt and response
 the posterior q(z | u, x): one network, told apart by what it reads.
@@ -6,17 +6,50 @@ Legend: B batch, T text columns, C columns of a plan's block, S slots, W choices
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
 
-from models.concept.layout import Columns, joined
+from models.concept.layout import Columns, Planning, joined
+from models.concept.quantiser import Quantiser
 from models.concept.unified import Reading, UnifiedModel
 from models.concept.vocabulary import END
+from models.functional.errors import require_choice
 from models.functional.gumbel import Choice, gumbel_noise, gumbel_st, one_hot_argmax, straight_through
 
 Chooser = Callable[[Tensor], Choice]  # logits (B, W) -> what is chosen
+
+
+class Made(NamedTuple):
+    """One slot's choice: logits (B, W), and embeddings (B, D).
+
+    mix - base is added to what the table says: nothing where they are equal, and then the gradient of mix alone.
+    soft, hard: the relaxed choice and the one made, or the point and its code.
+    """
+
+    logits: Tensor
+    choice: Choice
+    mix: Tensor
+    base: Tensor
+    soft: Tensor
+    hard: Tensor
+
+
+class Coder:
+    """Chooses a slot's code by a quantiser; share: how far from the point to its code the embedding stands.
+
+    points: those of the slots chosen so far, (B, d) each, held.
+    """
+
+    def __init__(self, quantiser: Quantiser, share: float = 1.0) -> None:
+        self.quantiser, self.share = quantiser, share
+        self.points: dict[int, Tensor] = {}
+
+    def __call__(self, state: Tensor, slot: int) -> Made:
+        coded = self.quantiser(state, slot, self.share)
+        self.points[slot] = coded.point.detach()
+        return Made(coded.logits, coded.choice, coded.embeds, coded.hard_embeds, coded.soft_embeds, coded.hard_embeds)
 
 
 class Plan(NamedTuple):
@@ -78,51 +111,59 @@ def dictated(choices: Tensor) -> Chooser:
 
 
 class Planner:
-    """Plans with a shared `UnifiedModel`; it has no weights of its own."""
+    """Plans with a shared `UnifiedModel`; it has no weights of its own.
 
-    def __init__(self, model: UnifiedModel) -> None:
-        self.model, self.layout = model, model.layout
+    planning: what a slot's choice may look at beside the text (`layout.Planning`). quantiser: whose codes it scores in place
+    of the concepts' heads.
+    """
 
-    def draw(self, text: Tensor, mask: Tensor, choose: Chooser) -> Plan:
-        """A plan for each text (B, T), real where mask (B, T) bool, slot by slot with a key-value cache."""
-        model, layout, slots = self.model, self.layout, len(self.layout.slot_columns)
-        choices = torch.full((len(text), slots), END, device=text.device)
-        reading, made, embeds, logits = Reading(model), [], [], []
-        # 1. the text, <PLAN> and the first separator
-        opening, block = self._opening(text, mask), self._embedded(layout.block(choices))
-        first = int(layout.slot_columns[0])
-        embeds.append(block[0][:, :first])
-        opened = torch.cat([opening[0], embeds[0]], 1)
-        states = reading.read(opened, joined(opening[1], block[1].between(0, first)))
-        for slot in range(slots):
-            # 2. a choice given everything before it
-            logits.append(model.slot_logits(states[:, -1], slot))
-            made.append(choose(logits[-1]))
-            choices = choices.index_copy(1, torch.tensor([slot], device=text.device), _number(made[-1]))
-            # 3. read it, and what stands between it and the next slot
-            here = int(layout.slot_columns[slot])
-            after = int(layout.slot_columns[slot + 1]) if slot + 1 < slots else layout.columns
-            own, columns = self._embedded(layout.block(self._closed(choices)))
-            mixed = straight_through(own[:, here], made[-1].soft @ model.choice_embeddings(slot))
-            embeds.append(torch.cat([mixed.unsqueeze(1), own[:, here + 1 : after]], 1))
-            if slot + 1 < slots:
-                states = reading.read(embeds[-1], columns.between(here, after))
+    def __init__(
+        self, model: UnifiedModel, planning: Planning = "sequential", quantiser: Quantiser | None = None
+    ) -> None:
+        require_choice("module.planning", planning, get_args(Planning))
+        self.model, self.layout, self.planning, self.quantiser = model, model.layout, planning, quantiser
+
+    def draw(self, text: Tensor, mask: Tensor, choose: Chooser | Coder) -> Plan:
+        """A plan for each text (B, T), real where mask (B, T) bool, round by round with a key-value cache.
+
+        choose: what is made of each slot's logits, or a `Coder`, what is made of the state before the slot.
+        """
+        model, layout = self.model, self.layout
+        choices = torch.full((len(text), len(layout.slot_columns)), END, device=text.device)
+        reading, made = Reading(model, apart=self.planning != "sequential"), {}
+        # 1. the text and <PLAN>
+        opening = self._opening(text, mask)
+        for k, (columns, slots) in enumerate(layout.rounds(self.planning)):
+            # 2. what stands before the slots of this round
+            block = self._read(choices, made)
+            part = block[0][:, columns], block[1].take(columns)
+            if k == 0:
+                part = torch.cat([opening[0], part[0]], 1), joined(opening[1], part[1])
+            states = reading.read(*part)[:, -len(slots) :]
+            # 3. a choice for each of them
+            for state, slot in zip(states.unbind(1), slots, strict=True):
+                made[slot] = choose(state, slot) if isinstance(choose, Coder) else self._made(state, slot, choose)
+            numbers = torch.stack([made[slot].choice.hard.argmax(-1) for slot in slots], 1)
+            choices = self._closed(choices.index_copy(1, torch.tensor(slots, device=text.device), numbers))
         # 4. the whole
-        choices = self._closed(choices)
-        soft, hard = (torch.stack(part, 1) for part in zip(*made, strict=True))
-        tables = torch.stack([model.choice_embeddings(slot) for slot in range(slots)])  # (S, W, D)
-        mixes = (torch.einsum("bsw,swd->bsd", weights, tables) for weights in (soft, hard))
-        is_open = layout.open_slots(choices)
-        return Plan(
-            layout.block(choices), torch.cat(embeds, 1), choices, is_open, torch.stack(logits, 1), soft, hard, *mixes
+        parts = [made[slot] for slot in range(choices.shape[1])]
+        logits, soft, hard, soft_embeds, hard_embeds = (
+            torch.stack(part, 1) for part in zip(*((m.logits, *m.choice, m.soft, m.hard) for m in parts), strict=True)
         )
+        ids, embeds = layout.block(choices), self._mixed(layout.block(choices), made)[0]
+        is_open = layout.open_slots(choices)
+        return Plan(ids, embeds, choices, is_open, logits, soft, hard, soft_embeds, hard_embeds)
 
     def score(self, text: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
         """Logits (B, S, W) of given choices, all slots in one forward."""
-        opening, block = self._opening(text, mask), self._embedded(self.layout.block(choices))
-        states = self.model.states(torch.cat([opening[0], block[0]], 1), joined(opening[1], block[1]))
+        opening, block = self._opening(text, mask), self._read(choices, {})
+        embeds, columns = torch.cat([opening[0], block[0]], 1), joined(opening[1], block[1])
+        states = self.model.states(embeds, columns, apart=self.planning != "sequential")
         before = opening[0].shape[1] + self.layout.slot_columns.to(text.device) - 1
-        return self.model.choice_logits(states[:, before])
+        states = states[:, before]
+        if self.quantiser is None:
+            return self.model.choice_logits(states)
+        return torch.stack([self.quantiser(state, slot).logits for slot, state in enumerate(states.unbind(1))], 1)
 
     def block(self, choices: Tensor) -> tuple[Tensor, Tensor]:
         """Ids (B, C) and embeddings (B, C, D) of given choices (B, S), as an executor reads them."""
@@ -137,16 +178,33 @@ class Planner:
         columns = joined(special, self.layout.of_text(mask), special)
         return self.model.embed(ids, columns.type_ids), columns
 
+    def _read(self, choices: Tensor, made: dict[int, Made]) -> tuple[Tensor, Columns]:
+        """The block as the planner itself reads it: without the concepts where all are chosen at once."""
+        if self.planning == "slots":
+            return self._embedded(self.layout.unwritten(len(choices)).to(choices.device))
+        return self._mixed(self.layout.block(choices), made)
+
+    def _mixed(self, ids: Tensor, made: dict[int, Made]) -> tuple[Tensor, Columns]:
+        """The block's columns, with the gradients of what was chosen at its slots."""
+        embeds, columns = self._embedded(ids)
+        if not made:
+            return embeds, columns
+        slots = self.layout.slot_columns[list(made)].to(ids.device)
+        moved = torch.stack([m.mix - m.base for m in made.values()], 1)
+        return embeds.index_copy(1, slots, embeds[:, slots] + moved), columns
+
+    def _made(self, state: Tensor, slot: int, choose: Chooser) -> Made:
+        logits, table = self.model.slot_logits(state, slot), self.model.choice_embeddings(slot)
+        choice = choose(logits)
+        soft, hard = (weights @ table for weights in choice)
+        return Made(logits, choice, soft, soft.detach(), soft, hard)
+
     def _embedded(self, ids: Tensor) -> tuple[Tensor, Columns]:
         columns = self.layout.of_block(ids)
         return self.model.embed(ids, columns.type_ids), columns
 
     def _closed(self, choices: Tensor) -> Tensor:
         return choices.masked_fill(~self.layout.open_slots(choices), END)
-
-
-def _number(choice: Choice) -> Tensor:
-    return choice.hard.argmax(-1, keepdim=True)
 
 
 def _column(token: int, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from models.functional.plan_length import eos_loss, expected_length, quota_loss
 from models.functional.plan_nll import free_bits, plan_nll, slot_kl
 from models.functional.usage import code_perplexity, usage_kl
 
-NAMES = ("text", "planner", "rate", "commitment", "usage", "eos", "quota")
+NAMES = ("text", "planner", "rate", "commitment", "usage", "eos", "quota", "bag", "posterior", "signals")
 
 
 def plan_terms(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from models.concept.layout import Columns, PlanLayout
+from models.concept.layout import Columns, PlanLayout, joined, types_apart
+from models.concept.quantiser import Quantiser, build_quantiser
 from models.concept.vocabulary import IMPOSSIBLE, ConceptVocabulary
 from models.functional.precision import at_least_float32
 
@@ -23,7 +24,7 @@ class UnifiedModel(nn.Module):
     nothing in them teaches it nothing.
     """
 
-    def __init__(self, backbone: nn.Module, vocabulary: ConceptVocabulary) -> None:
+    def __init__(self, backbone: nn.Module, vocabulary: ConceptVocabulary, sampler: str = "gumbel_st") -> None:
         super().__init__()
         self.backbone, self.vocabulary, self.layout = backbone, vocabulary, PlanLayout(vocabulary)
         table = backbone.get_input_embeddings().weight
@@ -36,6 +37,7 @@ class UnifiedModel(nn.Module):
         nn.init.normal_(self.new_head.weight, std=FIRST_LOGITS / width**0.5)
         nn.init.normal_(self.type_embedding.weight, std=spread)
         nn.init.zeros_(self.type_embedding.weight[0])
+        self.quantiser: Quantiser | None = build_quantiser(sampler, vocabulary, width, LOUDNESS * spread)
         own = vocabulary.choices - vocabulary.base
         self.register_buffer("choices", own[vocabulary.slot_types], persistent=False)  # (S, W), among the new ids
         self.register_buffer("possible", vocabulary.possible, persistent=False)
@@ -47,19 +49,33 @@ class UnifiedModel(nn.Module):
         base = self.vocabulary.base
         is_new = (ids >= base).unsqueeze(-1)
         text = self.backbone.get_input_embeddings()(ids.clamp(max=base - 1))
-        return torch.where(is_new, self.new_embedding((ids - base).clamp(min=0)), text) + self.type_embedding(type_ids)
+        new = nn.functional.embedding((ids - base).clamp(min=0), self.new_table())
+        return torch.where(is_new, new, text) + self.type_embedding(type_ids)
+
+    def new_table(self) -> Tensor:
+        """Embeddings (new ids, D) without their types'; a quantiser's codes are where it has them."""
+        if self.quantiser is None:
+            return self.new_embedding.weight
+        own = self.quantiser.embeddings()
+        return torch.cat([self.new_embedding.weight[: -len(own)], own])
 
     def choice_embeddings(self, slot: int) -> Tensor:
         """Embeddings (W, D) of what may be chosen at a slot, without its type's."""
-        return self.new_embedding(self.choices[slot])
+        return self.new_table()[self.choices[slot]]
 
-    def states(self, embeds: Tensor, columns: Columns, cache: DynamicCache | None = None) -> Tensor:
-        """States (B, L, D) after the last norm; with a cache, `columns.mask` is that of all columns read so far."""
+    def states(
+        self, embeds: Tensor, columns: Columns, cache: DynamicCache | None = None, *, apart: bool = False
+    ) -> Tensor:
+        """States (B, L, D) of the last L columns, after the last norm.
+
+        columns: all that are read, those in the cache first. apart: types do not see each other.
+        """
+        new = embeds.shape[1]
         # a mask is always given: without one, positions that start again would be taken for another document
         return self.backbone.get_decoder()(
             inputs_embeds=embeds,
-            attention_mask=columns.mask.long(),
-            position_ids=columns.position_ids,
+            attention_mask=types_apart(columns, new) if apart else columns.mask.long(),
+            position_ids=columns.position_ids[:, -new:],
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
@@ -86,10 +102,10 @@ class UnifiedModel(nn.Module):
 class Reading:
     """What has been read so far, as keys and values that carry gradients; each `read` adds columns."""
 
-    def __init__(self, model: UnifiedModel) -> None:
-        self.model, self.cache, self.mask = model, DynamicCache(), None
+    def __init__(self, model: UnifiedModel, apart: bool = False) -> None:
+        self.model, self.apart, self.cache, self.columns = model, apart, DynamicCache(), None
 
     def read(self, embeds: Tensor, columns: Columns) -> Tensor:
         """States (B, L, D) of the new columns."""
-        self.mask = columns.mask if self.mask is None else torch.cat([self.mask, columns.mask], -1)
-        return self.model.states(embeds, columns._replace(mask=self.mask), self.cache)
+        self.columns = columns if self.columns is None else joined(self.columns, columns)
+        return self.model.states(embeds, self.columns, self.cache, apart=self.apart)

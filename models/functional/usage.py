@@ -18,8 +18,9 @@ def usage_kl(probabilities: Tensor, weights: Tensor | None = None) -> Tensor:
     if weights is not None:
         probabilities = probabilities * weights.unsqueeze(-1)
     total = probabilities.sum(0)
-    mean = total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)
-    return math.log(mean.shape[-1]) + torch.xlogy(mean, mean).sum()
+    tiny = torch.finfo(total.dtype).tiny
+    mean = total / total.sum().clamp(min=tiny)
+    return math.log(mean.shape[-1]) + (mean * mean.clamp(min=tiny).log()).sum()
 
 
 def code_perplexity(probabilities: Tensor) -> Tensor:

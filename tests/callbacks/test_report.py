@@ -12,6 +12,7 @@ from helpers_trainer import quiet_trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import lightning_modules.base
 from callbacks import record as record_file
@@ -152,8 +153,9 @@ def test_report_says_what_was_generated_and_what_is_wrong_with_it(tmp_path, tiny
 
 
 def test_tensorboard_gets_the_figure_the_texts_and_the_scalars(tmp_path, tiny_oracle):
-    report = FrontierReport(str(tmp_path), "trial", {})
-    logger = TensorBoardLogger(str(tmp_path), name="board", version="run")
+    told = {"seed": 3, "module": {"_target_": "x", "lr": 0.1, "stages": {"flow": {"share": 0.5}}}, "paths": {"a": "b"}}
+    report = FrontierReport(str(tmp_path), "trial", told)
+    logger = TensorBoardLogger(str(tmp_path), name="board", version="run", default_hp_metric=False)
     trainer = quiet_trainer(3, callbacks=[report], logger=logger, log_every_n_steps=1)
     module = Comparison(known_decoders())
     trainer.fit(module, tiny_oracle.train_dataloader())
@@ -168,6 +170,13 @@ def test_tensorboard_gets_the_figure_the_texts_and_the_scalars(tmp_path, tiny_or
     assert results.tensor_proto.string_val[0].decode() == markdown_table(report.record)
     (samples,) = events.Tensors("samples/text_summary")
     assert "| student, greedy @ 1 |" in samples.tensor_proto.string_val[0].decode()
+    session = HParamsPluginData.FromString(
+        events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    ).session_start_info
+    assert {"seed", "module.lr", "module.stages.flow.share"} == set(session.hparams)
+    student = next(row for row in report.record["rows"] if row["method"] == "student")
+    (valid,) = events.Scalars("result/validity")
+    assert valid.value == pytest.approx(student["quality"]["validity"])
 
 
 # -- record files ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,140 @@
+"""How a planner-executor's step comes by its plans: drawn with a gradient, or searched and kept; schedules of both.
+
+u prompt, x text, z plan. Legend: B batch, S concept slots.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Generator, Tensor
+
+from lightning_modules.hard_em import HardEM
+from models.concept.planner import Coder, Plan, Planner, greedy, relaxed
+from models.concept.quantiser import Quantiser
+from models.concept.search import Further, Read
+from models.concept.signals import SignalHeads, repeated
+from models.concept.unified import UnifiedModel
+from models.functional.curriculum import length_limit, mean_of_short, text_lengths
+from models.functional.errors import UsageError
+from models.functional.plan_nll import plan_nll
+from models.functional.watched import EStep
+
+
+class PlanTraining:
+    """A mixin of the module."""
+
+    model: UnifiedModel
+    planner: Planner
+    posterior: Planner
+    em: HardEM | None
+
+    def setup(self, stage: str) -> None:
+        if self.wanted_signals and self.signals is None:
+            data = self.trainer.datamodule
+            if not hasattr(data, "signals"):
+                raise UsageError(f"module.signals needs a corpus with signals, which {type(data).__name__} has none of")
+            self.signals = SignalHeads(self.model, self.wanted_signals, data.signal_sizes).to(self.device)
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+
+    def _straight_through(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Read, dict[str, Tensor]]:
+        """A drawn plan's block with its gradient, what the plan costs under p(z | u), and what else is asked of it."""
+        relaxation, noise = self._annealed(self.temperatures), self._annealed(self.noise)
+        self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise})
+        plan = self._drawn(batch, generator, relaxation, noise)
+        self.relaxation = tuple(e[plan.open_slots].detach() for e in (plan.soft_embeds, plan.hard_embeds))
+        raw = self._plan_terms(plan, self._prior_logits(batch, plan.choices), self._text(batch))
+        return (plan.ids, plan.embeds), raw
+
+    def _searched(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Read, dict[str, Tensor]]:
+        """The best plan's block, and what it costs under prior and posterior: all three are taught the same plan."""
+        text, seen, prompt = self._text(batch), self._whole(batch), self._prompt(batch)
+        own = batch["row"], prompt, seen, text
+        further = None if self.signals is None else self._told_by(self.trainer.datamodule.signals(batch))
+        choices, figures = self.em.plans(*own, self.global_step, generator, self._gathered, further)
+        found, self.relaxation = self.em.found, None
+        self.e_step = None if found is None else EStep(found.margins, found.gaps, found.flips)
+        self.log_dict({f"monitor/{name}": value for name, value in figures.items()})
+        is_open, raw = self.model.layout.open_slots(choices), {}
+        for name, planner, read in (("planner", self.planner, prompt), ("posterior", self.posterior, seen)):
+            log_p = planner.score(*read, choices).log_softmax(-1)
+            raw[name] = plan_nll(log_p, choices, is_open).sum(-1).mean() / text.shape[1]
+        return self.planner.block(choices), raw
+
+    def _told_by(self, signals: dict[str, Tensor]) -> Callable[[Tensor], Further]:
+        """For rows (B,) bool, log p(y | z) of their plans: a plan that cannot tell its text's signals is no good one."""
+
+        def of(rows: Tensor) -> Further:
+            def told(plans: Tensor) -> Tensor:
+                many = repeated({name: value[rows] for name, value in signals.items()}, plans.shape[1])
+                embeds = self.planner.block(plans.flatten(0, 1))[1]
+                return self.signals.log_prob(embeds, many).view(plans.shape[:2])
+
+            return told
+
+        return of
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """Of all ranks, (ranks, ...)."""
+        return self.all_gather(own).reshape(-1, *own.shape)
+
+    def on_fit_start(self) -> None:
+        if self.em is not None:
+            self.em.prepare(len(self.trainer.datamodule.rows["train"]))
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if self.em is not None:
+            self.em.step_begins()
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if self.em is not None:
+            self.em.step_ends()
+            self.log("monitor/search_share", self.em.share)
+
+    def _drawn(self, batch: dict[str, Tensor], generator: Generator, temperature: float, noise: float) -> Plan:
+        """A plan from q(z | u, x) with a gradient to it; of a quantiser, which draws nothing, the codes of its points."""
+        quantiser = self.model.quantiser
+        if quantiser is None:
+            return self.posterior.draw(*self._whole(batch), relaxed(generator, temperature, noise))
+        coder = Coder(quantiser, self._quantised_share() if self.training else 1.0)
+        plan = self.posterior.draw(*self._whole(batch), coder)
+        if self.training and quantiser.moving:
+            self._move_codes(quantiser, coder.points)
+        return plan
+
+    def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
+        quantiser = self.model.quantiser
+        return self.posterior.draw(*self._whole(batch), greedy if quantiser is None else Coder(quantiser))
+
+    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
+        """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
+        # in the order of the rows, whatever the number of ranks
+        points = {slot: self._gathered(own).transpose(0, 1).flatten(0, 1) for slot, own in points.items()}
+        begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
+        generator = Generator(device=self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
+        begin = self.global_step in (0, begins)
+        dead = quantiser.follow(points, self.code_decay, generator, begin=begin)
+        self.log("monitor/dead_codes", float(dead))
+
+    def _quantised_share(self) -> float:
+        """0 until the first of `quantise`, 1 from the second on, shares of the steps."""
+        first, last = (share * float(self.trainer.estimated_stepping_batches) for share in self.quantise)
+        return min(1.0, max(0.0, (self.global_step - first) / max(1.0, last - first)))
+
+    # -- schedules ----------------------------------------------------------------------------------------------------
+
+    def _of_short(self, values: Tensor, text: Tensor) -> Tensor:
+        """Mean of values (B,) over the texts whose turn has come."""
+        if not self.curriculum:
+            return values.mean()
+        lengths = text_lengths(text, self.trainer.datamodule.tokenizer.eos_token_id)
+        return mean_of_short(values, lengths, length_limit(self._progress(), self.curriculum, text.shape[1]))
+
+    def _annealed(self, ends: tuple[float, float]) -> float:
+        """From the first to the second value over the first `anneal_share` of the steps."""
+        over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
+        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
+
+    def _progress(self) -> float:
+        """Share of the steps that are over."""
+        return self.global_step / max(1.0, float(self.trainer.estimated_stepping_batches))

@@ -1,0 +1,155 @@
+"""Codes as places of a small space: a state becomes a point, the point its nearest code, the code an embedding.
+
+One space for each type, of a fixed lattice (`fsq`) or of codes that follow their points (`ema_vq`).
+Legend: B batch, D width, V codes of a type, W choices of a slot, d coordinates.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Generator, Tensor, nn
+
+from models.concept.vocabulary import IMPOSSIBLE, ConceptType, ConceptVocabulary
+from models.functional.errors import UsageError, require_choice
+from models.functional.fsq import fsq_bound, fsq_lattice, fsq_levels
+from models.functional.gumbel import Choice, one_hot_argmax
+from models.functional.precision import at_least_float32
+from models.functional.vector_quantisation import (
+    Codebook,
+    assignment_sums,
+    code_logits,
+    ema_update,
+    k_means,
+    quantised,
+    reset_dead,
+)
+
+Sampler = Literal["gumbel_st", "fsq", "ema_vq"]
+COORDINATES = 8  # of a space whose codes move
+
+
+class Coded(NamedTuple):
+    """logits (B, W) and what was chosen; point (B, d) before quantising.
+
+    embeds, soft_embeds, hard_embeds (B, D): of the place between point and code, of the point, of the code.
+    """
+
+    logits: Tensor
+    choice: Choice
+    point: Tensor
+    embeds: Tensor
+    soft_embeds: Tensor
+    hard_embeds: Tensor
+
+
+class TypeSpace(nn.Module):
+    """Points and codes of one type. `book.codes` (V, d) are where the codes lie."""
+
+    def __init__(self, kind: ConceptType, width: int, spread: float, sampler: str) -> None:
+        super().__init__()
+        self.moving = sampler == "ema_vq"
+        if self.moving:
+            codes = torch.zeros(kind.codes, COORDINATES)
+        else:
+            levels = fsq_levels(kind.codes, f"module.types.{kind.name}.codes")
+            codes = fsq_lattice(levels)
+            self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
+        coordinates = codes.shape[1]
+        self.to_point = nn.Linear(width, coordinates, bias=False)
+        self.to_embedding = nn.Linear(coordinates, width, bias=False)
+        nn.init.normal_(self.to_point.weight, std=width**-0.5)
+        nn.init.normal_(self.to_embedding.weight, std=spread / math.sqrt(coordinates))
+        self.register_buffer("codes", codes)
+        self.register_buffer("counts", torch.zeros(kind.codes))
+        self.register_buffer("sums", torch.zeros_like(codes))
+
+    def point(self, state: Tensor) -> Tensor:
+        point = self.to_point(state)
+        return point if self.moving else fsq_bound(point, self.levels)
+
+    def forward(self, state: Tensor, share: float) -> Coded:
+        """share: how far from the point to its code the embedding stands."""
+        point = self.point(state)
+        logits = at_least_float32(code_logits(point, self.codes))
+        hard = one_hot_argmax(logits)
+        code = hard.to(point.dtype) @ self.codes
+        embeds = (self.to_embedding(place) for place in (quantised(point, code, share), point, code))
+        return Coded(logits, Choice(logits.softmax(-1), hard), point, *embeds)
+
+    @property
+    def book(self) -> Codebook:
+        return Codebook(self.codes, self.counts, self.sums)
+
+    @torch.no_grad()
+    def begin(self, points: Tensor, generator: Generator) -> None:
+        """Codes start at the centres of points (N, d)."""
+        centres = k_means(points, len(self.codes), generator)
+        counts, _ = assignment_sums(points, centres)
+        self._keep(Codebook(centres, counts, centres * counts.unsqueeze(-1)))
+
+    @torch.no_grad()
+    def follow(self, points: Tensor, decay: float, generator: Generator) -> int:
+        """Move codes to their points (N, d); how many dead ones were set anew."""
+        book = ema_update(self.book, *assignment_sums(points, self.codes), decay)
+        book, dead = reset_dead(book, points, len(points) / len(self.codes) / 50, generator)
+        self._keep(book)
+        return dead
+
+    def _keep(self, book: Codebook) -> None:
+        """New tensors, not new values: those of before are still wanted for the gradient."""
+        self.codes, self.counts, self.sums = book
+
+
+class Quantiser(nn.Module):
+    """A `TypeSpace` a type. Types have as many concepts as `most` says: no code stands for an end."""
+
+    def __init__(self, sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float) -> None:
+        super().__init__()
+        for t in vocabulary.types:
+            if t.least < t.most:
+                raise UsageError(
+                    f"module.sampler={sampler} has no code for an end; type module.types.{t.name}.least=null, "
+                    "or module.sampler=gumbel_st"
+                )
+        self.spaces = nn.ModuleList(TypeSpace(t, width, spread, sampler) for t in vocabulary.types)
+        self.slot_types = vocabulary.slot_types.tolist()
+        self.choices = vocabulary.choices.shape[1]
+
+    @property
+    def moving(self) -> bool:
+        """Whether codes have to follow their points."""
+        return self.spaces[0].moving
+
+    def follow(self, points: Mapping[int, Tensor], decay: float, generator: Generator, *, begin: bool = False) -> int:
+        """Move the codes of every type after the points of its slots, of all ranks; how many dead ones were set anew.
+
+        begin: set them all anew, at the centres of the points.
+        """
+        dead = 0
+        for k, space in enumerate(self.spaces):
+            own = torch.cat([points[slot] for slot, kind in enumerate(self.slot_types) if kind == k])
+            if begin:
+                space.begin(own, generator)
+            else:
+                dead += space.follow(own, decay, generator)
+        return dead
+
+    def embeddings(self) -> Tensor:
+        """Embeddings (codes of all types, D), without their types'."""
+        return torch.cat([space.to_embedding(space.codes) for space in self.spaces])
+
+    def forward(self, state: Tensor, slot: int, share: float = 1.0) -> Coded:
+        """The choice at a slot from the state (B, D) before it, its logits and weights widened to W choices."""
+        coded = self.spaces[self.slot_types[slot]](state, share)
+        rest = (1, self.choices - 1 - coded.logits.shape[-1])
+        widen = torch.nn.functional.pad
+        choice = Choice(*(widen(weights, rest) for weights in coded.choice))
+        return coded._replace(logits=widen(coded.logits, rest, value=IMPOSSIBLE), choice=choice)
+
+
+def build_quantiser(sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float) -> Quantiser | None:
+    """None for `gumbel_st`, whose codes are rows of a table."""
+    require_choice("module.sampler", sampler, get_args(Sampler))
+    return None if sampler == "gumbel_st" else Quantiser(sampler, vocabulary, width, spread)

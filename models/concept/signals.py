@@ -1,0 +1,60 @@
+"""What a text tells, read off its plan: each type has to predict a signal y(x) of its own, so that it is about something.
+
+Legend: B texts, C columns of a plan's block, D width, N texts of any arrangement.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from models.concept.terms import slots_of
+from models.concept.unified import UnifiedModel
+from models.functional.errors import UsageError
+
+UNKNOWN = -1  # a signal that a text does not give
+
+
+class SignalHeads(nn.Module):
+    """wanted: {type: signal}; sizes: {signal: how many values}. One linear layer a type, on the mean of its concepts.
+
+    Errors: UsageError that names module.signals.<type>.
+    """
+
+    def __init__(self, model: UnifiedModel, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        vocabulary = model.vocabulary
+        names = [t.name for t in vocabulary.types]
+        for kind, signal in wanted.items():
+            if kind not in names:
+                raise UsageError(f"module.signals.{kind} is no type; the types are {', '.join(names)}")
+            if signal not in sizes:
+                raise UsageError(
+                    f"module.signals.{kind}={signal} is not known; the corpus' signals are {', '.join(sizes)}"
+                )
+        columns = model.layout.slot_columns
+        self.columns = {
+            kind: columns[own] for kind, own in zip(names, slots_of(vocabulary), strict=True) if kind in wanted
+        }
+        self.wanted = dict(wanted)
+        table = model.new_embedding.weight
+        make = {"device": table.device, "dtype": table.dtype}
+        with torch.random.fork_rng(devices=[]):  # what else is drawn does not depend on them
+            self.heads = nn.ModuleDict(
+                {kind: nn.Linear(table.shape[1], sizes[s], **make) for kind, s in wanted.items()}
+            )
+
+    def log_prob(self, embeds: Tensor, signals: Mapping[str, Tensor]) -> Tensor:
+        """log p(y | z) in nats summed over types, (N,), from embedded blocks (N, C, D) and {signal: (N,)}; 0 where unknown."""
+        total = embeds.new_zeros(len(embeds))
+        for kind, signal in self.wanted.items():
+            logits = self.heads[kind](embeds[:, self.columns[kind]].mean(1)).log_softmax(-1)
+            value = signals[signal]
+            told = logits.gather(-1, value.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            total = total + told.masked_fill(value == UNKNOWN, 0.0)
+        return total
+
+
+def repeated(signals: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Each text's signals `count` times, one after the other."""
+    return {name: torch.repeat_interleave(value, count, 0) for name, value in signals.items()}

@@ -1,0 +1,77 @@
+r"""Vector quantisation: the nearest code stands for a point, and codes follow the points that they stand for.
+
+.. math:: k = \arg\min_v \|h - c_v\|^2, \qquad e = h + a\, \mathrm{sg}(c_k - h)
+
+a = 1 is the code with a straight-through gradient, 0 the point itself (van den Oord et al., 1711.00937, and its appendix for
+the running means). Legend: N points, V codes, d coordinates.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+TINY = 1e-5
+
+
+class Codebook(NamedTuple):
+    """codes (V, d); counts (V,) and sums (V, d): running means of how many points a code stands for, and of their sum."""
+
+    codes: Tensor
+    counts: Tensor
+    sums: Tensor
+
+
+def squared_distances(points: Tensor, codes: Tensor) -> Tensor:
+    """||h - c_v||², (..., d) and (V, d) -> (..., V)."""
+    return (points.unsqueeze(-2) - codes).square().sum(-1)
+
+
+def quantised(points: Tensor, codes: Tensor, share: float = 1.0) -> Tensor:
+    """h + a sg(c - h) towards the code of each point: a = share of the way, with the gradient of the point itself."""
+    return points + share * (codes - points).detach()
+
+
+def code_logits(points: Tensor, codes: Tensor) -> Tensor:
+    """-||h - c_v||² in units in which a code's nearest neighbours lie 4 below it on average, (..., V): sharp, yet smooth."""
+    apart = squared_distances(codes, codes).detach()
+    nearest = apart.masked_fill(torch.eye(len(codes), dtype=torch.bool, device=codes.device), torch.inf).amin(-1)
+    return -4 * squared_distances(points, codes) / nearest.mean().clamp(min=TINY)
+
+
+def assignment_sums(points: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """How many points each code is nearest to, (V,), and their sum, (V, d); sums of two halves add up to the whole's."""
+    nearest = torch.nn.functional.one_hot(squared_distances(points, codes).argmin(-1), len(codes)).to(points.dtype)
+    return nearest.sum(0), nearest.T @ points
+
+
+def ema_update(book: Codebook, count: Tensor, total: Tensor, decay: float) -> Codebook:
+    """The codebook after points with these `assignment_sums`: c_v = sums / counts, counts smoothed a little towards even."""
+    counts = decay * book.counts + (1 - decay) * count
+    sums = decay * book.sums + (1 - decay) * total
+    whole = counts.sum()
+    smooth = (counts + TINY) / (whole + len(counts) * TINY) * whole
+    return Codebook(sums / smooth.clamp(min=TINY).unsqueeze(-1), counts, sums)
+
+
+def reset_dead(book: Codebook, points: Tensor, fewest: float, generator: Generator) -> tuple[Codebook, int]:
+    """Codes that stand for fewer than `fewest` points get a drawn point as their new place; and how many did."""
+    dead = book.counts < fewest
+    drawn = points[torch.randint(len(points), (len(dead),), generator=generator, device=points.device)]
+    place = dead.unsqueeze(-1)
+    counts = torch.where(dead, torch.full_like(book.counts, max(fewest, 1.0)), book.counts)
+    sums = torch.where(place, drawn * counts.unsqueeze(-1), book.sums)
+    return Codebook(torch.where(place, drawn, book.codes), counts, sums), int(dead.sum())
+
+
+def k_means(points: Tensor, codes: int, generator: Generator, rounds: int = 10) -> Tensor:
+    """`codes` centres (V, d) of points (N, d): k-means++ seeds (Arthur and Vassilvitskii, 2007), then Lloyd's rounds."""
+    first = torch.randint(len(points), (1,), generator=generator, device=points.device)
+    centres = points[first]
+    while len(centres) < codes:
+        far = squared_distances(points, centres).amin(-1) + TINY
+        centres = torch.cat([centres, points[torch.multinomial(far, 1, generator=generator)]])
+    for _ in range(rounds):
+        count, total = assignment_sums(points, centres)
+        centres = torch.where(count.unsqueeze(-1) > 0, total / count.clamp(min=1).unsqueeze(-1), centres)
+    return centres

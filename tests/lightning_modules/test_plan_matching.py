@@ -1,0 +1,107 @@
+"""Types matched to attributes, accuracy and locality of swaps: by hand, with controls."""
+
+import math
+
+import pytest
+import torch
+from helpers_trainer import quiet_trainer
+from test_concept_planner_executor import build
+
+from lightning_modules.plan_matching import as_numbers, hungarian_accuracy, match_types, swap_locality
+from lightning_modules.plan_meter import PlanMeter
+from models.functional.errors import UsageError
+
+
+def draws(rows: int, *values: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(v, (rows,), generator=generator) for v in values], -1)
+
+
+def test_rows_as_numbers():
+    numbers = as_numbers(torch.tensor([[1, 2], [2, 1], [1, 2], [1, 3]]))
+    assert len(set(numbers.tolist())) == 3
+    assert numbers[0] == numbers[2]
+
+
+def test_renamed_attributes_are_found_in_whatever_order():
+    plans = draws(500, 4, 3, 2)
+    concepts = torch.stack([7 - plans[:, 2], (plans[:, 0] * 3) % 4, plans[:, 1] + 5], -1)
+    pairs, shared = match_types(concepts, plans)
+    assert pairs == [(0, 2), (1, 0), (2, 1)]
+    assert shared == pytest.approx([1, 1, 1], abs=1e-5)
+    assert max(match_types(draws(500, 4, 3, 2, seed=1), plans)[1]) < 0.1  # the control
+
+
+def test_accuracy_of_codes_matched_one_to_one_by_hand():
+    values = torch.tensor([0, 0, 0, 1, 1, 2])
+    assert hungarian_accuracy(torch.tensor([5, 5, 5, 2, 2, 7]), values) == 1
+    assert hungarian_accuracy(torch.tensor([5, 5, 9, 2, 2, 7]), values) == pytest.approx(5 / 6)  # one code too many
+    assert hungarian_accuracy(torch.zeros(6), values) == 0.5  # one code for all: the most frequent value
+
+
+def test_locality_by_hand():
+    """Text 0 changes in both attributes, text 1 in none of them: only text 0's swaps are asked for."""
+    plans, donors = torch.tensor([[0, 0], [1, 1]]), torch.tensor([[1, 1], [1, 1]])
+    local = torch.tensor([[[1, 0], [0, 1]], [[1, 1], [1, 1]]])
+    pairs = [(0, 0), (1, 1)]
+    assert swap_locality(plans, donors, local, pairs) == 1
+    spilt = local.clone()
+    spilt[0, 1] = torch.tensor([1, 1])  # type 1 moved attribute 0 as well
+    assert swap_locality(plans, donors, spilt, pairs) == 0.5
+    still = plans.unsqueeze(1).expand(-1, 2, -1)
+    assert swap_locality(plans, donors, still, pairs) == 0
+    assert math.isnan(swap_locality(plans, plans, local, pairs))
+
+
+def test_the_meter_has_a_figure_of_each_type():
+    """Types of two slots: a code is both of them."""
+    meter, plans = PlanMeter({"x": slice(0, 2), "y": slice(2, 3)}), draws(400, 4, 3)
+    concepts = torch.stack([plans[:, 0] // 2, plans[:, 0] % 2, plans[:, 1]], -1)
+    nothing = {name: torch.zeros(400) for name in ("text", "shuffled", "prior", "posterior", "rebuilt")}
+    meter.update(nothing, 6, concepts, plans)
+    donors = plans.roll(1, 0)
+    swapped = torch.stack(
+        [torch.stack([donors[:, 0], plans[:, 1]], -1), torch.stack([plans[:, 0], donors[:, 1]], -1)], 1
+    )
+    meter.update_swaps(donors, swapped)
+    found = meter.compute()
+    assert (found["hungarian_accuracy"], found["swap_locality"]) == (1, 1)
+    assert (found["nmi_x"], found["nmi_y"]) == pytest.approx((1, 1), abs=1e-5)
+    assert found["nmi"] < 0.9  # no single slot is the attribute
+
+
+def test_types_that_must_predict_a_signal_are_about_it(tiny_oracle):
+    """On few texts: with signals each type is its attribute; the same training without them leaves that to chance."""
+    rows = tiny_oracle.rows["train"].columns
+    for split in ("train", "val"):
+        tiny_oracle.rows[split].columns = {name: column[:12].repeat(4, 1) for name, column in rows.items()}
+    options = {
+        "types": {"a": {"codes": 3}, "b": {"codes": 2}, "c": {"codes": 4}},
+        "sampler": "ema_vq",
+        "planning": {"posterior": "slots"},
+        "posterior_reads": "text",
+        "quota": None,
+        "lr": 1e-2,
+        "warmup_steps": 5,
+    }
+    shared = {}
+    for weight in (1.0, 0.0):
+        weights = {"text": 1.0, "usage": (1.0, 0.0), "signals": weight}
+        module, trainer = build(tiny_oracle, weights=weights, **options), quiet_trainer(150)
+        trainer.fit(module, tiny_oracle)
+        (found,) = trainer.validate(module, tiny_oracle, verbose=False)
+        shared[weight] = [found[f"val/nmi_{name}"] for name in "abc"]
+    assert min(shared[1.0]) > 0.9
+    assert min(shared[0.0]) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("signals", "sentence"),
+    [
+        ({"z": "who"}, r"module\.signals\.z is no type; the types are a, b, c"),
+        ({"a": "when"}, r"module\.signals\.a=when is not known; the corpus' signals are who, where, events"),
+    ],
+)
+def test_mistakes_get_a_sentence(tiny_oracle, signals, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        quiet_trainer(1).fit(build(tiny_oracle, signals=signals), tiny_oracle)

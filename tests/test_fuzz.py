@@ -1,0 +1,133 @@
+"""Whatever an option or a data file holds, it works or it gets a sentence that names it: never a traceback from deep inside."""
+
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from callbacks.console import sentence_for
+from datamodules.pairs import PairsDataModule
+from models.functional.errors import UsageError
+from wiring import modes
+
+ROOT = Path(__file__).parent.parent
+SHORT = [
+    "experiment=objectives", "trainer.fast_dev_run=true", "logger=none", "data.size=tiny", "module.forwards=[1]",
+    "trainer.accelerator=cpu", "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16",
+    "data.eval_batch_size=8",
+]  # fmt: skip
+# what decides where and how much a run works, and what this test sets itself
+LEFT_OUT = (
+    "hydra",
+    "paths",
+    "mode",
+    "study",
+    "pair",
+    "teacher",
+    "logger",
+    "trainer.fast_dev_run",
+    "trainer.devices",
+    "model.",
+)
+VALUES = st.one_of(
+    st.integers(-3, 3),
+    st.floats(-2, 2).map(lambda x: round(x, 2)),
+    st.sampled_from(["null", "true", "abc", "[]", "[x]", "[1,2]", "{a:1}", "''", ".nan", "1e9999"]),
+)
+
+
+def composed(*overrides: str, folder: str = "run"):
+    GlobalHydra.instance().clear()
+    places = ["paths.output_dir=out", f"paths.cache_dir={folder}/cache", f"paths.run_dir={folder}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=[*places, *SHORT, *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+def leaves(node, place: str = "") -> list[str]:
+    found = []
+    for name in node:
+        here = f"{place}{name}"
+        if here.startswith(LEFT_OUT) or name == "_target_":
+            continue
+        part = None if OmegaConf.is_missing(node, name) else node[name]
+        found += leaves(part, f"{here}.") if OmegaConf.is_dict(part) else [here]
+    return found
+
+
+LEAVES = leaves(composed())
+
+
+def refuses_well(option: str, value: object) -> None:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                cfg = composed(f"{option}={value}", folder=folder)
+            except HydraException:  # its own sentence
+                assume(False)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    modes.run_mode(cfg)
+            except Exception as error:
+                sentence = sentence_for(error)
+                if sentence is None:
+                    raise
+                assert option.split(".")[-1] in sentence or option.split(".")[0] in sentence, sentence
+    finally:
+        GlobalHydra.instance().clear()
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(LEAVES), VALUES)
+def test_options_work_or_are_named(option, value):
+    refuses_well(option, value)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(LEAVES), VALUES)
+def test_many_options_work_or_are_named(option, value):
+    refuses_well(option, value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["in", "out", "x"]), inner, max_size=3),
+    max_leaves=6,
+)
+GOOD = st.fixed_dictionaries({"in": st.text(min_size=1, max_size=8), "out": st.text(min_size=1, max_size=8)})
+LINE = st.one_of(GOOD.map(json.dumps), JSON.map(json.dumps), st.text(max_size=10)).map(
+    lambda s: s.encode("utf-8", "replace")
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.lists(LINE | st.binary(max_size=6), max_size=6))
+def test_data_files_work_or_are_named(lines):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.jsonl")
+        path.write_bytes(b"\n".join(lines))
+        data = PairsDataModule(
+            name="fuzz", train=str(path), val=str(path), test=str(path), prompt_field="in", response_field="out",
+            tokenizer="byte", vocab_size=300, prompt_length=64, response_length=64, batch_size=1, eval_batch_size=1,
+            cache_dir=folder,
+        )  # fmt: skip
+        try:
+            data.setup("fit")
+            assert len(next(iter(data.train_dataloader()))["input_ids"]) == 1
+        except UsageError as error:
+            sentence = str(error)
+        else:
+            return
+        assert "rows.jsonl" in sentence or "data." in sentence
