@@ -14,9 +14,11 @@ from timing import (
     Stopwatch,
     build_result,
     build_row,
+    in_mebibytes,
     in_milliseconds,
     interleave,
     new_parser,
+    peak_bytes,
     prepare,
     show,
     timed,
@@ -36,9 +38,10 @@ BASE = "every layer"
 READING = """
 time and KV are shares of the same backbone's that reads every token in every layer, in the same round, median [first, third
 quartile]; expected is arithmetic: multiplications by weights, the output layer and what is new (router, codes, bridge) counted,
-attention and bookkeeping not. saved is what was saved of what was expected to be. With fixed commits all rows of a
-batch commit together; with `null` each when it will, so that at batch 16 nearly every step has some row that commits. middle
-is the time of the middle layers alone over P / R concepts. Weights are random: nothing here says anything of quality.
+attention and bookkeeping not. saved is what was saved of what was expected to be. With fixed commits all rows of a batch
+commit together; with `null` each when it will, so that at batch 16 nearly every step has some row that commits. prefill MiB is
+the most memory that reading took at once, middle the time of the middle layers alone over P / R concepts. Weights are
+random: nothing here says anything of quality.
 """
 
 
@@ -151,13 +154,19 @@ def measure_batch(batch: int, args: argparse.Namespace, device: torch.device) ->
     rounds = {"repeats": args.repeats, "warmup": args.warmup}
     prefill = {name: timed(lambda r=r: r.read(prompt), device, args.clock) for name, r in readings.items()}
     decode = {name: writing(r, prompt, args.new, device, args.clock) for name, r in readings.items()}
+    peaks = {name: peak_bytes(lambda r=r: r.read(prompt), device) for name, r in readings.items()}
     times = {"prefill": interleave(prefill, **rounds), "decode": interleave(decode, **rounds)}
     rows = []
     for name, reading in readings.items():
         for kind, tokens in (("prefill", batch * args.prompt), ("decode", batch * args.new)):
             row = build_row(name, times[kind], BASE, batch=batch, kind=kind)
             row |= {"tokens_per_s": tokens / row["seconds"]["median"], "kv_bytes": reading.kv_bytes}
-            row |= {"kv_share": reading.kv_bytes / readings[BASE].kv_bytes, "expected": None, "middle_ms": None}
+            row |= {
+                "kv_share": reading.kv_bytes / readings[BASE].kv_bytes,
+                "expected": None,
+                "middle_ms": None,
+                "peak_bytes": peaks[name],
+            }
             if isinstance(reading, OnlineReading):
                 row |= of_online(reading, kind, batch, args, device)
                 row["saved"] = (1 - row["ratio"]["median"]) / (1 - row["expected"])
@@ -206,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         "saved": lambda row: "-" if row["expected"] is None else f"{row['saved']:.0%}",
         "KV": lambda row: f"{row['kv_share']:.3f}",
         "expected KV": lambda row: "-" if row["expected"] is None else f"{row['expected_kv']:.3f}",
+        "prefill MiB": in_mebibytes,
         "middle ms": lambda row: "-" if row["middle_ms"] is None else f"{row['middle_ms']:.1f}",
     }
     show(result, columns, console)
