@@ -39,6 +39,14 @@ NAMES = (
     "distinct_3",
     "tv",
     "entropy",
+    # of texts between two models
+    "style",
+    "nll_theta",
+    "nll_target",
+    "acceptance",
+    "speedup_vs_naive",
+    "g_test_p",
+    "max_enumeration_error",
     "tokens_per_s",
     # of models themselves
     "nll",
@@ -69,6 +77,8 @@ NAMES = (
 # name -> (title, where the value is in a record's row, how it is written), as in the table of one run
 FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in EVERY_COLUMN.items() if path[-1] in NAMES}
 FIGURES |= {"above_truth": ("above truth", (), ".4f"), "goal_flops": ("goal TFLOP", (), "tera")}  # see _derived
+# of these a mean over seeds says nothing
+WORST = {"g_test_p": min, "max_enumeration_error": max}
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 # left out on a narrow terminal; all of it is in frontier.md
 DISPENSABLE = (
@@ -107,9 +117,12 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
     newest: dict[tuple, dict] = {}
     for record in records:
         for row in record["rows"]:
-            key = (record["data"]["name"], record["experiment"], row["method"], row["decoder"], row["forwards"])
+            # drafts are kept or not, so that what was counted differs from seed to seed
+            forwards = 0 if "speedup_vs_naive" in row["cost"] else row["forwards"]
+            key = (record["data"]["name"], record["experiment"], row["method"], row["decoder"], forwards)
             newest[*key, record["seed"]] = row
     rows: dict[tuple, FrontierRow] = {}
+    counted: dict[tuple, list[int]] = defaultdict(list)
     for (*key, _), row in newest.items():
         own = rows.setdefault(tuple(key), FrontierRow(*key))
         for name, (_, path, _) in FIGURES.items():
@@ -117,6 +130,9 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
                 own.values[name].append(value)
         for name, value in _derived(row["quality"]).items():
             own.values[name].append(value)
+        counted[tuple(key)].append(row["forwards"])
+    for key, own in rows.items():
+        own.forwards = round(fmean(counted[key]))
     return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
 
 
@@ -250,6 +266,8 @@ def _known(rows: list[FrontierRow]) -> list[str]:
 
 
 def _written(row: FrontierRow, name: str) -> str:
+    if name in WORST and row.values.get(name):
+        return written(WORST[name](row.values[name]), FIGURES[name][2])
     mean, half, form = row.mean(name), row.half_width(name), FIGURES[name][2]
     interval = "" if half is None or name == "tokens_per_s" else f" ± {written(half, form)}"
     known = len(row.values.get(name, []))

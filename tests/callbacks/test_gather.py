@@ -39,6 +39,19 @@ def test_what_is_not_alike_stays_apart():
     ]  # fmt: skip
 
 
+def test_what_drafts_counted_is_one_row_and_of_exactness_the_worst_seed_is_shown():
+    """Forwards of a drafted text differ from seed to seed; a p-value or a largest error has no mean worth reading."""
+    records = [record(seed, 0.5, decoder="q*", forwards=19 + seed) for seed in (0, 1, 2)]
+    for seed, known in enumerate(records):
+        known["rows"][0]["cost"] = {"tokens_per_s": 1.0, "speedup_vs_naive": 1.1}
+        known["rows"][0]["quality"] |= {"g_test_p": (0.4, 0.2, 0.9)[seed], "max_enumeration_error": 10.0 ** (seed - 20)}
+    (row,) = (row for row in frontier_rows(records) if row.decoder == "q*")
+    assert (row.seeds, row.forwards) == (3, 20)
+    (line,) = (line for line in frontier_markdown([row]).splitlines() if "q*" in line)
+    assert "| 0.200 | 1e-18 |" in line
+    assert "1.10 ± 0.00" in line
+
+
 def test_table_and_figure_show_what_there_is():
     rows = frontier_rows([record(0, 0.5), record(1, 0.7)])
     text = frontier_markdown(rows)
