@@ -1,5 +1,6 @@
 """Saves what was trained when training ends."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
@@ -19,7 +20,9 @@ class ExportStudent(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         student = getattr(pl_module, "student", None)
         if student is not None and trainer.is_global_zero and not trainer.fast_dev_run:
-            save_student(student, self.folder, {"teacher": self.teacher, **self.notes})
+            # a run taken up again after its last step does not train, so nothing has put the averages in place
+            with getattr(pl_module, "averaged", nullcontext)():
+                save_student(student, self.folder, {"teacher": self.teacher, **self.notes})
 
 
 class ExportModel(Callback):

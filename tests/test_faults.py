@@ -26,6 +26,7 @@ SHORT = [
     "callbacks.checkpoint.every_n_train_steps=1", "paths.output_dir=out", "paths.cache_dir=cache", "hydra.run.dir=out/run",
 ]  # fmt: skip
 TAUGHT = ["teacher.max_steps=5", "teacher.callbacks.checkpoint.every_n_train_steps=1", "module.forwards=[1,2]"]
+TIMED = ("seconds", "share")  # figures of a clock
 MOST_BYTES = 20_000  # of a file on a full disk: less than a checkpoint, more than what is printed
 METHODS = {
     "objectives": ["module.forwards=[1]"],
@@ -97,7 +98,10 @@ class Lives:
         last = torch.load(self.run / "checkpoints" / "last.ckpt", weights_only=True)
         weights |= {name: tensor.tolist() for name, tensor in last["state_dict"].items()}
         rows = json.loads((self.run / "record.json").read_text())["rows"]
-        quality = [{name: figure for name, figure in row["quality"].items() if "seconds" not in name} for row in rows]
+        quality = [
+            {name: row["quality"][name] for name in row["quality"] if not set(TIMED) & set(name.split("_"))}
+            for row in rows
+        ]
         return {"weights": weights, "quality": quality}
 
     def said(self) -> str:
