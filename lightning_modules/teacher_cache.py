@@ -54,7 +54,9 @@ def train_or_load(
         if (folder / "config.json").is_file():
             console.print(f"{what}: reusing the trained one in {folder}", highlight=False)
             return load(folder)
-        return _train(folder, what, option, build_model, build_module, build_trainer, datamodule, console)
+        model = _train(folder, what, option, build_model, build_module, build_trainer, datamodule, console)
+        # read back, so that a run that trained it and one that found it go on alike, to the last bit
+        return load(folder) if (folder / "config.json").is_file() else model
 
 
 def _train(
