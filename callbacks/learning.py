@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from callbacks.intervals import half_width
 
@@ -89,8 +90,9 @@ def _panel(axis: Any, curves: list[LearningCurve], cost: str) -> None:
         axis.set_yscale("symlog", linthresh=0.01)
         axis.axhline(0.0, color="#7a7a7a", linewidth=0.8)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(title)
     axis.set_title("nats a token above the truth" if quality == "above" else "nats a token", fontsize=10)
     axis.grid(alpha=0.25)
