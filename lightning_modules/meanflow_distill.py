@@ -42,16 +42,21 @@ class MeanFlowDistillModule(LeapModule):
 
     def setup(self, stage: str) -> None:
         """What trains is float32 whatever the base is kept in: averages and derivatives lose too much in less."""
-        if stage == "fit" and str(self.trainer.precision) not in ("32-true", "64-true"):
+        if stage == "fit" and str(self.trainer.precision) not in ("32-true", "64-true", "bf16-mixed"):
             raise UsageError(
-                f"trainer.precision={self.trainer.precision}: students train in trainer.precision=32-true; to save memory keep "
-                "the base in half precision instead (model.dtype=bfloat16)"
+                f"trainer.precision={self.trainer.precision}: what trains of a student is float32; type "
+                "trainer.precision=bf16-mixed (or 32-true), and to save memory keep the base in half precision "
+                "(model.dtype=bfloat16)"
             )
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """The projection is part of the step: averages and checkpoints must not see a negative gate."""
         super().optimizer_step(*args, **kwargs)
         self.student.project_()
+
+    def trains_additions(self) -> bool:
+        """Averages, snapshots and derivatives are made with the student's own weights, which stay whole."""
+        return True
 
     @property
     def teacher(self) -> LladaModel:

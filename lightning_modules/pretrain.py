@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_modules.base import LeapModule
 from lightning_modules.nll_meter import NllMeter
@@ -20,6 +21,7 @@ from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
 from models.decoding.noisy_mask import NoisyMaskDecoder
 from models.functional.next_token import token_counts
+from models.functional.weights import trainable_weights
 from models.objectives.base import Objective, TextObjective
 
 
@@ -59,6 +61,10 @@ class PretrainModule(LeapModule):
         self._truth: Callable[[dict[str, Tensor]], Tensor] | None = None
         if isinstance(objective, TextObjective):
             objective.attach(model)
+
+    def blocks(self) -> list[nn.Module]:
+        layers = [part for part in self.modules() if isinstance(part, GradientCheckpointingLayer)]
+        return [layer for layer in layers if trainable_weights(layer)]
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from callbacks.console import report_console
 from callbacks.frontier import FrontierReport
 from lightning_modules.base import require_forwards
 from lightning_modules.run_files import find_checkpoint
+from lightning_modules.sharding import ShardedStrategy
 from lightning_modules.teacher_cache import cache_key, partial_folder, train_or_load
 from models.backbones.causal import build_causal
 from models.backbones.causal_lm import load_causal
@@ -51,7 +52,9 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> None:
     """Refuse now what would otherwise fail after a teacher has been trained."""
     for name in ("forwards", "student_forwards"):
         require_forwards(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
-    instantiate(cfg.trainer, callbacks=[], logger=False)
+    trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
+    if isinstance(trainer.strategy, ShardedStrategy):
+        trainer.strategy.require_several()
 
 
 def _new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:

@@ -15,17 +15,20 @@ from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.backbones.prefix_student import PrefixStudent
 from models.backbones.student import Student
 from models.functional.errors import UsageError
-from models.functional.weights import trainable_weights
+from models.functional.weights import trainable_weights, whole
 
 FORMAT = "leap-student-2"
 KINDS = {"logit": PrefixStudent, "noisy_mask": NoisyMaskStudent, "masked": MaskedStudent}
 
 
 def base_fingerprint(base: LladaModel) -> str:
-    """sha256 over every weight's name, shape and up to 1024 evenly spaced values: quick at 8B, different after training."""
+    """sha256 over every weight's name, shape and up to 1024 evenly spaced values: quick at 8B, different after training.
+
+    Of weights that are split over ranks every rank has to ask.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(base.state_dict().items()):
-        flat = weight.detach().reshape(-1)
+        flat = whole(weight.detach()).reshape(-1)
         sample = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
