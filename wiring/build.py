@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from callbacks.console import report_console
 from callbacks.frontier import FrontierReport
 from lightning_modules.base import require_forwards
+from lightning_modules.computing import compute_layers
 from lightning_modules.run_files import find_checkpoint
 from lightning_modules.sharding import ShardedStrategy
 from lightning_modules.teacher_cache import cache_key, partial_folder, train_or_load
@@ -39,11 +40,13 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
         module = instantiate(cfg.module, _convert_="all", model=_new_model(cfg, datamodule))
     else:
         stand_in = build_llada(**datamodule.special_ids(), **STAND_IN)
-        instantiate(cfg.module, _convert_="all", teacher=stand_in)  # refuses a wrong option before a teacher is trained
+        # refuses a wrong option before a teacher is trained
+        _computed(cfg, instantiate(cfg.module, _convert_="all", teacher=stand_in))
         teacher = trained_teacher(cfg, datamodule)
         # the student starts alike whether the teacher was trained now or before
         seed_everything(cfg.seed, verbose=False)
         module = instantiate(cfg.module, _convert_="all", teacher=teacher)
+    module = _computed(cfg, module)
     trainer = instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
     return module, trainer, datamodule
 
@@ -55,6 +58,11 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> None:
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()
+
+
+def _computed(cfg: DictConfig, module: LightningModule) -> LightningModule:
+    """The module as compile= and recompute= ask for."""
+    return compute_layers(module, cfg.compile, cfg.recompute)
 
 
 def _new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
@@ -102,6 +110,7 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
     plain["teacher"].pop("cache_dir")
     numerics = {name: cfg.trainer.get(name) for name in ("precision", "gradient_clip_val", "accumulate_grad_batches")}
     made_from = {**plain, **numerics, "batch_size": datamodule.batch_size, "seed": cfg.seed}
+    made_from |= {"compile": cfg.compile} if cfg.compile else {}  # it rounds otherwise
     key = cache_key(**made_from, data=datamodule.fingerprint())
     folder = Path(recipe.cache_dir) / f"{datamodule.name}-{key}"
     recipe.path = None if cfg.trainer.get("fast_dev_run") else str(folder)
@@ -112,7 +121,7 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
         option=what if what == "teacher" else f"pair.{what}",
         load=load,
         build_model=lambda: _new_model(cfg, datamodule),
-        build_module=lambda model: instantiate(recipe.module, _convert_="all", model=model),
+        build_module=lambda model: _computed(cfg, instantiate(recipe.module, _convert_="all", model=model)),
         build_trainer=lambda: instantiate(
             cfg.trainer,
             max_steps=recipe.max_steps,

@@ -21,6 +21,8 @@ OWN = {
     "ckpt_path": str | None,
     "student_path": str | None,
     "optimized_metric": str,
+    "compile": str | None,
+    "recompute": bool,
 }
 # what Lightning itself does not refuse
 LEAST = {"seed": 0, "trainer.accumulate_grad_batches": 1, "trainer.max_steps": -1, "trainer.log_every_n_steps": 0}
