@@ -41,10 +41,15 @@ class MeanFlowDistillModule(LeapModule):
         self.teacher_temperature, self.teacher_remasking = teacher_temperature, teacher_remasking
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.require_precision(str(self.trainer.precision))
+
+    @staticmethod
+    def require_precision(precision: str) -> None:
         """What trains is float32 whatever the base is kept in: averages and derivatives lose too much in less."""
-        if stage == "fit" and str(self.trainer.precision) not in ("32-true", "64-true", "bf16-mixed"):
+        if precision not in ("32-true", "64-true", "bf16-mixed"):
             raise UsageError(
-                f"trainer.precision={self.trainer.precision}: what trains of a student is float32; type "
+                f"trainer.precision={precision}: what trains of a student is float32; type "
                 "trainer.precision=bf16-mixed (or 32-true), and to save memory keep the base in half precision "
                 "(model.dtype=bfloat16)"
             )

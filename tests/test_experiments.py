@@ -405,6 +405,11 @@ MISTAKES = [
     (["experiment=objectives", "callbacks.ema.decay=2"], "callbacks.ema.decay=2 must be at least 0 and less than 1"),
     (["trainer.precision=abc"], "trainer.precision=abc is not known; type one of "),
     (["trainer.devices=many"], "trainer: "),
+    (["trainer.precision=bf16-true"], "what trains of a student is float32; type trainer.precision=bf16-mixed"),
+    (["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"], "there is one only; type trainer.devices=2"),
+    (["flow=logit", "compile=inductor"], "compile=inductor: forward-mode derivatives do not pass through it"),
+    (["compile=fast"], "compile=fast is not known; type one of inductor, aot_eager"),
+    (["recompute=maybe"], "recompute=maybe should be a valid boolean"),
 ]
 
 

@@ -33,7 +33,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     datamodule = instantiate(cfg.data)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    _check_before_work(cfg, datamodule)
+    precision = str(_check_before_work(cfg, datamodule).precision)
     if cfg.pair is not None:
         module = module_of_pair(cfg, datamodule)
     elif cfg.teacher is None:
@@ -41,7 +41,9 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     else:
         stand_in = build_llada(**datamodule.special_ids(), **STAND_IN)
         # refuses a wrong option before a teacher is trained
-        _computed(cfg, instantiate(cfg.module, _convert_="all", teacher=stand_in))
+        tried = _computed(cfg, instantiate(cfg.module, _convert_="all", teacher=stand_in))
+        if cfg.mode == "fit":
+            tried.require_precision(precision)
         teacher = trained_teacher(cfg, datamodule)
         # the student starts alike whether the teacher was trained now or before
         seed_everything(cfg.seed, verbose=False)
@@ -51,13 +53,14 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     return module, trainer, datamodule
 
 
-def _check_before_work(cfg: DictConfig, datamodule: Any) -> None:
-    """Refuse now what would otherwise fail after a teacher has been trained."""
+def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
+    """Refuse now what would otherwise fail after a teacher has been trained; the trainer that the options ask for."""
     for name in ("forwards", "student_forwards"):
         require_forwards(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()
+    return trainer
 
 
 def _computed(cfg: DictConfig, module: LightningModule) -> LightningModule:
