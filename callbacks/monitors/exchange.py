@@ -39,7 +39,9 @@ class ExchangeMonitor(TextMonitor):
             low, high = (figures.get(f"{name}_{end}") for end in ("low", "high"))
             place = name.removeprefix("dnll_shuffle_at_") if name != "dnll_shuffle" else "all"
             parts.append(f"{place}: {figures[name]:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ""))
-        return "nats a token more under another text's condition, by the place from which on (95 %): " + ", ".join(parts)
+        return "nats a token more under another text's condition, by the place from which on (95 %): " + ", ".join(
+            parts
+        )
 
     def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
         given = module.probe(rows, generator)

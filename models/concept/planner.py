@@ -68,9 +68,7 @@ class Coder:
         """Of states (B, n, D) before these slots."""
         coded = [self.quantiser(state, slot, self.share) for state, slot in zip(states.unbind(1), slots, strict=True)]
         self.points |= {slot: own.point.detach() for slot, own in zip(slots, coded, strict=True)}
-        made = (
-            Made(c.logits, *c.choice, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds) for c in coded
-        )
+        made = (Made(c.logits, *c.choice, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds) for c in coded)
         return Made(*(torch.stack(part, 1) for part in zip(*made, strict=True)))
 
 

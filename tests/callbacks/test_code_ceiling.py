@@ -1,4 +1,4 @@
-"""The ceiling of codes of listed texts: 1 where they tell texts apart, less where they do not, silent where nothing is listed."""
+"""The ceiling of codes of listed texts: 1 where they tell texts apart, less where not, silent where nothing is listed."""
 
 import pytest
 import torch

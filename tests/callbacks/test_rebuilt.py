@@ -1,4 +1,4 @@
-"""Words and wording rebuilt from plans: all of them where plans are learnt, by hand where the executor errs once, none by chance."""
+"""Words rebuilt from plans: all of them where plans are learnt, by hand where the executor errs once, few by chance."""
 
 import pytest
 import torch

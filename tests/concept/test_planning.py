@@ -53,7 +53,9 @@ def test_each_type_is_what_it_would_be_alone_after_the_text():
         for slot in (model.vocabulary.slot_types == kind - 1).nonzero().flatten().tolist():
             before = opening[0].shape[1] + int((own == layout.slot_columns[slot] - 1).nonzero())
             is_open = layout.open_slots(choices)[:, slot]
-            assert_close(model.choice_logits(states[:, before : before + 1], [slot])[is_open, 0], together[is_open, slot])
+            assert_close(
+                model.choice_logits(states[:, before : before + 1], [slot])[is_open, 0], together[is_open, slot]
+            )
 
 
 @pytest.mark.parametrize("planning", ["types", "slots"])
