@@ -48,9 +48,9 @@ def pairs_overrides(cfg, folder: Path) -> list[str]:
     """For an experiment on files: small files with its own field names."""
     if "PairsDataModule" not in cfg.data._target_:
         return []
-    prompts = [
-        {"name": f"Cafe {k}", "food": "French"} if cfg.data.prompt_field == "slots" else f"jump {k}" for k in range(80)
-    ]
+    more = ("food", "near", "priceRange", "customer rating", "eatType", "area", "familyFriendly")
+    known = dict.fromkeys(more, "any")
+    prompts = [{"name": f"Cafe {k}", **known} if cfg.data.prompt_field == "slots" else f"jump {k}" for k in range(80)]
     rows = [{cfg.data.prompt_field: p, cfg.data.response_field: f"I_JUMP {k}"} for k, p in enumerate(prompts)]
     path = folder / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
