@@ -10,21 +10,22 @@ import torch
 from torch import Generator, Tensor, nn
 
 from models.backbones.row_cache import RowCache
-from models.concept.attention import concepts_first, deep_block_mask
-from models.concept.codes import Coded, ConceptCodes
+from models.concept.attention import Visible, concepts_first, deep_block_mask
+from models.concept.codes import Coded, build_codes
 from models.concept.layer_stack import LayerStack
 from models.concept.router import ReadOut, RouterState, Routing, build_router
-from models.functional.commit_gates import mix_slots, smooth_concepts
+from models.functional.commit_gates import mix_slots, smooth_concepts, visibility
 from models.functional.commits import Packing, deep_mask, pack_commits, take
 from models.functional.errors import require_choice
 
-GATES = ("slot", "smooth", "mass", "none")
+GATES = ("slot", "smooth", "mass", "visibility", "none")
 
 
 class Setting(NamedTuple):
     """How strongly to compress: compression (tokens a concept, of every level), quantisation (0 states, 1 codes).
 
-    temperature and noise (0 none, 1 a full draw) of codes and commits, drawn from `generator`.
+    temperature and noise (0 none, 1 a full draw) of codes and commits, drawn from `generator`. gated: whether gate
+    `visibility` works out its gradient, for which the deep layers' attention is dense.
     """
 
     compression: float
@@ -32,6 +33,7 @@ class Setting(NamedTuple):
     temperature: float = 1.0
     noise: float = 0.0
     generator: Generator | None = None
+    gated: bool = True
 
 
 class Level(NamedTuple):
@@ -61,7 +63,7 @@ class StackState:
 class ConceptStack(nn.Module):
     """split: [shallow, middle, deep] layers of `decoder` from `first` on; middle may be such a list again.
 
-    gate: how the decision to commit gets a gradient: `slot`, `smooth`, `mass` (commit_gates) or `none`.
+    gate: how the decision to commit gets a gradient: `slot`, `smooth`, `mass`, `visibility` (commit_gates) or `none`.
     attention: of the deep layers over whole texts, `sdpa` or `flex`.
     """
 
@@ -74,6 +76,7 @@ class ConceptStack(nn.Module):
         gate: str,
         codes: int,
         most_nulls: int,
+        sampler: str = "gumbel_st",
         attention: str = "sdpa",
         loudness: float = 1.0,
         read_out: ReadOut | None = None,
@@ -84,7 +87,7 @@ class ConceptStack(nn.Module):
         require_choice("module.gate", gate, GATES)
         shallow, middle, deep = split
         width = decoder.embed_tokens.weight.shape[1]
-        more = {"growth": growth, "gate": gate, "codes": codes, "most_nulls": most_nulls}
+        more = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
         more |= {"attention": attention, "loudness": loudness}
         self.inner = (
             ConceptStack(decoder, middle, **more, first=first + shallow, **like) if isinstance(middle, list) else None
@@ -94,7 +97,7 @@ class ConceptStack(nn.Module):
         self.shallow = LayerStack(decoder, first, first + shallow)
         self.middle = None if self.inner is not None else LayerStack(decoder, first + shallow, first + shallow + size)
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
-        self.codes = ConceptCodes(width, codes, loudness, **like)
+        self.codes = build_codes(sampler, width, codes, loudness, **like)
         self.router = build_router(growth, width, most_nulls, self.codes, read_out, **like)
         # a tail position skips the middle stack; what it does there instead starts as nothing
         self.bridge = nn.Linear(width, width, bias=False, **like)
@@ -120,7 +123,12 @@ class ConceptStack(nn.Module):
             concepts = smooth_concepts(concepts, sure)
         # 4. concepts, and each position's own tail
         slots = self._slots(hidden, concepts, routing, packing.segment, packing.slot)
-        out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep)
+        if self.gate == "visibility" and setting.gated and routing.probability.requires_grad and state is None:
+            seen = deep_mask(routing.commit, packing.segment, valid)
+            share = visibility(seen, routing.probability, valid)
+            out = self.deep.run(slots, positions, Visible(share))
+        else:
+            out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep)
         if state is not None:
             count = packing.segment[:, -1]
             state.deep.keep(routing.commit | (valid & (packing.segment == count.unsqueeze(1))))

@@ -123,6 +123,10 @@ class Router(nn.Module):
         count, total, squares = moments
         return (squares / count - (total / count).square()).clamp(min=LEAST_SPREAD**2).sqrt()
 
+    def multiplied(self, codes: ConceptCodes, words: int) -> int:
+        """Weights that every position is multiplied with; words: those of the backbone's output layer."""
+        return sum(p.numel() for p in self.parameters() if p.ndim == 2)
+
     @torch.no_grad()
     def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
         """Move the offset after a step; realised rate and moments are those of all ranks."""
@@ -138,14 +142,17 @@ class NullRouter(Router):
         self.null = nn.Linear(width, 1, **like)
         nn.init.zeros_(self.null.weight)
         # what all codes together weigh at states of any direction, so that a fresh router's scores lie around 0
-        states = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(codes.head.weight)
+        states = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(next(codes.parameters()))
         with torch.no_grad():
-            self.null.bias.fill_((codes.logits(states).float().logsumexp(-1) - null_bias(2.0, codes.codes)).mean())
+            self.null.bias.fill_((codes.log_mass(states).float() - null_bias(2.0, codes.codes)).mean())
 
     def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
         # without noise a choice among all of them would never commit: first NULL or not, then which code
-        log_codes = at_least_float32(codes.logits(hidden)).logsumexp(-1)
-        return log_codes - null_bias(2.0, codes.codes) - self.null(codes.normed(hidden)).squeeze(-1)
+        log_odds = codes.log_mass(hidden) - null_bias(2.0, codes.codes)
+        return log_odds - self.null(codes.normed(hidden)).squeeze(-1)
+
+    def multiplied(self, codes: ConceptCodes, words: int) -> int:
+        return super().multiplied(codes, words) + codes.weighed
 
 
 class ScoreRouter(Router):
@@ -209,6 +216,16 @@ class FixedRouter(Router):
         """Its rate is what it is."""
 
 
+class RandomRouter(FixedRouter):
+    """A control: as many commits as `FixedRouter` makes, at places that are drawn without a look at the text."""
+
+    def decide(
+        self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        natural = commits.drawn_commits(place, compression) & valid
+        return natural, natural.to(scores.dtype), state.total
+
+
 class EntropyRouter(Router):
     """Commit where a draft of what comes next, read off the shallow states, is unsure: at a high entropy of its words."""
 
@@ -234,12 +251,16 @@ class EntropyRouter(Router):
             log_p = at_least_float32(self.draft(hidden)).log_softmax(-1)
             return -(log_p.exp() * log_p).sum(-1)
 
+    def multiplied(self, codes: ConceptCodes, words: int) -> int:
+        return super().multiplied(codes, words) + words
+
 
 GROWTH = {
     "autoregressive": AutoregressiveRouter,
     "null": NullRouter,
     "accumulate": AccumulateRouter,
     "fixed": FixedRouter,
+    "random": RandomRouter,
     "entropy": EntropyRouter,
 }
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from models.functional.gumbel import straight_through
 
+LEAST_NULL = 1e-6  # 1 - p of a position that is sure to commit
+
 
 def mix_slots(commit: Tensor, probability: Tensor, concept: Tensor, token: Tensor) -> Tensor:
     """w z + (1 - w) b with w = g + p - sg(p): z at commits, b elsewhere, and dL/dp = <dL/d slot, z - b> everywhere.
@@ -34,6 +36,25 @@ def smooth_concepts(concepts: Tensor, probability: Tensor, before: Tensor | None
         last = p * concepts[:, m] + (1 - p) * last
         smooth.append(last)
     return torch.stack(smooth, 1)
+
+
+def visibility(seen: Tensor, probability: Tensor, valid: Tensor) -> Tensor:
+    """What the deep stack sees, as numbers: the value of seen (B, 1, T, T) bool, the gradient of `soft_visibility`."""
+    soft = soft_visibility(probability, valid)
+    return straight_through(seen.to(soft.dtype), soft)
+
+
+def soft_visibility(probability: Tensor, valid: Tensor) -> Tensor:
+    r"""The probability that k is seen from q > k: either k commits, or no position behind it has committed yet.
+
+    .. math:: s_{qk} = p_k + (1 - p_k) \prod_{j=k+1}^{q} (1 - p_j)
+
+    probability and valid (B, T); 0 where k >= q or k is padding. Returns (B, 1, T, T).
+    """
+    stay = torch.log1p(-probability.clamp(max=1 - LEAST_NULL)).cumsum(1)
+    alive = (stay.unsqueeze(2) - stay.unsqueeze(1)).tril().exp()
+    own = probability.unsqueeze(1)
+    return ((own + (1 - own) * alive).tril(-1) * valid.unsqueeze(1)).unsqueeze(1)
 
 
 def keep_null_mass(soft: Tensor, probability: Tensor) -> Tensor:

@@ -96,6 +96,26 @@ def even_commits(place: Tensor, compression: float) -> Tensor:
     return torch.floor((place + 1).double() * rate + 1e-9) > torch.floor(place.double() * rate + 1e-9)
 
 
+def drawn_commits(place: Tensor, compression: float, block: int = 16) -> Tensor:
+    """As many commits in every `block` places as `even_commits` has, at places that a hash draws; the same in every text.
+
+    place (B, T): positions counted from the text's beginning. What is read has no say in it.
+    """
+    first = place - place % block
+    others = first.unsqueeze(-1) + torch.arange(block, device=place.device)
+    rank = (_hashed(others) < _hashed(place).unsqueeze(-1)).sum(-1)
+    before, after = (torch.floor(at.double() / compression + 1e-9) for at in (first, first + block))
+    return rank < after - before
+
+
+def _hashed(numbers: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 (Appleby): 32 bits of each number of int64 in which neighbours have nothing in common."""
+    x = ((numbers + 1) * 0x9E3779B1) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 def accumulated_commits(increments: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """Integrate and fire (Dong & Xu, 1905.11235): a commit wherever the running sum passes a whole number.
 

@@ -4,14 +4,17 @@ import pytest
 import torch
 from helpers_causal import tiny_causal
 from helpers_online import in_float64, naive_logits, padded, ragged, texts, tiny_online
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from models.backbones.causal_lm import with_adapters
+from models.concept import concept_stack
 from models.concept.attention import concepts_first, deep_block_mask
-from models.concept.concept_stack import Setting
+from models.concept.concept_stack import GATES, Setting
 from models.concept.layer_stack import nested_split
 from models.concept.online_model import OnlineConceptModel
 from models.concept.router import GROWTH
+from models.functional import commit_gates
 from models.functional.commits import deep_mask, pack_commits
 from models.functional.errors import UsageError
 
@@ -80,12 +83,12 @@ def test_without_compression_it_is_the_backbone(architecture, levels):
 
 def test_every_gate_leaves_a_sure_choice_as_it_is():
     ids, every = texts(), Setting(compression=1.0, quantisation=0.0)
-    for gate in ("slot", "smooth", "mass", "none"):
+    for gate in GATES:
         model = tiny_online(gate=gate)
         assert torch.equal(model.logits(model.read(ids, setting=every)[0]), model.backbone(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("gate", ["slot", "smooth", "mass"])
+@pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "visibility"])
 @pytest.mark.parametrize("growth", GROWTH)
 def test_nothing_looks_ahead(growth, gate):
     """Neither a value nor a gradient: changing a token changes nothing before it."""
@@ -119,12 +122,60 @@ def test_padding_moves_nothing(growth, left):
     assert not levels[0].routing.commit[~valid].any()
 
 
-@pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "none"])
+@pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "visibility", "none"])
 def test_the_decision_to_commit_gets_a_gradient_from_the_text(gate):
     model, ids = tiny_online(gate=gate, growth="null").train(), texts()
     model.read(ids, setting=HALF)[0].sum().backward()
     grad = model.stack.router.null.weight.grad
     assert (grad is None or grad.abs().max() == 0) == (gate == "none")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_gate_of_visibility_sees_what_the_mask_lets_see(architecture):
+    model, ids = tiny_online(gate="visibility", architecture=architecture), texts()
+    dense = model.logits(model.read(ids, setting=HALF)[0])
+    plain = model.logits(model.read(ids, setting=HALF._replace(gated=False))[0])
+    torch.testing.assert_close(dense, plain, atol=1e-12, rtol=1e-12)
+    grads = [torch.autograd.grad(logits.square().sum(), model.stack.bridge.weight)[0] for logits in (dense, plain)]
+    torch.testing.assert_close(*grads, atol=1e-10, rtol=1e-10)
+
+
+def test_the_gate_of_visibility_has_the_gradient_of_the_text_s_loss(monkeypatch):
+    """Finite differences: let one position be a little likelier to commit, and see by how much more or less is seen."""
+    model, ids = tiny_online(gate="visibility", growth="null"), texts(rows=1)
+    route, soft_visibility, held = model.stack._route, commit_gates.soft_visibility, {}
+
+    def routed(*given):
+        routing, after = route(*given)
+        held["p"] = routing.probability.detach().requires_grad_()
+        return routing._replace(probability=held["p"]), after
+
+    def loss() -> Tensor:
+        return causal_nll_of(model, ids)
+
+    monkeypatch.setattr(model.stack, "_route", routed)
+    loss().backward()
+    found, expected, step = held["p"].grad[0], [], 1e-6
+    for t in range(ids.shape[1]):
+        ends = []
+        for way in (step, -step):
+
+            def shifted(seen, p, valid, way=way, t=t):
+                other = p.detach().clone()
+                other[0, t] += way
+                return seen + soft_visibility(other, valid) - soft_visibility(p.detach(), valid)
+
+            monkeypatch.setattr(concept_stack, "visibility", shifted)
+            ends.append(float(loss().detach()))
+        expected.append((ends[0] - ends[1]) / (2 * step))
+    assert found.abs().max() > 1e-4
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=1e-5)
+
+
+def causal_nll_of(model, ids) -> Tensor:
+    """Nats of every token after the first."""
+    log_p = model.logits(model.read(ids, setting=HALF)[0])[:, :-1].log_softmax(-1)
+    return -log_p.gather(-1, ids[:, 1:, None]).sum()
 
 
 def test_adapters_and_new_weights_train_alone():
