@@ -25,7 +25,6 @@ from models.concept.online_terms import NAMES, OF_CODES, online_monitors, online
 from models.concept.quantiser import Sampler
 from models.decoding.decoder import Decoder
 from models.decoding.online_concept import OnlineConceptDecoder, OnlineReading
-from models.functional.errors import UsageError
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
 from models.functional.nll import chosen_nll
 
@@ -120,7 +119,7 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        text, setting = self._text(batch), self._setting(batch_idx)
+        text, setting = causal_text(batch), self._setting(batch_idx)
         self.model.keep_setting(setting.compression, setting.quantisation)
         # 1. what each token costs, and what became of the positions
         nll, levels = self._nll(text, setting)
@@ -142,7 +141,7 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
     def _nll(self, text: CausalText, setting: Setting | None = None) -> tuple[Tensor, list[Level]]:
         """-log p of each target that counts, nats, 0 elsewhere, (B, T)."""
         valid = None if text.attention_mask is None else text.attention_mask.bool()
-        states, levels = self.model.read(text.ids, valid, text.position_ids, setting)
+        states, levels = self.model.read(text.ids, valid, text.position_ids, setting, documents=text.document_ids)
         return chosen_nll(self.model.logits(states[text.weights]), text.targets, text.weights), levels
 
     def _setting(self, batch_idx: int) -> Setting:
@@ -154,12 +153,6 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
         """From the first to the second value over the first `anneal_share` of the steps."""
         over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
         return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
-
-    @staticmethod
-    def _text(batch: dict[str, Tensor]) -> CausalText:
-        if "document_ids" in batch:
-            raise UsageError("data.document_mask=true is not known to online concepts; type data.document_mask=false")
-        return causal_text(batch)
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
@@ -176,7 +169,7 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
             self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meters sum over them
 
     def _measure(self, batch: dict[str, Tensor]) -> Tensor:
-        text = self._text(batch)
+        text = causal_text(batch)
         nll, levels = self._nll(text)
         self.meter.update(align_with_columns(nll, batch), token_counts(batch), batch.get("target_bytes"))
         routing = levels[0].routing
@@ -198,9 +191,9 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
         """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
         self._measure(batch)
         if batch_idx == 0:
-            self._cost = self._measured_cost(self._text(batch))
+            self._cost = self._measured_cost(causal_text(batch))
         for base in self._base:
-            self.base_meter.update(causal_nll(base, self._text(batch)), token_counts(batch))
+            self.base_meter.update(causal_nll(base, causal_text(batch)), token_counts(batch))
         if hasattr(self.trainer.datamodule, "true_nll"):
             self.truth_meter.update(self.trainer.datamodule.true_nll(batch), token_counts(batch))
         return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}

@@ -69,12 +69,15 @@ def concepts_first(commit: Tensor) -> Tensor:
     return (~commit).long().argsort(dim=1, stable=True)
 
 
-def deep_block_mask(commit: Tensor, packing: Packing, valid: Tensor, order: Tensor) -> BlockMask:
+def deep_block_mask(
+    commit: Tensor, packing: Packing, valid: Tensor, order: Tensor, documents: Tensor | None = None
+) -> BlockMask:
     """`commits.deep_mask` of slots in another order, as blocks; all (B, T)."""
-    own, segment, real = (x.gather(1, order) for x in (commit, packing.segment, valid))
+    documents = torch.zeros_like(order) if documents is None else documents
+    own, segment, real, document = (x.gather(1, order) for x in (commit, packing.segment, valid, documents))
 
     def allow(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (order[b, k] <= order[b, q]) & real[b, k] & (own[b, k] | (segment[b, q] == segment[b, k]))
-        return seen | (q == k)
+        return (seen & (document[b, q] == document[b, k])) | (q == k)
 
     return create_block_mask(allow, len(commit), None, commit.shape[1], commit.shape[1], device=commit.device)

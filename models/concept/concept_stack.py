@@ -15,7 +15,7 @@ from models.concept.codes import Coded, build_codes
 from models.concept.layer_stack import LayerStack
 from models.concept.router import ReadOut, RouterState, Routing, build_router
 from models.functional.commit_gates import mix_slots, smooth_concepts, visibility
-from models.functional.commits import Packing, deep_mask, pack_commits, take
+from models.functional.commits import Packing, deep_mask, document_begins, may_be_seen, pack_commits, take
 from models.functional.errors import require_choice
 
 GATES = ("slot", "smooth", "mass", "visibility", "none")
@@ -106,29 +106,38 @@ class ConceptStack(nn.Module):
     # -- a whole text -------------------------------------------------------------------------------------------------
 
     def read(
-        self, states: Tensor, positions: Tensor, valid: Tensor, setting: Setting, state: StackState | None = None
+        self,
+        states: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        setting: Setting,
+        state: StackState | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
-        """(B, T, D), (B, T), valid (B, T) bool -> states (B, T, D) and what each level did, the outermost first."""
+        """(B, T, D), (B, T), valid (B, T) bool -> states (B, T, D) and what each level did, the outermost first.
+
+        documents (B, T): where rows have several, nothing of one reaches another.
+        """
         # 1. every position
-        hidden = self.shallow.read(states, positions, valid, state and state.shallow)
+        hidden = self.shallow.read(states, positions, valid, state and state.shallow, documents)
         # 2. which of them become concepts
-        routing, after = self._route(hidden, valid, state and state.router, setting)
+        routing, after = self._route(hidden, valid, state and state.router, setting, documents)
         packing = pack_commits(routing.commit)
         # 3. concepts alone
         chosen = take(hidden, packing.index)
         sure = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
         coded = self._code(chosen, sure, setting)
-        concepts, inner = self._middle(coded.embeds, take(positions, packing.index), packing.real, setting, state)
+        packed = take(positions, packing.index), packing.real, setting, state
+        owners = None if documents is None else take(documents, packing.index)
+        concepts, inner = self._middle(coded.embeds, *packed, owners)
         if self.gate == "smooth":
-            concepts = smooth_concepts(concepts, sure)
+            concepts = smooth_concepts(concepts, sure, begins=None if owners is None else document_begins(owners))
         # 4. concepts, and each position's own tail
-        slots = self._slots(hidden, concepts, routing, packing.segment, packing.slot)
-        if self.gate == "visibility" and setting.gated and routing.probability.requires_grad and state is None:
-            seen = deep_mask(routing.commit, packing.segment, valid)
-            share = visibility(seen, routing.probability, valid)
-            out = self.deep.run(slots, positions, Visible(share))
-        else:
-            out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep)
+        behind = packing.segment > 0  # a concept is never seen from before it, nor from another document
+        if documents is not None:
+            behind = behind & (owners.gather(1, packing.slot) == documents)
+        slots = self._slots(hidden, take(concepts, packing.slot) * behind.unsqueeze(-1), routing)
+        out = self._deep(slots, positions, routing, packing, valid, setting, state and state.deep, documents)
         if state is not None:
             count = packing.segment[:, -1]
             state.deep.keep(routing.commit | (valid & (packing.segment == count.unsqueeze(1))))
@@ -137,11 +146,16 @@ class ConceptStack(nn.Module):
         return out, [Level(routing, coded, packing.real, hidden), *inner]
 
     def _route(
-        self, hidden: Tensor, valid: Tensor, state: RouterState | None, setting: Setting
+        self,
+        hidden: Tensor,
+        valid: Tensor,
+        state: RouterState | None,
+        setting: Setting,
+        documents: Tensor | None = None,
     ) -> tuple[Routing, RouterState]:
         state = self.router.start(len(hidden), hidden.device) if state is None else state
         draws = {"noise": setting.noise, "generator": setting.generator}
-        return self.router(hidden, valid, state, self.codes, compression=setting.compression, **draws)
+        return self.router(hidden, valid, state, self.codes, documents, compression=setting.compression, **draws)
 
     def _code(self, chosen: Tensor, sure: Tensor, setting: Setting) -> Coded:
         return self.codes(
@@ -155,29 +169,47 @@ class ConceptStack(nn.Module):
         )
 
     def _middle(
-        self, concepts: Tensor, positions: Tensor, real: Tensor, setting: Setting, state: StackState | None
+        self,
+        concepts: Tensor,
+        positions: Tensor,
+        real: Tensor,
+        setting: Setting,
+        state: StackState | None,
+        owners: Tensor | None,
     ) -> tuple[Tensor, list[Level]]:
         if self.inner is not None:
-            return self.inner.read(concepts, positions, real, setting, state and state.middle)
-        return self.middle.read(concepts, positions, real, state and state.middle), []
+            return self.inner.read(concepts, positions, real, setting, state and state.middle, owners)
+        return self.middle.read(concepts, positions, real, state and state.middle, owners), []
 
-    def _slots(self, hidden: Tensor, concepts: Tensor, routing: Routing, segment: Tensor, slot: Tensor) -> Tensor:
-        """What each position gives the deep stack: its concept, or its shallow state."""
+    def _slots(self, hidden: Tensor, last: Tensor, routing: Routing) -> Tensor:
+        """What each position gives the deep stack: its concept, or its shallow state; last: the concept at or before it."""
         token = self._bridged(hidden)
-        last = take(concepts, slot) * (segment > 0).unsqueeze(-1)  # never a concept that is still to come
         if self.gate == "slot":
             return mix_slots(routing.commit, routing.probability, last, token)
         return torch.where(routing.commit.unsqueeze(-1), last, token)
 
     def _deep(
-        self, slots: Tensor, positions: Tensor, commit: Tensor, packing: Packing, valid: Tensor, cache: RowCache | None
+        self,
+        slots: Tensor,
+        positions: Tensor,
+        routing: Routing,
+        packing: Packing,
+        valid: Tensor,
+        setting: Setting,
+        cache: RowCache | None,
+        documents: Tensor | None,
     ) -> Tensor:
-        if bool(commit.all()):
+        commit, probability = routing.commit, routing.probability
+        whole = commit, packing.segment, valid, documents
+        if self.gate == "visibility" and setting.gated and probability.requires_grad and cache is None:
+            share = visibility(deep_mask(*whole), probability, may_be_seen(valid, documents))
+            return self.deep.run(slots, positions, Visible(share))
+        if bool(commit.all()) and documents is None:
             return self.deep.run(slots, positions, None, cache)
         if self.attention == "sdpa" or cache is not None:
-            return self.deep.run(slots, positions, deep_mask(commit, packing.segment, valid), cache)
+            return self.deep.run(slots, positions, deep_mask(*whole), cache)
         order = concepts_first(commit)
-        mask = deep_block_mask(commit, packing, valid, order)
+        mask = deep_block_mask(commit, packing, valid, order, documents)
         return take(self.deep.run(take(slots, order), take(positions, order), mask), order.argsort(1))
 
     def _bridged(self, hidden: Tensor) -> Tensor:

@@ -77,15 +77,20 @@ class OnlineConceptModel(nn.Module):
         positions: Tensor | None = None,
         setting: Setting | None = None,
         state: StackState | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
         """States (B, T, D) after the last norm, and what each level did.
 
         ids (B, T); valid (B, T) bool is False on padding, left or right; positions (B, T), None counts what is valid.
+        documents (B, T): which one a position belongs to, None where each row is one text; `positions` count from 0 in each.
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         positions = positions_from_mask(valid) if positions is None else positions
         setting = self.kept_setting() if setting is None else setting
-        states, levels = self.stack.read(self.backbone.get_input_embeddings()(ids), positions, valid, setting, state)
+        if documents is not None and bool((documents == documents[:, :1]).all()):
+            documents = None
+        embeds = self.backbone.get_input_embeddings()(ids)
+        states, levels = self.stack.read(embeds, positions, valid, setting, state, documents)
         return self.backbone.get_decoder().norm(states), levels
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

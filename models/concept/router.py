@@ -81,6 +81,7 @@ class Router(nn.Module):
         valid: Tensor,
         state: RouterState,
         codes: ConceptCodes,
+        documents: Tensor | None = None,
         *,
         compression: float,
         noise: float = 0.0,
@@ -88,10 +89,14 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterState]:
         """hidden (B, T, D), valid (B, T) bool -> `Routing`, and the state behind these positions.
 
-        noise: 1 draws commits with their probability, 0 commits where it is above one half.
+        documents (B, T): where a row has several, each starts anew. noise: 1 draws commits with their probability, 0 commits
+        where it is above one half.
         """
         place = state.place.unsqueeze(1) + valid.long().cumsum(1) - 1
         after = state._replace(place=state.place + valid.sum(1))
+        if documents is not None:
+            place = commits.places_in_documents(place, documents)
+        begins = (place == 0) & valid
         if compression == 1:
             one = torch.ones_like(valid, dtype=hidden.dtype)
             return Routing(valid, one, valid, one.new_zeros(3), 1.0), after
@@ -101,7 +106,7 @@ class Router(nn.Module):
             scores = scores + noise * (gumbel_noise(scores, generator) - gumbel_noise(scores, generator))  # logistic
         # 2. commits, and forced ones
         natural, probability, total = self.decide(scores, valid, place, state, compression)
-        commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since)
+        commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since, begins)
         since = commits.nulls_since(commit, valid, state.since)
         real = scores.detach()[valid]
         moments = torch.stack([valid.sum().to(real.dtype), real.sum(), real.square().sum()])
@@ -178,8 +183,9 @@ class AutoregressiveRouter(ScoreRouter):
     def decide(
         self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        begins = (place == 0) & valid
         with torch.no_grad():
-            nulls = commits.renewal_nulls(scores, self.by_distance, valid, self.most_nulls, state.since)
+            nulls = commits.renewal_nulls(scores, self.by_distance, valid, self.most_nulls, state.since, begins)
         scores = scores + self.by_distance[nulls.clamp(max=self.most_nulls)]
         return scores > 0, scores.sigmoid(), state.total
 
@@ -190,8 +196,8 @@ class AccumulateRouter(ScoreRouter):
     def decide(
         self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        increments = scores.sigmoid()
-        natural, total = commits.accumulated_commits((increments * valid).detach(), state.total)
+        increments, begins = scores.sigmoid(), (place == 0) & valid
+        natural, total = commits.accumulated_commits((increments * valid).detach(), state.total, begins)
         return natural, increments, total
 
     def spread(self, moments: Tensor) -> Tensor:

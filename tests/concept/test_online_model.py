@@ -122,6 +122,37 @@ def test_padding_moves_nothing(growth, left):
     assert not levels[0].routing.commit[~valid].any()
 
 
+@pytest.mark.parametrize(
+    ("growth", "gate", "split"),
+    [
+        *((growth, "slot", (1, 2, 1)) for growth in GROWTH),
+        *(("null", gate, (1, 2, 1)) for gate in ("smooth", "visibility")),
+        *(("autoregressive", gate, (1, [1, 1, 1], 1)) for gate in ("slot", "smooth")),
+    ],
+)
+def test_documents_of_a_row_are_documents_alone(growth, gate, split):
+    """Values and gradients: a row of three documents is three rows, whatever was before them."""
+    model, ids = tiny_online(split, growth=growth, gate=gate).double().train(), texts(rows=2, length=30)
+    documents = torch.tensor([[0] * 11 + [1] * 1 + [2] * 18, [0] * 7 + [1] * 21 + [2] * 2])
+    places = torch.cat([torch.arange(n) for n in (11, 1, 18, 7, 21, 2)]).view(2, 30)
+    mix = torch.randn(2, 30, 16, dtype=torch.float64)
+    together, levels = model.read(ids, positions=places, setting=HALF, documents=documents)
+    (together * mix).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for row in range(2):
+        for document in range(3):
+            own = documents[row] == document
+            alone, level = model.read(ids[row, own][None], setting=HALF)
+            torch.testing.assert_close(together[row, own], alone[0], atol=1e-12, rtol=1e-12)
+            assert torch.equal(levels[0].routing.commit[row, own], level[0].routing.commit[0])
+            (alone[0] * mix[row, own]).sum().backward()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, model.get_parameter(name).grad, atol=1e-10, rtol=1e-10, msg=name)
+    merged, _ = model.read(ids, positions=places, setting=HALF)  # the control: one text a row
+    assert (merged - together).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "visibility", "none"])
 def test_the_decision_to_commit_gets_a_gradient_from_the_text(gate):
     model, ids = tiny_online(gate=gate, growth="null").train(), texts()
@@ -160,10 +191,10 @@ def test_the_gate_of_visibility_has_the_gradient_of_the_text_s_loss(monkeypatch)
         ends = []
         for way in (step, -step):
 
-            def shifted(seen, p, valid, way=way, t=t):
+            def shifted(seen, p, may, way=way, t=t):
                 other = p.detach().clone()
                 other[0, t] += way
-                return seen + soft_visibility(other, valid) - soft_visibility(p.detach(), valid)
+                return seen + soft_visibility(other, may) - soft_visibility(p.detach(), may)
 
             monkeypatch.setattr(concept_stack, "visibility", shifted)
             ends.append(float(loss().detach()))
@@ -203,6 +234,17 @@ def test_blocks_of_the_mask_are_the_mask(split):
         stack.attention = "sdpa"  # the same function answers for both
     with torch.no_grad():
         assert torch.equal(model.logits(model.read(ids, valid, setting=HALF)[0])[valid], found["sdpa"])
+
+
+def test_blocks_keep_documents_apart():
+    ids = texts(rows=2, length=150)
+    documents = torch.arange(150).expand(2, -1) // 60
+    places, found = torch.arange(150).expand(2, -1) % 60, []
+    for attention in ("sdpa", "flex"):
+        model = tiny_online(growth="null", attention=attention).float()
+        with torch.no_grad():
+            found.append(model.read(ids, positions=places, setting=HALF, documents=documents)[0])
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 
 def test_concepts_together_leave_blocks_empty():

@@ -251,8 +251,8 @@ def test_soft_visibility_is_the_share_of_drawn_commits_that_see():
         for q in range(5):
             for k in range(q):
                 expected[q, k] += mass * bool(g[0, k] or not g[0, k + 1 : q + 1].any())
-    torch.testing.assert_close(soft_visibility(p, valid)[0, 0], expected)
-    padded = soft_visibility(p, torch.tensor([[False, True, True, True, True]]))[0, 0]
+    torch.testing.assert_close(soft_visibility(p, commits.may_be_seen(valid))[0, 0], expected)
+    padded = soft_visibility(p, commits.may_be_seen(torch.tensor([[False, True, True, True, True]])))[0, 0]
     assert padded[:, 0].abs().max() == 0
     torch.testing.assert_close(padded[:, 1:], expected[:, 1:])
 
@@ -260,15 +260,15 @@ def test_soft_visibility_is_the_share_of_drawn_commits_that_see():
 def test_visibility_is_what_is_seen_with_the_gradient_of_what_would_be():
     g = draws(2, 6, 0.4)
     valid = torch.ones_like(g)
-    seen = commits.deep_mask(g, commits.pack_commits(g).segment, valid)
+    seen, may = commits.deep_mask(g, commits.pack_commits(g).segment, valid), commits.may_be_seen(valid)
     p = torch.rand(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     pull = torch.randn(2, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    share = visibility(seen, p, valid)
+    share = visibility(seen, p, may)
     assert torch.equal(share.bool(), seen)
     (found,) = torch.autograd.grad((share * pull).sum(), p)
-    (soft,) = torch.autograd.grad((soft_visibility(p, valid) * pull).sum(), p)
+    (soft,) = torch.autograd.grad((soft_visibility(p, may) * pull).sum(), p)
     torch.testing.assert_close(found, soft)
-    assert torch.autograd.gradcheck(lambda p: soft_visibility(p, valid), p)
+    assert torch.autograd.gradcheck(lambda p: soft_visibility(p, may), p)
     sure = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
-    (finite,) = torch.autograd.grad(soft_visibility(sure, torch.ones(1, 4, dtype=torch.bool)).sum(), sure)
+    (finite,) = torch.autograd.grad(soft_visibility(sure, torch.ones(1, 4, 4, dtype=torch.bool)).sum(), sure)
     assert finite.isfinite().all()

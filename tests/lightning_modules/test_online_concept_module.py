@@ -195,7 +195,7 @@ def test_places_learn_from_the_text(sampler):
 def test_a_gate_that_is_worked_out_on_some_steps():
     module, seen = build(gate="visibility", gate_every=2), []
     read = module.model.read
-    module.model.read = lambda *given: seen.append(given[3].gated) or read(*given)
+    module.model.read = lambda *given, **more: seen.append(given[3].gated) or read(*given, **more)
     quiet_trainer(4, limit_val_batches=0).fit(module, PackedStream((2, 2)))
     assert seen == [True, False, True, False]
 
@@ -227,14 +227,38 @@ def test_the_record_has_quality_and_cost(tmp_path, tiny_oracle):
 
 
 def test_documents_alone_are_recorded_too(tmp_path):
-    module, data = build(), PackedStream()
+    save_causal(body(), tmp_path / "base")
+    module, data = build(baseline=str(tmp_path / "base"), growth="fixed", compression=(2.0, 2.0)), PackedStream()
     quiet_trainer(2, callbacks=[FrontierReport(tmp_path, "online", {})]).fit(module, data)
     quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "online", {})]).test(module, data, verbose=False)
     (row,) = read_record(tmp_path / "record.json")["rows"]
-    assert {"nll", "bits_per_byte", "compression"} <= row["quality"].keys()
-    assert row["cost"]["kv_bytes"] > 0
-    with pytest.raises(UsageError, match=r"data.document_mask=true is not known"):
-        quiet_trainer(1).fit(build(), PackedStream(documents=True))
+    assert {"nll", "bits_per_byte"} <= row["quality"].keys()
+    assert row["quality"]["compression"] == pytest.approx(2.0)
+    assert row["quality"]["nll"] != pytest.approx(row["quality"]["baseline_nll"], abs=1e-4)  # one of them was trained
+    # six columns and 32 new ones, every second a concept: of three layers one keeps all, one concepts, one no tail
+    a_slot = 2 * 2 * 4 * 4  # keys and values of two heads of width 4, float32
+    assert row["cost"]["kv_bytes"] == a_slot * (38 + 19 + 19)
+    assert min(row["cost"]["prefill_tokens_per_s"], row["cost"]["decode_tokens_per_s"]) > 0
+    # a layer of width 16 with keys and values of half of it, feed-forward 24; 7 words, 8 codes
+    layer, words, bridge, codes = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24, 7 * 16, 16 * 16, 8 * 16
+    ours = 2 * layer + bridge + (layer + codes) / 2
+    assert row["cost"]["flops_share"] == pytest.approx((ours + words) / (3 * layer + words))
+    assert row["cost"]["equal_layers"] == pytest.approx(ours / layer)
+
+
+def test_documents_of_a_row_are_kept_apart():
+    """Nats of a stream whose documents are told apart are those of the documents alone."""
+    module = build(growth="fixed", compression=(2.0, 2.0))
+    batch = PackedStream((3,), documents=True).batches[0]
+    own = module.eval()._nll(causal_text(batch))[0]
+    for part in (slice(0, 4), slice(4, 6)):
+        alone = {name: column[:, part] for name, column in batch.items() if name in ("input_ids", "labels")}
+        assert_close(own[:, part], module._nll(causal_text(alone))[0])
+    merged = {name: batch[name] for name in ("input_ids", "labels")}
+    assert not torch.allclose(own, module._nll(causal_text(merged))[0])
+    losses = Losses()
+    quiet_trainer(2, callbacks=[losses]).fit(build(), PackedStream(documents=True))
+    assert len(losses.seen) == 2
 
 
 @pytest.mark.parametrize(("growth", "sampler"), [("null", "gumbel_st"), ("accumulate", "ema_vq")])
