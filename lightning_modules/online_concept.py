@@ -38,7 +38,7 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
     Four pairs go from their first to their second value, linearly over `anneal_share` of the steps. compression: tokens a
     concept; 1 is the model as it was. quantisation: 0 the middle stack reads shallow states, 1 codes. temperatures: of the
     relaxed codes. noise: 1 draws codes and commits, 0 takes the most probable ones.
-    gate_every: steps of which one carries the gradient of gate `visibility`, whose attention is dense.
+    gate_every: steps of which one carries the gradient of gate `visibility`, for which every layer reads every position.
     code_decay: of the running means of codes that follow their points (`sampler` ema_vq).
     weights: of the terms in `online_terms.NAMES`; 0 or none switches one off. hold_rate: keep the realised rate of commits at
     1 / compression by an offset, whatever the terms do.

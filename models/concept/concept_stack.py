@@ -14,9 +14,9 @@ from models.concept.attention import Visible, concepts_first, deep_block_mask
 from models.concept.codes import Coded, build_codes
 from models.concept.layer_stack import LayerStack
 from models.concept.router import ReadOut, RouterState, Routing, build_router
-from models.functional.commit_gates import mix_slots, smooth_concepts, visibility
+from models.functional.commit_gates import concept_visibility, mix_slots, smooth_concepts, visibility
 from models.functional.commits import Packing, deep_mask, document_begins, may_be_seen, pack_commits, take
-from models.functional.errors import require_choice
+from models.functional.errors import UsageError, require_choice
 
 GATES = ("slot", "smooth", "mass", "visibility", "none")
 
@@ -25,7 +25,7 @@ class Setting(NamedTuple):
     """How strongly to compress: compression (tokens a concept, of every level), quantisation (0 states, 1 codes).
 
     temperature and noise (0 none, 1 a full draw) of codes and commits, drawn from `generator`. gated: whether gate
-    `visibility` works out its gradient, for which the deep layers' attention is dense.
+    `visibility` works out its gradient, for which every layer reads every position.
     """
 
     compression: float
@@ -86,6 +86,8 @@ class ConceptStack(nn.Module):
         super().__init__()
         require_choice("module.gate", gate, GATES)
         shallow, middle, deep = split
+        if gate == "visibility" and isinstance(middle, list):
+            raise UsageError("module.gate=visibility is of one level; type module.levels=1, or module.gate=slot")
         width = decoder.embed_tokens.weight.shape[1]
         more = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
         more |= {"attention": attention, "loudness": loudness}
@@ -123,21 +125,24 @@ class ConceptStack(nn.Module):
         # 2. which of them become concepts
         routing, after = self._route(hidden, valid, state and state.router, setting, documents)
         packing = pack_commits(routing.commit)
-        # 3. concepts alone
-        chosen = take(hidden, packing.index)
-        sure = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
-        coded = self._code(chosen, sure, setting)
-        packed = take(positions, packing.index), packing.real, setting, state
         owners = None if documents is None else take(documents, packing.index)
-        concepts, inner = self._middle(coded.embeds, *packed, owners)
-        if self.gate == "smooth":
-            concepts = smooth_concepts(concepts, sure, begins=None if owners is None else document_begins(owners))
-        # 4. concepts, and each position's own tail
-        behind = packing.segment > 0  # a concept is never seen from before it, nor from another document
-        if documents is not None:
-            behind = behind & (owners.gather(1, packing.slot) == documents)
-        slots = self._slots(hidden, take(concepts, packing.slot) * behind.unsqueeze(-1), routing)
-        out = self._deep(slots, positions, routing, packing, valid, setting, state and state.deep, documents)
+        if self.gate == "visibility" and setting.gated and routing.probability.requires_grad and state is None:
+            out, coded, inner = *self._dense(hidden, positions, routing, packing, valid, setting, documents), []
+        else:
+            # 3. concepts alone
+            chosen = take(hidden, packing.index)
+            sure = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
+            coded = self._code(chosen, sure, setting)
+            packed = take(positions, packing.index), packing.real, setting, state
+            concepts, inner = self._middle(coded.embeds, *packed, owners)
+            if self.gate == "smooth":
+                concepts = smooth_concepts(concepts, sure, begins=None if owners is None else document_begins(owners))
+            # 4. concepts, and each position's own tail
+            behind = packing.segment > 0  # a concept is never seen from before it, nor from another document
+            if documents is not None:
+                behind = behind & (owners.gather(1, packing.slot) == documents)
+            slots = self._slots(hidden, take(concepts, packing.slot) * behind.unsqueeze(-1), routing)
+            out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep, documents)
         if state is not None:
             count = packing.segment[:, -1]
             state.deep.keep(routing.commit | (valid & (packing.segment == count.unsqueeze(1))))
@@ -192,18 +197,13 @@ class ConceptStack(nn.Module):
         self,
         slots: Tensor,
         positions: Tensor,
-        routing: Routing,
+        commit: Tensor,
         packing: Packing,
         valid: Tensor,
-        setting: Setting,
         cache: RowCache | None,
         documents: Tensor | None,
     ) -> Tensor:
-        commit, probability = routing.commit, routing.probability
         whole = commit, packing.segment, valid, documents
-        if self.gate == "visibility" and setting.gated and probability.requires_grad and cache is None:
-            share = visibility(deep_mask(*whole), probability, may_be_seen(valid, documents))
-            return self.deep.run(slots, positions, Visible(share))
         if bool(commit.all()) and documents is None:
             return self.deep.run(slots, positions, None, cache)
         if self.attention == "sdpa" or cache is not None:
@@ -211,6 +211,27 @@ class ConceptStack(nn.Module):
         order = concepts_first(commit)
         mask = deep_block_mask(commit, packing, valid, order, documents)
         return take(self.deep.run(take(slots, order), take(positions, order), mask), order.argsort(1))
+
+    def _dense(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        routing: Routing,
+        packing: Packing,
+        valid: Tensor,
+        setting: Setting,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, Coded]:
+        """The same values with every position as a concept of its own, which is seen or not: what a NULL would have been
+        as a concept, and a concept as a NULL, gives each decision its gradient.
+        """
+        commit, probability, may = routing.commit, routing.probability, may_be_seen(valid, documents)
+        coded = self._code(hidden, probability, setting)
+        concepts = self.middle.run(coded.embeds, positions, Visible(concept_visibility(commit, probability, may)))
+        slots = mix_slots(commit, probability, concepts, self._bridged(hidden))
+        seen = deep_mask(commit, packing.segment, valid, documents)
+        out = self.deep.run(slots, positions, Visible(visibility(seen, probability, may)))
+        return out, Coded(*(part if part is None else take(part, packing.index) for part in coded))
 
     def _bridged(self, hidden: Tensor) -> Tensor:
         return hidden + self.bridge(self.codes.normed(hidden))

@@ -43,6 +43,16 @@ def smooth_concepts(
     return torch.stack(smooth, 1)
 
 
+def concept_visibility(commit: Tensor, probability: Tensor, may: Tensor) -> Tensor:
+    """What a concept at q would see of others, (B, 1, T, T): g + p - sg(p) of every k < q, and itself.
+
+    commit (B, T) bool, probability (B, T), may (B, T, T) bool: `commits.may_be_seen`.
+    """
+    gate = straight_through(commit.to(probability.dtype), probability).unsqueeze(1)
+    eye = torch.eye(may.shape[-1], dtype=probability.dtype, device=may.device)
+    return ((gate * may).tril(-1) + eye).unsqueeze(1)
+
+
 def visibility(seen: Tensor, probability: Tensor, may: Tensor) -> Tensor:
     """What the deep stack sees, as numbers: the value of seen (B, 1, T, T) bool, the gradient of `soft_visibility`."""
     soft = soft_visibility(probability, may)

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from models.backbones.causal_lm import with_adapters
-from models.concept import concept_stack
 from models.concept.attention import concepts_first, deep_block_mask
 from models.concept.concept_stack import GATES, Setting
 from models.concept.layer_stack import nested_split
@@ -172,32 +171,34 @@ def test_a_gate_of_visibility_sees_what_the_mask_lets_see(architecture):
 
 
 def test_the_gate_of_visibility_has_the_gradient_of_the_text_s_loss(monkeypatch):
-    """Finite differences: let one position be a little likelier to commit, and see by how much more or less is seen."""
+    """Finite differences: let one position be a little likelier to commit, and everything that hangs on it a little so."""
     model, ids = tiny_online(gate="visibility", growth="null"), texts(rows=1)
-    route, soft_visibility, held = model.stack._route, commit_gates.soft_visibility, {}
+    route, way, first = model.stack._route, torch.zeros(ids.shape, dtype=torch.float64), []
 
     def routed(*given):
         routing, after = route(*given)
-        held["p"] = routing.probability.detach().requires_grad_()
-        return routing._replace(probability=held["p"]), after
+        moved.append((routing.probability.detach() + way).requires_grad_())
+        return routing._replace(probability=moved[-1]), after
 
-    def loss() -> Tensor:
-        return causal_nll_of(model, ids)
+    def kept(hard, soft):
+        first.append(soft.detach())
+        return hard + (soft - soft.detach())
 
+    def away_from_the_first(hard, soft):
+        return hard + (soft - next(before))
+
+    moved = []
     monkeypatch.setattr(model.stack, "_route", routed)
-    loss().backward()
-    found, expected, step = held["p"].grad[0], [], 1e-6
+    monkeypatch.setattr(commit_gates, "straight_through", kept)
+    causal_nll_of(model, ids).backward()
+    assert len(first) == 3  # what a position is, what concepts see and what the deep stack sees
+    found, expected, step = moved[0].grad[0], [], 1e-6
+    monkeypatch.setattr(commit_gates, "straight_through", away_from_the_first)
     for t in range(ids.shape[1]):
         ends = []
-        for way in (step, -step):
-
-            def shifted(seen, p, may, way=way, t=t):
-                other = p.detach().clone()
-                other[0, t] += way
-                return seen + soft_visibility(other, may) - soft_visibility(p.detach(), may)
-
-            monkeypatch.setattr(concept_stack, "visibility", shifted)
-            ends.append(float(loss().detach()))
+        for size in (step, -step):
+            way.zero_()[0, t], before = size, iter(first)
+            ends.append(float(causal_nll_of(model, ids).detach()))
         expected.append((ends[0] - ends[1]) / (2 * step))
     assert found.abs().max() > 1e-4
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=1e-5)
@@ -284,6 +285,11 @@ def test_a_split_that_does_not_fit_is_refused(split, levels, part):
     with pytest.raises(UsageError) as found:
         OnlineConceptModel(tiny_causal(num_hidden_layers=4), split, levels=levels, codes=8)
     assert part in str(found.value)
+
+
+def test_a_gate_of_visibility_is_of_one_level():
+    with pytest.raises(UsageError, match=r"module.gate=visibility is of one level; type module.levels=1"):
+        tiny_online([1, [1, 1, 1], 1], gate="visibility")
 
 
 def test_proportions_are_kept_at_every_level():
