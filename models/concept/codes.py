@@ -33,6 +33,15 @@ class Coded(NamedTuple):
     points: Tensor | None = None
 
 
+class Drawing(NamedTuple):
+    """share: of codes in what is read, and of the way from points to codes; temperature and noise of a draw."""
+
+    share: float
+    temperature: float
+    noise: float
+    generator: Generator | None
+
+
 class ConceptCodes(nn.Module):
     """What table and space have in common. codes: K."""
 
@@ -67,20 +76,12 @@ class ConceptCodes(nn.Module):
             nothing = hidden.new_zeros(*hidden.shape[:2])
             return Coded(hidden, nothing.long(), hidden.new_zeros(*hidden.shape[:2], self.codes), nothing)
         sure = commit_probability if null_mass else None
-        coded = self.choose(hidden, sure, quantisation, temperature, noise, generator)
+        coded = self.choose(hidden, sure, Drawing(quantisation, temperature, noise, generator))
         error = (coded.embeds - hidden.detach()).square().mean(-1)
         error = error / hidden.detach().square().mean(-1).clamp(min=1e-8)
         return coded._replace(embeds=torch.lerp(hidden, coded.embeds, quantisation), error=error)
 
-    def choose(
-        self,
-        hidden: Tensor,
-        sure: Tensor | None,
-        share: float,
-        temperature: float,
-        noise: float,
-        generator: Generator | None,
-    ) -> Coded:
+    def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
         """The codes of hidden (B, M, D), `embeds` their embeddings; sure (B, M): probability that keeps NULL's share."""
         raise NotImplementedError
 
@@ -117,18 +118,10 @@ class TableCodes(ConceptCodes):
         """(..., D) -> (..., K)"""
         return self.head(self.normed(hidden))
 
-    def choose(
-        self,
-        hidden: Tensor,
-        sure: Tensor | None,
-        share: float,
-        temperature: float,
-        noise: float,
-        generator: Generator | None,
-    ) -> Coded:
+    def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
         logits = at_least_float32(self.logits(hidden))
-        draws = noise * gumbel_noise(logits, generator) if noise else torch.zeros_like(logits)
-        choice = gumbel_st(logits, temperature, draws)
+        draws = how.noise * gumbel_noise(logits, how.generator) if how.noise else torch.zeros_like(logits)
+        choice = gumbel_st(logits, how.temperature, draws)
         soft = choice.soft if sure is None else keep_null_mass(choice.soft, sure)
         weights = straight_through(choice.hard, soft).to(hidden.dtype)
         e = weights @ self.embedding.weight
@@ -149,7 +142,7 @@ class TableCodes(ConceptCodes):
 class SpaceCodes(ConceptCodes):
     """Codes are places of a small space (`CodeSpace`): a lattice (`fsq`), or centres that follow their points (`ema_vq`).
 
-    Nothing is drawn; the gradient is that of the point. `share` of the way from the point to its code.
+    Nothing is drawn; the gradient is that of the point.
     """
 
     def __init__(self, width: int, codes: int, sampler: str, loudness: float = 1.0, **like) -> None:
@@ -157,16 +150,8 @@ class SpaceCodes(ConceptCodes):
         space = CodeSpace(codes, width, loudness, sampler, "module.codes")
         self.space = space.to(like.get("device"), torch.promote_types(like.get("dtype", torch.float32), torch.float32))
 
-    def choose(
-        self,
-        hidden: Tensor,
-        sure: Tensor | None,
-        share: float,
-        temperature: float,
-        noise: float,
-        generator: Generator | None,
-    ) -> Coded:
-        coded = self.space(at_least_float32(self.normed(hidden)), share)
+    def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
+        coded = self.space(at_least_float32(self.normed(hidden)), how.share)
         e = coded.embeds.to(hidden.dtype)
         if sure is not None:  # one choice beside NULL: its value, and the gradient of its probability
             e = e * straight_through(torch.ones_like(sure), sure).to(e.dtype).unsqueeze(-1)
