@@ -15,9 +15,9 @@ def layer_weights(backbone: nn.Module) -> int:
 
 
 def multiplied_weights(model: OnlineConceptModel, compression: float) -> float:
-    """Weights that a token is multiplied with, output layer included; a concept's count for 1 / R. Attention is not counted."""
-    words = _output_layer(model)
-    return _of_stack(model.stack, layer_weights(model.backbone), words, compression) + words
+    """Weights that a token is multiplied with, output layer included; a concept's count for 1 / R, attention not at all."""
+    words, coded = _output_layer(model), model.kept_setting().quantisation > 0
+    return _of_stack(model.stack, layer_weights(model.backbone), words, compression, coded) + words
 
 
 def flops_share(model: OnlineConceptModel, compression: float) -> float:
@@ -35,8 +35,10 @@ def _output_layer(model: OnlineConceptModel) -> int:
     return model.backbone.get_output_embeddings().weight.numel()
 
 
-def _of_stack(stack: ConceptStack, layer: int, words: int, compression: float) -> float:
+def _of_stack(stack: ConceptStack, layer: int, words: int, compression: float, coded: bool) -> float:
     ends = len(stack.shallow) + len(stack.deep)
-    inner = len(stack.middle) * layer if stack.inner is None else _of_stack(stack.inner, layer, words, compression)
+    inner = len(stack.middle or ()) * layer
+    if stack.inner is not None:
+        inner = _of_stack(stack.inner, layer, words, compression, coded)
     token = ends * layer + stack.bridge.weight.numel() + stack.router.multiplied(stack.codes, words)
-    return token + (inner + stack.codes.multiplied) / compression
+    return token + (inner + (stack.codes.multiplied if coded else 0)) / compression
