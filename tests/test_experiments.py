@@ -73,7 +73,7 @@ def model_overrides(cfg, folder: Path) -> list[str]:
     if "Unprompted" in cfg.data._target_:
         text += ["module.forwards=[1,2]"]
     deep = 3 if "split" in cfg.module else None  # a model that is split in three
-    small = [*SMALL, *([f"model.num_hidden_layers={deep}"] if deep else [])]
+    small = [*SMALL, *([f"model.num_hidden_layers={deep}", "module.split=null"] if deep else [])]
     if "path" not in cfg.model:
         return [*small, *text, "model.num_attention_heads=2", "model.num_key_value_heads=2"] if packed else small
     own = ["trainer.accelerator=cpu", f"model.path={tiny_qwen(folder / 'qwen', deep or 2)}", "model.lora_rank=2"]
