@@ -115,6 +115,12 @@ class LeapModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep = self.trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+        for name, weight in checkpoint["state_dict"].items():
+            if not torch.isfinite(weight).all():
+                raise UsageError(
+                    f"{name} is not finite after step {self.global_step}: training diverged, and the checkpoint before it is "
+                    f"kept; go on from there (ckpt_path=last) or start again with a learning rate below {self.lr:g}"
+                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         held, wanted = checkpoint["state_dict"], dict(self.named_parameters())

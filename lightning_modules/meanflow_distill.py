@@ -4,12 +4,14 @@ Two flows are built on it: `flow=logit` (logit_flow.py) averages the teacher's l
 `flow=noisy_mask` (noisy_mask_flow.py) maps noise to whole texts. docs/meanflow.md says when to take which.
 """
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, get_args
 
 from lightning_modules.base import LeapModule
 from models.backbones.llada import LladaModel
 from models.backbones.student import Student
-from models.backbones.student_files import base_fingerprint
+from models.backbones.student_files import base_fingerprint, save_whole_student
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
 from models.functional.errors import UsageError, require_choice
@@ -87,6 +89,11 @@ class MeanFlowDistillModule(LeapModule):
                 f"{type(self.student).__name__} with {self.student.options}; give both the same flow= and module options"
             )
         copy_weights(self.student, student.trainable())
+
+    def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
+        """Write the student, with the averaged weights where there are any, and its teacher into one folder."""
+        with getattr(self, "averaged", nullcontext)():
+            return save_whole_student(self.student, folder, tokenizer)
 
     def teacher_decoders(self) -> list[Decoder]:
         options = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}

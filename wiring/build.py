@@ -37,7 +37,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     if cfg.pair is not None:
         module = module_of_pair(cfg, datamodule)
     elif cfg.teacher is None:
-        module = instantiate(cfg.module, _convert_="all", model=_new_model(cfg, datamodule))
+        module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
     else:
         stand_in = build_llada(**datamodule.special_ids(), **STAND_IN)
         # refuses a wrong option before a teacher is trained
@@ -49,8 +49,21 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
         seed_everything(cfg.seed, verbose=False)
         module = instantiate(cfg.module, _convert_="all", teacher=teacher)
     module = _computed(cfg, module)
-    trainer = instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
-    return module, trainer, datamodule
+    return module, trainer_of(cfg), datamodule
+
+
+def trainer_of(cfg: DictConfig) -> Trainer:
+    """The trainer with all that the configuration has it watch, log and keep."""
+    return instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
+
+
+def untrained(cfg: DictConfig) -> tuple[LightningModule, Any]:
+    """The module and its data, on models of the right shape that nobody has trained: for timing, not for use."""
+    datamodule = instantiate(cfg.data)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    needed = cfg.pair or (["model"] if cfg.teacher is None else ["teacher"])
+    return instantiate(cfg.module, _convert_="all", **{name: new_model(cfg, datamodule) for name in needed}), datamodule
 
 
 def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
@@ -68,7 +81,7 @@ def _computed(cfg: DictConfig, module: LightningModule) -> LightningModule:
     return compute_layers(module, cfg.compile, cfg.recompute)
 
 
-def _new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
+def new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
     """The network of cfg.model: read from its path where it has one, else with fresh weights for this vocabulary."""
     if "path" in cfg.model:
         model = instantiate(cfg.model)
@@ -84,7 +97,7 @@ def trained_teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
         return fitting(load_llada(cfg.teacher.path), datamodule, "teacher")
     if "path" in cfg.model:
         cfg.teacher.path = cfg.model.path
-        return _new_model(cfg, datamodule)
+        return new_model(cfg, datamodule)
     return _trained(cfg, cfg.teacher, datamodule, "teacher", load_llada)
 
 
@@ -123,7 +136,7 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
         what=what,
         option=what if what == "teacher" else f"pair.{what}",
         load=load,
-        build_model=lambda: _new_model(cfg, datamodule),
+        build_model=lambda: new_model(cfg, datamodule),
         build_module=lambda model: _computed(cfg, instantiate(recipe.module, _convert_="all", model=model)),
         build_trainer=lambda: instantiate(
             cfg.trainer,
