@@ -34,7 +34,8 @@ LENIENT = ConfigDict(arbitrary_types_allowed=True)
 def check_options(cfg: DictConfig) -> None:
     """Raise UsageError, naming the option, for the first value that is of another type than what it is for."""
     for name, kind in OWN.items():
-        _check(name, cfg.get(name), kind)
+        if name in cfg:
+            _check(name, cfg[name], kind)
     for option, least in LEAST.items():
         value = OmegaConf.select(cfg, option)
         if isinstance(value, int) and value < least:
