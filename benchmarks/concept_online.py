@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from callbacks.console import report_console
 from models.backbones.causal import build_causal
 from models.concept.concept_stack import Setting
+from models.concept.online_cost import flops_share
 from models.concept.online_model import OnlineConceptModel
 from models.decoding.online_concept import OnlineReading
 
@@ -76,18 +77,6 @@ def build_online(
 
 
 # -- the arithmetic ------------------------------------------------------------------------------------------------------
-
-
-def expected_time(model: OnlineConceptModel, compression: float) -> float:
-    """Weights that a token is multiplied with, ours over the backbone's; a concept's count for 1 / R."""
-    layer = sum(p.numel() for p in model.backbone.get_decoder().layers[0].parameters() if p.ndim == 2)
-    head = model.backbone.get_output_embeddings().weight.numel()
-    shallow, middle, deep = model.split
-    codes, new = model.stack.codes.head.weight.numel(), model.stack.bridge.weight.numel()
-    scored = codes if model.options["growth"] == "null" else 0  # NULL is weighed against every code, at every token
-    concept = middle * layer + codes
-    ours = (shallow + deep) * layer + head + new + scored + concept / compression
-    return ours / ((shallow + middle + deep) * layer + head)
 
 
 def expected_bytes(split: list[int], compression: float, length: int) -> float:
@@ -178,7 +167,7 @@ def of_online(reading: OnlineReading, kind: str, batch: int, args: argparse.Name
     """What is expected of a row, at the compression that was realised, and what the middle takes alone."""
     model, length = reading.model, args.prompt + args.new
     realised = length * batch / int(reading.concepts.sum())
-    found = {"realised": realised, "expected": expected_time(model, realised)}
+    found = {"realised": realised, "expected": flops_share(model, realised)}
     found["expected_kv"] = expected_bytes(model.split, realised, length)
     if kind == "prefill":
         alone = timed(middle_alone(model, batch, round(args.prompt / realised)), device, args.clock)

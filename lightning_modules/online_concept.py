@@ -15,14 +15,16 @@ from torchmetrics import MeanMetric
 from lightning_modules.base import LeapModule
 from lightning_modules.nll_meter import NllMeter
 from lightning_modules.online_options import check_options, load_baseline
+from lightning_modules.online_upkeep import OnlineUpkeep
 from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
 from models.concept.concept_stack import Level, Setting
+from models.concept.online_cost import equal_layers, flops_share
 from models.concept.online_files import save_online
 from models.concept.online_model import OnlineConceptModel
-from models.concept.online_terms import NAMES, online_monitors, online_terms
+from models.concept.online_terms import NAMES, OF_CODES, online_monitors, online_terms
+from models.concept.quantiser import Sampler
 from models.decoding.decoder import Decoder
 from models.decoding.online_concept import OnlineConceptDecoder, OnlineReading
-from models.functional.errors import UsageError
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
 from models.functional.nll import chosen_nll
 
@@ -30,12 +32,14 @@ from models.functional.nll import chosen_nll
 TIMED_ROWS, TIMED_TOKENS = 16, 32
 
 
-class OnlineConceptModule(LeapModule):
+class OnlineConceptModule(OnlineUpkeep, LeapModule):
     """model: a causal LM in the layout of Llama and Qwen3; split to attention: as in `OnlineConceptModel`.
 
     Four pairs go from their first to their second value, linearly over `anneal_share` of the steps. compression: tokens a
     concept; 1 is the model as it was. quantisation: 0 the middle stack reads shallow states, 1 codes. temperatures: of the
     relaxed codes. noise: 1 draws codes and commits, 0 takes the most probable ones.
+    gate_every: steps of which one carries the gradient of gate `visibility`, for which every layer reads every position.
+    code_decay: of the running means of codes that follow their points (`sampler` ema_vq).
     weights: of the terms in `online_terms.NAMES`; 0 or none switches one off. hold_rate: keep the realised rate of commits at
     1 / compression by an offset, whatever the terms do.
     baseline: the folder of a causal LM to compare with, such as that of a run of next_token_text; None compares with none.
@@ -51,6 +55,9 @@ class OnlineConceptModule(LeapModule):
         growth: str = "null",
         gate: str = "slot",
         codes: int = 4096,
+        sampler: Sampler = "gumbel_st",
+        code_decay: float = 0.99,
+        gate_every: int = 1,
         most_nulls: int = 15,
         attention: str = "sdpa",
         compression: tuple[float, float] = (1.0, 4.0),
@@ -70,7 +77,18 @@ class OnlineConceptModule(LeapModule):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
         require_causal(model, "online concepts")
-        check_options(weights, compression, quantisation, temperatures, noise, anneal_share, most_nulls, baseline)
+        check_options(
+            weights,
+            compression,
+            quantisation,
+            temperatures,
+            noise,
+            anneal_share,
+            most_nulls,
+            code_decay,
+            gate_every,
+            baseline,
+        )
         self.save_hyperparameters(ignore=["model"])
         if lora_rank is not None:
             model = with_adapters(model, lora_rank)
@@ -81,15 +99,18 @@ class OnlineConceptModule(LeapModule):
             growth=growth,
             gate=gate,
             codes=codes,
+            sampler=sampler,
             most_nulls=most_nulls,
             attention=attention,
             compression=compression[1],
             quantisation=quantisation[1],
         )
-        self.weights = {name: float(weights.get(name, 0.0)) for name in NAMES}
+        idle = () if any(quantisation) else OF_CODES  # nobody reads a code: states are not to be pulled to any
+        self.weights = {name: 0.0 if name in idle else float(weights.get(name, 0.0)) for name in NAMES}
         self.compression, self.quantisation = tuple(compression), tuple(quantisation)
         self.temperatures, self.noise, self.anneal_share = tuple(temperatures), tuple(noise), anneal_share
         self.hold_rate, self.baseline, self.temperature = hold_rate, baseline, temperature
+        self.code_decay, self.gate_every = code_decay, gate_every
         self.meter, self.truth_meter, self.base_meter = NllMeter(), NllMeter(), NllMeter()
         self.commit_rate = MeanMetric()
         self._cost: dict[str, float | None] = {}
@@ -98,7 +119,7 @@ class OnlineConceptModule(LeapModule):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        text, setting = self._text(batch), self._setting(batch_idx)
+        text, setting = causal_text(batch), self._setting(batch_idx)
         self.model.keep_setting(setting.compression, setting.quantisation)
         # 1. what each token costs, and what became of the positions
         nll, levels = self._nll(text, setting)
@@ -108,9 +129,10 @@ class OnlineConceptModule(LeapModule):
         loss = sum(weight * raw[name] for name, weight in self.weights.items() if weight)
         # ranks wait for every weight's gradient, also while nothing is compressed and a router decides nothing
         loss = loss + 0.0 * sum(p.sum() for p in self.model.stack.parameters())
-        # 4. hold the rate that was realised
+        # 4. hold the rate that was realised, and let codes follow what they stand for
         if self.hold_rate:
-            self._hold(levels)
+            self._hold_rates(levels)
+        self._move_codes(levels, text.ids.shape[1])
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"monitor/{name}": value for name, value in (raw | online_monitors(levels)).items()})
         self.log_dict({"monitor/wanted": setting.compression, "monitor/quantisation": setting.quantisation})
@@ -119,33 +141,18 @@ class OnlineConceptModule(LeapModule):
     def _nll(self, text: CausalText, setting: Setting | None = None) -> tuple[Tensor, list[Level]]:
         """-log p of each target that counts, nats, 0 elsewhere, (B, T)."""
         valid = None if text.attention_mask is None else text.attention_mask.bool()
-        states, levels = self.model.read(text.ids, valid, text.position_ids, setting)
+        states, levels = self.model.read(text.ids, valid, text.position_ids, setting, documents=text.document_ids)
         return chosen_nll(self.model.logits(states[text.weights]), text.targets, text.weights), levels
-
-    def _hold(self, levels: list[Level]) -> None:
-        for stack, level in zip(self.model.stacks(), levels, strict=True):
-            routing = level.routing
-            sums = torch.cat(
-                [torch.stack([routing.commit.sum(), routing.valid.sum()]).double(), routing.moments.double()]
-            )
-            sums = self.all_gather(sums).reshape(-1, len(sums)).sum(0)  # the same offset on every rank
-            if sums[1] > 0:  # there may be no concepts for concepts of concepts
-                stack.router.hold(sums[0] / sums[1], routing.compression, sums[2:])
 
     def _setting(self, batch_idx: int) -> Setting:
         pairs = (self.compression, self.quantisation, self.temperatures, self.noise)
-        return Setting(*map(self._annealed, pairs), generator=self.step_generator(batch_idx))
+        gated = self.global_step % self.gate_every == 0
+        return Setting(*map(self._annealed, pairs), generator=self.step_generator(batch_idx), gated=gated)
 
     def _annealed(self, ends: tuple[float, float]) -> float:
         """From the first to the second value over the first `anneal_share` of the steps."""
         over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
         return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
-
-    @staticmethod
-    def _text(batch: dict[str, Tensor]) -> CausalText:
-        if "document_ids" in batch:
-            raise UsageError("data.document_mask=true is not known to online concepts; type data.document_mask=false")
-        return causal_text(batch)
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +169,7 @@ class OnlineConceptModule(LeapModule):
             self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meters sum over them
 
     def _measure(self, batch: dict[str, Tensor]) -> Tensor:
-        text = self._text(batch)
+        text = causal_text(batch)
         nll, levels = self._nll(text)
         self.meter.update(align_with_columns(nll, batch), token_counts(batch), batch.get("target_bytes"))
         routing = levels[0].routing
@@ -184,9 +191,9 @@ class OnlineConceptModule(LeapModule):
         """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
         self._measure(batch)
         if batch_idx == 0:
-            self._cost = self._measured_cost(self._text(batch))
+            self._cost = self._measured_cost(causal_text(batch))
         for base in self._base:
-            self.base_meter.update(causal_nll(base, self._text(batch)), token_counts(batch))
+            self.base_meter.update(causal_nll(base, causal_text(batch)), token_counts(batch))
         if hasattr(self.trainer.datamodule, "true_nll"):
             self.truth_meter.update(self.trainer.datamodule.true_nll(batch), token_counts(batch))
         return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}
@@ -201,7 +208,12 @@ class OnlineConceptModule(LeapModule):
         return figures
 
     def model_cost(self) -> dict[str, float | None]:
-        return self._cost
+        """Speeds and memory, and the plain model whose FLOPs a token are the same: a control to train beside this one."""
+        if not self._cost:
+            return {}
+        realised = 1 / float(self.commit_rate.compute())
+        share, layers = flops_share(self.model, realised), equal_layers(self.model, realised)
+        return self._cost | {"flops_share": share, "equal_layers": layers}
 
     def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
         return {"quality": {}, "cost": self._cost if k < len(self.decoders()) else {}}
@@ -245,10 +257,6 @@ class OnlineConceptModule(LeapModule):
         kept = {k: v for k, v in checkpoint["state_dict"].items() if k in self._buffers_kept()}
         super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] |= kept
-
-    def _buffers_kept(self) -> set[str]:
-        """The setting and the routers' offsets: no gradient trains them, and no other file has them."""
-        return {name for name, _ in self.named_buffers() if name == "model.setting" or name.endswith("router.offset")}
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the backbone (or its adapter) and the new weights beside it, for mode=generate."""

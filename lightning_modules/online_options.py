@@ -31,6 +31,8 @@ def check_options(
     noise: tuple[float, float],
     share: float,
     most_nulls: int,
+    code_decay: float,
+    gate_every: int,
     baseline: str | None,
 ) -> None:
     """Raise UsageError, naming module.<option>, for values that cannot work; weights by the names of `online_terms`."""
@@ -56,6 +58,10 @@ def check_options(
         )
     if not 0 <= share <= 1:
         raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")
+    if not 0 <= code_decay < 1:
+        raise UsageError(f"module.code_decay={code_decay} must be at least 0 and less than 1, such as 0.99")
+    if gate_every < 1:
+        raise UsageError(f"module.gate_every={gate_every} must be at least 1: every step carries the gradient")
     if baseline is not None and not Path(baseline).is_dir():
         raise UsageError(
             f"module.baseline={baseline} is no folder; type that of a trained causal LM, <run folder>/model"

@@ -1,4 +1,4 @@
-"""Attention of the deep layers: SDPA with a mask of true and false, or FlexAttention with blocks of it.
+"""Attention of the deep layers: SDPA with a mask of true and false, FlexAttention with blocks of it, or a mask with a gradient.
 
 Blocks pay where concepts stand together: the slots are put in the order [concepts | tokens], each in the order of the text.
 Token queries then meet all concept keys and, of the tokens, those near the diagonal; concept queries meet no token at all.
@@ -6,6 +6,7 @@ Legend: B batch, T positions, H heads, d head width.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from models.functional.attention import visible_attention
 from models.functional.commits import Packing
 from models.functional.errors import require_choice
 
 ATTENTIONS = ("sdpa", "flex")
 NAME = "leap_concepts"
+
+
+class Visible(NamedTuple):
+    """How much of each key a query sees, (B, 1, T, T), with a gradient: dense attention."""
+
+    share: Tensor
 
 
 @cache
@@ -27,9 +35,18 @@ def _compiled_flex():
 
 
 def concept_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **options
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | Visible | None,
+    **options,
 ) -> tuple[Tensor, None]:
     """In the shape that transformers asks for: query (B, H, T, d), key and value of their own heads -> (B, T, H, d)."""
+    if isinstance(attention_mask, Visible):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        out = visible_attention(query, key, value, attention_mask.share.to(query.dtype), options["scaling"])
+        return out.transpose(1, 2).contiguous(), None
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     flex = _compiled_flex() if query.is_cuda else flex_attention
@@ -38,10 +55,10 @@ def concept_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def use_attention(model: nn.Module, attention: str) -> None:
-    """Have the model's layers take block masks too. `sdpa` leaves it as it is."""
+def use_attention(model: nn.Module, attention: str, gate: str) -> None:
+    """Have the model's layers take block masks and masks with a gradient too, where they are wanted."""
     require_choice("module.attention", attention, ATTENTIONS)
-    if attention == "flex":
+    if attention == "flex" or gate == "visibility":
         AttentionInterface.register(NAME, concept_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.config._attn_implementation = NAME
@@ -52,12 +69,15 @@ def concepts_first(commit: Tensor) -> Tensor:
     return (~commit).long().argsort(dim=1, stable=True)
 
 
-def deep_block_mask(commit: Tensor, packing: Packing, valid: Tensor, order: Tensor) -> BlockMask:
+def deep_block_mask(
+    commit: Tensor, packing: Packing, valid: Tensor, order: Tensor, documents: Tensor | None = None
+) -> BlockMask:
     """`commits.deep_mask` of slots in another order, as blocks; all (B, T)."""
-    own, segment, real = (x.gather(1, order) for x in (commit, packing.segment, valid))
+    documents = torch.zeros_like(order) if documents is None else documents
+    own, segment, real, document = (x.gather(1, order) for x in (commit, packing.segment, valid, documents))
 
     def allow(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (order[b, k] <= order[b, q]) & real[b, k] & (own[b, k] | (segment[b, q] == segment[b, k]))
-        return seen | (q == k)
+        return (seen & (document[b, q] == document[b, k])) | (q == k)
 
     return create_block_mask(allow, len(commit), None, commit.shape[1], commit.shape[1], device=commit.device)

@@ -10,21 +10,22 @@ import torch
 from torch import Generator, Tensor, nn
 
 from models.backbones.row_cache import RowCache
-from models.concept.attention import concepts_first, deep_block_mask
-from models.concept.codes import Coded, ConceptCodes
+from models.concept.attention import Visible, concepts_first, deep_block_mask
+from models.concept.codes import Coded, build_codes
 from models.concept.layer_stack import LayerStack
 from models.concept.router import ReadOut, RouterState, Routing, build_router
-from models.functional.commit_gates import mix_slots, smooth_concepts
-from models.functional.commits import Packing, deep_mask, pack_commits, take
-from models.functional.errors import require_choice
+from models.functional.commit_gates import concept_visibility, mix_slots, smooth_concepts, visibility
+from models.functional.commits import Packing, deep_mask, document_begins, may_be_seen, pack_commits, take
+from models.functional.errors import UsageError, require_choice
 
-GATES = ("slot", "smooth", "mass", "none")
+GATES = ("slot", "smooth", "mass", "visibility", "none")
 
 
 class Setting(NamedTuple):
     """How strongly to compress: compression (tokens a concept, of every level), quantisation (0 states, 1 codes).
 
-    temperature and noise (0 none, 1 a full draw) of codes and commits, drawn from `generator`.
+    temperature and noise (0 none, 1 a full draw) of codes and commits, drawn from `generator`. gated: whether gate
+    `visibility` works out its gradient, for which every layer reads every position.
     """
 
     compression: float
@@ -32,6 +33,7 @@ class Setting(NamedTuple):
     temperature: float = 1.0
     noise: float = 0.0
     generator: Generator | None = None
+    gated: bool = True
 
 
 class Level(NamedTuple):
@@ -61,7 +63,7 @@ class StackState:
 class ConceptStack(nn.Module):
     """split: [shallow, middle, deep] layers of `decoder` from `first` on; middle may be such a list again.
 
-    gate: how the decision to commit gets a gradient: `slot`, `smooth`, `mass` (commit_gates) or `none`.
+    gate: how the decision to commit gets a gradient: `slot`, `smooth`, `mass`, `visibility` (commit_gates) or `none`.
     attention: of the deep layers over whole texts, `sdpa` or `flex`.
     """
 
@@ -74,6 +76,7 @@ class ConceptStack(nn.Module):
         gate: str,
         codes: int,
         most_nulls: int,
+        sampler: str = "gumbel_st",
         attention: str = "sdpa",
         loudness: float = 1.0,
         read_out: ReadOut | None = None,
@@ -83,8 +86,10 @@ class ConceptStack(nn.Module):
         super().__init__()
         require_choice("module.gate", gate, GATES)
         shallow, middle, deep = split
+        if gate == "visibility" and isinstance(middle, list):
+            raise UsageError("module.gate=visibility is of one level; type module.levels=1, or module.gate=slot")
         width = decoder.embed_tokens.weight.shape[1]
-        more = {"growth": growth, "gate": gate, "codes": codes, "most_nulls": most_nulls}
+        more = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
         more |= {"attention": attention, "loudness": loudness}
         self.inner = (
             ConceptStack(decoder, middle, **more, first=first + shallow, **like) if isinstance(middle, list) else None
@@ -94,7 +99,7 @@ class ConceptStack(nn.Module):
         self.shallow = LayerStack(decoder, first, first + shallow)
         self.middle = None if self.inner is not None else LayerStack(decoder, first + shallow, first + shallow + size)
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
-        self.codes = ConceptCodes(width, codes, loudness, **like)
+        self.codes = build_codes(sampler, width, codes, loudness, **like)
         self.router = build_router(growth, width, most_nulls, self.codes, read_out, **like)
         # a tail position skips the middle stack; what it does there instead starts as nothing
         self.bridge = nn.Linear(width, width, bias=False, **like)
@@ -103,24 +108,41 @@ class ConceptStack(nn.Module):
     # -- a whole text -------------------------------------------------------------------------------------------------
 
     def read(
-        self, states: Tensor, positions: Tensor, valid: Tensor, setting: Setting, state: StackState | None = None
+        self,
+        states: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        setting: Setting,
+        state: StackState | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
-        """(B, T, D), (B, T), valid (B, T) bool -> states (B, T, D) and what each level did, the outermost first."""
+        """(B, T, D), (B, T), valid (B, T) bool -> states (B, T, D) and what each level did, the outermost first.
+
+        documents (B, T): where rows have several, nothing of one reaches another.
+        """
         # 1. every position
-        hidden = self.shallow.read(states, positions, valid, state and state.shallow)
+        hidden = self.shallow.read(states, positions, valid, state and state.shallow, documents)
         # 2. which of them become concepts
-        routing, after = self._route(hidden, valid, state and state.router, setting)
+        routing, after = self._route(hidden, valid, state and state.router, setting, documents)
         packing = pack_commits(routing.commit)
-        # 3. concepts alone
-        chosen = take(hidden, packing.index)
-        sure = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
-        coded = self._code(chosen, sure, setting)
-        concepts, inner = self._middle(coded.embeds, take(positions, packing.index), packing.real, setting, state)
-        if self.gate == "smooth":
-            concepts = smooth_concepts(concepts, sure)
-        # 4. concepts, and each position's own tail
-        slots = self._slots(hidden, concepts, routing, packing.segment, packing.slot)
-        out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep)
+        owners = None if documents is None else take(documents, packing.index)
+        if self.gate == "visibility" and setting.gated and routing.probability.requires_grad and state is None:
+            out, coded, inner = *self._dense(hidden, positions, routing, packing, valid, setting, documents), []
+        else:
+            # 3. concepts alone
+            chosen = take(hidden, packing.index)
+            sure = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
+            coded = self._code(chosen, sure, setting)
+            packed = take(positions, packing.index), packing.real, setting, state
+            concepts, inner = self._middle(coded.embeds, *packed, owners)
+            if self.gate == "smooth":
+                concepts = smooth_concepts(concepts, sure, begins=None if owners is None else document_begins(owners))
+            # 4. concepts, and each position's own tail
+            behind = packing.segment > 0  # a concept is never seen from before it, nor from another document
+            if documents is not None:
+                behind = behind & (owners.gather(1, packing.slot) == documents)
+            slots = self._slots(hidden, take(concepts, packing.slot) * behind.unsqueeze(-1), routing)
+            out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep, documents)
         if state is not None:
             count = packing.segment[:, -1]
             state.deep.keep(routing.commit | (valid & (packing.segment == count.unsqueeze(1))))
@@ -129,11 +151,16 @@ class ConceptStack(nn.Module):
         return out, [Level(routing, coded, packing.real, hidden), *inner]
 
     def _route(
-        self, hidden: Tensor, valid: Tensor, state: RouterState | None, setting: Setting
+        self,
+        hidden: Tensor,
+        valid: Tensor,
+        state: RouterState | None,
+        setting: Setting,
+        documents: Tensor | None = None,
     ) -> tuple[Routing, RouterState]:
         state = self.router.start(len(hidden), hidden.device) if state is None else state
         draws = {"noise": setting.noise, "generator": setting.generator}
-        return self.router(hidden, valid, state, self.codes, compression=setting.compression, **draws)
+        return self.router(hidden, valid, state, self.codes, documents, compression=setting.compression, **draws)
 
     def _code(self, chosen: Tensor, sure: Tensor, setting: Setting) -> Coded:
         return self.codes(
@@ -147,30 +174,64 @@ class ConceptStack(nn.Module):
         )
 
     def _middle(
-        self, concepts: Tensor, positions: Tensor, real: Tensor, setting: Setting, state: StackState | None
+        self,
+        concepts: Tensor,
+        positions: Tensor,
+        real: Tensor,
+        setting: Setting,
+        state: StackState | None,
+        owners: Tensor | None,
     ) -> tuple[Tensor, list[Level]]:
         if self.inner is not None:
-            return self.inner.read(concepts, positions, real, setting, state and state.middle)
-        return self.middle.read(concepts, positions, real, state and state.middle), []
+            return self.inner.read(concepts, positions, real, setting, state and state.middle, owners)
+        return self.middle.read(concepts, positions, real, state and state.middle, owners), []
 
-    def _slots(self, hidden: Tensor, concepts: Tensor, routing: Routing, segment: Tensor, slot: Tensor) -> Tensor:
-        """What each position gives the deep stack: its concept, or its shallow state."""
+    def _slots(self, hidden: Tensor, last: Tensor, routing: Routing) -> Tensor:
+        """What each position gives the deep stack: its concept, or its shallow state; last: the concept at or before it."""
         token = self._bridged(hidden)
-        last = take(concepts, slot) * (segment > 0).unsqueeze(-1)  # never a concept that is still to come
         if self.gate == "slot":
             return mix_slots(routing.commit, routing.probability, last, token)
         return torch.where(routing.commit.unsqueeze(-1), last, token)
 
     def _deep(
-        self, slots: Tensor, positions: Tensor, commit: Tensor, packing: Packing, valid: Tensor, cache: RowCache | None
+        self,
+        slots: Tensor,
+        positions: Tensor,
+        commit: Tensor,
+        packing: Packing,
+        valid: Tensor,
+        cache: RowCache | None,
+        documents: Tensor | None,
     ) -> Tensor:
-        if bool(commit.all()):
+        whole = commit, packing.segment, valid, documents
+        if bool(commit.all()) and documents is None:
             return self.deep.run(slots, positions, None, cache)
         if self.attention == "sdpa" or cache is not None:
-            return self.deep.run(slots, positions, deep_mask(commit, packing.segment, valid), cache)
+            return self.deep.run(slots, positions, deep_mask(*whole), cache)
         order = concepts_first(commit)
-        mask = deep_block_mask(commit, packing, valid, order)
+        mask = deep_block_mask(commit, packing, valid, order, documents)
         return take(self.deep.run(take(slots, order), take(positions, order), mask), order.argsort(1))
+
+    def _dense(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        routing: Routing,
+        packing: Packing,
+        valid: Tensor,
+        setting: Setting,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, Coded]:
+        """The same values with every position as a concept of its own, which is seen or not: what a NULL would have been
+        as a concept, and a concept as a NULL, gives each decision its gradient.
+        """
+        commit, probability, may = routing.commit, routing.probability, may_be_seen(valid, documents)
+        coded = self._code(hidden, probability, setting)
+        concepts = self.middle.run(coded.embeds, positions, Visible(concept_visibility(commit, probability, may)))
+        slots = mix_slots(commit, probability, concepts, self._bridged(hidden))
+        seen = deep_mask(commit, packing.segment, valid, documents)
+        out = self.deep.run(slots, positions, Visible(visibility(seen, probability, may)))
+        return out, Coded(*(part if part is None else take(part, packing.index) for part in coded))
 
     def _bridged(self, hidden: Tensor) -> Tensor:
         return hidden + self.bridge(self.codes.normed(hidden))

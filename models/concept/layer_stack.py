@@ -40,9 +40,16 @@ class LayerStack:
 
     # -- as a stage that reads from left to right ---------------------------------------------------------------------
 
-    def read(self, states: Tensor, positions: Tensor, valid: Tensor, cache: RowCache | None = None) -> Tensor:
-        """A whole text; valid (B, T) bool is False on padding. A cache keeps what it read."""
-        out = self.run(states, positions, text_mask(valid), cache)
+    def read(
+        self,
+        states: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        cache: RowCache | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """A whole text, or several documents (B, T) a row; valid (B, T) bool is False on padding. A cache keeps all of it."""
+        out = self.run(states, positions, text_mask(valid, documents), cache)
         if cache is not None:
             cache.keep(valid)
         return out

@@ -18,7 +18,8 @@ class OnlineConceptModel(nn.Module):
     """backbone: a causal LM of transformers in the layout of Llama and Qwen3, whole or with adapters.
 
     split: layers of [shallow, middle, deep], None is 2 : 3 : 2; levels: 2 splits the middle again in the same proportions.
-    growth: which positions commit (router.GROWTH); most_nulls: NULLs that may follow each other; codes: of the concepts.
+    growth: which positions commit (router.GROWTH); most_nulls: NULLs that may follow each other; codes: of the concepts,
+    chosen as `sampler` says (`quantiser.Sampler`).
     gate: how the decision to commit gets its gradient (concept_stack.GATES). attention: sdpa, or flex for long texts on a GPU.
     The setting last trained with is kept in buffers, beside the routers' offsets.
     """
@@ -32,6 +33,7 @@ class OnlineConceptModel(nn.Module):
         growth: str = "null",
         gate: str = "slot",
         codes: int = 4096,
+        sampler: str = "gumbel_st",
         most_nulls: int = 15,
         compression: float = 4.0,
         quantisation: float = 1.0,
@@ -39,7 +41,7 @@ class OnlineConceptModel(nn.Module):
     ) -> None:
         super().__init__()
         decoder = require_layout(backbone)
-        use_attention(backbone, attention)
+        use_attention(backbone, attention, gate)
         split = suggested_split(len(decoder.layers)) if split is None else list(split)
         require_split(split, len(decoder.layers))
         if levels < 1 or (levels > 1 and isinstance(split[1], list)):
@@ -51,7 +53,8 @@ class OnlineConceptModel(nn.Module):
         table = backbone.get_input_embeddings().weight
         like = {"device": table.device, "dtype": table.dtype}
         self.backbone, self.split, self.levels = backbone, split, levels
-        options = {"growth": growth, "gate": gate, "codes": codes, "most_nulls": most_nulls, "attention": attention}
+        options = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
+        options["attention"] = attention
         loudness = table.detach().float().std().item()  # codes start as loud as words
         self.stack = ConceptStack(decoder, split, **options, loudness=loudness, read_out=self.read_out, **like)
         # (compression, quantisation)
@@ -74,15 +77,20 @@ class OnlineConceptModel(nn.Module):
         positions: Tensor | None = None,
         setting: Setting | None = None,
         state: StackState | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
         """States (B, T, D) after the last norm, and what each level did.
 
         ids (B, T); valid (B, T) bool is False on padding, left or right; positions (B, T), None counts what is valid.
+        documents (B, T): which one a position belongs to, None where each row is one text; `positions` count from 0 in each.
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         positions = positions_from_mask(valid) if positions is None else positions
         setting = self.kept_setting() if setting is None else setting
-        states, levels = self.stack.read(self.backbone.get_input_embeddings()(ids), positions, valid, setting, state)
+        if documents is not None and bool((documents == documents[:, :1]).all()):
+            documents = None
+        embeds = self.backbone.get_input_embeddings()(ids)
+        states, levels = self.stack.read(embeds, positions, valid, setting, state, documents)
         return self.backbone.get_decoder().norm(states), levels
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -136,4 +144,5 @@ class OnlineConceptModel(nn.Module):
         ids = torch.arange(4, device=self.setting.device).unsqueeze(0)
         states, _ = self.read(ids, setting=Setting(compression=1.0, quantisation=0.0))
         require_same(self.backbone(input_ids=ids, use_cache=False).logits, self.logits(states))
-        self.train(was_training)
+        self.stack.train()  # what is new is trained, whatever mode the backbone came in
+        self.backbone.train(was_training)

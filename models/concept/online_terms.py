@@ -14,6 +14,7 @@ from models.functional.next_token import CausalText
 from models.functional.usage import usage_kl
 
 NAMES = ("text", "ratio", "code", "usage", "draft")
+OF_CODES = ("code", "usage")
 
 
 def online_terms(model: OnlineConceptModel, levels: list[Level], text: CausalText) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Generator, Tensor, nn
 
-from models.concept.vocabulary import IMPOSSIBLE, ConceptType, ConceptVocabulary
+from models.concept.vocabulary import IMPOSSIBLE, ConceptVocabulary
 from models.functional.errors import UsageError, require_choice
 from models.functional.fsq import fsq_bound, fsq_lattice, fsq_levels
 from models.functional.gumbel import Choice, one_hot_argmax
@@ -44,26 +44,29 @@ class Coded(NamedTuple):
     hard_embeds: Tensor
 
 
-class TypeSpace(nn.Module):
-    """Points and codes of one type. `book.codes` (V, d) are where the codes lie."""
+class CodeSpace(nn.Module):
+    """Points and `codes` codes, such as those of one type; the buffer `codes` (V, d) says where they lie.
 
-    def __init__(self, kind: ConceptType, width: int, spread: float, sampler: str) -> None:
+    spread: of fresh embeddings. option: what sets the number of codes, for a number that makes no lattice.
+    """
+
+    def __init__(self, codes: int, width: int, spread: float, sampler: str, option: str) -> None:
         super().__init__()
         self.moving = sampler == "ema_vq"
         if self.moving:
-            codes = torch.zeros(kind.codes, COORDINATES)
+            places = torch.zeros(codes, COORDINATES)
         else:
-            levels = fsq_levels(kind.codes, f"module.types.{kind.name}.codes")
-            codes = fsq_lattice(levels)
+            levels = fsq_levels(codes, option)
+            places = fsq_lattice(levels)
             self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
-        coordinates = codes.shape[1]
+        coordinates = places.shape[1]
         self.to_point = nn.Linear(width, coordinates, bias=False)
         self.to_embedding = nn.Linear(coordinates, width, bias=False)
         nn.init.normal_(self.to_point.weight, std=width**-0.5)
         nn.init.normal_(self.to_embedding.weight, std=spread / math.sqrt(coordinates))
-        self.register_buffer("codes", codes)
-        self.register_buffer("counts", torch.zeros(kind.codes))
-        self.register_buffer("sums", torch.zeros_like(codes))
+        self.register_buffer("codes", places)
+        self.register_buffer("counts", torch.zeros(codes))
+        self.register_buffer("sums", torch.zeros_like(places))
 
     def point(self, state: Tensor) -> Tensor:
         point = self.to_point(state)
@@ -103,7 +106,7 @@ class TypeSpace(nn.Module):
 
 
 class Quantiser(nn.Module):
-    """A `TypeSpace` a type. Types have as many concepts as `most` says: no code stands for an end."""
+    """A `CodeSpace` a type. Types have as many concepts as `most` says: no code stands for an end."""
 
     def __init__(self, sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float) -> None:
         super().__init__()
@@ -113,7 +116,9 @@ class Quantiser(nn.Module):
                     f"module.sampler={sampler} has no code for an end; type module.types.{t.name}.least=null, "
                     "or module.sampler=gumbel_st"
                 )
-        self.spaces = nn.ModuleList(TypeSpace(t, width, spread, sampler) for t in vocabulary.types)
+        self.spaces = nn.ModuleList(
+            CodeSpace(t.codes, width, spread, sampler, f"module.types.{t.name}.codes") for t in vocabulary.types
+        )
         self.slot_types = vocabulary.slot_types.tolist()
         self.choices = vocabulary.choices.shape[1]
 

@@ -81,6 +81,7 @@ class Router(nn.Module):
         valid: Tensor,
         state: RouterState,
         codes: ConceptCodes,
+        documents: Tensor | None = None,
         *,
         compression: float,
         noise: float = 0.0,
@@ -88,10 +89,14 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterState]:
         """hidden (B, T, D), valid (B, T) bool -> `Routing`, and the state behind these positions.
 
-        noise: 1 draws commits with their probability, 0 commits where it is above one half.
+        documents (B, T): where a row has several, each starts anew. noise: 1 draws commits with their probability, 0 commits
+        where it is above one half.
         """
         place = state.place.unsqueeze(1) + valid.long().cumsum(1) - 1
         after = state._replace(place=state.place + valid.sum(1))
+        if documents is not None:
+            place = commits.places_in_documents(place, documents)
+        begins = (place == 0) & valid
         if compression == 1:
             one = torch.ones_like(valid, dtype=hidden.dtype)
             return Routing(valid, one, valid, one.new_zeros(3), 1.0), after
@@ -101,7 +106,7 @@ class Router(nn.Module):
             scores = scores + noise * (gumbel_noise(scores, generator) - gumbel_noise(scores, generator))  # logistic
         # 2. commits, and forced ones
         natural, probability, total = self.decide(scores, valid, place, state, compression)
-        commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since)
+        commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since, begins)
         since = commits.nulls_since(commit, valid, state.since)
         real = scores.detach()[valid]
         moments = torch.stack([valid.sum().to(real.dtype), real.sum(), real.square().sum()])
@@ -123,6 +128,10 @@ class Router(nn.Module):
         count, total, squares = moments
         return (squares / count - (total / count).square()).clamp(min=LEAST_SPREAD**2).sqrt()
 
+    def multiplied(self, codes: ConceptCodes, words: int) -> int:
+        """Weights that every position is multiplied with; words: those of the backbone's output layer."""
+        return sum(p.numel() for p in self.parameters() if p.ndim == 2)
+
     @torch.no_grad()
     def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
         """Move the offset after a step; realised rate and moments are those of all ranks."""
@@ -138,14 +147,17 @@ class NullRouter(Router):
         self.null = nn.Linear(width, 1, **like)
         nn.init.zeros_(self.null.weight)
         # what all codes together weigh at states of any direction, so that a fresh router's scores lie around 0
-        states = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(codes.head.weight)
+        states = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(next(codes.parameters()))
         with torch.no_grad():
-            self.null.bias.fill_((codes.logits(states).float().logsumexp(-1) - null_bias(2.0, codes.codes)).mean())
+            self.null.bias.fill_((codes.log_mass(states).float() - null_bias(2.0, codes.codes)).mean())
 
     def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
         # without noise a choice among all of them would never commit: first NULL or not, then which code
-        log_codes = at_least_float32(codes.logits(hidden)).logsumexp(-1)
-        return log_codes - null_bias(2.0, codes.codes) - self.null(codes.normed(hidden)).squeeze(-1)
+        log_odds = codes.log_mass(hidden) - null_bias(2.0, codes.codes)
+        return log_odds - self.null(codes.normed(hidden)).squeeze(-1)
+
+    def multiplied(self, codes: ConceptCodes, words: int) -> int:
+        return super().multiplied(codes, words) + codes.weighed
 
 
 class ScoreRouter(Router):
@@ -171,8 +183,9 @@ class AutoregressiveRouter(ScoreRouter):
     def decide(
         self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        begins = (place == 0) & valid
         with torch.no_grad():
-            nulls = commits.renewal_nulls(scores, self.by_distance, valid, self.most_nulls, state.since)
+            nulls = commits.renewal_nulls(scores, self.by_distance, valid, self.most_nulls, state.since, begins)
         scores = scores + self.by_distance[nulls.clamp(max=self.most_nulls)]
         return scores > 0, scores.sigmoid(), state.total
 
@@ -183,8 +196,8 @@ class AccumulateRouter(ScoreRouter):
     def decide(
         self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        increments = scores.sigmoid()
-        natural, total = commits.accumulated_commits((increments * valid).detach(), state.total)
+        increments, begins = scores.sigmoid(), (place == 0) & valid
+        natural, total = commits.accumulated_commits((increments * valid).detach(), state.total, begins)
         return natural, increments, total
 
     def spread(self, moments: Tensor) -> Tensor:
@@ -207,6 +220,16 @@ class FixedRouter(Router):
 
     def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
         """Its rate is what it is."""
+
+
+class RandomRouter(FixedRouter):
+    """A control: as many commits as `FixedRouter` makes, at places that are drawn without a look at the text."""
+
+    def decide(
+        self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        natural = commits.drawn_commits(place, compression) & valid
+        return natural, natural.to(scores.dtype), state.total
 
 
 class EntropyRouter(Router):
@@ -234,12 +257,16 @@ class EntropyRouter(Router):
             log_p = at_least_float32(self.draft(hidden)).log_softmax(-1)
             return -(log_p.exp() * log_p).sum(-1)
 
+    def multiplied(self, codes: ConceptCodes, words: int) -> int:
+        return super().multiplied(codes, words) + words
+
 
 GROWTH = {
     "autoregressive": AutoregressiveRouter,
     "null": NullRouter,
     "accumulate": AccumulateRouter,
     "fixed": FixedRouter,
+    "random": RandomRouter,
     "entropy": EntropyRouter,
 }
 

@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from models.functional.precision import as_autocast, in_full
+
+MOST_ABOVE = 10.0  # nats by which a hidden key may outscore the seen ones
+
 
 def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q kᵀ scale) v without a causal mask. q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L), True = may be seen."""
@@ -32,13 +36,16 @@ def gated_prefix_attention(
     differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
     if not differentiated:
         return _fused_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, scale)
-    return _GatedPrefixAttention.apply(q, k, v, mask, k_prefix, v_prefix, gate, scale)[0]
+    q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
+    with in_full(q):
+        return _GatedPrefixAttention.apply(q, k, v, mask, k_prefix, v_prefix, gate, scale)[0]
 
 
 def _fused_prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k_prefix: Tensor, v_prefix: Tensor, gate: Tensor, scale: float
 ) -> Tensor:
     """The same without derivatives: a prefix whose scores are raised by log g, in one fused kernel."""
+    q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
     batch, heads, length, _ = q.shape
     places = k_prefix.shape[2]
     bias = q.new_zeros(batch, heads, length, places + length)
@@ -48,6 +55,22 @@ def _fused_prefix_attention(
     keys = torch.cat([k_prefix.expand(batch, -1, -1, -1), k], 2)
     values = torch.cat([v_prefix.expand(batch, -1, -1, -1), v], 2)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
+
+
+def visible_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    r"""Causal attention in which each key counts as much as it is visible, w >= 0: with 0 and 1 it is masked attention.
+
+    .. math:: o_q = \sum_{k \le q} w_{qk} e^{s_{qk}} v_k \Big/ \sum_{k \le q} w_{qk} e^{s_{qk}}
+
+    A mask of -inf could pass no gradient to what it hides; w can. q, k, v (B, H, L, d), w (B, 1, L, L).
+    """
+    scores = (q @ k.mT) * scale
+    ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    scores = scores.masked_fill(ahead, -torch.inf)
+    top = scores.masked_fill(visible == 0, -torch.inf).amax(-1, keepdim=True).detach()
+    # what is hidden may score higher by far than what is seen: its share is cut, and never infinite
+    weights = visible * (scores - top).clamp(max=MOST_ABOVE).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
 class _GatedPrefixAttention(Function):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from models.functional.gumbel import straight_through
 
+LEAST_NULL = 1e-6  # 1 - p of a position that is sure to commit
+
 
 def mix_slots(commit: Tensor, probability: Tensor, concept: Tensor, token: Tensor) -> Tensor:
     """w z + (1 - w) b with w = g + p - sg(p): z at commits, b elsewhere, and dL/dp = <dL/d slot, z - b> everywhere.
@@ -20,20 +22,54 @@ def mix_slots(commit: Tensor, probability: Tensor, concept: Tensor, token: Tenso
     return gate * concept + (1 - gate) * token
 
 
-def smooth_concepts(concepts: Tensor, probability: Tensor, before: Tensor | None = None) -> Tensor:
+def smooth_concepts(
+    concepts: Tensor, probability: Tensor, before: Tensor | None = None, begins: Tensor | None = None
+) -> Tensor:
     r"""Each concept mixed with those before it by how sure its commit was (Hwang et al., 2507.07955).
 
     .. math:: \bar z_m = p_m z_m + (1 - p_m) \bar z_{m-1}, \qquad \bar z_{-1} = z_0
 
-    concepts (B, M, D), probability (B, M) in (0, 1], before (B, D): the last one of an earlier call. Unlike the other
+    concepts (B, M, D), probability (B, M) in (0, 1], before (B, D): the last one of an earlier call; begins (B, M)
+    bool: the first of a document, which none stands before. Unlike the other
     forms it changes the value wherever p < 1.
     """
     smooth, last = [], concepts[:, 0] if before is None else before
     for m in range(concepts.shape[1]):
         p = probability[:, m].to(concepts.dtype).unsqueeze(-1)
+        if begins is not None:
+            p = torch.where(begins[:, m : m + 1], torch.ones_like(p), p)
         last = p * concepts[:, m] + (1 - p) * last
         smooth.append(last)
     return torch.stack(smooth, 1)
+
+
+def concept_visibility(commit: Tensor, probability: Tensor, may: Tensor) -> Tensor:
+    """What a concept at q would see of others, (B, 1, T, T): g + p - sg(p) of every k < q, and itself.
+
+    commit (B, T) bool, probability (B, T), may (B, T, T) bool: `commits.may_be_seen`.
+    """
+    gate = straight_through(commit.to(probability.dtype), probability).unsqueeze(1)
+    eye = torch.eye(may.shape[-1], dtype=probability.dtype, device=may.device)
+    return ((gate * may).tril(-1) + eye).unsqueeze(1)
+
+
+def visibility(seen: Tensor, probability: Tensor, may: Tensor) -> Tensor:
+    """What the deep stack sees, as numbers: the value of seen (B, 1, T, T) bool, the gradient of `soft_visibility`."""
+    soft = soft_visibility(probability, may)
+    return straight_through(seen.to(soft.dtype), soft)
+
+
+def soft_visibility(probability: Tensor, may: Tensor) -> Tensor:
+    r"""The probability that k is seen from q > k: either k commits, or no position behind it has committed yet.
+
+    .. math:: s_{qk} = p_k + (1 - p_k) \prod_{j=k+1}^{q} (1 - p_j)
+
+    probability (B, T); may (B, T, T) bool: `commits.may_be_seen`; 0 elsewhere, and at k = q. Returns (B, 1, T, T).
+    """
+    stay = torch.log1p(-probability.clamp(max=1 - LEAST_NULL)).cumsum(1)
+    alive = (stay.unsqueeze(2) - stay.unsqueeze(1)).tril().exp()
+    own = probability.unsqueeze(1)
+    return ((own + (1 - own) * alive).tril(-1) * may).unsqueeze(1)
 
 
 def keep_null_mass(soft: Tensor, probability: Tensor) -> Tensor:

@@ -44,39 +44,65 @@ def take(states: Tensor, index: Tensor) -> Tensor:
     return states.gather(1, flat.expand(*index.shape, *states.shape[2:]))
 
 
-def text_mask(valid: Tensor) -> Tensor | None:
-    """What the shallow stack may see, (B, 1, T, T) bool: real positions up to the query, and itself.
+def may_be_seen(valid: Tensor, documents: Tensor | None = None) -> Tensor:
+    """What any stack may see, (B, T, T) bool: real positions up to the query, of its own document where a row has several.
 
-    valid (B, T) bool. None where nothing that is padding stands before something real: causal attention is then enough.
+    valid (B, T) bool; documents (B, T): which one a position belongs to, None where each row is one text.
     """
-    if bool((valid.long().cummin(1).values == valid.long()).all()):
+    seen = valid.unsqueeze(1).expand(-1, valid.shape[1], -1)
+    if documents is not None:
+        seen = seen & (documents.unsqueeze(2) == documents.unsqueeze(1))
+    return seen.tril()
+
+
+def text_mask(valid: Tensor, documents: Tensor | None = None) -> Tensor | None:
+    """What the shallow stack may see, (B, 1, T, T) bool: `may_be_seen`, and the query itself.
+
+    None where nothing that is padding stands before something real: causal attention is then enough.
+    """
+    if documents is None and bool((valid.long().cummin(1).values == valid.long()).all()):
         return None
-    length = valid.shape[1]
-    eye = torch.eye(length, dtype=torch.bool, device=valid.device)
-    return ((valid.unsqueeze(1) & eye.logical_not()).tril() | eye).unsqueeze(1)
+    eye = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    return (may_be_seen(valid, documents) | eye).unsqueeze(1)
 
 
-def deep_mask(commit: Tensor, segment: Tensor, valid: Tensor) -> Tensor:
+def deep_mask(commit: Tensor, segment: Tensor, valid: Tensor, documents: Tensor | None = None) -> Tensor:
     """What the deep stack may see, (B, 1, T, T) bool, True = may be seen; all (B, T).
 
     allow(q, k) = k <= q and valid_k and (g_k or segment_q = segment_k), or k = q. A concept sees concepts alone (a NULL
-    position before it has another segment), a tail position the concepts before it and its own tail.
+    position before it has another segment), a tail position the concepts before it and its own tail; both of their own
+    document.
     """
     seen = commit.unsqueeze(1) | (segment.unsqueeze(2) == segment.unsqueeze(1))
     eye = torch.eye(commit.shape[1], dtype=torch.bool, device=commit.device)
-    return ((seen & valid.unsqueeze(1)).tril() | eye).unsqueeze(1)
+    return ((seen & may_be_seen(valid, documents)) | eye).unsqueeze(1)
 
 
-def cap_nulls(natural: Tensor, valid: Tensor, most: int, since: Tensor) -> Tensor:
+def document_begins(documents: Tensor) -> Tensor:
+    """(B, T) bool: True at the first position of each run of equal documents (B, T)."""
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return begins
+
+
+def places_in_documents(place: Tensor, documents: Tensor) -> Tensor:
+    """Places (B, T) counted anew from 0 in every document; both (B, T)."""
+    return place - torch.where(document_begins(documents), place, place.amin()).cummax(1).values
+
+
+def cap_nulls(natural: Tensor, valid: Tensor, most: int, since: Tensor, begins: Tensor | None = None) -> Tensor:
     """natural commits (B, T) with a forced one wherever more than `most` NULLs would follow each other.
 
     d = t - last natural commit, t counted over valid positions; forced where NULL and d is a multiple of most + 1.
-    since (B,): NULLs in a row before the first of these positions; 0 at the beginning of a text.
+    since (B,): NULLs in a row before the first of these positions; 0 at the beginning of a text. begins (B, T) bool: where
+    a text begins.
     """
-    place = valid.long().cumsum(1) - 1
-    before = (-1 - since).unsqueeze(1)
-    last = torch.maximum(torch.where(natural, place, before).cummax(1).values, before)
-    distance = place - last
+    at = valid.long().cumsum(1) - 1
+    before = (-1 - since).unsqueeze(1).expand_as(at)
+    if begins is not None:
+        before = torch.where(begins, at - 1, before).cummax(1).values
+    last = torch.where(natural, at, before).cummax(1).values
+    distance = at - last
     return natural | (valid & (distance > 0) & (distance % (most + 1) == 0))
 
 
@@ -96,23 +122,49 @@ def even_commits(place: Tensor, compression: float) -> Tensor:
     return torch.floor((place + 1).double() * rate + 1e-9) > torch.floor(place.double() * rate + 1e-9)
 
 
-def accumulated_commits(increments: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def drawn_commits(place: Tensor, compression: float, block: int = 16) -> Tensor:
+    """As many commits in every `block` places as `even_commits` has, at places that a hash draws; the same in every text.
+
+    place (B, T): positions counted from the text's beginning. What is read has no say in it.
+    """
+    first = place - place % block
+    others = first.unsqueeze(-1) + torch.arange(block, device=place.device)
+    rank = (_hashed(others) < _hashed(place).unsqueeze(-1)).sum(-1)
+    before, after = (torch.floor(at.double() / compression + 1e-9) for at in (first, first + block))
+    return rank < after - before
+
+
+def _hashed(numbers: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 (Appleby): 32 bits of each number of int64 in which neighbours have nothing in common."""
+    x = ((numbers + 1) * 0x9E3779B1) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def accumulated_commits(increments: Tensor, total: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Integrate and fire (Dong & Xu, 1905.11235): a commit wherever the running sum passes a whole number.
 
     increments (B, T) in [0, 1], total (B,) from before -> commits (B, T) bool and the new total, both summed in float64.
+    begins (B, T) bool: where a text begins, and with it another sum.
     """
     sums = torch.cat([total.double().unsqueeze(1), increments.double()], 1).cumsum(1)
-    return torch.floor(sums[:, 1:]) > torch.floor(sums[:, :-1]), sums[:, -1]
+    after, before = sums[:, 1:], sums[:, :-1]
+    start = torch.zeros_like(before) if begins is None else torch.where(begins, before, 0.0).cummax(1).values
+    return torch.floor(after - start) > torch.floor(before - start), after[:, -1] - start[:, -1]
 
 
-def renewal_nulls(scores: Tensor, by_distance: Tensor, valid: Tensor, most: int, since: Tensor) -> Tensor:
+def renewal_nulls(
+    scores: Tensor, by_distance: Tensor, valid: Tensor, most: int, since: Tensor, begins: Tensor | None = None
+) -> Tensor:
     """NULLs in a row before each position, (B, T), where each decision depends on how long ago the last commit was.
 
     A position commits where scores (B, T) + by_distance[NULLs in a row before it] > 0, or where more than `most` NULLs would
-    follow each other. by_distance (most + 1,); since (B,) as in `cap_nulls`.
+    follow each other. by_distance (most + 1,); since (B,) and begins (B, T) as in `cap_nulls`.
     """
     before = []
     for t in range(scores.shape[1]):
+        since = since if begins is None else torch.where(begins[:, t], 0, since)
         before.append(since)
         commits = (scores[:, t] + by_distance[since.clamp(max=most)] > 0) | (since >= most)
         since = torch.where(valid[:, t], torch.where(commits, 0, since + 1), since)

@@ -4,14 +4,16 @@ import pytest
 import torch
 from helpers_causal import tiny_causal
 from helpers_online import in_float64, naive_logits, padded, ragged, texts, tiny_online
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from models.backbones.causal_lm import with_adapters
 from models.concept.attention import concepts_first, deep_block_mask
-from models.concept.concept_stack import Setting
+from models.concept.concept_stack import GATES, Setting
 from models.concept.layer_stack import nested_split
 from models.concept.online_model import OnlineConceptModel
 from models.concept.router import GROWTH
+from models.functional import commit_gates
 from models.functional.commits import deep_mask, pack_commits
 from models.functional.errors import UsageError
 
@@ -80,12 +82,12 @@ def test_without_compression_it_is_the_backbone(architecture, levels):
 
 def test_every_gate_leaves_a_sure_choice_as_it_is():
     ids, every = texts(), Setting(compression=1.0, quantisation=0.0)
-    for gate in ("slot", "smooth", "mass", "none"):
+    for gate in GATES:
         model = tiny_online(gate=gate)
         assert torch.equal(model.logits(model.read(ids, setting=every)[0]), model.backbone(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("gate", ["slot", "smooth", "mass"])
+@pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "visibility"])
 @pytest.mark.parametrize("growth", GROWTH)
 def test_nothing_looks_ahead(growth, gate):
     """Neither a value nor a gradient: changing a token changes nothing before it."""
@@ -119,12 +121,93 @@ def test_padding_moves_nothing(growth, left):
     assert not levels[0].routing.commit[~valid].any()
 
 
-@pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "none"])
+@pytest.mark.parametrize(
+    ("growth", "gate", "split"),
+    [
+        *((growth, "slot", (1, 2, 1)) for growth in GROWTH),
+        *(("null", gate, (1, 2, 1)) for gate in ("smooth", "visibility")),
+        *(("autoregressive", gate, (1, [1, 1, 1], 1)) for gate in ("slot", "smooth")),
+    ],
+)
+def test_documents_of_a_row_are_documents_alone(growth, gate, split):
+    """Values and gradients: a row of three documents is three rows, whatever was before them."""
+    model, ids = tiny_online(split, growth=growth, gate=gate).double().train(), texts(rows=2, length=30)
+    documents = torch.tensor([[0] * 11 + [1] * 1 + [2] * 18, [0] * 7 + [1] * 21 + [2] * 2])
+    places = torch.cat([torch.arange(n) for n in (11, 1, 18, 7, 21, 2)]).view(2, 30)
+    mix = torch.randn(2, 30, 16, dtype=torch.float64)
+    together, levels = model.read(ids, positions=places, setting=HALF, documents=documents)
+    (together * mix).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for row in range(2):
+        for document in range(3):
+            own = documents[row] == document
+            alone, level = model.read(ids[row, own][None], setting=HALF)
+            torch.testing.assert_close(together[row, own], alone[0], atol=1e-12, rtol=1e-12)
+            assert torch.equal(levels[0].routing.commit[row, own], level[0].routing.commit[0])
+            (alone[0] * mix[row, own]).sum().backward()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, model.get_parameter(name).grad, atol=1e-10, rtol=1e-10, msg=name)
+    merged, _ = model.read(ids, positions=places, setting=HALF)  # the control: one text a row
+    assert (merged - together).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "visibility", "none"])
 def test_the_decision_to_commit_gets_a_gradient_from_the_text(gate):
     model, ids = tiny_online(gate=gate, growth="null").train(), texts()
     model.read(ids, setting=HALF)[0].sum().backward()
     grad = model.stack.router.null.weight.grad
     assert (grad is None or grad.abs().max() == 0) == (gate == "none")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_gate_of_visibility_sees_what_the_mask_lets_see(architecture):
+    model, ids = tiny_online(gate="visibility", architecture=architecture), texts()
+    dense = model.logits(model.read(ids, setting=HALF)[0])
+    plain = model.logits(model.read(ids, setting=HALF._replace(gated=False))[0])
+    torch.testing.assert_close(dense, plain, atol=1e-12, rtol=1e-12)
+    grads = [torch.autograd.grad(logits.square().sum(), model.stack.bridge.weight)[0] for logits in (dense, plain)]
+    torch.testing.assert_close(*grads, atol=1e-10, rtol=1e-10)
+
+
+def test_the_gate_of_visibility_has_the_gradient_of_the_text_s_loss(monkeypatch):
+    """Finite differences: let one position be a little likelier to commit, and everything that hangs on it a little so."""
+    model, ids = tiny_online(gate="visibility", growth="null"), texts(rows=1)
+    route, way, first = model.stack._route, torch.zeros(ids.shape, dtype=torch.float64), []
+
+    def routed(*given):
+        routing, after = route(*given)
+        moved.append((routing.probability.detach() + way).requires_grad_())
+        return routing._replace(probability=moved[-1]), after
+
+    def kept(hard, soft):
+        first.append(soft.detach())
+        return hard + (soft - soft.detach())
+
+    def away_from_the_first(hard, soft):
+        return hard + (soft - next(before))
+
+    moved = []
+    monkeypatch.setattr(model.stack, "_route", routed)
+    monkeypatch.setattr(commit_gates, "straight_through", kept)
+    causal_nll_of(model, ids).backward()
+    assert len(first) == 3  # what a position is, what concepts see and what the deep stack sees
+    found, expected, step = moved[0].grad[0], [], 1e-6
+    monkeypatch.setattr(commit_gates, "straight_through", away_from_the_first)
+    for t in range(ids.shape[1]):
+        ends = []
+        for size in (step, -step):
+            way.zero_()[0, t], before = size, iter(first)
+            ends.append(float(causal_nll_of(model, ids).detach()))
+        expected.append((ends[0] - ends[1]) / (2 * step))
+    assert found.abs().max() > 1e-4
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=1e-5)
+
+
+def causal_nll_of(model, ids) -> Tensor:
+    """Nats of every token after the first."""
+    log_p = model.logits(model.read(ids, setting=HALF)[0])[:, :-1].log_softmax(-1)
+    return -log_p.gather(-1, ids[:, 1:, None]).sum()
 
 
 def test_adapters_and_new_weights_train_alone():
@@ -152,6 +235,17 @@ def test_blocks_of_the_mask_are_the_mask(split):
         stack.attention = "sdpa"  # the same function answers for both
     with torch.no_grad():
         assert torch.equal(model.logits(model.read(ids, valid, setting=HALF)[0])[valid], found["sdpa"])
+
+
+def test_blocks_keep_documents_apart():
+    ids = texts(rows=2, length=150)
+    documents = torch.arange(150).expand(2, -1) // 60
+    places, found = torch.arange(150).expand(2, -1) % 60, []
+    for attention in ("sdpa", "flex"):
+        model = tiny_online(growth="null", attention=attention).float()
+        with torch.no_grad():
+            found.append(model.read(ids, positions=places, setting=HALF, documents=documents)[0])
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 
 def test_concepts_together_leave_blocks_empty():
@@ -191,6 +285,11 @@ def test_a_split_that_does_not_fit_is_refused(split, levels, part):
     with pytest.raises(UsageError) as found:
         OnlineConceptModel(tiny_causal(num_hidden_layers=4), split, levels=levels, codes=8)
     assert part in str(found.value)
+
+
+def test_a_gate_of_visibility_is_of_one_level():
+    with pytest.raises(UsageError, match=r"module.gate=visibility is of one level; type module.levels=1"):
+        tiny_online([1, [1, 1, 1], 1], gate="visibility")
 
 
 def test_proportions_are_kept_at_every_level():

@@ -11,6 +11,7 @@ from models.functional.attention import (
     document_attention_mask,
     gated_prefix_attention,
     positions_from_mask,
+    visible_attention,
 )
 from models.functional.jvp import value_and_jvp
 
@@ -126,3 +127,23 @@ def test_a_document_mask_gives_each_document_what_it_gets_on_its_own():
 def test_a_document_mask_by_hand():
     causal = document_attention_mask(torch.tensor([[0, 0, 1]]), causal=True)
     assert causal.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
+
+
+def test_visible_attention_is_masked_attention_with_a_gradient_to_what_is_hidden():
+    q, k, v = _inputs()[:3]
+    seen = (torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(0)) < 0.5) | torch.eye(5, dtype=torch.bool)
+    seen = seen.tril()
+    share = seen.to(q.dtype).requires_grad_()
+    out = visible_attention(q, k, v, share, 0.3)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3))
+    (grad,) = torch.autograd.grad(out.square().sum(), share)
+    hidden = ~seen & torch.ones(5, 5, dtype=torch.bool).tril()
+    assert grad[hidden].abs().min() > 1e-9
+    assert grad.triu(1).abs().max() == 0
+    some = torch.rand(2, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    inputs = [x.clone().requires_grad_() for x in (q, k, v, some)]
+    assert torch.autograd.gradcheck(lambda *x: visible_attention(*x, 0.3), inputs)
+    far = visible_attention(100 * q, 100 * k, v, share, 1.0)
+    (finite,) = torch.autograd.grad(far.sum(), share)
+    assert far.isfinite().all()
+    assert finite.isfinite().all()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.functional import commits
-from models.functional.commit_gates import keep_null_mass, mix_slots, smooth_concepts
+from models.functional.commit_gates import keep_null_mass, mix_slots, smooth_concepts, soft_visibility, visibility
 from models.functional.commit_rate import correction, null_bias, ratio_loss
 
 G = torch.tensor([[1, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
@@ -116,6 +116,18 @@ def test_even_commits():
     long = torch.arange(30_000).expand(1, -1)
     for compression in (3.0, 7.0, 2.5, 1.1):
         assert commits.even_commits(long, compression).sum() == int(30_000 / compression + 1e-6)
+
+
+def test_drawn_commits_are_as_many_as_even_ones_and_lie_anywhere():
+    place = torch.arange(64_000).expand(1, -1)
+    for compression in (1.0, 2.0, 2.5, 4.0):
+        even, drawn = commits.even_commits(place, compression), commits.drawn_commits(place, compression)
+        assert drawn.view(-1, 16).sum(1).tolist() == even.view(-1, 16).sum(1).tolist()
+    for at in range(16):  # no place of a block is preferred; spread evenly, each is always taken or never
+        assert drawn.view(-1, 16)[:, at].double().mean() == pytest.approx(0.25, abs=0.03)
+        assert even.view(-1, 16)[:, at].double().mean() in (0, 1)
+    together = (drawn[0, 1:] & drawn[0, :-1]).double().mean()
+    assert together == pytest.approx(0.051, abs=0.003)  # within a block 4/16 3/15, between two 1/16
 
 
 def test_accumulated_commits_are_those_of_a_loop_and_have_the_rate_of_their_increments():
@@ -227,3 +239,36 @@ def test_null_gets_a_gradient_only_where_its_mass_is_kept():
     for soft, moves in ((kept, True), (logits[..., :2].softmax(-1), False)):
         (grad,) = torch.autograd.grad((soft @ table).sum(), logits, retain_graph=True)
         assert (grad[..., 2].abs().item() > 1e-3) == moves
+
+
+def test_soft_visibility_is_the_share_of_drawn_commits_that_see():
+    """Against all 2^5 outcomes of five decisions."""
+    p, valid = torch.tensor([[0.3, 0.9, 0.5, 0.2, 0.6]], dtype=torch.float64), torch.ones(1, 5, dtype=torch.bool)
+    expected = torch.zeros(5, 5, dtype=torch.float64)
+    for outcome in range(32):
+        g = torch.tensor([[bool(outcome >> t & 1) for t in range(5)]])
+        mass = torch.where(g, p, 1 - p).prod()
+        for q in range(5):
+            for k in range(q):
+                expected[q, k] += mass * bool(g[0, k] or not g[0, k + 1 : q + 1].any())
+    torch.testing.assert_close(soft_visibility(p, commits.may_be_seen(valid))[0, 0], expected)
+    padded = soft_visibility(p, commits.may_be_seen(torch.tensor([[False, True, True, True, True]])))[0, 0]
+    assert padded[:, 0].abs().max() == 0
+    torch.testing.assert_close(padded[:, 1:], expected[:, 1:])
+
+
+def test_visibility_is_what_is_seen_with_the_gradient_of_what_would_be():
+    g = draws(2, 6, 0.4)
+    valid = torch.ones_like(g)
+    seen, may = commits.deep_mask(g, commits.pack_commits(g).segment, valid), commits.may_be_seen(valid)
+    p = torch.rand(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    pull = torch.randn(2, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    share = visibility(seen, p, may)
+    assert torch.equal(share.bool(), seen)
+    (found,) = torch.autograd.grad((share * pull).sum(), p)
+    (soft,) = torch.autograd.grad((soft_visibility(p, may) * pull).sum(), p)
+    torch.testing.assert_close(found, soft)
+    assert torch.autograd.gradcheck(lambda p: soft_visibility(p, may), p)
+    sure = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
+    (finite,) = torch.autograd.grad(soft_visibility(sure, torch.ones(1, 4, 4, dtype=torch.bool)).sum(), sure)
+    assert finite.isfinite().all()

@@ -100,6 +100,22 @@ def test_each_term_moves_what_it_should(name):
     assert all(any(part in n for part in MOVES[name]) for n in moved), moved
 
 
+def test_codes_that_nobody_reads_pull_at_nothing():
+    states, codes = build(quantisation=(0.0, 0.0)), build(quantisation=(0.0, 0.1))
+    assert states.weights == ALL | {"code": 0.0, "usage": 0.0}
+    assert codes.weights == ALL
+
+
+def test_what_is_new_is_in_training_mode_from_the_first_step():
+    """A backbone that comes in evaluation mode stays in it: codes would not learn while states still go through."""
+    model = body().eval()
+    module, modes = build(model), []
+    watch = type("W", (Callback,), {"on_train_batch_start": lambda s, t, m, *_: modes.append(m.model.stack.training)})
+    quiet_trainer(1, callbacks=[watch()]).fit(module, PackedStream())
+    assert modes == [True]
+    assert not model.training
+
+
 def test_the_draft_learns_from_its_own_loss_alone():
     module, text = build(growth="entropy"), causal_text(packed_batch(4, 12))
     _, levels = module._nll(text, Setting(2.0, 0.5))
@@ -148,6 +164,42 @@ def test_values_are_annealed_from_the_first_to_the_last():
     assert seen == [[1 + k / 4, k / 4] for k in range(4)] + [[2.0, 1.0]] * 4
 
 
+def test_codes_start_at_centres_of_their_points_and_follow_them():
+    """Before the first step they all lie at 0; a lattice stays where it is."""
+    data, seen = PackedStream((4,)), []
+    module = build(sampler="ema_vq", growth="fixed", compression=(2.0, 2.0), code_decay=0.9)
+    space = module.model.stack.codes.space
+    watch = type("W", (Callback,), {"on_train_batch_end": lambda *_: seen.append(space.book)})
+    quiet_trainer(3, callbacks=[watch()]).fit(module, data)
+    assert seen[0].codes.abs().max() > 0
+    assert seen[0].counts.min() > 0
+    assert seen[2].codes.sub(seen[1].codes).abs().max() > 1e-4
+    fixed = build(sampler="fsq")
+    lattice = fixed.model.stack.codes.space.codes.clone()
+    quiet_trainer(2).fit(fixed, PackedStream((4,)))
+    assert torch.equal(lattice, fixed.model.stack.codes.space.codes)
+
+
+@pytest.mark.parametrize("sampler", ["fsq", "ema_vq"])
+def test_places_learn_from_the_text(sampler):
+    module, text = build(sampler=sampler), causal_text(packed_batch(4, 12))
+    if sampler == "ema_vq":
+        torch.nn.init.normal_(module.model.stack.codes.space.codes)
+    nll, _ = module._nll(text, Setting(2.0, 1.0))
+    nll.mean().backward()
+    for part in (module.model.stack.codes.space.to_point, module.model.stack.codes.space.to_embedding):
+        assert part.weight.grad.abs().max() > 1e-6
+    assert module.model.backbone.model.embed_tokens.weight.grad.abs().max() > 1e-6
+
+
+def test_a_gate_that_is_worked_out_on_some_steps():
+    module, seen = build(gate="visibility", gate_every=2), []
+    read = module.model.read
+    module.model.read = lambda *given, **more: seen.append(given[3].gated) or read(*given, **more)
+    quiet_trainer(4, limit_val_batches=0).fit(module, PackedStream((2, 2)))
+    assert seen == [True, False, True, False]
+
+
 # -- what is kept ----------------------------------------------------------------------------------------------------------
 
 
@@ -175,24 +227,48 @@ def test_the_record_has_quality_and_cost(tmp_path, tiny_oracle):
 
 
 def test_documents_alone_are_recorded_too(tmp_path):
-    module, data = build(), PackedStream()
+    save_causal(body(), tmp_path / "base")
+    module, data = build(baseline=str(tmp_path / "base"), growth="fixed", compression=(2.0, 2.0)), PackedStream()
     quiet_trainer(2, callbacks=[FrontierReport(tmp_path, "online", {})]).fit(module, data)
     quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "online", {})]).test(module, data, verbose=False)
     (row,) = read_record(tmp_path / "record.json")["rows"]
-    assert {"nll", "bits_per_byte", "compression"} <= row["quality"].keys()
-    assert row["cost"]["kv_bytes"] > 0
-    with pytest.raises(UsageError, match=r"data.document_mask=true is not known"):
-        quiet_trainer(1).fit(build(), PackedStream(documents=True))
+    assert {"nll", "bits_per_byte"} <= row["quality"].keys()
+    assert row["quality"]["compression"] == pytest.approx(2.0)
+    assert row["quality"]["nll"] != pytest.approx(row["quality"]["baseline_nll"], abs=1e-4)  # one of them was trained
+    # six columns and 32 new ones, every second a concept: of three layers one keeps all, one concepts, one no tail
+    a_slot = 2 * 2 * 4 * 4  # keys and values of two heads of width 4, float32
+    assert row["cost"]["kv_bytes"] == a_slot * (38 + 19 + 19)
+    assert min(row["cost"]["prefill_tokens_per_s"], row["cost"]["decode_tokens_per_s"]) > 0
+    # a layer of width 16 with keys and values of half of it, feed-forward 24; 7 words, 8 codes
+    layer, words, bridge, codes = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24, 7 * 16, 16 * 16, 8 * 16
+    ours = 2 * layer + bridge + (layer + codes) / 2
+    assert row["cost"]["flops_share"] == pytest.approx((ours + words) / (3 * layer + words))
+    assert row["cost"]["equal_layers"] == pytest.approx(ours / layer)
 
 
-@pytest.mark.parametrize("growth", ["null", "accumulate"])
-def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth):
+def test_documents_of_a_row_are_kept_apart():
+    """Nats of a stream whose documents are told apart are those of the documents alone."""
+    module = build(growth="fixed", compression=(2.0, 2.0))
+    batch = PackedStream((3,), documents=True).batches[0]
+    own = module.eval()._nll(causal_text(batch))[0]
+    for part in (slice(0, 4), slice(4, 6)):
+        alone = {name: column[:, part] for name, column in batch.items() if name in ("input_ids", "labels")}
+        assert_close(own[:, part], module._nll(causal_text(alone))[0])
+    merged = {name: batch[name] for name in ("input_ids", "labels")}
+    assert not torch.allclose(own, module._nll(causal_text(merged))[0])
+    losses = Losses()
+    quiet_trainer(2, callbacks=[losses]).fit(build(), PackedStream(documents=True))
+    assert len(losses.seen) == 2
+
+
+@pytest.mark.parametrize(("growth", "sampler"), [("null", "gumbel_st"), ("accumulate", "ema_vq")])
+def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth, sampler):
     def options(losses: Losses) -> dict:
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
         return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
 
     def module() -> OnlineConceptModule:
-        return build(oracle_body(tiny_oracle), growth=growth)
+        return build(oracle_body(tiny_oracle), growth=growth, sampler=sampler)
 
     whole, first, second = module(), Losses(), Losses()
     quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
@@ -205,14 +281,17 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-@pytest.mark.parametrize(("lora_rank", "split"), [(None, None), (2, None), (None, [1, [1, 1, 1], 1])])
-def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split):
+@pytest.mark.parametrize(
+    ("lora_rank", "split", "sampler"),
+    [(None, None, "fsq"), (2, None, "gumbel_st"), (None, [1, [1, 1, 1], 1], "ema_vq")],
+)
+def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split, sampler):
     layers = 5 if split else 3
     torch.manual_seed(0)
     base = tiny_causal(7, num_hidden_layers=layers)
     save_causal(base, tmp_path / "base")
     base.config._name_or_path = base.name_or_path = str(tmp_path / "base")
-    module = build(base, lora_rank=lora_rank, split=split, growth="autoregressive")
+    module = build(base, lora_rank=lora_rank, split=split, growth="autoregressive", sampler=sampler)
     quiet_trainer(3).fit(module, PackedStream())
     module.export(tmp_path / "model")
     ids = packed_batch(2, 10)["input_ids"]
@@ -240,7 +319,11 @@ def test_a_damaged_file_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"growth": "random"}, "module.growth=random is not known; type one of"),
+        ({"growth": "often"}, "module.growth=often is not known; type one of"),
+        ({"sampler": "draws"}, "module.sampler=draws is not known; type one of"),
+        ({"codes": 22, "sampler": "fsq"}, "module.codes=22 cannot be shared out among levels of 2 to 8"),
+        ({"code_decay": 1.0}, "module.code_decay=1.0 must be at least 0 and less than 1"),
+        ({"gate_every": 0}, "module.gate_every=0 must be at least 1"),
         ({"gate": "soft"}, "module.gate=soft is not known; type one of"),
         ({"codes": 1}, "module.codes=1 must be at least 2"),
         ({"most_nulls": 0}, "module.most_nulls=0 must be at least 1"),
