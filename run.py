@@ -9,21 +9,21 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    from callbacks.console import quiet_libraries, sentence_for
+    from callbacks.console import print_error, quiet_libraries, sentence_for
     from wiring.modes import run_mode
+    from wiring.sweep import in_sweep, run_of_sweep
 
-    try:
-        with quiet_libraries():
+    with quiet_libraries():
+        if in_sweep():
+            return run_of_sweep(cfg, run_mode)
+        try:
             return run_mode(cfg)
-    except Exception as error:
-        sentence = sentence_for(error)
-        if sentence is None or os.environ.get("HYDRA_FULL_ERROR"):
-            raise
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        except Exception as error:
+            sentence = sentence_for(error)
+            if sentence is None or os.environ.get("HYDRA_FULL_ERROR"):
+                raise
+            print_error(sentence)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

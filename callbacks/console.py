@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from rich.markup import escape
 
 from models.functional.errors import UsageError
 
+DEAD_WORKER = re.compile(r"DataLoader worker.*(exited unexpectedly|is killed by signal)")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -35,6 +38,11 @@ def sentence_for(error: BaseException) -> str | None:
             return f"{cause.full_key} has no value; type {cause.full_key}=<value>"
         if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
             return f"{cause}; see the options with --cfg job"
+        if isinstance(cause, RuntimeError) and DEAD_WORKER.search(str(cause)):
+            return (
+                "a process that loads data has died, often for want of memory; type data.num_workers=0, or fewer, with "
+                "ckpt_path=last to go on from the last checkpoint"
+            )
         if isinstance(cause, OSError) and cause.errno in FULL:
             return (
                 f"no room is left to write{f' {cause.filename}' if cause.filename else ''} ({cause.strerror}); make some, then "
@@ -49,6 +57,10 @@ def sentence_for(error: BaseException) -> str | None:
     return None
 
 
+def print_error(sentence: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
 def print_answers(console: Console, prompts: list[str], responses: list[str]) -> None:
     """One line for each prompt; a prompt that is empty is left out."""
     for prompt, response in zip(prompts, responses, strict=True):
@@ -56,21 +68,27 @@ def print_answers(console: Console, prompts: list[str], responses: list[str]) ->
 
 
 def say_where_things_are(
-    console: Console, folder: Path, experiment: str, teacher: str | None, example_prompt: str | None
+    console: Console, folder: Path, typed: list[str], teacher: str | None, example_prompt: str | None
 ) -> None:
-    """What a run left in its folder and what to type next; teacher: the folder of the student's, None where there is none."""
-    console.print(f"\nrecord and figure: {folder}/record.json, {folder}/frontier.png", highlight=False)
-    console.print(f"dashboard:         tensorboard --logdir {folder}", highlight=False)
-    if teacher is None:
-        if (folder / "model").is_dir():
-            console.print(f"model:             {folder}/model", highlight=False)
-        return
-    console.print(f"student:           {folder}/student (its teacher: {teacher})", highlight=False)
-    prompt = "''" if example_prompt is None else f"'{example_prompt}'"
-    console.print(
-        f"next:              python run.py experiment={experiment} mode=generate \"prompt={prompt}\"",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    """What a run left in its folder and what to type next.
+
+    typed: the options that name its model again; none says nothing about what comes next. teacher: of the student.
+    """
+    lines = {"record and figure": f"{folder}/record.json, {folder}/frontier.png"}
+    lines["dashboard"] = f"tensorboard --logdir {folder}"
+    if teacher is not None:
+        lines["student"] = f"{folder}/student (its teacher: {teacher})"
+    elif (folder / "model").is_dir():
+        lines["model"] = f"{folder}/model"
+    if typed:
+        command = shlex.join(["python", "run.py", *typed])
+        prompt = "''" if example_prompt is None else f"'{example_prompt}'"
+        lines["ask it"] = f'{command} mode=generate "prompt={prompt}"'
+        lines["take it away"] = f"{command} mode=export"
+        lines["beside others"] = "python run.py mode=report"
+    console.print()
+    for what, where in lines.items():
+        console.print(f"{what + ':':18} {where}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -85,6 +103,7 @@ def quiet_libraries() -> Iterator[None]:
         )  # peft asks transformers by an old name
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
+        warnings.filterwarnings("ignore", message=".*Sparse invariant checks.*")
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")

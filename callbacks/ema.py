@@ -7,7 +7,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from models.functional.errors import UsageError
-from models.functional.weights import copy_weights, snapshot, trainable_weights, update_average
+from models.functional.weights import (
+    copy_weights,
+    for_a_file,
+    laid_out_as,
+    snapshot,
+    trainable_weights,
+    update_average,
+)
 
 
 class TrainableEMA(Callback):
@@ -29,7 +36,7 @@ class TrainableEMA(Callback):
         live = trainable_weights(pl_module)
         if not self.average:
             self.average = snapshot(pl_module)
-        self.average = {name: average.to(live[name].device) for name, average in self.average.items()}
+        self.average = {name: laid_out_as(a.to(live[name].device), live[name]) for name, a in self.average.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = trainer.global_step
@@ -59,7 +66,7 @@ class TrainableEMA(Callback):
         copy_weights(pl_module, self.average)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "average": self.average}
+        return {"steps": self.steps, "average": {n: for_a_file(a) for n, a in self.average.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.average = state["steps"], dict(state["average"])

@@ -1,5 +1,6 @@
 """Reads the hidden plan of texts off a model's states with a linear probe, beside the same probe on shuffled labels."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class PlanProbe(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0 and self.untrained is None:
-            self.untrained = self._figures(trainer, pl_module).get("probe")
+            with getattr(pl_module, "whole_weights", nullcontext)():
+                self.untrained = self._figures(trainer, pl_module).get("probe")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         figures = self._figures(trainer, pl_module)

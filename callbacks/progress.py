@@ -36,7 +36,7 @@ class StageProgress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step > self._done:
             metrics = self.get_metrics(trainer, pl_module)
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float) and k != "v_num")
+            shown = "  ".join(_named(k, v) for k, v in metrics.items() if isinstance(v, float) and k != "v_num")
             self._advance(trainer.global_step, shown)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,6 +95,13 @@ class StageProgress(ProgressBar):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _named(name: str, value: float) -> str:
+    """speed/tokens_per_s is tokens/s, and needs no decimals."""
+    if name.endswith("_per_s"):
+        return f"{name.removeprefix('speed/').removesuffix('_per_s')}/s {value:,.0f}"
+    return f"{name.removeprefix('speed/')} {value:.3f}"
 
 
 def _clock(seconds: float) -> str:

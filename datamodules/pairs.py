@@ -243,6 +243,19 @@ class PairsDataModule(PromptResponseDataModule):
         """The number of each row's value of each slot, (N, A), 0 where it has none; None where prompts are no dictionaries."""
         return None if self._slot_values is None else self._slot_values[1][rows["row_index"].cpu()]
 
+    @property
+    def signal_sizes(self) -> dict[str, int]:
+        """How many values each slot of the prompts has, having none among them; {} where they are no dictionaries."""
+        if self._slot_values is None:
+            return {}
+        names, table = self._slot_values
+        return dict(zip(names, (1 + table.amax(0)).tolist(), strict=True))
+
+    def signals(self, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{slot: (N,)}: the number of each row's value, 0 where its prompt has none: what its text is asked to tell."""
+        values = self.attributes_of(rows).to(rows["input_ids"].device)
+        return dict(zip(self.attribute_names, values.unbind(-1), strict=True))
+
     def _spell(self, text: str) -> str:
         """A text as it comes back from the tokenizer; one with unknown tokens stays as it is, which nothing matches."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)

@@ -1,18 +1,23 @@
 """What every Leap method does alike: optimiser, seeded draws, small checkpoints and the comparison of decoders."""
 
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningModule
-from torch import Generator, Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
+from lightning_modules.sharding import shard_trained, whole_weights
+from models.backbones.sharded_layers import shard_frozen
 from models.decoding.decoder import Decoder
 from models.functional.errors import UsageError, require_at_least
 from models.functional.weights import trainable_weights
@@ -32,6 +37,42 @@ class LeapModule(LightningModule):
         )
         self.lr, self.weight_decay, self.warmup_steps, self.seed = lr, weight_decay, warmup_steps, seed
         self.strict_loading = False
+
+    # -- weights split over ranks (trainer=fsdp) ----------------------------------------------------------------------
+
+    # why ranks may take different forwards in a step, and what to type; frozen layers then cannot be gathered as they are used
+    unlike_forwards: str | None = None
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.require_splittable()
+        ranks = self.device_mesh["data_parallel"]
+        if self.unlike_forwards is None:
+            shard_frozen(self, ranks, self.trainer.strategy.root_device)
+        if not self.trains_additions():
+            shard_trained(self, ranks, self.blocks())
+
+    def require_splittable(self) -> None:
+        """Errors: UsageError where neither what is frozen nor what trains could be split."""
+        if self.unlike_forwards is not None and self.trains_additions():
+            raise UsageError(f"trainer=fsdp would split nothing: {self.unlike_forwards}, or trainer=ddp")
+
+    def trains_additions(self) -> bool:
+        """Whether what trains is an addition to frozen weights, small enough to be whole on every rank."""
+        return any(isinstance(part, BaseTunerLayer) for part in self.modules())
+
+    def blocks(self) -> list[nn.Module]:
+        """Trained modules of which one at a time is whole; called as such, and equally often on every rank."""
+        return []
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """A context in which every rank may take the forwards that it wants; every rank has to ask."""
+        return whole_weights(self)
+
+    def takes_forward_derivatives(self) -> bool:
+        """Whether a training step differentiates the layers in forward mode."""
+        return False
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -74,6 +115,12 @@ class LeapModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep = self.trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+        for name, weight in checkpoint["state_dict"].items():
+            if not torch.isfinite(weight).all():
+                raise UsageError(
+                    f"{name} is not finite after step {self.global_step}: training diverged, and the checkpoint before it is "
+                    f"kept; go on from there (ckpt_path=last) or start again with a learning rate below {self.lr:g}"
+                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         held, wanted = checkpoint["state_dict"], dict(self.named_parameters())

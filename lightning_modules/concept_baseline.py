@@ -1,14 +1,14 @@
 """ConceptBaselineModule: a planner-executor whose plans nobody learns, so that learned ones can be compared at equal rate."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
-from models.concept.planner import Plan, dictated
+from models.concept.planner import Plan
 from models.functional.errors import UsageError, require_choice
 from models.functional.fixed_codes import leading_tokens, random_hash, surprising_tokens, unigram_surprisal
 
@@ -83,5 +83,4 @@ class ConceptBaselineModule(ConceptPlannerExecutorModule):
         return self._most_probable(batch)
 
     def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
-        choose: Callable = dictated(self.codes_of(batch))
-        return self.planner.draw(*self._whole(batch), choose)
+        return self.planner.certain(self.codes_of(batch))

@@ -97,6 +97,8 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         require_choice("module.posterior_reads", posterior_reads, ("text", "all"))
         self.posterior_reads = posterior_reads
         self.em = build_hard_em(search, self.planner, self.posterior, self.executor)
+        if self.em is not None:
+            self.unlike_forwards = "a rank searches plans when its own rows are due; type module.search=null"
         self.bag = BagOfWords(self.model) if weights.get("bag") else None
         self.wanted_signals, self.signals = signals, None  # the corpus knows their sizes
         self.curriculum = curriculum

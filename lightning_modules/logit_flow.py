@@ -99,6 +99,9 @@ class LogitFlowModule(MeanFlowDistillModule):
         self.time_law, self.equal_share, self.endpoint_share = time_law, equal_share, endpoint_share
         self.weighting, self.jvp_backend, self.jvp_step, self.eps = weighting, jvp_backend, jvp_step, eps
 
+    def takes_forward_derivatives(self) -> bool:
+        return self.jvp_backend == "forward_ad" and self.equal_share < 1
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._step(batch, self.step_generator(batch_idx), "train")
         self.log("monitor/gate_mean", self.student.soft_prompt.gate.mean())
@@ -150,20 +153,23 @@ class LogitFlowModule(MeanFlowDistillModule):
         p: Tensor,
         n_equal: int,
     ) -> tuple[Tensor, Tensor]:
-        """u and du/dt at the masked positions, (M, V) each; rows with r = t (the first n_equal) skip the derivative."""
+        """u and du/dt at the masked positions, (M, V) each; rows with r = t (the first n_equal) skip the derivative.
+
+        A kind without rows is computed for one that does not count, so that every rank takes the same forwards.
+        """
 
         def logits(z: Tensor, end: Tensor, rows: slice) -> Tensor:
             hidden = self.student.hidden(z, attention_mask[rows], r[rows], end)
             return self.teacher.lm_head(hidden[masked[rows]])
 
-        equal, wide = slice(0, n_equal), slice(n_equal, len(t))
-        parts, derivatives = [], []
-        if n_equal > 0:
-            parts.append(logits(embeds[equal], t[equal], equal))
+        first, parts, derivatives = int(masked[:n_equal].sum()), [], []
+        if self.equal_share:
+            equal = slice(0, max(1, n_equal))
+            parts.append(logits(embeds[equal], t[equal], equal)[:first])
             derivatives.append(torch.zeros_like(parts[0]))
-        if n_equal < len(t):
-            first = int(masked[equal].sum())
-            expected = expected_embedding(v[first:], self.teacher.embedding)
+        if self.equal_share < 1:
+            wide = slice(min(n_equal, len(t) - 1), len(t))
+            expected = expected_embedding(v[int(masked[: wide.start].sum()) :], self.teacher.embedding)
             p_wide = p[wide].unsqueeze(-1).expand(masked[wide].shape)[masked[wide]]
             drift = masking_path_tangent(embeds[wide][masked[wide]], expected, p_wide, self.eps, self.tangent)
             direction = torch.zeros_like(embeds[wide]).masked_scatter(masked[wide].unsqueeze(-1), drift)
@@ -174,8 +180,9 @@ class LogitFlowModule(MeanFlowDistillModule):
                 backend=self.jvp_backend,
                 step=self.jvp_step,
             )
-            parts.append(u)
-            derivatives.append(du_dt)
+            counting = len(v) - first
+            parts.append(u[:counting])
+            derivatives.append(du_dt[:counting])
         return torch.cat(parts), torch.cat(derivatives)
 
     def _weights(self, raw: Tensor, p: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ Two flows are built on it: `flow=logit` (logit_flow.py) averages the teacher's l
 `flow=noisy_mask` (noisy_mask_flow.py) maps noise to whole texts. docs/meanflow.md says when to take which.
 """
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, get_args
 
 from lightning_modules.base import LeapModule
 from models.backbones.llada import LladaModel
 from models.backbones.student import Student
-from models.backbones.student_files import base_fingerprint
+from models.backbones.student_files import base_fingerprint, save_whole_student
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
 from models.functional.errors import UsageError, require_choice
@@ -41,17 +43,27 @@ class MeanFlowDistillModule(LeapModule):
         self.teacher_temperature, self.teacher_remasking = teacher_temperature, teacher_remasking
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.require_precision(str(self.trainer.precision))
+
+    @staticmethod
+    def require_precision(precision: str) -> None:
         """What trains is float32 whatever the base is kept in: averages and derivatives lose too much in less."""
-        if stage == "fit" and str(self.trainer.precision) not in ("32-true", "64-true"):
+        if precision not in ("32-true", "64-true", "bf16-mixed"):
             raise UsageError(
-                f"trainer.precision={self.trainer.precision}: students train in trainer.precision=32-true; to save memory keep "
-                "the base in half precision instead (model.dtype=bfloat16)"
+                f"trainer.precision={precision}: what trains of a student is float32; type "
+                "trainer.precision=bf16-mixed (or 32-true), and to save memory keep the base in half precision "
+                "(model.dtype=bfloat16)"
             )
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """The projection is part of the step: averages and checkpoints must not see a negative gate."""
         super().optimizer_step(*args, **kwargs)
         self.student.project_()
+
+    def trains_additions(self) -> bool:
+        """Averages, snapshots and derivatives are made with the student's own weights, which stay whole."""
+        return True
 
     @property
     def teacher(self) -> LladaModel:
@@ -77,6 +89,11 @@ class MeanFlowDistillModule(LeapModule):
                 f"{type(self.student).__name__} with {self.student.options}; give both the same flow= and module options"
             )
         copy_weights(self.student, student.trainable())
+
+    def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
+        """Write the student, with the averaged weights where there are any, and its teacher into one folder."""
+        with getattr(self, "averaged", nullcontext)():
+            return save_whole_student(self.student, folder, tokenizer)
 
     def teacher_decoders(self) -> list[Decoder]:
         options = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}

@@ -135,6 +135,9 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         self.few_step, self.promote = few_step, promote
         self.denoiser: dict[str, Tensor] = {}
 
+    def takes_forward_derivatives(self) -> bool:
+        return self.flow_options["target"] == "meanflow" and self.flow_options["jvp_backend"] == "forward_ad"
+
     # -- the three stages -------------------------------------------------------------------------------------------
 
     def stage_terms(self, stage: str, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:

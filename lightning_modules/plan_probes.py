@@ -54,11 +54,18 @@ class PlanProbes:
 
     def probe_rebuilt(self, rows: dict[str, Tensor], given: Given) -> Tensor:
         """(B,) bool: texts that the executor, running freely and greedily, writes again from the condition."""
+        return ((self._rewritten(given) == given.text) | ~given.counts).all(-1)
+
+    def probe_said(self, rows: dict[str, Tensor], given: Given) -> Tensor:
+        """(B, 2, R): the likeliest word at each place after the text's own words, and after the executor's own."""
+        words = len(self.trainer.datamodule.tokenizer)
+        forced = self.executor.logits(*self._block(given), given.text)[..., :words].argmax(-1)
+        return torch.stack([forced, self._rewritten(given)], 1)
+
+    def _rewritten(self, given: Given) -> Tensor:
         generator = Generator(device=given.text.device)
-        ids, embeds = self._block(given)
         options = {"temperature": 0.0, "vocab_size": len(self.trainer.datamodule.tokenizer)}
-        again = self.executor.generate(ids, embeds, given.text.shape[1], generator, **options)
-        return ((again == given.text) | ~given.counts).all(-1)
+        return self.executor.generate(*self._block(given), given.text.shape[1], generator, **options)
 
     def probe_dropped(self, given: Given, order: Tensor, share: float) -> dict[str, Tensor]:
         """The plan without the concepts whose `order` (B, S), uniform in [0, 1), is below the share."""

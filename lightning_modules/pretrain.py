@@ -9,18 +9,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_modules.base import LeapModule
 from lightning_modules.nll_meter import NllMeter
 from lightning_modules.token_weights import TokenWeights
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
+from models.backbones.student_files import save_whole_student
 from models.decoding.autoregressive import AutoregressiveDecoder
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
 from models.decoding.noisy_mask import NoisyMaskDecoder
+from models.functional.errors import UsageError
 from models.functional.next_token import token_counts
-from models.objectives.base import Objective, TextObjective
+from models.functional.weights import trainable_weights
+from models.objectives.base import Generation, Objective, TextObjective
 
 
 class PretrainModule(LeapModule):
@@ -59,6 +63,10 @@ class PretrainModule(LeapModule):
         self._truth: Callable[[dict[str, Tensor]], Tensor] | None = None
         if isinstance(objective, TextObjective):
             objective.attach(model)
+
+    def blocks(self) -> list[nn.Module]:
+        layers = [part for part in self.modules() if isinstance(part, GradientCheckpointingLayer)]
+        return [layer for layer in layers if trainable_weights(layer)]
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -144,17 +152,29 @@ class PretrainModule(LeapModule):
         return {**self.figures, **self._likelihood_figures()}
 
     def decoders(self) -> list[Decoder]:
-        generation = getattr(self.objective, "generation", "masked")
-        if generation is None:
+        if self._generation is None:
             return []
+        one_by_one = self._generation in ("autoregressive", "prefix")
+        data, numbers = (self.trainer.datamodule, (1,)) if one_by_one else (None, self.forwards)
+        return [self.decoder(data, n, self.temperature) for n in numbers]
+
+    def decoder(self, data: Any, forwards: int, temperature: float) -> Decoder:
+        """How the model answers prompts; forwards: of one that does not write from left to right, data: of one that does."""
+        generation = self._generation
+        if generation is None:
+            raise UsageError(
+                f"{type(self.objective).__name__} predicts no tokens, so it cannot write; type module/objective=next_token"
+            )
         if generation == "flow":
-            return [NoisyMaskDecoder(self.objective.student, n, step="ode") for n in self.forwards]
-        if generation != "masked":
-            data = self.trainer.datamodule
-            how = {"whole_prompt": generation == "prefix", "vocab_size": len(data.tokenizer)}
-            return [AutoregressiveDecoder(self.model, data.response_length, temperature=self.temperature, **how)]
-        options: dict[str, Any] = {"temperature": self.temperature, "remasking": self.remasking}
-        return [MaskedDiffusionDecoder(self.model, n, **options) for n in self.forwards]
+            return NoisyMaskDecoder(self.objective.student, forwards, step="ode")
+        if generation == "masked":
+            return MaskedDiffusionDecoder(self.model, forwards, temperature=temperature, remasking=self.remasking)
+        how = {"whole_prompt": generation == "prefix", "vocab_size": len(data.tokenizer)}
+        return AutoregressiveDecoder(self.model, data.response_length, temperature=temperature, **how)
+
+    @property
+    def _generation(self) -> Generation | None:
+        return getattr(self.objective, "generation", "masked")
 
     @torch.no_grad()
     def states(self, rows: dict[str, Tensor]) -> Tensor:
@@ -181,5 +201,7 @@ class PretrainModule(LeapModule):
         checkpoint["state_dict"] |= {name: value for name, value in whole.items() if name.startswith("objective.")}
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
-        """Write the model as a plain folder: an adapter for peft, `merged` or whole for transformers."""
+        """Write the model as a plain folder: an adapter for peft, `merged` or whole for transformers; a flow as a student."""
+        if self._generation == "flow":  # the objective's student is what was trained
+            return save_whole_student(self.objective.student, folder, tokenizer)
         return (save_merged if merged else save_causal)(self.model, folder, tokenizer)

@@ -55,9 +55,7 @@ def fill_from_checkpoint(module: LightningModule, path: str | Path) -> None:
     Errors: UsageError for a module that exports nothing, and where the checkpoint is another module's.
     """
     if not hasattr(module, "export"):
-        raise UsageError(
-            f"mode=export: {type(module).__name__} leaves its student in student/; there is nothing to export"
-        )
+        raise UsageError(f"mode=export: {type(module).__name__} has no weights of its own; there is nothing to export")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)

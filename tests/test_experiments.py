@@ -48,9 +48,9 @@ def pairs_overrides(cfg, folder: Path) -> list[str]:
     """For an experiment on files: small files with its own field names."""
     if "PairsDataModule" not in cfg.data._target_:
         return []
-    prompts = [
-        {"name": f"Cafe {k}", "food": "French"} if cfg.data.prompt_field == "slots" else f"jump {k}" for k in range(80)
-    ]
+    more = ("food", "near", "priceRange", "customer rating", "eatType", "area", "familyFriendly")
+    known = dict.fromkeys(more, "any")
+    prompts = [{"name": f"Cafe {k}", **known} if cfg.data.prompt_field == "slots" else f"jump {k}" for k in range(80)]
     rows = [{cfg.data.prompt_field: p, cfg.data.response_field: f"I_JUMP {k}"} for k, p in enumerate(prompts)]
     path = folder / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -156,6 +156,8 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     else:
         modes.generate(configure(*short, *more))
         assert capsys.readouterr().out.count("→") == 2
+    ask = ["mode=generate", "prompt='who=anna'"]
+    assert answer(configure(*short, *ask), capsys) == answer(configure(*short, *ask, "stream=true"), capsys)
     modes.test(configure(*short, "mode=test", place))
     modes.report(configure("mode=report"))
     assert "resampling floor" in capsys.readouterr().out
@@ -178,15 +180,23 @@ def test_a_published_model_fits_every_experiment(configure, name):
     assert set(cfg.model) - {"_target_"} <= set(accepted)
 
 
+def answer(cfg, capsys) -> str:
+    """The last line that mode=generate prints."""
+    modes.generate(cfg)
+    return capsys.readouterr().out.splitlines()[-1]
+
+
 @pytest.mark.parametrize("objective", sorted(path.stem for path in (ROOT / "conf/module/objective").glob("*.yaml")))
 def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, capsys, objective):
     short = ["data.train_rows=64", "data.test_rows=32", "data.batch_size=16", "data.size=tiny", "module.forwards=[1,2]"]
     steps = ["trainer.max_steps=4", "trainer.val_check_interval=2", "logger=none"]
     choice = f"module/objective={objective}"
-    cfg = configure("experiment=objectives", choice, *short, *steps, *SMALL, "callbacks.goal.below=100")
+    folder = tmp_path / "out" / "objectives" / objective / "run"
+    place = [f"paths.run_dir={folder}", "callbacks.goal.below=100"]
+    cfg = configure("experiment=objectives", choice, *short, *steps, *SMALL, *place)
     assert cfg.name == f"objectives/{objective}"
     modes.fit(cfg)
-    record = json.loads((tmp_path / "out" / "x" / "run" / "record.json").read_text())
+    record = json.loads((folder / "record.json").read_text())
     (model,) = (row for row in record["rows"] if row["method"] == "model")
     found = model["quality"]
     assert found["flops_per_step"] > 0
@@ -198,6 +208,17 @@ def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, ca
     assert ("goal_tokens" in found) == bool(likelihood)
     assert set(model["curve"]) == ({"steps", "tokens", "nll", "nll_truth"} if likelihood else set())
     capsys.readouterr()
+    ask = ["experiment=objectives", choice, *short, *SMALL, "mode=generate", "prompt='who=anna'"]
+    if objective == "latent":
+        with pytest.raises(UsageError, match="predicts no tokens"):
+            modes.generate(configure(*ask))
+    else:  # from the checkpoint, whole and as it is written
+        said = answer(configure(*ask), capsys)
+        assert said == answer(configure(*ask, "stream=true"), capsys)
+        again = folder.with_name("again")
+        modes.export(configure("experiment=objectives", choice, *short, *SMALL, f"paths.run_dir={again}"))
+        assert (again / "model" / "README.md").is_file()
+        assert said == answer(configure(*ask), capsys)
     modes.report(configure("mode=report"))
     assert f"objectives/{objective}" in (tmp_path / "out" / "report" / "frontier.md").read_text()
     assert (tmp_path / "out" / "report" / "learning.png").exists() == bool(likelihood)
@@ -234,6 +255,8 @@ def test_online_concepts_are_trained_kept_and_answer(configure, tmp_path, capsys
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 3
     assert len({line.split(" → ")[1] for line in answers}) == 1  # greedy
+    ask = [*short, "mode=generate", "prompt='who=anna'"]
+    assert answer(configure(*ask), capsys) == answer(configure(*ask, "stream=true"), capsys)
     modes.test(configure(*short, *rows, "mode=test", f"paths.run_dir={tmp_path}/out/concept_online_oracle/second"))
     again = json.loads((tmp_path / "out/concept_online_oracle/second/record.json").read_text())["rows"]
     assert next(r for r in again if r["method"] == "model")["quality"] == pytest.approx(row["quality"])
@@ -294,6 +317,7 @@ def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path,
     capsys.readouterr()
     modes.generate(configure(*short, *ask))  # the newest is the one that was exported from the checkpoint
     assert capsys.readouterr().out == first
+    assert answer(configure(*short, *ask, "stream=true"), capsys) == first.splitlines()[-1]
 
 
 def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, capsys):
@@ -405,6 +429,11 @@ MISTAKES = [
     (["experiment=objectives", "callbacks.ema.decay=2"], "callbacks.ema.decay=2 must be at least 0 and less than 1"),
     (["trainer.precision=abc"], "trainer.precision=abc is not known; type one of "),
     (["trainer.devices=many"], "trainer: "),
+    (["trainer.precision=bf16-true"], "what trains of a student is float32; type trainer.precision=bf16-mixed"),
+    (["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"], "there is one only; type trainer.devices=2"),
+    (["flow=logit", "compile=inductor"], "compile=inductor: forward-mode derivatives do not pass through it"),
+    (["compile=fast"], "compile=fast is not known; type one of inductor, aot_eager"),
+    (["recompute=maybe"], "recompute=maybe should be a valid boolean"),
 ]
 
 
@@ -483,6 +512,8 @@ def test_the_whole_way_between_two_models(configure, tmp_path, capsys):
     capsys.readouterr()
     modes.generate(configure(*short, "mode=generate", "prompt='who=anna'", "n=2"))
     assert capsys.readouterr().out.count("→") == 2
+    ask = [*short, "mode=generate", "prompt='who=anna'"]
+    assert answer(configure(*ask), capsys) == answer(configure(*ask, "stream=true"), capsys)
     with pytest.raises(InstantiationException) as error:  # before any model is trained
         modes.fit(configure(*short, "module.loss=mse", "paths.cache_dir=empty"))
     assert sentence_for(error.value) == "module.loss=mse is not known; type one of kl, acceptance"

@@ -1,7 +1,7 @@
 """A run that is killed anywhere, and taken up again, ends where an uninterrupted one does.
 
 A life is a process that runs `run.py` and may be killed, with SIGKILL, before any of its optimiser steps or any of its writes:
-a file opened for writing, renamed or removed.
+a file opened for writing, renamed or removed. Or its weights are poisoned there, its data worker killed, its disk full.
 """
 
 import json
@@ -44,16 +44,29 @@ METHODS = {
 
 def live(folder: str, arguments: list[str], at: int, fault: str, events) -> None:
     """The child: `run.py` with these arguments; counts its events and lets the fault happen before number `at`."""
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
     os.chdir(folder)
+    done: list[int] = []
     sys.stdout = sys.stderr = open("output.txt", "a")  # noqa: SIM115
 
-    def happens() -> None:
+    def happens(optimizer=None) -> None:
         events.value += 1
-        if events.value == at and fault == "killed":
+        if events.value < at or (events.value > at and fault not in ("poisoned", "worker")) or at in done:
+            return
+        if fault == "poisoned":
+            if optimizer is not None:  # the next step of it
+                done.append(at)
+                for group in optimizer.param_groups:
+                    for weight in group["params"]:
+                        weight.data.fill_(torch.nan)
+        elif fault == "worker":
+            for child in multiprocessing.active_children():
+                done.append(at)
+                os.kill(child.pid, signal.SIGKILL)
+        elif fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif events.value == at:  # from here on no file can hold a checkpoint
+        else:  # from here on no file can hold a checkpoint
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
 
@@ -62,7 +75,8 @@ def live(folder: str, arguments: list[str], at: int, fault: str, events) -> None
         if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
             happens()
 
-    register_optimizer_step_pre_hook(lambda *_: happens())
+    hook = register_optimizer_step_post_hook if fault == "poisoned" else register_optimizer_step_pre_hook
+    hook(lambda optimizer, *_: happens(optimizer))
     sys.addaudithook(watch)
     sys.argv = ["run.py", *arguments]
     runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
@@ -71,17 +85,20 @@ def live(folder: str, arguments: list[str], at: int, fault: str, events) -> None
 class Lives:
     """Runs of one method in a folder, each a process of its own."""
 
-    def __init__(self, folder: Path, method: str) -> None:
-        self.folder, self.arguments = folder, [f"experiment={method}", *SHORT, *METHODS[method]]
+    def __init__(self, folder: Path, method: str, *options: str) -> None:
+        self.folder, self.arguments = folder, [f"experiment={method}", *SHORT, *METHODS[method], *options]
         folder.mkdir()
         self.run = folder / "out" / "run"
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["wiring.modes", "datamodules.oracle"])
 
+    @property
+    def last(self) -> Path:
+        return self.run / "checkpoints" / "last.ckpt"
+
     def live(self, at: int = 0, fault: str = "killed") -> tuple[int, int]:
         """Start, or go on where the last life ended. Returns the exit status, negative for a signal, and the events."""
-        last = self.run / "checkpoints" / "last.ckpt"
-        going_on = [f"ckpt_path={last}"] if last.is_file() else []
+        going_on = [f"ckpt_path={self.last}"] if self.last.is_file() else []
         events = self.context.Value("i", 0, lock=False)
         child = self.context.Process(target=live, args=(str(self.folder), self.arguments + going_on, at, fault, events))
         child.start()
@@ -95,7 +112,7 @@ class Lives:
             for path in sorted(self.folder.glob("**/*.safetensors"))
             for name, tensor in load_file(path).items()
         }
-        last = torch.load(self.run / "checkpoints" / "last.ckpt", weights_only=True)
+        last = torch.load(self.last, weights_only=True)
         weights |= {name: tensor.tolist() for name, tensor in last["state_dict"].items()}
         rows = json.loads((self.run / "record.json").read_text())["rows"]
         quality = [
@@ -147,3 +164,45 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_good(tmp_path, monkeypat
     status, _ = lives.live()  # room again
     assert status == 0, lives.said()
     assert lives.left() == whole.left()
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence", "options"),
+    [
+        ("poisoned", "training diverged, and the checkpoint before it is kept", []),
+        ("worker", "a process that loads data has died", ["data.num_workers=1"]),
+    ],
+)
+def test_a_fault_in_training_is_said_and_the_last_good_state_is_kept(tmp_path, monkeypatch, fault, sentence, options):
+    """Weights that are not finite; a data worker that is killed. What goes on from the last checkpoint ends as if nothing
+    had happened."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    whole = Lives(tmp_path / "whole", "objectives")
+    _, events = whole.live()
+    lives = Lives(tmp_path / "hurt", "objectives", *options)
+    status, _ = lives.live(events // 2, fault)
+    assert status == 2, lives.said()
+    assert sentence in lives.said()
+    assert "Traceback" not in lives.said()
+    kept = torch.load(lives.last, weights_only=True)
+    assert 0 < kept["global_step"] < 8
+    assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())
+    status, _ = lives.live()
+    assert status == 0, lives.said()
+    assert lives.left() == whole.left()
+
+
+def test_a_checkpoint_cut_short_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    lives = Lives(tmp_path / "run", "objectives")
+    status, _ = lives.live()
+    record = (lives.run / "record.json").read_text()
+    whole = lives.last.read_bytes()
+    lives.last.write_bytes(whole[: len(whole) // 2])
+    (lives.folder / "output.txt").write_text("")
+    status, _ = lives.live()
+    assert status == 2, lives.said()
+    assert "last.ckpt is damaged or no checkpoint of plain tensors; give another one" in lives.said()
+    assert "Traceback" not in lives.said()
+    assert (lives.run / "record.json").read_text() == record
+    assert lives.last.read_bytes() == whole[: len(whole) // 2]  # for whoever wants to look

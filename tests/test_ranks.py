@@ -35,6 +35,29 @@ def test_two_ranks_train_compare_and_save(tmp_path):
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
+@pytest.mark.slow
+def test_two_ranks_that_share_the_weights_leave_what_one_rank_reads(tmp_path):
+    places = [f"paths.output_dir={tmp_path}/out", f"paths.cache_dir={tmp_path}/cache", "trainer=fsdp"]
+    own = {"OMP_NUM_THREADS": "1"}
+
+    def run(*options: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "run.py", *SHORT, *places, *options],
+            cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | own,
+        )  # fmt: skip
+
+    done = run()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = (tmp_path / "out").rglob("record.json")
+    record = json.loads(path.read_text())
+    assert {row["n_samples"] for row in record["rows"]} == {33}
+    again = run("trainer=cpu", "mode=test", "ckpt_path=last")  # teacher, checkpoint: all of it fits one rank
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    refused = run("trainer.devices=1")
+    assert refused.returncode == 2
+    assert "there is one only; type trainer.devices=2" in refused.stderr
+
+
 # experiments that draw nothing at random and lose a mean over texts: halves of a batch on two ranks are the batch
 ALIKE = {
     "objectives": (

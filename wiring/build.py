@@ -11,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from callbacks.console import report_console
 from callbacks.frontier import FrontierReport
 from lightning_modules.base import require_forwards
+from lightning_modules.computing import compute_layers
 from lightning_modules.run_files import find_checkpoint
+from lightning_modules.sharding import ShardedStrategy
 from lightning_modules.teacher_cache import cache_key, partial_folder, train_or_load
 from models.backbones.causal import build_causal
 from models.backbones.causal_lm import load_causal
@@ -31,30 +33,55 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     datamodule = instantiate(cfg.data)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    _check_before_work(cfg, datamodule)
+    precision = str(_check_before_work(cfg, datamodule).precision)
     if cfg.pair is not None:
         module = module_of_pair(cfg, datamodule)
     elif cfg.teacher is None:
-        module = instantiate(cfg.module, _convert_="all", model=_new_model(cfg, datamodule))
+        module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
     else:
         stand_in = build_llada(**datamodule.special_ids(), **STAND_IN)
-        instantiate(cfg.module, _convert_="all", teacher=stand_in)  # refuses a wrong option before a teacher is trained
+        # refuses a wrong option before a teacher is trained
+        tried = _computed(cfg, instantiate(cfg.module, _convert_="all", teacher=stand_in))
+        if cfg.mode == "fit":
+            tried.require_precision(precision)
         teacher = trained_teacher(cfg, datamodule)
         # the student starts alike whether the teacher was trained now or before
         seed_everything(cfg.seed, verbose=False)
         module = instantiate(cfg.module, _convert_="all", teacher=teacher)
-    trainer = instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
-    return module, trainer, datamodule
+    module = _computed(cfg, module)
+    return module, trainer_of(cfg), datamodule
 
 
-def _check_before_work(cfg: DictConfig, datamodule: Any) -> None:
-    """Refuse now what would otherwise fail after a teacher has been trained."""
+def trainer_of(cfg: DictConfig) -> Trainer:
+    """The trainer with all that the configuration has it watch, log and keep."""
+    return instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
+
+
+def untrained(cfg: DictConfig) -> tuple[LightningModule, Any]:
+    """The module and its data, on models of the right shape that nobody has trained: for timing, not for use."""
+    datamodule = instantiate(cfg.data)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    needed = cfg.pair or (["model"] if cfg.teacher is None else ["teacher"])
+    return instantiate(cfg.module, _convert_="all", **{name: new_model(cfg, datamodule) for name in needed}), datamodule
+
+
+def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
+    """Refuse now what would otherwise fail after a teacher has been trained; the trainer that the options ask for."""
     for name in ("forwards", "student_forwards"):
         require_forwards(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
-    instantiate(cfg.trainer, callbacks=[], logger=False)
+    trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
+    if isinstance(trainer.strategy, ShardedStrategy):
+        trainer.strategy.require_several()
+    return trainer
 
 
-def _new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
+def _computed(cfg: DictConfig, module: LightningModule) -> LightningModule:
+    """The module as compile= and recompute= ask for."""
+    return compute_layers(module, cfg.compile, cfg.recompute)
+
+
+def new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
     """The network of cfg.model: read from its path where it has one, else with fresh weights for this vocabulary."""
     if "path" in cfg.model:
         model = instantiate(cfg.model)
@@ -70,7 +97,7 @@ def trained_teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
         return fitting(load_llada(cfg.teacher.path), datamodule, "teacher")
     if "path" in cfg.model:
         cfg.teacher.path = cfg.model.path
-        return _new_model(cfg, datamodule)
+        return new_model(cfg, datamodule)
     return _trained(cfg, cfg.teacher, datamodule, "teacher", load_llada)
 
 
@@ -99,6 +126,7 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
     plain["teacher"].pop("cache_dir")
     numerics = {name: cfg.trainer.get(name) for name in ("precision", "gradient_clip_val", "accumulate_grad_batches")}
     made_from = {**plain, **numerics, "batch_size": datamodule.batch_size, "seed": cfg.seed}
+    made_from |= {"compile": cfg.compile} if cfg.compile else {}  # it rounds otherwise
     key = cache_key(**made_from, data=datamodule.fingerprint())
     folder = Path(recipe.cache_dir) / f"{datamodule.name}-{key}"
     recipe.path = None if cfg.trainer.get("fast_dev_run") else str(folder)
@@ -108,8 +136,8 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
         what=what,
         option=what if what == "teacher" else f"pair.{what}",
         load=load,
-        build_model=lambda: _new_model(cfg, datamodule),
-        build_module=lambda model: instantiate(recipe.module, _convert_="all", model=model),
+        build_model=lambda: new_model(cfg, datamodule),
+        build_module=lambda model: _computed(cfg, instantiate(recipe.module, _convert_="all", model=model)),
         build_trainer=lambda: instantiate(
             cfg.trainer,
             max_steps=recipe.max_steps,

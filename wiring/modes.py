@@ -4,24 +4,27 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
+from lightning import Trainer
 from omegaconf import DictConfig
-from rich.progress import track
 
-from callbacks.console import print_answers, report_console, say_where_things_are
+from callbacks.card import write_card
+from callbacks.console import report_console, say_where_things_are
+from callbacks.frontier import FrontierReport
 from callbacks.gather import report_frontier
-from datamodules.prompts import read_prompts
+from callbacks.hparams import headline
+from callbacks.sweep import read_sweeps, report_sweep
 from lightning_modules.locks import alone_in
 from lightning_modules.run_files import newest_student
-from lightning_modules.trained import fill_from_checkpoint, newest_model, trained_decoder
-from models.backbones.llada import load_llada
+from lightning_modules.trained import fill_from_checkpoint
 from models.backbones.student_files import load_student
-from models.decoding.masked_diffusion import MaskedDiffusionDecoder
-from models.decoding.students import student_decoder
-from models.functional.errors import UsageError, require_choice
-from wiring.build import build, fitting, module_of_pair, run_dir, runs_of, teacher_of, trained_teacher
+from models.functional.errors import UsageError
+from wiring.build import build, run_dir, runs_of, teacher_of
+from wiring.generate import generate
 from wiring.options import check_options
+from wiring.sweep import in_sweep, typed_again
 
 console = report_console()
+EXPORTED = ("model", "model_merged", "theta", "student")  # folders that a training may leave
 
 
 def run_mode(cfg: DictConfig) -> float | None:
@@ -44,7 +47,8 @@ def fit(cfg: DictConfig) -> float | None:
     student_path= is a student to start from, such as one that only some stages have trained. A study has nothing to train.
     """
     if cfg.study is not None:
-        return instantiate(cfg.study)(console)
+        instantiate(cfg.study)(console)
+        return None
     module, trainer, datamodule = build(cfg)
     if cfg.student_path is not None:
         if cfg.teacher is None:
@@ -56,10 +60,22 @@ def fit(cfg: DictConfig) -> float | None:
         last = f"{run_dir(cfg)}/checkpoints/last.ckpt"
         console.print(f"interrupted; to go on type the same command with ckpt_path={last}", soft_wrap=True)
         raise
-    metric = trainer.callback_metrics.get(cfg.optimized_metric)
+    logged = dict(trainer.callback_metrics)
     trainer.test(module, datamodule, verbose=False)
+    if trainer.is_global_zero:
+        _write_cards(cfg)
     _say_where_things_are(cfg)
-    return None if metric is None else float(metric)
+    return _optimised(cfg.optimized_metric, logged, trainer)
+
+
+def _optimised(name: str, logged: dict[str, torch.Tensor], trainer: Trainer) -> float | None:
+    """What a sweep compares runs by: of what training logged last, or of the final table; None where it is neither."""
+    records = [c.record for c in trainer.callbacks if isinstance(c, FrontierReport) and c.record is not None]
+    known = {key: float(value) for key, value in logged.items()} | (headline(records[0]) if records else {})
+    if name not in known and records and in_sweep():
+        listed = ", ".join(sorted(known))
+        console.print(f"optimized_metric={name} is no figure of this run; type one of {listed}", highlight=False)
+    return known.get(name)
 
 
 def test(cfg: DictConfig) -> None:
@@ -81,57 +97,32 @@ def test(cfg: DictConfig) -> None:
     _say_where_things_are(cfg)
 
 
-def generate(cfg: DictConfig) -> None:
-    """Print the response to prompt= (or each line of prompt_file=): of the student, decoder=teacher, or the model trained."""
-    prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.n)
-    forwards = 1 if cfg.forwards is None else cfg.forwards
-    if forwards < 1 or (cfg.temperature or 0) < 0:
-        raise UsageError(f"forwards={forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
-    require_choice("decoder", cfg.decoder, ("student", "teacher"))
-    datamodule = instantiate(cfg.data)
-    datamodule.setup("predict")
-    rows = datamodule.encode_prompts(prompts)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"temperature": cfg.module.get("teacher_temperature"), "remasking": cfg.module.get("teacher_remasking")}
-    if cfg.pair is not None:
-        decoder = module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
-    elif cfg.teacher is None:
-        temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
-        decoder = trained_decoder(newest_model(runs_of(cfg)), datamodule, temperature, device)
-    elif cfg.decoder == "student":
-        folder = Path(cfg.student_path) if cfg.student_path else newest_student(runs_of(cfg))
-        base = teacher_of(cfg, folder)
-        if base is None:
-            raise UsageError(f"{folder} does not say where its teacher is; type teacher.path=<folder>")
-        student = load_student(folder, fitting(load_llada(base), datamodule, "teacher").to(device))
-        more = {
-            name: cfg.module[key] for name, key in (("step", "few_step"), ("promote", "promote")) if key in cfg.module
-        }
-        decoder = student_decoder(student, forwards, cfg.temperature, masked_options=options, **more)
-    else:
-        options["temperature"] = cfg.module.teacher_temperature if cfg.temperature is None else cfg.temperature
-        decoder = MaskedDiffusionDecoder(trained_teacher(cfg, datamodule).to(device), forwards, **options)
-    generator = torch.Generator(device=device).manual_seed(cfg.seed)
-    for start in track(range(0, len(prompts), 64), description="generating", disable=len(prompts) <= 64):
-        few = {name: column[start : start + 64].to(device) for name, column in rows.items()}
-        print_answers(console, prompts[start : start + 64], datamodule.decode_responses(decoder(few, generator)))
-
-
 def export(cfg: DictConfig) -> None:
-    """Write the model of ckpt_path= (the experiment's newest) as a folder, model/ of this run."""
+    """Write the model of ckpt_path= (the experiment's newest) as a folder with a model card, model/ of this run."""
     cfg.ckpt_path = cfg.ckpt_path or "last"
-    module, _, datamodule = build(cfg)
+    module, trainer, datamodule = build(cfg)
+    module.trainer = trainer  # some modules read a checkpoint by how many ranks there are
     fill_from_checkpoint(module, cfg.ckpt_path)
     folder = module.export(run_dir(cfg) / "model", datamodule.tokenizer)
-    console.print(f"model: {folder}", highlight=False, soft_wrap=True)
+    card = write_card(folder, Path(cfg.ckpt_path).resolve().parent.parent, cfg.licence, cfg.example_prompt)
+    console.print(f"model: {folder}\ncard:  {card}", highlight=False, soft_wrap=True)
+
+
+def _write_cards(cfg: DictConfig) -> None:
+    """README.md beside the weights that training has left."""
+    for name in EXPORTED:
+        if (run_dir(cfg) / name).is_dir():
+            write_card(run_dir(cfg) / name, run_dir(cfg), cfg.licence, cfg.example_prompt)
 
 
 def report(cfg: DictConfig) -> None:
-    """Every run below the outputs folder in one table and one figure: quality against cost."""
+    """Every run below the outputs folder in one table and one figure, quality against cost; then every sweep."""
     report_frontier(cfg.paths.output_dir, console)
+    for name, runs in read_sweeps(cfg.paths.output_dir).items():
+        report_sweep(runs, Path(cfg.paths.output_dir, "report"), f"sweep_{name}", console)
 
 
 def _say_where_things_are(cfg: DictConfig) -> None:
     if not cfg.trainer.get("fast_dev_run"):
         teacher = None if cfg.teacher is None else cfg.teacher.path
-        say_where_things_are(console, run_dir(cfg), cfg.name, teacher, cfg.example_prompt)
+        say_where_things_are(console, run_dir(cfg), [] if in_sweep() else typed_again(), teacher, cfg.example_prompt)

@@ -17,10 +17,14 @@ OWN = {
     "samples": int,
     "n": int,
     "forwards": int | None,
+    "stream": bool | None,
     "temperature": float | None,
     "ckpt_path": str | None,
     "student_path": str | None,
     "optimized_metric": str,
+    "compile": str | None,
+    "recompute": bool,
+    "licence": str | None,
 }
 # what Lightning itself does not refuse
 LEAST = {"seed": 0, "trainer.accumulate_grad_batches": 1, "trainer.max_steps": -1, "trainer.log_every_n_steps": 0}
@@ -30,7 +34,8 @@ LENIENT = ConfigDict(arbitrary_types_allowed=True)
 def check_options(cfg: DictConfig) -> None:
     """Raise UsageError, naming the option, for the first value that is of another type than what it is for."""
     for name, kind in OWN.items():
-        _check(name, cfg[name], kind)
+        if name in cfg:
+            _check(name, cfg[name], kind)
     for option, least in LEAST.items():
         value = OmegaConf.select(cfg, option)
         if isinstance(value, int) and value < least:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from lightning import LightningModule, Trainer
 from torch import Generator, Tensor
 
+from callbacks.console import report_console
 from callbacks.monitors.rows import in_parts
 from callbacks.monitors.texts import TextMonitor
 from models.functional.exchange import derangement, nearest_other
@@ -21,6 +23,25 @@ class ExchangeMonitor(TextMonitor):
     interval over texts; dnll_shuffle_at_<place>: of `width` positions from there on, with their intervals.
     Whether the condition is used is read off the shuffle: a blank one may hurt because it is unlike anything seen.
     """
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
+        figures = getattr(pl_module, "figures", {})
+        if trainer.is_global_zero and "dnll_shuffle" in figures:
+            report_console().print(self.in_words(figures), highlight=False, soft_wrap=True)
+
+    @staticmethod
+    def in_words(figures: dict[str, float]) -> str:
+        """The shuffle's gap, whole and from each place on, with its interval where it has one."""
+        names = [name for name in figures if name.startswith("dnll_shuffle") and not name.endswith(("_low", "_high"))]
+        parts = []
+        for name in names:
+            low, high = (figures.get(f"{name}_{end}") for end in ("low", "high"))
+            place = name.removeprefix("dnll_shuffle_at_") if name != "dnll_shuffle" else "all"
+            parts.append(f"{place}: {figures[name]:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ""))
+        return "nats a token more under another text's condition, by the place from which on (95 %): " + ", ".join(
+            parts
+        )
 
     def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
         given = module.probe(rows, generator)

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from callbacks.monitors.probe import HasPlanner
 from callbacks.monitors.steps import StepMonitor
+from models.functional.weights import whole
 
 
 class GradientMonitor(StepMonitor):
@@ -22,7 +23,7 @@ class GradientMonitor(StepMonitor):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not isinstance(pl_module, HasPlanner):
             return
-        gradients = [p.grad.detach().float() for p in pl_module.planner_parameters() if p.grad is not None]
+        gradients = [whole(p.grad.detach()).float() for p in pl_module.planner_parameters() if p.grad is not None]
         norm = (
             torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros((), device=pl_module.device)
         )

@@ -13,13 +13,16 @@ from torch.autograd import Function
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from models.functional.precision import at_least_float32
+from models.functional.precision import as_autocast, at_least_float32
+from models.functional.weights import whole
 
 
 class _Linear(Function):
+    """The weight may be split over ranks (`sharded_layers`): it is whole while it is multiplied by, and no longer."""
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
+        return F.linear(x, whole(weight).to(x.dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -28,12 +31,12 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.saved_tensors[0], None
+        return grad @ whole(ctx.saved_tensors[0]).to(grad.dtype), None
 
     @staticmethod
     @torch.no_grad()
     def jvp(ctx, x_tangent: Tensor, _) -> Tensor:
-        return F.linear(x_tangent, ctx.saved_tensors[0])
+        return F.linear(x_tangent, whole(ctx.saved_tensors[0]).to(x_tangent.dtype))
 
 
 class _RMSNorm(Function):
@@ -105,8 +108,9 @@ class FrozenLinear(nn.Linear):
     """`nn.Linear` with the same parameters and the same result, for weights that never train."""
 
     def forward(self, x: Tensor) -> Tensor:
+        (x,) = as_autocast(x)
         y = _Linear.apply(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class FrozenRMSNorm(LlamaRMSNorm):

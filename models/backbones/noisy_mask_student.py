@@ -14,7 +14,7 @@ from models.backbones.student import Student
 from models.backbones.twin import with_lora, with_own_weights
 from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import flow_map, noisy_mask, warp_time
-from models.functional.precision import at_least_float32
+from models.functional.precision import at_least_float32, in_full
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
 
@@ -92,7 +92,8 @@ class NoisyMaskStudent(Student):
 
     def expected(self, psi: Tensor) -> Tensor:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the base's precision."""
-        return psi.to(self.base.embedding.dtype) @ self.base.embedding
+        with in_full(psi):
+            return psi.to(self.base.embedding.dtype) @ self.base.embedding
 
     def project_(self) -> None:
         """A gate cannot be negative."""

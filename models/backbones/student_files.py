@@ -9,23 +9,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.backbones.checkpoint_files import written_whole
-from models.backbones.llada import LladaModel
+from models.backbones.llada import LladaModel, load_llada
 from models.backbones.masked_student import MaskedStudent
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.backbones.prefix_student import PrefixStudent
 from models.backbones.student import Student
 from models.functional.errors import UsageError
-from models.functional.weights import trainable_weights
+from models.functional.weights import trainable_weights, whole
 
 FORMAT = "leap-student-2"
+TEACHER = "teacher"  # folder of the base, where it lies beside the student
 KINDS = {"logit": PrefixStudent, "noisy_mask": NoisyMaskStudent, "masked": MaskedStudent}
 
 
 def base_fingerprint(base: LladaModel) -> str:
-    """sha256 over every weight's name, shape and up to 1024 evenly spaced values: quick at 8B, different after training."""
+    """sha256 over every weight's name, shape and up to 1024 evenly spaced values: quick at 8B, different after training.
+
+    Of weights that are split over ranks every rank has to ask.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(base.state_dict().items()):
-        flat = weight.detach().reshape(-1)
+        flat = whole(weight.detach()).reshape(-1)
         sample = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
@@ -35,6 +39,23 @@ def base_fingerprint(base: LladaModel) -> str:
 def save_student(student: Student, folder: str | Path, notes: dict | None = None) -> Path:
     """Write the trained part to `folder` (student.safetensors, student.json); a half-written folder never appears."""
     folder = Path(folder)
+    with written_whole(folder) as staging:
+        _write(student, staging, notes)
+    return folder
+
+
+def save_whole_student(student: Student, folder: str | Path, tokenizer=None) -> Path:
+    """The same with its base beside it, so that one folder is enough for `load_whole_student`."""
+    folder = Path(folder)
+    with written_whole(folder) as staging:
+        student.base.save_pretrained(staging / TEACHER)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging / TEACHER)
+        _write(student, staging, {"teacher": str(folder / TEACHER)})
+    return folder
+
+
+def _write(student: Student, folder: Path, notes: dict | None) -> None:
     weights = {name: p.detach().cpu().contiguous() for name, p in trainable_weights(student).items()}
     description = {
         "format": FORMAT,
@@ -43,10 +64,8 @@ def save_student(student: Student, folder: str | Path, notes: dict | None = None
         "options": student.options,
         "notes": notes or {},
     }
-    with written_whole(folder) as staging:
-        save_file(weights, staging / "student.safetensors")
-        (staging / "student.json").write_text(json.dumps(description, indent=2) + "\n")
-    return folder
+    save_file(weights, folder / "student.safetensors")
+    (folder / "student.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def read_student(folder: str | Path) -> dict:
@@ -58,6 +77,15 @@ def read_student(folder: str | Path) -> dict:
     if description.get("format") != FORMAT or description.get("kind") not in KINDS:
         raise UsageError(f"{path} is of format {description.get('format')!r}; this version reads {FORMAT!r}")
     return description
+
+
+def load_whole_student(folder: str | Path) -> Student:
+    """A student with the base that lies beside it, or else where its notes say. Errors: UsageError as in `load_student`."""
+    beside = Path(folder) / TEACHER
+    base = beside if beside.is_dir() else read_student(folder)["notes"].get("teacher")
+    if base is None:
+        raise UsageError(f"{folder} does not say where its teacher is; read both with load_student(folder, teacher)")
+    return load_student(folder, load_llada(base))
 
 
 def load_student(folder: str | Path, base: LladaModel) -> Student:

@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from models.concept.executor import Executor
 from models.concept.planner import Planner, sampled
+from models.decoding.decoder import Watch
 
 
 class PlannedDecoder:
@@ -17,6 +18,7 @@ class PlannedDecoder:
     """
 
     method = "student"
+    refines = False
 
     def __init__(
         self,
@@ -35,8 +37,8 @@ class PlannedDecoder:
         self.name = f"plan {how[plan_temperature > 0]}, text {how[temperature > 0]}"
 
     @torch.no_grad()
-    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
         prompt = (rows[name][:, : -self.length] for name in ("input_ids", "attention_mask"))
         plan = self.planner.draw(*prompt, sampled(generator, self.plan_temperature))
-        options = {"temperature": self.temperature, "vocab_size": self.vocab_size}
+        options = {"temperature": self.temperature, "vocab_size": self.vocab_size, "watch": watch}
         return self.executor.generate(plan.ids, plan.embeds, self.length, generator, **options)

@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from models.concept.layout import Columns, joined
 from models.concept.unified import Reading, UnifiedModel
+from models.decoding.decoder import Watch
 from models.decoding.masked_diffusion import gumbel_argmax
 
 
@@ -41,16 +42,19 @@ class Executor:
         *,
         temperature: float = 1.0,
         vocab_size: int | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Texts (B, length) of plans, one forward a word, the most probable words at temperature 0.
 
-        vocab_size: ids from there on are padding of the output layer and never said.
+        vocab_size: ids from there on are padding of the output layer and never said. watch: see `Decoder`.
         """
         reading, said = Reading(self.model), []
         states = reading.read(*self._opening(plan_ids, plan_embeds))
         for place in range(length):
             logits = self.model.text_logits(states[:, -1])[:, :vocab_size]
             said.append(gumbel_argmax(logits, temperature, generator))
+            if watch is not None:
+                watch(torch.stack(said, -1))
             if place + 1 < length:
                 states = reading.read(*self._words(said[-1].unsqueeze(-1), place))
         return torch.stack(said, -1)

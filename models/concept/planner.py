@@ -14,30 +14,48 @@ from torch import Generator, Tensor
 from models.concept.layout import Columns, Planning, joined
 from models.concept.quantiser import Quantiser
 from models.concept.unified import Reading, UnifiedModel
-from models.concept.vocabulary import END
+from models.concept.vocabulary import END, IMPOSSIBLE
 from models.functional.errors import require_choice
 from models.functional.gumbel import Choice, gumbel_noise, gumbel_st, one_hot_argmax, straight_through
 
-Chooser = Callable[[Tensor], Choice]  # logits (B, W) -> what is chosen
+Chooser = Callable[[Tensor], Choice]  # logits (B, n, W) of a round's n slots -> what is chosen
 
 
 class Made(NamedTuple):
-    """One slot's choice: logits (B, W), and embeddings (B, D).
+    """The choices of a round's n slots: logits (B, n, W), weights (B, n, W) and embeddings (B, n, D).
 
-    mix - base is added to what the table says: nothing where they are equal, and then the gradient of mix alone.
-    soft, hard: the relaxed choice and the one made, or the point and its code.
+    weights_soft, weights_hard: of the relaxed choice and of the one made. moved: what is added to what the table says, a
+    gradient alone where choices are relaxed, the way back to the point where a quantiser made them.
+    soft, hard: embeddings of the relaxed choice and the one made, or of the point and its code.
     """
 
     logits: Tensor
-    choice: Choice
-    mix: Tensor
-    base: Tensor
+    weights_soft: Tensor
+    weights_hard: Tensor
     soft: Tensor
     hard: Tensor
+    moved: Tensor
+
+
+class Rounds:
+    """What was made so far: slots in the order in which they were chosen, round by round."""
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+        self.rounds: list[Made] = []
+
+    def add(self, slots: list[int], made: Made) -> None:
+        self.slots += slots
+        self.rounds.append(made)
+
+    def in_order(self) -> Made:
+        """Of all slots, (B, S, ...) each."""
+        order = torch.tensor(self.slots).argsort()
+        return Made(*(torch.cat(part, 1)[:, order.to(part[0].device)] for part in zip(*self.rounds, strict=True)))
 
 
 class Coder:
-    """Chooses a slot's code by a quantiser; share: how far from the point to its code the embedding stands.
+    """Chooses each slot's code by a quantiser; share: how far from the point to its code the embedding stands.
 
     points: those of the slots chosen so far, (B, d) each, held.
     """
@@ -46,10 +64,12 @@ class Coder:
         self.quantiser, self.share = quantiser, share
         self.points: dict[int, Tensor] = {}
 
-    def __call__(self, state: Tensor, slot: int) -> Made:
-        coded = self.quantiser(state, slot, self.share)
-        self.points[slot] = coded.point.detach()
-        return Made(coded.logits, coded.choice, coded.embeds, coded.hard_embeds, coded.soft_embeds, coded.hard_embeds)
+    def __call__(self, states: Tensor, slots: list[int]) -> Made:
+        """Of states (B, n, D) before these slots."""
+        coded = [self.quantiser(state, slot, self.share) for state, slot in zip(states.unbind(1), slots, strict=True)]
+        self.points |= {slot: own.point.detach() for slot, own in zip(slots, coded, strict=True)}
+        made = (Made(c.logits, *c.choice, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds) for c in coded)
+        return Made(*(torch.stack(part, 1) for part in zip(*made, strict=True)))
 
 
 class Plan(NamedTuple):
@@ -99,17 +119,6 @@ def relaxed(generator: Generator, temperature: float, noise: float = 1.0) -> Cho
     return lambda logits: gumbel_st(logits, temperature, noise * gumbel_noise(logits, generator))
 
 
-def dictated(choices: Tensor) -> Chooser:
-    """The choices (B, S) that are given, slot after slot, whatever the logits; for one plan of each text."""
-    slots = iter(choices.unbind(-1))
-
-    def choose(logits: Tensor) -> Choice:
-        hard = torch.zeros_like(logits).scatter(-1, next(slots).unsqueeze(-1), 1.0)
-        return Choice(hard, hard)
-
-    return choose
-
-
 class Planner:
     """Plans with a shared `UnifiedModel`; it has no weights of its own.
 
@@ -126,11 +135,11 @@ class Planner:
     def draw(self, text: Tensor, mask: Tensor, choose: Chooser | Coder) -> Plan:
         """A plan for each text (B, T), real where mask (B, T) bool, round by round with a key-value cache.
 
-        choose: what is made of each slot's logits, or a `Coder`, what is made of the state before the slot.
+        choose: what is made of the slots' logits, or a `Coder`, what is made of the states before them.
         """
         model, layout = self.model, self.layout
         choices = torch.full((len(text), len(layout.slot_columns)), END, device=text.device)
-        reading, made = Reading(model, apart=self.planning != "sequential"), {}
+        reading, made = Reading(model, apart=self.planning != "sequential"), Rounds()
         # 1. the text and <PLAN>
         opening = self._opening(text, mask)
         for k, (columns, slots) in enumerate(layout.rounds(self.planning)):
@@ -141,34 +150,50 @@ class Planner:
                 part = torch.cat([opening[0], part[0]], 1), joined(opening[1], part[1])
             states = reading.read(*part)[:, -len(slots) :]
             # 3. a choice for each of them
-            for state, slot in zip(states.unbind(1), slots, strict=True):
-                made[slot] = choose(state, slot) if isinstance(choose, Coder) else self._made(state, slot, choose)
-            numbers = torch.stack([made[slot].choice.hard.argmax(-1) for slot in slots], 1)
+            own = choose(states, slots) if isinstance(choose, Coder) else self._made(states, slots, choose)
+            made.add(slots, own)
+            numbers = own.weights_hard.argmax(-1)
             choices = self._closed(choices.index_copy(1, torch.tensor(slots, device=text.device), numbers))
         # 4. the whole
-        parts = [made[slot] for slot in range(choices.shape[1])]
-        logits, soft, hard, soft_embeds, hard_embeds = (
-            torch.stack(part, 1) for part in zip(*((m.logits, *m.choice, m.soft, m.hard) for m in parts), strict=True)
-        )
         ids, embeds = layout.block(choices), self._mixed(layout.block(choices), made)[0]
-        is_open = layout.open_slots(choices)
-        return Plan(ids, embeds, choices, is_open, logits, soft, hard, soft_embeds, hard_embeds)
+        logits, soft, hard, soft_embeds, hard_embeds, _ = made.in_order()
+        return Plan(ids, embeds, choices, layout.open_slots(choices), logits, soft, hard, soft_embeds, hard_embeds)
 
     def score(self, text: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
-        """Logits (B, S, W) of given choices, all slots in one forward."""
-        opening, block = self._opening(text, mask), self._read(choices, {})
+        """Logits (B, S, W) of given choices (B, S), all slots in one forward."""
+        opening, block = self._opening(text, mask), self._read(choices, Rounds())
         embeds, columns = torch.cat([opening[0], block[0]], 1), joined(opening[1], block[1])
         states = self.model.states(embeds, columns, apart=self.planning != "sequential")
-        before = opening[0].shape[1] + self.layout.slot_columns.to(text.device) - 1
-        states = states[:, before]
-        if self.quantiser is None:
-            return self.model.choice_logits(states)
-        return torch.stack([self.quantiser(state, slot).logits for slot, state in enumerate(states.unbind(1))], 1)
+        return self._logits_of_block(states[:, opening[0].shape[1] :])
+
+    def score_many(self, text: Tensor, mask: Tensor, plans: Tensor) -> Tensor:
+        """Logits (B, K, S, W) of K plans (B, K, S) of each text, which is read once."""
+        reading = Reading(self.model, apart=self.planning != "sequential")
+        reading.read(*self._opening(text, mask))
+        reading.repeat(plans.shape[1])
+        states = reading.read(*self._read(plans.flatten(0, 1), Rounds()))
+        return self._logits_of_block(states).unflatten(0, plans.shape[:2])
+
+    def certain(self, choices: Tensor) -> Plan:
+        """The plan of given choices (B, S), as if nothing else had been possible; no text is read for it."""
+        table = self.model.choice_embeddings(list(range(choices.shape[1])))  # (S, W, D)
+        hard = torch.nn.functional.one_hot(choices, table.shape[1]).to(table.dtype)
+        embeds = table[torch.arange(choices.shape[1], device=choices.device), choices]
+        ids, read = self.block(choices)
+        logits = (1 - hard) * IMPOSSIBLE
+        return Plan(ids, read, choices, self.layout.open_slots(choices), logits, hard, hard, embeds, embeds)
 
     def block(self, choices: Tensor) -> tuple[Tensor, Tensor]:
         """Ids (B, C) and embeddings (B, C, D) of given choices (B, S), as an executor reads them."""
         ids = self.layout.block(choices)
         return ids, self._embedded(ids)[0]
+
+    def _logits_of_block(self, states: Tensor) -> Tensor:
+        """Logits (B, S, W) of all slots from the states (B, C, D) of a block's columns."""
+        states = states[:, self.layout.slot_columns.to(states.device) - 1]
+        if self.quantiser is None:
+            return self.model.choice_logits(states)
+        return torch.stack([self.quantiser(state, slot).logits for slot, state in enumerate(states.unbind(1))], 1)
 
     def _opening(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Columns]:
         """[<BOS>, text, <PLAN>]: <BOS> stands before all padding, so that every column sees something."""
@@ -178,26 +203,25 @@ class Planner:
         columns = joined(special, self.layout.of_text(mask), special)
         return self.model.embed(ids, columns.type_ids), columns
 
-    def _read(self, choices: Tensor, made: dict[int, Made]) -> tuple[Tensor, Columns]:
+    def _read(self, choices: Tensor, made: Rounds) -> tuple[Tensor, Columns]:
         """The block as the planner itself reads it: without the concepts where all are chosen at once."""
         if self.planning == "slots":
             return self._embedded(self.layout.unwritten(len(choices)).to(choices.device))
         return self._mixed(self.layout.block(choices), made)
 
-    def _mixed(self, ids: Tensor, made: dict[int, Made]) -> tuple[Tensor, Columns]:
+    def _mixed(self, ids: Tensor, made: Rounds) -> tuple[Tensor, Columns]:
         """The block's columns, with the gradients of what was chosen at its slots."""
         embeds, columns = self._embedded(ids)
-        if not made:
+        if not made.slots:
             return embeds, columns
-        slots = self.layout.slot_columns[list(made)].to(ids.device)
-        moved = torch.stack([m.mix - m.base for m in made.values()], 1)
-        return embeds.index_copy(1, slots, embeds[:, slots] + moved), columns
+        slots = self.layout.slot_columns[made.slots].to(ids.device)
+        return embeds.index_add(1, slots, torch.cat([m.moved for m in made.rounds], 1)), columns
 
-    def _made(self, state: Tensor, slot: int, choose: Chooser) -> Made:
-        logits, table = self.model.slot_logits(state, slot), self.model.choice_embeddings(slot)
+    def _made(self, states: Tensor, slots: list[int], choose: Chooser) -> Made:
+        logits, table = self.model.choice_logits(states, slots), self.model.choice_embeddings(slots)
         choice = choose(logits)
-        soft, hard = (weights @ table for weights in choice)
-        return Made(logits, choice, soft, soft.detach(), soft, hard)
+        soft, hard = (torch.einsum("bsw,swd->bsd", weights, table) for weights in choice)
+        return Made(logits, *choice, soft, hard, soft - soft.detach())
 
     def _embedded(self, ids: Tensor) -> tuple[Tensor, Columns]:
         columns = self.layout.of_block(ids)

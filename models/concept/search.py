@@ -65,9 +65,9 @@ class PlanSearch:
         # 1. candidates, the plan of before in front
         drawn = round(self.explore * self.candidates)
         likely = beam(self.posterior, *seen, max(1, self.candidates - drawn))
-        first = torch.where(known.unsqueeze(-1), before, likely[:, 0])
         near = [self.neighbour(likely[:, k % likely.shape[1]], generator) for k in range(drawn)]
-        plans = torch.stack([first, *likely.unbind(1), *near], 1)
+        kept = [torch.where(known.unsqueeze(-1), before, likely[:, 0])] if known.any() else []
+        plans = torch.stack([*kept, *likely.unbind(1), *near], 1)
         # 2. their scores, each plan once
         scores = self.scores(prompt, text, plans)
         scores = (scores if further is None else scores + further(plans)).masked_fill(repeats(plans), -torch.inf)
@@ -79,11 +79,11 @@ class PlanSearch:
 
     @torch.no_grad()
     def scores(self, prompt: Read, text: Tensor, plans: Tensor) -> Tensor:
-        """S of every plan (B, K, S) of its text (B, R), (B, K) nats; all candidates in one batch."""
+        """S of every plan (B, K, S) of its text (B, R), (B, K) nats; all candidates in one batch, the prompt read once."""
         count = plans.shape[1]
         flat, said = plans.flatten(0, 1), text.repeat_interleave(count, 0)
         log_text = -token_nll(self.executor.logits(*self.prior.block(flat), said), said).sum(-1)
-        logits = self.prior.score(*(part.repeat_interleave(count, 0) for part in prompt), flat)
+        logits = self.prior.score_many(*prompt, plans).flatten(0, 1)
         log_plan = -plan_nll(logits.log_softmax(-1), flat, self.prior.layout.open_slots(flat)).sum(-1)
         return plan_score(log_text, log_plan, self.prior_weight).view(-1, count)
 
@@ -108,9 +108,7 @@ def beam(planner: Planner, text: Tensor, mask: Tensor, width: int) -> Tensor:
     total = torch.zeros(rows, 1, device=text.device)
     for _, chosen in layout.rounds(planner.planning):
         many = plans.shape[1]
-        repeated = (part.repeat_interleave(many, 0) for part in (text, mask))
-        logits = planner.score(*repeated, plans.flatten(0, 1))
-        log_p = logits.log_softmax(-1).view(rows, many, slots, -1)
+        log_p = planner.score_many(text, mask, plans).log_softmax(-1)
         origin = torch.arange(many, device=text.device).expand(rows, -1)
         for slot in chosen:
             own = log_p[:, :, slot].gather(1, origin.unsqueeze(-1).expand(-1, -1, log_p.shape[-1]))

@@ -59,9 +59,9 @@ class UnifiedModel(nn.Module):
         own = self.quantiser.embeddings()
         return torch.cat([self.new_embedding.weight[: -len(own)], own])
 
-    def choice_embeddings(self, slot: int) -> Tensor:
-        """Embeddings (W, D) of what may be chosen at a slot, without its type's."""
-        return self.new_table()[self.choices[slot]]
+    def choice_embeddings(self, slots: list[int]) -> Tensor:
+        """Embeddings (n, W, D) of what may be chosen at these slots, without their types'."""
+        return self.new_table()[self.choices[slots]]
 
     def states(
         self, embeds: Tensor, columns: Columns, cache: DynamicCache | None = None, *, apart: bool = False
@@ -86,17 +86,11 @@ class UnifiedModel(nn.Module):
         """Logits (..., V) over the base vocabulary: no concept among them."""
         return self.backbone.get_output_embeddings()(states)
 
-    def choice_logits(self, states: Tensor) -> Tensor:
-        """Logits (B, S, W) of every slot's choices from the states before them (B, S, D), at least float32."""
-        return self._limited(torch.einsum("bsd,swd->bsw", states, self.new_head.weight[self.choices]), self.possible)
-
-    def slot_logits(self, state: Tensor, slot: int) -> Tensor:
-        """The same for one slot: (B, D) -> (B, W)."""
-        return self._limited(state @ self.new_head.weight[self.choices[slot]].T, self.possible[slot])
-
-    @staticmethod
-    def _limited(logits: Tensor, possible: Tensor) -> Tensor:
-        return at_least_float32(logits).masked_fill(~possible, IMPOSSIBLE)
+    def choice_logits(self, states: Tensor, slots: list[int] | None = None) -> Tensor:
+        """Logits (B, n, W) of the choices of these slots, or all, from the states before them (B, n, D), at least float32."""
+        own = slice(None) if slots is None else slots
+        logits = torch.einsum("bsd,swd->bsw", states, self.new_head.weight[self.choices[own]])
+        return at_least_float32(logits).masked_fill(~self.possible[own], IMPOSSIBLE)
 
 
 class Reading:
@@ -109,3 +103,8 @@ class Reading:
         """States (B, L, D) of the new columns."""
         self.columns = columns if self.columns is None else joined(self.columns, columns)
         return self.model.states(embeds, self.columns, self.cache, apart=self.apart)
+
+    def repeat(self, count: int) -> None:
+        """Every row that was read stands `count` times from here on, one beside the other."""
+        self.cache.batch_repeat_interleave(count)
+        self.columns = Columns(*(field.repeat_interleave(count, 0) for field in self.columns))

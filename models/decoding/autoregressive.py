@@ -6,6 +6,7 @@ Legend: B batch, P prompt columns, R response columns, V vocabulary.
 import torch
 from torch import Generator, Tensor, nn
 
+from models.decoding.decoder import Watch
 from models.decoding.masked_diffusion import gumbel_argmax
 from models.functional.attention import positions_from_mask
 from models.functional.next_token import prefix_mask, read_columns, until_end
@@ -22,12 +23,13 @@ def generate_autoregressive(
     whole_prompt: bool = False,
     vocab_size: int | None = None,
     eos_id: int | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
 
     whole_prompt: prompt tokens see each other both ways, as a prefix language model was trained.
     vocab_size: ids from there on are padding of the output layer and never said. eos_id: fills what stands beyond its
-    first place; None leaves what the model goes on to say.
+    first place; None leaves what the model goes on to say. watch: see `Decoder`.
     """
     columns = response_columns(rows["response_mask"])
     seen = read_columns(rows)
@@ -40,6 +42,8 @@ def generate_autoregressive(
     for place in range(columns):
         # 2. a token from what has been read so far
         response.append(gumbel_argmax(out.logits[:, -1, :vocab_size], temperature, generator))
+        if watch is not None:
+            watch(_said(response, eos_id))
         if place + 1 == columns:
             break
         # 3. read it: its keys and values join the cache
@@ -52,6 +56,11 @@ def generate_autoregressive(
             past_key_values=out.past_key_values,
             use_cache=True,
         )
+    return _said(response, eos_id)
+
+
+def _said(response: list[Tensor], eos_id: int | None) -> Tensor:
+    """Tokens (B,) one after the other as (B, n), the end filled."""
     said = torch.stack(response, -1)
     return said if eos_id is None else said.masked_fill(~until_end(said, eos_id), eos_id)
 
@@ -60,6 +69,7 @@ class AutoregressiveDecoder:
     """`generate_autoregressive` of one model, as a `Decoder`; response_length: R, its forwards."""
 
     method = "teacher"
+    refines = False
 
     def __init__(
         self,
@@ -77,5 +87,5 @@ class AutoregressiveDecoder:
         }  # fmt: skip
         self.name = "autoregressive" if temperature else "autoregressive, greedy"
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
-        return generate_autoregressive(self.model, rows, generator, **self.options)
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+        return generate_autoregressive(self.model, rows, generator, watch=watch, **self.options)

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from models.backbones.noisy_mask_student import NoisyMaskStudent
+from models.decoding.decoder import Watch
 from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import line_point
 from models.functional.rows import response_columns
@@ -42,6 +43,7 @@ def follow_flow(
     promote: float | None = None,
     generator: Generator | None = None,
     network: Network | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Token ids (B, L) at the masked positions after `forwards` evaluations, 0 elsewhere; prompts are never touched.
 
@@ -50,7 +52,8 @@ def follow_flow(
       `renoise`: the endpoint's expectation at every time of the grid, put back on the line with fresh noise.
       `ode`: Euler steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward is trained to reproduce.
     promote: positions whose distribution has this much on one token become clean text for the forwards that follow.
-    network: another evaluation than `student` itself, such as a snapshot of its weights.
+    network: another evaluation than `student` itself, such as a snapshot of its weights. watch: called with the tokens
+    (B, L) after each of them.
     """
     require_flow_options(step, promote, (forwards,))
     network = network or student
@@ -65,6 +68,8 @@ def follow_flow(
         logits[:, student.base.mask_id] = float("-inf")
         psi = torch.softmax(logits, -1)  # (M, V)
         tokens[masked] = psi.argmax(-1)
+        if watch is not None:
+            watch(tokens.clone())
         if k + 1 == forwards:
             break
         # 2. move the masked positions to t
@@ -97,6 +102,7 @@ class NoisyMaskDecoder:
     """`follow_flow` from fresh noise, as a `Decoder`; the same seed gives the same texts."""
 
     method = "student"
+    refines = True
 
     def __init__(
         self,
@@ -111,7 +117,8 @@ class NoisyMaskDecoder:
         self.options = {"step": step, "promote": promote, "network": network}
         self.name = {"chain": "student", "renoise": "student, re-noised", "ode": "denoiser's flow"}[step]
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
-        begin = start_rows(self.student, rows, generator)
-        tokens = follow_flow(self.student, begin, forwards=self.forwards, generator=generator, **self.options)
-        return tokens[:, -response_columns(rows["response_mask"]) :]
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+        begin, columns = start_rows(self.student, rows, generator), response_columns(rows["response_mask"])
+        options = self.options | {"watch": watch and (lambda tokens: watch(tokens[:, -columns:]))}
+        tokens = follow_flow(self.student, begin, forwards=self.forwards, generator=generator, **options)
+        return tokens[:, -columns:]

@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor
 
 from models.backbones.prefix_student import PrefixStudent
+from models.decoding.decoder import Watch
 from models.decoding.masked_diffusion import gumbel_argmax
 from models.functional.rows import response_columns
 
@@ -25,10 +26,14 @@ class OneStepDecoder:
 
     method = "student"
     forwards = 1
+    refines = True
 
     def __init__(self, student: PrefixStudent, *, temperature: float = 0.0) -> None:
         self.student, self.temperature = student, temperature
         self.name = f"student, {'greedy' if temperature == 0 else 'sampled'}"
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
-        return generate_one_step(self.student, rows, generator, self.temperature)
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+        responses = generate_one_step(self.student, rows, generator, self.temperature)
+        if watch is not None:
+            watch(responses)
+        return responses

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from models.backbones.row_cache import held_bytes
 from models.concept.online_model import OnlineConceptModel
+from models.decoding.decoder import Watch
 from models.decoding.masked_diffusion import gumbel_argmax
 from models.functional.next_token import read_columns, until_end
 from models.functional.rows import response_columns
@@ -70,10 +71,12 @@ def generate_online(
     generator: Generator | None = None,
     eos_token_id: int | None = None,
     vocab_size: int | None = None,
+    watch: Watch | None = None,
 ) -> OnlineTexts:
     """Up to max_new_tokens tokens after prompts (B, P) with attention_mask (B, P); the most probable ones at temperature 0.
 
     Ends early where every row has said eos_token_id. vocab_size: ids from there on are padding and never said.
+    watch: see `Decoder`.
     """
     reading, said = OnlineReading(model.eval()), []
     logits = reading.read(input_ids, None if attention_mask is None else attention_mask.bool())
@@ -82,20 +85,25 @@ def generate_online(
         if said:
             logits = reading.step(said[-1])
         said.append(gumbel_argmax(logits[:, :vocab_size], temperature, generator))
+        if watch is not None:
+            watch(_filled(said, eos_token_id))
         if eos_token_id is not None:
             ended |= said[-1] == eos_token_id
             if bool(ended.all()):
                 break
+    return OnlineTexts(_filled(said, eos_token_id), reading.concepts, reading.kv_bytes)
+
+
+def _filled(said: list[Tensor], eos_id: int | None) -> Tensor:
     new = torch.stack(said, -1)
-    if eos_token_id is not None:
-        new = new.masked_fill(~until_end(new, eos_token_id), eos_token_id)
-    return OnlineTexts(new, reading.concepts, reading.kv_bytes)
+    return new if eos_id is None else new.masked_fill(~until_end(new, eos_id), eos_id)
 
 
 class OnlineConceptDecoder:
     """`generate_online` as a `Decoder`; response_length: R, its steps. kv_bytes: of the last batch, a text."""
 
     method = "student"
+    refines = False
 
     def __init__(
         self,
@@ -110,7 +118,7 @@ class OnlineConceptDecoder:
         self.name = "online concepts" if temperature else "online concepts, greedy"
         self.kv_bytes: float | None = None
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
         columns = response_columns(rows["response_mask"])
         texts = generate_online(
             self.model,
@@ -120,6 +128,7 @@ class OnlineConceptDecoder:
             temperature=self.temperature,
             generator=generator,
             vocab_size=self.vocab_size,
+            watch=watch,
         )
         self.kv_bytes = texts.kv_bytes / len(texts.sequences)
         return texts.sequences

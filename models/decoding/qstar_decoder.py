@@ -1,5 +1,6 @@
 """q* of two causal models as a `Decoder`: one scheme of drafting and checking, compared with others in the final table."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -8,6 +9,7 @@ from torch import Generator, Tensor, nn
 from models.backbones.cached_scores import CachedScores
 from models.backbones.causal_scores import CausalScores
 from models.decoding.chance import Chance, TorchChance
+from models.decoding.decoder import Watch
 from models.decoding.ngram import NgramScores
 from models.decoding.qstar import decode_qstar
 from models.decoding.qstar_costs import ForwardCosts, forward_costs
@@ -40,6 +42,7 @@ class QStarDecoder:
     """
 
     method = "student"
+    refines = False
 
     def __init__(
         self,
@@ -89,8 +92,15 @@ class QStarDecoder:
             return 2 * self.response_length
         return self.outputs[0].forwards["theta"] + self.outputs[0].forwards["target"]
 
-    def decode(self, prompts: Tensor, lengths: Tensor, most: int, chance: Chance) -> QStarOutput:
-        """At most `most` tokens after right-padded prompts (B, L), of which lengths (B,) are real."""
+    def decode(
+        self,
+        prompts: Tensor,
+        lengths: Tensor,
+        most: int,
+        chance: Chance,
+        settled: Callable[[Tensor], None] | None = None,
+    ) -> QStarOutput:
+        """At most `most` tokens after right-padded prompts (B, L), of which lengths (B,) are real; settled: of one text."""
         third = self._third
         if isinstance(third, nn.Module):
             third = self.kind(third, self.vocab_size)
@@ -98,12 +108,22 @@ class QStarDecoder:
         return decode_qstar(
             self.kind(self.theta, self.vocab_size), self.kind(self.target, self.vocab_size), prompts, lengths=lengths,
             assistant=third, max_new_tokens=most, law=self.law, gamma=self.gamma, draft=self.draft, verify=self.verify,
-            cost=cost, wide=wide, eos_ids=() if self.eos_id is None else (self.eos_id,), chance=chance,
+            cost=cost, wide=wide, eos_ids=() if self.eos_id is None else (self.eos_id,), chance=chance, settled=settled,
         )  # fmt: skip
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
-        out = self.decode(*prompts_of(rows), self.response_length, TorchChance(generator))
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+        """watch: of a batch of one, called after every round."""
+        said: list[Tensor] = []
+
+        def settled(new: Tensor) -> None:
+            said.append(new)
+            watch(torch.cat(said).unsqueeze(0))
+
+        chance = TorchChance(generator)
+        out = self.decode(*prompts_of(rows), self.response_length, chance, settled if watch else None)
         self.outputs.append(out)
+        if watch is not None:
+            watch(out.tokens)
         return out.tokens
 
     def expected_speedup(self, out: QStarOutput) -> float | None:

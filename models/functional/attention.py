@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from models.functional.precision import as_autocast, in_full
+
 MOST_ABOVE = 10.0  # nats by which a hidden key may outscore the seen ones
 
 
@@ -34,13 +36,16 @@ def gated_prefix_attention(
     differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
     if not differentiated:
         return _fused_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, scale)
-    return _GatedPrefixAttention.apply(q, k, v, mask, k_prefix, v_prefix, gate, scale)[0]
+    q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
+    with in_full(q):
+        return _GatedPrefixAttention.apply(q, k, v, mask, k_prefix, v_prefix, gate, scale)[0]
 
 
 def _fused_prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k_prefix: Tensor, v_prefix: Tensor, gate: Tensor, scale: float
 ) -> Tensor:
     """The same without derivatives: a prefix whose scores are raised by log g, in one fused kernel."""
+    q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
     batch, heads, length, _ = q.shape
     places = k_prefix.shape[2]
     bias = q.new_zeros(batch, heads, length, places + length)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from models.functional.errors import UsageError
+from models.functional.precision import in_full
 
 JvpBackend = Literal["forward_ad", "finite_difference"]
 
@@ -23,10 +24,23 @@ def value_and_jvp(
     """fn(*primals), differentiable in fn's parameters, and its derivative along `tangents`, detached.
 
     `forward_ad` is exact: what `torch.func.jvp` computes, without its wrapping of every operation. Every operation of fn
-    needs a forward-mode formula (flash attention has none, and activation checkpointing fails). `finite_difference` is
+    needs a forward-mode formula (flash attention has none, compiled layers have none). `finite_difference` is
     (fn(x + h v) - fn(x - h v)) / 2h under no_grad with error O(h²): any kernel will do, at three forwards. h must not be so
     small that float32 rounding wins: 1e-2 suits logits of order 1-10.
+
+    Both are worked out in the precision of the primals: half precision would lose most digits of a derivative.
     """
+    with in_full(primals[0]):
+        return _value_and_jvp(fn, primals, tangents, backend, step)
+
+
+def _value_and_jvp(
+    fn: Callable[..., Tensor],
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor, ...],
+    backend: JvpBackend,
+    step: float,
+) -> tuple[Tensor, Tensor]:
     if backend == "forward_ad":
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(x, v) for x, v in zip(primals, tangents, strict=True)]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models.functional.divergence import kl_divergence
 from models.functional.errors import UsageError
+from models.functional.precision import in_full
 
 Tangent = Literal["path", "source"]
 FlowLoss = Literal["kl", "ce", "mse", "hard"]
@@ -24,7 +25,8 @@ FlowLoss = Literal["kl", "ce", "mse", "hard"]
 
 def expected_embedding(logits: Tensor, embedding: Tensor) -> Tensor:
     """softmax(logits) E: the mean embedding of the token that the logits expect. (M, V), (V, D) -> (M, D)."""
-    return torch.softmax(logits, dim=-1).to(embedding.dtype) @ embedding
+    with in_full(logits):
+        return torch.softmax(logits, dim=-1).to(embedding.dtype) @ embedding
 
 
 def masking_path_tangent(z: Tensor, expected: Tensor, p: Tensor, eps: float, kind: Tangent) -> Tensor:

@@ -42,6 +42,25 @@ def efficiency(nats_without: float, nats_with: float, rate: float) -> float:
     return (nats_without - nats_with) / rate if rate > 0 else math.nan
 
 
+def code_ceiling(texts: Tensor, given: Tensor, weights: Tensor, codes: Tensor) -> tuple[float, float]:
+    r"""Rate E_u H(z | u) and gain E_u H(x | u) - H(x | z), nats, of codes z = f(x) with the best possible prior and executor.
+
+    .. math:: \eta^* = \frac{H(z) - I(x; u)}{H(z) - I(z; u)}
+
+    because the executor reads z and no prompt: a code is efficient where it keeps what the text tells of its prompt, and any
+    code that tells texts apart is, however it was made. texts (T,): p(x); given (U, T): p(x | u) of each prompt, with weights
+    (U,) that sum to 1; codes (T,): the number of each text's code.
+    """
+    told = torch.zeros(len(codes), int(codes.max()) + 1, dtype=given.dtype).scatter_(1, codes.unsqueeze(1), 1.0)
+    of_codes, of_texts = (weights @ entropy(p) for p in (given @ told, given))
+    return float(of_codes), float(of_texts - entropy(texts) + entropy(texts @ told))
+
+
+def entropy(p: Tensor) -> Tensor:
+    """-sum p log p over the last dimension, nats; 0 log 0 is 0."""
+    return -torch.special.xlogy(p, p).sum(-1)
+
+
 def flip_rate(before: Tensor, after: Tensor) -> float:
     """Share of texts whose concepts (N, S) are no longer the same in every slot."""
     return (before != after).any(-1).double().mean().item()

@@ -1,4 +1,4 @@
-"""The number type in which probabilities are worked out."""
+"""The number type in which probabilities and derivatives are worked out."""
 
 import torch
 from torch import Tensor
@@ -7,3 +7,16 @@ from torch import Tensor
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision becomes float32, float32 and float64 stay: logarithms and sums of half precision lose too much."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def in_full(x: Tensor) -> torch.autocast:
+    """A context in which operations keep their inputs' precision, whatever a trainer's mixed precision asks for."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type that a trainer's mixed precision computes products in, as they are without it."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)

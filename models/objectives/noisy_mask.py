@@ -104,6 +104,8 @@ def match_flow_map(
     """Stage B: ψ_{s,t} against its target, and ψ_{s,s} against D_s on the diagonal rows.
 
     target: `psd` for every interval, or `meanflow` for those that end by `meanflow_until` and `psd` beyond.
+    How many rows are of which kind may be drawn by lot. A kind without rows is computed for one that does not count, so that
+    every rank takes the same forwards.
     """
     x0, attention_mask = batch["input_ids"], batch["attention_mask"]
     # 1. intervals: the diagonal first, then those for the derivative, then those for self-distillation
@@ -123,20 +125,21 @@ def match_flow_map(
     z = noisy_point(student, batch, masked, s, generator)
     cut = n_diagonal + n_derivative
 
-    def part(first: int, last: int) -> tuple[Tensor, ...]:
-        rows = slice(first, last)
-        return z[rows], masked[rows], attention_mask[rows], s[rows], u[rows], t[rows]
+    def part(first: int, last: int) -> tuple[Tensor | int, ...]:
+        rows = slice(first, last) if first < last else slice(0, 1)
+        counting = int(masked[first:last].sum())
+        return z[rows], masked[rows], attention_mask[rows], s[rows], u[rows], t[rows], counting
 
     logits, targets = [], []
     # 2. diagonal rows: D itself
-    if n_diagonal:
-        zd, md, ad, sd, _, _ = part(0, n_diagonal)
-        logits.append(student(zd, md, ad, sd, sd))
+    if diagonal_share:
+        zd, md, ad, sd, _, _, counting = part(0, n_diagonal)
+        logits.append(student(zd, md, ad, sd, sd)[:counting])
         with torch.no_grad():
-            targets.append(denoiser(zd, md, ad, sd, sd).softmax(-1))
+            targets.append(denoiser(zd, md, ad, sd, sd).softmax(-1)[:counting])
     # 3. the corrected mean-flow identity, with the derivative along the flow of D
-    if n_derivative:
-        zf, mf, af, sf, _, tf = part(n_diagonal, cut)
+    if target == "meanflow":
+        zf, mf, af, sf, _, tf, counting = part(n_diagonal, cut)
         row = row_of_masked(mf)
         with torch.no_grad():
             log_d = denoiser(zf, mf, af, sf, sf).log_softmax(-1)
@@ -149,14 +152,14 @@ def match_flow_map(
             backend=jvp_backend,
             step=jvp_step,
         )
-        logits.append(value)
-        targets.append(noisy_meanflow_target(log_d, value, derivative, sf[row], tf[row], rho_min))
+        logits.append(value[:counting])
+        targets.append(noisy_meanflow_target(log_d, value, derivative, sf[row], tf[row], rho_min)[:counting])
     # 4. two shorter jumps of the average in place of one
-    if cut < len(x0):
-        zp, mp, ap, sp, up, tp = part(cut, len(x0))
+    if diagonal_share < 1:
+        zp, mp, ap, sp, up, tp, counting = part(cut, len(x0))
         with torch.no_grad():
-            targets.append(two_jumps(student, average, zp, mp, ap, sp, up, tp))
-        logits.append(student(zp, mp, ap, sp, tp))
+            targets.append(two_jumps(student, average, zp, mp, ap, sp, up, tp)[:counting])
+        logits.append(student(zp, mp, ap, sp, tp)[:counting])
     # 5. the divergence, raw and weighted
     logits, targets = torch.cat(logits), torch.cat(targets)
     gap = distribution_divergence(targets, logits)

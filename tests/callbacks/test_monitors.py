@@ -62,6 +62,12 @@ def test_a_condition_that_only_opens_the_text_shows_it_by_position():
     assert found["dnll_shuffle_at_2"] == 0
 
 
+def test_the_shuffle_is_told_by_place_with_its_interval():
+    figures = {"dnll_shuffle": 1.5, "dnll_shuffle_low": 1.0, "dnll_shuffle_high": 2.0, "dnll_random": 9.0}
+    told = ExchangeMonitor.in_words(figures | {"dnll_shuffle_at_0": -0.25})
+    assert told.endswith("(95 %): all: +1.500 [+1.000, +2.000], 0: -0.250")
+
+
 def test_nll_by_position_counts_tokens_that_count():
     class Rising(Watched):
         def probe_nll(self, rows, given):  # place + number of the row

@@ -145,7 +145,7 @@ def test_given_the_plan_the_prompt_changes_nothing():
     _, planner, executor, text, mask, plan = executor_case(2)
     ids, embeds = planner.block(plan.choices)
     with torch.no_grad():
-        plain, same = executor.logits(ids, embeds, text), iter(plan.hard.unbind(1))
+        plain, same = executor.logits(ids, embeds, text), iter(plan.hard.split(1, 1))
         other_prompt = planner.draw((text - 3 + 4) % (BASE - 3) + 3, mask, lambda _: greedy(next(same)))
         assert torch.equal(other_prompt.choices, plan.choices)
         assert_close(executor.logits(other_prompt.ids, other_prompt.embeds, text), plain)

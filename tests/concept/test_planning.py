@@ -53,7 +53,9 @@ def test_each_type_is_what_it_would_be_alone_after_the_text():
         for slot in (model.vocabulary.slot_types == kind - 1).nonzero().flatten().tolist():
             before = opening[0].shape[1] + int((own == layout.slot_columns[slot] - 1).nonzero())
             is_open = layout.open_slots(choices)[:, slot]
-            assert_close(model.slot_logits(states[:, before], slot)[is_open], together[is_open, slot])
+            assert_close(
+                model.choice_logits(states[:, before : before + 1], [slot])[is_open, 0], together[is_open, slot]
+            )
 
 
 @pytest.mark.parametrize("planning", ["types", "slots"])
@@ -108,6 +110,28 @@ def test_a_drawn_block_carries_its_gradient_to_the_choices(planning):
     nll = -executor.logits(plan.ids, plan.embeds, text).log_softmax(-1).gather(-1, text.unsqueeze(-1)).mean()
     (slope,) = torch.autograd.grad(nll, model.new_head.weight)
     assert slope.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("planning", ["sequential", "types", "slots"])
+def test_a_text_read_once_serves_many_plans(planning):
+    """As if it stood beside each of them, padding included."""
+    planner, (text, mask) = Planner(concept_parts()[0], planning), some_texts(4)
+    mask[1, :2] = False
+    plans = every_plan(planner.layout)[torch.randperm(1014, generator=generator())[:12]].view(4, 3, 6)
+    together = planner.score_many(text, mask, plans)
+    alone = planner.score(*(part.repeat_interleave(3, 0) for part in (text, mask)), plans.flatten(0, 1))
+    assert_close(together.flatten(0, 1), alone)
+    if planning != "slots":
+        assert (together[:, 0] - together[:, 1]).abs().max() > 1e-3  # the control: the plans are not alike
+
+
+def test_a_certain_plan_is_what_it_names():
+    planner, (text, mask) = planners(ONE_SLOT_EACH)[0], some_texts(8)
+    drawn = planner.draw(text, mask, sampled(generator()))
+    certain = planner.certain(drawn.choices)
+    for name in ("ids", "embeds", "choices", "open_slots", "hard", "hard_embeds"):
+        assert_close(getattr(certain, name), getattr(drawn, name))
+    assert (certain.logits.softmax(-1) == certain.hard).all()
 
 
 def test_rounds_by_hand():

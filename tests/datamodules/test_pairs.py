@@ -380,4 +380,12 @@ def test_slots_of_dictionary_prompts_are_known_attributes_of_their_texts(build):
     seen = {prompt: plan for prompt, plan in train_names.items() if "Blue" in prompt}
     assert all(plan[1] == blue[1] for plan in seen.values())
     assert all(plan[1] == aromi[1] for prompt, plan in train_names.items() if "Aromi" in prompt)
-    assert build(setup=True).attributes_of({"row_index": torch.tensor([0])}) is None  # prompts that are text
+    told = data.signals(data.rows["test"].columns)
+    assert {name: values.tolist() for name, values in told.items()} == {
+        "food": [0, aromi[0]],
+        "name": [blue[1], aromi[1]],
+    }
+    assert data.signal_sizes == {"food": 3, "name": 4}  # none is a value too
+    plain = build(setup=True)  # prompts that are text
+    assert plain.attributes_of({"row_index": torch.tensor([0])}) is None
+    assert plain.signal_sizes == {}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.functional.plan_information import (
+    code_ceiling,
     efficiency,
     flip_rate,
     joint_information,
@@ -100,6 +101,35 @@ def test_a_name_of_its_own_for_every_text_is_exposed_by_the_shuffled_control():
     told, of_plan = joint_information(own, plans)
     assert told / of_plan == pytest.approx(1, abs=1e-9)
     assert shuffled_information(own, plans)[0] / of_plan > 0.9
+
+
+def ceiling(codes: list[int], seed: int = 0) -> tuple[float, float]:
+    """Six texts under three prompts: the function, and the same summed up prompt by prompt and text by text."""
+    generator = torch.Generator().manual_seed(seed)
+    joint = torch.rand(3, 6, generator=generator, dtype=torch.float64).square()
+    joint /= joint.sum()
+    weights, texts = joint.sum(1), joint.sum(0)
+    given = joint / weights.unsqueeze(1)
+    found = code_ceiling(texts, given, weights, torch.tensor(codes))
+    rate = gain = 0.0
+    for u, x in product(range(3), range(6)):
+        same = [k for k in range(6) if codes[k] == codes[x]]
+        of_code = given[u, same].sum().item()
+        rate -= joint[u, x].item() * math.log(of_code)
+        gain += joint[u, x].item() * math.log((texts[x] / texts[same].sum()).item() / given[u, x].item())
+    assert found == pytest.approx((rate, gain))
+    return found
+
+
+def test_what_a_code_can_gain_by_enumeration():
+    for numbers in ([0, 1, 2, 3, 4, 5], [3, 5, 1, 0, 2, 4]):  # any code that tells texts apart pays for itself
+        rate, gain = ceiling(numbers)
+        assert gain == pytest.approx(rate)
+    rate, gain = ceiling([0, 0, 1, 1, 2, 2])
+    assert gain < rate - 1e-3  # one that does not loses what the text told of its prompt
+    rate, gain = ceiling([0] * 6)
+    assert rate == pytest.approx(0)
+    assert gain < -1e-3
 
 
 def test_flips_by_hand():

@@ -242,7 +242,9 @@ def test_decoders_record_and_figures_of_a_test(tmp_path, tiny_oracle):
     rows = {row["decoder"]: row for row in read_record(tmp_path / "record.json")["rows"]}
     assert rows["plan greedy, text greedy"]["forwards"] == 6 + tiny_oracle.response_length
     figures = rows["ConceptPlannerExecutorModule"]["quality"]
-    assert figures.keys() >= {"nll_given_plan", "nll_bound", "nll_truth", "efficiency", "joint_information"}
+    information = {"joint_information", "nmi", *(f"nmi_{kind}" for kind in TYPES)}
+    prices = {"rate_bits", "gain_bits", "efficiency", "dnll_shuffle"}
+    assert figures.keys() >= {"nll_given_plan", "nll_bound", "nll_truth"} | information | prices
     assert "nll" not in figures
     batch = batch_of(tiny_oracle, 8, "test")
     greedy_decoder, sampler = module.decoders()

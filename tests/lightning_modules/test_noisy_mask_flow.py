@@ -295,8 +295,8 @@ def test_flow_without_an_adapted_student_is_refused(tiny_llada, tiny_oracle):
 
 
 def test_half_precision_training_is_refused_with_a_sentence(tiny_llada, tiny_oracle):
-    with pytest.raises(UsageError, match=r"trainer\.precision=bf16-mixed"):
-        quiet_trainer(2, precision="bf16-mixed").fit(build(tiny_llada, tiny_oracle), tiny_oracle)
+    with pytest.raises(UsageError, match=r"trainer\.precision=bf16-true"):
+        quiet_trainer(2, precision="bf16-true").fit(build(tiny_llada, tiny_oracle), tiny_oracle)
 
 
 @pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora"])

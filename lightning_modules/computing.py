@@ -1,0 +1,67 @@
+"""How decoder layers are computed: compiled (compile=), or once more in the backward pass instead of kept (recompute=)."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lightning_modules.base import LeapModule
+from models.functional.errors import UsageError, require_choice
+from models.functional.weights import trainable_weights
+
+BACKENDS = ("inductor", "aot_eager", "eager")
+ADVICE = "forward-mode derivatives do not pass through it; type module.jvp_backend=finite_difference"
+
+
+def compute_layers(module: LeapModule, backend: str | None, recompute: bool) -> LeapModule:
+    """The module, every decoder layer of which is compiled by a backend of torch.compile and / or recomputed; in place.
+
+    Errors: UsageError where there is no compiler, and where the module takes forward-mode derivatives: they do not pass
+    through compiled layers, nor, where the layers train, through recomputed ones (their tangents are not there a second time).
+    """
+    layers = decoder_layers(module)
+    trained = any(trainable_weights(layer) for layer in layers)
+    if module.takes_forward_derivatives():
+        if backend is not None:
+            raise UsageError(f"compile={backend}: {ADVICE}, or compile=null")
+        if recompute and trained:
+            raise UsageError(f"recompute=true: {ADVICE}, or recompute=false")
+    if backend is not None:
+        require_choice("compile", backend, BACKENDS)
+        require_compiler(backend)
+    for layer in layers:
+        if recompute and "forward" not in vars(layer):  # not yet
+            recompute_layer(layer)
+        if backend is not None:
+            layer.compile(backend=backend)
+    return module
+
+
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
+def recompute_layer(layer: nn.Module) -> None:
+    """Keep nothing of the layer but its inputs for the backward pass (Chen et al., Sublinear Memory Cost, 2016)."""
+    forward = layer.forward
+
+    def recomputed(*inputs: Any, **options: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *inputs, use_reentrant=False, **options)
+        return forward(*inputs, **options)
+
+    layer.forward = recomputed
+
+
+def require_compiler(backend: str) -> None:
+    """Errors: UsageError where inductor would find no C++ compiler."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+    if backend == "inductor" and not any(map(shutil.which, names)):
+        raise UsageError(
+            f"compile=inductor needs a C++ compiler, and {', '.join(names)} is not there; install one, or type "
+            "compile=aot_eager or compile=null"
+        )

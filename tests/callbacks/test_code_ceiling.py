@@ -1,0 +1,41 @@
+"""The ceiling of codes of listed texts: 1 where they tell texts apart, less where not, silent where nothing is listed."""
+
+import pytest
+import torch
+from helpers_trainer import quiet_trainer
+from test_concept_dropout import module_of
+
+from callbacks.code_ceiling import CodeCeiling
+from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
+
+
+def figures(data, most: int) -> dict[str, float]:
+    class Numbered(ConceptPlannerExecutorModule):
+        """Each text's number, or what is left of it below `most`."""
+
+        def concepts_of(self, rows):
+            weights = 7 ** torch.arange(self._text(rows).shape[1])
+            return ((self._text(rows) * weights).sum(-1, keepdim=True)) % most
+
+    module = module_of(data, 4)
+    module.__class__, module.posterior_reads = Numbered, "text"
+    quiet_trainer(1, callbacks=[CodeCeiling()]).test(module, data, verbose=False)
+    return module.figures
+
+
+def test_codes_of_their_own_pay_for_themselves_and_few_do_not(tiny_oracle):
+    own = figures(tiny_oracle, 10**9)
+    truth = tiny_oracle.true_nll(tiny_oracle.rows["test"].columns).mean().item() / 0.693147
+    assert own["efficiency_best"] == pytest.approx(1)
+    assert own["gain_bits_best"] == pytest.approx(truth, rel=0.2)  # H(x | u), of which the test texts are a draw
+    assert own["nll_listed_best"] == pytest.approx(0, abs=1e-9)
+    few = figures(tiny_oracle, 3)
+    assert few["nll_listed_best"] > 0.1
+    assert few["nll_listed"] > few["nll_listed_best"]  # of an executor that learnt nothing
+    assert few["efficiency_best"] < 0.9
+    assert few["rate_bits_best"] < own["rate_bits_best"]
+
+
+def test_nothing_is_said_where_texts_are_not_listed(tiny_oracle):
+    tiny_oracle.list_texts = lambda: None
+    assert figures(tiny_oracle, 3) == {}

@@ -1,0 +1,47 @@
+"""Words rebuilt from plans: all of them where plans are learnt, by hand where the executor errs once, few by chance."""
+
+import pytest
+import torch
+from helpers_trainer import quiet_trainer
+from test_concept_dropout import module_of, only_few
+
+from callbacks.rebuilt import Rebuilt
+from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
+
+
+def measured(module, data) -> dict[str, float]:
+    trainer = quiet_trainer(120, callbacks=[Rebuilt(rows=64)])
+    if module.lr:
+        trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    return module.figures
+
+
+def test_learnt_texts_are_rebuilt_in_both_ways_and_fresh_ones_in_neither(tiny_oracle, capsys):
+    only_few(tiny_oracle)
+    found = measured(module_of(tiny_oracle, 4), tiny_oracle)
+    for how in ("forced", "free"):
+        assert found[f"token_accuracy_{how}"] == 1
+        assert found[f"bleu_{how}"] == pytest.approx(100)
+    assert "rebuilt from plans, forced: 1.000 of the words" in capsys.readouterr().out
+    fresh = module_of(tiny_oracle, 4)
+    fresh.lr = 0.0
+    assert measured(fresh, tiny_oracle)["token_accuracy_free"] < 0.7
+
+
+def test_words_are_counted_up_to_the_first_end(tiny_oracle):
+    class Once(ConceptPlannerExecutorModule):
+        """Right but for the first word when forced, wrong everywhere when free."""
+
+        def probe_said(self, rows, given):
+            given.counts[:, 4:] = False
+            forced, wrong = given.text.clone(), (given.text + 1) % 4
+            forced[:, 0], forced[:, 5] = wrong[:, 0], wrong[:, 5]
+            return torch.stack([forced, wrong], 1)
+
+    module = module_of(tiny_oracle, 4)
+    module.__class__, module.lr = Once, 0.0
+    found = measured(module, tiny_oracle)
+    assert found["token_accuracy_forced"] == pytest.approx(3 / 4)
+    assert found["token_accuracy_free"] == 0
+    assert found["bleu_forced"] > found["bleu_free"]
