@@ -70,16 +70,17 @@ def main() -> None:
         parser.error(f"--browser={args.browser} is not installed; type apt-get install chromium")
     args.to.mkdir(parents=True, exist_ok=True)
     port = free_port()
+    logdir = args.logdir.resolve()  # its name alone is shown on the pages
     board = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", "--logdir", str(args.logdir), "--port", str(port), "--load_fast=false"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "tensorboard.main", "--logdir", logdir.name, "--port", str(port), "--load_fast=false"],
+        cwd=logdir.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         wait_for(f"http://127.0.0.1:{port}/")
         time.sleep(args.seconds / 2)  # until the events are read
         for name in args.only:
             page, height = PAGES[name]
-            path = args.to / f"{name}.png"
+            path = args.to.resolve() / f"{name}.png"
             take(browser, f"http://127.0.0.1:{port}/?darkMode=false{page}", path, height, args.seconds)
             print(f"{path}: {path.stat().st_size // 1000} kB")
     finally:

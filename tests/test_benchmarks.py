@@ -102,6 +102,41 @@ def test_lightning_overhead(benchmark):
     assert all(math.isfinite(row["more_seconds"]["median"]) for row in result["rows"])
 
 
+def test_trainer_overhead(benchmark):
+    """Both loops take the same steps over two epochs and a validation each."""
+    small = [*("model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "data.size=tiny")]
+    rows = ["data.train_rows=64", "data.batch_size=16", "data.val_rows=16", "trainer.val_check_interval=3"]
+    options = ["--steps", "6", "--methods", "masked diffusion", "--options", *small, *rows, "module.forwards=[1]"]
+    result = benchmark("trainer_overhead", *options, shape=[])
+    check_layout(result, ["masked diffusion, by hand", "masked diffusion, the experiment"])
+    assert result["rows"][0]["all"] == 1.0
+    assert all(math.isfinite(row["monitors"]) and row["all"] > 0 for row in result["rows"])
+
+
+def test_trainer_overhead_refuses_to_time_different_steps(benchmark, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bench = importlib.import_module("trainer_overhead")
+    monkeypatch.setattr(bench, "_step", lambda *_: torch.tensor(1e3))
+    small = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "data.size=tiny"]
+    options = [
+        "--steps",
+        "2",
+        "--methods",
+        "next token",
+        "--options",
+        *small,
+        "data.train_rows=256",
+        "data.batch_size=16",
+    ]
+    with pytest.raises(SystemExit, match="not the same steps"):
+        benchmark("trainer_overhead", *options, shape=[])
+
+
+def test_start_up(benchmark):
+    result = benchmark("start_up", "--only", "help", "--clock", "cpu", shape=[])
+    check_layout(result, ["run.py --help"])
+
+
 def check_finite(rows: list[dict]) -> None:
     for row in rows:
         assert all(math.isfinite(value) and value > 0 for part in ("seconds", "ratio") for value in row[part].values())

@@ -32,7 +32,7 @@ RULES = {
     "datamodules": Rule(ours=("datamodules", "models.functional")),
     "lightning_modules": Rule(ours=("lightning_modules", "models"), never=("hydra", "omegaconf")),
     "callbacks": Rule(ours=("callbacks", "models.functional", "models.backbones.student_files")),
-    "benchmarks": Rule(ours=PACKAGES, never=()),
+    "benchmarks": Rule(ours=(*PACKAGES, "wiring"), never=()),
     "wiring": Rule(ours=(*PACKAGES[:-1], "wiring"), never=()),
     "run": Rule(ours=("wiring", "callbacks"), never=("torch", "lightning", "transformers")),
 }

@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "tutorial.md"
 BLOCK = re.compile(r"```bash\n(.*?)```(?:\s*```text\n(.*?)```)?", re.DOTALL)
 NOT_RUN = ("pip ", "tensorboard ")
 RUN = "python run.py "
-QUICK = ("Fewer positions: a plan of a few concepts", "Ask it", "Sweep", "Report")  # enough for each other
+QUICK = ["Fewer positions: a plan of a few concepts"]  # needs no other section
 
 
 def sections(text: str) -> dict[str, list[tuple[str, str]]]:
@@ -110,9 +110,7 @@ def follow(folder: Path, titles: list[str], monkeypatch) -> None:
 
 
 def test_a_part_of_the_tutorial_does_what_it_says(tmp_path, monkeypatch):
-    text = PAGE.read_text()
-    assert set(QUICK) <= set(sections(text))
-    follow(tmp_path, ["Fewer positions: a plan of a few concepts"], monkeypatch)
+    follow(tmp_path, QUICK, monkeypatch)
 
 
 @pytest.mark.slow

@@ -1,0 +1,218 @@
+"""What the trainer costs each method: its experiment as it is started, against a hand-written loop of the same steps.
+
+python benchmarks/trainer_overhead.py --threads 1 --clock cpu --device cpu --steps 250
+"""
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig
+from rich.console import Console
+from timing import build_result, build_row, interleave, new_parser, prepare, show, timed, with_spread, write_json
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from turns import Pause, Stepper
+
+from callbacks.console import quiet_libraries, report_console
+from callbacks.progress import StageProgress
+from wiring.build import trainer_of, untrained
+
+CONF = Path(__file__).parent.parent / "conf"
+# name -> experiment and options; no option changes what a step does, or how often anything is looked at
+METHODS = {
+    "next token": ["objectives"],
+    "masked diffusion": ["objectives", "module/objective=masked_diffusion"],
+    "noisy-mask flow": ["meanflow_llada"],
+    "logit flow": ["meanflow_llada", "flow=logit"],
+    "step halving": ["meanflow_llada", "flow=step_halving"],
+    "planner and executor": ["concept_oracle"],
+    "online concepts": ["concept_online_oracle"],
+    "θ toward q*": ["qstar_oracle", "trainer.max_steps=250"],
+}
+READING = """
+one process, in which the two loops take turns step by step. By hand: the batch, training_step, backward, clipping, the
+optimiser with what the method does after it, the schedule, validation_step where the experiment validates; nothing is
+logged. The experiment: the same with Lightning, its logger and files, checkpoints, progress, averages, and every monitor at
+its own cadence. *a step*: the ratio within a round, median [first, third quartile]; *all*: of the sums over all rounds, with
+validation, monitors and checkpoints in both; *monitors*: seconds a hundred steps that the rounds with validation take longer
+than by hand. The loss after the last step is the same for both, which is checked.
+"""
+
+
+class Finished(Exception):
+    """Enough steps have been taken."""
+
+
+class PauseAtTheEnd(Callback):
+    """The last of the callbacks: it ends a step for the `Stepper`, and the training after so many."""
+
+    def __init__(self, pause: Pause, steps: int) -> None:
+        self.pause, self.steps = pause, steps
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self._end(outputs["loss"])  # what comes after, such as validation, counts to the next step
+
+    def _end(self, loss: Tensor) -> None:
+        self.steps -= 1
+        self.pause(loss)
+        if self.steps == 0:
+            raise Finished
+
+
+class ByHand(PauseAtTheEnd):
+    """Takes over where a training would begin, with the module, the optimiser and the loaders as Lightning has set them up."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log = pl_module.log_dict = lambda *_, **__: None
+        pl_module.train()
+        loop, epoch = trainer.fit_loop, 0
+        while True:
+            loop.epoch_progress.current.completed = epoch
+            trainer.train_dataloader.set_epoch(epoch)
+            for batch_idx, batch in enumerate(trainer.train_dataloader):
+                loss = _step(trainer, pl_module, batch, batch_idx)
+                loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += 1
+                self._end(loss)
+                if trainer.global_step % trainer.val_check_interval == 0:
+                    _validate(trainer, pl_module)
+            epoch += 1
+
+
+def _step(trainer: Trainer, module: LightningModule, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+    batch = {name: column.to(module.device) for name, column in batch.items()}
+    module.on_train_batch_start(batch, batch_idx)
+
+    def closure() -> Tensor:
+        loss = module.training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        loss.backward()
+        module.on_before_optimizer_step(optimizer)
+        clip_grad_norm_(module.parameters(), trainer.gradient_clip_val)
+        return loss
+
+    losses = []
+    module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, lambda: losses.append(closure()) or losses[-1])
+    schedule.step()
+    module.on_train_batch_end(losses[-1], batch, batch_idx)
+    return losses[-1].detach()
+
+
+@torch.no_grad()
+def _validate(trainer: Trainer, module: LightningModule) -> None:
+    module.eval()
+    module.on_validation_epoch_start()
+    for batch_idx, batch in enumerate(trainer.datamodule.val_dataloader()):
+        module.validation_step({name: column.to(module.device) for name, column in batch.items()}, batch_idx)
+    module.on_validation_epoch_end()
+    module.train()
+
+
+# -- from options to result ------------------------------------------------------------------------------------------
+
+
+def configured(method: str, folder: Path, more: list[str]) -> DictConfig:
+    experiment, *options = METHODS[method]
+    places = [f"paths.output_dir={folder}", f"paths.run_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = [f"experiment={experiment}", *options, *places, *more]
+        cfg = compose("config", overrides=overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+def loop(cfg: DictConfig, steps: int, by_hand: bool) -> Callable[[Pause], None]:
+    """The training of a configuration, on models that nobody has trained."""
+
+    def train(pause: Pause) -> None:
+        seed_everything(cfg.seed, verbose=False)
+        module, datamodule = untrained(cfg)
+        trainer = trainer_of(cfg)
+        if by_hand:
+            trainer.callbacks, trainer.loggers = [ByHand(pause, steps)], []
+        else:
+            for callback in trainer.callbacks:
+                if isinstance(callback, StageProgress):
+                    callback.console = Console(file=open(f"{cfg.paths.output_dir}/progress.txt", "w"))  # noqa: SIM115
+            trainer.callbacks.append(PauseAtTheEnd(pause, steps))
+        try:
+            trainer.fit(module, datamodule)
+        except Finished:
+            return
+
+    return train
+
+
+def measure(method: str, args: argparse.Namespace, device: torch.device, more: list[str]) -> list[dict[str, Any]]:
+    """A row for each of the two loops."""
+    with tempfile.TemporaryDirectory() as folder:
+        configurations = {name: configured(method, Path(folder, str(k)), more) for k, name in enumerate(LOOPS)}
+        for cfg in configurations.values():
+            Path(cfg.paths.output_dir).mkdir()
+        steppers = {
+            name: Stepper(loop(cfg, args.warmup + args.steps, name == LOOPS[0])) for name, cfg in configurations.items()
+        }
+        measures = {name: timed(stepper.step, device, args.clock) for name, stepper in steppers.items()}
+        times = interleave(measures, repeats=args.steps, warmup=args.warmup)
+        for stepper in steppers.values():
+            stepper.finish()
+        losses = {name: stepper.losses[-1].item() for name, stepper in steppers.items()}
+    hand, ours = (losses[name] for name in LOOPS)
+    if abs(hand - ours) > 1e-4 * abs(hand):
+        raise SystemExit(
+            f"{method}: the experiment arrives at loss {ours}, the loop by hand at {hand}: not the same steps"
+        )
+    rows = []
+    for name in LOOPS:
+        row = build_row(name, times, LOOPS[0]) | {"name": f"{method}, {name}"}
+        row["all"] = sum(times[name]) / sum(times[LOOPS[0]])
+        median = row["ratio"]["median"]
+        beyond = sum(o - median * h for o, h in zip(times[name], times[LOOPS[0]], strict=True))
+        row["monitors"] = 100 * beyond / args.steps
+        rows.append(row)
+    return rows
+
+
+LOOPS = ("by hand", "the experiment")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = new_parser(__doc__.splitlines()[0], repeats=1)
+    parser.set_defaults(warmup=5)
+    parser.add_argument("--steps", type=int, default=250, help="that count; monitors look every 200 or 250")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--options", nargs="*", default=[], help="of every experiment, such as model.hidden_size=16")
+    args = parser.parse_args(argv)
+    if args.warmup < 1:
+        parser.error("--warmup has to be at least 1: the first step sets the trainer up")
+    device, console = prepare(args), report_console()
+    more = [f"trainer.accelerator={'gpu' if device.type == 'cuda' else 'cpu'}", *args.options]
+    rows = []
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        for method in args.methods:
+            rows += measure(method, args, device, more)
+    result = build_result("trainer_overhead", args, device, rows, READING)
+    columns = {
+        "training": lambda row: row["name"],
+        "ms a step": lambda row: f"{1e3 * row['seconds']['median']:.2f}",
+        "a step": lambda row: with_spread(row["ratio"]),
+        "all": lambda row: f"{row['all']:.3f}",
+        "monitors, s/100": lambda row: f"{row['monitors']:.3f}",
+    }
+    show(result, columns, console)
+    write_json(result, args.json)
+
+
+if __name__ == "__main__":
+    main()
