@@ -45,7 +45,6 @@ STAGES = {name: {"share": 1 / 3, "lr": 1e-2} for name in ("adapt", "flow", "poli
 SMALL = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4}
 # of the flow and of the planner's gradient; other monitors log a rank's own
 WATCHED = ("noise_information", "distinct", "entropy_of_all", "accuracy_at", "consistency_gap", "planner_gradient")
-PRECISIONS = {"masked_diffusion_bf16": "bf16-true", "noisy_mask_bf16": "bf16-mixed"}
 APART = "noisy_mask_apart"  # two ranks that keep their gradients for themselves
 TYPES = {"a": {"codes": 3}, "b": {"codes": 4}}
 
@@ -103,8 +102,6 @@ METHODS = {
     "logit": lambda data: LogitFlowModule(teacher(data), lr=1e-2, warmup_steps=0, **SMALL),
     "step_halving": lambda data: StepHalvingModule(teacher(data), start_forwards=4, lr=1e-2),
     "masked_diffusion": lambda data: pretrained(teacher(data), MaskedDiffusion()),
-    "masked_diffusion_bf16": lambda data: pretrained(teacher(data), MaskedDiffusion()),
-    "noisy_mask_bf16": noisy_mask,
     "next_token_packed": lambda data: pretrained(causal(data), NextToken()),
     "next_token_lora": lambda data: pretrained(with_adapters(causal(data), 2), NextToken()),
     "latent": lambda data: pretrained(causal(data), Latent(span=2)),
@@ -238,7 +235,6 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
         val_check_interval=STEPS * (RANKS if kind == "one" else 1), check_val_every_n_epoch=None, num_sanity_val_steps=0,
         callbacks=[*watching, noted, keep, *([Apart()] if method == APART else [])], logger=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        precision=PRECISIONS.get(method, "32-true"),
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:

@@ -111,12 +111,3 @@ def test_a_split_run_goes_on_whole_and_a_whole_one_split(tmp_path):
     whole, split = (trained(tmp_path, "ddp+fsdp", kept[kind]) for kind in ("ddp", "fsdp"))
     for other in (whole[1], *split):
         assert_same(whole[0], other)
-
-
-@pytest.mark.slow
-def test_half_precision_is_split_too(tmp_path):
-    methods = ["masked_diffusion_bf16", "noisy_mask_bf16"]
-    whole, split = trained(tmp_path, "ddp+fsdp", methods)
-    for method in methods:
-        assert split[method]["split"] > 0.3
-        assert whole[method]["losses"] == pytest.approx(split[method]["losses"], rel=0.02)
