@@ -1,6 +1,7 @@
-"""Short trainings of every method: ranks_job.py one|ddp|fsdp|ddp+fsdp FOLDER METHOD[=CHECKPOINT]... writes what came of each.
+"""Short trainings of every method: ranks_job.py one|ddp|fsdp|apart FOLDER METHOD[=CHECKPOINT]... writes what came of each.
 
-`one` is a process that takes the two halves of a batch one after the other, each with the draws of the rank that would have it.
+`one` is a process that takes the two halves of a batch one after the other, each with the draws of the rank that would have it;
+`apart` are two ranks that keep their gradients for themselves.
 """
 
 import copy
@@ -45,8 +46,6 @@ STAGES = {name: {"share": 1 / 3, "lr": 1e-2} for name in ("adapt", "flow", "poli
 SMALL = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4}
 # of the flow and of the planner's gradient; other monitors log a rank's own
 WATCHED = ("noise_information", "distinct", "entropy_of_all", "accuracy_at", "consistency_gap", "planner_gradient")
-PRECISIONS = {"masked_diffusion_bf16": "bf16-true", "noisy_mask_bf16": "bf16-mixed"}
-APART = "noisy_mask_apart"  # two ranks that keep their gradients for themselves
 TYPES = {"a": {"codes": 3}, "b": {"codes": 4}}
 
 
@@ -97,14 +96,11 @@ def pretrained(model: torch.nn.Module, objective: Any) -> LightningModule:
 
 METHODS = {
     "noisy_mask": noisy_mask,
-    APART: noisy_mask,
     "noisy_mask_jvp": lambda data: noisy_mask(data, adapter="lora", target="meanflow", keep_share=0.5),
     "noisy_mask_lora": lambda data: noisy_mask(data, adapter="lora"),
     "logit": lambda data: LogitFlowModule(teacher(data), lr=1e-2, warmup_steps=0, **SMALL),
     "step_halving": lambda data: StepHalvingModule(teacher(data), start_forwards=4, lr=1e-2),
     "masked_diffusion": lambda data: pretrained(teacher(data), MaskedDiffusion()),
-    "masked_diffusion_bf16": lambda data: pretrained(teacher(data), MaskedDiffusion()),
-    "noisy_mask_bf16": noisy_mask,
     "next_token_packed": lambda data: pretrained(causal(data), NextToken()),
     "next_token_lora": lambda data: pretrained(with_adapters(causal(data), 2), NextToken()),
     "latent": lambda data: pretrained(causal(data), Latent(span=2)),
@@ -227,18 +223,17 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
         module = in_halves(module)
     noted, probe = Noted(), PlanProbe(rows=20)
     watching = [TrainableEMA(0.9)] if method in ("masked_diffusion", "next_token_lora", "plans", "qstar") else []
-    watching += [FlowMonitor(prompts=2, noises=4, rows=4)] if method in ("noisy_mask", APART) else []
+    watching += [FlowMonitor(prompts=2, noises=4, rows=4)] if method == "noisy_mask" else []
     watching += [probe] if method == "masked_diffusion" else []
     watching += [GradientMonitor()] if method == "plans" else []
     keep = ModelCheckpoint(folder / f"{kind}-{method}", filename="{step}", every_n_train_steps=4, save_top_k=-1)
-    strategies = {"one": "auto", "ddp": "ddp", "fsdp": ShardedStrategy()}
+    strategies = {"one": "auto", "ddp": "ddp", "apart": "ddp", "fsdp": ShardedStrategy()}
     trainer = Trainer(
         accelerator="cpu", devices=1 if kind == "one" else RANKS, strategy=strategies[kind], max_steps=STEPS, max_epochs=-1,
         accumulate_grad_batches=RANKS if kind == "one" else 1, gradient_clip_val=1.0,
         val_check_interval=STEPS * (RANKS if kind == "one" else 1), check_val_every_n_epoch=None, num_sanity_val_steps=0,
-        callbacks=[*watching, noted, keep, *([Apart()] if method == APART else [])], logger=False,
+        callbacks=[*watching, noted, keep, *([Apart()] if kind == "apart" else [])], logger=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        precision=PRECISIONS.get(method, "32-true"),
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
@@ -251,13 +246,12 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
         torch.save(found, folder / f"{kind}-{method}.pt")
 
 
-def main(kinds: str, folder: str, *methods: str) -> None:
+def main(kind: str, folder: str, *methods: str) -> None:
     torch.set_num_threads(1)
     wanted = dict(method.split("=", 1) if "=" in method else (method, None) for method in methods)
-    data = {method: share_out(corpus(method, Path(folder)), kinds != "one") for method in wanted}
-    for kind in kinds.split("+"):
-        for method, resume in wanted.items():
-            train(kind, method, data[method], Path(folder), resume)
+    data = {method: share_out(corpus(method, Path(folder)), kind != "one") for method in wanted}
+    for method, resume in wanted.items():
+        train(kind, method, data[method], Path(folder), resume)
 
 
 if __name__ == "__main__":

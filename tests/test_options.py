@@ -72,7 +72,7 @@ def test_other_ways_of_writing_a_right_value_are_taken(override):
 def test_what_is_built_or_missing_is_left_to_its_maker():
     target = {"_target_": "callbacks.ema.TrainableEMA", "decay": 0.5}
     cfg = OmegaConf.create(dict.fromkeys(("ckpt_path", "student_path", "forwards", "temperature")) | {
-        "seed": 0, "samples": 3, "n": 1, "optimized_metric": "val/loss",
+        "seed": 0, "samples": 3, "n": 1, "optimized_metric": "val/loss", "compile": None, "recompute": False,
         "part": {"_target_": "callbacks.progress.StageProgress", "stage": "???"},
         "list": {"_target_": "builtins.list", "of": [target]},
     })  # fmt: skip
