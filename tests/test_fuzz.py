@@ -112,6 +112,7 @@ LINE = st.one_of(GOOD.map(json.dumps), JSON.map(json.dumps), st.text(max_size=10
 )
 
 
+@pytest.mark.filterwarnings("ignore:.*unusable lines were skipped")
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(st.lists(LINE | st.binary(max_size=6), max_size=6))
 def test_data_files_work_or_are_named(lines):
