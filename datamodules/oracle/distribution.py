@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from datamodules.oracle.grammar import Grammar, Template
+from models.functional.plan_information import entropy
 
 
 class OracleDistribution:
@@ -89,13 +90,13 @@ class OracleDistribution:
     def entropy(self, reveal: Tensor) -> Tensor:
         """H(x | c) in nats for each row of reveal, (N,). Exact because a text names its template and the values it says."""
         template, within = self.template_posterior(reveal), self._within(reveal)
-        total = _entropy(template)
+        total = entropy(template)
         for tau, shape in enumerate(self.grammar.templates):
             inside = torch.zeros(len(reveal), dtype=torch.float64)
             for a in {self.index[s.attribute] for s in shape.slots if s.attribute is not None}:
-                inside += _entropy(within[tau][a])
+                inside += entropy(within[tau][a])
             for place, slot in enumerate(shape.slots):
-                noise = _entropy(self.emission[tau][place])  # (K,)
+                noise = entropy(self.emission[tau][place])  # (K,)
                 a = None if slot.attribute is None else self.index[slot.attribute]
                 inside += noise[0] if a is None else within[tau][a] @ noise
             total = total + template[:, tau] * inside
@@ -103,11 +104,11 @@ class OracleDistribution:
 
     def total_correlation(self, reveal: Tensor) -> Tensor:
         """TC(x | c) = sum_l H(x_l | c) - H(x | c) in nats, (N,): the least KL from the truth to any product over places."""
-        return _entropy(self.marginals(reveal)).sum(-1) - self.entropy(reveal)
+        return entropy(self.marginals(reveal)).sum(-1) - self.entropy(reveal)
 
     def plan_entropy(self) -> float:
         """H(plan) in nats."""
-        return float(sum(_entropy(prior) for prior in self.prior))
+        return float(sum(entropy(prior) for prior in self.prior))
 
     # -- samples ----------------------------------------------------------------------------------------------------
 
@@ -238,8 +239,3 @@ class OracleDistribution:
 def _normalised(weights) -> Tensor:
     table = torch.tensor(weights, dtype=torch.float64)
     return table / table.sum()
-
-
-def _entropy(p: Tensor) -> Tensor:
-    """Shannon entropy over the last axis, in nats."""
-    return -torch.xlogy(p, p).sum(-1)

@@ -17,8 +17,8 @@ from models.backbones.frozen_layers import FrozenLinear
 from models.functional.weights import whole
 
 
-def shard_frozen(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> int:
-    """Split the weight of every frozen linear layer over the ranks of a 1D mesh, in place; how many weights were split.
+def shard_frozen(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Split the weight of every frozen linear layer over the ranks of a 1D mesh, in place.
 
     Layers that share a weight go on sharing it. A weight that is also an embedding table stays whole.
     """
@@ -34,7 +34,6 @@ def shard_frozen(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> i
             split[id(own)] = nn.Parameter(share, requires_grad=False)
         layer.__class__ = FrozenLinear
         layer.weight = split[id(own)]
-    return len(split)
 
 
 def frozen_linears(module: nn.Module) -> Iterator[nn.Linear]:

@@ -136,7 +136,8 @@ class ConceptStack(nn.Module):
             packed = take(positions, packing.index), packing.real, setting, state
             concepts, inner = self._middle(coded.embeds, *packed, owners)
             if self.gate == "smooth":
-                concepts = smooth_concepts(concepts, sure, begins=None if owners is None else document_begins(owners))
+                shares = sure if owners is None else sure.masked_fill(document_begins(owners), 1.0)
+                concepts = smooth_concepts(concepts, shares)
             # 4. concepts, and each position's own tail
             behind = packing.segment > 0  # a concept is never seen from before it, nor from another document
             if documents is not None:

@@ -155,7 +155,8 @@ class Planner:
             numbers = own.weights_hard.argmax(-1)
             choices = self._closed(choices.index_copy(1, torch.tensor(slots, device=text.device), numbers))
         # 4. the whole
-        ids, embeds = layout.block(choices), self._mixed(layout.block(choices), made)[0]
+        ids = layout.block(choices)
+        embeds = self._mixed(ids, made)[0]
         logits, soft, hard, soft_embeds, hard_embeds, _ = made.in_order()
         return Plan(ids, embeds, choices, layout.open_slots(choices), logits, soft, hard, soft_embeds, hard_embeds)
 

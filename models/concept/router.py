@@ -208,6 +208,7 @@ class FixedRouter(Router):
     """M commits in every N = compression M positions, evenly spread; nothing is learned."""
 
     learned = False
+    pattern = staticmethod(commits.even_commits)
 
     def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
         return hidden.new_zeros(hidden.shape[:2])
@@ -215,7 +216,7 @@ class FixedRouter(Router):
     def decide(
         self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        natural = commits.even_commits(place, compression) & valid
+        natural = self.pattern(place, compression) & valid
         return natural, natural.to(scores.dtype), state.total
 
     def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
@@ -225,11 +226,7 @@ class FixedRouter(Router):
 class RandomRouter(FixedRouter):
     """A control: as many commits as `FixedRouter` makes, at places that are drawn without a look at the text."""
 
-    def decide(
-        self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        natural = commits.drawn_commits(place, compression) & valid
-        return natural, natural.to(scores.dtype), state.total
+    pattern = staticmethod(commits.drawn_commits)
 
 
 class EntropyRouter(Router):

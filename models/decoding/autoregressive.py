@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from models.decoding.decoder import Watch
 from models.decoding.masked_diffusion import gumbel_argmax
 from models.functional.attention import positions_from_mask
-from models.functional.next_token import prefix_mask, read_columns, until_end
+from models.functional.next_token import prefix_mask, read_columns, said_until_end
 from models.functional.rows import response_columns
 
 
@@ -43,7 +43,7 @@ def generate_autoregressive(
         # 2. a token from what has been read so far
         response.append(gumbel_argmax(out.logits[:, -1, :vocab_size], temperature, generator))
         if watch is not None:
-            watch(_said(response, eos_id))
+            watch(said_until_end(response, eos_id))
         if place + 1 == columns:
             break
         # 3. read it: its keys and values join the cache
@@ -56,13 +56,7 @@ def generate_autoregressive(
             past_key_values=out.past_key_values,
             use_cache=True,
         )
-    return _said(response, eos_id)
-
-
-def _said(response: list[Tensor], eos_id: int | None) -> Tensor:
-    """Tokens (B,) one after the other as (B, n), the end filled."""
-    said = torch.stack(response, -1)
-    return said if eos_id is None else said.masked_fill(~until_end(said, eos_id), eos_id)
+    return said_until_end(response, eos_id)
 
 
 class AutoregressiveDecoder:

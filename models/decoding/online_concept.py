@@ -13,7 +13,7 @@ from models.backbones.row_cache import held_bytes
 from models.concept.online_model import OnlineConceptModel
 from models.decoding.decoder import Watch
 from models.decoding.masked_diffusion import gumbel_argmax
-from models.functional.next_token import read_columns, until_end
+from models.functional.next_token import read_columns, said_until_end
 from models.functional.rows import response_columns
 
 
@@ -86,17 +86,12 @@ def generate_online(
             logits = reading.step(said[-1])
         said.append(gumbel_argmax(logits[:, :vocab_size], temperature, generator))
         if watch is not None:
-            watch(_filled(said, eos_token_id))
+            watch(said_until_end(said, eos_token_id))
         if eos_token_id is not None:
             ended |= said[-1] == eos_token_id
             if bool(ended.all()):
                 break
-    return OnlineTexts(_filled(said, eos_token_id), reading.concepts, reading.kv_bytes)
-
-
-def _filled(said: list[Tensor], eos_id: int | None) -> Tensor:
-    new = torch.stack(said, -1)
-    return new if eos_id is None else new.masked_fill(~until_end(new, eos_id), eos_id)
+    return OnlineTexts(said_until_end(said, eos_token_id), reading.concepts, reading.kv_bytes)
 
 
 class OnlineConceptDecoder:

@@ -34,9 +34,9 @@ def gated_prefix_attention(
     derivative, which fused attention kernels lack; where no derivative is asked for, a fused kernel does the same.
     """
     differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
+    q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
     if not differentiated:
         return _fused_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, scale)
-    q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
     with in_full(q):
         return _GatedPrefixAttention.apply(q, k, v, mask, k_prefix, v_prefix, gate, scale)[0]
 
@@ -45,7 +45,6 @@ def _fused_prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k_prefix: Tensor, v_prefix: Tensor, gate: Tensor, scale: float
 ) -> Tensor:
     """The same without derivatives: a prefix whose scores are raised by log g, in one fused kernel."""
-    q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
     batch, heads, length, _ = q.shape
     places = k_prefix.shape[2]
     bias = q.new_zeros(batch, heads, length, places + length)

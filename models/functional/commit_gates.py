@@ -22,22 +22,17 @@ def mix_slots(commit: Tensor, probability: Tensor, concept: Tensor, token: Tenso
     return gate * concept + (1 - gate) * token
 
 
-def smooth_concepts(
-    concepts: Tensor, probability: Tensor, before: Tensor | None = None, begins: Tensor | None = None
-) -> Tensor:
+def smooth_concepts(concepts: Tensor, probability: Tensor, before: Tensor | None = None) -> Tensor:
     r"""Each concept mixed with those before it by how sure its commit was (Hwang et al., 2507.07955).
 
     .. math:: \bar z_m = p_m z_m + (1 - p_m) \bar z_{m-1}, \qquad \bar z_{-1} = z_0
 
-    concepts (B, M, D), probability (B, M) in (0, 1], before (B, D): the last one of an earlier call; begins (B, M)
-    bool: the first of a document, which none stands before. Unlike the other
-    forms it changes the value wherever p < 1.
+    concepts (B, M, D), probability (B, M) in (0, 1], before (B, D): the last one of an earlier call. A document's
+    first concept, which none stands before, has p = 1. Unlike the other forms it changes the value wherever p < 1.
     """
     smooth, last = [], concepts[:, 0] if before is None else before
     for m in range(concepts.shape[1]):
         p = probability[:, m].to(concepts.dtype).unsqueeze(-1)
-        if begins is not None:
-            p = torch.where(begins[:, m : m + 1], torch.ones_like(p), p)
         last = p * concepts[:, m] + (1 - p) * last
         smooth.append(last)
     return torch.stack(smooth, 1)

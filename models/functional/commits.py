@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.functional.attention import document_attention_mask
+
 
 class Packing(NamedTuple):
     """index (B, M): positions of the commits, in order, then others; real (B, M): which of them are commits.
@@ -51,7 +53,7 @@ def may_be_seen(valid: Tensor, documents: Tensor | None = None) -> Tensor:
     """
     seen = valid.unsqueeze(1).expand(-1, valid.shape[1], -1)
     if documents is not None:
-        seen = seen & (documents.unsqueeze(2) == documents.unsqueeze(1))
+        seen = seen & document_attention_mask(documents, causal=False).squeeze(1)
     return seen.tril()
 
 
