@@ -49,6 +49,18 @@ def test_the_interval_follows_staleness():
     assert cache.gaps.tolist() == [0.0, 0.0]
 
 
+def test_a_few_stale_rows_do_not_decide():
+    cache = PlanCache(1000, 1, Refresh(interval=100, tolerance=1.0, enough=8))
+    cache.adapt(torch.tensor([9.0, torch.nan]), 100)  # one row of a thousand came round
+    assert cache.interval == 100
+    cache.adapt(torch.tensor([0.5] * 6), 101)  # seven, whose mean is above the tolerance
+    assert cache.interval == 100
+    cache.adapt(torch.tensor([0.0, 0.0]), 102)  # nine, of 1.33 nats on average
+    assert (cache.interval, cache.adapted, cache.gaps.tolist()) == (50, 102, [0.0, 0.0])
+    cache.adapt(torch.full((50,), 9.0), 103)  # enough rows, within the interval
+    assert cache.interval == 50
+
+
 class ByHand:
     """A search whose answer is a function of the text alone."""
 
