@@ -147,12 +147,8 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
     def _setting(self, batch_idx: int) -> Setting:
         pairs = (self.compression, self.quantisation, self.temperatures, self.noise)
         gated = self.global_step % self.gate_every == 0
-        return Setting(*map(self._annealed, pairs), generator=self.step_generator(batch_idx), gated=gated)
-
-    def _annealed(self, ends: tuple[float, float]) -> float:
-        """From the first to the second value over the first `anneal_share` of the steps."""
-        over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
-        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
+        now = (self.annealed(ends, self.anneal_share) for ends in pairs)
+        return Setting(*now, generator=self.step_generator(batch_idx), gated=gated)
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 

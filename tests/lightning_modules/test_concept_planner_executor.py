@@ -272,7 +272,7 @@ def test_temperature_and_corruption_fall_with_the_steps(tiny_oracle):
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer, pl_module, *_) -> None:
-            seen.append((module._annealed((1.0, 0.5)), module._annealed((0.4, 0.0))))
+            seen.append((module.annealed((1.0, 0.5), 0.5), module.annealed((0.4, 0.0), 0.5)))
 
     quiet_trainer(8, callbacks=[Watch()]).fit(module, tiny_oracle)
     temperatures, corruptions = zip(*seen, strict=True)
