@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from helpers_causal import TINY_SHAPE, tiny_causal
+from helpers_trainer import quiet_trainer
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
@@ -228,12 +229,11 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
     watching += [GradientMonitor()] if method == "plans" else []
     keep = ModelCheckpoint(folder / f"{kind}-{method}", filename="{step}", every_n_train_steps=4, save_top_k=-1)
     strategies = {"one": "auto", "ddp": "ddp", "apart": "ddp", "fsdp": ShardedStrategy()}
-    trainer = Trainer(
-        accelerator="cpu", devices=1 if kind == "one" else RANKS, strategy=strategies[kind], max_steps=STEPS, max_epochs=-1,
+    trainer = quiet_trainer(
+        STEPS, devices=1 if kind == "one" else RANKS, strategy=strategies[kind], enable_checkpointing=True,
         accumulate_grad_batches=RANKS if kind == "one" else 1, gradient_clip_val=1.0,
-        val_check_interval=STEPS * (RANKS if kind == "one" else 1), check_val_every_n_epoch=None, num_sanity_val_steps=0,
-        callbacks=[*watching, noted, keep, *([Apart()] if kind == "apart" else [])], logger=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        val_check_interval=STEPS * (RANKS if kind == "one" else 1),
+        callbacks=[*watching, noted, keep, *([Apart()] if kind == "apart" else [])],
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
