@@ -105,6 +105,15 @@ class CodeSpace(nn.Module):
         self.codes, self.counts, self.sums = book
 
 
+def require_whole_codes(model: nn.Module, precision: str) -> None:
+    """Errors: UsageError where a `CodeSpace` would be kept in 16 bits: a mean that creeps would stand still."""
+    if precision in ("bf16-true", "16-true") and any(isinstance(part, CodeSpace) for part in model.modules()):
+        raise UsageError(
+            f"trainer.precision={precision}: codes of fsq and ema_vq lie in float32; type trainer.precision=bf16-mixed, "
+            "or module.sampler=gumbel_st"
+        )
+
+
 class Quantiser(nn.Module):
     """A `CodeSpace` a type. Types have as many concepts as `most` says: no code stands for an end."""
 
