@@ -6,6 +6,7 @@ from helpers_trainer import Losses, quiet_trainer
 from ranks_job import METHODS, causal, online, plans
 
 from lightning_modules.online_concept import OnlineConceptModule
+from models.concept.quantiser import CodeSpace
 from models.functional.errors import UsageError
 
 
@@ -44,6 +45,9 @@ def test_losses_are_float32_s_but_for_rounding(tiny_oracle, kind, precision):
     full, half = map(torch.tensor, found)
     torch.testing.assert_close(half, full, rtol=0.1, atol=0.01)
     assert not torch.equal(half, full)
+    for part in module.modules():
+        if isinstance(part, CodeSpace):  # means of points in 16 bits would stand still
+            assert all(buffer.dtype == torch.float32 for buffer in part.buffers())
 
 
 @pytest.mark.parametrize("kind", ["plans, ema_vq", "online, fsq"])
