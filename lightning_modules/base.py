@@ -75,6 +75,9 @@ class LeapModule(LightningModule):
         """Whether a training step differentiates the layers in forward mode."""
         return False
 
+    def require_precision(self, precision: str) -> None:
+        """Errors: UsageError where the module cannot train in this trainer.precision."""
+
     # -- training ---------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from models.concept.executor import Executor
 from models.concept.files import save_plans
 from models.concept.layout import Planning
 from models.concept.planner import Plan, Planner
-from models.concept.quantiser import Sampler
+from models.concept.quantiser import Sampler, require_whole_codes
 from models.concept.terms import NAMES, plan_terms, slots_of
 from models.concept.unified import UnifiedModel
 from models.concept.vocabulary import ConceptVocabulary
@@ -120,6 +120,9 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         self.meter = PlanMeter(dict(zip(names, slots_of(vocabulary), strict=True)))
         self.figures: dict[str, float] = {}
         self._before: dict[int, Tensor] = {}
+
+    def require_precision(self, precision: str) -> None:
+        require_whole_codes(self.model, precision)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

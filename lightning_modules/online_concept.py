@@ -22,7 +22,7 @@ from models.concept.online_cost import equal_layers, flops_share
 from models.concept.online_files import save_online
 from models.concept.online_model import OnlineConceptModel
 from models.concept.online_terms import NAMES, OF_CODES, online_monitors, online_terms
-from models.concept.quantiser import Sampler
+from models.concept.quantiser import Sampler, require_whole_codes
 from models.decoding.decoder import Decoder
 from models.decoding.online_concept import OnlineConceptDecoder, OnlineReading
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
@@ -115,6 +115,9 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
         self.commit_rate = MeanMetric()
         self._cost: dict[str, float | None] = {}
         self._base: list[nn.Module] = []  # compared with, no part of what is trained
+
+    def require_precision(self, precision: str) -> None:
+        require_whole_codes(self.model, precision)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

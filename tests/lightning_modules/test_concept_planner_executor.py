@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_causal import tiny_causal
 from helpers_concept import TYPES
-from helpers_trainer import quiet_trainer
+from helpers_trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -43,12 +43,10 @@ def batch_of(data, rows: int = 8, split: str = "train") -> dict[str, torch.Tenso
     return {name: column[:rows] for name, column in data.rows[split].columns.items()}
 
 
-class Losses(Callback):
+class LossesAndFigures(Losses):
     def __init__(self) -> None:
-        self.seen, self.figures = [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, *_) -> None:
-        self.seen.append(outputs["loss"].item())
+        super().__init__()
+        self.figures: list[dict[str, float]] = []
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.figures.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
@@ -205,7 +203,7 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle):
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
         return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
 
-    whole, first, second = build(tiny_oracle), Losses(), Losses()
+    whole, first, second = build(tiny_oracle), LossesAndFigures(), LossesAndFigures()
     quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
     resumed = build(tiny_oracle)
     trainer = quiet_trainer(12, callbacks=[TrainableEMA(0.9), second], val_check_interval=4)
