@@ -17,9 +17,9 @@ def pairs_overrides(cfg, folder: Path) -> list[str]:
     """For an experiment on files: small files with its own field names."""
     if "PairsDataModule" not in cfg.data._target_:
         return []
-    more = ("food", "near", "priceRange", "customer rating", "eatType", "area", "familyFriendly")
-    known = dict.fromkeys(more, "any")
-    prompts = [{"name": f"Cafe {k}", **known} if cfg.data.prompt_field == "slots" else f"jump {k}" for k in range(80)]
+    known = dict.fromkeys(("near", "priceRange", "customer rating", "eatType", "area", "familyFriendly"), "any")
+    slots = [{"name": f"Cafe {k % 20}", "food": f"Dish {k // 20}", **known} for k in range(80)]
+    prompts = slots if cfg.data.prompt_field == "slots" else [f"jump {k}" for k in range(80)]
     rows = [{cfg.data.prompt_field: p, cfg.data.response_field: f"I_JUMP {k}"} for k, p in enumerate(prompts)]
     path = folder / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
