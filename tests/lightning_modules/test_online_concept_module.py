@@ -79,7 +79,7 @@ def test_without_compression_it_trains_as_the_plain_model_does(tiny_oracle):
 
 # term -> weights that it may move, beside what lies below the states it is worked out from
 MOVES = {
-    "text": ("backbone", "router", "codes", "bridge"),
+    "text": ("backbone", "router", "codes", "bridge", "carry", "pool"),
     "ratio": ("backbone", "router", "codes"),  # codes: what NULL is weighed against
     "code": ("backbone", "codes"),
     "usage": ("backbone", "codes.head"),
@@ -241,7 +241,9 @@ def test_documents_alone_are_recorded_too(tmp_path):
     assert min(row["cost"]["prefill_tokens_per_s"], row["cost"]["decode_tokens_per_s"]) > 0
     # a layer of width 16 with keys and values of half of it, feed-forward 24; 7 words, 8 codes
     layer, words, bridge, codes = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24, 7 * 16, 16 * 16, 8 * 16
-    ours = 2 * layer + bridge + (layer + codes) / 2
+    ours = (
+        2 * layer + 2 * bridge + (layer + bridge + codes) / 2
+    )  # a token, the concept before it; a concept, the tail it ends
     assert row["cost"]["flops_share"] == pytest.approx((ours + words) / (3 * layer + words))
     assert row["cost"]["equal_layers"] == pytest.approx(ours / layer)
 
