@@ -265,8 +265,8 @@ class ConceptStack(nn.Module):
         hidden = self.shallow.step(states, positions, state.shallow, rows)
         # 2. which of them commit
         always = torch.ones_like(positions, dtype=torch.bool)
-        before, tails = state.router.rows(rows), state.tail[rows].unsqueeze(1)
-        routing, after = self._route(hidden, always, before, setting)
+        held, tails = state.router.rows(rows), state.tail[rows].unsqueeze(1)
+        routing, after = self._route(hidden, always, held, setting)
         state.router.put(rows, after)
         slots, commit = self._bridged(hidden, state.last[rows].unsqueeze(1)), routing.commit[:, 0]
         # 3. those alone: the middle stack, and the tail is dropped
@@ -286,7 +286,7 @@ class ConceptStack(nn.Module):
             slots[commit] = concepts
             state.deep.cut(theirs, state.concepts[theirs])
             state.concepts[theirs] += 1
-        count = before.since.view(-1, 1, 1)
+        count = held.since.view(-1, 1, 1)
         tails = (tails * count + self.codes.normed(hidden)) / (count + 1)
         state.tail[rows] = tails[:, 0] * ~commit.unsqueeze(1)
         # 4. every row, over its concepts and its tail

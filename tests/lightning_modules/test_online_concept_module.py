@@ -81,8 +81,8 @@ def test_without_compression_it_trains_as_the_plain_model_does(tiny_oracle):
 MOVES = {
     "text": ("backbone", "router", "codes", "bridge", "carry", "pool"),
     "ratio": ("backbone", "router", "codes"),  # codes: what NULL is weighed against
-    "code": ("backbone", "codes"),
-    "usage": ("backbone", "codes.head"),
+    "code": ("backbone", "codes", "pool"),
+    "usage": ("backbone", "codes.head", "pool"),
 }
 
 
