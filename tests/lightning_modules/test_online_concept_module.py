@@ -302,9 +302,23 @@ def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split, sampler):
         assert_close(again(ids), module.model.eval()(ids))
     assert again.kept_setting() == module.model.kept_setting()
     description = json.loads((tmp_path / "model" / "online_concepts.json").read_text())
+    assert description["options"].keys() >= {"carry", "pool"}
     (tmp_path / "model" / "online_concepts.json").write_text(json.dumps({**description, "format": "other"}))
     with pytest.raises(UsageError, match="is of format 'other'"):
         load_online(tmp_path / "model")
+
+
+def test_a_folder_of_before_concepts_and_tails_told_each_other_is_read(tmp_path):
+    model = build(carry=False, pool=False).model.eval()
+    save_online(model, tmp_path / "model")
+    path = tmp_path / "model" / "online_concepts.json"
+    description = json.loads(path.read_text())
+    for name in ("carry", "pool"):
+        del description["options"][name]
+    path.write_text(json.dumps(description))
+    ids = packed_batch(2, 10)["input_ids"]
+    with torch.no_grad():
+        assert_close(load_online(tmp_path / "model")(ids), model(ids))
 
 
 def test_a_damaged_file_is_told(tmp_path):
