@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from callbacks.console import report_console
 from models.backbones.causal import build_causal
 from models.concept.executor import Executor
-from models.concept.planner import Planner, relaxed
+from models.concept.planner import Plan, Planner, relaxed
 from models.concept.unified import UnifiedModel
 from models.concept.vocabulary import ConceptVocabulary
 from models.functional.bits_per_byte import token_nll
@@ -57,8 +57,8 @@ def build_model(args: argparse.Namespace, types: int, device: torch.device) -> U
     return UnifiedModel(backbone, ConceptVocabulary(kinds, args.vocabulary)).to(device)
 
 
-def draw(model: UnifiedModel, form: str, text: Tensor, seed: int) -> Tensor:
-    """The embedded block of plans of text (B, T), (B, C, D), and what else a step needs of them."""
+def draw(model: UnifiedModel, form: str, text: Tensor, seed: int) -> Plan:
+    """Plans of text (B, T)."""
     mask = torch.ones_like(text, dtype=torch.bool)
     noise = Generator(device=text.device).manual_seed(seed)
     return Planner(model, form).draw(text, mask, relaxed(noise, 1.0))

@@ -1,6 +1,6 @@
 """What the trainer costs each method: its experiment as it is started, against a hand-written loop of the same steps.
 
-python benchmarks/trainer_overhead.py --threads 1 --clock cpu --device cpu --steps 250
+python benchmarks/trainer_overhead.py --threads 1 --clock cpu --device cpu
 """
 
 import argparse
@@ -17,7 +17,18 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 from rich.console import Console
-from timing import build_result, build_row, interleave, new_parser, prepare, show, timed, with_spread, write_json
+from timing import (
+    as_ratio,
+    build_result,
+    build_row,
+    in_milliseconds,
+    interleave,
+    new_parser,
+    prepare,
+    show,
+    timed,
+    write_json,
+)
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from turns import Pause, Stepper
@@ -160,10 +171,11 @@ def measure(method: str, args: argparse.Namespace, device: torch.device, more: l
         for cfg in configurations.values():
             Path(cfg.paths.output_dir).mkdir()
         steppers = {
-            name: Stepper(loop(cfg, args.warmup + args.steps, name == LOOPS[0])) for name, cfg in configurations.items()
+            name: Stepper(loop(cfg, args.warmup + args.repeats, name == LOOPS[0]))
+            for name, cfg in configurations.items()
         }
         measures = {name: timed(stepper.step, device, args.clock) for name, stepper in steppers.items()}
-        times = interleave(measures, repeats=args.steps, warmup=args.warmup)
+        times = interleave(measures, repeats=args.repeats, warmup=args.warmup)
         for stepper in steppers.values():
             stepper.finish()
         losses = [[loss.item() for loss in steppers[name].losses[:COMPARED]] for name in LOOPS]
@@ -178,7 +190,7 @@ def measure(method: str, args: argparse.Namespace, device: torch.device, more: l
         row["all"] = sum(times[name]) / sum(times[LOOPS[0]])
         median = row["ratio"]["median"]
         beyond = sum(o - median * h for o, h in zip(times[name], times[LOOPS[0]], strict=True))
-        row["monitors"] = 100 * beyond / args.steps
+        row["monitors"] = 100 * beyond / args.repeats
         rows.append(row)
     return rows
 
@@ -187,9 +199,8 @@ LOOPS = ("by hand", "the experiment")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__.splitlines()[0], repeats=1)
+    parser = new_parser(__doc__.splitlines()[0], repeats=250)  # monitors look every 200 or 250 steps
     parser.set_defaults(warmup=5)
-    parser.add_argument("--steps", type=int, default=250, help="that count; monitors look every 200 or 250")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--options", nargs="*", default=[], help="of every experiment, such as model.hidden_size=16")
     args = parser.parse_args(argv)
@@ -206,8 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     result = build_result("trainer_overhead", args, device, rows, READING)
     columns = {
         "training": lambda row: row["name"],
-        "ms a step": lambda row: f"{1e3 * row['seconds']['median']:.2f}",
-        "a step": lambda row: with_spread(row["ratio"]),
+        "ms a step": in_milliseconds,
+        "a step": as_ratio,
         "all": lambda row: f"{row['all']:.3f}",
         "monitors, s/100": lambda row: f"{row['monitors']:.3f}",
     }

@@ -1,14 +1,13 @@
 """README.md of an exported model: what it is, how it was made, what it reached, and how to read it back."""
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from callbacks.record import read_record
+from callbacks.record import read_record, write_whole
 from callbacks.table import markdown_table, split_rows
 
 README = "README.md"
@@ -51,11 +50,7 @@ def write_card(folder: str | Path, run: str | Path, licence: str | None, prompt:
 
     licence: an SPDX name, or None where none is stated. prompt: an example.
     """
-    folder = Path(folder)
-    staging = folder / f"{README}.partial"
-    staging.write_text(model_card(folder, Path(run), licence, prompt), encoding="utf-8")
-    os.replace(staging, folder / README)
-    return folder / README
+    return write_whole(Path(folder) / README, model_card(Path(folder), Path(run), licence, prompt))
 
 
 def model_card(folder: Path, run: Path, licence: str | None, prompt: str | None) -> str:
@@ -122,8 +117,6 @@ def _reader(folder: Path, prompt: str | None) -> tuple[str, str]:
         return "leap", LLADA
     if library == "peft":
         code = "from peft import AutoPeftModelForCausalLM\n" + code
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    if library in ("transformers", "peft"):
-        code = code + SAYS.format(prompt=prompt or "") if has_tokenizer and prompt else code
-        code = code if has_tokenizer else "".join(line for line in code.splitlines(True) if "okenizer" not in line)
+    if library in ("transformers", "peft") and prompt:
+        code += SAYS.format(prompt=prompt)
     return library, code

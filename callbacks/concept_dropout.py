@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Generator, Tensor
 
 from callbacks.console import report_console
-from callbacks.monitors.rows import in_parts
+from callbacks.monitors.rows import first_rows, in_parts
 from models.functional.per_token import per_token
 from models.functional.watched import Given
 
@@ -60,8 +60,7 @@ class ConceptDropout(Callback):
     @torch.no_grad()
     def curve(self, trainer: Trainer, module: LightningModule) -> list[tuple[int, float, float, float]]:
         """(percent hidden, NLL, half its interval, share rebuilt), the shares evenly from 0 to 100."""
-        columns = trainer.datamodule.rows["test"].columns
-        rows = {name: column[: self.rows].to(module.device) for name, column in columns.items()}
+        rows = first_rows(trainer, module, "test", self.rows)
         generator = Generator(device=module.device).manual_seed(0)
         given = module.probe(rows, generator)
         slots = next(iter(given.condition.values())).shape

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from torchmetrics.functional.text import sacre_bleu_score
 
 from callbacks.console import report_console
-from callbacks.monitors.rows import in_parts
+from callbacks.monitors.rows import first_rows, in_parts
 from models.functional.watched import Given
 
 HOW = ("forced", "free")
@@ -39,8 +39,7 @@ class Rebuilt(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, Rebuilds) or not hasattr(trainer.datamodule, "rows"):
             return
-        columns = trainer.datamodule.rows["test"].columns
-        rows = {name: column[: self.rows].to(pl_module.device) for name, column in columns.items()}
+        rows = first_rows(trainer, pl_module, "test", self.rows)
         given = pl_module.probe(rows, Generator(device=pl_module.device).manual_seed(0))
         said = in_parts(pl_module.probe_said, rows, given)
         decode = trainer.datamodule.decode_responses

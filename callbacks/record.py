@@ -36,11 +36,15 @@ def build_record(experiment: str, seed: int, device: torch.device, config: dict,
 
 
 def write_record(record: dict[str, Any], path: str | Path) -> Path:
-    """Write the record in one step: a reader sees the old file or the new one, never half of one."""
+    return write_whole(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def write_whole(path: str | Path, text: str) -> Path:
+    """Write a file in one step: a reader sees the old one or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".json.partial")
-    staging.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    staging = path.with_name(f"{path.name}.partial")
+    staging.write_text(text, encoding="utf-8")
     os.replace(staging, path)
     return path
 

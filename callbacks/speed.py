@@ -39,11 +39,12 @@ class Speed(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._peak = self.peak_flops or peak_of(pl_module.device, str(trainer.precision))
         self._per_batch = None
-        if self._peak is not None and trainer.datamodule is not None and hasattr(pl_module, "flops_of_step"):
-            batch = next(iter(trainer.datamodule.train_dataloader()))
-            on_device = {name: column.to(pl_module.device) for name, column in batch.items()}
-            self._per_batch = pl_module.flops_of_step(on_device)
         self._begin()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
+        if self._per_batch is None and self._peak is not None and hasattr(pl_module, "flops_of_step"):
+            self._per_batch = pl_module.flops_of_step(batch)
+            self._mark = time.perf_counter()  # counting is no training
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, torch.Tensor], *_: Any

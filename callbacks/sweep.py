@@ -5,7 +5,6 @@ the figures of its record.json stand beside it. A run that failed says so and ke
 """
 
 import json
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.hparams import headline
-from callbacks.record import read_record
+from callbacks.record import read_record, write_whole
 from callbacks.sweep_picture import sweep_figure
 
 JOB = "job.json"
@@ -56,23 +55,19 @@ class SweepRun:
 
 def write_job(folder: str | Path, **notes: Any) -> None:
     """Put job.json into a run's folder, in one step."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f"{JOB}.partial"
-    staging.write_text(json.dumps(notes, indent=2) + "\n")
-    os.replace(staging, folder / JOB)
+    write_whole(Path(folder) / JOB, json.dumps(notes, indent=2) + "\n")
 
 
-def read_sweeps(folder: str | Path) -> dict[str, list[SweepRun]]:
-    """The runs of every sweep below a folder, oldest sweep first, runs by number."""
+def read_sweeps(folder: str | Path, only: str | None = None) -> dict[str, list[SweepRun]]:
+    """The runs of every sweep below a folder, or of one, oldest sweep first, runs by number."""
     sweeps: dict[str, list[SweepRun]] = defaultdict(list)
     for path in Path(folder).rglob(JOB):
         try:
             notes = json.loads(path.read_text())
-            run = _read_run(path.parent, notes)
+            if only in (None, notes["sweep"]):
+                sweeps[notes["sweep"]].append(_read_run(path.parent, notes))
         except (OSError, ValueError, KeyError, TypeError):  # not one of ours
             continue
-        sweeps[run.sweep].append(run)
     return {name: sorted(sweeps[name], key=lambda run: (run.number, str(run.folder))) for name in sorted(sweeps)}
 
 

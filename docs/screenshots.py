@@ -20,8 +20,9 @@ PAGES = {
     "monitors": ("#custom_scalars", 1000),
     "hparams": ("#hparams", 480),
     "text": ("#text", 900),
+    "health": ("#text&tagFilter=health", 440),
     "figures": ("#images", 700),
-    "speed": ("&tagFilter=speed#timeseries", 700),
+    "speed": ("#scalars&tagFilter=speed", 480),
 }
 WIDTH, PATIENCE = 1280, 60.0
 

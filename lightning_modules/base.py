@@ -74,6 +74,9 @@ class LeapModule(LightningModule):
         """Whether a training step differentiates the layers in forward mode."""
         return False
 
+    def require_precision(self, precision: str) -> None:
+        """Errors: UsageError where the module cannot train in this trainer.precision."""
+
     # -- training ---------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -97,6 +100,27 @@ class LeapModule(LightningModule):
         epoch = self.current_epoch if epoch is None else epoch
         entropy = np.random.SeedSequence([self.seed, stream, epoch, batch_idx, self.global_rank])
         return Generator(device=self.device).manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+
+    def generator_of_all_ranks(self) -> Generator:
+        """The source of this step's draws that every rank has to make alike."""
+        return Generator(device=self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """A tensor of all ranks, (ranks, ...)."""
+        return self.all_gather(own).reshape(-1, *own.shape)
+
+    def in_row_order(self, own: Tensor) -> Tensor:
+        """(B, ...) of all ranks -> (ranks * B, ...), in the order of the rows, whatever the number of ranks."""
+        return self.gathered(own).transpose(0, 1).flatten(0, 1)
+
+    def progress(self) -> float:
+        """Share of the steps that are over."""
+        return self.global_step / max(1.0, float(self.trainer.estimated_stepping_batches))
+
+    def annealed(self, ends: tuple[float, float], share: float) -> float:
+        """From the first to the second value over the first `share` of the steps."""
+        over = max(1.0, share * float(self.trainer.estimated_stepping_batches))
+        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
 
     def refuse_nan(self, loss: Tensor) -> Tensor:
         """The loss, or an error before it can reach the weights: the last checkpoint stays good."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from lightning_modules.base import LeapModule
 from lightning_modules.hard_em import build_hard_em
@@ -24,7 +24,7 @@ from models.concept.executor import Executor
 from models.concept.files import save_plans
 from models.concept.layout import Planning
 from models.concept.planner import Plan, Planner
-from models.concept.quantiser import Sampler
+from models.concept.quantiser import Sampler, require_whole_codes
 from models.concept.terms import NAMES, plan_terms, slots_of
 from models.concept.unified import UnifiedModel
 from models.concept.vocabulary import ConceptVocabulary
@@ -114,13 +114,16 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         self.figures: dict[str, float] = {}
         self._before: dict[int, Tensor] = {}
 
+    def require_precision(self, precision: str) -> None:
+        require_whole_codes(self.model, precision)
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = self.step_generator(batch_idx)
-        hidden = self._annealed(self.corruption)
+        hidden = self.annealed(self.corruption, self.anneal_share)
         # 1. a plan of each text: drawn from q(z | u, x) with a gradient to it, or the best one found
-        searching = self.em is not None and self.em.active(self._progress())
+        searching = self.em is not None and self.em.active(self.progress())
         prepare = self._searched if searching else self._straight_through
         (ids, embeds), raw = prepare(batch, generator)
         # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
@@ -132,7 +135,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         if self.signals is not None:
             raw["signals"] = -self.signals.log_prob(embeds, self.trainer.datamodule.signals(batch)).mean()
         # 3. the weighted sum
-        loss = self._weighted(raw, {name: self._annealed(ends) for name, ends in self.weights.items()})
+        loss = self._weighted(raw, {n: self.annealed(ends, self.anneal_share) for n, ends in self.weights.items()})
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"monitor/{name}": value for name, value in raw.items()})
         self.log("monitor/corruption", hidden)
@@ -193,8 +196,9 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         # 2. the text given another text's plan
         other = token_nll(self.executor.logits(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text), text)
         # 3. the most probable plan, and the text that it is turned back into
-        best = self._most_probable(batch)
-        again = self._written(best, text.shape[1], generator)
+        told = self.model.quantiser is not None and not self.training  # a quantiser's plan is no draw
+        best = plan if told else self._most_probable(batch)
+        again = self._written((best.ids, best.embeds), text.shape[1])
         # 4. what the corpus knows
         sums = {"text": nll.sum(-1), "shuffled": other.sum(-1), "rebuilt": (again == text).all(-1)}
         sums |= {name: price.sum(-1) for name, price in zip(("prior", "posterior"), prices, strict=True)}
@@ -205,29 +209,19 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         if not self.trainer.testing:
             self._before[batch_idx] = best.choices
         elif plans is not None:
-            self.meter.update_swaps(plans.roll(1, 0), self._swapped(batch, best.choices, generator))
+            self.meter.update_swaps(plans.roll(1, 0), self._swapped(batch, best.choices))
         raw = {"text": nll.mean(), **self._plan_terms(plan, prior, text)}
         return self._weighted(raw, {name: last for name, (_, last) in self.weights.items()})
 
-    def _swapped(self, batch: dict[str, Tensor], choices: Tensor, generator: Generator) -> Tensor:
+    def _swapped(self, batch: dict[str, Tensor], choices: Tensor) -> Tensor:
         """Hidden plans (B, K, A) of the texts written with one type's concepts of the text before it in the batch."""
-        told = []
+        told, length = [], response_columns(batch["response_mask"])
         for own in slots_of(self.model.vocabulary):
             mixed = choices.clone()
             mixed[:, own] = choices.roll(1, 0)[:, own]
-            length = response_columns(batch["response_mask"])
-            options = {"temperature": 0, "vocab_size": self._words}
-            text = self.executor.generate(*self.planner.block(mixed), length, generator, **options)
-            ids = torch.cat([batch["input_ids"][:, :-length], text], -1)
+            ids = torch.cat([batch["input_ids"][:, :-length], self._written(self.planner.block(mixed), length)], -1)
             told.append(self.trainer.datamodule.hidden_plans(batch | {"input_ids": ids}))
         return torch.stack(told, 1)
-
-    def _written(self, plan: Plan, length: int, generator: Generator) -> Tensor:
-        return self.executor.generate(plan.ids, plan.embeds, length, generator, temperature=0, vocab_size=self._words)
-
-    @property
-    def _words(self) -> int:
-        return len(self.trainer.datamodule.tokenizer)
 
     # -- comparison ---------------------------------------------------------------------------------------------------
 
@@ -237,7 +231,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         settings = [(0.0, 0.0), (self.plan_temperature, self.temperature)]
         return [
             PlannedDecoder(
-                self.planner, self.executor, length, plan_temperature=plan, temperature=text, vocab_size=self._words
+                self.planner, self.executor, length, plan_temperature=plan, temperature=text, vocab_size=self.words
             )
             for plan, text in settings
         ]

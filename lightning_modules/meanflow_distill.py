@@ -46,8 +46,7 @@ class MeanFlowDistillModule(LeapModule):
         if stage == "fit":
             self.require_precision(str(self.trainer.precision))
 
-    @staticmethod
-    def require_precision(precision: str) -> None:
+    def require_precision(self, precision: str) -> None:
         """What trains is float32 whatever the base is kept in: averages and derivatives lose too much in less."""
         if precision not in ("32-true", "64-true", "bf16-mixed"):
             raise UsageError(

@@ -22,7 +22,7 @@ from models.concept.online_cost import equal_layers, flops_share
 from models.concept.online_files import save_online
 from models.concept.online_model import OnlineConceptModel
 from models.concept.online_terms import NAMES, OF_CODES, online_monitors, online_terms
-from models.concept.quantiser import Sampler
+from models.concept.quantiser import Sampler, require_whole_codes
 from models.decoding.decoder import Decoder
 from models.decoding.online_concept import OnlineConceptDecoder, OnlineReading
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
@@ -120,6 +120,9 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
         self._cost: dict[str, float | None] = {}
         self._base: list[nn.Module] = []  # compared with, no part of what is trained
 
+    def require_precision(self, precision: str) -> None:
+        require_whole_codes(self.model, precision)
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -151,12 +154,8 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
     def _setting(self, batch_idx: int) -> Setting:
         pairs = (self.compression, self.quantisation, self.temperatures, self.noise)
         gated = self.global_step % self.gate_every == 0
-        return Setting(*map(self._annealed, pairs), generator=self.step_generator(batch_idx), gated=gated)
-
-    def _annealed(self, ends: tuple[float, float]) -> float:
-        """From the first to the second value over the first `anneal_share` of the steps."""
-        over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
-        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
+        now = (self.annealed(ends, self.anneal_share) for ends in pairs)
+        return Setting(*now, generator=self.step_generator(batch_idx), gated=gated)
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 

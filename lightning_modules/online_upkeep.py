@@ -5,7 +5,7 @@ Legend: B batch, T positions, M packed concepts, d coordinates of a code.
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from models.concept.concept_stack import Level
 from models.concept.online_model import OnlineConceptModel
@@ -19,7 +19,6 @@ class OnlineUpkeep:
 
     model: OnlineConceptModel
     code_decay: float
-    seed: int
 
     def _hold_rates(self, levels: list[Level]) -> None:
         """Keep the realised rates of commits at 1 / compression."""
@@ -28,7 +27,7 @@ class OnlineUpkeep:
             sums = torch.cat(
                 [torch.stack([routing.commit.sum(), routing.valid.sum()]).double(), routing.moments.double()]
             )
-            sums = self.all_gather(sums).reshape(-1, len(sums)).sum(0)
+            sums = self.gathered(sums).sum(0)
             if sums[1] > 0:  # there may be no concepts for concepts of concepts
                 stack.router.hold(sums[0] / sums[1], routing.compression, sums[2:])
 
@@ -40,8 +39,7 @@ class OnlineUpkeep:
             points = self._of_all_ranks(level.coded.points, level.real, most)
             if not len(points):
                 continue
-            generator = Generator(device=points.device).manual_seed(self.seed * 1_000_003 + self.global_step)
-            space = stack.codes.space
+            generator, space = self.generator_of_all_ranks(), stack.codes.space
             if self.global_step == 0:
                 space.begin(points, generator)
             dead = space.follow(points, self.code_decay, generator)
@@ -51,7 +49,7 @@ class OnlineUpkeep:
         """points (B, M, d) of real (B, M) concepts -> (N, d), in the order of the rows, whatever the number of ranks."""
         missing = most - points.shape[1]
         points, real = F.pad(points, (0, 0, 0, missing)), F.pad(real, (0, missing))
-        points, real = (self.all_gather(x).reshape(-1, *x.shape).transpose(0, 1).flatten(0, 1) for x in (points, real))
+        points, real = map(self.in_row_order, (points, real))
         return points[real]
 
     def _buffers_kept(self) -> set[str]:

@@ -3,6 +3,8 @@
 Types are matched to attributes one to one (Hungarian). Legend: N texts, K types, A attributes.
 """
 
+from collections.abc import Callable
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -16,11 +18,11 @@ def as_numbers(sequences: Tensor) -> Tensor:
     return torch.unique(sequences, dim=0, return_inverse=True)[1]
 
 
-def match_types(concepts: Tensor, plans: Tensor) -> tuple[Pairs, list[float]]:
-    """Pairs of types and attributes with the largest sum of NMI, and the NMI of each; (N, K) and (N, A)."""
-    table = torch.tensor(
-        [[float(normalized_mutual_info_score(c, a)) for a in plans.unbind(-1)] for c in concepts.unbind(-1)]
-    )
+def match_types(
+    concepts: Tensor, plans: Tensor, score: Callable[[Tensor, Tensor], Tensor] = normalized_mutual_info_score
+) -> tuple[Pairs, list[float]]:
+    """Pairs of types and attributes with the largest sum of the score, and the score of each; (N, K) and (N, A)."""
+    table = torch.tensor([[float(score(c, a)) for a in plans.unbind(-1)] for c in concepts.unbind(-1)])
     rows, columns = linear_sum_assignment(table, maximize=True)
     pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
     return pairs, [float(table[pair]) for pair in pairs]

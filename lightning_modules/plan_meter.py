@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.clustering import adjusted_mutual_info_score, normalized_mutual_info_score
@@ -108,12 +107,11 @@ def _information(concepts: Tensor, plans: Tensor) -> dict[str, float]:
     told, of_plan = joint_information(concepts, plans)
     if of_plan == 0:
         return {}
-    pairs = [[(concepts[:, s], plans[:, a]) for a in range(plans.shape[1])] for s in range(concepts.shape[1])]
     figures = {
         "joint_information": told / of_plan,
         "joint_information_shuffled": shuffled_information(concepts, plans)[0] / of_plan,
     }
     for name, score in (("nmi", normalized_mutual_info_score), ("ami", adjusted_mutual_info_score)):
-        table = torch.tensor([[float(score(*pair)) for pair in row] for row in pairs])
-        figures[name] = float(table[linear_sum_assignment(table, maximize=True)].mean())
+        shared = match_types(concepts, plans, score)[1]
+        figures[name] = sum(shared) / len(shared)
     return figures

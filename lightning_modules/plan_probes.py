@@ -58,14 +58,20 @@ class PlanProbes:
 
     def probe_said(self, rows: dict[str, Tensor], given: Given) -> Tensor:
         """(B, 2, R): the likeliest word at each place after the text's own words, and after the executor's own."""
-        words = len(self.trainer.datamodule.tokenizer)
-        forced = self.executor.logits(*self._block(given), given.text)[..., :words].argmax(-1)
+        forced = self.executor.logits(*self._block(given), given.text)[..., : self.words].argmax(-1)
         return torch.stack([forced, self._rewritten(given)], 1)
 
     def _rewritten(self, given: Given) -> Tensor:
-        generator = Generator(device=given.text.device)
-        options = {"temperature": 0.0, "vocab_size": len(self.trainer.datamodule.tokenizer)}
-        return self.executor.generate(*self._block(given), given.text.shape[1], generator, **options)
+        return self._written(self._block(given), given.text.shape[1])
+
+    def _written(self, block: tuple[Tensor, Tensor], length: int) -> Tensor:
+        """The greedy text (B, R) of a plan's ids and embeddings."""
+        unused = Generator(device=block[0].device)
+        return self.executor.generate(*block, length, unused, temperature=0.0, vocab_size=self.words)
+
+    @property
+    def words(self) -> int:
+        return len(self.trainer.datamodule.tokenizer)
 
     def probe_dropped(self, given: Given, order: Tensor, share: float) -> dict[str, Tensor]:
         """The plan without the concepts whose `order` (B, S), uniform in [0, 1), is below the share."""

@@ -39,7 +39,7 @@ class PlanTraining:
 
     def _straight_through(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Read, dict[str, Tensor]]:
         """A drawn plan's block with its gradient, what the plan costs under p(z | u), and what else is asked of it."""
-        relaxation, noise = self._annealed(self.temperatures), self._annealed(self.noise)
+        relaxation, noise = (self.annealed(ends, self.anneal_share) for ends in (self.temperatures, self.noise))
         self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise})
         plan = self._drawn(batch, generator, relaxation, noise)
         self.relaxation = tuple(e[plan.open_slots].detach() for e in (plan.soft_embeds, plan.hard_embeds))
@@ -50,8 +50,8 @@ class PlanTraining:
         """The best plan's block, and what it costs under prior and posterior: all three are taught the same plan."""
         text, seen, prompt = self._text(batch), self._whole(batch), self._prompt(batch)
         own = batch["row"], prompt, seen, text
-        further = None if self.signals is None else self._told_by(self.trainer.datamodule.signals(batch))
-        choices, figures = self.em.plans(*own, self.global_step, generator, self._gathered, further)
+        further = None if self.signals is None else self._told_by(batch)
+        choices, figures = self.em.plans(*own, self.global_step, generator, self.gathered, further)
         found, self.relaxation = self.em.found, None
         self.e_step = None if found is None else EStep(found.margins, found.gaps, found.flips)
         self.log_dict({f"monitor/{name}": value for name, value in figures.items()})
@@ -61,10 +61,12 @@ class PlanTraining:
             raw[name] = plan_nll(log_p, choices, is_open).sum(-1).mean() / text.shape[1]
         return self.planner.block(choices), raw
 
-    def _told_by(self, signals: dict[str, Tensor]) -> Callable[[Tensor], Further]:
+    def _told_by(self, batch: dict[str, Tensor]) -> Callable[[Tensor], Further]:
         """For rows (B,) bool, log p(y | z) of their plans: a plan that cannot tell its text's signals is no good one."""
 
         def of(rows: Tensor) -> Further:
+            signals = self.trainer.datamodule.signals(batch)
+
             def told(plans: Tensor) -> Tensor:
                 many = repeated({name: value[rows] for name, value in signals.items()}, plans.shape[1])
                 embeds = self.planner.block(plans.flatten(0, 1))[1]
@@ -73,10 +75,6 @@ class PlanTraining:
             return told
 
         return of
-
-    def _gathered(self, own: Tensor) -> Tensor:
-        """Of all ranks, (ranks, ...)."""
-        return self.all_gather(own).reshape(-1, *own.shape)
 
     def on_fit_start(self) -> None:
         if self.em is not None:
@@ -108,12 +106,10 @@ class PlanTraining:
 
     def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
         """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
-        # in the order of the rows, whatever the number of ranks
-        points = {slot: self._gathered(own).transpose(0, 1).flatten(0, 1) for slot, own in points.items()}
+        points = {slot: self.in_row_order(own) for slot, own in points.items()}
         begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
-        generator = Generator(device=self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
         begin = self.global_step in (0, begins)
-        dead = quantiser.follow(points, self.code_decay, generator, begin=begin)
+        dead = quantiser.follow(points, self.code_decay, self.generator_of_all_ranks(), begin=begin)
         self.log("monitor/dead_codes", float(dead))
 
     def _quantised_share(self) -> float:
@@ -128,13 +124,4 @@ class PlanTraining:
         if not self.curriculum:
             return values.mean()
         lengths = text_lengths(text, self.trainer.datamodule.tokenizer.eos_token_id)
-        return mean_of_short(values, lengths, length_limit(self._progress(), self.curriculum, text.shape[1]))
-
-    def _annealed(self, ends: tuple[float, float]) -> float:
-        """From the first to the second value over the first `anneal_share` of the steps."""
-        over = max(1.0, self.anneal_share * float(self.trainer.estimated_stepping_batches))
-        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
-
-    def _progress(self) -> float:
-        """Share of the steps that are over."""
-        return self.global_step / max(1.0, float(self.trainer.estimated_stepping_batches))
+        return mean_of_short(values, lengths, length_limit(self.progress(), self.curriculum, text.shape[1]))

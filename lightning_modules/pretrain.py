@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_modules.base import LeapModule
+from lightning_modules.computing import decoder_layers
 from lightning_modules.nll_meter import NllMeter
 from lightning_modules.token_weights import TokenWeights
 from models.backbones.causal_lm import save_causal, save_merged
@@ -65,8 +65,7 @@ class PretrainModule(LeapModule):
             objective.attach(model)
 
     def blocks(self) -> list[nn.Module]:
-        layers = [part for part in self.modules() if isinstance(part, GradientCheckpointingLayer)]
-        return [layer for layer in layers if trainable_weights(layer)]
+        return [layer for layer in decoder_layers(self) if trainable_weights(layer)]
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

@@ -157,12 +157,13 @@ def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
 @torch.no_grad()
 def make_whole(module: LightningModule) -> None:
     """Give every rank all of the weights, for good; the module is then as if it had never been split."""
-    gather_frozen(module)
-    found: dict[int, nn.Parameter] = {}
+    found: dict[nn.Parameter, nn.Parameter] = {}  # weights may be shared
     for part in module.modules():
-        for name, p in list(part._parameters.items()):
-            if p is not None and (full := whole(p)) is not p:
-                part._parameters[name] = found.setdefault(id(p), nn.Parameter(full, requires_grad=p.requires_grad))
+        for name, p in part._parameters.items():
+            if isinstance(p, DTensor):
+                if p not in found:
+                    found[p] = nn.Parameter(whole(p), requires_grad=p.requires_grad)
+                part._parameters[name] = found[p]
     for part in fsdp_modules(module):
         state = fully_shard.state(part)
         state._pre_forward_hook_handle.remove()

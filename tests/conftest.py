@@ -3,6 +3,10 @@
 import pytest
 import torch
 from helpers_causal import TINY_SHAPE
+from helpers_experiment import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from datamodules.oracle.datamodule import OracleDataModule
 from models.backbones.llada import LladaModel, build_llada
@@ -35,3 +39,20 @@ def tiny_oracle():
     data = OracleDataModule(size="tiny", train_rows=64, val_rows=16, test_rows=32, batch_size=8, eval_batch_size=16)
     data.setup()
     return data
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    """A function that composes a configuration whose outputs and caches lie in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+
+    def build(*overrides: str):
+        places = ["paths.output_dir=out", "paths.cache_dir=cache", f"paths.run_dir={tmp_path}/out/x/run"]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides=[*places, *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
+    yield build
+    GlobalHydra.instance().clear()

@@ -1,12 +1,12 @@
-"""A trainer for tests: CPU, no files unless asked for, no bars."""
+"""A trainer for tests: CPU, no files unless asked for, no bars; and what it came to."""
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 
 def quiet_trainer(max_steps: int, **options) -> Trainer:
     return Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=options.pop("devices", 1),
         max_steps=max_steps,
         max_epochs=options.pop("max_epochs", -1),
         logger=options.pop("logger", False),
@@ -19,3 +19,13 @@ def quiet_trainer(max_steps: int, **options) -> Trainer:
         use_distributed_sampler=False,
         **options,
     )
+
+
+class Losses(Callback):
+    """seen: the loss of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_) -> None:
+        self.seen.append(outputs["loss"].item())

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from helpers_causal import tiny_causal
 from helpers_concept import TYPES
-from lightning import Trainer
+from helpers_trainer import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.monitors.exchange import ExchangeMonitor
@@ -55,10 +55,9 @@ def main(ranks: int, out: Path, resume: str | None = None) -> None:
     ]
     monitors += [MarginMonitor(), FlipMonitor(), StalenessMonitor()]
     keep = ModelCheckpoint(out.parent / str(ranks), filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    trainer = Trainer(
-        accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=3, val_check_interval=3,
-        check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, callbacks=[*monitors, keep],
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    trainer = quiet_trainer(
+        3, devices=ranks, strategy="ddp" if ranks > 1 else "auto", val_check_interval=3, enable_checkpointing=True,
+        callbacks=[*monitors, keep],
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:

@@ -1,4 +1,6 @@
-"""Short trainings of every method: ranks_job.py one|ddp|fsdp|apart FOLDER METHOD[=CHECKPOINT]... writes what came of each.
+"""Short trainings of every method; writes what came of each.
+
+ranks_job.py one|ddp|fsdp|apart FOLDER METHOD[@PRECISION][=CHECKPOINT]...
 
 `one` is a process that takes the two halves of a batch one after the other, each with the draws of the rank that would have it,
 or the batch whole where what it learns of is all rows of a step (WHOLE); `apart` are two ranks that keep their gradients for
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from helpers_causal import TINY_SHAPE, tiny_causal
+from helpers_trainer import quiet_trainer
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
@@ -231,6 +234,7 @@ class Apart(Callback):
 
 def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -> None:
     torch.manual_seed(0)
+    name, (method, _, precision) = method, method.partition("@")
     module = METHODS[method](data)
     parts = RANKS if kind == "one" and method not in WHOLE else 1
     if parts > 1:
@@ -240,14 +244,12 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
     watching += [FlowMonitor(prompts=2, noises=4, rows=4)] if method == "noisy_mask" else []
     watching += [probe] if method == "masked_diffusion" else []
     watching += [GradientMonitor()] if method == "plans" else []
-    keep = ModelCheckpoint(folder / f"{kind}-{method}", filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    keep = ModelCheckpoint(folder / f"{kind}-{name}", filename="{step}", every_n_train_steps=4, save_top_k=-1)
     strategies = {"one": "auto", "ddp": "ddp", "apart": "ddp", "fsdp": ShardedStrategy()}
-    trainer = Trainer(
-        accelerator="cpu", devices=1 if kind == "one" else RANKS, strategy=strategies[kind], max_steps=STEPS, max_epochs=-1,
-        accumulate_grad_batches=parts, gradient_clip_val=1.0,
-        val_check_interval=STEPS * parts, check_val_every_n_epoch=None, num_sanity_val_steps=0,
-        callbacks=[*watching, noted, keep, *([Apart()] if kind == "apart" else [])], logger=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    trainer = quiet_trainer(
+        STEPS, devices=1 if kind == "one" else RANKS, strategy=strategies[kind], enable_checkpointing=True,
+        accumulate_grad_batches=parts, gradient_clip_val=1.0, val_check_interval=STEPS * parts, precision=precision or None,
+        callbacks=[*watching, noted, keep, *([Apart()] if kind == "apart" else [])],
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
@@ -258,13 +260,14 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
         found = {"losses": noted.losses, "gradients": noted.gradients, "weights": weights, "figures": figures}
         found |= {"split": noted.split, "held": noted.held}
         found["figures"] |= {"probe": probe.untrained} if probe.untrained is not None else {}
-        torch.save(found, folder / f"{kind}-{method}.pt")
+        torch.save(found, folder / f"{kind}-{name}.pt")
 
 
 def main(kind: str, folder: str, *methods: str) -> None:
     torch.set_num_threads(1)
     wanted = dict(method.split("=", 1) if "=" in method else (method, None) for method in methods)
-    data = {method: share_out(corpus(method, Path(folder)), kind != "one", method in WHOLE) for method in wanted}
+    ranks, plain = kind != "one", {method: method.partition("@")[0] for method in wanted}
+    data = {method: share_out(corpus(name, Path(folder)), ranks, name in WHOLE) for method, name in plain.items()}
     for method, resume in wanted.items():
         train(kind, method, data[method], Path(folder), resume)
 

@@ -106,7 +106,7 @@ def test_trainer_overhead(benchmark):
     """Both loops take the same steps over two epochs and a validation each."""
     small = [*("model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "data.size=tiny")]
     rows = ["data.train_rows=64", "data.batch_size=16", "data.val_rows=16", "trainer.val_check_interval=3"]
-    options = ["--steps", "6", "--methods", "masked diffusion", "--options", *small, *rows, "module.forwards=[1]"]
+    options = ["--repeats", "6", "--methods", "masked diffusion", "--options", *small, *rows, "module.forwards=[1]"]
     result = benchmark("trainer_overhead", *options, shape=[])
     check_layout(result, ["masked diffusion, by hand", "masked diffusion, the experiment"])
     assert result["rows"][0]["all"] == 1.0
@@ -119,7 +119,7 @@ def test_trainer_overhead_refuses_to_time_different_steps(benchmark, monkeypatch
     monkeypatch.setattr(bench, "_step", lambda *_: torch.tensor(1e3))
     small = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "data.size=tiny"]
     options = [
-        "--steps",
+        "--repeats",
         "2",
         "--methods",
         "next token",

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_experiments import FLOWS, TINY, configure, tiny_qwen  # noqa: F401
+from helpers_experiment import FLOWS, TINY, tiny_qwen
 
 from callbacks.table import markdown_table, split_rows
 from wiring import modes
@@ -40,7 +40,7 @@ def read_card(folder: Path, monkeypatch, capsys) -> tuple[str, str]:
     return card, capsys.readouterr().out
 
 
-def export(configure, tmp_path, options: list[str]) -> tuple[Path, Path]:  # noqa: F811
+def export(configure, tmp_path, options: list[str]) -> tuple[Path, Path]:
     """A run and the folder that mode=export makes of its checkpoint."""
     name = configure(*options).name
     run, again = (tmp_path / "out" / name / place for place in ("first", "second"))
@@ -50,7 +50,7 @@ def export(configure, tmp_path, options: list[str]) -> tuple[Path, Path]:  # noq
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_card_has_the_records_numbers_and_its_code_reads_the_folder(configure, tmp_path, monkeypatch, capsys, kind):  # noqa: F811
+def test_the_card_has_the_records_numbers_and_its_code_reads_the_folder(configure, tmp_path, monkeypatch, capsys, kind):
     library, options = KINDS[kind]
     run, folder = export(configure, tmp_path, options)
     assert list(folder.rglob("*.safetensors"))
@@ -66,7 +66,7 @@ def test_the_card_has_the_records_numbers_and_its_code_reads_the_folder(configur
     assert ("who=anna" in printed) == (kind == "causal")
 
 
-def test_an_adapter_is_peft_s_and_names_its_base(configure, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_adapter_is_peft_s_and_names_its_base(configure, tmp_path, monkeypatch, capsys):
     base = tiny_qwen(tmp_path / "qwen")
     options = [
         "experiment=next_token_qwen",
@@ -84,7 +84,7 @@ def test_an_adapter_is_peft_s_and_names_its_base(configure, tmp_path, monkeypatc
     assert "licence | not stated" in (run / "model" / "README.md").read_text()
 
 
-def test_the_command_stands_in_the_card_and_a_run_without_a_record_says_so(configure, tmp_path):  # noqa: F811
+def test_the_command_stands_in_the_card_and_a_run_without_a_record_says_so(configure, tmp_path):
     run, folder = export(configure, tmp_path, KINDS["causal"][1])
     (run / ".hydra").mkdir()
     (run / ".hydra" / "overrides.yaml").write_text("- experiment=objectives\n- example_prompt='who=anna'\n")

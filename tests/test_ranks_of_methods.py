@@ -97,6 +97,18 @@ def test_two_ranks_take_the_steps_of_one_with_adapters_and_searched_plans(tmp_pa
 
 
 @pytest.mark.slow
+def test_half_precision_is_alike_split_and_whole(tmp_path):
+    """Products in bfloat16, 8 bits each: near ddp's, and farther from float32's than rounding."""
+    half = [f"{method}@bf16-mixed" for method in ("noisy_mask", "masked_diffusion", "plans")]
+    whole, split = (trained(tmp_path, kind, half) for kind in ("ddp", "fsdp"))
+    full = trained(tmp_path, "ddp", [method.split("@")[0] for method in half])
+    for method in half:
+        found = differences(whole[method], split[method])
+        assert found["losses"] < 2e-2, (method, found)
+        assert differences(full[method.split("@")[0]], whole[method])["losses"] > 1e-4
+
+
+@pytest.mark.slow
 def test_a_split_run_goes_on_whole_and_a_whole_one_split(tmp_path):
     for kind in ("ddp", "fsdp"):
         trained(tmp_path, kind, ["masked_diffusion", "noisy_mask_lora"])

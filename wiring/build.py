@@ -30,9 +30,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     seed_everything(cfg.seed, verbose=False)
     if cfg.ckpt_path is not None:
         cfg.ckpt_path = str(find_checkpoint(runs_of(cfg), cfg.ckpt_path))
-    datamodule = instantiate(cfg.data)
-    datamodule.prepare_data()
-    datamodule.setup("fit")
+    datamodule = _data(cfg)
     precision = str(_check_before_work(cfg, datamodule).precision)
     if cfg.pair is not None:
         module = module_of_pair(cfg, datamodule)
@@ -42,13 +40,13 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
         stand_in = build_llada(**datamodule.special_ids(), **STAND_IN)
         # refuses a wrong option before a teacher is trained
         tried = _computed(cfg, instantiate(cfg.module, _convert_="all", teacher=stand_in))
-        if cfg.mode == "fit":
-            tried.require_precision(precision)
+        _require_precision(cfg, tried, precision)
         teacher = trained_teacher(cfg, datamodule)
         # the student starts alike whether the teacher was trained now or before
         seed_everything(cfg.seed, verbose=False)
         module = instantiate(cfg.module, _convert_="all", teacher=teacher)
     module = _computed(cfg, module)
+    _require_precision(cfg, module, precision)
     return module, trainer_of(cfg), datamodule
 
 
@@ -59,11 +57,17 @@ def trainer_of(cfg: DictConfig) -> Trainer:
 
 def untrained(cfg: DictConfig) -> tuple[LightningModule, Any]:
     """The module and its data, on models of the right shape that nobody has trained: for timing, not for use."""
-    datamodule = instantiate(cfg.data)
-    datamodule.prepare_data()
-    datamodule.setup("fit")
+    datamodule = _data(cfg)
     needed = cfg.pair or (["model"] if cfg.teacher is None else ["teacher"])
     return instantiate(cfg.module, _convert_="all", **{name: new_model(cfg, datamodule) for name in needed}), datamodule
+
+
+def _data(cfg: DictConfig, **more: Any) -> Any:
+    """The corpus of cfg.data with some options more, ready to train on."""
+    datamodule = instantiate(cfg.data, **more)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return datamodule
 
 
 def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
@@ -74,6 +78,11 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()
     return trainer
+
+
+def _require_precision(cfg: DictConfig, module: LightningModule, precision: str) -> None:
+    if cfg.mode == "fit":
+        module.require_precision(precision)
 
 
 def _computed(cfg: DictConfig, module: LightningModule) -> LightningModule:
@@ -110,10 +119,7 @@ def module_of_pair(cfg: DictConfig, datamodule: Any) -> LightningModule:
         if recipe.path is not None:
             models[name] = fitting(load_causal(recipe.path, dtype=recipe.dtype), datamodule, name)
         else:
-            own = instantiate(cfg.data, **recipe.data)
-            own.prepare_data()
-            own.setup("fit")
-            models[name] = _trained(cfg, recipe, own, name, load_causal)
+            models[name] = _trained(cfg, recipe, _data(cfg, **recipe.data), name, load_causal)
     require_one_vocabulary(*(recipe.path for recipe in cfg.pair.values()))
     seed_everything(cfg.seed, verbose=False)
     return instantiate(cfg.module, _convert_="all", **models)

@@ -50,7 +50,7 @@ def generate(cfg: DictConfig) -> None:
             print_answers(console, prompts[start : start + together], texts)
 
 
-def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator, data: Any, prompt: str) -> str:
+def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator, data: Any, prompt: str) -> None:
     """The response to one prompt, shown while it is written."""
     stream = TextStream(
         console,
@@ -63,7 +63,6 @@ def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator
         decoder(row, generator, stream)
     finally:
         stream.finish()
-    return stream.text
 
 
 def find_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:

@@ -88,7 +88,7 @@ class SweepSummary(Callback):
         folder = Path(OmegaConf.select(config, "hydra.sweep.dir"))
         outputs = Path(config.paths.output_dir)
         places = [outputs] if folder.is_relative_to(outputs) else [outputs, folder]
-        runs = [run for place in places for run in read_sweeps(place).get(config.started, [])]
+        runs = [run for place in places for run in read_sweeps(place, config.started).get(config.started, [])]
         if not runs:
             return
         report_sweep(runs, folder, f"sweep_{config.started}", report_console())

@@ -52,9 +52,14 @@ class RowMonitor(Callback):
 
     @torch.no_grad()
     def _figures(self, trainer: Trainer, module: Any, split: str) -> dict[str, float]:
-        columns = trainer.datamodule.rows[split].columns
-        rows = {name: column[: self.rows].to(module.device) for name, column in columns.items()}
+        rows = first_rows(trainer, module, split, self.rows)
         return self.measure(module, rows, Generator(device=module.device).manual_seed(0))
+
+
+def first_rows(trainer: Trainer, module: LightningModule, split: str, most: int) -> dict[str, Tensor]:
+    """At most so many rows of a split, on the module's device."""
+    columns = trainer.datamodule.rows[split].columns
+    return {name: column[:most].to(module.device) for name, column in columns.items()}
 
 
 def in_parts(measure: Callable[[dict[str, Tensor], Given], Tensor], rows: dict[str, Tensor], given: Given) -> Tensor:

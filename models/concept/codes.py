@@ -80,7 +80,7 @@ class ConceptCodes(nn.Module):
         coded = self.choose(hidden, sure, Drawing(quantisation, temperature, noise, generator))
         error = (coded.embeds - hidden.detach()).square().mean(-1)
         error = error / hidden.detach().square().mean(-1).clamp(min=1e-8)
-        return coded._replace(embeds=torch.lerp(hidden, coded.embeds, quantisation), error=error)
+        return coded._replace(embeds=torch.lerp(hidden, coded.embeds.to(hidden.dtype), quantisation), error=error)
 
     def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
         """The codes of hidden (B, M, D), `embeds` their embeddings; sure (B, M): probability that keeps NULL's share."""

@@ -216,12 +216,12 @@ class Planner:
         if not made.slots:
             return embeds, columns
         slots = self.layout.slot_columns[made.slots].to(ids.device)
-        return embeds.index_add(1, slots, torch.cat([m.moved for m in made.rounds], 1)), columns
+        return embeds.index_add(1, slots, torch.cat([m.moved for m in made.rounds], 1).to(embeds.dtype)), columns
 
     def _made(self, states: Tensor, slots: list[int], choose: Chooser) -> Made:
         logits, table = self.model.choice_logits(states, slots), self.model.choice_embeddings(slots)
         choice = choose(logits)
-        soft, hard = (torch.einsum("bsw,swd->bsd", weights, table) for weights in choice)
+        soft, hard = (torch.einsum("bsw,swd->bsd", weights.to(table.dtype), table) for weights in choice)
         return Made(logits, *choice, soft, hard, soft - soft.detach())
 
     def _embedded(self, ids: Tensor) -> tuple[Tensor, Columns]:

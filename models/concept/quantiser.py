@@ -15,7 +15,7 @@ from models.concept.vocabulary import IMPOSSIBLE, ConceptVocabulary
 from models.functional.errors import UsageError, require_choice
 from models.functional.fsq import fsq_bound, fsq_lattice, fsq_levels
 from models.functional.gumbel import Choice, one_hot_argmax
-from models.functional.precision import at_least_float32
+from models.functional.precision import at_least_float32, in_full
 from models.functional.vector_quantisation import (
     Codebook,
     assignment_sums,
@@ -92,14 +92,18 @@ class CodeSpace(nn.Module):
     @torch.no_grad()
     def begin(self, points: Tensor, generator: Generator) -> None:
         """Codes start at the centres of points (N, d)."""
-        centres = k_means(points, len(self.codes), generator)
-        counts, _ = assignment_sums(points, centres)
+        points = points.to(self.codes.dtype)
+        with in_full(points):
+            centres = k_means(points, len(self.codes), generator)
+            counts, _ = assignment_sums(points, centres)
         self._keep(Codebook(centres, counts, centres * counts.unsqueeze(-1)))
 
     @torch.no_grad()
     def follow(self, points: Tensor, decay: float, generator: Generator) -> int:
         """Move codes to their points (N, d); how many dead ones were set anew."""
-        book = ema_update(self.book, *assignment_sums(points, self.codes), decay)
+        points = points.to(self.codes.dtype)
+        with in_full(points):
+            book = ema_update(self.book, *assignment_sums(points, self.codes), decay)
         book, dead = reset_dead(book, points, len(points) / len(self.codes) / 50, generator)
         self._keep(book)
         return dead
@@ -107,6 +111,15 @@ class CodeSpace(nn.Module):
     def _keep(self, book: Codebook) -> None:
         """New tensors, not new values: those of before are still wanted for the gradient."""
         self.codes, self.counts, self.sums = book
+
+
+def require_whole_codes(model: nn.Module, precision: str) -> None:
+    """Errors: UsageError where a `CodeSpace` would be kept in 16 bits: a mean that creeps would stand still."""
+    if precision in ("bf16-true", "16-true") and any(isinstance(part, CodeSpace) for part in model.modules()):
+        raise UsageError(
+            f"trainer.precision={precision}: codes of fsq and ema_vq lie in float32; type trainer.precision=bf16-mixed, "
+            "or module.sampler=gumbel_st"
+        )
 
 
 class Quantiser(nn.Module):

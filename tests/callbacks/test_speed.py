@@ -43,10 +43,10 @@ def batch(rows=4, tokens=6):
 
 def run(clock, batches: int, ranks: int = 2, validation_after: int | None = None, **options) -> list[tuple[str, float]]:
     module, speed = Logged(found=[]), Speed(**options)
-    data = SimpleNamespace(train_dataloader=lambda: [batch()])
-    trainer = SimpleNamespace(precision="32-true", world_size=ranks, log_every_n_steps=3, datamodule=data)
+    trainer = SimpleNamespace(precision="32-true", world_size=ranks, log_every_n_steps=3)
     speed.on_train_start(trainer, module)
     for k in range(batches):
+        speed.on_train_batch_start(trainer, module, batch(), k)
         clock.now += 2.0
         speed.on_train_batch_end(trainer, module, None, batch(), k)
         if k == validation_after:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_causal import tiny_causal
 from helpers_concept import TYPES
-from helpers_trainer import quiet_trainer
+from helpers_trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.testing import assert_close
@@ -42,12 +42,10 @@ def batch_of(data, rows: int = 8, split: str = "train") -> dict[str, torch.Tenso
     return {name: column[:rows] for name, column in data.rows[split].columns.items()}
 
 
-class Losses(Callback):
+class LossesAndFigures(Losses):
     def __init__(self) -> None:
-        self.seen, self.figures = [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, *_) -> None:
-        self.seen.append(outputs["loss"].item())
+        super().__init__()
+        self.figures: list[dict[str, float]] = []
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.figures.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
@@ -204,7 +202,7 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle):
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
         return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
 
-    whole, first, second = build(tiny_oracle), Losses(), Losses()
+    whole, first, second = build(tiny_oracle), LossesAndFigures(), LossesAndFigures()
     quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
     resumed = build(tiny_oracle)
     trainer = quiet_trainer(12, callbacks=[TrainableEMA(0.9), second], val_check_interval=4)
@@ -272,7 +270,7 @@ def test_temperature_and_corruption_fall_with_the_steps(tiny_oracle):
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer, pl_module, *_) -> None:
-            seen.append((module._annealed((1.0, 0.5)), module._annealed((0.4, 0.0))))
+            seen.append((module.annealed((1.0, 0.5), 0.5), module.annealed((0.4, 0.0), 0.5)))
 
     quiet_trainer(8, callbacks=[Watch()]).fit(module, tiny_oracle)
     temperatures, corruptions = zip(*seen, strict=True)

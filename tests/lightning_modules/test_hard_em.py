@@ -146,7 +146,8 @@ def test_plans_are_searched_again_in_time_and_what_that_costs_is_known(tiny_orac
     module, seen = searching(tiny_oracle, search=EM | {"begin": 0.0, "interval": 8, "tolerance": 1e9}), Searches()
     module.em.refresh.most = 8
     quiet_trainer(24, callbacks=[seen]).fit(module, tiny_oracle)
-    assert seen.seen == [1.0] * 8 + [pytest.approx(x) for x in seen.seen[8:]]
+    assert len(seen.seen) == 24
+    assert seen.seen[:8] == [1.0] * 8
     assert 0 < sum(seen.seen[8:]) <= 16  # a row met again before eight steps are over keeps its plan
     assert 0 < module.em.share < 1
 
@@ -157,7 +158,6 @@ def test_a_step_of_em_teaches_all_three_the_same_plan(tiny_oracle):
     module.em.prepare(64)
     batch["row"] = torch.arange(8)
     module.log_dict, module.all_gather = (lambda *_, **__: None), lambda own: own
-    quiet_trainer(1).strategy.connect(module)
     module.trainer = quiet_trainer(1)
     generator = torch.Generator().manual_seed(0)
     codes = [space.codes.clone() for space in module.model.quantiser.spaces]

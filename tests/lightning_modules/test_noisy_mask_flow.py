@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_trainer import quiet_trainer
+from helpers_trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -35,14 +35,6 @@ def stir(module, size=0.3):
             if p.requires_grad:
                 p.add_(size * torch.randn_like(p))
     module.student.soft_prompt.project_()
-
-
-class Losses(Callback):
-    def __init__(self):
-        self.values = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
-        self.values.append(outputs["loss"].item())
 
 
 def test_steps_are_cut_among_the_stages():
@@ -99,7 +91,7 @@ def test_every_adapter_and_target_trains_through_all_stages_and_the_teacher_stay
         name for name, p in module.student.named_parameters() if p.requires_grad and not torch.equal(p, start[name])
     }
     assert len(changed) >= len(start) - 1
-    assert len(losses.values) == 10
+    assert len(losses.seen) == 10
     assert all(torch.equal(p, module.average[name]) for name, p in module.student.named_parameters() if p.requires_grad)
 
 
@@ -130,7 +122,7 @@ def test_resumed_inside_any_stage_or_between_two_it_is_the_uninterrupted_run(tin
     resumed, again = build(tiny_llada, tiny_oracle), Losses()
     trainer = quiet_trainer(10, callbacks=[again], val_check_interval=4)
     trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
-    assert again.values == losses.values[stop:]
+    assert again.seen == losses.seen[stop:]
     for name, p in resumed.named_parameters():
         assert torch.equal(p, dict(whole.named_parameters())[name]), name
 
@@ -307,7 +299,7 @@ def test_a_base_in_half_precision_trains_and_answers(tiny_llada, tiny_oracle, ad
     module = NoisyMaskFlowModule(teacher, adapter=adapter, stages=ALL, forwards=(1,), ode_forwards=(2,), **sizes)
     losses = Losses()
     quiet_trainer(6, callbacks=[losses]).fit(module, tiny_oracle)
-    assert all(torch.isfinite(torch.tensor(losses.values)))
+    assert all(torch.isfinite(torch.tensor(losses.seen)))
     rows = tiny_oracle.rows["test"].columns
     for decoder in module.decoders():
         assert decoder(rows, torch.Generator().manual_seed(0)).shape == (32, tiny_oracle.response_length)

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from helpers_causal import PackedStream, ToyCausal, ToyFiller, tiny_causal
-from helpers_trainer import quiet_trainer
-from lightning import Callback
+from helpers_trainer import Losses, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -102,14 +101,6 @@ def test_a_corpus_without_prompts_is_reported_by_its_likelihood_alone(tmp_path):
 
 
 # -- training --------------------------------------------------------------------------------------------------------
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.seen = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, *_) -> None:
-        self.seen.append(outputs["loss"].item())
 
 
 @pytest.mark.parametrize(

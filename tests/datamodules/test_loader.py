@@ -1,0 +1,73 @@
+"""The order of rows: by the seed, resumed, over ranks."""
+
+import pytest
+from helpers_pairs import ROWS
+from helpers_trainer import quiet_trainer
+from lightning import LightningModule
+
+from datamodules.loader import EpochSampler
+
+# -- order of rows ---------------------------------------------------------------------------------------------------
+
+
+def order(loader):
+    return [batch["row_index"].tolist() for batch in loader]
+
+
+def test_the_same_seed_gives_the_same_order_and_each_epoch_another(build_pairs):
+    same = {"val": ROWS, "test": ROWS}
+    first, again, other = (build_pairs(seed=seed, **same).train_dataloader() for seed in (1, 1, 2))
+    assert order(first) == order(again) != order(other)
+    first.set_epoch(1)
+    assert order(first) != order(again)
+    assert order(build_pairs(**same).val_dataloader()) == order(build_pairs(**same).val_dataloader())
+
+
+@pytest.mark.filterwarnings("ignore:.*no optimizer", "ignore:.*returned .None.", "ignore:.*no .validation_step")
+def test_a_trainer_tells_the_loader_its_epoch(build_pairs):
+    class Reader(LightningModule):
+        def training_step(self, batch, batch_idx):
+            read.append(batch["row_index"].tolist())
+
+        def configure_optimizers(self):
+            return None
+
+    datamodule, read = build_pairs(val=ROWS, test=ROWS), []
+    quiet_trainer(-1, max_epochs=2, limit_val_batches=0).fit(Reader(), datamodule)
+    first, second = datamodule.train_dataloader(), datamodule.train_dataloader()
+    second.set_epoch(1)
+    assert read == order(first) + order(second)
+    assert order(first) != order(second)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_loader_continues_at_the_exact_batch(build_pairs, workers):
+    datamodule = build_pairs(val=ROWS, test=ROWS, num_workers=workers)
+    whole, cut, resumed = (datamodule.train_dataloader() for _ in range(3))
+    for loader in (whole, cut, resumed):
+        loader.set_epoch(2)
+    batches = iter(cut)
+    read = [next(batches)["row_index"].tolist() for _ in range(2)]
+    resumed.load_state_dict(cut.state_dict())
+    rest = order(resumed)
+    assert len(rest) == 4
+    assert read + rest == order(whole)
+    resumed.set_epoch(3)
+    assert len(order(resumed)) == 6
+
+
+@pytest.mark.parametrize(("rows", "drop_last"), [(11, False), (9, False), (12, False), (12, True)])
+def test_two_ranks_see_each_row_exactly_once(rows, drop_last, monkeypatch):
+    batches = []
+    for rank in range(2):
+        monkeypatch.setattr("datamodules.loader.rank_and_world", lambda rank=rank: (rank, 2))
+        sampler = EpochSampler(rows, 2, shuffle=True, drop_last=drop_last, seed=5)
+        batches.append(list(sampler))
+    seen = [row for rank in batches for batch in rank for row in batch]
+    assert sorted(seen) == list(range(rows))
+    monkeypatch.setattr("datamodules.loader.rank_and_world", lambda: (0, 1))
+    # Together the ranks see the batches that one rank with twice the batch size sees.
+    one = list(EpochSampler(rows, 4, shuffle=True, drop_last=drop_last, seed=5))
+    assert [sorted(a + b) for a, b in zip(*batches, strict=False)] == [
+        sorted(batch) for batch in one[: len(batches[1])]
+    ]

@@ -1,0 +1,58 @@
+"""Every method trains in half precision: its losses are those of float32 but for rounding, and are not the very same."""
+
+import pytest
+import torch
+from helpers_trainer import Losses, quiet_trainer
+from ranks_job import METHODS, causal, online, plans
+
+from lightning_modules.online_concept import OnlineConceptModule
+from models.concept.quantiser import CodeSpace
+from models.functional.errors import UsageError
+
+
+def coded(data, sampler: str) -> OnlineConceptModule:
+    options = {"sampler": sampler, "codes": 8, "compression": (2.0, 2.0), "quantisation": (0.5, 1.0)}
+    return OnlineConceptModule(
+        causal(data, num_hidden_layers=3), split=[1, 1, 1], weights={"text": 1.0}, warmup_steps=0, lr=1e-3, **options
+    )
+
+
+SAMPLERS = ("gumbel_st", "fsq", "ema_vq")
+KINDS = {
+    **{f"plans, {name}": lambda data, name=name: plans(data, sampler=name, lr=1e-3) for name in SAMPLERS},
+    **{f"online, {name}": lambda data, name=name: coded(data, name) for name in SAMPLERS},
+    "online, states": online,
+    **{name: METHODS[name] for name in ("hard_em", "qstar", "noisy_mask", "logit", "step_halving", "latent")},
+}
+REFUSED = ("noisy_mask", "logit", "step_halving")  # they train in float32
+QUICK = ("plans, ema_vq", "plans, gumbel_st", "online, ema_vq", "online, gumbel_st")
+CASES = [
+    pytest.param(kind, precision, marks=() if kind in QUICK and precision == "bf16-mixed" else pytest.mark.slow)
+    for kind in KINDS
+    for precision in ("bf16-mixed", "bf16-true")
+    if precision == "bf16-mixed" or not (kind in REFUSED or kind.endswith(("vq", "fsq")))
+]
+
+
+@pytest.mark.parametrize(("kind", "precision"), CASES)
+def test_losses_are_float32_s_but_for_rounding(tiny_oracle, kind, precision):
+    found = []
+    for name in ("32-true", precision):
+        torch.manual_seed(0)
+        losses, module = Losses(), KINDS[kind](tiny_oracle)
+        quiet_trainer(2, precision=name, callbacks=[losses], val_check_interval=2).fit(module, tiny_oracle)
+        found.append(losses.seen)
+    full, half = map(torch.tensor, found)
+    torch.testing.assert_close(half, full, rtol=0.1, atol=0.01)
+    assert not torch.equal(half, full)
+    for part in module.modules():
+        if isinstance(part, CodeSpace):  # means of points in 16 bits would stand still
+            assert all(buffer.dtype == torch.float32 for buffer in part.buffers())
+
+
+@pytest.mark.parametrize("kind", ["plans, ema_vq", "online, fsq"])
+def test_codes_are_not_kept_in_sixteen_bits(tiny_oracle, kind):
+    KINDS[kind](tiny_oracle).require_precision("bf16-mixed")
+    KINDS[kind.split(",")[0] + ", gumbel_st"](tiny_oracle).require_precision("bf16-true")
+    with pytest.raises(UsageError, match=r"codes of fsq and ema_vq lie in float32; type trainer\.precision=bf16-mixed"):
+        KINDS[kind](tiny_oracle).require_precision("bf16-true")
