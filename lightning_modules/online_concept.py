@@ -59,6 +59,8 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
         code_decay: float = 0.99,
         gate_every: int = 1,
         most_nulls: int = 15,
+        carry: bool = True,
+        pool: bool = True,
         attention: str = "sdpa",
         compression: tuple[float, float] = (1.0, 4.0),
         quantisation: tuple[float, float] = (0.0, 1.0),
@@ -101,6 +103,8 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
             codes=codes,
             sampler=sampler,
             most_nulls=most_nulls,
+            carry=carry,
+            pool=pool,
             attention=attention,
             compression=compression[1],
             quantisation=quantisation[1],
@@ -137,8 +141,8 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
             self._hold_rates(levels)
         self._move_codes(levels, text.ids.shape[1])
         self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"monitor/{name}": value for name, value in (raw | online_monitors(levels)).items()})
-        self.log_dict({"monitor/wanted": setting.compression, "monitor/quantisation": setting.quantisation})
+        wanted = {"wanted": setting.compression, "quantisation": setting.quantisation}
+        self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
 
     def _nll(self, text: CausalText, setting: Setting | None = None) -> tuple[Tensor, list[Level]]:

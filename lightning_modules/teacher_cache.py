@@ -92,12 +92,10 @@ def _train(
             highlight=False,
         )
     if whole and not trainer.fast_dev_run and trainer.is_global_zero:
-        staging = folder.with_name(f"{folder.name}.staging-{os.getpid()}")
+        staging = partial / "whole"  # a run that is killed here leaves nothing but what the next one takes up
         model.save_pretrained(staging)
         datamodule.tokenizer.save_pretrained(staging)
-        if folder.exists():  # a run on another machine, whose lock was not seen here, trained the same one meanwhile
-            shutil.rmtree(staging)
-        else:
+        if not folder.exists():  # a run on another machine, whose lock was not seen here, may have trained the same one
             os.replace(staging, folder)
         shutil.rmtree(partial, ignore_errors=True)
     trainer.strategy.barrier()
