@@ -1,6 +1,7 @@
 """One bar for a whole stage, with the rate and the time left; a line every tenth where the output goes to a file."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -35,9 +36,7 @@ class StageProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step > self._done:
-            metrics = self.get_metrics(trainer, pl_module)
-            shown = "  ".join(_named(k, v) for k, v in metrics.items() if isinstance(v, float) and k != "v_num")
-            self._advance(trainer.global_step, shown)
+            self._advance(trainer.global_step, lambda: self._named_metrics(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
@@ -52,7 +51,7 @@ class StageProgress(ProgressBar):
         self._begin(int(sum(trainer.num_test_batches)), "comparing decoders")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._advance(self._done + 1, "")
+        self._advance(self._done + 1)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
@@ -77,19 +76,24 @@ class StageProgress(ProgressBar):
             self._task = self._progress.add_task(title, total=total, completed=done, rate="", metrics="")
             self._progress.start()
 
-    def _advance(self, done: int, metrics: str) -> None:
+    def _named_metrics(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        metrics = self.get_metrics(trainer, pl_module)
+        return "  ".join(_named(k, v) for k, v in metrics.items() if isinstance(v, float) and k != "v_num")
+
+    def _advance(self, done: int, metrics: Callable[[], str] = str) -> None:
+        """metrics: what is shown beside; asked for where a line is shown, for it takes time."""
         if not getattr(self, "_enabled", True):
             return
         self._done = done
         elapsed = time.monotonic() - self._started
         rate = (done - self._first) / max(elapsed, 1e-9)
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, rate=f"{rate:.1f}/s", metrics=metrics)
+            self._progress.update(self._task, completed=done, rate=f"{rate:.1f}/s", metrics=metrics())
         elif done * 10 // self._total > self._said:
             self._said = done * 10 // self._total
             left = (self._total - done) / max(rate, 1e-9)
             line = f"{self._title}: {done}/{self._total}, {rate:.1f}/s, {_clock(elapsed)} gone, {_clock(left)} left"
-            self.console.print(f"{line}  {metrics}", highlight=False, soft_wrap=True)
+            self.console.print(f"{line}  {metrics()}", highlight=False, soft_wrap=True)
 
     def _close(self) -> None:
         if self._progress is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.base import LeapModule
 from lightning_modules.hard_em import build_hard_em
 from lightning_modules.plan_meter import PlanMeter
-from lightning_modules.plan_options import check_options, pair
+from lightning_modules.plan_options import check_options, check_signal_codes, pair
 from lightning_modules.plan_probes import PlanProbes
 from lightning_modules.plan_training import PlanTraining
 from models.backbones.causal_lm import require_causal, with_adapters
@@ -46,7 +46,8 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
     quota: concepts a text that the quota loss asks for.
     sampler: how the posterior chooses, `quantiser.Sampler`. planning: {"prior", "posterior"}: `layout.Planning` of each.
     posterior_reads: `all` (prompt and text) or `text`. search: hard EM, `hard_em.OPTIONS`; None trains straight through.
-    signals: {type: signal of the corpus} that each type has to predict. curriculum: share of the steps after which texts of
+    signals: {type: signal of the corpus} that each type has to predict. signal_codes: whether the type's codes are the
+    signal's values (`signals.SignalCodes`), for `ema_vq` without search. curriculum: share of the steps after which texts of
     all lengths count; shorter ones come first.
     quantise: shares of the steps between which a quantiser's points move to their codes. code_decay: of the codes' means.
     A weight is a number or a pair. Pairs go from their first to their second value, linearly over `anneal_share` of the
@@ -66,6 +67,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         posterior_reads: Literal["all", "text"] = "all",
         search: Mapping[str, float] | None = None,
         signals: Mapping[str, str] | None = None,
+        signal_codes: bool = False,
         curriculum: float = 0.0,
         quantise: tuple[float, float] = (0.1, 0.4),
         code_decay: float = 0.99,
@@ -100,7 +102,12 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         if self.em is not None:
             self.unlike_forwards = "a rank searches plans when its own rows are due; type module.search=null"
         self.bag = BagOfWords(self.model) if weights.get("bag") else None
-        self.wanted_signals, self.signals = signals, None  # the corpus knows their sizes
+        check_signal_codes(signal_codes, signals, sampler, search)
+        self.wanted_signals, self.signal_codes, self.signals = (
+            signals,
+            signal_codes,
+            None,
+        )  # the corpus knows their sizes
         self.curriculum = curriculum
         self.quantise, self.code_decay = tuple(quantise), code_decay
         self.weights = {name: pair(weights.get(name, 0.0)) for name in NAMES}
@@ -137,8 +144,8 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         # 3. the weighted sum
         loss = self._weighted(raw, {n: self.annealed(ends, self.anneal_share) for n, ends in self.weights.items()})
         self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"monitor/{name}": value for name, value in raw.items()})
-        self.log("monitor/corruption", hidden)
+        share = {} if self.em is None else {"search_share": self.em.share}
+        self.log_monitors(raw | share | {"corruption": hidden})
         return self.refuse_nan(loss)
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:

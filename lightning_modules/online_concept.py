@@ -141,8 +141,8 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
             self._hold_rates(levels)
         self._move_codes(levels, text.ids.shape[1])
         self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"monitor/{name}": value for name, value in (raw | online_monitors(levels)).items()})
-        self.log_dict({"monitor/wanted": setting.compression, "monitor/quantisation": setting.quantisation})
+        wanted = {"wanted": setting.compression, "quantisation": setting.quantisation}
+        self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
 
     def _nll(self, text: CausalText, setting: Setting | None = None) -> tuple[Tensor, list[Level]]:

@@ -16,10 +16,15 @@ NEVER = -1
 
 @dataclass
 class Refresh:
-    """A plan is searched again after `interval` steps: fewer where plans were stale by more than `tolerance` nats."""
+    """A plan is searched again after `interval` steps: fewer where plans were stale by more than `tolerance` nats.
+
+    enough: rows searched again (or all, if fewer) without which nothing is said of the mean staleness: it differs much from
+    row to row.
+    """
 
     interval: int = 500
     tolerance: float = 0.5
+    enough: int = 256
     least: int = 50
     most: int = 5000
 
@@ -35,10 +40,8 @@ class PlanCache:
         self.scores = torch.full((rows,), -torch.inf)
         self.found = torch.full((rows,), NEVER)
         self.refresh, self.interval = refresh, refresh.interval
-        self.gaps, self.adapted = (
-            torch.zeros(2, dtype=torch.float64),
-            0,
-        )  # sum and number since the step of the last change
+        # staleness since the step of the last change: sum and number
+        self.gaps, self.adapted = torch.zeros(2, dtype=torch.float64), 0
 
     def known(self, rows: Tensor) -> Tensor:
         """(B,) bool: rows (B,) that have a plan."""
@@ -60,12 +63,15 @@ class PlanCache:
         self.found[rows] = step
 
     def adapt(self, gaps: Tensor, step: int) -> None:
-        """Once an interval, set the next by the mean staleness (B,) of plans that were searched again since, NaN for others."""
+        """Once an interval, set the next by the mean staleness (B,) of plans that were searched again since, NaN for others.
+
+        It waits until these are `enough`.
+        """
         again = gaps[~gaps.isnan()].double()
         self.gaps += torch.tensor([again.sum(), len(again)], dtype=torch.float64)
         total, count = self.gaps.tolist()
-        if count and step - self.adapted >= self.interval:
-            r = self.refresh
+        r = self.refresh
+        if count >= min(r.enough, len(self.found)) and step - self.adapted >= self.interval:
             self.interval = next_interval(self.interval, total / count, r.tolerance, r.least, r.most)
             self.gaps, self.adapted = torch.zeros(2, dtype=torch.float64), step
 

@@ -1,6 +1,7 @@
 """What the options of a planner-executor have to satisfy, one sentence a mistake."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from models.concept.terms import NAMES
 from models.functional.errors import UsageError
@@ -37,3 +38,14 @@ def check_options(
         raise UsageError(f"module.corruption={list(corruption)} must be two shares from 0 to 1, such as [0.5, 0.0]")
     if not 0 <= share <= 1:
         raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")
+
+
+def check_signal_codes(wanted: bool, signals: Any, sampler: str, search: Any) -> None:
+    if wanted and not signals:
+        raise UsageError("module.signal_codes=true needs signals; type for example module.signals={a: who}")
+    if wanted and sampler != "ema_vq":
+        raise UsageError(f"module.signal_codes=true needs codes that move, not {sampler}; type module.sampler=ema_vq")
+    if wanted and search is not None:
+        raise UsageError(
+            "module.signal_codes=true leaves nothing to search for in those types; type module.search=null"
+        )

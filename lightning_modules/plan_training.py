@@ -12,7 +12,7 @@ from lightning_modules.hard_em import HardEM
 from models.concept.planner import Coder, Plan, Planner, greedy, relaxed
 from models.concept.quantiser import Quantiser
 from models.concept.search import Further, Read
-from models.concept.signals import SignalHeads, repeated
+from models.concept.signals import SignalCodes, SignalHeads, repeated
 from models.concept.unified import UnifiedModel
 from models.functional.curriculum import length_limit, mean_of_short, text_lengths
 from models.functional.errors import UsageError
@@ -27,23 +27,30 @@ class PlanTraining:
     planner: Planner
     posterior: Planner
     em: HardEM | None
+    told: SignalCodes | None = None
 
     def setup(self, stage: str) -> None:
         if self.wanted_signals and self.signals is None:
             data = self.trainer.datamodule
             if not hasattr(data, "signals"):
                 raise UsageError(f"module.signals needs a corpus with signals, which {type(data).__name__} has none of")
-            self.signals = SignalHeads(self.model, self.wanted_signals, data.signal_sizes).to(self.device)
+            if self.signal_codes:
+                self.told = SignalCodes(self.model.vocabulary, self.wanted_signals, data.signal_sizes)
+            else:
+                self.signals = SignalHeads(self.model, self.wanted_signals, data.signal_sizes).to(self.device)
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
     def _straight_through(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Read, dict[str, Tensor]]:
         """A drawn plan's block with its gradient, what the plan costs under p(z | u), and what else is asked of it."""
         relaxation, noise = (self.annealed(ends, self.anneal_share) for ends in (self.temperatures, self.noise))
-        self.log_dict({"monitor/temperature": relaxation, "monitor/noise": noise})
+        self.log_monitors({"temperature": relaxation, "noise": noise})
         plan = self._drawn(batch, generator, relaxation, noise)
         self.relaxation = tuple(e[plan.open_slots].detach() for e in (plan.soft_embeds, plan.hard_embeds))
         raw = self._plan_terms(plan, self._prior_logits(batch, plan.choices), self._text(batch))
+        if self.told is not None:
+            signals = self.trainer.datamodule.signals(batch)
+            raw["signals"] = -self.told.log_prob(plan.logits.log_softmax(-1), signals).mean()
         return (plan.ids, plan.embeds), raw
 
     def _searched(self, batch: dict[str, Tensor], generator: Generator) -> tuple[Read, dict[str, Tensor]]:
@@ -54,7 +61,7 @@ class PlanTraining:
         choices, figures = self.em.plans(*own, self.global_step, generator, self.gathered, further)
         found, self.relaxation = self.em.found, None
         self.e_step = None if found is None else EStep(found.margins, found.gaps, found.flips)
-        self.log_dict({f"monitor/{name}": value for name, value in figures.items()})
+        self.log_monitors(figures)
         is_open, raw = self.model.layout.open_slots(choices), {}
         for name, planner, read in (("planner", self.planner, prompt), ("posterior", self.posterior, seen)):
             log_p = planner.score(*read, choices).log_softmax(-1)
@@ -87,7 +94,6 @@ class PlanTraining:
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         if self.em is not None:
             self.em.step_ends()
-            self.log("monitor/search_share", self.em.share)
 
     def _drawn(self, batch: dict[str, Tensor], generator: Generator, temperature: float, noise: float) -> Plan:
         """A plan from q(z | u, x) with a gradient to it; of a quantiser, which draws nothing, the codes of its points."""
@@ -97,20 +103,22 @@ class PlanTraining:
         coder = Coder(quantiser, self._quantised_share() if self.training else 1.0)
         plan = self.posterior.draw(*self._whole(batch), coder)
         if self.training and quantiser.moving:
-            self._move_codes(quantiser, coder.points)
+            self._move_codes(quantiser, coder.points, batch)
         return plan
 
     def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
         quantiser = self.model.quantiser
         return self.posterior.draw(*self._whole(batch), greedy if quantiser is None else Coder(quantiser))
 
-    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
+    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor], batch: dict[str, Tensor]) -> None:
         """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
-        points = {slot: self.in_row_order(own) for slot, own in points.items()}
+        numbers = {} if self.told is None else self.told.numbers(self.trainer.datamodule.signals(batch))
+        points, numbers = ({slot: self.in_row_order(own) for slot, own in of.items()} for of in (points, numbers))
         begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
         begin = self.global_step in (0, begins)
-        dead = quantiser.follow(points, self.code_decay, self.generator_of_all_ranks(), begin=begin)
-        self.log("monitor/dead_codes", float(dead))
+        generator = self.generator_of_all_ranks()
+        dead = quantiser.follow(points, self.code_decay, generator, begin=begin, numbers=numbers)
+        self.log_monitors({"dead_codes": float(dead)})
 
     def _quantised_share(self) -> float:
         """0 until the first of `quantise`, 1 from the second on, shares of the steps."""

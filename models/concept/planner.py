@@ -177,9 +177,9 @@ class Planner:
 
     def certain(self, choices: Tensor) -> Plan:
         """The plan of given choices (B, S), as if nothing else had been possible; no text is read for it."""
-        table = self.model.choice_embeddings(list(range(choices.shape[1])))  # (S, W, D)
-        hard = torch.nn.functional.one_hot(choices, table.shape[1]).to(table.dtype)
-        embeds = table[torch.arange(choices.shape[1], device=choices.device), choices]
+        numbers = self.model.choices  # (S, W)
+        embeds = self.model.new_table()[numbers[torch.arange(len(numbers), device=choices.device), choices]]
+        hard = torch.nn.functional.one_hot(choices, numbers.shape[1]).to(embeds.dtype)
         ids, read = self.block(choices)
         logits = (1 - hard) * IMPOSSIBLE
         return Plan(ids, read, choices, self.layout.open_slots(choices), logits, hard, hard, embeds, embeds)

@@ -19,6 +19,7 @@ from models.functional.precision import at_least_float32, in_full
 from models.functional.vector_quantisation import (
     Codebook,
     assignment_sums,
+    class_sums,
     code_logits,
     ema_update,
     k_means,
@@ -90,19 +91,26 @@ class CodeSpace(nn.Module):
         return Codebook(self.codes, self.counts, self.sums)
 
     @torch.no_grad()
-    def begin(self, points: Tensor, generator: Generator) -> None:
-        """Codes start at the centres of points (N, d)."""
+    def begin(self, points: Tensor, generator: Generator, numbers: Tensor | None = None) -> None:
+        """Codes start at the centres of points (N, d), or of those with their number (N,), -1 where that is not known."""
         points = points.to(self.codes.dtype)
         with in_full(points):
             centres = k_means(points, len(self.codes), generator)
-            counts, _ = assignment_sums(points, centres)
+            if numbers is None:
+                counts, _ = assignment_sums(points, centres)
+            else:
+                counts, sums = class_sums(points, numbers, len(self.codes))
+                centres = torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centres)
         self._keep(Codebook(centres, counts, centres * counts.unsqueeze(-1)))
 
     @torch.no_grad()
-    def follow(self, points: Tensor, decay: float, generator: Generator) -> int:
-        """Move codes to their points (N, d); how many dead ones were set anew."""
+    def follow(self, points: Tensor, decay: float, generator: Generator, numbers: Tensor | None = None) -> int:
+        """Move codes to their points (N, d), or to those with their number (N,); how many dead ones were set anew."""
         points = points.to(self.codes.dtype)
         with in_full(points):
+            if numbers is not None:
+                self._keep(ema_update(self.book, *class_sums(points, numbers, len(self.codes)), decay))
+                return 0
             book = ema_update(self.book, *assignment_sums(points, self.codes), decay)
         book, dead = reset_dead(book, points, len(points) / len(self.codes) / 50, generator)
         self._keep(book)
@@ -144,18 +152,28 @@ class Quantiser(nn.Module):
         """Whether codes have to follow their points."""
         return self.spaces[0].moving
 
-    def follow(self, points: Mapping[int, Tensor], decay: float, generator: Generator, *, begin: bool = False) -> int:
+    def follow(
+        self,
+        points: Mapping[int, Tensor],
+        decay: float,
+        generator: Generator,
+        *,
+        begin: bool = False,
+        numbers: Mapping[int, Tensor] | None = None,
+    ) -> int:
         """Move the codes of every type after the points of its slots, of all ranks; how many dead ones were set anew.
 
-        begin: set them all anew, at the centres of the points.
+        begin: set them all anew, at the centres of the points. numbers: of slots whose points' codes are known.
         """
         dead = 0
         for k, space in enumerate(self.spaces):
-            own = torch.cat([points[slot] for slot, kind in enumerate(self.slot_types) if kind == k])
+            slots = [slot for slot, kind in enumerate(self.slot_types) if kind == k]
+            own = torch.cat([points[slot] for slot in slots])
+            known = torch.cat([numbers[slot] for slot in slots]) if numbers and slots[0] in numbers else None
             if begin:
-                space.begin(own, generator)
+                space.begin(own, generator, known)
             else:
-                dead += space.follow(own, decay, generator)
+                dead += space.follow(own, decay, generator, known)
         return dead
 
     def embeddings(self) -> Tensor:

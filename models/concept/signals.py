@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.concept.terms import slots_of
 from models.concept.unified import UnifiedModel
+from models.concept.vocabulary import ConceptVocabulary
 from models.functional.errors import UsageError
 
 UNKNOWN = -1  # a signal that a text does not give
@@ -23,19 +24,8 @@ class SignalHeads(nn.Module):
 
     def __init__(self, model: UnifiedModel, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:
         super().__init__()
-        vocabulary = model.vocabulary
-        names = [t.name for t in vocabulary.types]
-        for kind, signal in wanted.items():
-            if kind not in names:
-                raise UsageError(f"module.signals.{kind} is no type; the types are {', '.join(names)}")
-            if signal not in sizes:
-                raise UsageError(
-                    f"module.signals.{kind}={signal} is not known; the corpus' signals are {', '.join(sizes)}"
-                )
         columns = model.layout.slot_columns
-        self.columns = {
-            kind: columns[own] for kind, own in zip(names, slots_of(vocabulary), strict=True) if kind in wanted
-        }
+        self.columns = {kind: columns[own] for kind, own in _slots_of(model.vocabulary, wanted, sizes).items()}
         self.wanted = dict(wanted)
         table = model.new_embedding.weight
         make = {"device": table.device, "dtype": table.dtype}
@@ -53,6 +43,46 @@ class SignalHeads(nn.Module):
             told = logits.gather(-1, value.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             total = total + told.masked_fill(value == UNKNOWN, 0.0)
         return total
+
+
+class SignalCodes:
+    """A type's codes are the values of its signal: which concept a text has is known, and the posterior has to say it.
+
+    Arguments as of `SignalHeads`; each type names one concept a text, of at least as many codes as its signal has values.
+    """
+
+    def __init__(self, vocabulary: ConceptVocabulary, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+        slots = _slots_of(vocabulary, wanted, sizes)
+        for t in vocabulary.types:
+            if t.name in wanted and (t.most > 1 or t.codes < sizes[wanted[t.name]]):
+                raise UsageError(
+                    f"module.signal_codes needs module.types.{t.name}.most=1 and at least "
+                    f"module.types.{t.name}.codes={sizes[wanted[t.name]]}, the values of {wanted[t.name]}"
+                )
+        self.wanted = {own.start: wanted[kind] for kind, own in slots.items()}
+
+    def numbers(self, signals: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """The code (B,) of each slot that is told, UNKNOWN where its text does not give it."""
+        return {slot: signals[signal] for slot, signal in self.wanted.items()}
+
+    def log_prob(self, log_q: Tensor, signals: Mapping[str, Tensor]) -> Tensor:
+        """log q of these codes in nats summed over slots, (B,), from log-probabilities of choices (B, S, W)."""
+        total = log_q.new_zeros(len(log_q))
+        for slot, value in self.numbers(signals).items():
+            told = log_q[:, slot].gather(-1, 1 + value.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            total = total + told.masked_fill(value == UNKNOWN, 0.0)
+        return total
+
+
+def _slots_of(vocabulary: ConceptVocabulary, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, slice]:
+    """The slots of each type that has a signal."""
+    slots = dict(zip([t.name for t in vocabulary.types], slots_of(vocabulary), strict=True))
+    for kind, signal in wanted.items():
+        if kind not in slots:
+            raise UsageError(f"module.signals.{kind} is no type; the types are {', '.join(slots)}")
+        if signal not in sizes:
+            raise UsageError(f"module.signals.{kind}={signal} is not known; the corpus' signals are {', '.join(sizes)}")
+    return {kind: own for kind, own in slots.items() if kind in wanted}
 
 
 def repeated(signals: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from helpers_concept import TYPES
 from helpers_trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.testing import assert_close
 
 from callbacks.ema import TrainableEMA
@@ -214,6 +215,25 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle):
     assert [figures["val/flip_rate"] for figures in second.figures] == [f["val/flip_rate"] for f in first.figures[1:]]
     for resumed_figures, figures in zip(second.figures, first.figures[1:], strict=True):
         assert resumed_figures == pytest.approx(figures)
+
+
+class Written(DummyLogger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = {}
+
+    def log_metrics(self, metrics, step=None) -> None:
+        self.steps[step] = {name: value for name, value in metrics.items() if name.startswith("monitor/")}
+
+
+def test_the_logger_gets_the_monitors_of_its_own_steps(tiny_oracle):
+    """What is written every other step is what would be written of these steps if all were."""
+    every, other = Written(), Written()
+    for logger, steps in ((every, 1), (other, 2)):
+        quiet_trainer(4, logger=logger, log_every_n_steps=steps).fit(build(tiny_oracle), tiny_oracle)
+    assert set(every.steps) == {0, 1, 2, 3}
+    assert other.steps == {step: every.steps[step] for step in (1, 3)}
+    assert other.steps[1]["monitor/text"] != other.steps[3]["monitor/text"]
 
 
 def test_a_plan_is_learnt_and_used(tiny_oracle):

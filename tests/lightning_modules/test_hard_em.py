@@ -49,6 +49,18 @@ def test_the_interval_follows_staleness():
     assert cache.gaps.tolist() == [0.0, 0.0]
 
 
+def test_a_few_stale_rows_do_not_decide():
+    cache = PlanCache(1000, 1, Refresh(interval=100, tolerance=1.0, enough=8))
+    cache.adapt(torch.tensor([9.0, torch.nan]), 100)  # one row of a thousand came round
+    assert cache.interval == 100
+    cache.adapt(torch.tensor([0.5] * 6), 101)  # seven, whose mean is above the tolerance
+    assert cache.interval == 100
+    cache.adapt(torch.tensor([0.0, 0.0]), 102)  # nine, of 1.33 nats on average
+    assert (cache.interval, cache.adapted, cache.gaps.tolist()) == (50, 102, [0.0, 0.0])
+    cache.adapt(torch.full((50,), 9.0), 103)  # enough rows, within the interval
+    assert cache.interval == 50
+
+
 class ByHand:
     """A search whose answer is a function of the text alone."""
 
@@ -128,12 +140,14 @@ def test_kept_plans_survive_another_batch_size(tmp_path, tiny_oracle):
     options = {"search": EM | {"interval": 100}}
     keep, seen = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=16, save_top_k=-1), Searches()
     first = searching(tiny_oracle, **options)
-    quiet_trainer(16, callbacks=[keep, seen], enable_checkpointing=True).fit(first, tiny_oracle)
+    quiet_trainer(16, callbacks=[keep, seen], enable_checkpointing=True, log_every_n_steps=1).fit(first, tiny_oracle)
     assert seen.seen == [None] * 8 + [1.0] * 8
     tiny_oracle.batch_size = 16
     second, again = searching(tiny_oracle, **options), Searches()
     path = tmp_path / "step=16.ckpt"
-    quiet_trainer(20, callbacks=[again]).fit(second, tiny_oracle, ckpt_path=path, weights_only=True)
+    quiet_trainer(20, callbacks=[again], log_every_n_steps=1).fit(
+        second, tiny_oracle, ckpt_path=path, weights_only=True
+    )
     assert again.seen == [0.0] * 4
     assert torch.equal(first.em.cache.choices, second.em.cache.choices)
     other = searching(tiny_oracle, **options)
@@ -145,7 +159,7 @@ def test_kept_plans_survive_another_batch_size(tmp_path, tiny_oracle):
 def test_plans_are_searched_again_in_time_and_what_that_costs_is_known(tiny_oracle):
     module, seen = searching(tiny_oracle, search=EM | {"begin": 0.0, "interval": 8, "tolerance": 1e9}), Searches()
     module.em.refresh.most = 8
-    quiet_trainer(24, callbacks=[seen]).fit(module, tiny_oracle)
+    quiet_trainer(24, callbacks=[seen], log_every_n_steps=1).fit(module, tiny_oracle)
     assert len(seen.seen) == 24
     assert seen.seen[:8] == [1.0] * 8
     assert 0 < sum(seen.seen[8:]) <= 16  # a row met again before eight steps are over keeps its plan

@@ -142,7 +142,7 @@ def test_the_realised_rate_is_held(growth):
     data.batches = [packed_batch(6, 40, seed=k) for k in range(3)]
     rates = Rates()
     options = {"growth": growth, "compression": (2.5, 2.5), "noise": (0.0, 0.0), "most_nulls": 7}
-    quiet_trainer(45, callbacks=[rates]).fit(build(**options), data)
+    quiet_trainer(45, callbacks=[rates], log_every_n_steps=1).fit(build(**options), data)
     assert sum(rates.seen[-15:]) / 15 == pytest.approx(0.4, abs=0.05)
 
 
@@ -151,7 +151,7 @@ def test_a_rate_that_is_not_held_goes_its_own_way():
     data.batches = [packed_batch(8, 48)]
     module = build(growth="autoregressive", compression=(2.5, 2.5), noise=(0.0, 0.0), hold_rate=False, most_nulls=7)
     module.model.stack.router.offset.fill_(1.0)
-    quiet_trainer(20, callbacks=[rates]).fit(module, data)
+    quiet_trainer(20, callbacks=[rates], log_every_n_steps=1).fit(module, data)
     assert rates.seen[0] == pytest.approx(1 / 8)  # forced commits alone
     assert float(module.model.stack.router.offset) == 1.0
 

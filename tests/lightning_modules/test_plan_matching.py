@@ -9,6 +9,8 @@ from test_concept_planner_executor import build
 
 from lightning_modules.plan_matching import as_numbers, hungarian_accuracy, match_types, swap_locality
 from lightning_modules.plan_meter import PlanMeter
+from models.concept.signals import SignalCodes
+from models.concept.vocabulary import ConceptVocabulary
 from models.functional.errors import UsageError
 
 
@@ -70,24 +72,31 @@ def test_the_meter_has_a_figure_of_each_type():
     assert found["nmi"] < 0.9  # no single slot is the attribute
 
 
-def test_types_that_must_predict_a_signal_are_about_it(tiny_oracle):
-    """On few texts: with signals each type is its attribute; the same training without them leaves that to chance."""
+SIGNALLED = {
+    "types": {"a": {"codes": 3}, "b": {"codes": 2}, "c": {"codes": 4}},
+    "sampler": "ema_vq",
+    "planning": {"posterior": "slots"},
+    "posterior_reads": "text",
+    "quota": None,
+    "lr": 1e-2,
+    "warmup_steps": 5,
+}
+
+
+@pytest.fixture
+def few_texts(tiny_oracle):
     rows = tiny_oracle.rows["train"].columns
     for split in ("train", "val"):
         tiny_oracle.rows[split].columns = {name: column[:12].repeat(4, 1) for name, column in rows.items()}
-    options = {
-        "types": {"a": {"codes": 3}, "b": {"codes": 2}, "c": {"codes": 4}},
-        "sampler": "ema_vq",
-        "planning": {"posterior": "slots"},
-        "posterior_reads": "text",
-        "quota": None,
-        "lr": 1e-2,
-        "warmup_steps": 5,
-    }
-    shared = {}
+    return tiny_oracle
+
+
+def test_types_that_must_predict_a_signal_are_about_it(few_texts):
+    """On few texts: with signals each type is its attribute; the same training without them leaves that to chance."""
+    tiny_oracle, shared = few_texts, {}
     for weight in (1.0, 0.0):
         weights = {"text": 1.0, "usage": (1.0, 0.0), "signals": weight}
-        module, trainer = build(tiny_oracle, weights=weights, **options), quiet_trainer(150)
+        module, trainer = build(tiny_oracle, weights=weights, **SIGNALLED), quiet_trainer(150)
         trainer.fit(module, tiny_oracle)
         (found,) = trainer.validate(module, tiny_oracle, verbose=False)
         shared[weight] = [found[f"val/nmi_{name}"] for name in "abc"]
@@ -105,3 +114,45 @@ def test_types_that_must_predict_a_signal_are_about_it(tiny_oracle):
 def test_mistakes_get_a_sentence(tiny_oracle, signals, sentence):
     with pytest.raises(UsageError, match=sentence):
         quiet_trainer(1).fit(build(tiny_oracle, signals=signals), tiny_oracle)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_codes_are_the_values_of_their_signals(few_texts, told):
+    """The posterior comes to say each text's values; without it concepts have numbers of their own."""
+    weights = {"text": 1.0, "signals": 1.0}
+    module = build(few_texts, weights=weights, signal_codes=told, **SIGNALLED)
+    quiet_trainer(60).fit(module, few_texts)
+    rows = few_texts.rows["train"].columns
+    values = few_texts.signals(rows)
+    values = torch.stack([values[name] for name in ("who", "where", "events")], -1)
+    said = module.concepts_of(rows) - 1
+    assert (float((said == values)[values >= 0].float().mean()) > 0.95) is told
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"signals": None}, r"needs signals; type for example module\.signals=\{a: who\}"),
+        ({"sampler": "fsq"}, "needs codes that move, not fsq"),
+        ({"search": {}}, r"nothing to search for in those types; type module\.search=null"),
+        (
+            {"types": {"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 4}}},
+            r"module\.types\.a\.codes=3, the values of who",
+        ),
+    ],
+)
+def test_what_signal_codes_need(tiny_oracle, options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        quiet_trainer(1).fit(
+            build(tiny_oracle, weights={"text": 1.0}, **(SIGNALLED | {"signal_codes": True} | options)), tiny_oracle
+        )
+
+
+def test_the_price_of_told_codes_by_hand():
+    """Slots a and c are told; the second text does not give c."""
+    vocabulary = ConceptVocabulary({"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 2}}, 10)
+    told = SignalCodes(vocabulary, {"a": "x", "c": "y"}, {"x": 2, "y": 2})
+    signals = {"x": torch.tensor([0, 1]), "y": torch.tensor([1, -1])}
+    shares = torch.tensor([[[0.0, 0.5, 0.5], [0.0, 1.0, 0.0], [0.0, 0.75, 0.25]]]).expand(2, -1, -1)
+    assert told.log_prob(shares.log(), signals).exp().tolist() == pytest.approx([0.5 * 0.25, 0.5])
+    assert sorted(told.numbers(signals)) == [0, 2]
