@@ -33,8 +33,8 @@ def tiny_online(split=(1, 2, 1), *, architecture="llama", seed=0, levels=1, **op
     model = OnlineConceptModel(backbone, list(split), levels=levels, **options)
     with torch.no_grad():
         for stack in model.stacks():
-            for part in (stack.router, stack.bridge):
-                for weight in part.parameters():
+            for part in (stack.router, stack.bridge, stack.carry, stack.pool):
+                for weight in part.parameters() if part is not None else ():
                     weight.add_(0.3 * torch.randn_like(weight))
             entropy = 2.0 if options.get("growth") == "entropy" else 0.0
             stack.router.offset.fill_(entropy)
@@ -86,13 +86,27 @@ def _last(stack: ConceptStack, embeds: Tensor, places: Tensor, setting: Setting)
     tail = torch.arange(tau + 1, len(embeds))
     slots = hidden[tail] + stack.bridge(stack.codes.normed(hidden[tail]))
     if len(committed):
-        coded = stack._code(hidden[None, committed], routing.probability[:, committed], setting).embeds[0]
+        ended = (
+            hidden[committed]
+            if stack.pool is None
+            else hidden[committed] + stack.pool(_tails(stack, hidden, committed))
+        )
+        coded = stack._code(ended[None], routing.probability[:, committed], setting).embeds[0]
         if stack.inner is None:
             concepts = _layers(stack.middle, coded, places[committed])
         else:
             concepts = naive_stack(stack.inner, coded, places[committed], setting)
+        if stack.carry is not None:
+            slots = slots + stack.carry(stack.codes.normed(concepts[-1:]))
         slots = torch.cat([concepts, slots])
     return _layers(stack.deep, slots, places[torch.cat([committed, tail])])[-1]
+
+
+def _tails(stack: ConceptStack, hidden: Tensor, committed: Tensor) -> Tensor:
+    """The mean of the positions between each commit and the one before it, 0 where there are none."""
+    first = [0, *(committed[:-1] + 1).tolist()]
+    parts = [stack.codes.normed(hidden[a:b]) for a, b in zip(first, committed.tolist(), strict=True)]
+    return torch.stack([part.sum(0) / max(1, len(part)) for part in parts])
 
 
 def _layers(stack, states: Tensor, places: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 ranks_job.py one|ddp|fsdp|apart FOLDER METHOD[@PRECISION][=CHECKPOINT]...
 
-`one` is a process that takes the two halves of a batch one after the other, each with the draws of the rank that would have it;
-`apart` are two ranks that keep their gradients for themselves.
+`one` is a process that takes the two halves of a batch one after the other, each with the draws of the rank that would have it,
+or the batch whole where what it learns of is all rows of a step (WHOLE); `apart` are two ranks that keep their gradients for
+themselves.
 """
 
 import copy
@@ -49,6 +50,7 @@ STAGES = {name: {"share": 1 / 3, "lr": 1e-2} for name in ("adapt", "flow", "poli
 SMALL = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4}
 # of the flow and of the planner's gradient; other monitors log a rank's own
 WATCHED = ("noise_information", "distinct", "entropy_of_all", "accuracy_at", "consistency_gap", "planner_gradient")
+WHOLE = ("online_codes",)  # no draws of a rank's own, and as many tokens in every row
 TYPES = {"a": {"codes": 3}, "b": {"codes": 4}}
 
 
@@ -87,6 +89,13 @@ def online(data: Any) -> LightningModule:
     return OnlineConceptModule(causal(data, num_hidden_layers=3), split=[1, 1, 1], weights=weights, **options)
 
 
+def online_codes(data: Any) -> LightningModule:
+    """Codes follow the points of all ranks, and an offset the commits of all ranks."""
+    options = {"codes": 8, "sampler": "ema_vq", "code_decay": 0.9, "quantisation": (1.0, 1.0), "noise": (0.0, 0.0)}
+    options |= {"compression": (2.0, 2.0), "weights": {"text": 1.0}, "warmup_steps": 0, "lr": 1e-2}
+    return OnlineConceptModule(causal(data, num_hidden_layers=3), split=[1, 1, 1], **options)
+
+
 def plans(data: Any, **options: Any) -> LightningModule:
     weights = {"text": 1.0, "planner": 1.0, "posterior": 1.0, "usage": 0.1}
     options = {"weights": weights, "warmup_steps": 0, "lr": 1e-2, **options}
@@ -114,13 +123,14 @@ METHODS = {
     "plans": plans,
     "hard_em": lambda data: plans(data, search={"begin": 0.34, "candidates": 3}),
     "online": online,
+    "online_codes": online_codes,
     "qstar": qstar,
     "qstar_lora": lambda data: qstar(data, lora_rank=2),
 }
 
 
 def corpus(method: str, folder: Path) -> Any:
-    if method != "next_token_packed":
+    if method not in ("next_token_packed", "online_codes"):
         data = OracleDataModule(
             size="tiny", style=0.5, train_rows=64, val_rows=16, test_rows=8, batch_size=ROWS, eval_batch_size=ROWS
         )
@@ -131,17 +141,19 @@ def corpus(method: str, folder: Path) -> Any:
     data = PackedTextDataModule(
         name="ranks", train=f"{folder}/train.txt", val=f"{folder}/val.txt", test=f"{folder}/val.txt", cut="line",
         tokenizer="byte", vocab_size=0, length=24, batch_size=ROWS, eval_batch_size=ROWS, cache_dir=f"{folder}/cache",
-        document_mask=True,
+        document_mask=method == "next_token_packed",
     )  # fmt: skip
     data.prepare_data()
     data.setup()
     return data
 
 
-def share_out(data: Any, ranks: bool) -> Any:
-    """The corpus, of whose batches every rank gets its rows, or one process the rows of each rank in turn."""
+def share_out(data: Any, ranks: bool, whole: bool) -> Any:
+    """The corpus, of whose batches every rank gets its rows, or one process the rows of each rank in turn, or all of them."""
 
     def halves(batches: list) -> DataLoader:
+        if whole and not ranks:
+            return DataLoader(batches, batch_size=None)
         each = [torch.distributed.get_rank()] if ranks else range(RANKS)
         return DataLoader(
             [{name: c[k::RANKS] for name, c in batch.items()} for batch in batches for k in each], batch_size=None
@@ -190,8 +202,8 @@ class Noted(Callback):
     held: the memory of split weights on this rank, in units of what all of them take.
     """
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
+    def __init__(self, whole: bool) -> None:
+        self.whole, self.losses = whole, []
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.split = self.held = 0.0
 
@@ -209,7 +221,8 @@ class Noted(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         own = trainer.callback_metrics["train/loss"].detach()  # before it is weighted for its share of a step
-        self.losses += pl_module.all_gather(own).flatten().tolist()
+        own = pl_module.all_gather(own).flatten()
+        self.losses += [own.mean().item()] if self.whole else own.tolist()
 
 
 class Apart(Callback):
@@ -223,9 +236,10 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
     torch.manual_seed(0)
     name, (method, _, precision) = method, method.partition("@")
     module = METHODS[method](data)
-    if kind == "one":
+    parts = RANKS if kind == "one" and method not in WHOLE else 1
+    if parts > 1:
         module = in_halves(module)
-    noted, probe = Noted(), PlanProbe(rows=20)
+    noted, probe = Noted(method in WHOLE), PlanProbe(rows=20)
     watching = [TrainableEMA(0.9)] if method in ("masked_diffusion", "next_token_lora", "plans", "qstar") else []
     watching += [FlowMonitor(prompts=2, noises=4, rows=4)] if method == "noisy_mask" else []
     watching += [probe] if method == "masked_diffusion" else []
@@ -234,14 +248,13 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
     strategies = {"one": "auto", "ddp": "ddp", "apart": "ddp", "fsdp": ShardedStrategy()}
     trainer = quiet_trainer(
         STEPS, devices=1 if kind == "one" else RANKS, strategy=strategies[kind], enable_checkpointing=True,
-        accumulate_grad_batches=RANKS if kind == "one" else 1, gradient_clip_val=1.0,
-        val_check_interval=STEPS * (RANKS if kind == "one" else 1),
-        precision=precision or None,
+        accumulate_grad_batches=parts, gradient_clip_val=1.0, val_check_interval=STEPS * parts, precision=precision or None,
         callbacks=[*watching, noted, keep, *([Apart()] if kind == "apart" else [])],
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
         weights = {name: p.detach() for name, p in module.named_parameters()}
+        weights |= {name: buffer.float() for name, buffer in module.named_buffers()}
         watched = ("val/", *(f"monitor/{name}" for name in WATCHED))
         figures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(watched)}
         found = {"losses": noted.losses, "gradients": noted.gradients, "weights": weights, "figures": figures}
@@ -253,7 +266,8 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
 def main(kind: str, folder: str, *methods: str) -> None:
     torch.set_num_threads(1)
     wanted = dict(method.split("=", 1) if "=" in method else (method, None) for method in methods)
-    data = {method: share_out(corpus(method.partition("@")[0], Path(folder)), kind != "one") for method in wanted}
+    ranks, plain = kind != "one", {method: method.partition("@")[0] for method in wanted}
+    data = {method: share_out(corpus(name, Path(folder)), ranks, name in WHOLE) for method, name in plain.items()}
     for method, resume in wanted.items():
         train(kind, method, data[method], Path(folder), resume)
 

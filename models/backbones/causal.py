@@ -11,6 +11,7 @@ from models.functional.errors import require_choice
 
 Architecture = Literal["llama", "qwen3"]
 Attention = Literal["causal", "bidirectional"]
+DRAWN = ("architecture", "initializer_range", "embedding_range")  # no sizes
 CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
 
@@ -32,16 +33,18 @@ def build_causal(
     tie_word_embeddings: bool = False,
     architecture: Architecture = "llama",
     initializer_range: float = 0.02,
+    embedding_range: float | None = None,
 ) -> PreTrainedModel:
     """A causal model with fresh random weights in float32, drawn from torch's global generator.
 
     initializer_range: their spread. That of transformers, 0.02, suits widths of a thousand and more; a narrow model whose
-    layers are meant to count from the start wants about 1 / sqrt(hidden_size).
+    layers are meant to count from the start wants about 1 / sqrt(hidden_size). embedding_range: that of the words' embeddings,
+    None the same; a wider one keeps what a token is above what fresh layers add to it (Takase et al., 2312.16903).
 
     The options are those of `build_llada`, so that bodies of both kinds have the same sizes; the mask's id is only noted.
     Errors: UsageError that names model.<option>, where the sizes do not fit together.
     """
-    sizes = {name: value for name, value in locals().items() if name not in ("architecture", "initializer_range")}
+    sizes = {name: value for name, value in locals().items() if name not in DRAWN}
     require_choice("model.architecture", architecture, get_args(Architecture))
     sizes["num_key_value_heads"] = num_key_value_heads or num_attention_heads
     require_fitting_sizes(sizes)
@@ -53,6 +56,9 @@ def build_causal(
     config = config_class(**sizes, head_dim=hidden_size // num_attention_heads, **drawn)
     model = model_class(config)
     model.config.pad_token_id = padding
+    if embedding_range is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(embedding_range / initializer_range)
     return model
 
 

@@ -15,12 +15,13 @@ from models.functional.commit_gates import keep_null_mass
 from models.functional.errors import UsageError, require_choice
 from models.functional.gumbel import gumbel_noise, gumbel_st, straight_through
 from models.functional.precision import at_least_float32
+from models.functional.vector_quantisation import nearest_codes, quantised
 
 FIRST_LOGITS = 4.0  # spread of a fresh head's logits: with less the noise of a draw drowns the choice
 
 
 class Coded(NamedTuple):
-    """embeds (B, M, D) for the middle stack; ids (B, M); probabilities (B, M, K) without noise.
+    """embeds (B, M, D) for the middle stack; ids (B, M); probabilities (B, M, K) without noise, 0 where nothing asks.
 
     error (B, M): squared distance of the code's embedding to the state, in units of the state's own square.
     points (B, M, d): where the states lie among codes that follow them; None of others.
@@ -151,12 +152,15 @@ class SpaceCodes(ConceptCodes):
         self.space = space.to(like.get("device"), torch.promote_types(like.get("dtype", torch.float32), torch.float32))
 
     def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
-        coded = self.space(at_least_float32(self.normed(hidden)), how.share)
-        e = coded.embeds.to(hidden.dtype)
+        space = self.space
+        point = space.point(at_least_float32(self.normed(hidden)))
+        ids = nearest_codes(point, space.codes)
+        e = space.to_embedding(quantised(point, space.codes[ids], how.share)).to(hidden.dtype)
+        # only training asks how near the others are
+        near = space.logits(point).softmax(-1) if self.training else point.new_zeros(*ids.shape, self.codes)
         if sure is not None:  # one choice beside NULL: its value, and the gradient of its probability
             e = e * straight_through(torch.ones_like(sure), sure).to(e.dtype).unsqueeze(-1)
-        points = coded.point.detach() if self.space.moving else None
-        return Coded(e, coded.choice.hard.argmax(-1), coded.choice.soft, e, points)
+        return Coded(e, ids, near, e, point.detach() if space.moving else None)
 
     def log_mass(self, hidden: Tensor) -> Tensor:
         """Places have no weight of their own: every code counts alike."""

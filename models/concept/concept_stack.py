@@ -14,8 +14,18 @@ from models.concept.attention import Visible, concepts_first, deep_block_mask
 from models.concept.codes import Coded, build_codes
 from models.concept.layer_stack import LayerStack
 from models.concept.router import ReadOut, RouterState, Routing, build_router
+from models.concept.stack_state import StackState
 from models.functional.commit_gates import concept_visibility, mix_slots, smooth_concepts, visibility
-from models.functional.commits import Packing, deep_mask, document_begins, may_be_seen, pack_commits, take
+from models.functional.commits import (
+    Packing,
+    deep_mask,
+    document_begins,
+    latest,
+    may_be_seen,
+    pack_commits,
+    tail_means,
+    take,
+)
 from models.functional.errors import UsageError, require_choice
 
 GATES = ("slot", "smooth", "mass", "visibility", "none")
@@ -45,25 +55,12 @@ class Level(NamedTuple):
     hidden: Tensor
 
 
-class StackState:
-    """What a stack has read of B rows: a cache for each stage, the router's state, commits so far and the last concept."""
-
-    def __init__(self, stack: "ConceptStack", batch: int, device: torch.device) -> None:
-        self.shallow, self.deep = RowCache(), RowCache()
-        self.middle = RowCache() if stack.inner is None else StackState(stack.inner, batch, device)
-        self.router: RouterState = stack.router.start(batch, device)
-        self.concepts = torch.zeros(batch, dtype=torch.long, device=device)
-        self.smooth: Tensor | None = None
-
-    def caches(self) -> list[RowCache]:
-        inner = [self.middle] if isinstance(self.middle, RowCache) else self.middle.caches()
-        return [self.shallow, *inner, self.deep]
-
-
 class ConceptStack(nn.Module):
     """split: [shallow, middle, deep] layers of `decoder` from `first` on; middle may be such a list again.
 
     gate: how the decision to commit gets a gradient: `slot`, `smooth`, `mass`, `visibility` (commit_gates) or `none`.
+    carry: a tail position reads the concept before it at once, not only by the deep layers' attention. pool: a concept reads
+    the mean of the tail that it ends.
     attention: of the deep layers over whole texts, `sdpa` or `flex`.
     """
 
@@ -77,6 +74,8 @@ class ConceptStack(nn.Module):
         codes: int,
         most_nulls: int,
         sampler: str = "gumbel_st",
+        carry: bool = True,
+        pool: bool = True,
         attention: str = "sdpa",
         loudness: float = 1.0,
         read_out: ReadOut | None = None,
@@ -90,7 +89,7 @@ class ConceptStack(nn.Module):
             raise UsageError("module.gate=visibility is of one level; type module.levels=1, or module.gate=slot")
         width = decoder.embed_tokens.weight.shape[1]
         more = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
-        more |= {"attention": attention, "loudness": loudness}
+        more |= {"carry": carry, "pool": pool, "attention": attention, "loudness": loudness}
         self.inner = (
             ConceptStack(decoder, middle, **more, first=first + shallow, **like) if isinstance(middle, list) else None
         )
@@ -101,9 +100,13 @@ class ConceptStack(nn.Module):
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
         self.codes = build_codes(sampler, width, codes, loudness, **like)
         self.router = build_router(growth, width, most_nulls, self.codes, read_out, **like)
-        # a tail position skips the middle stack; what it does there instead starts as nothing
+        # what tails have in the middle stack's place, and what they and concepts tell each other, starts as nothing
         self.bridge = nn.Linear(width, width, bias=False, **like)
-        nn.init.zeros_(self.bridge.weight)
+        self.carry = nn.Linear(width, width, bias=False, **like) if carry else None
+        self.pool = nn.Linear(width, width, bias=False, **like) if pool else None
+        for new in (self.bridge, self.carry, self.pool):
+            if new is not None:
+                nn.init.zeros_(new.weight)
 
     # -- a whole text -------------------------------------------------------------------------------------------------
 
@@ -126,11 +129,12 @@ class ConceptStack(nn.Module):
         routing, after = self._route(hidden, valid, state and state.router, setting, documents)
         packing = pack_commits(routing.commit)
         owners = None if documents is None else take(documents, packing.index)
+        tails = tail_means(self.codes.normed(hidden), routing.commit, valid, documents)
         if self.gate == "visibility" and setting.gated and routing.probability.requires_grad and state is None:
-            out, coded, inner = *self._dense(hidden, positions, routing, packing, valid, setting, documents), []
+            out, coded, inner = *self._dense(hidden, tails, positions, routing, packing, valid, setting, documents), []
         else:
             # 3. concepts alone
-            chosen = take(hidden, packing.index)
+            chosen = self._pooled(take(hidden, packing.index), take(tails, packing.index))
             sure = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
             coded = self._code(chosen, sure, setting)
             packed = take(positions, packing.index), packing.real, setting, state
@@ -139,16 +143,13 @@ class ConceptStack(nn.Module):
                 shares = sure if owners is None else sure.masked_fill(document_begins(owners), 1.0)
                 concepts = smooth_concepts(concepts, shares)
             # 4. concepts, and each position's own tail
-            behind = packing.segment > 0  # a concept is never seen from before it, nor from another document
-            if documents is not None:
-                behind = behind & (owners.gather(1, packing.slot) == documents)
-            slots = self._slots(hidden, take(concepts, packing.slot) * behind.unsqueeze(-1), routing)
+            slots = self._slots(hidden, concepts, routing, packing, documents, owners)
             out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep, documents)
         if state is not None:
             count = packing.segment[:, -1]
             state.deep.keep(routing.commit | (valid & (packing.segment == count.unsqueeze(1))))
             state.router, state.concepts = after, count
-            state.smooth = concepts[torch.arange(len(count), device=count.device), (count - 1).clamp(min=0)]
+            state.last, state.tail = latest(concepts, count.unsqueeze(1)).squeeze(1), tails[:, -1]
         return out, [Level(routing, coded, packing.real, hidden), *inner]
 
     def _route(
@@ -187,12 +188,22 @@ class ConceptStack(nn.Module):
             return self.inner.read(concepts, positions, real, setting, state and state.middle, owners)
         return self.middle.read(concepts, positions, real, state and state.middle, owners), []
 
-    def _slots(self, hidden: Tensor, last: Tensor, routing: Routing) -> Tensor:
-        """What each position gives the deep stack: its concept, or its shallow state; last: the concept at or before it."""
-        token = self._bridged(hidden)
+    def _slots(
+        self,
+        hidden: Tensor,
+        concepts: Tensor,
+        routing: Routing,
+        packing: Packing,
+        documents: Tensor | None,
+        owners: Tensor | None,
+    ) -> Tensor:
+        """What each position gives the deep stack: its concept, or its shallow state and the concept before it."""
+        commit = routing.commit
+        token = self._bridged(hidden, latest(concepts, packing.segment - commit.long(), documents, owners))
+        last = latest(concepts, packing.segment, documents, owners)
         if self.gate == "slot":
-            return mix_slots(routing.commit, routing.probability, last, token)
-        return torch.where(routing.commit.unsqueeze(-1), last, token)
+            return mix_slots(commit, routing.probability, last, token)
+        return torch.where(commit.unsqueeze(-1), last, token)
 
     def _deep(
         self,
@@ -216,6 +227,7 @@ class ConceptStack(nn.Module):
     def _dense(
         self,
         hidden: Tensor,
+        tails: Tensor,
         positions: Tensor,
         routing: Routing,
         packing: Packing,
@@ -227,15 +239,23 @@ class ConceptStack(nn.Module):
         as a concept, and a concept as a NULL, gives each decision its gradient.
         """
         commit, probability, may = routing.commit, routing.probability, may_be_seen(valid, documents)
-        coded = self._code(hidden, probability, setting)
+        coded = self._code(self._pooled(hidden, tails[:, :-1]), probability, setting)
         concepts = self.middle.run(coded.embeds, positions, Visible(concept_visibility(commit, probability, may)))
-        slots = mix_slots(commit, probability, concepts, self._bridged(hidden))
+        owners = None if documents is None else take(documents, packing.index)
+        before = latest(take(concepts, packing.index), packing.segment - commit.long(), documents, owners)
+        slots = mix_slots(commit, probability, concepts, self._bridged(hidden, before))
         seen = deep_mask(commit, packing.segment, valid, documents)
         out = self.deep.run(slots, positions, Visible(visibility(seen, probability, may)))
         return out, Coded(*(part if part is None else take(part, packing.index) for part in coded))
 
-    def _bridged(self, hidden: Tensor) -> Tensor:
-        return hidden + self.bridge(self.codes.normed(hidden))
+    def _pooled(self, hidden: Tensor, tails: Tensor) -> Tensor:
+        """What becomes a concept; tails: the mean of the tail that it ends, both (B, M, D)."""
+        return hidden if self.pool is None else hidden + self.pool(tails)
+
+    def _bridged(self, hidden: Tensor, before: Tensor) -> Tensor:
+        """What a tail position gives the deep stack; before: the concept before it, 0 where there is none; all (B, T, D)."""
+        token = hidden + self.bridge(self.codes.normed(hidden))
+        return token if self.carry is None else token + self.carry(self.codes.normed(before))
 
     # -- one position a row -------------------------------------------------------------------------------------------
 
@@ -245,25 +265,29 @@ class ConceptStack(nn.Module):
         hidden = self.shallow.step(states, positions, state.shallow, rows)
         # 2. which of them commit
         always = torch.ones_like(positions, dtype=torch.bool)
-        routing, after = self._route(hidden, always, state.router.rows(rows), setting)
+        held, tails = state.router.rows(rows), state.tail[rows].unsqueeze(1)
+        routing, after = self._route(hidden, always, held, setting)
         state.router.put(rows, after)
-        slots, commit = self._bridged(hidden), routing.commit[:, 0]
+        slots, commit = self._bridged(hidden, state.last[rows].unsqueeze(1)), routing.commit[:, 0]
         # 3. those alone: the middle stack, and the tail is dropped
         if bool(commit.any()):
             theirs, sure = rows[commit], routing.probability[commit]
-            embeds = self._code(hidden[commit], sure, setting).embeds
+            embeds = self._code(self._pooled(hidden[commit], tails[commit]), sure, setting).embeds
             if self.inner is None:
                 concepts = self.middle.step(embeds, positions[commit], state.middle, theirs)
             else:
                 concepts = self.inner.step(embeds, positions[commit], state.middle, theirs, setting)
             if self.gate == "smooth":
                 first = (state.concepts[theirs] == 0).view(-1, 1)
-                before = torch.where(first, concepts[:, 0], state.smooth[theirs])
+                before = torch.where(first, concepts[:, 0], state.last[theirs])
                 concepts = smooth_concepts(concepts, sure, before)
-                state.smooth[theirs] = concepts[:, 0]
+            state.last[theirs] = concepts[:, 0]
             slots = slots.clone()
             slots[commit] = concepts
             state.deep.cut(theirs, state.concepts[theirs])
             state.concepts[theirs] += 1
+        count = held.since.view(-1, 1, 1)
+        tails = (tails * count + self.codes.normed(hidden)) / (count + 1)
+        state.tail[rows] = tails[:, 0] * ~commit.unsqueeze(1)
         # 4. every row, over its concepts and its tail
         return self.deep.step(slots, positions, state.deep, rows)

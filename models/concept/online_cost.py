@@ -40,5 +40,7 @@ def _of_stack(stack: ConceptStack, layer: int, words: int, compression: float, c
     inner = len(stack.middle or ()) * layer
     if stack.inner is not None:
         inner = _of_stack(stack.inner, layer, words, compression, coded)
-    token = ends * layer + stack.bridge.weight.numel() + stack.router.multiplied(stack.codes, words)
-    return token + (inner + (stack.codes.multiplied if coded else 0)) / compression
+    bridge = stack.bridge.weight.numel()
+    token = ends * layer + bridge * (1 + (stack.carry is not None)) + stack.router.multiplied(stack.codes, words)
+    concept = inner + bridge * (stack.pool is not None) + (stack.codes.multiplied if coded else 0)
+    return token + concept / compression

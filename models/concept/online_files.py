@@ -39,7 +39,8 @@ def load_online(folder: str | Path) -> OnlineConceptModel:
     description = files.read_json(folder / DESCRIPTION)
     if description.get("format") != FORMAT:
         raise UsageError(f"{folder} is of format {description.get('format')!r}; this version reads {FORMAT!r}")
-    model = OnlineConceptModel(load_trained(folder), **description["options"])
+    options = {"carry": False, "pool": False} | description["options"]  # earlier folders have no such weights
+    model = OnlineConceptModel(load_trained(folder), **options)
     try:
         held = load_file(folder / WEIGHTS)
         missing = [name for name in model.load_state_dict(held, strict=False).missing_keys if "backbone." not in name]

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from models.concept.attention import use_attention
-from models.concept.concept_stack import ConceptStack, Level, Setting, StackState
+from models.concept.concept_stack import ConceptStack, Level, Setting
 from models.concept.layer_stack import nested_split, require_layout, require_same, require_split, suggested_split
+from models.concept.stack_state import StackState
 from models.functional.attention import positions_from_mask
 from models.functional.errors import UsageError
 
@@ -20,7 +21,9 @@ class OnlineConceptModel(nn.Module):
     split: layers of [shallow, middle, deep], None is 2 : 3 : 2; levels: 2 splits the middle again in the same proportions.
     growth: which positions commit (router.GROWTH); most_nulls: NULLs that may follow each other; codes: of the concepts,
     chosen as `sampler` says (`quantiser.Sampler`).
-    gate: how the decision to commit gets its gradient (concept_stack.GATES). attention: sdpa, or flex for long texts on a GPU.
+    gate: how the decision to commit gets its gradient (concept_stack.GATES). carry: whether a tail position reads the concept
+    before it at once; pool: whether a concept reads the mean of the tail that it ends.
+    attention: sdpa, or flex for long texts on a GPU.
     The setting last trained with is kept in buffers, beside the routers' offsets.
     """
 
@@ -37,6 +40,8 @@ class OnlineConceptModel(nn.Module):
         most_nulls: int = 15,
         compression: float = 4.0,
         quantisation: float = 1.0,
+        carry: bool = True,
+        pool: bool = True,
         attention: str = "sdpa",
     ) -> None:
         super().__init__()
@@ -54,7 +59,7 @@ class OnlineConceptModel(nn.Module):
         like = {"device": table.device, "dtype": table.dtype}
         self.backbone, self.split, self.levels = backbone, split, levels
         options = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
-        options["attention"] = attention
+        options |= {"carry": carry, "pool": pool, "attention": attention}
         loudness = table.detach().float().std().item()  # codes start as loud as words
         self.stack = ConceptStack(decoder, split, **options, loudness=loudness, read_out=self.read_out, **like)
         # (compression, quantisation)

@@ -194,7 +194,7 @@ class Planner:
         states = states[:, self.layout.slot_columns.to(states.device) - 1]
         if self.quantiser is None:
             return self.model.choice_logits(states)
-        return torch.stack([self.quantiser(state, slot).logits for slot, state in enumerate(states.unbind(1))], 1)
+        return torch.stack([self.quantiser.logits(state, slot) for slot, state in enumerate(states.unbind(1))], 1)
 
     def _opening(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Columns]:
         """[<BOS>, text, <PLAN>]: <BOS> stands before all padding, so that every column sees something."""

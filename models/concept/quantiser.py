@@ -73,10 +73,14 @@ class CodeSpace(nn.Module):
         point = self.to_point(state)
         return point if self.moving else fsq_bound(point, self.levels)
 
+    def logits(self, point: Tensor) -> Tensor:
+        """How near each code is to points (..., d), (..., V)."""
+        return at_least_float32(code_logits(point, self.codes))
+
     def forward(self, state: Tensor, share: float) -> Coded:
         """share: how far from the point to its code the embedding stands."""
         point = self.point(state)
-        logits = at_least_float32(code_logits(point, self.codes))
+        logits = self.logits(point)
         hard = one_hot_argmax(logits)
         code = hard.to(point.dtype) @ self.codes
         embeds = (self.to_embedding(place) for place in (quantised(point, code, share), point, code))
@@ -179,10 +183,17 @@ class Quantiser(nn.Module):
     def forward(self, state: Tensor, slot: int, share: float = 1.0) -> Coded:
         """The choice at a slot from the state (B, D) before it, its logits and weights widened to W choices."""
         coded = self.spaces[self.slot_types[slot]](state, share)
-        rest = (1, self.choices - 1 - coded.logits.shape[-1])
-        widen = torch.nn.functional.pad
-        choice = Choice(*(widen(weights, rest) for weights in coded.choice))
-        return coded._replace(logits=widen(coded.logits, rest, value=IMPOSSIBLE), choice=choice)
+        choice = Choice(*map(self._widened, coded.choice))
+        return coded._replace(logits=self._widened(coded.logits, IMPOSSIBLE), choice=choice)
+
+    def logits(self, state: Tensor, slot: int) -> Tensor:
+        """Logits (B, W) of the choice at a slot from the state (B, D) before it."""
+        space = self.spaces[self.slot_types[slot]]
+        return self._widened(space.logits(space.point(state)), IMPOSSIBLE)
+
+    def _widened(self, weights: Tensor, value: float = 0.0) -> Tensor:
+        """(B, V) -> (B, W): no end before the codes, nothing behind them."""
+        return torch.nn.functional.pad(weights, (1, self.choices - 1 - weights.shape[-1]), value=value)
 
 
 def build_quantiser(sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float) -> Quantiser | None:

@@ -37,6 +37,17 @@ class RouterState(NamedTuple):
             held[rows] = part
 
 
+class Places(NamedTuple):
+    """valid (B, T) bool; place (B, T), counted from the text's beginning.
+
+    begins (B, T) bool: where a text begins, of rows that have several; None where the state says what stands before.
+    """
+
+    valid: Tensor
+    place: Tensor
+    begins: Tensor | None
+
+
 class Routing(NamedTuple):
     """commit (B, T) bool; probability (B, T) of a commit, with its gradient; valid (B, T) bool.
 
@@ -94,9 +105,10 @@ class Router(nn.Module):
         """
         place = state.place.unsqueeze(1) + valid.long().cumsum(1) - 1
         after = state._replace(place=state.place + valid.sum(1))
+        begins = None
         if documents is not None:
             place = commits.places_in_documents(place, documents)
-        begins = (place == 0) & valid
+            begins = (place == 0) & valid
         if compression == 1:
             one = torch.ones_like(valid, dtype=hidden.dtype)
             return Routing(valid, one, valid, one.new_zeros(3), 1.0), after
@@ -105,7 +117,7 @@ class Router(nn.Module):
         if noise and self.learned:
             scores = scores + noise * (gumbel_noise(scores, generator) - gumbel_noise(scores, generator))  # logistic
         # 2. commits, and forced ones
-        natural, probability, total = self.decide(scores, valid, place, state, compression)
+        natural, probability, total = self.decide(scores, Places(valid, place, begins), state, compression)
         commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since, begins)
         since = commits.nulls_since(commit, valid, state.since)
         real = scores.detach()[valid]
@@ -118,7 +130,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def decide(
-        self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
+        self, scores: Tensor, places: Places, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Natural commits (B, T), their probability (B, T) and the new running sum (B,)."""
         return scores > 0, scores.sigmoid(), state.total
@@ -181,11 +193,12 @@ class AutoregressiveRouter(ScoreRouter):
         self.by_distance = nn.Parameter(torch.zeros(most_nulls + 1, dtype=torch.float32, device=like.get("device")))
 
     def decide(
-        self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
+        self, scores: Tensor, places: Places, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        begins = (place == 0) & valid
         with torch.no_grad():
-            nulls = commits.renewal_nulls(scores, self.by_distance, valid, self.most_nulls, state.since, begins)
+            nulls = commits.renewal_nulls(
+                scores, self.by_distance, places.valid, self.most_nulls, state.since, places.begins
+            )
         scores = scores + self.by_distance[nulls.clamp(max=self.most_nulls)]
         return scores > 0, scores.sigmoid(), state.total
 
@@ -194,10 +207,10 @@ class AccumulateRouter(ScoreRouter):
     """Each position adds sigmoid(score) to a sum; a commit wherever it passes a whole number."""
 
     def decide(
-        self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
+        self, scores: Tensor, places: Places, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        increments, begins = scores.sigmoid(), (place == 0) & valid
-        natural, total = commits.accumulated_commits((increments * valid).detach(), state.total, begins)
+        increments = scores.sigmoid()
+        natural, total = commits.accumulated_commits((increments * places.valid).detach(), state.total, places.begins)
         return natural, increments, total
 
     def spread(self, moments: Tensor) -> Tensor:
@@ -214,9 +227,9 @@ class FixedRouter(Router):
         return hidden.new_zeros(hidden.shape[:2])
 
     def decide(
-        self, scores: Tensor, valid: Tensor, place: Tensor, state: RouterState, compression: float
+        self, scores: Tensor, places: Places, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        natural = self.pattern(place, compression) & valid
+        natural = self.pattern(places.place, compression) & places.valid
         return natural, natural.to(scores.dtype), state.total
 
     def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:

@@ -8,6 +8,7 @@ Legend: B batch, T positions, M packed concepts.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.functional.attention import document_attention_mask
@@ -44,6 +45,34 @@ def take(states: Tensor, index: Tensor) -> Tensor:
     """states (B, T, ...) at index (B, M) -> (B, M, ...)."""
     flat = index.view(*index.shape, *[1] * (states.ndim - 2))
     return states.gather(1, flat.expand(*index.shape, *states.shape[2:]))
+
+
+def latest(concepts: Tensor, count: Tensor, documents: Tensor | None = None, owners: Tensor | None = None) -> Tensor:
+    """The last of so many concepts, (B, M, D) and count (B, T) -> (B, T, D); 0 where there is none yet.
+
+    documents (B, T) and owners (B, M), the documents of concepts: 0 too where the last one is of another document.
+    """
+    slot, there = (count - 1).clamp(min=0), count > 0
+    if documents is not None:
+        there = there & (owners.gather(1, slot) == documents)
+    return take(concepts, slot) * there.unsqueeze(-1)
+
+
+def tail_means(states: Tensor, commit: Tensor, valid: Tensor, documents: Tensor | None = None) -> Tensor:
+    """The mean of the tail before each position and, at the end, of the one behind the last, (B, T + 1, D); 0 of an empty one.
+
+    states (B, T, D); commit, valid (B, T) bool; documents (B, T): a tail is of one of them. Sums are of float64: they are
+    differences of running ones.
+    """
+    place = torch.arange(commit.shape[1] + 1, device=commit.device)
+    starts = F.pad(commit, (1, 0), value=True)
+    if documents is not None:
+        starts = starts | F.pad(document_begins(documents), (0, 1))
+    start = torch.where(starts, place, 0).cummax(1).values
+    summed = F.pad((states * valid.unsqueeze(-1)).double().cumsum(1), (0, 0, 1, 0))
+    count = F.pad(valid.long().cumsum(1), (1, 0))
+    length = (count - count.gather(1, start)).clamp(min=1).unsqueeze(-1)
+    return ((summed - take(summed, start)) / length).to(states.dtype)
 
 
 def may_be_seen(valid: Tensor, documents: Tensor | None = None) -> Tensor:

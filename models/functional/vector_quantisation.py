@@ -32,16 +32,27 @@ def quantised(points: Tensor, codes: Tensor, share: float = 1.0) -> Tensor:
     return points + share * (codes - points).detach()
 
 
+@torch.no_grad()
+def nearest_codes(points: Tensor, codes: Tensor) -> Tensor:
+    """The code that stands for each point, (..., d) and (V, d) -> (...)."""
+    return squared_distances(points, codes).argmin(-1)
+
+
+@torch.no_grad()
+def code_spacing(codes: Tensor) -> Tensor:
+    """The squared distance of a code (V, d) to the nearest other one, on average, ()."""
+    apart = torch.cdist(codes, codes, compute_mode="donot_use_mm_for_euclid_dist")
+    return apart.fill_diagonal_(torch.inf).amin(-1).square().mean()
+
+
 def code_logits(points: Tensor, codes: Tensor) -> Tensor:
     """-||h - c_v||² in units in which a code's nearest neighbours lie 4 below it on average, (..., V): sharp, yet smooth."""
-    apart = squared_distances(codes, codes).detach()
-    nearest = apart.masked_fill(torch.eye(len(codes), dtype=torch.bool, device=codes.device), torch.inf).amin(-1)
-    return -4 * squared_distances(points, codes) / nearest.mean().clamp(min=TINY)
+    return -4 * squared_distances(points, codes) / code_spacing(codes).clamp(min=TINY)
 
 
 def assignment_sums(points: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """How many points each code is nearest to, (V,), and their sum, (V, d); sums of two halves add up to the whole's."""
-    return class_sums(points, squared_distances(points, codes).argmin(-1), len(codes))
+    return class_sums(points, nearest_codes(points, codes), len(codes))
 
 
 def class_sums(points: Tensor, numbers: Tensor, codes: int) -> tuple[Tensor, Tensor]:

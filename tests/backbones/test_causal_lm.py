@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_causal import pair_batch, tiny_causal
+from helpers_causal import TINY_SHAPE, pair_batch, tiny_causal
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
 
-from models.backbones.causal import build_body
+from models.backbones.causal import build_body, build_causal
 from models.backbones.causal_lm import (
     causal_hidden,
     causal_logits,
@@ -90,6 +90,18 @@ def test_bodies_of_both_kinds_have_the_same_sizes():
         build_body(attention="causal", **(sizes | {"hidden_size": 12}))
     with pytest.raises(UsageError, match="type one of llama, qwen3"):
         build_body(attention="causal", architecture="gpt", **sizes)
+
+
+def test_words_may_start_wider_than_layers():
+    bodies = []
+    for wide in ({}, {"embedding_range": 0.2}):
+        torch.manual_seed(0)
+        bodies.append(build_causal(vocab_size=300, **TINY_SHAPE, **wide))
+    plain, wide = (dict(body.named_parameters()) for body in bodies)
+    words = wide.pop("model.embed_tokens.weight")
+    assert float(words.std()) == pytest.approx(0.2, rel=0.05)
+    torch.testing.assert_close(words, 10 * plain.pop("model.embed_tokens.weight"))
+    assert all(torch.equal(weight, plain[name]) for name, weight in wide.items())
 
 
 def test_a_loaded_model_is_the_one_that_transformers_loads(qwen_folder):

@@ -34,6 +34,22 @@ def test_one_forward_is_one_forward_a_position(growth):
     torch.testing.assert_close(logits, slow, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("told", [{"carry": False}, {"pool": False}, {"carry": False, "pool": False}])
+def test_concepts_and_tails_need_not_tell_each_other(told):
+    """Each way alone is one forward a position too, and makes a difference; fresh, both start as nothing."""
+    model, ids = tiny_online(growth="null", gate="none", **told), texts()
+    logits = model.logits(model.read(ids, setting=HALF)[0])
+    slow = torch.stack([naive_logits(model, row, HALF) for row in ids])
+    torch.testing.assert_close(logits, slow, atol=1e-12, rtol=1e-12)
+    whole = tiny_online(growth="null", gate="none")
+    missing, unknown = whole.load_state_dict(model.state_dict(), strict=False)
+    assert (sorted(missing), unknown) == (sorted(f"stack.{part}.weight" for part in told), [])
+    assert (whole.logits(whole.read(ids, setting=HALF)[0]) - logits).abs().max() > 1e-3
+    for part in told:
+        torch.nn.init.zeros_(getattr(whole.stack, part).weight)
+    torch.testing.assert_close(whole.logits(whole.read(ids, setting=HALF)[0]), logits, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(("split", "architecture"), [((1, 2, 1), "qwen3"), ((1, [1, 1, 1], 1), "llama")])
 def test_gradients_are_those_of_one_forward_a_position(split, architecture):
     """A middle that is split again is the same thing inside of itself."""

@@ -36,6 +36,33 @@ def test_no_commit_is_dropped_and_all_come_first():
     assert commits.take(torch.arange(23).expand(50, -1), found.index).equal(found.index)
 
 
+def test_the_latest_concept_by_hand():
+    concepts, count = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[0, 1, 1, 2, 2]])
+    assert commits.latest(concepts, count).flatten().tolist() == [0, 1, 1, 2, 2]
+    documents, owners = torch.tensor([[0, 0, 1, 1, 2]]), torch.tensor([[0, 1]])
+    assert commits.latest(concepts, count, documents, owners).flatten().tolist() == [0, 1, 0, 2, 0]
+
+
+def test_tails_are_averaged_as_a_loop_does():
+    g = draws(30, 17, 0.3)
+    valid = torch.ones_like(g)
+    valid[::2, :3] = valid[1::2, -4:] = False
+    g &= valid
+    documents = (torch.arange(17) >= 9).long().expand(30, -1)
+    states = torch.randn(30, 17, 2, generator=torch.Generator().manual_seed(0))
+    for of_rows in (None, documents):
+        found = commits.tail_means(states, g, valid, of_rows)
+        for b in range(30):
+            tail = []
+            for t in range(18):
+                if of_rows is not None and t == 9:
+                    tail = []
+                expected = torch.stack(tail).mean(0) if tail else torch.zeros(2)
+                torch.testing.assert_close(found[b, t], expected)
+                if t < 17 and valid[b, t]:
+                    tail = [] if g[b, t] else [*tail, states[b, t]]
+
+
 def test_what_the_deep_stack_sees_is_the_concepts_and_the_tail():
     g = draws(30, 17, 0.3)
     valid = torch.ones_like(g)

@@ -78,10 +78,10 @@ def test_without_compression_it_trains_as_the_plain_model_does(tiny_oracle):
 
 # term -> weights that it may move, beside what lies below the states it is worked out from
 MOVES = {
-    "text": ("backbone", "router", "codes", "bridge"),
+    "text": ("backbone", "router", "codes", "bridge", "carry", "pool"),
     "ratio": ("backbone", "router", "codes"),  # codes: what NULL is weighed against
-    "code": ("backbone", "codes"),
-    "usage": ("backbone", "codes.head"),
+    "code": ("backbone", "codes", "pool"),
+    "usage": ("backbone", "codes.head", "pool"),
 }
 
 
@@ -240,7 +240,9 @@ def test_documents_alone_are_recorded_too(tmp_path):
     assert min(row["cost"]["prefill_tokens_per_s"], row["cost"]["decode_tokens_per_s"]) > 0
     # a layer of width 16 with keys and values of half of it, feed-forward 24; 7 words, 8 codes
     layer, words, bridge, codes = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24, 7 * 16, 16 * 16, 8 * 16
-    ours = 2 * layer + bridge + (layer + codes) / 2
+    ours = (
+        2 * layer + 2 * bridge + (layer + bridge + codes) / 2
+    )  # a token, the concept before it; a concept, the tail it ends
     assert row["cost"]["flops_share"] == pytest.approx((ours + words) / (3 * layer + words))
     assert row["cost"]["equal_layers"] == pytest.approx(ours / layer)
 
@@ -299,9 +301,23 @@ def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split, sampler):
         assert_close(again(ids), module.model.eval()(ids))
     assert again.kept_setting() == module.model.kept_setting()
     description = json.loads((tmp_path / "model" / "online_concepts.json").read_text())
+    assert description["options"].keys() >= {"carry", "pool"}
     (tmp_path / "model" / "online_concepts.json").write_text(json.dumps({**description, "format": "other"}))
     with pytest.raises(UsageError, match="is of format 'other'"):
         load_online(tmp_path / "model")
+
+
+def test_a_folder_of_before_concepts_and_tails_told_each_other_is_read(tmp_path):
+    model = build(carry=False, pool=False).model.eval()
+    save_online(model, tmp_path / "model")
+    path = tmp_path / "model" / "online_concepts.json"
+    description = json.loads(path.read_text())
+    for name in ("carry", "pool"):
+        del description["options"][name]
+    path.write_text(json.dumps(description))
+    ids = packed_batch(2, 10)["input_ids"]
+    with torch.no_grad():
+        assert_close(load_online(tmp_path / "model")(ids), model(ids))
 
 
 def test_a_damaged_file_is_told(tmp_path):
