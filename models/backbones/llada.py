@@ -31,6 +31,7 @@ from models.functional.attention import (
     positions_from_mask,
 )
 from models.functional.errors import UsageError
+from models.functional.neighbour_heads import neighbour_biases, offset_of_head
 
 
 class Prefix(NamedTuple):
@@ -154,12 +155,17 @@ def build_llada(
     rope_theta: float,
     rms_norm_eps: float = 1e-5,
     tie_word_embeddings: bool = False,
+    initializer_range: float = 0.02,
+    neighbour_heads: int = 0,
 ) -> LladaModel:
     """A model with fresh random weights in float32, drawn from torch's global generator.
 
+    initializer_range: their spread; 0.02 suits wide models, about 1 / sqrt(hidden_size) narrow ones.
+    neighbour_heads: so many key-value heads of each layer start out looking at the token before, the one after, and so on,
+        by biases on queries and keys; 0 gives a body without biases.
     Errors: UsageError that names model.<option>, where the sizes do not fit together.
     """
-    options = dict(locals())
+    options = {name: value for name, value in locals().items() if name != "neighbour_heads"}
     if mask_token_id is None:
         raise UsageError(
             "the corpus' tokenizer has no mask token, which this network needs; add one to its folder "
@@ -167,8 +173,29 @@ def build_llada(
         )
     options["num_key_value_heads"] = num_key_value_heads or num_attention_heads
     require_fitting_sizes(options)
+    if not 0 <= neighbour_heads <= options["num_key_value_heads"]:
+        raise UsageError(
+            f"model.neighbour_heads={neighbour_heads} must lie between 0 and the {options['num_key_value_heads']} "
+            "key-value heads of a layer"
+        )
     rope = {"rope_type": "default", "rope_theta": float(options.pop("rope_theta"))}
-    return _construct(LladaConfig(**options, rope_parameters=rope, bos_token_id=None))
+    config = LladaConfig(**options, rope_parameters=rope, bos_token_id=None, attention_bias=neighbour_heads > 0)
+    model = _construct(config)
+    _turn_to_neighbours(model, neighbour_heads)
+    return model
+
+
+@torch.no_grad()
+def _turn_to_neighbours(model: LladaModel, heads: int) -> None:
+    """Give the first `heads` key-value heads of each layer, and the queries that they answer, the biases of a neighbour."""
+    config, frequencies = model.config, model.model.rotary_emb.inv_freq
+    groups = config.num_attention_heads // config.num_key_value_heads
+    width = 2 * len(frequencies)
+    for layer in model.model.layers:
+        for head in range(heads):
+            query, key = neighbour_biases(frequencies, offset_of_head(head))
+            layer.self_attn.q_proj.bias.view(-1, groups, width)[head] = query
+            layer.self_attn.k_proj.bias.view(-1, width)[head] = key
 
 
 def load_llada(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from models.backbones import checkpoint_files
+from models.backbones.causal import build_body
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.official_layout import config_from_official, leap_to_official_key, official_to_leap_key
 from models.functional.errors import UsageError
@@ -369,7 +371,7 @@ def test_own_folder_refusals(tmp_path):
         load_llada(tmp_path)
 
 
-def build_small(**changes) -> LladaModel:
+def build_small(build=build_llada, **changes) -> LladaModel:
     options = {
         "vocab_size": 20,
         "mask_token_id": 19,
@@ -382,7 +384,7 @@ def build_small(**changes) -> LladaModel:
         "max_position_embeddings": 32,
         "rope_theta": 10_000.0,
     }
-    return build_llada(**options | changes)
+    return build(**options | changes)
 
 
 def test_build_llada():
@@ -397,6 +399,16 @@ def test_build_llada():
     assert all(torch.equal(weight, first[name]) for name, weight in build_small().state_dict().items())
 
 
+@pytest.mark.parametrize("spread", [0.02, 0.25])
+def test_the_spread_of_fresh_weights(spread):
+    """Of a LLaDA, and of a body that an objective turns both ways: 1 / sqrt(16) is what a width of 16 wants."""
+    both_ways = partial(build_body, attention="bidirectional")
+    for build in (build_llada, both_ways):
+        model = build_small(build, initializer_range=spread)
+        for weight in (model.embedding, model.lm_head.weight, model.model.layers[1].mlp.up_proj.weight):
+            assert weight.std().item() == pytest.approx(spread, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -406,6 +418,7 @@ def test_build_llada():
         ({"num_hidden_layers": 0}, r"model\.num_hidden_layers=0 has to be above 0"),
         ({"rope_theta": -1.0}, r"model\.rope_theta=-1\.0"),
         ({"mask_token_id": 20}, r"model\.mask_token_id=20 is outside the vocabulary; type an id from 0 to 19"),
+        ({"neighbour_heads": 5}, r"model\.neighbour_heads=5 must lie between 0 and the 4 key-value heads"),
         ({"mask_token_id": 18}, r"model\.mask_token_id=18 is also the end or padding token"),
     ],
 )

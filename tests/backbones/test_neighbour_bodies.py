@@ -1,0 +1,57 @@
+"""Bodies whose heads start out looking at their neighbours: what a masked place reads, and their files."""
+
+import pytest
+import torch
+
+from models.backbones.llada import LladaModel, build_llada, load_llada
+from models.backbones.twin import with_own_weights
+
+SIZES = {
+    "vocab_size": 20,
+    "mask_token_id": 19,
+    "eos_token_id": 18,
+    "pad_token_id": 18,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "rope_theta": 100.0,
+    "initializer_range": 0.02,
+}
+
+
+def build(**changes) -> LladaModel:
+    torch.manual_seed(0)
+    return build_llada(**SIZES | changes)
+
+
+def read_by_a_mask(model: LladaModel) -> torch.Tensor:
+    """How much what stands at each of 16 places moves the state of place 8, which is masked; (16,)."""
+    ids = torch.arange(16).masked_fill(torch.arange(16) == 8, 19).unsqueeze(0)
+    seen = torch.ones_like(ids, dtype=torch.bool)
+    whole = torch.autograd.functional.jacobian(lambda z: model.hidden(z, seen)[0, 8], model.embed(ids))
+    return whole.square().sum((0, 1, 3)).sqrt()
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_masked_place_reads_its_neighbours_from_the_start(kv_heads):
+    others = torch.ones(16, dtype=torch.bool)
+    others[7:10] = False
+    read = read_by_a_mask(build(neighbour_heads=2, num_key_value_heads=kv_heads))
+    assert read[[7, 9]].min() > 2 * read[others].max()
+    plain = read_by_a_mask(build(num_key_value_heads=kv_heads))
+    assert plain[[7, 9]].min() < 2 * plain[others].max()
+
+
+def test_files_and_copies_keep_the_biases(tmp_path):
+    model = build(neighbour_heads=2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 19, 2, 3]])
+    assert torch.equal(load_llada(tmp_path)(ids), model(ids))
+    assert torch.equal(with_own_weights(model)(ids), model(ids))
+    assert not any(name.endswith("bias") for name, _ in build().named_parameters())
