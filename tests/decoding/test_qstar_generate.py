@@ -34,7 +34,7 @@ def say(prompts=PROMPTS, model=THETA, target=TARGET, **options):
         {"draft_model": THIRD},
         {"draft_model": NgramScores(50)},
     ],
-    ids=str,
+    ids=["defaults", "theta drafts blocks", "without caches", "a third model drafts", "n-grams draft"],
 )
 def test_greedy_texts_are_those_of_the_plain_reference(options):
     """transformers' own loop with `QStarLogitsProcessor`, which evaluates both models at every token."""
