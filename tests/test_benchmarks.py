@@ -152,8 +152,9 @@ def test_concept_online(benchmark):
     ]
     fixed, null = result["rows"][2], result["rows"][4]
     layer, new = 128 * (128 + 64 + 64 + 128 + 3 * 384), 128 * 128
+    told = 128 * 128 * 1.5  # every token of the concept before it, every second one of its tail
     assert fixed["realised"] == 2
-    assert fixed["expected"] == pytest.approx((3 * layer + 40 * 128 + new + 4 * 128) / (4 * layer + 40 * 128))
+    assert fixed["expected"] == pytest.approx((3 * layer + told + 40 * 128 + new + 4 * 128) / (4 * layer + 40 * 128))
     assert fixed["expected_kv"] == pytest.approx((1 + 3 / 2 + 0.5 / 24) / 4)
     assert fixed["kv_share"] == pytest.approx((24 + 2 * 12 + 12) / (4 * 24))  # the last of 24 tokens commits: no tail
     assert 1.2 < null["realised"] < 4
