@@ -48,7 +48,7 @@ METHODS = {
     "step halving": ["meanflow_llada", "flow=step_halving"],
     "planner and executor": ["concept_oracle"],
     "online concepts": ["concept_online_oracle"],
-    "θ toward q*": ["qstar_oracle", "trainer.max_steps=250"],
+    "θ toward q*": ["qstar_oracle", "trainer.max_steps=500"],
 }
 READING = """
 one process, in which the two loops take turns step by step. By hand: the batch, training_step, backward, clipping, the

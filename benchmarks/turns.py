@@ -18,18 +18,23 @@ class Stepper:
     def __init__(self, train: Callable[[Pause], None]) -> None:
         self.losses: list[Tensor] = []
         self._error: BaseException | None = None
+        self._over = False
         self._go, self._done = Semaphore(0), Semaphore(0)
         self._thread = Thread(target=self._run, args=(train,), daemon=True)
         self._thread.start()
 
     def step(self) -> None:
+        """Raises RuntimeError where the loop has come to its end."""
+        if self._over:
+            raise RuntimeError(f"the training was over after {len(self.losses)} steps")
         self._go.release()
         self._done.acquire()
         if self._error is not None:
             raise self._error
 
     def finish(self) -> None:
-        self.step()
+        if not self._over:
+            self.step()
         self._thread.join()
 
     def _run(self, train: Callable[[Pause], None]) -> None:
@@ -38,6 +43,7 @@ class Stepper:
             train(self._pause)
         except BaseException as error:
             self._error = error
+        self._over = True
         self._done.release()
 
     def _pause(self, loss: Tensor) -> None:

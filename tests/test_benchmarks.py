@@ -234,6 +234,17 @@ def test_a_loop_that_fails_says_so(benchmark):
         stepper.step()
 
 
+def test_a_loop_that_is_over_is_not_waited_for(benchmark):
+    from turns import Stepper
+
+    stepper = Stepper(lambda pause: pause(torch.tensor(1.0)))
+    stepper.step()
+    stepper.step()  # after its one step the loop ends
+    with pytest.raises(RuntimeError, match="the training was over after 1 steps"):
+        stepper.step()
+    stepper.finish()
+
+
 def test_peak_memory_on_a_cpu_counts_what_is_alive_at_once(benchmark):
     from timing import peak_bytes
 
