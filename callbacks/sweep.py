@@ -64,10 +64,12 @@ def read_sweeps(folder: str | Path, only: str | None = None) -> dict[str, list[S
     for path in Path(folder).rglob(JOB):
         try:
             notes = json.loads(path.read_text())
-            if only in (None, notes["sweep"]):
-                sweeps[notes["sweep"]].append(_read_run(path.parent, notes))
+            if only not in (None, notes["sweep"]):
+                continue
+            run = _read_run(path.parent, notes)
         except (OSError, ValueError, KeyError, TypeError):  # not one of ours
             continue
+        sweeps[run.sweep].append(run)
     return {name: sorted(sweeps[name], key=lambda run: (run.number, str(run.folder))) for name in sorted(sweeps)}
 
 

@@ -29,14 +29,15 @@ def note(
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Four runs: the second is best by its loss, the third failed, the last has no value. A stranger's job.json beside them."""
+    """Four runs: the second is best by its loss, the third failed, the last has no value. Strangers' job.json beside them."""
     base = ["experiment=objectives", "+trainer.limit_val_batches=1"]
     for number, (lr, value, failed) in enumerate(
         [(0.1, 0.5, None), (0.01, 0.25, None), (9, None, "lr"), (1, None, None)]
     ):
         note(tmp_path / f"s/{number}", number, [*base, f"module.lr={lr}", "seed=0"], value, failed)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "job.json").write_text('{"job": 1}')
+    for place, content in (("other", '{"job": 1}'), ("half", '{"sweep": "half"}')):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "job.json").write_text(content)
     return read_sweeps(tmp_path)
 
 
