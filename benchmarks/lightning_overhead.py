@@ -10,10 +10,9 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers.logger import DummyLogger
 from rich.console import Console
@@ -24,19 +23,17 @@ from timing import (
     build_result,
     build_row,
     in_milliseconds,
-    interleave,
     new_parser,
     prepare,
     quartiles,
     show,
-    timed,
     with_spread,
     write_json,
 )
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
-from turns import Pause, Stepper
+from turns import Pause, PauseAtTheEnd, take_turns
 
 from callbacks.console import report_console
 from callbacks.ema import TrainableEMA
@@ -81,16 +78,6 @@ SETTINGS = {
     AVERAGE: Setting(logs=True, callbacks=lambda: [TrainableEMA(0.995)]),
     DEFAULT: Setting(logs=True, callbacks=lambda: [TrainableEMA(0.995), silent_progress(), LearningRateMonitor()]),
 }
-
-
-class PauseAtTheEnd(Callback):
-    """The last of the callbacks: it ends a step for the `Stepper`."""
-
-    def __init__(self, pause: Pause) -> None:
-        self.pause = pause
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.pause(outputs["loss"])
 
 
 # -- the two ways of taking the same steps ---------------------------------------------------------------------------
@@ -163,17 +150,14 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> tuple[list[Ro
             return lambda pause: train_by_hand(*common, pause)
         return lambda pause: train_with_lightning(*common, pause, SETTINGS[name])
 
-    steppers = {name: Stepper(loop(name)) for name in (BARE, *SETTINGS)}
-    measures = {name: timed(stepper.step, device, args.clock) for name, stepper in steppers.items()}
-    times = interleave(measures, repeats=args.repeats, warmup=args.warmup)
-    for stepper in steppers.values():
-        stepper.finish()
-    losses = {name: stepper.losses[-1].item() for name, stepper in steppers.items()}
+    loops = {name: loop(name) for name in (BARE, *SETTINGS)}
+    times, seen = take_turns(loops, device, args.clock, repeats=args.repeats, warmup=args.warmup)
+    losses = {name: own[-1] for name, own in seen.items()}
     for name, loss in losses.items():
         if abs(loss - losses[BARE]) > 1e-4 * abs(losses[BARE]):
             raise SystemExit(f"{name} arrives at loss {loss}, the loop by hand at {losses[BARE]}: not the same steps")
     rows = []
-    for name in steppers:
+    for name in loops:
         more = [ours - bare for ours, bare in zip(times[name], times[BARE], strict=True)]
         rows.append(build_row(name, times, BARE, more_seconds=quartiles(more)))
     return rows, losses

@@ -22,16 +22,14 @@ from timing import (
     build_result,
     build_row,
     in_milliseconds,
-    interleave,
     new_parser,
     prepare,
     show,
-    timed,
     write_json,
 )
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from turns import Pause, Stepper
+from turns import Pause, PauseAtTheEnd, take_turns
 
 from callbacks.console import quiet_libraries, report_console
 from callbacks.progress import StageProgress
@@ -64,24 +62,25 @@ class Finished(Exception):
     """Enough steps have been taken."""
 
 
-class PauseAtTheEnd(Callback):
-    """The last of the callbacks: it ends a step for the `Stepper`, and the training after so many."""
+def ending(pause: Pause, steps: int) -> Pause:
+    """The pause after a step, which ends the training after so many."""
+    taken = 0
 
-    def __init__(self, pause: Pause, steps: int) -> None:
-        self.pause, self.steps = pause, steps
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self._end(outputs["loss"])  # what comes after, such as validation, counts to the next step
-
-    def _end(self, loss: Tensor) -> None:
-        self.steps -= 1
-        self.pause(loss)
-        if self.steps == 0:
+    def at_the_end(loss: Tensor) -> None:
+        nonlocal taken
+        taken += 1
+        pause(loss)
+        if taken == steps:
             raise Finished
 
+    return at_the_end
 
-class ByHand(PauseAtTheEnd):
+
+class ByHand(Callback):
     """Takes over where a training would begin, with the module, the optimiser and the loaders as Lightning has set them up."""
+
+    def __init__(self, pause: Pause) -> None:
+        self.pause = pause
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log = pl_module.log_dict = lambda *_, **__: None
@@ -93,7 +92,7 @@ class ByHand(PauseAtTheEnd):
             for batch_idx, batch in enumerate(trainer.train_dataloader):
                 loss = _step(trainer, pl_module, batch, batch_idx)
                 loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += 1
-                self._end(loss)
+                self.pause(loss)
                 if trainer.global_step % trainer.val_check_interval == 0:
                     _validate(trainer, pl_module)
             epoch += 1
@@ -150,12 +149,12 @@ def loop(cfg: DictConfig, steps: int, by_hand: bool) -> Callable[[Pause], None]:
         module, datamodule = untrained(cfg)
         trainer = trainer_of(cfg)
         if by_hand:
-            trainer.callbacks, trainer.loggers = [ByHand(pause, steps)], []
+            trainer.callbacks, trainer.loggers = [ByHand(ending(pause, steps))], []
         else:
             for callback in trainer.callbacks:
                 if isinstance(callback, StageProgress):
                     callback.console = Console(file=open(f"{cfg.paths.output_dir}/progress.txt", "w"))  # noqa: SIM115
-            trainer.callbacks.append(PauseAtTheEnd(pause, steps))
+            trainer.callbacks.append(PauseAtTheEnd(ending(pause, steps)))
         try:
             trainer.fit(module, datamodule)
         except Finished:
@@ -170,16 +169,10 @@ def measure(method: str, args: argparse.Namespace, device: torch.device, more: l
         configurations = {name: configured(method, Path(folder, str(k)), more) for k, name in enumerate(LOOPS)}
         for cfg in configurations.values():
             Path(cfg.paths.output_dir).mkdir()
-        steppers = {
-            name: Stepper(loop(cfg, args.warmup + args.repeats, name == LOOPS[0]))
-            for name, cfg in configurations.items()
-        }
-        measures = {name: timed(stepper.step, device, args.clock) for name, stepper in steppers.items()}
-        times = interleave(measures, repeats=args.repeats, warmup=args.warmup)
-        for stepper in steppers.values():
-            stepper.finish()
-        losses = [[loss.item() for loss in steppers[name].losses[:COMPARED]] for name in LOOPS]
-    for hand, ours in zip(*losses, strict=True):
+        steps = args.warmup + args.repeats
+        loops = {name: loop(cfg, steps, name == LOOPS[0]) for name, cfg in configurations.items()}
+        times, losses = take_turns(loops, device, args.clock, repeats=args.repeats, warmup=args.warmup)
+    for hand, ours in zip(*(losses[name][:COMPARED] for name in LOOPS), strict=True):
         if abs(hand - ours) > 1e-4 * abs(hand):
             raise SystemExit(
                 f"{method}: the experiment comes to loss {ours}, the loop by hand to {hand}: not the same steps"

@@ -2,7 +2,11 @@
 
 from collections.abc import Callable
 from threading import Semaphore, Thread
+from typing import Any
 
+import torch
+from lightning import Callback, LightningModule, Trainer
+from timing import Times, interleave, timed
 from torch import Tensor
 
 Pause = Callable[[Tensor], None]
@@ -50,3 +54,25 @@ class Stepper:
         self.losses.append(loss.detach())
         self._done.release()
         self._go.acquire()
+
+
+class PauseAtTheEnd(Callback):
+    """The last of the callbacks: it ends a step for the `Stepper`."""
+
+    def __init__(self, pause: Pause) -> None:
+        self.pause = pause
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.pause(outputs["loss"])  # what comes after, such as validation, counts to the next step
+
+
+def take_turns(
+    loops: dict[str, Callable[[Pause], None]], device: torch.device, clock: str, *, repeats: int, warmup: int
+) -> tuple[Times, dict[str, list[float]]]:
+    """Seconds of each loop's steps, as `interleave` measures them, and the losses of all of them."""
+    steppers = {name: Stepper(loop) for name, loop in loops.items()}
+    measures = {name: timed(stepper.step, device, clock) for name, stepper in steppers.items()}
+    times = interleave(measures, repeats=repeats, warmup=warmup)
+    for stepper in steppers.values():
+        stepper.finish()
+    return times, {name: [loss.item() for loss in stepper.losses] for name, stepper in steppers.items()}

@@ -75,6 +75,10 @@ class LeapModule(LightningModule):
         """Whether a training step differentiates the layers in forward mode."""
         return False
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.require_precision(str(self.trainer.precision))
+
     def require_precision(self, precision: str) -> None:
         """Errors: UsageError where the module cannot train in this trainer.precision."""
 

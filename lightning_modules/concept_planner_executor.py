@@ -103,11 +103,8 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
             self.unlike_forwards = "a rank searches plans when its own rows are due; type module.search=null"
         self.bag = BagOfWords(self.model) if weights.get("bag") else None
         check_signal_codes(signal_codes, signals, sampler, search)
-        self.wanted_signals, self.signal_codes, self.signals = (
-            signals,
-            signal_codes,
-            None,
-        )  # the corpus knows their sizes
+        self.wanted_signals, self.signal_codes = signals, signal_codes
+        self.signals = None  # the corpus knows their sizes
         self.curriculum = curriculum
         self.quantise, self.code_decay = tuple(quantise), code_decay
         self.weights = {name: pair(weights.get(name, 0.0)) for name in NAMES}

@@ -42,10 +42,6 @@ class MeanFlowDistillModule(LeapModule):
         self.forwards = tuple(forwards)
         self.teacher_temperature, self.teacher_remasking = teacher_temperature, teacher_remasking
 
-    def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.require_precision(str(self.trainer.precision))
-
     def require_precision(self, precision: str) -> None:
         """What trains is float32 whatever the base is kept in: averages and derivatives lose too much in less."""
         if precision not in ("32-true", "64-true", "bf16-mixed"):

@@ -30,6 +30,7 @@ class PlanTraining:
     told: SignalCodes | None = None
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if self.wanted_signals and self.signals is None:
             data = self.trainer.datamodule
             if not hasattr(data, "signals"):

@@ -129,6 +129,7 @@ class QStarDecodingModule(QStarProbes, LeapModule):
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         data = self.trainer.datamodule
         length = data.response_length
         self.words, self.eos_id = len(data.tokenizer), data.tokenizer.eos_token_id

@@ -40,13 +40,13 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
         stand_in = build_llada(**datamodule.special_ids(), **STAND_IN)
         # refuses a wrong option before a teacher is trained
         tried = _computed(cfg, instantiate(cfg.module, _convert_="all", teacher=stand_in))
-        _require_precision(cfg, tried, precision)
+        if cfg.mode == "fit":
+            tried.require_precision(precision)
         teacher = trained_teacher(cfg, datamodule)
         # the student starts alike whether the teacher was trained now or before
         seed_everything(cfg.seed, verbose=False)
         module = instantiate(cfg.module, _convert_="all", teacher=teacher)
     module = _computed(cfg, module)
-    _require_precision(cfg, module, precision)
     return module, trainer_of(cfg), datamodule
 
 
@@ -78,11 +78,6 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()
     return trainer
-
-
-def _require_precision(cfg: DictConfig, module: LightningModule, precision: str) -> None:
-    if cfg.mode == "fit":
-        module.require_precision(precision)
 
 
 def _computed(cfg: DictConfig, module: LightningModule) -> LightningModule:
