@@ -26,6 +26,7 @@ from models.objectives.noisy_mask import (
     adapt_to_noise,
     consistency_gap,
     match_flow_map,
+    match_intervals,
     noisy_point,
     polish_endpoint,
 )
@@ -43,8 +44,8 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     target: psd | meanflow (with derivatives) for intervals that end by meanflow_until, psd beyond; rho_min bounds it.
     diagonal_share, endpoint_share: rows with s = t, and from s = 0 to the widest end. growth: the share of the flow stage
         after which intervals may span all of [0, 1]. weighted: gap weights, see `gap_weight`.
-    ode_steps, pair_reuse, pair_window, coupling: see `EndpointPairs`. keep_share: rows of a polishing batch that go on with
-        the flow map, so that more than one forward stays as good as it was.
+    ode_steps, pair_reuse, pair_window, coupling: see `EndpointPairs`. interval_share: weight of the flow's other intervals
+        (`FlowIntervals`) in the polishing steps that make pairs: what more than one forward is learned from.
     student_forwards: the student's rows in the table; ode_forwards: rows of the denoiser's flow, which one forward imitates.
     """
 
@@ -73,11 +74,11 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         endpoint_share: float = 0.25,
         growth: float = 0.5,
         weighted: bool = False,
-        ode_steps: int = 16,
+        ode_steps: int = 8,
         pair_reuse: int = 4,
         pair_window: int = 16,
         coupling: Coupling = "flow",
-        keep_share: float = 0.25,
+        interval_share: float = 0.5,
         average_decay: float = 0.99,
         weight_decay: float = 0.0,
         forwards: tuple[int, ...] = (1, 2, 4, 8, 16),
@@ -91,12 +92,11 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     ) -> None:
         require_choice("module.target", target, get_args(FlowTarget))
         require_choice("module.jvp_backend", jvp_backend, get_args(JvpBackend))
-        require_shares(growth=growth, observed_share=observed_share)
+        require_shares(growth=growth, observed_share=observed_share, interval_share=interval_share)
         require_shares(diagonal_share=diagonal_share, endpoint_share=endpoint_share, together=True)
-        if not 0 <= keep_share < 1 or teacher_weight < 0 or rho_min <= 0:
+        if teacher_weight < 0 or rho_min <= 0:
             raise UsageError(
-                f"module.keep_share={keep_share} must be at least 0 and below 1, module.teacher_weight={teacher_weight} at "
-                f"least 0 and module.rho_min={rho_min} above 0"
+                f"module.teacher_weight={teacher_weight} must be at least 0 and module.rho_min={rho_min} above 0"
             )
         require_flow_options(few_step, promote, (*student_forwards, *ode_forwards))
         if not 0 < meanflow_until < 1:
@@ -117,7 +117,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
             seed=seed,
         )
         self.save_hyperparameters(ignore=["teacher"])
-        self.keep_share, self.growth = keep_share, growth
+        self.interval_share, self.growth = interval_share, growth
         self.adapt_options = {"observed_share": observed_share, "teacher_weight": teacher_weight}
         self.flow_options = {
             "observed_share": observed_share,
@@ -166,15 +166,13 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     def _polish(self, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
         # 1. pairs of noise and the text where its flow ends
         pairs = self.pairs.draw(self.student, self.network(self.denoiser), batch, generator)
-        kept = round(self.keep_share * len(pairs[0]))
-        terms = polish_endpoint(self.student, *(column[kept:] for column in pairs))
-        if kept == 0:
+        terms = polish_endpoint(self.student, *pairs)
+        if self.pairs.intervals is None or self.interval_share == 0:
             return terms
-        # 2. the flow map goes on, on the other rows
-        few = {name: column[:kept] for name, column in batch.items()}
-        flow = self._flow(few, self.growth or 1.0, generator)
-        share = kept / len(pairs[0])
-        return Terms((1 - share) * terms.loss + share * flow.loss, terms.raw | flow.raw)
+        # 2. other intervals of the flows that were followed for fresh pairs
+        on_the_way = match_intervals(self.student, self.pairs.intervals)
+        loss = (1 - self.interval_share) * terms.loss + self.interval_share * on_the_way.loss
+        return Terms(loss, terms.raw | on_the_way.raw)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The average's denoising loss on held-out rows, whatever the stage: it must not get worse after `adapt`."""

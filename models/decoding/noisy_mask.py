@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.decoding.decoder import Watch
 from models.functional.errors import UsageError, require_choice
-from models.functional.noisy_mask import line_point
+from models.functional.noisy_mask import line_point, second_order_step
 from models.functional.rows import response_columns
 
 Step = Literal["chain", "renoise", "ode"]
@@ -25,6 +25,16 @@ class NoisyRows(NamedTuple):
     z: Tensor
     masked: Tensor
     attention_mask: Tensor
+
+
+class FlowStep(NamedTuple):
+    """One step of a flow: from z (B, L, D) at s to t (1,), with D_s and the step's ψ_{s,t} (M, V)."""
+
+    z: Tensor
+    s: Tensor
+    t: Tensor
+    d: Tensor
+    psi: Tensor
 
 
 def start_rows(student: NoisyMaskStudent, rows: dict[str, Tensor], generator: Generator) -> NoisyRows:
@@ -44,22 +54,24 @@ def follow_flow(
     generator: Generator | None = None,
     network: Network | None = None,
     watch: Watch | None = None,
+    path: Callable[[FlowStep], None] | None = None,
 ) -> Tensor:
     """Token ids (B, L) at the masked positions after `forwards` evaluations, 0 elsewhere; prompts are never touched.
 
     step:
       `chain`: X_{s,t} from each time of the grid to the next, then argmax ψ_{s,1}.
       `renoise`: the endpoint's expectation at every time of the grid, put back on the line with fresh noise.
-      `ode`: Euler steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward is trained to reproduce.
+      `ode`: second-order steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward is trained to reproduce.
     promote: positions whose distribution has this much on one token become clean text for the forwards that follow.
     network: another evaluation than `student` itself, such as a snapshot of its weights. watch: called with the tokens
-    (B, L) after each of them.
+    (B, L) after each of them. path: with step=ode, called with every step on the way; the last one's ψ is D.
     """
     require_flow_options(step, promote, (forwards,))
     network = network or student
     z, masked, attention_mask = begin
     tokens = torch.zeros(masked.shape, dtype=torch.long, device=z.device)
     grid = student.warp(torch.linspace(0, 1, forwards + 1, device=z.device))
+    before = None  # D one step back
     for k in range(forwards):
         s, t = grid[k : k + 1], grid[k + 1 : k + 2]  # (1,): all rows are at the same time, and share one prefix
         target = {"chain": t, "renoise": torch.ones_like(t), "ode": s}[step]
@@ -70,6 +82,11 @@ def follow_flow(
         tokens[masked] = psi.argmax(-1)
         if watch is not None:
             watch(tokens.clone())
+        jump = psi
+        if step == "ode" and before is not None and k + 1 < forwards:
+            jump = second_order_step(psi, before, grid[k - 1 : k], s, t)
+        if path is not None:
+            path(FlowStep(z, s, t, psi, jump))
         if k + 1 == forwards:
             break
         # 2. move the masked positions to t
@@ -78,12 +95,13 @@ def follow_flow(
             moved = z.clone()
             moved[masked] = line_point(fresh, student.expected(psi), t).to(z.dtype)
         else:
-            moved = student.move(z, masked, psi, s, t)
+            moved, before = student.move(z, masked, jump, s, t), psi
         # 3. sure positions become text
         if promote is not None:
             sure = torch.zeros_like(masked)
             sure[masked] = psi.max(-1).values >= promote
             moved = torch.where(sure.unsqueeze(-1), student.base.embed(tokens), moved)
+            before = before if before is None else before[~sure[masked]]
             masked = masked & ~sure
         z = moved
     return tokens

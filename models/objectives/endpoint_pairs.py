@@ -1,6 +1,7 @@
 """Pairs of noise and the text where its flow ends: made in batches, kept for a while, replaced by fresh ones.
 
-A pair is stored as ids and the seed of its noise, so that a pool is small and travels in checkpoints.
+A pair is stored as ids and the seed of its noise, so that a pool is small and travels in checkpoints. What else the flow tells
+on its way is there once, when the pair is made.
 """
 
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ from torch import Generator, Tensor
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.decoding.noisy_mask import Network, follow_flow, start_rows
 from models.functional.errors import UsageError, require_choice
+from models.objectives.flow_intervals import FlowIntervals, Intervals
 
 Coupling = Literal["flow", "independent"]
 
@@ -27,7 +29,7 @@ class EndpointPairs:
     def __init__(
         self,
         *,
-        ode_steps: int = 16,
+        ode_steps: int = 8,
         reuse: int = 4,
         window: int = 16,
         coupling: Coupling = "flow",
@@ -39,11 +41,16 @@ class EndpointPairs:
         self.ode_steps, self.reuse, self.window, self.coupling = ode_steps, reuse, window, coupling
         self.drawn = 0
         self.pool: list[dict[str, Tensor | int]] = []
+        self.intervals: Intervals | None = None
 
     def draw(
         self, student: NoisyMaskStudent, denoiser: Network, batch: dict[str, Tensor], generator: Generator
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One batch of pairs: z_0 (B, L, D), masked (B, L), attention_mask (B, L), endpoint ids (B, L)."""
+        """One batch of pairs: z_0 (B, L, D), masked (B, L), attention_mask (B, L), endpoint ids (B, L).
+
+        Where pairs were made for it, `intervals` of their flows are there until the next draw.
+        """
+        self.intervals = None
         if self.drawn % self.reuse == 0:
             self.pool = [*self.pool, self._make(student, denoiser, batch, generator)][-self.window :]
         self.drawn += 1
@@ -62,8 +69,9 @@ class EndpointPairs:
         endpoint, masked = batch["input_ids"], batch["response_mask"]
         if self.coupling == "flow":
             begin = start_rows(student, batch, Generator(device=device).manual_seed(seed))
-            end = follow_flow(student, begin, forwards=self.ode_steps, step="ode", network=denoiser)
-            endpoint = torch.where(masked, end, endpoint)
+            path = FlowIntervals(begin, self.ode_steps, generator)
+            end = follow_flow(student, begin, forwards=self.ode_steps, step="ode", network=denoiser, path=path)
+            endpoint, self.intervals = torch.where(masked, end, endpoint), path.result
         kept = {"input_ids": endpoint, "attention_mask": batch["attention_mask"], "response_mask": masked}
         return {"seed": seed, **{name: column.cpu() for name, column in kept.items()}}
 

@@ -27,6 +27,7 @@ from models.functional.noisy_mask import (
     velocity,
 )
 from models.objectives.base import Terms, mean_of
+from models.objectives.flow_intervals import Intervals
 
 LATEST = 0.98  # where an interval may begin: the velocity's 1/(1 - s) is still tame
 FlowTarget = Literal["psd", "meanflow"]
@@ -206,6 +207,13 @@ def polish_endpoint(
     hits = torch.ones_like(masked)
     hits[masked] = logits.detach().argmax(-1) == endpoint[masked]
     return Terms(nll, {"endpoint_nll": nll, "endpoint_match": hits.all(-1).float().mean()})
+
+
+def match_intervals(student: NoisyMaskStudent, intervals: Intervals) -> Terms:
+    """KL(ψ_{s,t} of a flow that was followed || ψ_{s,t}) over all masked positions, nats."""
+    logits = student(*intervals.points, intervals.s, intervals.t)
+    gap = mean_of(distribution_divergence(intervals.psi, logits))
+    return Terms(gap, {"interval_gap": gap})
 
 
 def _split(early: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.decoding.noisy_mask import NoisyMaskDecoder, follow_flow, start_rows
 from models.functional.errors import UsageError
+from models.functional.noisy_mask import second_order_step
 
 
 @pytest.fixture
@@ -73,7 +74,29 @@ def test_many_small_steps_of_a_constant_denoiser_end_where_one_step_does(student
     assert torch.equal(follow_flow(student, begin, forwards=7, step="ode", network=network), once)
 
 
-def test_sure_positions_become_text_for_the_forwards_that_follow(student, rows):
+def test_three_steps_of_the_flow_by_hand(student, rows):
+    """The first is Euler's, the second knows how D moved; what the mask would get is given to the words."""
+    begin = start_rows(student, rows, draw())
+    z, masked, attention_mask = begin
+    third = torch.full((5,), 1 / 3)
+
+    def psi(point, s):
+        with torch.no_grad():
+            logits = student(point, masked, attention_mask, s, s)
+        logits[:, student.base.mask_id] = -1e9
+        return logits.softmax(-1)
+
+    first = psi(z, 0 * third)
+    near = student.move(z, masked, first, 0 * third, third)
+    second = psi(near, third)
+    times = (time.expand(int(masked.sum())) for time in (torch.zeros(1), torch.tensor([1 / 3]), torch.tensor([2 / 3])))
+    far = student.move(near, masked, second_order_step(second, first, *times), third, 2 * third)
+    last = psi(far, 2 * third)
+    assert torch.equal(follow_flow(student, begin, forwards=3, step="ode")[masked], last.argmax(-1))
+
+
+@pytest.mark.parametrize("step", ["chain", "ode"])
+def test_sure_positions_become_text_for_the_forwards_that_follow(student, rows, step):
     seen = []
 
     def network(z, masked, attention_mask, s, t):
@@ -84,7 +107,7 @@ def test_sure_positions_become_text_for_the_forwards_that_follow(student, rows):
         return logits
 
     begin = start_rows(student, rows, draw())
-    tokens = follow_flow(student, begin, forwards=3, network=network, promote=0.9)
+    tokens = follow_flow(student, begin, forwards=3, step=step, network=network, promote=0.9)
     assert [int(masked.sum()) for _, masked in seen] == [20, 15, 10]
     assert torch.equal(seen[1][0][:, 2], student.base.embedding[7].expand(5, -1))
     assert tokens[:, 2:5].eq(7).all()

@@ -15,6 +15,7 @@ from models.functional.noisy_mask import (
     noisy_meanflow_target,
     psd_target,
     recovery_ratio,
+    second_order_step,
     split_weight,
     velocity,
     warp_time,
@@ -131,6 +132,40 @@ def test_targets_stay_on_the_simplex_whatever_the_derivative():
     by_hand = log_d.exp() / recovery_ratio(logits.softmax(-1), df, s, t).clamp(min=0.05)
     torch.testing.assert_close(target, by_hand / by_hand.sum(-1, keepdim=True))
     assert (recovery_ratio(logits.softmax(-1), df, s, t) < 0).any()  # where the bound is needed
+
+
+def test_the_second_order_step_is_exact_for_a_denoiser_that_moves_evenly():
+    """psi_{s,t} = int w(u) D_u du by quadrature, with D_u a straight line through D_r and D_s."""
+    r, s, t = (torch.tensor(time, dtype=torch.float64) for time in (0.1, 0.25, 0.7))
+    d_r, d_s = (torch.randn(3, 4, generator=torch.Generator().manual_seed(k)).double() for k in (0, 1))
+    edges = torch.linspace(0, 1, 20001).double()
+    u = s + (t - s) * (edges[1:] + edges[:-1]) / 2
+    w = (1 - s) * (1 - t) / ((t - s) * (1 - u) ** 2) * (t - s) / 20000
+    line = d_s + ((u - s) / (s - r)).view(-1, 1, 1) * (d_s - d_r)
+    truth = (w.view(-1, 1, 1) * line).sum(0)
+    torch.testing.assert_close(second_order_step(d_s, d_r, r, s, t), truth, atol=1e-7, rtol=0)
+    torch.testing.assert_close(second_order_step(d_s, d_s, r, s, t), d_s)
+    assert second_order_step(d_s, d_r, r, s, torch.ones_like(s)).isfinite().all()
+
+
+def test_second_order_steps_end_nearer_to_the_flow_and_halving_them_quarters_the_error(points):
+    z, s, _, t = points
+    end, _ = integrate(z, s, t)
+
+    def error(steps, order):
+        point, before = z, None
+        for k in range(steps):
+            here, then = (s + (t - s) * n / steps for n in (k, k + 1))
+            d = posterior(point, here)
+            earlier = s + (t - s) * (k - 1) / steps
+            bent = order == 2 and before is not None
+            psi = second_order_step(d, before, each(earlier), each(here), each(then)) if bent else d
+            point, before = flow_map(point, psi @ WORDS, each(here), each(then)), d
+        return (point - end).abs().max().item()
+
+    assert error(64, 2) / error(128, 2) == pytest.approx(4, rel=0.2)
+    assert error(64, 1) / error(128, 1) == pytest.approx(2, rel=0.2)  # Euler
+    assert error(16, 2) < error(64, 1)
 
 
 def test_split_weights_at_the_ends():

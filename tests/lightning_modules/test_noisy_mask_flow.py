@@ -2,39 +2,15 @@
 
 import pytest
 import torch
+from helpers_noisy_mask import ALL, build, stir
 from helpers_trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.noisy_mask_flow import STAGES, NoisyMaskFlowModule
 from lightning_modules.stages import Stages
-from models.decoding.noisy_mask import NoisyMaskDecoder, follow_flow
 from models.functional.errors import UsageError
-from models.objectives.endpoint_pairs import EndpointPairs
 from models.objectives.noisy_mask import adapt_to_noise, hide_response, match_flow_map, noisy_point
-
-ALL = {"adapt": {"share": 0.4, "lr": 1e-2}, "flow": {"share": 0.3, "lr": 1e-2}, "polish": {"share": 0.3, "lr": 1e-2}}
-
-
-def build(tiny_llada, data, **options):
-    torch.manual_seed(0)
-    ids = data.tokenizer
-    teacher = tiny_llada(
-        len(ids), mask_token_id=ids.mask_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id
-    )
-    settings = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4, "stages": ALL, "ode_steps": 2}
-    settings |= {"forwards": (1, 2), "student_forwards": (1, 2), "ode_forwards": (2,), "pair_reuse": 2}
-    return NoisyMaskFlowModule(teacher, **(settings | options))
-
-
-def stir(module, size=0.3):
-    """Move the student away from its start, where much is zero."""
-    with torch.no_grad():
-        for p in module.student.parameters():
-            if p.requires_grad:
-                p.add_(size * torch.randn_like(p))
-    module.student.soft_prompt.project_()
 
 
 def test_steps_are_cut_among_the_stages():
@@ -206,52 +182,6 @@ def test_derivatives_by_forward_ad_and_by_differences_give_the_same_loss(tiny_ll
     assert abs(losses[0] - psd) > 1e-2 * psd  # another target
 
 
-def test_pairs_are_the_ends_of_their_own_noise_and_are_used_again(tiny_llada, tiny_oracle):
-    module = build(tiny_llada, tiny_oracle)
-    stir(module)
-    student, batches = module.student, iter(tiny_oracle.train_dataloader())
-    pairs, draw = EndpointPairs(ode_steps=3, reuse=2, window=2), torch.Generator().manual_seed(0)
-    seen = [pairs.draw(student, student, next(batches), draw) for _ in range(6)]
-    assert len(pairs.pool) == 2
-    for z0, masked, attention_mask, tokens in seen:
-        end = follow_flow(student, (z0, masked, attention_mask), forwards=3, step="ode")
-        assert torch.equal(end[masked], tokens[masked])
-    control = EndpointPairs(coupling="independent")
-    batch = next(batches)
-    assert torch.equal(control.draw(student, student, batch, draw)[3], batch["input_ids"])
-
-
-def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_llada):
-    """The control: trained on pairs whose noise says nothing about the text, one forward says hardly more than one text."""
-    sizes = {"train_rows": 2048, "val_rows": 16, "test_rows": 512, "batch_size": 64, "eval_batch_size": 512}
-    data = OracleDataModule(size="tiny", reveal_all=0, reveal_part=0, **sizes)
-    data.setup()
-    rows, entropy = data.rows["test"].columns, {}
-    lr = {"lr": 5e-3}
-    stages = {"adapt": {"share": 0.5, **lr}, "flow": {"share": 0, **lr}, "polish": {"share": 0.5, **lr}}
-    for coupling in ("flow", "independent"):
-        options = {"stages": stages, "ode_steps": 8, "keep_share": 0.0, "observed_share": 0.0, "teacher_weight": 0.0}
-        ids = data.tokenizer
-        torch.manual_seed(0)
-        teacher = tiny_llada(
-            len(ids),
-            mask_token_id=ids.mask_token_id,
-            eos_token_id=1,
-            pad_token_id=0,
-            hidden_size=32,
-            intermediate_size=64,
-        )
-        module = NoisyMaskFlowModule(
-            teacher, coupling=coupling, sigma=3.0, prompt_length=2, prompt_hidden_size=16, prompt_rank=4, **options
-        )
-        quiet_trainer(300).fit(module, data)
-        said = NoisyMaskDecoder(module.student, 1)(rows, torch.Generator().manual_seed(0))
-        entropy[coupling] = data.scorer(rows, said).entropy
-    truth = data.distribution.entropy(rows["reveal"][:1]).item()
-    assert entropy["flow"] > 0.6 * truth
-    assert entropy["independent"] < 0.5 * truth
-
-
 def test_the_denoisers_row_is_the_frozen_denoiser_and_not_the_student(tiny_llada, tiny_oracle):
     module = build(tiny_llada, tiny_oracle)
     quiet_trainer(10).fit(module, tiny_oracle)
@@ -324,7 +254,7 @@ def test_decoders_are_named_and_answer(tiny_llada, tiny_oracle):
     "option",
     [{"target": "up"}, {"few_step": "far"}, {"adapter": "x"}, {"coupling": "none"}, {"growth": 2.0}, {"meanflow_until": 1.0},
      {"pair_reuse": 0}, {"sigma": -1.0}, {"teacher_remasking": "x"}, {"promote": 0.3}, {"diagonal_share": -0.5},
-     {"keep_share": 1.0}],
+     {"interval_share": 1.5}],
 )  # fmt: skip
 def test_unknown_options_are_named(tiny_llada, tiny_oracle, option):
     with pytest.raises(UsageError, match=rf"module\.{next(iter(option))}="):
