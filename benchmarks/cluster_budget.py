@@ -22,7 +22,7 @@ GATHERS = {
     "noisy mask, adapt": (3, 0, 2),
     "noisy mask, flow (psd)": (5, 0, 2),
     "noisy mask, flow (meanflow)": (7, 1, 3),
-    "noisy mask, polish (psd)": (10, 0, 3),  # 16 forwards for every fourth batch's pairs
+    "noisy mask, polish": (3.25, 0, 1.25),  # every fourth step: 8 forwards for its pairs, and one more of its own
     "logit flow": (3, 1, 2),
     "step halving": (3, 0, 1),
 }

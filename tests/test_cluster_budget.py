@@ -35,7 +35,7 @@ def test_parameters_are_those_of_the_model():
         ("noisy mask, adapt", "adapt"),
         ("noisy mask, flow (psd)", "flow"),
         ("noisy mask, flow (meanflow)", "flow"),
-        ("noisy mask, polish (psd)", "polish"),
+        ("noisy mask, polish", "polish"),
         ("logit flow", None),
         ("step halving", "to_2"),
     ],
