@@ -44,8 +44,9 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     target: psd | meanflow (with derivatives) for intervals that end by meanflow_until, psd beyond; rho_min bounds it.
     diagonal_share, endpoint_share: rows with s = t, and from s = 0 to the widest end. growth: the share of the flow stage
         after which intervals may span all of [0, 1]. weighted: gap weights, see `gap_weight`.
-    ode_steps, pair_reuse, pair_window, coupling: see `EndpointPairs`. interval_share: weight of the flow's other intervals
-        (`FlowIntervals`) in the polishing steps that make pairs: what more than one forward is learned from.
+    ode_steps, pair_reuse, pair_window, coupling: see `EndpointPairs`. interval_share: rows of a
+        polishing step that makes pairs by following flows, which learn intervals of these (`FlowIntervals`) in the place of
+        endpoints: what more than one forward is learned from.
     student_forwards: the student's rows in the table; ode_forwards: rows of the denoiser's flow, which one forward imitates.
     """
 
@@ -78,7 +79,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         pair_reuse: int = 4,
         pair_window: int = 16,
         coupling: Coupling = "flow",
-        interval_share: float = 0.5,
+        interval_share: float = 0.75,
         average_decay: float = 0.99,
         weight_decay: float = 0.0,
         forwards: tuple[int, ...] = (1, 2, 4, 8, 16),
@@ -92,12 +93,14 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     ) -> None:
         require_choice("module.target", target, get_args(FlowTarget))
         require_choice("module.jvp_backend", jvp_backend, get_args(JvpBackend))
-        require_shares(growth=growth, observed_share=observed_share, interval_share=interval_share)
+        require_shares(growth=growth, observed_share=observed_share)
         require_shares(diagonal_share=diagonal_share, endpoint_share=endpoint_share, together=True)
-        if teacher_weight < 0 or rho_min <= 0:
+        if not 0 <= interval_share < 1 or teacher_weight < 0 or rho_min <= 0:
             raise UsageError(
-                f"module.teacher_weight={teacher_weight} must be at least 0 and module.rho_min={rho_min} above 0"
+                f"module.interval_share={interval_share} must be at least 0 and below 1, "
+                f"module.teacher_weight={teacher_weight} at least 0 and module.rho_min={rho_min} above 0"
             )
+        require_choice("module.few_step", few_step, ("chain", "renoise"))
         require_flow_options(few_step, promote, (*student_forwards, *ode_forwards))
         if not 0 < meanflow_until < 1:
             raise UsageError(
@@ -130,7 +133,13 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
             "jvp_backend": jvp_backend,
             "jvp_step": jvp_step,
         }
-        self.pairs = EndpointPairs(ode_steps=ode_steps, reuse=pair_reuse, window=pair_window, coupling=coupling)
+        self.pairs = EndpointPairs(
+            ode_steps=ode_steps,
+            reuse=pair_reuse,
+            window=pair_window,
+            coupling=coupling,
+            observed_share=observed_share,
+        )
         self.student_forwards, self.ode_forwards = tuple(student_forwards), tuple(ode_forwards)
         self.few_step, self.promote = few_step, promote
         self.denoiser: dict[str, Tensor] = {}
@@ -164,15 +173,16 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         return match_flow_map(self.student, *networks, batch, generator, widest=widest, **self.flow_options)
 
     def _polish(self, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
+        rows = len(batch["input_ids"])
+        n = min(round(self.interval_share * rows), rows - 1)
         # 1. pairs of noise and the text where its flow ends
-        pairs = self.pairs.draw(self.student, self.network(self.denoiser), batch, generator)
-        terms = polish_endpoint(self.student, *pairs)
-        if self.pairs.intervals is None or self.interval_share == 0:
-            return terms
-        # 2. other intervals of the flows that were followed for fresh pairs
-        on_the_way = match_intervals(self.student, self.pairs.intervals)
-        loss = (1 - self.interval_share) * terms.loss + self.interval_share * on_the_way.loss
-        return Terms(loss, terms.raw | on_the_way.raw)
+        pairs, intervals = self.pairs.draw(self.student, self.network(self.denoiser), batch, generator, n)
+        if intervals is None:
+            return polish_endpoint(self.student, *pairs)
+        # 2. where flows were followed for fresh pairs, most rows learn what was on the way
+        on_the_way = match_intervals(self.student, intervals)
+        terms = polish_endpoint(self.student, *(column[n:] for column in pairs))
+        return Terms((1 - n / rows) * terms.loss + n / rows * on_the_way.loss, terms.raw | on_the_way.raw)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The average's denoising loss on held-out rows, whatever the stage: it must not get worse after `adapt`."""

@@ -13,7 +13,7 @@ def build(tiny_llada, data, **options):
     teacher = tiny_llada(
         len(ids), mask_token_id=ids.mask_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id
     )
-    settings = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4, "stages": ALL, "ode_steps": 2}
+    settings = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4, "stages": ALL, "ode_steps": 4}
     settings |= {"forwards": (1, 2), "student_forwards": (1, 2), "ode_forwards": (2,), "pair_reuse": 2}
     return NoisyMaskFlowModule(teacher, **(settings | options))
 

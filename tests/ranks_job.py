@@ -74,7 +74,7 @@ def causal(data: Any, **options: Any) -> torch.nn.Module:
 
 
 def noisy_mask(data: Any, **options: Any) -> LightningModule:
-    settings = {"stages": STAGES, "ode_steps": 2, "pair_reuse": 1, **SMALL}
+    settings = {"stages": STAGES, "ode_steps": 4, "pair_reuse": 2, **SMALL}
     return NoisyMaskFlowModule(teacher(data), **(settings | options))
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import one_hot
 
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.decoding.decoder import Watch
@@ -64,9 +65,11 @@ def follow_flow(
       `ode`: second-order steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward is trained to reproduce.
     promote: positions whose distribution has this much on one token become clean text for the forwards that follow.
     network: another evaluation than `student` itself, such as a snapshot of its weights. watch: called with the tokens
-    (B, L) after each of them. path: with step=ode, called with every step on the way; the last one's ψ is D.
+    (B, L) after each of them. path: with step=ode, called with every step on the way; the last one's ψ_{s,1} is its tokens.
     """
     require_flow_options(step, promote, (forwards,))
+    if path is not None and (step != "ode" or promote is not None):
+        raise ValueError("a path is that of step=ode, with the same positions masked all along")
     network = network or student
     z, masked, attention_mask = begin
     tokens = torch.zeros(masked.shape, dtype=torch.long, device=z.device)
@@ -82,12 +85,12 @@ def follow_flow(
         tokens[masked] = psi.argmax(-1)
         if watch is not None:
             watch(tokens.clone())
-        jump = psi
-        if step == "ode" and before is not None and k + 1 < forwards:
+        last, jump = k + 1 == forwards, psi
+        if before is not None and not last:
             jump = second_order_step(psi, before, grid[k - 1 : k], s, t)
         if path is not None:
-            path(FlowStep(z, s, t, psi, jump))
-        if k + 1 == forwards:
+            path(FlowStep(z, s, t, psi, one_hot(tokens[masked], psi.shape[-1]).to(psi.dtype) if last else jump))
+        if last:
             break
         # 2. move the masked positions to t
         if step == "renoise":
@@ -95,13 +98,14 @@ def follow_flow(
             moved = z.clone()
             moved[masked] = line_point(fresh, student.expected(psi), t).to(z.dtype)
         else:
-            moved, before = student.move(z, masked, jump, s, t), psi
+            moved = student.move(z, masked, jump, s, t)
+        before = psi if step == "ode" else None
         # 3. sure positions become text
         if promote is not None:
             sure = torch.zeros_like(masked)
             sure[masked] = psi.max(-1).values >= promote
             moved = torch.where(sure.unsqueeze(-1), student.base.embed(tokens), moved)
-            before = before if before is None else before[~sure[masked]]
+            before = None if bool(sure.any()) else before  # D has changed for another reason than the flow
             masked = masked & ~sure
         z = moved
     return tokens

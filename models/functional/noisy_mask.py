@@ -70,13 +70,14 @@ def second_order_step(d_s: Tensor, d_r: Tensor, r: Tensor, s: Tensor, t: Tensor)
 
     With D_u = D_s + (u - s)(D_s - D_r)/(s - r) the integral of ψ is D_s + c (D_s - D_r),
     c = (1 - s) [(t - s) + (1 - t) log((1 - t)/(1 - s))] / ((t - s)(s - r)).
-    d_s, d_r (..., V); times (...). The rows sum to 1, and may leave the simplex a little. An Adams-Bashforth method for the
-    exponential integrator that `flow_map` is (Zhang & Chen, Fast sampling of diffusion models with exponential
-    integrator, 2023; Lu et al., DPM-Solver++, 2022).
+    d_s, d_r (..., V) distributions; times (...). Where the line leaves the simplex the result is put back on it: words that
+    D has given up would go on to less than nothing. An Adams-Bashforth method for the exponential integrator that `flow_map`
+    is (Zhang & Chen, Fast sampling of diffusion models with exponential integrator, 2023; Lu et al., DPM-Solver++, 2022).
     """
-    bent = (t - s) + torch.xlogy(1 - t, (1 - t) / (1 - s))
-    c = (1 - s) * bent / ((t - s) * (s - r))
-    return d_s + c.unsqueeze(-1) * (d_s - d_r)
+    rest = torch.where(t < 1, (1 - t) * torch.log1p(-((t - s) / (1 - s)).clamp(max=1 - torch.finfo(t.dtype).eps)), 0.0)
+    c = (1 - s) * ((t - s) + rest) / ((t - s) * (s - r))
+    psi = (d_s + c.unsqueeze(-1) * (d_s - d_r)).clamp(min=0)
+    return psi / psi.sum(-1, keepdim=True)
 
 
 def recovery_ratio(psi: Tensor, logit_derivative: Tensor, s: Tensor, t: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Exact pieces of a flow that is being followed: of each row one interval [s, t], where it begins and what ψ_{s,t} was.
+"""Pieces of a flow that is being followed: of each row one interval [s, t], where it begins and what ψ_{s,t} was.
 
 Following the denoiser's flow from noise to text costs a forward for each step. The same forwards tell ψ of every interval of
-the grid: ψ_{s,t} is the sum of its steps' ψ with the weights of `split_weight`, so that a student can learn its whole flow
-map, and not the endpoint alone, from what the endpoint costs.
+the grid, as its steps found it: ψ_{s,t} is the sum of the steps' ψ with the weights of `split_weight`. So a student can learn
+its whole flow map, and not the endpoint alone, from what the endpoint costs.
 Legend: B batch, L length, M masked positions, D width, V vocabulary. Times are data times, s <= t, 1 = clean text.
 """
 
@@ -26,39 +26,42 @@ class Intervals(NamedTuple):
 
 
 class FlowIntervals:
-    """Give it to `follow_flow` as `path`; afterwards `result` has the intervals.
+    """Give it to `follow_flow` as `path`; afterwards `result` has an interval of each of the first `rows` rows.
 
-    Half of the rows begin at s = 0, the others at any step of the grid; they end at the same step (ψ_{s,s} = D_s) or at any
-    later one, up to t = 1.
+    Half of them begin at s = 0, the others at any step of the grid; they end at the same step (ψ_{s,s} = D_s) or at any
+    later one, up to t = 1, where ψ_{s,1} is the text.
     """
 
-    def __init__(self, begin: NoisyRows, forwards: int, generator: Generator) -> None:
-        n, device = len(begin.z), begin.z.device
-        at_start, place, length = torch.rand(3, n, generator=generator, device=device)
+    def __init__(self, begin: NoisyRows, rows: int, forwards: int, generator: Generator) -> None:
+        self.begin = NoisyRows(*(column[:rows] for column in begin))
+        device = begin.z.device
+        at_start, place, length = torch.rand(3, rows, generator=generator, device=device)
         self.first = torch.where(at_start < 0.5, 0, (place * forwards).long())
         self.last = self.first + (length * (forwards - self.first + 1)).long()
-        self.begin, self.row, self.step = begin, row_of_masked(begin.masked), 0
-        self.z, self.psi = begin.z.clone(), torch.zeros(())
-        self.s, self.t = torch.zeros(n, device=device), torch.zeros(n, device=device)
+        self.row, self.step = row_of_masked(self.begin.masked), 0
+        self.z, self.psi = self.begin.z.clone(), torch.empty(0, device=device)
+        self.s, self.t = torch.zeros(rows, device=device), torch.zeros(rows, device=device)
 
     def __call__(self, now: FlowStep) -> None:
+        if self.step == 0:
+            self.psi = torch.zeros_like(now.psi[: len(self.row)])
         # 1. rows that begin here: an interval without length has ψ = D
         begins, point = self.first == self.step, self.first == self.last
-        self.z[begins] = now.z[begins]
-        self.s = torch.where(begins, now.s, self.s)
-        begun = torch.where(point[self.row].unsqueeze(-1), now.d, now.psi)
+        self.z[begins] = now.z[: len(self.first)][begins]
+        self._put(begins & point, now.s, now.s, now.d)
+        self._put(begins & ~point, now.s, now.t, now.psi)
         # 2. rows that go on: one step more
-        inside = (self.first < self.step) & (self.step < self.last)
-        a = split_weight(self.s, now.s.expand_as(self.s), now.t.expand_as(self.s))[self.row].unsqueeze(-1)
-        longer = a * self.psi + (1 - a) * now.psi
-        # 3. the others stay as they are
-        self.psi = torch.where(inside[self.row].unsqueeze(-1), longer, self.psi)
-        self.psi = torch.where(begins[self.row].unsqueeze(-1), begun, self.psi)
-        self.t = torch.where(inside | (begins & ~point), now.t, torch.where(begins, now.s, self.t))
+        on = (self.first < self.step) & (self.step < self.last)
+        here = on[self.row].nonzero().squeeze(-1)
+        a = split_weight(self.s, now.s.expand_as(self.s), now.t.expand_as(self.s))[self.row[here]].unsqueeze(-1)
+        self.psi[here] = a * self.psi[here] + (1 - a) * now.psi[here]
+        self.t[on] = now.t
         self.step += 1
+
+    def _put(self, rows: Tensor, s: Tensor, t: Tensor, psi: Tensor) -> None:
+        here = rows[self.row].nonzero().squeeze(-1)
+        self.s[rows], self.t[rows], self.psi[here] = s, t, psi[here]
 
     @property
     def result(self) -> Intervals:
-        """Second-order steps may leave the simplex a little: ψ is put back on it."""
-        psi = self.psi.clamp(min=0)
-        return Intervals(self.begin._replace(z=self.z), self.s, self.t, psi / psi.sum(-1, keepdim=True))
+        return Intervals(self.begin._replace(z=self.z), self.s, self.t, self.psi)

@@ -210,7 +210,7 @@ def polish_endpoint(
 
 
 def match_intervals(student: NoisyMaskStudent, intervals: Intervals) -> Terms:
-    """KL(ψ_{s,t} of a flow that was followed || ψ_{s,t}) over all masked positions, nats."""
+    """KL(ψ_{s,t} of a flow that was followed || ψ_{s,t}) over all masked positions, nats a position."""
     logits = student(*intervals.points, intervals.s, intervals.t)
     gap = mean_of(distribution_divergence(intervals.psi, logits))
     return Terms(gap, {"interval_gap": gap})

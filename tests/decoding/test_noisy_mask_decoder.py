@@ -74,25 +74,37 @@ def test_many_small_steps_of_a_constant_denoiser_end_where_one_step_does(student
     assert torch.equal(follow_flow(student, begin, forwards=7, step="ode", network=network), once)
 
 
-def test_three_steps_of_the_flow_by_hand(student, rows):
-    """The first is Euler's, the second knows how D moved; what the mask would get is given to the words."""
-    begin = start_rows(student, rows, draw())
+def test_five_steps_of_the_flow_by_hand(tiny_llada, rows):
+    """The first is Euler's, the others know how D has moved since the step before; times are not even."""
+    torch.manual_seed(0)
+    student = NoisyMaskStudent(tiny_llada(), time_center=0.3, prompt_length=3, hidden_size=8, rank=4).eval()
+    torch.nn.init.eye_(student.mask_noise.weight)
+    begin, seen = start_rows(student, rows, draw()), []
+    tokens = follow_flow(student, begin, forwards=5, step="ode", path=seen.append)
     z, masked, attention_mask = begin
-    third = torch.full((5,), 1 / 3)
+    grid = student.warp(torch.linspace(0, 1, 6))
+    with torch.no_grad():
+        before = None
+        for k, now in enumerate(seen):
+            torch.testing.assert_close(now.z, z, atol=1e-6, rtol=0)
+            here, then = grid[k : k + 1], grid[k + 1 : k + 2]
+            logits = student(z, masked, attention_mask, here, here)
+            logits[:, student.base.mask_id] = -1e9
+            psi = d = logits.softmax(-1)
+            if 0 < k < 4:
+                psi = second_order_step(d, before, grid[k - 1 : k], here, then)
+                assert (psi - d).abs().max() > 1e-4
+            z, before = student.move(z, masked, psi, here, then), d
+    assert torch.equal(tokens[masked], d.argmax(-1))
+    assert torch.equal(seen[-1].psi.argmax(-1), d.argmax(-1))
+    assert seen[-1].psi.max(-1).values.eq(1).all()
 
-    def psi(point, s):
-        with torch.no_grad():
-            logits = student(point, masked, attention_mask, s, s)
-        logits[:, student.base.mask_id] = -1e9
-        return logits.softmax(-1)
 
-    first = psi(z, 0 * third)
-    near = student.move(z, masked, first, 0 * third, third)
-    second = psi(near, third)
-    times = (time.expand(int(masked.sum())) for time in (torch.zeros(1), torch.tensor([1 / 3]), torch.tensor([2 / 3])))
-    far = student.move(near, masked, second_order_step(second, first, *times), third, 2 * third)
-    last = psi(far, 2 * third)
-    assert torch.equal(follow_flow(student, begin, forwards=3, step="ode")[masked], last.argmax(-1))
+def test_only_the_flow_itself_has_a_path(student, rows):
+    begin = start_rows(student, rows, draw())
+    for options in ({"step": "chain"}, {"step": "ode", "promote": 0.9}):
+        with pytest.raises(ValueError, match="a path is that of step=ode"):
+            follow_flow(student, begin, forwards=2, path=lambda step: None, **options)
 
 
 @pytest.mark.parametrize("step", ["chain", "ode"])

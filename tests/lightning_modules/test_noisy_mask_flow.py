@@ -254,7 +254,7 @@ def test_decoders_are_named_and_answer(tiny_llada, tiny_oracle):
     "option",
     [{"target": "up"}, {"few_step": "far"}, {"adapter": "x"}, {"coupling": "none"}, {"growth": 2.0}, {"meanflow_until": 1.0},
      {"pair_reuse": 0}, {"sigma": -1.0}, {"teacher_remasking": "x"}, {"promote": 0.3}, {"diagonal_share": -0.5},
-     {"interval_share": 1.5}],
+     {"interval_share": 1.0}, {"few_step": "ode"}],
 )  # fmt: skip
 def test_unknown_options_are_named(tiny_llada, tiny_oracle, option):
     with pytest.raises(UsageError, match=rf"module\.{next(iter(option))}="):

@@ -6,7 +6,7 @@ from helpers_trainer import quiet_trainer
 
 from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.noisy_mask_flow import NoisyMaskFlowModule
-from models.decoding.noisy_mask import NoisyMaskDecoder, follow_flow, start_rows
+from models.decoding.noisy_mask import NoisyMaskDecoder, NoisyRows, follow_flow, start_rows
 from models.objectives.endpoint_pairs import EndpointPairs
 from models.objectives.flow_intervals import FlowIntervals
 from models.objectives.noisy_mask import match_intervals
@@ -19,7 +19,7 @@ def followed(tiny_llada, tiny_oracle, forwards=8):
     student = student.student
     batch = next(iter(tiny_oracle.train_dataloader()))
     begin = start_rows(student, batch, torch.Generator().manual_seed(1))
-    steps, path = [], FlowIntervals(begin, forwards, torch.Generator().manual_seed(2))
+    steps, path = [], FlowIntervals(begin, len(begin.z) - 2, forwards, torch.Generator().manual_seed(2))
 
     def watch(step):
         steps.append(step)
@@ -32,8 +32,8 @@ def followed(tiny_llada, tiny_oracle, forwards=8):
 def test_intervals_say_where_the_flow_went(tiny_llada, tiny_oracle):
     """X_{s,t}(z_s) of an interval's ψ is the point that all its steps led to; the mean of their ψ is not."""
     student, steps, path, tokens = followed(tiny_llada, tiny_oracle)
-    z, masked = path.result.points.z, path.result.points.masked
-    _, s, t, psi = path.result
+    (z, masked, _), s, t, psi = path.result
+    assert len(z) == len(tokens) - 2
     psi_of_steps = torch.stack([step.psi for step in steps])
     for n, (first, last) in enumerate(zip(path.first.tolist(), path.last.tolist(), strict=True)):
         here = (path.row == n).nonzero().squeeze(-1)
@@ -42,12 +42,12 @@ def test_intervals_say_where_the_flow_went(tiny_llada, tiny_oracle):
         assert s[n] == steps[first].s
         assert t[n] == (steps[last].s if last < len(steps) else 1.0)
         if last == first:
-            torch.testing.assert_close(psi[here], steps[first].d[here])
+            assert torch.equal(psi[here], steps[first].d[here])
         elif last == len(steps):
-            assert torch.equal(psi[here].argmax(-1), tokens[n][masked[n]])
+            words = torch.nn.functional.one_hot(tokens[n][masked[n]], psi.shape[-1])
+            assert torch.equal(psi[here], words.float())
         else:
-            raw = path.psi[here]  # before it is put back on the simplex
-            end = student.move(z[one], masked[one], raw, s[one], t[one])
+            end = student.move(z[one], masked[one], psi[here], s[one], t[one])
             torch.testing.assert_close(end[0], steps[last].z[n], atol=1e-5, rtol=0)
             if last - first > 2:
                 mean = student.move(z[one], masked[one], psi_of_steps[first:last, here].mean(0), s[one], t[one])
@@ -56,12 +56,12 @@ def test_intervals_say_where_the_flow_went(tiny_llada, tiny_oracle):
     assert psi.min() >= 0
 
 
-def test_intervals_begin_and_end_everywhere_and_half_of_them_at_the_noise(tiny_llada, tiny_oracle):
+def test_intervals_begin_and_end_everywhere_and_more_than_half_of_them_at_the_noise(tiny_llada, tiny_oracle):
     begin = start_rows(
         build(tiny_llada, tiny_oracle).student, next(iter(tiny_oracle.train_dataloader())), torch.Generator()
     )
     begin = type(begin)(*(column[:1].expand(4000, *column.shape[1:]) for column in begin))
-    path = FlowIntervals(begin, 4, torch.Generator().manual_seed(0))
+    path = FlowIntervals(begin, 4000, 4, torch.Generator().manual_seed(0))
     assert abs((path.first == 0).float().mean() - (0.5 + 0.5 / 4)) < 0.03
     assert set(zip(path.first.tolist(), path.last.tolist(), strict=True)) == {
         (i, j) for i in range(4) for j in range(i, 5)
@@ -85,15 +85,22 @@ def test_pairs_are_the_ends_of_their_own_noise_and_are_used_again(tiny_llada, ti
     module = build(tiny_llada, tiny_oracle)
     stir(module)
     student, batches = module.student, iter(tiny_oracle.train_dataloader())
-    pairs, draw = EndpointPairs(ode_steps=3, reuse=2, window=2), torch.Generator().manual_seed(0)
-    seen = [pairs.draw(student, student, next(batches), draw) for _ in range(6)]
-    assert len(pairs.pool) == 2
-    for z0, masked, attention_mask, tokens in seen:
-        end = follow_flow(student, (z0, masked, attention_mask), forwards=3, step="ode")
+    pairs = EndpointPairs(ode_steps=3, reuse=2, window=2, observed_share=0.5)
+    draw, given = torch.Generator().manual_seed(0), 0
+    for _ in range(6):
+        batch = next(batches)
+        (z0, masked, attention_mask, tokens), intervals = pairs.draw(student, student, batch, draw)
+        assert intervals is None  # none were asked for
+        end = follow_flow(student, NoisyRows(z0, masked, attention_mask), forwards=3, step="ode")
         assert torch.equal(end[masked], tokens[masked])
-    control = EndpointPairs(coupling="independent")
-    batch = next(batches)
-    assert torch.equal(control.draw(student, student, batch, draw)[3], batch["input_ids"])
+        given += int((masked.sum(-1) < tiny_oracle.response_length).sum())
+    assert len(pairs.pool) == 2
+    assert given > 0  # rows with a part of the response that stays
+    control, batch = EndpointPairs(coupling="independent"), next(batches)
+    drawn, intervals = control.draw(student, student, batch, draw, 5)
+    assert intervals is None
+    assert torch.equal(drawn.endpoint, batch["input_ids"])
+    assert torch.equal(drawn.masked, batch["response_mask"])
 
 
 def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_llada):
@@ -133,8 +140,8 @@ def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_ll
     assert entropy["independent"] < 0.5 * truth
 
 
-def test_the_flow_is_learned_from_in_the_steps_that_make_pairs(tiny_llada, tiny_oracle):
-    """Their loss is the weighted mean of both; the other steps have pairs alone."""
+def test_the_way_is_learned_in_the_steps_that_make_pairs(tiny_llada, tiny_oracle):
+    """There a quarter of the rows learns it, and the loss is the mean over rows; the other steps have endpoints alone."""
     module = build(tiny_llada, tiny_oracle, pair_reuse=3, interval_share=0.25)
     stir(module)
     module.denoiser = module.student.trainable()
