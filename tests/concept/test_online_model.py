@@ -5,16 +5,13 @@ import torch
 from helpers_causal import tiny_causal
 from helpers_online import in_float64, naive_logits, padded, ragged, texts, tiny_online
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
 
 from models.backbones.causal_lm import with_adapters
-from models.concept.attention import concepts_first, deep_block_mask
 from models.concept.concept_stack import GATES, Setting
 from models.concept.layer_stack import nested_split
 from models.concept.online_model import OnlineConceptModel
 from models.concept.router import GROWTH
 from models.functional import commit_gates
-from models.functional.commits import deep_mask, pack_commits
 from models.functional.errors import UsageError
 
 HALF = Setting(compression=2.0, quantisation=0.5)
@@ -234,47 +231,6 @@ def test_adapters_and_new_weights_train_alone():
     assert not any(
         name.startswith("stack.shallow") for name, _ in model.named_parameters()
     )  # owned by the backbone alone
-
-
-@pytest.mark.parametrize("split", [[1, 2, 1], [1, [1, 1, 1], 1]])
-def test_blocks_of_the_mask_are_the_mask(split):
-    """FlexAttention over [concepts | tokens], with grouped heads, padding and more than one block of 128."""
-    rows = [texts(rows=1, length=length, seed=length)[0] for length in (150, 131)]
-    ids, valid = padded(rows, left=True)
-    found = {}
-    for attention in ("sdpa", "flex"):
-        model = tiny_online(split, growth="null", attention=attention).float()
-        with torch.no_grad():
-            found[attention] = model.logits(model.read(ids, valid, setting=HALF)[0])[valid]
-    torch.testing.assert_close(found["flex"], found["sdpa"], atol=2e-5, rtol=1e-4)
-    for stack in model.stacks():
-        stack.attention = "sdpa"  # the same function answers for both
-    with torch.no_grad():
-        assert torch.equal(model.logits(model.read(ids, valid, setting=HALF)[0])[valid], found["sdpa"])
-
-
-def test_blocks_keep_documents_apart():
-    ids = texts(rows=2, length=150)
-    documents = torch.arange(150).expand(2, -1) // 60
-    places, found = torch.arange(150).expand(2, -1) % 60, []
-    for attention in ("sdpa", "flex"):
-        model = tiny_online(growth="null", attention=attention).float()
-        with torch.no_grad():
-            found.append(model.read(ids, positions=places, setting=HALF, documents=documents)[0])
-    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
-
-
-def test_concepts_together_leave_blocks_empty():
-    commit = torch.arange(1024).remainder(4).eq(3)[None]
-    packing, valid = pack_commits(commit), torch.ones_like(commit)
-    order = concepts_first(commit)
-    assert order[0, :3].tolist() == [3, 7, 11]
-    mixed = deep_block_mask(commit, packing, valid, torch.arange(1024)[None])
-    apart = deep_block_mask(commit, packing, valid, order)
-    assert apart.sparsity() > mixed.sparsity() + 5  # per cent of the blocks are skipped
-    dense = deep_mask(commit, packing.segment, valid)[0, 0]
-    assert apart.to_dense()[0, 0].sum() < mixed.to_dense()[0, 0].sum()
-    assert dense.sum() == create_mask(apart.mask_mod, 1, 1, 1024, 1024, device="cpu").sum()
 
 
 def test_the_middle_is_as_long_as_the_concepts():

@@ -1,10 +1,9 @@
 """Nothing compressed is the plain model; terms move what they should; rates are held; records, resume, files."""
 
-import json
-
 import pytest
 import torch
-from helpers_causal import PackedStream, packed_batch, tiny_causal
+from helpers_causal import PackedStream, packed_batch
+from helpers_online_module import ALL, PLAIN, body, build, oracle_body
 from helpers_trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,39 +16,10 @@ from lightning_modules.online_concept import OnlineConceptModule
 from lightning_modules.pretrain import PretrainModule
 from models.backbones.causal_lm import save_causal
 from models.concept.concept_stack import Setting
-from models.concept.online_files import load_online, save_online
-from models.concept.online_terms import NAMES, online_terms
+from models.concept.online_terms import online_terms
 from models.concept.router import GROWTH
-from models.functional.errors import UsageError
 from models.functional.next_token import causal_text
 from models.objectives.next_token import NextToken
-
-ALL = dict.fromkeys(NAMES, 1.0)
-PLAIN = {"compression": (1.0, 1.0), "quantisation": (0.0, 0.0), "weights": {"text": 1.0}}
-
-
-def body(vocab_size: int = 7, **options):
-    torch.manual_seed(0)
-    return tiny_causal(vocab_size, num_hidden_layers=3, **options)
-
-
-def build(model=None, **options) -> OnlineConceptModule:
-    torch.manual_seed(0)
-    wanted = {
-        "codes": 8,
-        "most_nulls": 3,
-        "compression": (1.0, 2.0),
-        "weights": ALL,
-        "lr": 3e-3,
-        "warmup_steps": 1,
-        "seed": 7,
-    }
-    return OnlineConceptModule(body() if model is None else model, **(wanted | options))
-
-
-def oracle_body(data):
-    ids = data.special_ids()
-    return body(ids.pop("vocab_size"), **ids)
 
 
 class Rates(Callback):
@@ -280,94 +250,3 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth, sampler):
     assert float(whole.model.stack.router.offset) != 0
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-
-
-@pytest.mark.parametrize(
-    ("lora_rank", "split", "sampler"),
-    [(None, None, "fsq"), (2, None, "gumbel_st"), (None, [1, [1, 1, 1], 1], "ema_vq")],
-)
-def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split, sampler):
-    layers = 5 if split else 3
-    torch.manual_seed(0)
-    base = tiny_causal(7, num_hidden_layers=layers)
-    save_causal(base, tmp_path / "base")
-    base.config._name_or_path = base.name_or_path = str(tmp_path / "base")
-    module = build(base, lora_rank=lora_rank, split=split, growth="autoregressive", sampler=sampler)
-    quiet_trainer(3).fit(module, PackedStream())
-    module.export(tmp_path / "model")
-    ids = packed_batch(2, 10)["input_ids"]
-    again = load_online(tmp_path / "model")
-    with torch.no_grad():
-        assert_close(again(ids), module.model.eval()(ids))
-    assert again.kept_setting() == module.model.kept_setting()
-    description = json.loads((tmp_path / "model" / "online_concepts.json").read_text())
-    assert description["options"].keys() >= {"carry", "pool"}
-    (tmp_path / "model" / "online_concepts.json").write_text(json.dumps({**description, "format": "other"}))
-    with pytest.raises(UsageError, match="is of format 'other'"):
-        load_online(tmp_path / "model")
-
-
-def test_a_folder_of_before_concepts_and_tails_told_each_other_is_read(tmp_path):
-    model = build(carry=False, pool=False).model.eval()
-    save_online(model, tmp_path / "model")
-    path = tmp_path / "model" / "online_concepts.json"
-    description = json.loads(path.read_text())
-    for name in ("carry", "pool"):
-        del description["options"][name]
-    path.write_text(json.dumps(description))
-    ids = packed_batch(2, 10)["input_ids"]
-    with torch.no_grad():
-        assert_close(load_online(tmp_path / "model")(ids), model(ids))
-
-
-def test_a_damaged_file_is_told(tmp_path):
-    model = build().model
-    save_online(model, tmp_path / "model")
-    (tmp_path / "model" / "online_concepts.safetensors").write_bytes(b"half")
-    with pytest.raises(UsageError, match="cannot be read"):
-        load_online(tmp_path / "model")
-
-
-# -- mistakes ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        ({"growth": "often"}, "module.growth=often is not known; type one of"),
-        ({"sampler": "draws"}, "module.sampler=draws is not known; type one of"),
-        ({"codes": 22, "sampler": "fsq"}, "module.codes=22 cannot be shared out among levels of 2 to 8"),
-        ({"code_decay": 1.0}, "module.code_decay=1.0 must be at least 0 and less than 1"),
-        ({"gate_every": 0}, "module.gate_every=0 must be at least 1"),
-        ({"gate": "soft"}, "module.gate=soft is not known; type one of"),
-        ({"codes": 1}, "module.codes=1 must be at least 2"),
-        ({"most_nulls": 0}, "module.most_nulls=0 must be at least 1"),
-        ({"compression": (0.5, 2.0)}, "module.compression=[0.5, 2.0] must be"),
-        ({"compression": (1.0, 8.0)}, "without a concept than module.most_nulls=3; type module.most_nulls=16"),
-        ({"quantisation": (0.0, 2.0)}, "module.quantisation=[0.0, 2.0] must be"),
-        ({"noise": (1.0,)}, "module.noise=[1.0] must be"),
-        ({"anneal_share": 2.0}, "module.anneal_share=2.0"),
-        ({"weights": {"texts": 1.0}}, "module.weights.texts is not known; the terms are text"),
-        ({"weights": {"ratio": 1.0}}, "module.weights.text must be above 0"),
-        ({"weights": {"text": -1.0}}, "module.weights.text=-1.0 must be at least 0"),
-        ({"baseline": "nowhere"}, "module.baseline=nowhere is no folder"),
-        ({"split": [2, 2, 2]}, "has 6 layers, the model 3"),
-        ({"levels": 0}, "module.levels=0"),
-    ],
-)
-def test_mistakes_get_a_sentence(options, part):
-    with pytest.raises(UsageError) as found:
-        build(**options)
-    assert part in str(found.value)
-
-
-def test_a_baseline_of_another_vocabulary_is_refused(tmp_path):
-    save_causal(body(9), tmp_path / "base")
-    with pytest.raises(UsageError, match="has 9 tokens, this model 7"):
-        quiet_trainer(1).test(build(baseline=str(tmp_path / "base")), PackedStream(), verbose=False)
-
-
-def test_entropy_needs_words():
-    torch.manual_seed(0)
-    with pytest.raises(UsageError, match=r"module.growth=entropy needs words"):
-        build(tiny_causal(7, num_hidden_layers=5), growth="entropy", split=[1, [1, 1, 1], 1])

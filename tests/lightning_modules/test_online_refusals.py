@@ -1,0 +1,52 @@
+"""Options of `OnlineConceptModule` that do not fit, and in which words they are refused."""
+
+import pytest
+import torch
+from helpers_causal import PackedStream, tiny_causal
+from helpers_online_module import body, build
+from helpers_trainer import quiet_trainer
+
+from models.backbones.causal_lm import save_causal
+from models.functional.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"growth": "often"}, "module.growth=often is not known; type one of"),
+        ({"sampler": "draws"}, "module.sampler=draws is not known; type one of"),
+        ({"codes": 22, "sampler": "fsq"}, "module.codes=22 cannot be shared out among levels of 2 to 8"),
+        ({"code_decay": 1.0}, "module.code_decay=1.0 must be at least 0 and less than 1"),
+        ({"gate_every": 0}, "module.gate_every=0 must be at least 1"),
+        ({"gate": "soft"}, "module.gate=soft is not known; type one of"),
+        ({"codes": 1}, "module.codes=1 must be at least 2"),
+        ({"most_nulls": 0}, "module.most_nulls=0 must be at least 1"),
+        ({"compression": (0.5, 2.0)}, "module.compression=[0.5, 2.0] must be"),
+        ({"compression": (1.0, 8.0)}, "without a concept than module.most_nulls=3; type module.most_nulls=16"),
+        ({"quantisation": (0.0, 2.0)}, "module.quantisation=[0.0, 2.0] must be"),
+        ({"noise": (1.0,)}, "module.noise=[1.0] must be"),
+        ({"anneal_share": 2.0}, "module.anneal_share=2.0"),
+        ({"weights": {"texts": 1.0}}, "module.weights.texts is not known; the terms are text"),
+        ({"weights": {"ratio": 1.0}}, "module.weights.text must be above 0"),
+        ({"weights": {"text": -1.0}}, "module.weights.text=-1.0 must be at least 0"),
+        ({"baseline": "nowhere"}, "module.baseline=nowhere is no folder"),
+        ({"split": [2, 2, 2]}, "has 6 layers, the model 3"),
+        ({"levels": 0}, "module.levels=0"),
+    ],
+)
+def test_mistakes_get_a_sentence(options, part):
+    with pytest.raises(UsageError) as found:
+        build(**options)
+    assert part in str(found.value)
+
+
+def test_a_baseline_of_another_vocabulary_is_refused(tmp_path):
+    save_causal(body(9), tmp_path / "base")
+    with pytest.raises(UsageError, match="has 9 tokens, this model 7"):
+        quiet_trainer(1).test(build(baseline=str(tmp_path / "base")), PackedStream(), verbose=False)
+
+
+def test_entropy_needs_words():
+    torch.manual_seed(0)
+    with pytest.raises(UsageError, match=r"module.growth=entropy needs words"):
+        build(tiny_causal(7, num_hidden_layers=5), growth="entropy", split=[1, [1, 1, 1], 1])
