@@ -50,6 +50,10 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     ask = ["mode=generate", "prompt='who=anna'"]
     assert answer(configure(*short, *ask), capsys) == answer(configure(*short, *ask, "stream=true"), capsys)
     modes.test(configure(*short, "mode=test", place))
+    other = ["ckpt_path=last", "data.reveal_all=0", f"paths.run_dir={tmp_path}/out/meanflow_llada/fourth"]
+    capsys.readouterr()
+    modes.test(configure(*short, "mode=test", *other))
+    assert "training it now" not in capsys.readouterr().out  # it has the checkpoint's teacher, whatever it is tested on
     modes.report(configure("mode=report"))
     assert "resampling floor" in capsys.readouterr().out
     assert (tmp_path / "out" / "report" / "frontier.png").exists()

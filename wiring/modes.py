@@ -14,9 +14,9 @@ from callbacks.gather import report_frontier
 from callbacks.hparams import headline
 from callbacks.sweep import read_sweeps, report_sweep
 from lightning_modules.locks import alone_in
-from lightning_modules.run_files import newest_student
+from lightning_modules.run_files import find_checkpoint, newest_student
 from lightning_modules.trained import fill_from_checkpoint
-from models.backbones.student_files import load_student
+from models.backbones.student_files import load_student, read_student
 from models.functional.errors import UsageError
 from wiring.build import build, run_dir, runs_of, teacher_of
 from wiring.generate import generate
@@ -85,8 +85,8 @@ def test(cfg: DictConfig) -> None:
             cfg.ckpt_path = "last"
         else:
             cfg.student_path = str(newest_student(runs_of(cfg)))
-    if cfg.student_path is not None and cfg.teacher is not None:
-        cfg.teacher.path = teacher_of(cfg, cfg.student_path)
+    if cfg.teacher is not None:
+        cfg.teacher.path = teacher_of(cfg, cfg.student_path or _student_beside(cfg))
     module, trainer, datamodule = build(cfg)
     if cfg.ckpt_path is not None:
         trainer.test(module, datamodule, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
@@ -95,6 +95,16 @@ def test(cfg: DictConfig) -> None:
             module.student = load_student(cfg.student_path, module.teacher.cpu())
         trainer.test(module, datamodule, verbose=False)
     _say_where_things_are(cfg)
+
+
+def _student_beside(cfg: DictConfig) -> Path | None:
+    """The student that the run of ckpt_path= has left, if the teacher in its notes is still there.
+
+    Other test data then need no other teacher; without one the options' own is trained again.
+    """
+    folder = find_checkpoint(runs_of(cfg), cfg.ckpt_path).parent.parent / "student"
+    teacher = read_student(folder)["notes"].get("teacher") if folder.is_dir() else None
+    return folder if teacher and Path(teacher).is_dir() else None
 
 
 def export(cfg: DictConfig) -> None:
