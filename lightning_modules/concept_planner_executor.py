@@ -92,7 +92,8 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         vocabulary = ConceptVocabulary(types, model.get_input_embeddings().num_embeddings)
         if lora_rank is not None:
             model = with_adapters(model, lora_rank)
-        self.model = UnifiedModel(model, vocabulary, sampler)
+        self.named = tuple(signals or ()) if signal_codes else ()
+        self.model = UnifiedModel(model, vocabulary, sampler, self.named)
         planning = {"prior": "sequential", "posterior": "sequential"} | dict(planning or {})
         self.planner, self.executor = Planner(self.model, planning["prior"]), Executor(self.model)
         self.posterior = Planner(self.model, planning["posterior"], self.model.quantiser)
@@ -146,7 +147,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         return self.refuse_nan(loss)
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
-        options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota}
+        options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota, "named": self.named}
         return plan_terms(plan, prior_logits, self.model.vocabulary, **options)
 
     def _prior_logits(self, batch: dict[str, Tensor], choices: Tensor) -> Tensor:

@@ -101,19 +101,25 @@ class PlanTraining:
         quantiser = self.model.quantiser
         if quantiser is None:
             return self.posterior.draw(*self._whole(batch), relaxed(generator, temperature, noise))
-        coder = Coder(quantiser, self._quantised_share() if self.training else 1.0)
+        if not self.training:
+            return self._most_probable(batch)
+        # codes that are known are taught as they are: executor and prior never learn from what the posterior misread
+        numbers = {} if self.told is None else self.told.numbers(self.trainer.datamodule.signals(batch))
+        coder = Coder(quantiser, self._quantised_share(), numbers)
         plan = self.posterior.draw(*self._whole(batch), coder)
-        if self.training and quantiser.moving:
-            self._move_codes(quantiser, coder.points, batch)
+        if quantiser.moving:
+            self._move_codes(quantiser, coder.points, numbers)
         return plan
 
     def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
         quantiser = self.model.quantiser
         return self.posterior.draw(*self._whole(batch), greedy if quantiser is None else Coder(quantiser))
 
-    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor], batch: dict[str, Tensor]) -> None:
-        """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
-        numbers = {} if self.told is None else self.told.numbers(self.trainer.datamodule.signals(batch))
+    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor], numbers: dict[int, Tensor]) -> None:
+        """After a batch, on all ranks alike; anew at the first step and where quantising begins.
+
+        numbers: the codes of the points, of slots where they are known.
+        """
         points, numbers = ({slot: self.in_row_order(own) for slot, own in of.items()} for of in (points, numbers))
         begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
         begin = self.global_step in (0, begins)

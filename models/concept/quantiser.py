@@ -5,11 +5,12 @@ Legend: B batch, D width, V codes of a type, W choices of a slot, d coordinates.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import one_hot
 
 from models.concept.vocabulary import IMPOSSIBLE, ConceptVocabulary
 from models.functional.errors import UsageError, require_choice
@@ -48,10 +49,13 @@ class Coded(NamedTuple):
 class CodeSpace(nn.Module):
     """Points and `codes` codes, such as those of one type; the buffer `codes` (V, d) says where they lie.
 
-    spread: of fresh embeddings. option: what sets the number of codes, for a number that makes no lattice.
+    spread: of fresh embeddings. option: what sets the number of codes, for a number that makes no lattice. named: each code
+    has an embedding of its own, which learns as words' do, in the place of its place in the space.
     """
 
-    def __init__(self, codes: int, width: int, spread: float, sampler: str, option: str) -> None:
+    def __init__(
+        self, codes: int, width: int, spread: float, sampler: str, option: str, *, named: bool = False
+    ) -> None:
         super().__init__()
         self.moving = sampler == "ema_vq"
         if self.moving:
@@ -62,9 +66,14 @@ class CodeSpace(nn.Module):
             self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
         coordinates = places.shape[1]
         self.to_point = nn.Linear(width, coordinates, bias=False)
-        self.to_embedding = nn.Linear(coordinates, width, bias=False)
+        self.named = named
         nn.init.normal_(self.to_point.weight, std=width**-0.5)
-        nn.init.normal_(self.to_embedding.weight, std=spread / math.sqrt(coordinates))
+        if named:
+            self.rows = nn.Embedding(codes, width)
+            nn.init.normal_(self.rows.weight, std=spread)
+        else:
+            self.to_embedding = nn.Linear(coordinates, width, bias=False)
+            nn.init.normal_(self.to_embedding.weight, std=spread / math.sqrt(coordinates))
         self.register_buffer("codes", places)
         self.register_buffer("counts", torch.zeros(codes))
         self.register_buffer("sums", torch.zeros_like(places))
@@ -77,14 +86,25 @@ class CodeSpace(nn.Module):
         """How near each code is to points (..., d), (..., V)."""
         return at_least_float32(code_logits(point, self.codes))
 
-    def forward(self, state: Tensor, share: float) -> Coded:
-        """share: how far from the point to its code the embedding stands."""
+    def forward(self, state: Tensor, share: float, number: Tensor | None = None) -> Coded:
+        """share: how far from the point to its code the embedding stands. number (B,): the code, -1 for the nearest."""
         point = self.point(state)
         logits = self.logits(point)
         hard = one_hot_argmax(logits)
+        if number is not None:
+            known = one_hot(number.clamp(min=0), len(self.codes)).to(hard.dtype)
+            hard = torch.where((number >= 0).unsqueeze(-1), known, hard)
+        choice = Choice(logits.softmax(-1), hard)
+        if self.named:
+            embeds = hard.to(self.rows.weight.dtype) @ self.rows.weight
+            return Coded(logits, choice, point, embeds, embeds, embeds)
         code = hard.to(point.dtype) @ self.codes
         embeds = (self.to_embedding(place) for place in (quantised(point, code, share), point, code))
-        return Coded(logits, Choice(logits.softmax(-1), hard), point, *embeds)
+        return Coded(logits, choice, point, *embeds)
+
+    def table(self) -> Tensor:
+        """The codes' embeddings (V, D)."""
+        return self.rows.weight if self.named else self.to_embedding(self.codes)
 
     @property
     def book(self) -> Codebook:
@@ -131,9 +151,14 @@ def require_whole_codes(model: nn.Module, precision: str) -> None:
 
 
 class Quantiser(nn.Module):
-    """A `CodeSpace` a type. Types have as many concepts as `most` says: no code stands for an end."""
+    """A `CodeSpace` a type. Types have as many concepts as `most` says: no code stands for an end.
 
-    def __init__(self, sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float) -> None:
+    named: types whose codes have embeddings of their own.
+    """
+
+    def __init__(
+        self, sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float, named: Collection[str] = ()
+    ) -> None:
         super().__init__()
         for t in vocabulary.types:
             if t.least < t.most:
@@ -142,7 +167,8 @@ class Quantiser(nn.Module):
                     "or module.sampler=gumbel_st"
                 )
         self.spaces = nn.ModuleList(
-            CodeSpace(t.codes, width, spread, sampler, f"module.types.{t.name}.codes") for t in vocabulary.types
+            CodeSpace(t.codes, width, spread, sampler, f"module.types.{t.name}.codes", named=t.name in named)
+            for t in vocabulary.types
         )
         self.slot_types = vocabulary.slot_types.tolist()
         self.choices = vocabulary.choices.shape[1]
@@ -178,11 +204,14 @@ class Quantiser(nn.Module):
 
     def embeddings(self) -> Tensor:
         """Embeddings (codes of all types, D), without their types'."""
-        return torch.cat([space.to_embedding(space.codes) for space in self.spaces])
+        return torch.cat([space.table() for space in self.spaces])
 
-    def forward(self, state: Tensor, slot: int, share: float = 1.0) -> Coded:
-        """The choice at a slot from the state (B, D) before it, its logits and weights widened to W choices."""
-        coded = self.spaces[self.slot_types[slot]](state, share)
+    def forward(self, state: Tensor, slot: int, share: float = 1.0, number: Tensor | None = None) -> Coded:
+        """The choice at a slot from the state (B, D) before it, its logits and weights widened to W choices.
+
+        number (B,): of the code where it is known, else -1.
+        """
+        coded = self.spaces[self.slot_types[slot]](state, share, number)
         choice = Choice(*map(self._widened, coded.choice))
         return coded._replace(logits=self._widened(coded.logits, IMPOSSIBLE), choice=choice)
 
@@ -196,7 +225,9 @@ class Quantiser(nn.Module):
         return torch.nn.functional.pad(weights, (1, self.choices - 1 - weights.shape[-1]), value=value)
 
 
-def build_quantiser(sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float) -> Quantiser | None:
+def build_quantiser(
+    sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float, named: Collection[str] = ()
+) -> Quantiser | None:
     """None for `gumbel_st`, whose codes are rows of a table."""
     require_choice("module.sampler", sampler, get_args(Sampler))
-    return None if sampler == "gumbel_st" else Quantiser(sampler, vocabulary, width, spread)
+    return None if sampler == "gumbel_st" else Quantiser(sampler, vocabulary, width, spread, named)

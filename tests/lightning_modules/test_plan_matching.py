@@ -9,6 +9,7 @@ from test_concept_planner_executor import build
 
 from lightning_modules.plan_matching import as_numbers, hungarian_accuracy, match_types, swap_locality
 from lightning_modules.plan_meter import PlanMeter
+from models.concept.quantiser import CodeSpace
 from models.concept.signals import SignalCodes
 from models.concept.vocabulary import ConceptVocabulary
 from models.functional.errors import UsageError
@@ -156,3 +157,57 @@ def test_the_price_of_told_codes_by_hand():
     shares = torch.tensor([[[0.0, 0.5, 0.5], [0.0, 1.0, 0.0], [0.0, 0.75, 0.25]]]).expand(2, -1, -1)
     assert told.log_prob(shares.log(), signals).exp().tolist() == pytest.approx([0.5 * 0.25, 0.5])
     assert sorted(told.numbers(signals)) == [0, 2]
+
+
+def test_codes_that_are_known_are_taught_as_they_are(few_texts):
+    """In training the executor reads the signals' values, where a text gives them, before the posterior can say one of them."""
+    module, read = build(few_texts, weights={"text": 1.0}, signal_codes=True, **SIGNALLED), []
+    way = module._straight_through
+
+    def watched(batch, generator):
+        block, raw = way(batch, generator)
+        read.append((batch, block[0]))
+        return block, raw
+
+    module._straight_through = watched
+    quiet_trainer(1).fit(module, few_texts)
+    batch, ids = read[0]
+    values, vocabulary = few_texts.signals(batch), module.model.vocabulary
+    for k, signal in enumerate(("who", "where", "events")):
+        given = values[signal] >= 0
+        column = module.model.layout.slot_columns[k]
+        assert given.any()
+        assert (ids[given, column] == vocabulary.choices[k][1 + values[signal][given]]).all()
+    said = module.concepts_of(batch) - 1
+    assert (
+        said != torch.stack([values[name] for name in ("who", "where", "events")], -1)
+    ).any()  # the posterior's own are not
+
+
+def test_codes_with_a_name_have_embeddings_that_learn_like_words():
+    """Point (1, 0) lies at code 0; told that it is code 1, its embedding is row 1, and row 1 alone learns from it."""
+    torch.manual_seed(0)
+    space = CodeSpace(2, 3, 1.0, "ema_vq", "module.types.a.codes", named=True)
+    space.codes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    space.to_point = torch.nn.Linear(3, 2, bias=False)
+    space.to_point.weight = torch.nn.Parameter(torch.eye(2, 3))
+    state = torch.tensor([[1.0, 0.0, 5.0]]).expand(3, -1)
+    coded = space(state, 1.0, torch.tensor([1, 0, -1]))
+    assert torch.equal(coded.embeds, space.rows.weight[[1, 0, 0]])
+    assert coded.logits.argmax(-1).tolist() == [0, 0, 0]  # what the posterior says is its own
+    coded.embeds[0].sum().backward()
+    assert torch.equal(space.rows.weight.grad, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    assert space.to_point.weight.grad is None or not space.to_point.weight.grad.any()
+
+
+def test_codes_with_a_name_need_not_be_as_frequent_as_each_other(few_texts):
+    usage = {}
+    for told in (True, False):
+        module = build(few_texts, weights={"text": 1.0, "usage": 1.0}, signal_codes=told, **SIGNALLED)
+        quiet_trainer(1).fit(module, few_texts)
+        batch = {name: column[:8] for name, column in few_texts.rows["train"].columns.items()}
+        plan = module._most_probable(batch)
+        usage[told] = float(
+            module._plan_terms(plan, module._prior_logits(batch, plan.choices), module._text(batch))["usage"]
+        )
+    assert usage[True] == 0 < usage[False]
