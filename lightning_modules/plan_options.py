@@ -43,8 +43,8 @@ def check_options(
 def check_signal_codes(wanted: bool, signals: Any, sampler: str, search: Any) -> None:
     if wanted and not signals:
         raise UsageError("module.signal_codes=true needs signals; type for example module.signals={a: who}")
-    if wanted and sampler != "ema_vq":
-        raise UsageError(f"module.signal_codes=true needs codes that move, not {sampler}; type module.sampler=ema_vq")
+    if wanted and sampler == "gumbel_st":
+        raise UsageError("module.signal_codes=true draws no codes; type module.sampler=ema_vq or module.sampler=fsq")
     if wanted and search is not None:
         raise UsageError(
             "module.signal_codes=true leaves nothing to search for in those types; type module.search=null"

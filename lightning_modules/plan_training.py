@@ -108,23 +108,20 @@ class PlanTraining:
         coder = Coder(quantiser, self._quantised_share(), numbers)
         plan = self.posterior.draw(*self._whole(batch), coder)
         if quantiser.moving:
-            self._move_codes(quantiser, coder.points, numbers)
+            self._move_codes(quantiser, coder.points)
         return plan
 
     def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
         quantiser = self.model.quantiser
         return self.posterior.draw(*self._whole(batch), greedy if quantiser is None else Coder(quantiser))
 
-    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor], numbers: dict[int, Tensor]) -> None:
-        """After a batch, on all ranks alike; anew at the first step and where quantising begins.
-
-        numbers: the codes of the points, of slots where they are known.
-        """
-        points, numbers = ({slot: self.in_row_order(own) for slot, own in of.items()} for of in (points, numbers))
+    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
+        """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
+        points = {slot: self.in_row_order(own) for slot, own in points.items()}
         begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
         begin = self.global_step in (0, begins)
         generator = self.generator_of_all_ranks()
-        dead = quantiser.follow(points, self.code_decay, generator, begin=begin, numbers=numbers)
+        dead = quantiser.follow(points, self.code_decay, generator, begin=begin)
         self.log_monitors({"dead_codes": float(dead)})
 
     def _quantised_share(self) -> float:

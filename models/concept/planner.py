@@ -57,8 +57,8 @@ class Rounds:
 class Coder:
     """Chooses each slot's code by a quantiser; share: how far from the point to its code the embedding stands.
 
-    numbers: codes (B,) of slots that are known and taken instead, -1 where one is not. points: those of the slots chosen so
-    far, (B, d) each, held.
+    numbers: codes (B,) of slots of `NamedCodes` that are taken instead, -1 where one is not known. points: those of the slots
+    chosen so far, (B, d) each, held.
     """
 
     def __init__(self, quantiser: Quantiser, share: float = 1.0, numbers: Mapping[int, Tensor] | None = None) -> None:
@@ -69,7 +69,8 @@ class Coder:
         """Of states (B, n, D) before these slots."""
         pairs = zip(states.unbind(1), slots, strict=True)
         coded = [self.quantiser(state, slot, self.share, self.numbers.get(slot)) for state, slot in pairs]
-        self.points |= {slot: own.point.detach() for slot, own in zip(slots, coded, strict=True)}
+        placed = {slot: own.point for slot, own in zip(slots, coded, strict=True) if own.point is not None}
+        self.points |= {slot: point.detach() for slot, point in placed.items()}
         made = (Made(c.logits, *c.choice, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds) for c in coded)
         return Made(*(torch.stack(part, 1) for part in zip(*made, strict=True)))
 

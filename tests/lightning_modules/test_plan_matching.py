@@ -9,7 +9,7 @@ from test_concept_planner_executor import build
 
 from lightning_modules.plan_matching import as_numbers, hungarian_accuracy, match_types, swap_locality
 from lightning_modules.plan_meter import PlanMeter
-from models.concept.quantiser import CodeSpace
+from models.concept.quantiser import NamedCodes
 from models.concept.signals import SignalCodes
 from models.concept.vocabulary import ConceptVocabulary
 from models.functional.errors import UsageError
@@ -134,7 +134,7 @@ def test_codes_are_the_values_of_their_signals(few_texts, told):
     ("options", "sentence"),
     [
         ({"signals": None}, r"needs signals; type for example module\.signals=\{a: who\}"),
-        ({"sampler": "fsq"}, "needs codes that move, not fsq"),
+        ({"sampler": "gumbel_st"}, "draws no codes; type module.sampler=ema_vq or module.sampler=fsq"),
         ({"search": {}}, r"nothing to search for in those types; type module\.search=null"),
         (
             {"types": {"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 4}}},
@@ -184,20 +184,17 @@ def test_codes_that_are_known_are_taught_as_they_are(few_texts):
     ).any()  # the posterior's own are not
 
 
-def test_codes_with_a_name_have_embeddings_that_learn_like_words():
-    """Point (1, 0) lies at code 0; told that it is code 1, its embedding is row 1, and row 1 alone learns from it."""
-    torch.manual_seed(0)
-    space = CodeSpace(2, 3, 1.0, "ema_vq", "module.types.a.codes", named=True)
-    space.codes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    space.to_point = torch.nn.Linear(3, 2, bias=False)
-    space.to_point.weight = torch.nn.Parameter(torch.eye(2, 3))
+def test_codes_with_a_name_are_read_like_words():
+    """The head says code 0; told that it is code 1, its embedding is row 1, and row 1 alone learns from what is read."""
+    codes = NamedCodes(2, 3, 1.0)
+    codes.head.weight = torch.nn.Parameter(torch.eye(2, 3))
     state = torch.tensor([[1.0, 0.0, 5.0]]).expand(3, -1)
-    coded = space(state, 1.0, torch.tensor([1, 0, -1]))
-    assert torch.equal(coded.embeds, space.rows.weight[[1, 0, 0]])
-    assert coded.logits.argmax(-1).tolist() == [0, 0, 0]  # what the posterior says is its own
+    coded = codes(state, 1.0, torch.tensor([1, 0, -1]))
+    assert torch.equal(coded.embeds, codes.table()[[1, 0, 0]])
+    assert torch.equal(coded.logits, torch.tensor([[1.0, 0.0]]).expand(3, -1))  # what the posterior says is its own
     coded.embeds[0].sum().backward()
-    assert torch.equal(space.rows.weight.grad, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
-    assert space.to_point.weight.grad is None or not space.to_point.weight.grad.any()
+    assert torch.equal(codes.rows.weight.grad, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    assert codes.head.weight.grad is None or not codes.head.weight.grad.any()
 
 
 def test_codes_with_a_name_need_not_be_as_frequent_as_each_other(few_texts):
