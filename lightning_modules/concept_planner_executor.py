@@ -47,8 +47,8 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
     sampler: how the posterior chooses, `quantiser.Sampler`. planning: {"prior", "posterior"}: `layout.Planning` of each.
     posterior_reads: `all` (prompt and text) or `text`. search: hard EM, `hard_em.OPTIONS`; None trains straight through.
     signals: {type: signal of the corpus} that each type has to predict. signal_codes: whether the type's codes are the
-    signal's values (`signals.SignalCodes`), for `ema_vq` without search. curriculum: share of the steps after which texts of
-    all lengths count; shorter ones come first.
+    signal's values (`signals.SignalCodes`), for `ema_vq` or `fsq` without search. curriculum: share of the steps after which
+    texts of all lengths count; shorter ones come first.
     quantise: shares of the steps between which a quantiser's points move to their codes. code_decay: of the codes' means.
     A weight is a number or a pair. Pairs go from their first to their second value, linearly over `anneal_share` of the
     steps. temperatures: the relaxation's. noise: 1 draws concepts from the posterior, 0 takes the most probable ones.
