@@ -103,7 +103,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         if self.em is not None:
             self.unlike_forwards = "a rank searches plans when its own rows are due; type module.search=null"
         self.bag = BagOfWords(self.model) if weights.get("bag") else None
-        check_signal_codes(signal_codes, signals, sampler, search)
+        check_signal_codes(signal_codes, signals, sampler, search, weights.get("signals", 0.0))
         self.wanted_signals, self.signal_codes = signals, signal_codes
         self.signals = None  # the corpus knows their sizes
         self.curriculum = curriculum

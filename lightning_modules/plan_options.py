@@ -40,7 +40,8 @@ def check_options(
         raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")
 
 
-def check_signal_codes(wanted: bool, signals: Any, sampler: str, search: Any) -> None:
+def check_signal_codes(wanted: bool, signals: Any, sampler: str, search: Any, weight: float | Sequence[float]) -> None:
+    """weight: of the loss `signals`."""
     if wanted and not signals:
         raise UsageError("module.signal_codes=true needs signals; type for example module.signals={a: who}")
     if wanted and sampler == "gumbel_st":
@@ -48,4 +49,8 @@ def check_signal_codes(wanted: bool, signals: Any, sampler: str, search: Any) ->
     if wanted and search is not None:
         raise UsageError(
             "module.signal_codes=true leaves nothing to search for in those types; type module.search=null"
+        )
+    if wanted and not max(pair(weight)):
+        raise UsageError(
+            "module.signal_codes=true leaves the posterior to the loss signals; type for example module.weights.signals=0.1"
         )

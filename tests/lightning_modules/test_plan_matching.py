@@ -84,6 +84,9 @@ SIGNALLED = {
 }
 
 
+TOLD = {"signal_codes": True, "weights": {"text": 1.0, "signals": 1.0}}
+
+
 @pytest.fixture
 def few_texts(tiny_oracle):
     rows = tiny_oracle.rows["train"].columns
@@ -137,6 +140,10 @@ def test_codes_are_the_values_of_their_signals(few_texts, told):
         ({"sampler": "gumbel_st"}, "draws no codes; type module.sampler=ema_vq or module.sampler=fsq"),
         ({"search": {}}, r"nothing to search for in those types; type module\.search=null"),
         (
+            {"weights": {"text": 1.0}},
+            r"leaves the posterior to the loss signals; type for example module\.weights\.signals=0\.1",
+        ),
+        (
             {"types": {"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 4}}},
             r"module\.types\.a\.codes=3, the values of who",
         ),
@@ -144,9 +151,7 @@ def test_codes_are_the_values_of_their_signals(few_texts, told):
 )
 def test_what_signal_codes_need(tiny_oracle, options, sentence):
     with pytest.raises(UsageError, match=sentence):
-        quiet_trainer(1).fit(
-            build(tiny_oracle, weights={"text": 1.0}, **(SIGNALLED | {"signal_codes": True} | options)), tiny_oracle
-        )
+        quiet_trainer(1).fit(build(tiny_oracle, **(SIGNALLED | TOLD | options)), tiny_oracle)
 
 
 def test_the_price_of_told_codes_by_hand():
@@ -161,7 +166,7 @@ def test_the_price_of_told_codes_by_hand():
 
 def test_codes_that_are_known_are_taught_as_they_are(few_texts):
     """In training the executor reads the signals' values, where a text gives them, before the posterior can say one of them."""
-    module, read = build(few_texts, weights={"text": 1.0}, signal_codes=True, **SIGNALLED), []
+    module, read = build(few_texts, **SIGNALLED, **TOLD), []
     way = module._straight_through
 
     def watched(batch, generator):
@@ -200,7 +205,7 @@ def test_codes_with_a_name_are_read_like_words():
 def test_codes_with_a_name_need_not_be_as_frequent_as_each_other(few_texts):
     usage = {}
     for told in (True, False):
-        module = build(few_texts, weights={"text": 1.0, "usage": 1.0}, signal_codes=told, **SIGNALLED)
+        module = build(few_texts, weights={"text": 1.0, "usage": 1.0, "signals": 1.0}, signal_codes=told, **SIGNALLED)
         quiet_trainer(1).fit(module, few_texts)
         batch = {name: column[:8] for name, column in few_texts.rows["train"].columns.items()}
         plan = module._most_probable(batch)
