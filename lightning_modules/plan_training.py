@@ -103,17 +103,21 @@ class PlanTraining:
             return self.posterior.draw(*self._whole(batch), relaxed(generator, temperature, noise))
         if not self.training:
             return self._most_probable(batch)
-        # codes that are known are taught as they are: executor and prior never learn from what the posterior misread
-        numbers = {} if self.told is None else self.told.numbers(self.trainer.datamodule.signals(batch))
-        coder = Coder(quantiser, self._quantised_share(), numbers)
+        coder = Coder(quantiser, self._quantised_share(), self._known(batch))
         plan = self.posterior.draw(*self._whole(batch), coder)
         if quantiser.moving:
             self._move_codes(quantiser, coder.points)
         return plan
 
+    def _known(self, batch: dict[str, Tensor]) -> dict[int, Tensor]:
+        """Codes that are the values of signals: executor and prior never read what the posterior misread."""
+        return {} if self.told is None else self.told.numbers(self.trainer.datamodule.signals(batch))
+
     def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
+        """The most probable plan whose known codes are as they are."""
         quantiser = self.model.quantiser
-        return self.posterior.draw(*self._whole(batch), greedy if quantiser is None else Coder(quantiser))
+        coder = greedy if quantiser is None else Coder(quantiser, numbers=self._known(batch))
+        return self.posterior.draw(*self._whole(batch), coder)
 
     def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
         """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
