@@ -16,11 +16,11 @@ from callbacks.ranks import gathered
 
 @runtime_checkable
 class NamesConcepts(Protocol):
-    """slot_names: of each concept slot (S,); concepts_of: the slots' choices (B, S) for rows, the most probable ones."""
+    """slot_names: of each concept slot (S,); concepts_said: the slots' choices (B, S) for rows, as the planner says them."""
 
     slot_names: list[str]
 
-    def concepts_of(self, rows: dict[str, Tensor]) -> Tensor: ...
+    def concepts_said(self, rows: dict[str, Tensor]) -> Tensor: ...
 
 
 class SlotTable(Callback):
@@ -44,7 +44,7 @@ class SlotTable(Callback):
             return
         values = values_of(batch)
         if values is not None:
-            self._parts.append((pl_module.concepts_of(batch).cpu(), values.cpu()))
+            self._parts.append((pl_module.concepts_said(batch).cpu(), values.cpu()))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._parts:

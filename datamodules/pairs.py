@@ -18,6 +18,7 @@ from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
 from datamodules.slot_values import slot_values
 from datamodules.sources import Source
+from datamodules.text_signals import TextSignals
 from datamodules.tokenizer import build_tokenizer
 from models.functional.errors import UsageError
 
@@ -243,18 +244,22 @@ class PairsDataModule(PromptResponseDataModule):
         """The number of each row's value of each slot, (N, A), 0 where it has none; None where prompts are no dictionaries."""
         return None if self._slot_values is None else self._slot_values[1][rows["row_index"].cpu()]
 
+    @cached_property
+    def _text_signals(self) -> TextSignals:
+        texts = self.rows["train"].columns["input_ids"][:, -self.response_length :]
+        return TextSignals(texts, self.tokenizer.eos_token_id)
+
     @property
     def signal_sizes(self) -> dict[str, int]:
-        """How many values each slot of the prompts has, having none among them; {} where they are no dictionaries."""
-        if self._slot_values is None:
-            return {}
-        names, table = self._slot_values
-        return dict(zip(names, (1 + table.amax(0)).tolist(), strict=True))
+        """How many values each signal has: slots of dictionary prompts, having none among them, and `TextSignals`."""
+        names, table = self._slot_values or ([], torch.zeros(1, 0, dtype=torch.long))
+        return dict(zip(names, (1 + table.amax(0)).tolist(), strict=True)) | self._text_signals.sizes
 
     def signals(self, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """{slot: (N,)}: the number of each row's value, 0 where its prompt has none: what its text is asked to tell."""
-        values = self.attributes_of(rows).to(rows["input_ids"].device)
-        return dict(zip(self.attribute_names, values.unbind(-1), strict=True))
+        """{signal: (N,)}: of each slot the number of the row's value, 0 where its prompt has none, and `TextSignals`."""
+        ids, values = rows["input_ids"], self.attributes_of(rows)
+        slots = () if values is None else values.to(ids.device).unbind(-1)
+        return dict(zip(self.attribute_names, slots, strict=True)) | self._text_signals(ids[:, -self.response_length :])
 
     def _spell(self, text: str) -> str:
         """A text as it comes back from the tokenizer; one with unknown tokens stays as it is, which nothing matches."""

@@ -47,8 +47,8 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
     sampler: how the posterior chooses, `quantiser.Sampler`. planning: {"prior", "posterior"}: `layout.Planning` of each.
     posterior_reads: `all` (prompt and text) or `text`. search: hard EM, `hard_em.OPTIONS`; None trains straight through.
     signals: {type: signal of the corpus} that each type has to predict. signal_codes: whether the type's codes are the
-    signal's values (`signals.SignalCodes`), for `ema_vq` without search. curriculum: share of the steps after which texts of
-    all lengths count; shorter ones come first.
+    signal's values (`signals.SignalCodes`), for `ema_vq` or `fsq` without search. curriculum: share of the steps after which
+    texts of all lengths count; shorter ones come first.
     quantise: shares of the steps between which a quantiser's points move to their codes. code_decay: of the codes' means.
     A weight is a number or a pair. Pairs go from their first to their second value, linearly over `anneal_share` of the
     steps. temperatures: the relaxation's. noise: 1 draws concepts from the posterior, 0 takes the most probable ones.
@@ -92,7 +92,8 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         vocabulary = ConceptVocabulary(types, model.get_input_embeddings().num_embeddings)
         if lora_rank is not None:
             model = with_adapters(model, lora_rank)
-        self.model = UnifiedModel(model, vocabulary, sampler)
+        self.named = tuple(signals or ()) if signal_codes else ()
+        self.model = UnifiedModel(model, vocabulary, sampler, self.named)
         planning = {"prior": "sequential", "posterior": "sequential"} | dict(planning or {})
         self.planner, self.executor = Planner(self.model, planning["prior"]), Executor(self.model)
         self.posterior = Planner(self.model, planning["posterior"], self.model.quantiser)
@@ -102,7 +103,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         if self.em is not None:
             self.unlike_forwards = "a rank searches plans when its own rows are due; type module.search=null"
         self.bag = BagOfWords(self.model) if weights.get("bag") else None
-        check_signal_codes(signal_codes, signals, sampler, search)
+        check_signal_codes(signal_codes, signals, sampler, search, weights.get("signals", 0.0))
         self.wanted_signals, self.signal_codes = signals, signal_codes
         self.signals = None  # the corpus knows their sizes
         self.curriculum = curriculum
@@ -146,7 +147,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         return self.refuse_nan(loss)
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
-        options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota}
+        options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota, "named": self.named}
         return plan_terms(plan, prior_logits, self.model.vocabulary, **options)
 
     def _prior_logits(self, batch: dict[str, Tensor], choices: Tensor) -> Tensor:

@@ -40,12 +40,17 @@ def check_options(
         raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")
 
 
-def check_signal_codes(wanted: bool, signals: Any, sampler: str, search: Any) -> None:
+def check_signal_codes(wanted: bool, signals: Any, sampler: str, search: Any, weight: float | Sequence[float]) -> None:
+    """weight: of the loss `signals`."""
     if wanted and not signals:
         raise UsageError("module.signal_codes=true needs signals; type for example module.signals={a: who}")
-    if wanted and sampler != "ema_vq":
-        raise UsageError(f"module.signal_codes=true needs codes that move, not {sampler}; type module.sampler=ema_vq")
+    if wanted and sampler == "gumbel_st":
+        raise UsageError("module.signal_codes=true draws no codes; type module.sampler=ema_vq or module.sampler=fsq")
     if wanted and search is not None:
         raise UsageError(
             "module.signal_codes=true leaves nothing to search for in those types; type module.search=null"
+        )
+    if wanted and not max(pair(weight)):
+        raise UsageError(
+            "module.signal_codes=true leaves the posterior to the loss signals; type for example module.weights.signals=0.1"
         )

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 
 from models.concept.executor import Executor
-from models.concept.planner import Planner
+from models.concept.planner import Coder, Planner
 from models.concept.unified import UnifiedModel
 from models.concept.wrong_plans import block_without, random_plan
 from models.functional.bits_per_byte import token_nll
@@ -91,8 +91,14 @@ class PlanProbes:
         return [t.name if t.most == 1 else f"{t.name}{place + 1}" for t in types for place in range(t.most)]
 
     def concepts_of(self, rows: dict[str, Tensor]) -> Tensor:
-        """The most probable choices (B, S)."""
+        """The most probable choices (B, S), as the executor reads them."""
         return self._most_probable(rows).choices
+
+    def concepts_said(self, rows: dict[str, Tensor]) -> Tensor:
+        """The most probable choices (B, S), all of them the posterior's own words."""
+        if self.told is None:
+            return self.concepts_of(rows)
+        return self.posterior.draw(*self._whole(rows), Coder(self.model.quantiser)).choices
 
     def planner_parameters(self) -> Iterable[Parameter]:
         """The head that chooses concepts."""

@@ -101,24 +101,31 @@ class PlanTraining:
         quantiser = self.model.quantiser
         if quantiser is None:
             return self.posterior.draw(*self._whole(batch), relaxed(generator, temperature, noise))
-        coder = Coder(quantiser, self._quantised_share() if self.training else 1.0)
+        if not self.training:
+            return self._most_probable(batch)
+        coder = Coder(quantiser, self._quantised_share(), self._known(batch))
         plan = self.posterior.draw(*self._whole(batch), coder)
-        if self.training and quantiser.moving:
-            self._move_codes(quantiser, coder.points, batch)
+        if quantiser.moving:
+            self._move_codes(quantiser, coder.points)
         return plan
 
-    def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
-        quantiser = self.model.quantiser
-        return self.posterior.draw(*self._whole(batch), greedy if quantiser is None else Coder(quantiser))
+    def _known(self, batch: dict[str, Tensor]) -> dict[int, Tensor]:
+        """Codes that are the values of signals: executor and prior never read what the posterior misread."""
+        return {} if self.told is None else self.told.numbers(self.trainer.datamodule.signals(batch))
 
-    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor], batch: dict[str, Tensor]) -> None:
+    def _most_probable(self, batch: dict[str, Tensor]) -> Plan:
+        """The most probable plan whose known codes are as they are."""
+        quantiser = self.model.quantiser
+        coder = greedy if quantiser is None else Coder(quantiser, numbers=self._known(batch))
+        return self.posterior.draw(*self._whole(batch), coder)
+
+    def _move_codes(self, quantiser: Quantiser, points: dict[int, Tensor]) -> None:
         """After a batch, on all ranks alike; anew at the first step and where quantising begins."""
-        numbers = {} if self.told is None else self.told.numbers(self.trainer.datamodule.signals(batch))
-        points, numbers = ({slot: self.in_row_order(own) for slot, own in of.items()} for of in (points, numbers))
+        points = {slot: self.in_row_order(own) for slot, own in points.items()}
         begins = round(self.quantise[0] * float(self.trainer.estimated_stepping_batches))
         begin = self.global_step in (0, begins)
         generator = self.generator_of_all_ranks()
-        dead = quantiser.follow(points, self.code_decay, generator, begin=begin, numbers=numbers)
+        dead = quantiser.follow(points, self.code_decay, generator, begin=begin)
         self.log_monitors({"dead_codes": float(dead)})
 
     def _quantised_share(self) -> float:

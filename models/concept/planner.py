@@ -5,7 +5,7 @@ the posterior q(z | u, x): one network, told apart by what it reads.
 Legend: B batch, T text columns, C columns of a plan's block, S slots, W choices of a slot, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, get_args
 
 import torch
@@ -57,17 +57,20 @@ class Rounds:
 class Coder:
     """Chooses each slot's code by a quantiser; share: how far from the point to its code the embedding stands.
 
-    points: those of the slots chosen so far, (B, d) each, held.
+    numbers: codes (B,) of slots of `NamedCodes` that are taken instead, -1 where one is not known. points: those of the slots
+    chosen so far, (B, d) each, held.
     """
 
-    def __init__(self, quantiser: Quantiser, share: float = 1.0) -> None:
-        self.quantiser, self.share = quantiser, share
+    def __init__(self, quantiser: Quantiser, share: float = 1.0, numbers: Mapping[int, Tensor] | None = None) -> None:
+        self.quantiser, self.share, self.numbers = quantiser, share, numbers or {}
         self.points: dict[int, Tensor] = {}
 
     def __call__(self, states: Tensor, slots: list[int]) -> Made:
         """Of states (B, n, D) before these slots."""
-        coded = [self.quantiser(state, slot, self.share) for state, slot in zip(states.unbind(1), slots, strict=True)]
-        self.points |= {slot: own.point.detach() for slot, own in zip(slots, coded, strict=True)}
+        pairs = zip(states.unbind(1), slots, strict=True)
+        coded = [self.quantiser(state, slot, self.share, self.numbers.get(slot)) for state, slot in pairs]
+        placed = {slot: own.point for slot, own in zip(slots, coded, strict=True) if own.point is not None}
+        self.points |= {slot: point.detach() for slot, point in placed.items()}
         made = (Made(c.logits, *c.choice, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds) for c in coded)
         return Made(*(torch.stack(part, 1) for part in zip(*made, strict=True)))
 

@@ -3,6 +3,8 @@
 Legend: B batch, S slots, W choices of a slot, R response tokens.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -17,15 +19,22 @@ NAMES = ("text", "planner", "rate", "commitment", "usage", "eos", "quota", "bag"
 
 
 def plan_terms(
-    plan: Plan, prior_logits: Tensor, vocabulary: ConceptVocabulary, *, tokens: int, floor: float, quota: float | None
+    plan: Plan,
+    prior_logits: Tensor,
+    vocabulary: ConceptVocabulary,
+    *,
+    tokens: int,
+    floor: float,
+    quota: float | None,
+    named: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Raw scalars by name. plan: drawn from the posterior; prior_logits (B, S, W) of the same choices.
 
     planner: -log p(z | u), nats a token of text (R = tokens); the choices are held, so that it teaches the prior alone.
     rate: KL(q || p), each slot at least `floor` nats, a token of text; the prior is held, so that it moves the posterior alone.
-    commitment: as `commitment`; usage: KL to uniform of each type's mean, averaged over types; eos: nats a type that may end
-    early; quota: (mean concepts a text - quota)², 0 without one. Monitors: entropy of a choice (nats), relaxation's cosine,
-    mean concepts a text, and the perplexity of codes.
+    commitment: as `commitment`; usage: KL to uniform of each type's mean, averaged over types but the `named` ones, whose codes
+    are as frequent as what they stand for; eos: nats a type that may end early; quota: (mean concepts a text - quota)², 0
+    without one. Monitors: entropy of a choice (nats), relaxation's cosine, mean concepts a text, and the perplexity of codes.
     """
     is_open = plan.open_slots
     log_q, log_p = plan.logits.log_softmax(-1), prior_logits.log_softmax(-1)
@@ -35,7 +44,8 @@ def plan_terms(
         t = vocabulary.types[k]
         chances = log_q[:, own].exp()
         codes = chances[..., 1 : 1 + t.codes].flatten(0, 1)
-        usage.append(usage_kl(codes, is_open[:, own].flatten().to(codes.dtype)))
+        if t.name not in named:
+            usage.append(usage_kl(codes, is_open[:, own].flatten().to(codes.dtype)))
         used.append(code_perplexity(codes.detach()))
         if t.least < t.most:
             ends.append(eos_loss(chances[..., END].masked_fill(~is_open[:, own], 1.0)).mean())
@@ -46,7 +56,7 @@ def plan_terms(
         "planner": plan_nll(log_p, plan.choices, is_open).sum(-1).mean() / tokens,
         "rate": free_bits(kl, floor).sum() / tokens,
         "commitment": commitment(soft, hard),
-        "usage": torch.stack(usage).mean(),
+        "usage": torch.stack(usage).mean() if usage else none,
         "eos": torch.stack(ends).mean() if ends else none,
         "quota": none if quota is None else quota_loss(lengths, quota),
         "entropy": -(log_q.exp() * log_q).sum(-1)[is_open].detach().mean(),

@@ -3,6 +3,8 @@
 Legend: B batch, L columns, D width, V text vocabulary, S slots, W choices of a slot.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -21,10 +23,17 @@ class UnifiedModel(nn.Module):
 
     Text's type embedding starts at zero: without concepts the backbone says what it said before. Concepts start sharp and
     loud. A posterior whose logits are nearly alike is drowned by the noise of its own draws, and an executor that hears
-    nothing in them teaches it nothing.
+    nothing in them teaches it nothing. named: types whose codes' meaning is known, so that a quantiser's codes of theirs
+    have embeddings of their own.
     """
 
-    def __init__(self, backbone: nn.Module, vocabulary: ConceptVocabulary, sampler: str = "gumbel_st") -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        vocabulary: ConceptVocabulary,
+        sampler: str = "gumbel_st",
+        named: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.backbone, self.vocabulary, self.layout = backbone, vocabulary, PlanLayout(vocabulary)
         table = backbone.get_input_embeddings().weight
@@ -37,7 +46,7 @@ class UnifiedModel(nn.Module):
         nn.init.normal_(self.new_head.weight, std=FIRST_LOGITS / width**0.5)
         nn.init.normal_(self.type_embedding.weight, std=spread)
         nn.init.zeros_(self.type_embedding.weight[0])
-        self.quantiser: Quantiser | None = build_quantiser(sampler, vocabulary, width, LOUDNESS * spread)
+        self.quantiser: Quantiser | None = build_quantiser(sampler, vocabulary, width, LOUDNESS * spread, named)
         own = vocabulary.choices - vocabulary.base
         self.register_buffer("choices", own[vocabulary.slot_types], persistent=False)  # (S, W), among the new ids
         self.register_buffer("possible", vocabulary.possible, persistent=False)

@@ -52,14 +52,8 @@ def code_logits(points: Tensor, codes: Tensor) -> Tensor:
 
 def assignment_sums(points: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """How many points each code is nearest to, (V,), and their sum, (V, d); sums of two halves add up to the whole's."""
-    return class_sums(points, nearest_codes(points, codes), len(codes))
-
-
-def class_sums(points: Tensor, numbers: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """The same where it is known which of the V = `codes` codes stands for a point, numbers (N,); -1 where it is not."""
-    known = numbers >= 0
-    own = torch.nn.functional.one_hot(numbers[known], codes).to(points.dtype)
-    return own.sum(0), own.T @ points[known]
+    own = torch.nn.functional.one_hot(nearest_codes(points, codes), len(codes)).to(points.dtype)
+    return own.sum(0), own.T @ points
 
 
 def ema_update(book: Codebook, count: Tensor, total: Tensor, decay: float) -> Codebook:

@@ -19,7 +19,7 @@ class Slots(LightningModule):
         super().__init__()
         self.concepts, self.figures = concepts, {}
 
-    def concepts_of(self, rows: dict) -> torch.Tensor:
+    def concepts_said(self, rows: dict) -> torch.Tensor:
         return self.concepts[rows["row"]]
 
 

@@ -164,11 +164,12 @@ def test_slots_of_dictionary_prompts_are_known_attributes_of_their_texts(build_p
     assert all(plan[1] == blue[1] for plan in seen.values())
     assert all(plan[1] == aromi[1] for prompt, plan in train_names.items() if "Aromi" in prompt)
     told = data.signals(data.rows["test"].columns)
-    assert {name: values.tolist() for name, values in told.items()} == {
+    assert {name: told[name].tolist() for name in ("food", "name")} == {
         "food": [0, aromi[0]],
         "name": [blue[1], aromi[1]],
     }
-    assert data.signal_sizes == {"food": 3, "name": 4}  # none is a value too
+    sizes = data.signal_sizes
+    assert (sizes["food"], sizes["name"]) == (3, 4)  # none is a value too
     plain = build_pairs(setup=True)  # prompts that are text
     assert plain.attributes_of({"row_index": torch.tensor([0])}) is None
-    assert plain.signal_sizes == {}
+    assert set(plain.signal_sizes) == set(plain.signals(plain.rows["test"].columns)) == {"text opening", "text length"}

@@ -11,7 +11,6 @@ from models.functional.fsq import fsq_bound, fsq_lattice, fsq_levels
 from models.functional.vector_quantisation import (
     Codebook,
     assignment_sums,
-    class_sums,
     code_logits,
     ema_update,
     k_means,
@@ -97,13 +96,6 @@ def test_running_means_by_hand():
     assert_close(book.counts, torch.tensor([2.0, 1.9]))
     assert_close(book.sums, torch.tensor([[0.2], [7.8]]))
     assert_close(book.codes, torch.tensor([[0.1], [7.8 / 1.9]]), rtol=1e-4, atol=1e-4)
-
-
-def test_sums_of_known_numbers_by_hand():
-    """The third point's number is not known."""
-    points = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
-    count, total = class_sums(points, torch.tensor([2, 0, -1, 2]), 3)
-    assert (count.tolist(), total.tolist()) == ([1.0, 0.0, 2.0], [[3.0, 4.0], [0.0, 0.0], [8.0, 10.0]])
 
 
 def test_codes_settle_at_the_means_of_their_points():

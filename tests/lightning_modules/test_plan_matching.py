@@ -9,6 +9,7 @@ from test_concept_planner_executor import build
 
 from lightning_modules.plan_matching import as_numbers, hungarian_accuracy, match_types, swap_locality
 from lightning_modules.plan_meter import PlanMeter
+from models.concept.quantiser import NamedCodes
 from models.concept.signals import SignalCodes
 from models.concept.vocabulary import ConceptVocabulary
 from models.functional.errors import UsageError
@@ -83,6 +84,9 @@ SIGNALLED = {
 }
 
 
+TOLD = {"signal_codes": True, "weights": {"text": 1.0, "signals": 1.0}}
+
+
 @pytest.fixture
 def few_texts(tiny_oracle):
     rows = tiny_oracle.rows["train"].columns
@@ -125,7 +129,7 @@ def test_codes_are_the_values_of_their_signals(few_texts, told):
     rows = few_texts.rows["train"].columns
     values = few_texts.signals(rows)
     values = torch.stack([values[name] for name in ("who", "where", "events")], -1)
-    said = module.concepts_of(rows) - 1
+    said = module.concepts_said(rows) - 1
     assert (float((said == values)[values >= 0].float().mean()) > 0.95) is told
 
 
@@ -133,8 +137,12 @@ def test_codes_are_the_values_of_their_signals(few_texts, told):
     ("options", "sentence"),
     [
         ({"signals": None}, r"needs signals; type for example module\.signals=\{a: who\}"),
-        ({"sampler": "fsq"}, "needs codes that move, not fsq"),
+        ({"sampler": "gumbel_st"}, "draws no codes; type module.sampler=ema_vq or module.sampler=fsq"),
         ({"search": {}}, r"nothing to search for in those types; type module\.search=null"),
+        (
+            {"weights": {"text": 1.0}},
+            r"leaves the posterior to the loss signals; type for example module\.weights\.signals=0\.1",
+        ),
         (
             {"types": {"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 4}}},
             r"module\.types\.a\.codes=3, the values of who",
@@ -143,9 +151,7 @@ def test_codes_are_the_values_of_their_signals(few_texts, told):
 )
 def test_what_signal_codes_need(tiny_oracle, options, sentence):
     with pytest.raises(UsageError, match=sentence):
-        quiet_trainer(1).fit(
-            build(tiny_oracle, weights={"text": 1.0}, **(SIGNALLED | {"signal_codes": True} | options)), tiny_oracle
-        )
+        quiet_trainer(1).fit(build(tiny_oracle, **(SIGNALLED | TOLD | options)), tiny_oracle)
 
 
 def test_the_price_of_told_codes_by_hand():
@@ -156,3 +162,56 @@ def test_the_price_of_told_codes_by_hand():
     shares = torch.tensor([[[0.0, 0.5, 0.5], [0.0, 1.0, 0.0], [0.0, 0.75, 0.25]]]).expand(2, -1, -1)
     assert told.log_prob(shares.log(), signals).exp().tolist() == pytest.approx([0.5 * 0.25, 0.5])
     assert sorted(told.numbers(signals)) == [0, 2]
+
+
+def test_codes_that_are_known_are_taught_as_they_are(few_texts):
+    """In training the executor reads the signals' values, where a text gives them, before the posterior can say one of them."""
+    module, read = build(few_texts, **SIGNALLED, **TOLD), []
+    way = module._straight_through
+
+    def watched(batch, generator):
+        block, raw = way(batch, generator)
+        read.append((batch, block[0]))
+        return block, raw
+
+    module._straight_through = watched
+    quiet_trainer(1).fit(module, few_texts)
+    batch, ids = read[0]
+    values, vocabulary = few_texts.signals(batch), module.model.vocabulary
+    for k, signal in enumerate(("who", "where", "events")):
+        given = values[signal] >= 0
+        column = module.model.layout.slot_columns[k]
+        assert given.any()
+        assert (ids[given, column] == vocabulary.choices[k][1 + values[signal][given]]).all()
+    module.eval()  # and so it is where texts are measured
+    wanted = torch.stack([values[name] for name in ("who", "where", "events")], -1)
+    given = wanted >= 0
+    assert torch.equal((module.concepts_of(batch) - 1)[given], wanted[given])
+    assert (module.concepts_said(batch) - 1 != wanted)[given].any()  # the posterior itself cannot say them yet
+    assert torch.equal(module.concepts_of(batch)[~given], module.concepts_said(batch)[~given])
+
+
+def test_codes_with_a_name_are_read_like_words():
+    """The head says code 0; told that it is code 1, its embedding is row 1, and row 1 alone learns from what is read."""
+    codes = NamedCodes(2, 3, 1.0)
+    codes.head.weight = torch.nn.Parameter(torch.eye(2, 3))
+    state = torch.tensor([[1.0, 0.0, 5.0]]).expand(3, -1)
+    coded = codes(state, 1.0, torch.tensor([1, 0, -1]))
+    assert torch.equal(coded.embeds, codes.table()[[1, 0, 0]])
+    assert torch.equal(coded.logits, torch.tensor([[1.0, 0.0]]).expand(3, -1))  # what the posterior says is its own
+    coded.embeds[0].sum().backward()
+    assert torch.equal(codes.rows.weight.grad, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    assert codes.head.weight.grad is None or not codes.head.weight.grad.any()
+
+
+def test_codes_with_a_name_need_not_be_as_frequent_as_each_other(few_texts):
+    usage = {}
+    for told in (True, False):
+        module = build(few_texts, weights={"text": 1.0, "usage": 1.0, "signals": 1.0}, signal_codes=told, **SIGNALLED)
+        quiet_trainer(1).fit(module, few_texts)
+        batch = {name: column[:8] for name, column in few_texts.rows["train"].columns.items()}
+        plan = module._most_probable(batch)
+        usage[told] = float(
+            module._plan_terms(plan, module._prior_logits(batch, plan.choices), module._text(batch))["usage"]
+        )
+    assert usage[True] == 0 < usage[False]

@@ -39,8 +39,18 @@ QUANTISED = {
 }
 
 
+NAMED = QUANTISED | {
+    "types": {"a": {"codes": 4}, "b": {"codes": 4, "most": 2}},
+    "signals": {"a": "who"},
+    "signal_codes": True,
+    "search": None,
+    "weights": {"text": 1.0, "planner": 1.0, "signals": 1.0},
+}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"lora_rank": 2}, QUANTISED, {"kind": ConceptBaselineModule, "code": "leading", "tokens": 2}]
+    "options",
+    [{}, {"lora_rank": 2}, QUANTISED, NAMED, {"kind": ConceptBaselineModule, "code": "leading", "tokens": 2}],
 )
 def test_what_is_read_back_answers_as_what_was_trained(tmp_path, tiny_oracle, options):
     module = build(tiny_oracle, **options)
