@@ -15,7 +15,7 @@ from models.backbones.llada import LladaModel
 from models.backbones.noisy_mask_student import Adapter, NoisyMaskStudent
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import Remasking
-from models.decoding.noisy_mask import NoisyMaskDecoder, Step, require_flow_options
+from models.decoding.noisy_mask import FewStep, NoisyMaskDecoder, require_flow_options
 from models.functional.errors import UsageError, require_choice
 from models.functional.flow_times import require_shares
 from models.functional.jvp import JvpBackend
@@ -44,9 +44,9 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     target: psd | meanflow (with derivatives) for intervals that end by meanflow_until, psd beyond; rho_min bounds it.
     diagonal_share, endpoint_share: rows with s = t, and from s = 0 to the widest end. growth: the share of the flow stage
         after which intervals may span all of [0, 1]. weighted: gap weights, see `gap_weight`.
-    ode_steps, pair_reuse, pair_window, coupling: see `EndpointPairs`. interval_share: rows of a
-        polishing step that makes pairs by following flows, which learn intervals of these (`FlowIntervals`) in the place of
-        endpoints: what more than one forward is learned from.
+    ode_steps, pair_reuse, pair_window, coupling: see `EndpointPairs`. interval_share: rows of a polishing step that makes
+        pairs by following flows, which learn intervals of these (`FlowIntervals`) in the place of endpoints: what more than
+        one forward is learned from.
     student_forwards: the student's rows in the table; ode_forwards: rows of the denoiser's flow, which one forward imitates.
     """
 
@@ -85,7 +85,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         forwards: tuple[int, ...] = (1, 2, 4, 8, 16),
         student_forwards: tuple[int, ...] = (1, 2, 4, 8),
         ode_forwards: tuple[int, ...] = (16,),
-        few_step: Step = "chain",
+        few_step: FewStep = "chain",
         promote: float | None = None,
         teacher_temperature: float = 1.0,
         teacher_remasking: Remasking = "random",
@@ -100,7 +100,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
                 f"module.interval_share={interval_share} must be at least 0 and below 1, "
                 f"module.teacher_weight={teacher_weight} at least 0 and module.rho_min={rho_min} above 0"
             )
-        require_choice("module.few_step", few_step, ("chain", "renoise"))
+        require_choice("module.few_step", few_step, get_args(FewStep))
         require_flow_options(few_step, promote, (*student_forwards, *ode_forwards))
         if not 0 < meanflow_until < 1:
             raise UsageError(

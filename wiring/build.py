@@ -179,6 +179,6 @@ def runs_of(cfg: DictConfig) -> Path:
     return Path(cfg.paths.output_dir, cfg.name)
 
 
-def teacher_of(cfg: DictConfig, student: str | Path | None) -> str | None:
+def teacher_of(cfg: DictConfig, student: str | Path) -> str | None:
     """teacher.path=, or where the student's notes say that its teacher is."""
-    return cfg.teacher.path or (student and read_student(student)["notes"].get("teacher"))
+    return cfg.teacher.path or read_student(student)["notes"].get("teacher")

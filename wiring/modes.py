@@ -16,7 +16,7 @@ from callbacks.sweep import read_sweeps, report_sweep
 from lightning_modules.locks import alone_in
 from lightning_modules.run_files import find_checkpoint, newest_student
 from lightning_modules.trained import fill_from_checkpoint
-from models.backbones.student_files import load_student, read_student
+from models.backbones.student_files import load_student
 from models.functional.errors import UsageError
 from wiring.build import build, run_dir, runs_of, teacher_of
 from wiring.generate import generate
@@ -85,8 +85,8 @@ def test(cfg: DictConfig) -> None:
             cfg.ckpt_path = "last"
         else:
             cfg.student_path = str(newest_student(runs_of(cfg)))
-    if cfg.teacher is not None:
-        cfg.teacher.path = teacher_of(cfg, cfg.student_path or _student_beside(cfg))
+    if cfg.teacher is not None and cfg.teacher.path is None:
+        cfg.teacher.path = teacher_of(cfg, cfg.student_path) if cfg.student_path else _teacher_of_checkpoint(cfg)
     module, trainer, datamodule = build(cfg)
     if cfg.ckpt_path is not None:
         trainer.test(module, datamodule, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
@@ -97,14 +97,14 @@ def test(cfg: DictConfig) -> None:
     _say_where_things_are(cfg)
 
 
-def _student_beside(cfg: DictConfig) -> Path | None:
-    """The student that the run of ckpt_path= has left, if the teacher in its notes is still there.
+def _teacher_of_checkpoint(cfg: DictConfig) -> str | None:
+    """The teacher in the notes of the student that the run of ckpt_path= has left, if both are still there.
 
-    Other test data then need no other teacher; without one the options' own is trained again.
+    Other test data then need no other teacher; without it the options' own is looked for, or trained.
     """
-    folder = find_checkpoint(runs_of(cfg), cfg.ckpt_path).parent.parent / "student"
-    teacher = read_student(folder)["notes"].get("teacher") if folder.is_dir() else None
-    return folder if teacher and Path(teacher).is_dir() else None
+    student = find_checkpoint(runs_of(cfg), cfg.ckpt_path).parent.parent / "student"
+    teacher = teacher_of(cfg, student) if student.is_dir() else None
+    return teacher if teacher and Path(teacher).is_dir() else None
 
 
 def export(cfg: DictConfig) -> None:

@@ -16,7 +16,8 @@ from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import line_point, second_order_step
 from models.functional.rows import response_columns
 
-Step = Literal["chain", "renoise", "ode"]
+FewStep = Literal["chain", "renoise"]  # how a student answers; the flow itself is the denoiser's
+Step = Literal[FewStep, "ode"]
 Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 

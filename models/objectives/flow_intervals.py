@@ -28,8 +28,8 @@ class Intervals(NamedTuple):
 class FlowIntervals:
     """Give it to `follow_flow` as `path`; afterwards `result` has an interval of each of the first `rows` rows.
 
-    Half of them begin at s = 0, the others at any step of the grid; they end at the same step (ψ_{s,s} = D_s) or at any
-    later one, up to t = 1, where ψ_{s,1} is the text.
+    Half of them are put at s = 0, the others at any step of the grid, the first among them. They end at the same step
+    (ψ_{s,s} = D_s) or at any later one, up to t = 1, where ψ_{s,1} is the text.
     """
 
     def __init__(self, begin: NoisyRows, rows: int, forwards: int, generator: Generator) -> None:
