@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 
 from models.functional.monitor import distinct_share, noise_information, plug_in_entropy
+from models.functional.noisy_mask import distribution_divergence
 from models.functional.rows import response_columns
 
 
@@ -27,7 +28,7 @@ class NoisyFlow(Protocol):
 class FlowMonitor(Callback):
     """Logs after each validation, with the averaged weights; every rank takes part, since probing forwards are collective.
 
-    prompts, noises: how many prompts are answered with how many noises each. times: s at which decoding accuracy is taken.
+    prompts, noises: how many prompts are answered with how many noises each. times: s at which the denoiser is looked at.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class FlowMonitor(Callback):
         generator = Generator(device=pl_module.device).manual_seed(0)
         with pl_module.averaged():
             figures = self._diversity(trainer, pl_module, held_out, generator)
-            figures |= self._accuracy(pl_module, held_out, generator)
+            figures |= self._denoiser(trainer, pl_module, held_out, generator)
             figures["consistency_gap"] = pl_module.consistency_gap(held_out, generator)
         for name, value in figures.items():
             pl_module.log(f"monitor/{name}", value, sync_dist=True)
@@ -58,6 +59,7 @@ class FlowMonitor(Callback):
             "use of the noise": ["monitor/noise_information.*", "monitor/entropy_of_all$"],
             "consistency of jumps": ["monitor/consistency_gap$"],
             "decoding accuracy": ["monitor/accuracy_at_.*"],
+            "distance from the exact denoiser": ["monitor/denoiser_gap_at_.*"],
         }
 
     def _diversity(
@@ -73,11 +75,20 @@ class FlowMonitor(Callback):
         figures["entropy_of_all"] = plug_in_entropy(texts.flatten(0, 1))
         return figures
 
-    def _accuracy(self, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
-        figures = {}
+    def _denoiser(
+        self, trainer: Trainer, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator
+    ) -> dict[str, float]:
+        """How often D_s is right, and how far it is from the corpus' own denoiser where that is known."""
+        figures, exact = {}, getattr(trainer.datamodule, "seen_marginals", None)
         for time in self.times:
             s = torch.full((len(rows["input_ids"]),), time, device=rows["input_ids"].device)
             z, masked = module.points(rows, s, generator)
-            right = module.student(z, masked, rows["attention_mask"], s, s).argmax(-1) == rows["input_ids"][masked]
-            figures[f"accuracy_at_{time:g}"] = right.float().mean().item()
+            logits = module.student(z, masked, rows["attention_mask"], s, s)
+            figures[f"accuracy_at_{time:g}"] = (logits.argmax(-1) == rows["input_ids"][masked]).float().mean().item()
+            if exact is not None:
+                columns = response_columns(rows["response_mask"])
+                evidence = module.student.evidence(z[:, -columns:], s.unsqueeze(-1).expand(-1, columns))
+                truth = exact(rows, evidence).flatten(0, 1).to(logits.device)
+                gap = distribution_divergence(truth, logits.double()).sum() / len(z)
+                figures[f"denoiser_gap_at_{time:g}"] = gap.item()
         return figures

@@ -108,6 +108,10 @@ class OracleDataModule(PromptResponseDataModule):
         """Responses (N, R) drawn from the true p(text | prompt) of each row."""
         return ResamplingFloor(self.distribution)(rows, generator)
 
+    def seen_marginals(self, rows: dict[str, Tensor], evidence: Tensor) -> Tensor:
+        """p(word | prompt, what was seen of all words) of every place, (N, R, V) float64; evidence (N, R, V): see there."""
+        return self.distribution.seen_marginals(evidence.cpu(), rows["reveal"].cpu())
+
     def true_nll(self, rows: dict[str, Tensor]) -> Tensor:
         """-log p(text | prompt) of each row's own text in nats, (N,) float64."""
         texts = rows["input_ids"][:, self.prompt_length :]

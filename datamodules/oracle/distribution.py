@@ -87,6 +87,39 @@ class OracleDistribution:
             out[:, len(shape.slots) :, self.eos_id] += weight
         return out
 
+    def seen_marginals(self, evidence: Tensor, reveal: Tensor) -> Tensor:
+        """p(x_l | c, y) of every place, where y says of each word apart from the others how likely it makes what was seen.
+
+        evidence (N, R, V): log p(y_l | x_l), up to a constant of the place; all 0 gives `marginals`. (N, R, V) float64.
+        """
+        evidence, log_tables = evidence.double(), [table.log() for table in self.posterior(reveal)]
+        masses, inside = [], []
+        for tau, shape in enumerate(self.grammar.templates):
+            # 1. what every place tells of its attribute: log p(y_l | a = k)
+            joint = [
+                e.log() + evidence[:, place].unsqueeze(1) for place, e in enumerate(self.emission[tau])
+            ]  # (N, K, V)
+            told = [torch.logsumexp(words, -1) for words in joint]
+            scores = [table + allowed.log() for table, allowed in zip(log_tables, self.allowed[tau], strict=True)]
+            mass = self.template_prior[tau].log() + evidence[:, len(shape.slots) :, self.eos_id].sum(-1)
+            for slot, place_told in zip(shape.slots, told, strict=True):
+                if slot.attribute is None:
+                    mass = mass + place_told[:, 0]
+                else:
+                    scores[self.index[slot.attribute]] = scores[self.index[slot.attribute]] + place_told
+            masses.append(mass + sum(torch.logsumexp(score, -1) for score in scores))
+            # 2. the words of every place, given what all places tell
+            marginals = torch.zeros(len(reveal), self.length, self.vocab_size, dtype=torch.float64)
+            marginals[:, len(shape.slots) :, self.eos_id] = 1
+            for place, slot in enumerate(shape.slots):
+                value = torch.ones_like(told[place])
+                if slot.attribute is not None:  # a template that the prompt rules out has no value: its mass is 0
+                    value = torch.softmax(scores[self.index[slot.attribute]], -1).nan_to_num()
+                marginals[:, place] = torch.einsum("nk,nkv->nv", value, torch.softmax(joint[place], -1))
+            inside.append(marginals)
+        template = torch.softmax(torch.stack(masses, -1), -1)  # (N, templates)
+        return torch.einsum("nt,tnlv->nlv", template, torch.stack(inside))
+
     def entropy(self, reveal: Tensor) -> Tensor:
         """H(x | c) in nats for each row of reveal, (N,). Exact because a text names its template and the values it says."""
         template, within = self.template_posterior(reveal), self._within(reveal)

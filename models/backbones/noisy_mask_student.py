@@ -13,7 +13,7 @@ from models.backbones.soft_prompt import SoftPrompt
 from models.backbones.student import Student
 from models.backbones.twin import with_lora, with_own_weights
 from models.functional.errors import UsageError, require_choice
-from models.functional.noisy_mask import flow_map, noisy_mask, warp_time
+from models.functional.noisy_mask import flow_map, noisy_mask, token_evidence, warp_time, wiener_gain
 from models.functional.precision import at_least_float32, in_full
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
@@ -24,8 +24,9 @@ class NoisyMaskStudent(Student):
 
     adapter: what trains, beside the prefix that is a function of the interval.
       `prefix`: nothing else; the frozen base reads z as it is, so it starts away from the teacher.
-      `prefix+mask_noise`: the base reads m + W (z - m) at masked positions. W starts at 0, where the noise has no effect
-        and the student is the masked teacher for every ε, and has a live gradient there.
+      `prefix+mask_noise`: the base reads m + (c_s + W)(z_s - m) at masked positions, c_s as `wiener_gain` has it: the mask
+        at s = 0, the token's own embedding at s = 1. W starts at 0, where the noise has no effect on the first forward and
+        the student is the masked teacher for every ε, and has a live gradient there.
       `lora`: W and low-rank adapters on every linear layer.
       `full`: W and a trainable copy of all layers and the head; the embedding table stays the teacher's.
     sigma: the noise of a mask in units of the embedding table's root mean square coordinate.
@@ -84,11 +85,17 @@ class NoisyMaskStudent(Student):
         Without gradients s and t may be (1,), the same for all rows.
         """
         if self.mask_noise is not None:
-            mask, wide = self.mask_embedding, self.mask_noise.weight.dtype
-            z = torch.where(masked.unsqueeze(-1), mask + self.mask_noise((z - mask).to(wide)).to(mask.dtype), z)
+            mask, gain = self.mask_embedding, wiener_gain(s, self.options["sigma"]).view(-1, 1, 1)
+            apart = (z - mask).to(self.mask_noise.weight.dtype)
+            z = torch.where(masked.unsqueeze(-1), mask + (gain * apart + self.mask_noise(apart)).to(mask.dtype), z)
         prefix = self.soft_prompt(1 - t, 1 - s)  # its own times are noise times, r <= t
         logits = self.body.lm_head(self.body.hidden(z, attention_mask, prefix)[masked])
         return at_least_float32(logits)
+
+    def evidence(self, z: Tensor, s: Tensor) -> Tensor:
+        """log p(z_s | token) of every token at noisy positions, up to a constant: (..., D), (...) -> (..., V) float64."""
+        mask, embedding = self.mask_embedding.double(), self.base.embedding.double()
+        return token_evidence(z.double(), mask, embedding, s.double(), self.noise_scale)
 
     def expected(self, psi: Tensor) -> Tensor:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the base's precision."""

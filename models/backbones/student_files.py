@@ -17,7 +17,7 @@ from models.backbones.student import Student
 from models.functional.errors import UsageError
 from models.functional.weights import trainable_weights, whole
 
-FORMAT = "leap-student-2"
+FORMAT = "leap-student-3"
 TEACHER = "teacher"  # folder of the base, where it lies beside the student
 KINDS = {"logit": PrefixStudent, "noisy_mask": NoisyMaskStudent, "masked": MaskedStudent}
 

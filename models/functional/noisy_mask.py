@@ -36,6 +36,26 @@ def line_point(z0: Tensor, clean: Tensor, s: Tensor) -> Tensor:
     return (1 - s) * z0 + s * clean
 
 
+def wiener_gain(s: Tensor, sigma: float) -> Tensor:
+    """c_s = s / (s² + (1 - s)² σ²): m + c_s (z_s - m) is the linear estimate of E_x from z_s with the least mean square error,
+
+    where E_x - m has no mean and variance 1 in each coordinate (the unit of σ). c_0 = 0: the mask; c_1 = 1: the token. It is
+    how much z_s tells at its time, which a network that is given z_s alone has to learn to multiply by. s (...) in [0, 1].
+    """
+    return s / (s.square() + ((1 - s) * sigma).square())
+
+
+def token_evidence(z: Tensor, mask_embedding: Tensor, embedding: Tensor, s: Tensor, sigma: float) -> Tensor:
+    """log N(z_s; (1 - s) m + s E_x, (1 - s)² σ²) for every token x, up to a constant: what z_s itself tells of its token.
+
+    z (..., D), embedding (V, D), s (...) < 1, σ in the units of the embedding's coordinates -> (..., V) nats; 0 at s = 0.
+    With a prior of texts these are all that an exact D_s needs.
+    """
+    s = s.unsqueeze(-1)
+    signal = (z - (1 - s) * mask_embedding) @ embedding.T - s * embedding.square().sum(-1) / 2
+    return s * signal / ((1 - s) * sigma).square()
+
+
 def velocity(z: Tensor, expected: Tensor, s: Tensor) -> Tensor:
     """dz/ds = (D_s E - z) / (1 - s) with expected = D_s E. z, expected (..., D); s (...) < 1."""
     return (expected - z) / (1 - s).unsqueeze(-1)

@@ -35,11 +35,25 @@ def test_at_the_start_it_is_the_masked_teacher_for_every_noise_with_a_live_gradi
     student, batch = build(tiny_llada, adapter), rows()
     xt = batch["input_ids"].masked_fill(batch["response_mask"], student.base.mask_id)
     posterior = student.base(xt)[batch["response_mask"]]
-    for seed, (s, t) in enumerate([(0.0, 0.0), (0.0, 1.0), (0.3, 0.7)]):
+    for seed, (s, t) in enumerate([(0.0, 0.0), (0.0, 1.0), (0.0, 0.7)]):
         torch.testing.assert_close(psi(student, batch, s, t, seed), posterior, atol=1e-5, rtol=1e-5)
     psi(student, batch).square().mean().backward()
     assert student.mask_noise.weight.grad.abs().max() > 0
     assert student.soft_prompt.gate.grad.abs().min() > 0
+
+
+def test_at_the_end_of_the_line_it_is_the_teacher_that_reads_the_text_and_half_way_neither(tiny_llada):
+    student, batch = build(tiny_llada), rows()
+    masked, clean = batch["response_mask"], student.base.embed(batch["input_ids"])
+    read = student.base(batch["input_ids"])[masked]
+    start = student.start(batch, masked, torch.Generator().manual_seed(0))
+
+    def at(time):
+        s = torch.full((len(clean),), time)
+        return student(torch.lerp(start, clean, time), masked, batch["attention_mask"], s, s)
+
+    torch.testing.assert_close(at(1.0), read, atol=1e-5, rtol=1e-5)
+    assert (at(0.5) - read).abs().max() > 0.1
 
 
 def test_without_the_gate_the_noise_is_seen_at_once(tiny_llada):

@@ -86,6 +86,26 @@ def test_entropy_marginals_and_total_correlation_equal_enumeration(tiny, truth):
         torch.testing.assert_close(tiny.distribution.total_correlation(rows[:1])[0], correlation)
 
 
+def test_marginals_after_evidence_equal_enumeration_for_every_prompt(tiny, truth):
+    """Bayes over all texts; evidence that says nothing changes nothing, and a constant of a place says nothing."""
+    distribution, generator = tiny.distribution, torch.Generator().manual_seed(0)
+    texts = tiny.list_texts()[1]
+    evidence = 2 * torch.randn(
+        1, distribution.length, distribution.vocab_size, generator=generator, dtype=torch.float64
+    )
+    told = sum(evidence[0, place, texts[:, place]] for place in range(distribution.length))
+    one_hot = torch.nn.functional.one_hot(texts, distribution.vocab_size).double()
+    for reveal in reveals(distribution):
+        reveal = reveal.view(1, -1)
+        weight = torch.softmax(distribution.log_prob(texts, reveal.expand(len(texts), -1)) + told, -1)
+        seen = distribution.seen_marginals(evidence, reveal)
+        torch.testing.assert_close(seen[0], torch.einsum("n,nrv->rv", weight, one_hot))
+        torch.testing.assert_close(distribution.seen_marginals(evidence + 3.0, reveal), seen)
+        torch.testing.assert_close(
+            distribution.seen_marginals(torch.zeros_like(evidence), reveal), distribution.marginals(reveal)
+        )
+
+
 def test_total_correlation_is_the_divergence_to_the_product_of_marginals(tiny, truth):
     """KL(p || product) = TC, and any other product over places is further away."""
     texts = torch.tensor(list(truth))

@@ -17,8 +17,10 @@ from models.functional.noisy_mask import (
     recovery_ratio,
     second_order_step,
     split_weight,
+    token_evidence,
     velocity,
     warp_time,
+    wiener_gain,
 )
 
 WORDS = torch.tensor([[1.0, 0.2], [-0.4, 0.9], [-0.7, -0.8]], dtype=torch.float64)  # (V, D)
@@ -75,6 +77,33 @@ def points():
 def each(time):
     """Times of rows as times of their two positions."""
     return time.unsqueeze(-1).expand(-1, 2)
+
+
+def test_no_other_gain_estimates_a_token_better():
+    """E_x - m of mean 0 and variance 1, noise of variance (1 - s)² σ²: the error of c (z - m) is a parabola in c."""
+    s = torch.linspace(0, 1, 11, dtype=torch.float64)
+    gain = wiener_gain(s, SIGMA)
+
+    def error(c):
+        return (1 - c * s) ** 2 + (c * (1 - s) * SIGMA) ** 2
+
+    assert (error(gain) < torch.minimum(error(gain + 1e-3), error(gain - 1e-3))).all()
+    assert gain[0] == 0
+    assert gain[-1] == 1
+
+
+def test_evidence_is_the_noise_s_density_up_to_a_constant_and_all_that_the_posterior_needs(points):
+    z, s, _, _ = points
+    evidence = token_evidence(z, MASK, WORDS, each(s), SIGMA)
+    mean = (1 - each(s))[..., None, None] * MASK + each(s)[..., None, None] * WORDS  # (B, 2, V, D)
+    spread = ((1 - each(s)) * SIGMA)[..., None, None]
+    density = torch.distributions.Normal(mean, spread).log_prob(z.unsqueeze(2)).sum(-1)
+    torch.testing.assert_close(evidence.diff(dim=-1), density.diff(dim=-1))
+    assert torch.equal(evidence[s == 0], torch.zeros_like(evidence[s == 0]))
+    told = sum(evidence[:, place, TEXTS[:, place]] for place in range(2))
+    weight = torch.softmax(PRIOR.log() + told, -1)
+    word = torch.nn.functional.one_hot(TEXTS, 3).double()
+    torch.testing.assert_close(torch.einsum("bn,nlv->blv", weight, word), posterior(z, s))
 
 
 def test_psi_is_a_distribution_and_the_flow_map_built_from_it_solves_the_flow(points):

@@ -1,0 +1,65 @@
+"""The flow itself, on the denoiser that the corpus has: what is missing from a trained one is the training's."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from models.backbones.noisy_mask_student import NoisyMaskStudent
+from models.decoding.noisy_mask import follow_flow, start_rows
+
+TEXTS = 4000
+
+
+@pytest.fixture
+def student(tiny_llada, tiny_oracle):
+    torch.manual_seed(0)
+    ids = tiny_oracle.tokenizer
+    base = tiny_llada(len(ids), mask_token_id=ids.mask_token_id, eos_token_id=ids.eos_token_id, hidden_size=32)
+    return NoisyMaskStudent(base, prompt_length=3, hidden_size=8, rank=4).eval()
+
+
+def unprompted(data):
+    prompt = data.encode_prompts([""])
+    return {name: column.expand(TEXTS, *column.shape[1:]).contiguous() for name, column in prompt.items()}
+
+
+def texts_of_flow(student, data, forwards, alone=False):
+    """(N, R) where the flow of the exact denoiser leads; alone: of one that lets each place see itself only."""
+    rows = unprompted(data)
+    marginals = data.distribution.marginals(rows["reveal"][:1])
+
+    def denoiser(z, masked, attention_mask, s, t):
+        points = z[:, data.prompt_length :]
+        evidence = student.evidence(points, s.expand(points.shape[:2]))
+        p = torch.softmax(marginals.log() + evidence, -1) if alone else data.seen_marginals(rows, evidence)
+        return p.log().flatten(0, 1).float()
+
+    begin = start_rows(student, rows, torch.Generator().manual_seed(0))
+    tokens = follow_flow(student, begin, forwards=forwards, step="ode", network=denoiser)
+    return tokens[:, data.prompt_length :]
+
+
+def p_value(data, texts):
+    """Of a chi-square test against the corpus' own probabilities; texts that it cannot say have their own cell."""
+    known = data.list_texts()[1]
+    reveal = torch.full((len(known), len(data.attribute_names)), -1)
+    p = data.distribution.log_prob(known, reveal).exp()
+    hits = (texts.unsqueeze(1) == known).all(-1).sum(0)
+    if hits.sum() < len(texts):
+        return 0.0
+    common = p * len(texts) >= 5
+    seen, wanted = ([*x[common].tolist(), x[~common].sum().item()] for x in (hits.double(), p * len(texts)))
+    return chisquare(seen, [w * sum(seen) / sum(wanted) for w in wanted]).pvalue
+
+
+def test_the_exact_denoiser_s_flow_says_every_text_as_often_as_the_corpus(student, tiny_oracle):
+    assert p_value(tiny_oracle, texts_of_flow(student, tiny_oracle, 32)) > 1e-3
+    assert p_value(tiny_oracle, texts_of_flow(student, tiny_oracle, 2)) < 1e-6  # the control: steps that are too long
+
+
+def test_places_that_see_themselves_alone_do_not_make_a_text(student, tiny_oracle):
+    together = texts_of_flow(student, tiny_oracle, 16)
+    alone = texts_of_flow(student, tiny_oracle, 16, alone=True)
+    reveal = unprompted(tiny_oracle)["reveal"]
+    valid = [tiny_oracle.distribution.log_prob(texts, reveal).isfinite().double().mean() for texts in (together, alone)]
+    assert valid[0] > 0.999 > 0.5 > valid[1]
