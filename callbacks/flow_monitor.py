@@ -1,4 +1,5 @@
 """Watches a noisy-mask student while it trains: is the noise used, are its jumps consistent, when do tokens decide?
+And is its denoiser the one that the corpus has, where that is known?
 
 docs/meanflow.md gives each figure's healthy range.
 """
@@ -15,7 +16,10 @@ from models.functional.rows import response_columns
 
 
 class NoisyFlow(Protocol):
-    """What is watched: `lightning_modules.noisy_mask_flow.NoisyMaskFlowModule` and any module with these."""
+    """What is watched: `lightning_modules.noisy_mask_flow.NoisyMaskFlowModule` and any module with these.
+
+    student: logits at points, and for the distance from an exact denoiser `evidence`, as `NoisyMaskStudent` has both.
+    """
 
     student: Any
 
@@ -85,7 +89,7 @@ class FlowMonitor(Callback):
             z, masked = module.points(rows, s, generator)
             logits = module.student(z, masked, rows["attention_mask"], s, s)
             figures[f"accuracy_at_{time:g}"] = (logits.argmax(-1) == rows["input_ids"][masked]).float().mean().item()
-            if exact is not None:
+            if exact is not None and time < 1:
                 columns = response_columns(rows["response_mask"])
                 evidence = module.student.evidence(z[:, -columns:], s.unsqueeze(-1).expand(-1, columns))
                 truth = exact(rows, evidence).flatten(0, 1).to(logits.device)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from lightning_modules.base import LeapModule
 from models.backbones.llada import LladaModel
 from models.backbones.student import Student
-from models.backbones.student_files import base_fingerprint, save_whole_student
+from models.backbones.student_files import FORMAT, base_fingerprint, save_whole_student
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
 from models.functional.errors import UsageError, require_choice
@@ -66,10 +66,14 @@ class MeanFlowDistillModule(LeapModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["base"] = base_fingerprint(self.teacher)
+        checkpoint |= {"base": base_fingerprint(self.teacher), "student_format": FORMAT}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        if checkpoint.get("student_format") != FORMAT:
+            raise UsageError(
+                "the checkpoint's student was trained by another version, whose layers meant something else; train it again"
+            )
         if checkpoint.get("base") != base_fingerprint(self.teacher):
             raise UsageError(
                 "the checkpoint's student was trained on another teacher; use the options and the seed of its run "

@@ -45,9 +45,10 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     diagonal_share, endpoint_share: rows with s = t, and from s = 0 to the widest end. growth: the share of the flow stage
         after which intervals may span all of [0, 1]. weighted: gap weights, see `gap_weight`.
     ode_steps, pair_reuse, pair_window, coupling: see `EndpointPairs`. interval_share: rows of a polishing step that makes
-        pairs by following flows, which learn intervals of these (`FlowIntervals`) in the place of endpoints: what more than
-        one forward is learned from.
-    student_forwards: the student's rows in the table; ode_forwards: rows of the denoiser's flow, which one forward imitates.
+        pairs by following flows, which learn intervals of these (`FlowIntervals`) in the place of endpoints: the jumps of
+        student_forwards, where these divide ode_steps.
+    student_forwards: the student's rows in the table, and what its jumps are learned for.
+    ode_forwards: rows of the denoiser's flow, which one forward imitates.
     """
 
     snapshots = ("average", "denoiser")
@@ -139,6 +140,8 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
             window=pair_window,
             coupling=coupling,
             observed_share=observed_share,
+            student_forwards=student_forwards,
+            few_step=few_step,
         )
         self.student_forwards, self.ode_forwards = tuple(student_forwards), tuple(ode_forwards)
         self.few_step, self.promote = few_step, promote

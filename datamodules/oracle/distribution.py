@@ -95,10 +95,9 @@ class OracleDistribution:
         evidence, log_tables = evidence.double(), [table.log() for table in self.posterior(reveal)]
         masses, inside = [], []
         for tau, shape in enumerate(self.grammar.templates):
-            # 1. what every place tells of its attribute: log p(y_l | a = k)
-            joint = [
-                e.log() + evidence[:, place].unsqueeze(1) for place, e in enumerate(self.emission[tau])
-            ]  # (N, K, V)
+            # 1. what every place tells of its attribute, by the few words of each value: log p(y_l | a = k)
+            said = [e.topk(int((e > 0).sum(-1).max()), -1) for e in self.emission[tau]]  # p, word (K, W)
+            joint = [p.log() + evidence[:, place][:, word] for place, (p, word) in enumerate(said)]  # (N, K, W)
             told = [torch.logsumexp(words, -1) for words in joint]
             scores = [table + allowed.log() for table, allowed in zip(log_tables, self.allowed[tau], strict=True)]
             mass = self.template_prior[tau].log() + evidence[:, len(shape.slots) :, self.eos_id].sum(-1)
@@ -115,7 +114,10 @@ class OracleDistribution:
                 value = torch.ones_like(told[place])
                 if slot.attribute is not None:  # a template that the prompt rules out has no value: its mass is 0
                     value = torch.softmax(scores[self.index[slot.attribute]], -1).nan_to_num()
-                marginals[:, place] = torch.einsum("nk,nkv->nv", value, torch.softmax(joint[place], -1))
+                word = said[place].indices.flatten().expand(len(reveal), -1)
+                marginals[:, place].scatter_add_(
+                    1, word, (value.unsqueeze(-1) * torch.softmax(joint[place], -1)).flatten(1)
+                )
             inside.append(marginals)
         template = torch.softmax(torch.stack(masses, -1), -1)  # (N, templates)
         return torch.einsum("nt,tnlv->nlv", template, torch.stack(inside))

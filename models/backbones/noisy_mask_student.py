@@ -51,7 +51,9 @@ class NoisyMaskStudent(Student):
         sizes = {"prompt_length": prompt_length, "hidden_size": hidden_size, "rank": rank}
         super().__init__(base, adapter=adapter, sigma=sigma, time_center=time_center, lora_rank=lora_rank, **sizes)
         self.warp(torch.zeros(1))  # refuses a wrong time_center
-        self.noise_scale = sigma * base.embedding.detach().float().square().mean().sqrt().item()
+        embedding = base.embedding.detach().float()
+        self.noise_scale = sigma * embedding.square().mean().sqrt().item()
+        self.spread = (embedding - embedding[base.mask_id]).square().mean().sqrt().item()
         if adapter == "lora":
             self.body = with_lora(self.base, lora_rank)
         elif adapter == "full":
@@ -85,7 +87,7 @@ class NoisyMaskStudent(Student):
         Without gradients s and t may be (1,), the same for all rows.
         """
         if self.mask_noise is not None:
-            mask, gain = self.mask_embedding, wiener_gain(s, self.options["sigma"]).view(-1, 1, 1)
+            mask, gain = self.mask_embedding, wiener_gain(s, self.noise_scale, self.spread).view(-1, 1, 1)
             apart = (z - mask).to(self.mask_noise.weight.dtype)
             z = torch.where(masked.unsqueeze(-1), mask + (gain * apart + self.mask_noise(apart)).to(mask.dtype), z)
         prefix = self.soft_prompt(1 - t, 1 - s)  # its own times are noise times, r <= t

@@ -75,7 +75,9 @@ def read_student(folder: str | Path) -> dict:
         raise UsageError(f"{folder} holds no student (student.json is missing); type student_path=<run folder>/student")
     description = json.loads(path.read_text())
     if description.get("format") != FORMAT or description.get("kind") not in KINDS:
-        raise UsageError(f"{path} is of format {description.get('format')!r}; this version reads {FORMAT!r}")
+        raise UsageError(
+            f"{path} is of format {description.get('format')!r}; this version reads {FORMAT!r}: train it again"
+        )
     return description
 
 

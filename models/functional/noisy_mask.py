@@ -36,13 +36,13 @@ def line_point(z0: Tensor, clean: Tensor, s: Tensor) -> Tensor:
     return (1 - s) * z0 + s * clean
 
 
-def wiener_gain(s: Tensor, sigma: float) -> Tensor:
-    """c_s = s / (s² + (1 - s)² σ²): m + c_s (z_s - m) is the linear estimate of E_x from z_s with the least mean square error,
+def wiener_gain(s: Tensor, sigma: float, spread: float) -> Tensor:
+    """c_s = v² s / (v² s² + (1 - s)² σ²): no multiple of z_s - m is nearer to E_x - m than c_s (z_s - m) in mean square.
 
-    where E_x - m has no mean and variance 1 in each coordinate (the unit of σ). c_0 = 0: the mask; c_1 = 1: the token. It is
-    how much z_s tells at its time, which a network that is given z_s alone has to learn to multiply by. s (...) in [0, 1].
+    spread v: root mean square of E_x - m over tokens and coordinates, in the unit of σ. c_0 = 0: the mask; c_1 = 1: the token.
+    It is how much z_s tells at its time, which a network that is given z_s alone has to multiply by. s (...) in [0, 1].
     """
-    return s / (s.square() + ((1 - s) * sigma).square())
+    return s / (s.square() + ((1 - s) * sigma / spread).square())
 
 
 def token_evidence(z: Tensor, mask_embedding: Tensor, embedding: Tensor, s: Tensor, sigma: float) -> Tensor:

@@ -4,13 +4,14 @@ A pair is stored as ids and the seed of its noise, so that a pool is small and t
 on its way is there once, when the pair is made.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
 
 from models.backbones.noisy_mask_student import NoisyMaskStudent
-from models.decoding.noisy_mask import Network, follow_flow, start_rows
+from models.decoding.noisy_mask import FewStep, Network, follow_flow, start_rows
 from models.functional.errors import UsageError, require_choice
 from models.objectives.flow_intervals import FlowIntervals, Intervals
 from models.objectives.noisy_mask import hide_response
@@ -34,6 +35,8 @@ class EndpointPairs:
     often a pair is seen on average. window: batches kept; the oldest goes first.
     coupling: `flow` pairs noise with the end of its own flow; `independent` with the batch's own text, whatever the noise:
         the control that shows what the coupling is for. observed_share: rows with part of the response given.
+    student_forwards, few_step: answers whose jumps are told on the way. Those count that divide ode_steps, and the flow's own
+        steps where none does.
     """
 
     def __init__(
@@ -44,13 +47,16 @@ class EndpointPairs:
         window: int = 16,
         coupling: Coupling = "flow",
         observed_share: float = 0.0,
+        student_forwards: Sequence[int] = (),
+        few_step: FewStep = "chain",
     ) -> None:
         for name, value in (("ode_steps", ode_steps), ("pair_reuse", reuse), ("pair_window", window)):
             if value < 1:
                 raise UsageError(f"module.{name}={value} must be at least 1")
         require_choice("module.coupling", coupling, get_args(Coupling))
         self.ode_steps, self.reuse, self.window, self.coupling = ode_steps, reuse, window, coupling
-        self.observed_share = observed_share
+        self.observed_share, self.few_step = observed_share, few_step
+        self.chains = tuple(n for n in student_forwards if n > 1 and ode_steps % n == 0) or (ode_steps,)
         self.drawn = 0
         self.pool: list[dict[str, Tensor | int]] = []
 
@@ -89,7 +95,9 @@ class EndpointPairs:
         if self.coupling == "flow":
             rows = batch | {"response_mask": masked}
             begin = start_rows(student, rows, Generator(device=device).manual_seed(seed))
-            path = FlowIntervals(begin, interval_rows, self.ode_steps, generator) if interval_rows else None
+            if interval_rows:
+                jumps = (self.ode_steps, self.chains, generator, self.few_step)
+                path = FlowIntervals(begin, interval_rows, *jumps)
             end = follow_flow(student, begin, forwards=self.ode_steps, step="ode", network=denoiser, path=path)
             endpoint = torch.where(masked, end, endpoint)
         kept = {"input_ids": endpoint, "attention_mask": batch["attention_mask"], "response_mask": masked}

@@ -2,18 +2,21 @@
 
 Following the denoiser's flow from noise to text costs a forward for each step. The same forwards tell ψ of every interval of
 the grid, as its steps found it: ψ_{s,t} is the sum of the steps' ψ with the weights of `split_weight`. So a student can learn
-its whole flow map, and not the endpoint alone, from what the endpoint costs.
+the jumps of all its few-forward answers, and not the endpoint alone, from what the endpoint costs.
 Legend: B batch, L length, M masked positions, D width, V vocabulary. Times are data times, s <= t, 1 = clean text.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from models.decoding.noisy_mask import FlowStep, NoisyRows
+from models.decoding.noisy_mask import FewStep, FlowStep, NoisyRows
 from models.functional.masked_diffusion import row_of_masked
 from models.functional.noisy_mask import split_weight
+
+POINTS = 0.125  # share of rows that keep ψ_{s,s} = D_s
 
 
 class Intervals(NamedTuple):
@@ -28,16 +31,28 @@ class Intervals(NamedTuple):
 class FlowIntervals:
     """Give it to `follow_flow` as `path`; afterwards `result` has an interval of each of the first `rows` rows.
 
-    Half of them are put at s = 0, the others at any step of the grid, the first among them. They end at the same step
-    (ψ_{s,s} = D_s) or at any later one, up to t = 1, where ψ_{s,1} is the text.
+    chains: the student's numbers of forwards, each a divisor of the flow's `forwards`. One is drawn for each row, and one of
+    its jumps: what is learned is what is taken. One row in eight has an interval without length instead, ψ_{s,s} = D_s.
+    few_step: `chain` jumps from each time of the grid to the next, `renoise` from each to the text.
     """
 
-    def __init__(self, begin: NoisyRows, rows: int, forwards: int, generator: Generator) -> None:
+    def __init__(
+        self,
+        begin: NoisyRows,
+        rows: int,
+        forwards: int,
+        chains: Sequence[int],
+        generator: Generator,
+        few_step: FewStep = "chain",
+    ) -> None:
         self.begin = NoisyRows(*(column[:rows] for column in begin))
         device = begin.z.device
-        at_start, place, length = torch.rand(3, rows, generator=generator, device=device)
-        self.first = torch.where(at_start < 0.5, 0, (place * forwards).long())
-        self.last = self.first + (length * (forwards - self.first + 1)).long()
+        chain, jump, point = torch.rand(3, rows, generator=generator, device=device)
+        jumps = torch.tensor(chains, device=device)[(chain * len(chains)).long()]
+        length = forwards // jumps
+        self.first = (jump * jumps).long() * length
+        end = self.first + length if few_step == "chain" else torch.full_like(length, forwards)
+        self.last = torch.where(point < POINTS, self.first, end)
         self.row, self.step = row_of_masked(self.begin.masked), 0
         self.z, self.psi = self.begin.z.clone(), torch.empty(0, device=device)
         self.s, self.t = torch.zeros(rows, device=device), torch.zeros(rows, device=device)

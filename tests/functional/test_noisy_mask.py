@@ -79,15 +79,19 @@ def each(time):
     return time.unsqueeze(-1).expand(-1, 2)
 
 
-def test_no_other_gain_estimates_a_token_better():
-    """E_x - m of mean 0 and variance 1, noise of variance (1 - s)² σ²: the error of c (z - m) is a parabola in c."""
+def test_no_other_multiple_comes_nearer_to_a_token():
+    """The error of c (z - m) is a parabola in c, here of the words above with as much noise as there is."""
     s = torch.linspace(0, 1, 11, dtype=torch.float64)
-    gain = wiener_gain(s, SIGMA)
+    spread = (WORDS - MASK).square().mean().sqrt().item()
+    gain = wiener_gain(s, SIGMA, spread)
 
     def error(c):
-        return (1 - c * s) ** 2 + (c * (1 - s) * SIGMA) ** 2
+        """Mean over words and coordinates of (E_x - m - c (s (E_x - m) + (1 - s) σ ε))², the noise integrated out."""
+        missing = (1 - c * s)[:, None, None] * (WORDS - MASK)
+        return missing.square().mean((1, 2)) + (c * (1 - s) * SIGMA) ** 2
 
     assert (error(gain) < torch.minimum(error(gain + 1e-3), error(gain - 1e-3))).all()
+    assert (error(gain) < error(wiener_gain(s, SIGMA, 2 * spread)))[1:-1].all()
     assert gain[0] == 0
     assert gain[-1] == 1
 

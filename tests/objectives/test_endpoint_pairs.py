@@ -1,14 +1,17 @@
 """Pairs of noise and text, and the intervals on the way from one to the other."""
 
+from collections import Counter
+
 import torch
 from helpers_noisy_mask import build, stir
 from helpers_trainer import quiet_trainer
+from scipy.stats import chisquare
 
 from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.noisy_mask_flow import NoisyMaskFlowModule
 from models.decoding.noisy_mask import NoisyMaskDecoder, NoisyRows, follow_flow, start_rows
 from models.objectives.endpoint_pairs import EndpointPairs
-from models.objectives.flow_intervals import FlowIntervals
+from models.objectives.flow_intervals import POINTS, FlowIntervals
 from models.objectives.noisy_mask import match_intervals
 
 
@@ -19,7 +22,7 @@ def followed(tiny_llada, tiny_oracle, forwards=8):
     student = student.student
     batch = next(iter(tiny_oracle.train_dataloader()))
     begin = start_rows(student, batch, torch.Generator().manual_seed(1))
-    steps, path = [], FlowIntervals(begin, len(begin.z) - 2, forwards, torch.Generator().manual_seed(2))
+    steps, path = [], FlowIntervals(begin, len(begin.z) - 2, forwards, (1, 2, 4), torch.Generator().manual_seed(2))
 
     def watch(step):
         steps.append(step)
@@ -56,16 +59,34 @@ def test_intervals_say_where_the_flow_went(tiny_llada, tiny_oracle):
     assert psi.min() >= 0
 
 
-def test_intervals_begin_and_end_everywhere_and_more_than_half_of_them_at_the_noise(tiny_llada, tiny_oracle):
+def test_intervals_are_the_jumps_of_the_chains_each_chain_as_often(tiny_llada, tiny_oracle):
     begin = start_rows(
         build(tiny_llada, tiny_oracle).student, next(iter(tiny_oracle.train_dataloader())), torch.Generator()
     )
-    begin = type(begin)(*(column[:1].expand(4000, *column.shape[1:]) for column in begin))
-    path = FlowIntervals(begin, 4000, 4, torch.Generator().manual_seed(0))
-    assert abs((path.first == 0).float().mean() - (0.5 + 0.5 / 4)) < 0.03
-    assert set(zip(path.first.tolist(), path.last.tolist(), strict=True)) == {
-        (i, j) for i in range(4) for j in range(i, 5)
-    }
+    begin = type(begin)(*(column[:1].expand(8000, *column.shape[1:]) for column in begin))
+    path = FlowIntervals(begin, 8000, 8, (2, 4), torch.Generator().manual_seed(0))
+    seen = Counter(zip(path.first.tolist(), path.last.tolist(), strict=True))
+    jumps = {(0, 4): 1 / 4, (4, 8): 1 / 4} | {(k, k + 2): 1 / 8 for k in range(0, 8, 2)}
+    points = {(0, 0): 3 / 8, (4, 4): 3 / 8, (2, 2): 1 / 8, (6, 6): 1 / 8}
+    wanted = {cell: p * (1 - POINTS) for cell, p in jumps.items()} | {cell: p * POINTS for cell, p in points.items()}
+    assert seen.keys() == wanted.keys()
+    assert chisquare([seen[cell] for cell in wanted], [8000 * p for p in wanted.values()]).pvalue > 1e-3
+    # the control: jumps of any length would not fit
+    assert chisquare([seen[cell] for cell in wanted], [8000 / len(wanted)] * len(wanted)).pvalue < 1e-6
+
+
+def test_only_jumps_that_the_flow_s_grid_has_are_learned(tiny_llada, tiny_oracle):
+    assert build(tiny_llada, tiny_oracle, ode_steps=8, student_forwards=(1, 2, 3, 4)).pairs.chains == (2, 4)
+    assert build(tiny_llada, tiny_oracle, ode_steps=8, student_forwards=(1, 3)).pairs.chains == (8,)
+
+
+def test_re_noised_answers_jump_to_the_text_from_everywhere(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle, few_step="renoise", student_forwards=(1, 2, 4))
+    assert module.pairs.few_step == "renoise"
+    begin = start_rows(module.student, next(iter(tiny_oracle.train_dataloader())), torch.Generator())
+    path = FlowIntervals(begin, len(begin.z), 4, (2, 4), torch.Generator().manual_seed(0), "renoise")
+    assert ((path.last == 4) | (path.last == path.first)).all()
+    assert (path.first > 0).any()
 
 
 def test_the_loss_of_intervals_is_least_where_the_student_says_what_the_flow_did(tiny_llada, tiny_oracle):
