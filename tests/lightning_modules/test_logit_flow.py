@@ -207,6 +207,17 @@ def test_a_checkpoint_of_another_teacher_is_refused(tiny_llada, tiny_oracle, tmp
         quiet_trainer(4).fit(other, tiny_oracle, ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
 
 
+def test_a_checkpoint_of_another_version_is_refused(tiny_llada, tiny_oracle, tmp_path):
+    module = build(tiny_llada, tiny_oracle)
+    quiet_trainer(2, **_resume_options(tmp_path)).fit(module, tiny_oracle)
+    checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    torch.save(checkpoint | {"student_format": "leap-student-2"}, tmp_path / "old.ckpt")
+    with pytest.raises(UsageError, match="another version"):
+        quiet_trainer(4).fit(
+            build(tiny_llada, tiny_oracle), tiny_oracle, ckpt_path=tmp_path / "old.ckpt", weights_only=True
+        )
+
+
 @pytest.mark.parametrize("option", [{"loss": "l1"}, {"hard_target": "x"}, {"tangent": "up"}, {"weighting": "w"}])
 def test_unknown_options_are_named(tiny_llada, tiny_oracle, option):
     name = next(iter(option))
