@@ -49,7 +49,15 @@ RANKS, ROWS, STEPS = 2, 8, 6
 STAGES = {name: {"share": 1 / 3, "lr": 1e-2} for name in ("adapt", "flow", "polish")}
 SMALL = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4}
 # of the flow and of the planner's gradient; other monitors log a rank's own
-WATCHED = ("noise_information", "distinct", "entropy_of_all", "accuracy_at", "consistency_gap", "planner_gradient")
+WATCHED = (
+    "noise_information",
+    "distinct",
+    "entropy_of_all",
+    "accuracy_at",
+    "denoiser_gap",
+    "consistency_gap",
+    "planner_gradient",
+)
 WHOLE = ("online_codes",)  # no draws of a rank's own, and as many tokens in every row
 TYPES = {"a": {"codes": 3}, "b": {"codes": 4}}
 
