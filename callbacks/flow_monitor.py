@@ -1,4 +1,5 @@
 """Watches a noisy-mask student while it trains: is the noise used, are its jumps consistent, when do tokens decide?
+
 And is its denoiser the one that the corpus has, where that is known?
 
 docs/meanflow.md gives each figure's healthy range.
@@ -83,15 +84,15 @@ class FlowMonitor(Callback):
         self, trainer: Trainer, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator
     ) -> dict[str, float]:
         """How often D_s is right, and how far it is from the corpus' own denoiser where that is known."""
-        figures, exact = {}, getattr(trainer.datamodule, "seen_marginals", None)
+        figures, columns = {}, response_columns(rows["response_mask"])
+        exact = getattr(trainer.datamodule, "seen_marginals", None)
         for time in self.times:
             s = torch.full((len(rows["input_ids"]),), time, device=rows["input_ids"].device)
             z, masked = module.points(rows, s, generator)
             logits = module.student(z, masked, rows["attention_mask"], s, s)
             figures[f"accuracy_at_{time:g}"] = (logits.argmax(-1) == rows["input_ids"][masked]).float().mean().item()
             if exact is not None and time < 1:
-                columns = response_columns(rows["response_mask"])
-                evidence = module.student.evidence(z[:, -columns:], s.unsqueeze(-1).expand(-1, columns))
+                evidence = module.student.evidence(z[:, -columns:], s.unsqueeze(-1))
                 truth = exact(rows, evidence).flatten(0, 1).to(logits.device)
                 gap = distribution_divergence(truth, logits.double()).sum() / len(z)
                 figures[f"denoiser_gap_at_{time:g}"] = gap.item()

@@ -25,3 +25,8 @@ def stir(module, size=0.3):
             if p.requires_grad:
                 p.add_(size * torch.randn_like(p))
     module.student.soft_prompt.project_()
+
+
+def exact_denoiser(student, data, rows, z, s):
+    """D_s (B, R, V) of the corpus itself at points z of rows' responses, float64."""
+    return data.seen_marginals(rows, student.evidence(z[:, data.prompt_length :], s.unsqueeze(-1)))

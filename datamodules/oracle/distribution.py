@@ -96,7 +96,7 @@ class OracleDistribution:
         masses, inside = [], []
         for tau, shape in enumerate(self.grammar.templates):
             # 1. what every place tells of its attribute, by the few words of each value: log p(y_l | a = k)
-            said = [e.topk(int((e > 0).sum(-1).max()), -1) for e in self.emission[tau]]  # p, word (K, W)
+            said = [self._few_words(tau, place) for place in range(len(shape.slots))]
             joint = [p.log() + evidence[:, place][:, word] for place, (p, word) in enumerate(said)]  # (N, K, W)
             told = [torch.logsumexp(words, -1) for words in joint]
             scores = [table + allowed.log() for table, allowed in zip(log_tables, self.allowed[tau], strict=True)]
@@ -114,10 +114,9 @@ class OracleDistribution:
                 value = torch.ones_like(told[place])
                 if slot.attribute is not None:  # a template that the prompt rules out has no value: its mass is 0
                     value = torch.softmax(scores[self.index[slot.attribute]], -1).nan_to_num()
-                word = said[place].indices.flatten().expand(len(reveal), -1)
-                marginals[:, place].scatter_add_(
-                    1, word, (value.unsqueeze(-1) * torch.softmax(joint[place], -1)).flatten(1)
-                )
+                words = said[place][1].flatten().expand(len(reveal), -1)
+                within = torch.softmax(joint[place], -1)  # (N, K, W)
+                marginals[:, place].scatter_add_(1, words, (value.unsqueeze(-1) * within).flatten(1))
             inside.append(marginals)
         template = torch.softmax(torch.stack(masses, -1), -1)  # (N, templates)
         return torch.einsum("nt,tnlv->nlv", template, torch.stack(inside))
@@ -208,11 +207,16 @@ class OracleDistribution:
 
     def _draw_words(self, tau: int, place: int, values: Tensor, generator: Generator) -> Tensor:
         """A word of the slot for each value (n,): inverse of the cumulative distribution over its few words."""
-        emission = self.emission[tau][place]
-        probability, word = emission.topk(int((emission > 0).sum(-1).max()), dim=-1)  # (K, words of a value)
+        probability, word = self._few_words(tau, place)
         bounds = probability.cumsum(-1)[:, :-1][values]
         choice = (torch.rand(len(values), 1, generator=generator, dtype=torch.float64) >= bounds).sum(-1)
         return word[values, choice]
+
+    def _few_words(self, tau: int, place: int) -> tuple[Tensor, Tensor]:
+        """Probabilities and ids (K, W) of the words of each value; p = 0 where a value has fewer than another."""
+        emission = self.emission[tau][place]
+        probability, word = emission.topk(int((emission > 0).sum(-1).max()), dim=-1)
+        return probability, word
 
     # -- tables -----------------------------------------------------------------------------------------------------
 

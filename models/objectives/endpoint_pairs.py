@@ -96,8 +96,7 @@ class EndpointPairs:
             rows = batch | {"response_mask": masked}
             begin = start_rows(student, rows, Generator(device=device).manual_seed(seed))
             if interval_rows:
-                jumps = (self.ode_steps, self.chains, generator, self.few_step)
-                path = FlowIntervals(begin, interval_rows, *jumps)
+                path = FlowIntervals(begin, interval_rows, self.ode_steps, self.chains, generator, self.few_step)
             end = follow_flow(student, begin, forwards=self.ode_steps, step="ode", network=denoiser, path=path)
             endpoint = torch.where(masked, end, endpoint)
         kept = {"input_ids": endpoint, "attention_mask": batch["attention_mask"], "response_mask": masked}

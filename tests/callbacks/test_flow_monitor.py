@@ -4,29 +4,18 @@ import math
 
 import pytest
 import torch
+from helpers_noisy_mask import build, exact_denoiser
 from helpers_trainer import quiet_trainer
 
 from callbacks.flow_monitor import FlowMonitor
-from lightning_modules.noisy_mask_flow import NoisyMaskFlowModule
 
 STAGES = {"adapt": {"share": 0.5, "lr": 1e-3}, "flow": {"share": 0.5, "lr": 1e-3}}
-
 SLOW = {name: stage | {"lr": 1e-6} for name, stage in STAGES.items()}
-
-
-def build(tiny_llada, data, **options):
-    ids = data.tokenizer
-    torch.manual_seed(0)
-    teacher = tiny_llada(
-        len(ids), mask_token_id=ids.mask_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id
-    )
-    sizes = {"prompt_length": 3, "prompt_hidden_size": 8, "prompt_rank": 4}
-    return NoisyMaskFlowModule(teacher, **({"stages": STAGES} | sizes | options))
 
 
 def figures(tiny_llada, data, **options):
     trainer = quiet_trainer(2, callbacks=[FlowMonitor(prompts=2, noises=16)], val_check_interval=2)
-    trainer.fit(build(tiny_llada, data, **options), data)
+    trainer.fit(build(tiny_llada, data, **({"stages": STAGES} | options)), data)
     return {name.removeprefix("monitor/"): value.item() for name, value in trainer.callback_metrics.items()}
 
 
@@ -58,8 +47,7 @@ def test_a_student_that_says_what_the_corpus_says_is_at_no_distance_from_it(tiny
     rows, student = tiny_oracle.rows["val"].columns, module.student
 
     def denoiser(z, masked, attention_mask, s, t):
-        at = s.unsqueeze(-1).expand(-1, tiny_oracle.response_length)
-        p = tiny_oracle.seen_marginals(rows, student.evidence(z[:, tiny_oracle.prompt_length :], at))
+        p = exact_denoiser(student, tiny_oracle, rows, z, s)
         return ((1 - spoiled) * p + spoiled / p.shape[-1]).clamp(min=1e-30).log().flatten(0, 1)
 
     student.forward = denoiser
@@ -87,6 +75,6 @@ def test_it_leaves_the_weights_as_they_are(tiny_llada, tiny_oracle):
             super().on_validation_epoch_end(trainer, pl_module)
             module_weights.append(all(torch.equal(w, before[n]) for n, w in pl_module.student.trainable().items()))
 
-    module = build(tiny_llada, tiny_oracle)
+    module = build(tiny_llada, tiny_oracle, stages=STAGES)
     quiet_trainer(4, callbacks=[Watched(noises=4)], val_check_interval=2).fit(module, tiny_oracle)
     assert module_weights == [True, True]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from scipy.stats import chisquare
+from helpers_noisy_mask import exact_denoiser
 
+from lightning_modules.qstar_exactness import g_test
 from models.backbones.noisy_mask_student import NoisyMaskStudent
 from models.decoding.noisy_mask import follow_flow, start_rows
 
@@ -29,10 +30,10 @@ def texts_of_flow(student, data, forwards, alone=False):
     marginals = data.distribution.marginals(rows["reveal"][:1])
 
     def denoiser(z, masked, attention_mask, s, t):
-        points = z[:, data.prompt_length :]
-        evidence = student.evidence(points, s.expand(points.shape[:2]))
-        p = torch.softmax(marginals.log() + evidence, -1) if alone else data.seen_marginals(rows, evidence)
-        return p.log().flatten(0, 1).float()
+        if alone:
+            evidence = student.evidence(z[:, data.prompt_length :], s.unsqueeze(-1))
+            return (marginals.log() + evidence).flatten(0, 1).float()
+        return exact_denoiser(student, data, rows, z, s).log().flatten(0, 1).float()
 
     begin = start_rows(student, rows, torch.Generator().manual_seed(0))
     tokens = follow_flow(student, begin, forwards=forwards, step="ode", network=denoiser)
@@ -40,16 +41,11 @@ def texts_of_flow(student, data, forwards, alone=False):
 
 
 def p_value(data, texts):
-    """Of a chi-square test against the corpus' own probabilities; texts that it cannot say have their own cell."""
+    """Of a G-test against the corpus' own probabilities; 0 where a text is one that it cannot say."""
     known = data.list_texts()[1]
     reveal = torch.full((len(known), len(data.attribute_names)), -1)
-    p = data.distribution.log_prob(known, reveal).exp()
     hits = (texts.unsqueeze(1) == known).all(-1).sum(0)
-    if hits.sum() < len(texts):
-        return 0.0
-    common = p * len(texts) >= 5
-    seen, wanted = ([*x[common].tolist(), x[~common].sum().item()] for x in (hits.double(), p * len(texts)))
-    return chisquare(seen, [w * sum(seen) / sum(wanted) for w in wanted]).pvalue
+    return g_test(hits, data.distribution.log_prob(known, reveal).exp()) if hits.sum() == len(texts) else 0.0
 
 
 def test_the_exact_denoiser_s_flow_says_every_text_as_often_as_the_corpus(student, tiny_oracle):
