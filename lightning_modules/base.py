@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,26 +17,32 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
+from lightning_modules.optimizers import OptimizerName, make_optimizer
 from lightning_modules.sharding import shard_trained, whole_weights
 from models.backbones.sharded_layers import shard_frozen
 from models.decoding.decoder import Decoder
-from models.functional.errors import UsageError, require_at_least
+from models.functional.errors import UsageError, require_at_least, require_choice
 from models.functional.weights import trainable_weights
 
 
 class LeapModule(LightningModule):
-    """AdamW on the trainable parameters with linear warm-up and cosine decay over the trainer's steps.
+    """One optimiser of the trainable parameters with linear warm-up and cosine decay over the trainer's steps.
 
+    optimizer: adamw | muon, see `make_optimizer`.
     Checkpoints hold trainable parameters only: frozen bases come from their own files.
     seed: every random draw of a step is a function of (seed, epoch, batch, rank), so a resumed run repeats the original's.
     """
 
-    def __init__(self, *, lr: float, weight_decay: float, warmup_steps: int, seed: int) -> None:
+    def __init__(
+        self, *, lr: float, weight_decay: float, warmup_steps: int, seed: int, optimizer: OptimizerName = "adamw"
+    ) -> None:
         super().__init__()
+        require_choice("module.optimizer", optimizer, get_args(OptimizerName))
         require_at_least(
             0, module__lr=lr, module__weight_decay=weight_decay, module__warmup_steps=warmup_steps, seed=seed
         )
         self.lr, self.weight_decay, self.warmup_steps, self.seed = lr, weight_decay, warmup_steps, seed
+        self.optimizer_name = optimizer
         self.strict_loading = False
 
     # -- weights split over ranks (trainer=fsdp) ----------------------------------------------------------------------
@@ -85,14 +91,8 @@ class LeapModule(LightningModule):
     # -- training ---------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trainable = list(trainable_weights(self).values())
-        decayed = [p for p in trainable if p.ndim >= 2]
-        plain = [p for p in trainable if p.ndim < 2]
-        optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=self.lr,
-            betas=(0.9, 0.98),
-        )
+        weights = trainable_weights(self)
+        optimizer = make_optimizer(self.optimizer_name, weights, lr=self.lr, weight_decay=self.weight_decay)
         schedule = self.lr_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -153,6 +153,7 @@ class LeapModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep = self.trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+        checkpoint["optimizer_name"] = self.optimizer_name
         for name, weight in checkpoint["state_dict"].items():
             if not torch.isfinite(weight).all():
                 raise UsageError(
@@ -161,6 +162,12 @@ class LeapModule(LightningModule):
                 )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint.get("optimizer_name", "adamw")
+        if kept != self.optimizer_name and self.trainer.state.fn == TrainerFn.FITTING:
+            raise UsageError(
+                f"the checkpoint was trained with module.optimizer={kept}, whose state means nothing to "
+                f"{self.optimizer_name}; type module.optimizer={kept} to go on"
+            )
         held, wanted = checkpoint["state_dict"], dict(self.named_parameters())
         for name in sorted(self.trainable_names()):
             if name not in held:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_modules.base import LeapModule
+from lightning_modules.optimizers import OptimizerName
 from models.backbones.llada import LladaModel
 from models.backbones.student import Student
 from models.backbones.student_files import FORMAT, base_fingerprint, save_whole_student
@@ -35,8 +36,9 @@ class MeanFlowDistillModule(LeapModule):
         teacher_temperature: float,
         teacher_remasking: Remasking,
         seed: int,
+        optimizer: OptimizerName = "adamw",
     ) -> None:
-        super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
+        super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed, optimizer=optimizer)
         require_choice("module.teacher_remasking", teacher_remasking, get_args(Remasking))
         self.student = student
         self.forwards = tuple(forwards)

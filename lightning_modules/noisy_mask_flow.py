@@ -9,6 +9,7 @@ from typing import Any, get_args
 from torch import Generator, Tensor
 
 from lightning_modules.flow_probes import FlowProbes
+from lightning_modules.optimizers import OptimizerName
 from lightning_modules.staged_distill import StagedDistillModule
 from lightning_modules.stages import Stages
 from models.backbones.llada import LladaModel
@@ -16,7 +17,7 @@ from models.backbones.noisy_mask_student import Adapter, NoisyMaskStudent
 from models.decoding.decoder import Decoder
 from models.decoding.masked_diffusion import Remasking
 from models.decoding.noisy_mask import FewStep, NoisyMaskDecoder, require_flow_options
-from models.functional.errors import UsageError, require_choice
+from models.functional.errors import UsageError, require_at_least, require_choice
 from models.functional.flow_times import require_shares
 from models.functional.jvp import JvpBackend
 from models.objectives.base import Terms
@@ -30,6 +31,7 @@ from models.objectives.noisy_mask import (
     noisy_point,
     polish_endpoint,
 )
+from models.objectives.recent_texts import RecentTexts
 
 STAGES = ("adapt", "flow", "polish")
 
@@ -41,6 +43,8 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     stages: share of trainer.max_steps and learning rate of adapt, flow and polish; share 0 leaves a stage out. Without
         `adapt` the student that training starts from (student_path=...) is the denoiser.
     teacher_weight: lambda of KL(teacher || psi_{0,0}). observed_share: rows with part of the response given.
+    recent_texts: adapt averages its targets over so many texts of the last batches, as far as they have the row's prompt and
+        could lie behind its point (`text_posterior`); 0 leaves each row its own text.
     target: psd | meanflow (with derivatives) for intervals that end by meanflow_until, psd beyond; rho_min bounds it.
     diagonal_share, endpoint_share: rows with s = t, and from s = 0 to the widest end. growth: the share of the flow stage
         after which intervals may span all of [0, 1]. weighted: gap weights, see `gap_weight`.
@@ -65,7 +69,8 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         prompt_rank: int = 32,
         lora_rank: int = 16,
         stages: Mapping[str, Mapping[str, float]],
-        teacher_weight: float = 0.1,
+        teacher_weight: float = 0.02,
+        recent_texts: int = 1024,
         observed_share: float = 0.1,
         target: FlowTarget = "psd",
         meanflow_until: float = 0.95,
@@ -81,7 +86,8 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         pair_window: int = 16,
         coupling: Coupling = "flow",
         interval_share: float = 0.75,
-        average_decay: float = 0.99,
+        average_decay: float = 0.997,
+        optimizer: OptimizerName = "muon",
         weight_decay: float = 0.0,
         forwards: tuple[int, ...] = (1, 2, 4, 8, 16),
         student_forwards: tuple[int, ...] = (1, 2, 4, 8),
@@ -103,6 +109,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
             )
         require_choice("module.few_step", few_step, get_args(FewStep))
         require_flow_options(few_step, promote, (*student_forwards, *ode_forwards))
+        require_at_least(0, module__recent_texts=recent_texts)
         if not 0 < meanflow_until < 1:
             raise UsageError(
                 f"module.meanflow_until={meanflow_until} must lie between 0 and 1: its identity ends before t = 1"
@@ -114,6 +121,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
             student,
             Stages(stages, STAGES),
             average_decay=average_decay,
+            optimizer=optimizer,
             weight_decay=weight_decay,
             forwards=forwards,
             teacher_temperature=teacher_temperature,
@@ -123,6 +131,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         self.save_hyperparameters(ignore=["teacher"])
         self.interval_share, self.growth = interval_share, growth
         self.adapt_options = {"observed_share": observed_share, "teacher_weight": teacher_weight}
+        self.texts = RecentTexts(recent_texts) if recent_texts else None
         self.flow_options = {
             "observed_share": observed_share,
             "diagonal_share": diagonal_share,
@@ -168,7 +177,8 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         self.denoiser = self.student.trainable()
 
     def _adapt(self, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
-        return adapt_to_noise(self.student, self.teacher, batch, generator, **self.adapt_options)
+        texts = None if self.texts is None else self.texts.add(batch["input_ids"])
+        return adapt_to_noise(self.student, self.teacher, batch, generator, texts=texts, **self.adapt_options)
 
     def _flow(self, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
         widest = min(1.0, 0.1 + 0.9 * progress / self.growth) if self.growth else 1.0
@@ -214,12 +224,15 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     # -- checkpoints and decoders -----------------------------------------------------------------------------------
 
     def stage_state(self) -> dict[str, Any]:
-        return super().stage_state() | {"pairs": self.pairs.state_dict()}
+        state = super().stage_state() | {"pairs": self.pairs.state_dict()}
+        return state | ({} if self.texts is None else {"texts": self.texts.state_dict()})
 
     def load_stage_state(self, state: dict[str, Any]) -> None:
         super().load_stage_state(state)
-        if self.trainer.world_size == 1:  # a checkpoint holds rank 0's pairs only: several ranks begin with fresh ones
+        if self.trainer.world_size == 1:  # a checkpoint holds rank 0's own: several ranks begin with fresh ones
             self.pairs.load_state_dict(state["pairs"])
+            if self.texts is not None and "texts" in state:
+                self.texts.load_state_dict(state["texts"])
 
     def decoders(self) -> list[Decoder]:
         options = {"step": self.few_step, "promote": self.promote}

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_modules.base import LeapModule
 from lightning_modules.computing import decoder_layers
 from lightning_modules.nll_meter import NllMeter
+from lightning_modules.optimizers import OptimizerName
 from lightning_modules.token_weights import TokenWeights
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
@@ -46,13 +47,14 @@ class PretrainModule(LeapModule):
         *,
         lr: float = 2e-3,
         weight_decay: float = 0.01,
+        optimizer: OptimizerName = "adamw",
         warmup_steps: int = 100,
         forwards: tuple[int, ...] = (1, 2, 4, 8, 16),
         temperature: float = 1.0,
         remasking: Remasking = "random",
         seed: int = 0,
     ) -> None:
-        super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
+        super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed, optimizer=optimizer)
         self.save_hyperparameters(ignore=["model", "objective"])
         self.model, self.objective = model, objective
         self.forwards, self.temperature, self.remasking = tuple(forwards), temperature, remasking

@@ -110,8 +110,8 @@ def plans(data: Any, **options: Any) -> LightningModule:
     return ConceptPlannerExecutorModule(causal(data), types=TYPES, **options)
 
 
-def pretrained(model: torch.nn.Module, objective: Any) -> LightningModule:
-    return PretrainModule(model, objective, lr=1e-2, warmup_steps=0)
+def pretrained(model: torch.nn.Module, objective: Any, **options: Any) -> LightningModule:
+    return PretrainModule(model, objective, lr=1e-2, warmup_steps=0, **options)
 
 
 METHODS = {
@@ -121,6 +121,7 @@ METHODS = {
     "logit": lambda data: LogitFlowModule(teacher(data), lr=1e-2, warmup_steps=0, **SMALL),
     "step_halving": lambda data: StepHalvingModule(teacher(data), start_forwards=4, lr=1e-2),
     "masked_diffusion": lambda data: pretrained(teacher(data), MaskedDiffusion()),
+    "masked_diffusion_muon": lambda data: pretrained(teacher(data), MaskedDiffusion(), optimizer="muon"),
     "next_token_packed": lambda data: pretrained(causal(data), NextToken()),
     "next_token_lora": lambda data: pretrained(with_adapters(causal(data), 2), NextToken()),
     "latent": lambda data: pretrained(causal(data), Latent(span=2)),

@@ -15,6 +15,7 @@ from models.backbones.twin import with_lora, with_own_weights
 from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import flow_map, noisy_mask, token_evidence, warp_time, wiener_gain
 from models.functional.precision import at_least_float32, in_full
+from models.functional.text_posterior import same_prompt, text_posterior
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
 
@@ -98,6 +99,14 @@ class NoisyMaskStudent(Student):
         """log p(z_s | token) of every token at noisy positions, up to a constant: (..., D), (...) -> (..., V) float64."""
         mask, embedding = self.mask_embedding.double(), self.base.embedding.double()
         return token_evidence(z.double(), mask, embedding, s.double(), self.noise_scale)
+
+    @torch.no_grad()
+    def text_posterior(self, z: Tensor, masked: Tensor, s: Tensor, given: Tensor, texts: Tensor) -> Tensor:
+        """Share of each of texts (N, L) in what may lie behind z_s (B, L, D), those that `given` (B, L) allows: (B, N)."""
+        mask, alike = self.mask_embedding, same_prompt(given, masked, texts)
+        used = masked.any(0)  # prompts need no products
+        clean, apart = self.base.embed(texts[:, used]) - mask, z[:, used] - mask
+        return text_posterior(apart, masked[:, used], clean, alike, s, self.noise_scale)
 
     def expected(self, psi: Tensor) -> Tensor:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the base's precision."""

@@ -58,29 +58,42 @@ def adapt_to_noise(
     *,
     teacher_weight: float,
     observed_share: float,
+    texts: Tensor | None = None,
 ) -> Terms:
-    """Stage A: CE(x, ψ_{s,s}(z_s)) on masked positions + teacher_weight KL(teacher || ψ_{0,0}) on a quarter of the rows."""
+    """Stage A: CE(x, ψ_{s,s}(z_s)) on masked positions + teacher_weight KL(teacher || ψ_{0,0}) on an eighth of the rows.
+
+    texts (N, L): ids of further texts of the corpus, the batch's own among them. x is then averaged over those that could lie
+    behind z_s, see `text_posterior`.
+    """
     x0, attention_mask = batch["input_ids"], batch["attention_mask"]
     # 1. a time for each row and its point on the line
     masked = hide_response(batch, observed_share, generator)
     s = student.warp(antithetic_times(len(x0), generator, x0.device))
     z = noisy_point(student, batch, masked, s, generator)
-    # 2. the denoiser's cross entropy
-    logits = student(z, masked, attention_mask, s, s)
-    nll = mean_of(F.cross_entropy(logits.float(), x0[masked], reduction="none"))
-    accuracy = mean_of((logits.detach().argmax(-1) == x0[masked]).float())
+    points, counting = (z, masked, attention_mask, s), int(masked.sum())
+    # 2. an eighth of the rows again at s = 0, in the same forward
+    if teacher_weight:
+        few = {name: column[::8] for name, column in batch.items()}
+        hidden = masked[::8]
+        start = (student.start(few, hidden, generator), hidden, few["attention_mask"], torch.zeros_like(s[::8]))
+        points = tuple(torch.cat(both) for both in zip(points, start, strict=True))
+    logits = student(*points, points[-1])
+    # 3. the denoiser's cross entropy, of each text by its share in what may lie behind z_s
+    denoised, target = logits[:counting].float(), x0[masked]
+    if texts is not None:
+        row, column = masked.nonzero(as_tuple=True)
+        shares = student.text_posterior(z, masked, s, x0, texts).to(denoised.dtype)[row]
+        target = torch.zeros_like(denoised).scatter_add_(-1, texts.T[column], shares)
+    nll = mean_of(F.cross_entropy(denoised, target, reduction="none"))
+    accuracy = mean_of((denoised.detach().argmax(-1) == x0[masked]).float())
     raw = {"denoising_nll": nll, "denoising_accuracy": accuracy}
-    if teacher_weight == 0:
+    if not teacher_weight:
         return Terms(nll, raw)
-    # 3. at s = 0 every ε must give the masked teacher's posterior
-    few = {name: column[::4] for name, column in batch.items()}
-    hidden, zero = masked[::4], torch.zeros_like(s[::4])
-    start = student.start(few, hidden, generator)
-    logits = student(start, hidden, few["attention_mask"], zero, zero)
+    # 4. at s = 0 every ε must give the masked teacher's posterior
     with torch.no_grad():
         xt = torch.where(hidden, teacher.mask_id, few["input_ids"])
         posterior = teacher.lm_head(teacher.hidden(teacher.embed(xt), few["attention_mask"])[hidden]).softmax(-1)
-    raw["teacher_gap"] = mean_of(distribution_divergence(posterior, logits))
+    raw["teacher_gap"] = mean_of(distribution_divergence(posterior, logits[counting:]))
     return Terms(nll + teacher_weight * raw["teacher_gap"], raw)
 
 

@@ -1,0 +1,34 @@
+r"""Which text lies behind a noisy point? Its own, or another one that could have been there as well.
+
+A point z_s made from the text x alone says little of x while s is small, and cross entropy against x then teaches a network
+mostly luck. Any other texts y_2 ... y_n of the same prompt, drawn as x was, take a part of the luck away: with y_1 = x and
+
+.. math:: w_j = p(z_s | y_j) / \sum_k p(z_s | y_k),
+
+the mean over x from p(x | z_s) and over the others of Σ_j w_j f(y_j) is E[f(x) | z_s], exactly and for any n: exchanging x for
+y_j with probability w_j leaves p(x | z_s) as it is (iterated sampling importance resampling; Andrieu, Lee, Vihola, Uniform
+ergodicity of the iterated conditional SMC, 2018). So targets may be averaged over the w_j: the same mean, less variance
+(Rao-Blackwell). For scores of images the idea is known as the stable target field (Xu, Tong, Jaakkola, 2023).
+"""
+
+import torch
+from torch import Tensor
+
+
+def same_prompt(given: Tensor, masked: Tensor, texts: Tensor) -> Tensor:
+    """Whether texts (N, L) agree with rows (B, L) wherever these are not masked: (B, N) bool."""
+    return ((given.unsqueeze(1) == texts) | masked.unsqueeze(1)).all(-1)
+
+
+def text_posterior(apart: Tensor, masked: Tensor, clean: Tensor, alike: Tensor, s: Tensor, sigma: float) -> Tensor:
+    """w (B, N): the share of each of N texts in p(text | z_s), among those that are `alike`; each row must have one.
+
+    apart z_s - m (B, L, D) and clean E_y - m (N, L, D), from the mask's embedding; masked (B, L): where z_s is noisy;
+    alike (B, N) bool; s (B,) in [0, 1); σ in the units of the embedding's coordinates. In float64: log densities are large.
+    log w = [s <z_s - m, E_y - m> - s² |E_y - m|² / 2] / ((1 - s)² σ²) + const, summed over masked places.
+    """
+    apart, clean, s = apart.double() * masked.unsqueeze(-1), clean.double(), s.double().unsqueeze(-1)
+    signal = apart.flatten(1) @ clean.flatten(1).T
+    power = masked.double() @ clean.square().sum(-1).T
+    evidence = (s * signal - s.square() * power / 2) / ((1 - s) * sigma).square()
+    return evidence.masked_fill(~alike, -torch.inf).softmax(-1)
