@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
-from lightning_modules.optimizers import OptimizerName, make_optimizer
+from lightning_modules.optimizers import OptimizerName, make_optimizer, used_optimizer
 from lightning_modules.sharding import shard_trained, whole_weights
 from models.backbones.sharded_layers import shard_frozen
 from models.decoding.decoder import Decoder
@@ -153,7 +153,7 @@ class LeapModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep = self.trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
-        checkpoint["optimizer_name"] = self.optimizer_name
+        checkpoint["optimizer_name"] = used_optimizer(self.optimizer_name, trainable_weights(self))
         for name, weight in checkpoint["state_dict"].items():
             if not torch.isfinite(weight).all():
                 raise UsageError(
@@ -162,11 +162,14 @@ class LeapModule(LightningModule):
                 )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint.get("optimizer_name", "adamw")
-        if kept != self.optimizer_name and self.trainer.state.fn == TrainerFn.FITTING:
+        kept, own = (
+            checkpoint.get("optimizer_name", "adamw"),
+            used_optimizer(self.optimizer_name, trainable_weights(self)),
+        )
+        if kept != own and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             raise UsageError(
-                f"the checkpoint was trained with module.optimizer={kept}, whose state means nothing to "
-                f"{self.optimizer_name}; type module.optimizer={kept} to go on"
+                f"the checkpoint was trained with module.optimizer={kept}, whose state means nothing to {own}; "
+                f"type module.optimizer={kept} to go on"
             )
         held, wanted = checkpoint["state_dict"], dict(self.named_parameters())
         for name in sorted(self.trainable_names()):

@@ -43,8 +43,8 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     stages: share of trainer.max_steps and learning rate of adapt, flow and polish; share 0 leaves a stage out. Without
         `adapt` the student that training starts from (student_path=...) is the denoiser.
     teacher_weight: lambda of KL(teacher || psi_{0,0}). observed_share: rows with part of the response given.
-    recent_texts: adapt averages its targets over so many texts of the last batches, as far as they have the row's prompt and
-        could lie behind its point (`text_posterior`); 0 leaves each row its own text.
+    recent_texts: adapt averages its targets over so many texts of the last batches of the epoch, as far as they
+        have the row's prompt and could lie behind its point (`text_posterior`); 0 leaves each row its own text.
     target: psd | meanflow (with derivatives) for intervals that end by meanflow_until, psd beyond; rho_min bounds it.
     diagonal_share, endpoint_share: rows with s = t, and from s = 0 to the widest end. growth: the share of the flow stage
         after which intervals may span all of [0, 1]. weighted: gap weights, see `gap_weight`.
@@ -177,7 +177,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         self.denoiser = self.student.trainable()
 
     def _adapt(self, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
-        texts = None if self.texts is None else self.texts.add(batch["input_ids"])
+        texts = None if self.texts is None else self.texts.add(batch["input_ids"], self.current_epoch)
         return adapt_to_noise(self.student, self.teacher, batch, generator, texts=texts, **self.adapt_options)
 
     def _flow(self, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:

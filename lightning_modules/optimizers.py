@@ -28,6 +28,11 @@ def make_optimizer(
     return Together(muon, adamw)
 
 
+def used_optimizer(name: OptimizerName, weights: Mapping[str, nn.Parameter]) -> OptimizerName:
+    """Whose state a checkpoint of these weights has: without matrices of layers `muon` is AdamW."""
+    return name if any(is_layer_matrix(key, p) for key, p in weights.items()) else "adamw"
+
+
 def is_layer_matrix(name: str, weight: nn.Parameter) -> bool:
     """A matrix between hidden states of a layer: not an embedding, a head, a prefix or a matrix of low rank."""
     return weight.ndim == 2 and ".layers." in name and "lora_" not in name

@@ -15,9 +15,10 @@ from models.backbones.twin import with_lora, with_own_weights
 from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import flow_map, noisy_mask, token_evidence, warp_time, wiener_gain
 from models.functional.precision import at_least_float32, in_full
-from models.functional.text_posterior import same_prompt, text_posterior
+from models.functional.text_posterior import same_prompt, text_evidence, text_posterior
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
+TEXTS_AT_ONCE = 256  # whose embeddings are in memory together
 
 
 class NoisyMaskStudent(Student):
@@ -103,10 +104,16 @@ class NoisyMaskStudent(Student):
     @torch.no_grad()
     def text_posterior(self, z: Tensor, masked: Tensor, s: Tensor, given: Tensor, texts: Tensor) -> Tensor:
         """Share of each of texts (N, L) in what may lie behind z_s (B, L, D), those that `given` (B, L) allows: (B, N)."""
-        mask, alike = self.mask_embedding, same_prompt(given, masked, texts)
-        used = masked.any(0)  # prompts need no products
-        clean, apart = self.base.embed(texts[:, used]) - mask, z[:, used] - mask
-        return text_posterior(apart, masked[:, used], clean, alike, s, self.noise_scale)
+        alike, used, mask = same_prompt(given, masked, texts), masked.any(0), self.mask_embedding.double()
+        kept = alike.any(0)  # what no row could be needs no products, nor do prompts
+        apart = z[:, used].double() - mask
+        evidence = [
+            text_evidence(apart, masked[:, used], self.base.embed(few).double() - mask, s, self.noise_scale)
+            for few in texts[kept][:, used].split(TEXTS_AT_ONCE)
+        ]
+        shares = apart.new_zeros(alike.shape)
+        shares[:, kept] = text_posterior(torch.cat(evidence, 1), alike[:, kept])
+        return shares
 
     def expected(self, psi: Tensor) -> Tensor:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the base's precision."""

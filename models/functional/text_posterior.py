@@ -7,8 +7,9 @@ mostly luck. Any other texts y_2 ... y_n of the same prompt, drawn as x was, tak
 
 the mean over x from p(x | z_s) and over the others of Σ_j w_j f(y_j) is E[f(x) | z_s], exactly and for any n: exchanging x for
 y_j with probability w_j leaves p(x | z_s) as it is (iterated sampling importance resampling; Andrieu, Lee, Vihola, Uniform
-ergodicity of the iterated conditional SMC, 2018). So targets may be averaged over the w_j: the same mean, less variance
-(Rao-Blackwell). For scores of images the idea is known as the stable target field (Xu, Tong, Jaakkola, 2023).
+ergodicity of the iterated conditional SMC, 2018). It is enough that x and the others are exchangeable, as different rows of a
+shuffled corpus are; a second copy of the row itself is not. So targets may be averaged over the w_j: the same mean, less
+variance (Rao-Blackwell). For scores of images the idea is known as the stable target field (Xu, Tong, Jaakkola, 2023).
 """
 
 import torch
@@ -20,15 +21,20 @@ def same_prompt(given: Tensor, masked: Tensor, texts: Tensor) -> Tensor:
     return ((given.unsqueeze(1) == texts) | masked.unsqueeze(1)).all(-1)
 
 
-def text_posterior(apart: Tensor, masked: Tensor, clean: Tensor, alike: Tensor, s: Tensor, sigma: float) -> Tensor:
-    """w (B, N): the share of each of N texts in p(text | z_s), among those that are `alike`; each row must have one.
+def text_evidence(apart: Tensor, masked: Tensor, clean: Tensor, s: Tensor, sigma: float) -> Tensor:
+    """log p(z_s | y) of N texts, up to what they share: (B, N) float64 nats.
 
     apart z_s - m (B, L, D) and clean E_y - m (N, L, D), from the mask's embedding; masked (B, L): where z_s is noisy;
-    alike (B, N) bool; s (B,) in [0, 1); σ in the units of the embedding's coordinates. In float64: log densities are large.
-    log w = [s <z_s - m, E_y - m> - s² |E_y - m|² / 2] / ((1 - s)² σ²) + const, summed over masked places.
+    s (B,) in [0, 1]; σ in the units of the embedding's coordinates.
+    [s <z_s - m, E_y - m> - s² |E_y - m|² / 2] / ((1 - s)² σ²), summed over masked places.
     """
-    apart, clean, s = apart.double() * masked.unsqueeze(-1), clean.double(), s.double().unsqueeze(-1)
+    s = s.double().clamp(max=1 - 1e-7).unsqueeze(-1)  # at 1 the text itself has all
+    apart, clean = apart.double() * masked.unsqueeze(-1), clean.double()
     signal = apart.flatten(1) @ clean.flatten(1).T
     power = masked.double() @ clean.square().sum(-1).T
-    evidence = (s * signal - s.square() * power / 2) / ((1 - s) * sigma).square()
+    return (s * signal - s.square() * power / 2) / ((1 - s) * sigma).square()
+
+
+def text_posterior(evidence: Tensor, alike: Tensor) -> Tensor:
+    """w (B, N): each text's share in p(text | z_s) among those that are `alike` (B, N), of which each row must have one."""
     return evidence.masked_fill(~alike, -torch.inf).softmax(-1)

@@ -79,12 +79,13 @@ def adapt_to_noise(
         points = tuple(torch.cat(both) for both in zip(points, start, strict=True))
     logits = student(*points, points[-1])
     # 3. the denoiser's cross entropy, of each text by its share in what may lie behind z_s
-    denoised, target = logits[:counting].float(), x0[masked]
-    if texts is not None:
+    denoised = logits[:counting].float()
+    if texts is None:
+        nll = mean_of(F.cross_entropy(denoised, x0[masked], reduction="none"))
+    else:
         row, column = masked.nonzero(as_tuple=True)
         shares = student.text_posterior(z, masked, s, x0, texts).to(denoised.dtype)[row]
-        target = torch.zeros_like(denoised).scatter_add_(-1, texts.T[column], shares)
-    nll = mean_of(F.cross_entropy(denoised, target, reduction="none"))
+        nll = mean_of(-(shares * denoised.log_softmax(-1).gather(-1, texts.T[column])).sum(-1))
     accuracy = mean_of((denoised.detach().argmax(-1) == x0[masked]).float())
     raw = {"denoising_nll": nll, "denoising_accuracy": accuracy}
     if not teacher_weight:

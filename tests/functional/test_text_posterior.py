@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.functional.noisy_mask import token_evidence
-from models.functional.text_posterior import same_prompt, text_posterior
+from models.functional.text_posterior import same_prompt, text_evidence, text_posterior
 
 SIGMA = 1.3
 PRIOR = torch.tensor([0.5, 0.3, 0.2]).double()
@@ -36,7 +36,7 @@ def exact(embedding, z, s):
 def shares(embedding, apart, s, texts):
     masked = torch.ones(len(apart), 3, dtype=torch.bool)
     clean = embedding[texts] - embedding[-1]
-    return text_posterior(apart, masked, clean, torch.ones(len(apart), len(texts), dtype=torch.bool), s, SIGMA)
+    return text_posterior(text_evidence(apart, masked, clean, s, SIGMA), torch.ones(len(apart), len(texts)).bool())
 
 
 @pytest.mark.parametrize("time", [0.0, 0.3, 0.6, 0.9])
@@ -97,17 +97,18 @@ def test_a_text_of_another_prompt_has_no_share(embedding):
     assert alike.tolist() == [[True, False, True], [False, True, False]]
     s = torch.tensor([0.5, 0.5]).double()
     _, apart = points(embedding, given, s)
-    w = text_posterior(apart, masked, embedding[texts] - embedding[-1], alike, s, SIGMA)
+    w = text_posterior(text_evidence(apart, masked, embedding[texts] - embedding[-1], s, SIGMA), alike)
     assert w[0, 1] == 0
     assert w[1].tolist() == [0, 1, 0]
     # what stands in a place that is given does not count
     apart[:, 0] += 10
-    again = text_posterior(apart, masked, embedding[texts] - embedding[-1], alike, s, SIGMA)
+    again = text_posterior(text_evidence(apart, masked, embedding[texts] - embedding[-1], s, SIGMA), alike)
     torch.testing.assert_close(again, w, rtol=0, atol=0)
 
 
-def test_far_from_the_texts_and_near_the_end_it_stays_finite(embedding):
-    s = torch.tensor([0.9999]).double()
+@pytest.mark.parametrize("time", [0.9999, 1.0])
+def test_far_from_the_texts_and_at_the_end_it_stays_finite(embedding, time):
+    s = torch.tensor([time]).double()
     _, apart = points(embedding, TEXTS[:1], s)
     w = shares(embedding, apart * 50, s, TEXTS)
     assert w.isfinite().all()

@@ -96,6 +96,20 @@ def test_a_schedule_and_a_checkpoint_reach_both(weights):
     assert {group["lr"] for group in other.param_groups} == {LR / 5}
 
 
+def test_what_a_cleared_state_forgets_is_forgotten_by_both(weights):
+    optimizer = make_optimizer("muon", weights, lr=LR, weight_decay=0.0)
+    steps(optimizer, schedule_of(optimizer), weights, range(2))
+    fresh = copies(weights)
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    for kept, own in ((weights, optimizer), (fresh, make_optimizer("muon", fresh, lr=LR, weight_decay=0.0))):
+        gradients(kept, 7)
+        own.step()
+    for name, p in weights.items():
+        torch.testing.assert_close(p, fresh[name], rtol=0, atol=0)
+
+
 def test_a_closure_is_called_once_with_gradients(weights):
     optimizer = make_optimizer("muon", weights, lr=LR, weight_decay=0.0)
     calls = []
