@@ -19,7 +19,7 @@ from models.backbones.soft_prompt import SoftPrompt
 GB = 1e9
 # how often a step multiplies by the frozen linear layers: (forwards, tangents, backward passes), by what is trained
 GATHERS = {
-    "noisy mask, adapt": (3, 0, 2),
+    "noisy mask, adapt": (2, 0, 1),
     "noisy mask, flow (psd)": (5, 0, 2),
     "noisy mask, flow (meanflow)": (7, 1, 3),
     "noisy mask, polish": (3.25, 0, 1.25),  # every fourth step: 8 forwards for its pairs, and one more of its own

@@ -139,6 +139,7 @@ def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_ll
             "interval_share": 0.0,
             "observed_share": 0.0,
             "teacher_weight": 0.0,
+            "optimizer": "adamw",
         }
         ids = data.tokenizer
         torch.manual_seed(0)
