@@ -162,10 +162,8 @@ class LeapModule(LightningModule):
                 )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept, own = (
-            checkpoint.get("optimizer_name", "adamw"),
-            used_optimizer(self.optimizer_name, trainable_weights(self)),
-        )
+        kept = checkpoint.get("optimizer_name", "adamw")
+        own = used_optimizer(self.optimizer_name, trainable_weights(self))
         if kept != own and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             raise UsageError(
                 f"the checkpoint was trained with module.optimizer={kept}, whose state means nothing to {own}; "

@@ -14,7 +14,7 @@ def make_optimizer(
     name: OptimizerName, weights: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float
 ) -> Optimizer:
     """`adamw`, or `muon` for the matrices of the layers and AdamW for everything else; vectors do not decay."""
-    matrices = {key: p for key, p in weights.items() if is_layer_matrix(key, p)} if name == "muon" else {}
+    matrices = matrices_for_muon(name, weights)
     others = [p for key, p in weights.items() if key not in matrices]
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
@@ -30,12 +30,14 @@ def make_optimizer(
 
 def used_optimizer(name: OptimizerName, weights: Mapping[str, nn.Parameter]) -> OptimizerName:
     """Whose state a checkpoint of these weights has: without matrices of layers `muon` is AdamW."""
-    return name if any(is_layer_matrix(key, p) for key, p in weights.items()) else "adamw"
+    return "muon" if matrices_for_muon(name, weights) else "adamw"
 
 
-def is_layer_matrix(name: str, weight: nn.Parameter) -> bool:
-    """A matrix between hidden states of a layer: not an embedding, a head, a prefix or a matrix of low rank."""
-    return weight.ndim == 2 and ".layers." in name and "lora_" not in name
+def matrices_for_muon(name: OptimizerName, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Matrices between hidden states of a layer: no embedding, head, prefix or matrix of low rank. None for `adamw`."""
+    if name == "adamw":
+        return {}
+    return {key: p for key, p in weights.items() if p.ndim == 2 and ".layers." in key and "lora_" not in key}
 
 
 class Together(Optimizer):
