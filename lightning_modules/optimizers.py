@@ -1,13 +1,18 @@
 """The optimisers that `module.optimizer` names."""
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
+
+from models.functional.newton_schulz import orthogonalised
 
 OptimizerName = Literal["adamw", "muon"]
+ROOT_MEAN_SQUARE = 0.2  # of AdamW's steps, in units of the learning rate
+AT_ONCE = 16  # matrices that are orthogonalised together: more would only take memory
 
 
 def make_optimizer(
@@ -23,9 +28,7 @@ def make_optimizer(
     adamw = AdamW(groups, lr=lr, betas=(0.9, 0.98))
     if not matrices:
         return adamw
-    # with AdamW's size of a step one learning rate and one schedule serve both
-    muon = Muon(list(matrices.values()), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return Together(muon, adamw)
+    return Together(Muon(matrices.values(), lr=lr, weight_decay=weight_decay), adamw)
 
 
 def used_optimizer(name: OptimizerName, weights: Mapping[str, nn.Parameter]) -> OptimizerName:
@@ -38,6 +41,42 @@ def matrices_for_muon(name: OptimizerName, weights: Mapping[str, nn.Parameter]) 
     if name == "adamw":
         return {}
     return {key: p for key, p in weights.items() if p.ndim == 2 and ".layers." in key and "lora_" not in key}
+
+
+class Muon(Optimizer):
+    """Orthogonalised steps with Nesterov's momentum, of the size that AdamW's have: one rate and one schedule serve both.
+
+    The steps are those of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which takes one matrix after the other and in
+    bfloat16 everywhere. Here matrices of one shape go together, and in float32 where bfloat16 saves nothing.
+    """
+
+    def __init__(
+        self, weights: Iterable[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for weights in alike.values():
+                for first in range(0, len(weights), AT_ONCE):
+                    few = weights[first : first + AT_ONCE]
+                    self._step(few, group["lr"], group["weight_decay"], group["momentum"])
+
+    def _step(self, weights: list[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
+        for p in weights:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        gradients, means = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        ahead = torch.stack(torch._foreach_lerp(gradients, means, momentum))
+        moves = orthogonalised(ahead.to(torch.bfloat16 if ahead.is_cuda else torch.float32)).to(ahead.dtype)
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(weights, moves.unbind(), alpha=-lr * ROOT_MEAN_SQUARE * max(weights[0].shape) ** 0.5)
 
 
 class Together(Optimizer):
