@@ -44,7 +44,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         `adapt` the student that training starts from (student_path=...) is the denoiser.
     teacher_weight: lambda of KL(teacher || psi_{0,0}). observed_share: rows with part of the response given.
     recent_texts: adapt averages its targets over so many texts of the last batches of the epoch, as far as they
-        have the row's prompt and could lie behind its point (`text_posterior`); 0 leaves each row its own text.
+        have the row's prompt and could lie behind its point (`token_posterior`); 0 leaves each row its own text.
     target: psd | meanflow (with derivatives) for intervals that end by meanflow_until, psd beyond; rho_min bounds it.
     diagonal_share, endpoint_share: rows with s = t, and from s = 0 to the widest end. growth: the share of the flow stage
         after which intervals may span all of [0, 1]. weighted: gap weights, see `gap_weight`.

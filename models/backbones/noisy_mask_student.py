@@ -15,7 +15,7 @@ from models.backbones.twin import with_lora, with_own_weights
 from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import flow_map, noisy_mask, token_evidence, warp_time, wiener_gain
 from models.functional.precision import at_least_float32, in_full
-from models.functional.text_posterior import same_prompt, text_evidence, text_posterior
+from models.functional.text_posterior import same_prompt, text_evidence, text_posterior, token_posterior
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
 TEXTS_AT_ONCE = 256  # whose embeddings are in memory together
@@ -102,18 +102,19 @@ class NoisyMaskStudent(Student):
         return token_evidence(z.double(), mask, embedding, s.double(), self.noise_scale)
 
     @torch.no_grad()
-    def text_posterior(self, z: Tensor, masked: Tensor, s: Tensor, given: Tensor, texts: Tensor) -> Tensor:
-        """Share of each of texts (N, L) in what may lie behind z_s (B, L, D), those that `given` (B, L) allows: (B, N)."""
-        alike, used, mask = same_prompt(given, masked, texts), masked.any(0), self.mask_embedding.double()
+    def token_posterior(self, z: Tensor, masked: Tensor, s: Tensor, given: Tensor, texts: Tensor) -> Tensor:
+        """What the masked places of z_s (B, L, D) may be, by those of texts (N, L) that `given` (B, L) allows: (M, V)."""
+        alike, used = same_prompt(given, masked, texts), masked.any(0)
         kept = alike.any(0)  # what no row could be needs no products, nor do prompts
-        apart = z[:, used].double() - mask
-        evidence = [
-            text_evidence(apart, masked[:, used], self.base.embed(few).double() - mask, s, self.noise_scale)
-            for few in texts[kept][:, used].split(TEXTS_AT_ONCE)
-        ]
-        shares = apart.new_zeros(alike.shape)
-        shares[:, kept] = text_posterior(torch.cat(evidence, 1), alike[:, kept])
-        return shares
+        mask = at_least_float32(self.mask_embedding)
+        apart = (z[:, used] - mask).to(mask.dtype)
+        with in_full(z):
+            evidence = [
+                text_evidence(apart, masked[:, used], self.base.embed(few).to(mask.dtype) - mask, s, self.noise_scale)
+                for few in texts[kept][:, used].split(TEXTS_AT_ONCE)
+            ]
+        shares = text_posterior(torch.cat(evidence, 1), alike[:, kept])
+        return token_posterior(shares, texts[kept], masked, len(self.base.embedding))
 
     def expected(self, psi: Tensor) -> Tensor:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the base's precision."""

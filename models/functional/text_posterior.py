@@ -10,6 +10,7 @@ y_j with probability w_j leaves p(x | z_s) as it is (iterated sampling importanc
 ergodicity of the iterated conditional SMC, 2018). It is enough that x and the others are exchangeable, as different rows of a
 shuffled corpus are; a second copy of the row itself is not. So targets may be averaged over the w_j: the same mean, less
 variance (Rao-Blackwell). For scores of images the idea is known as the stable target field (Xu, Tong, Jaakkola, 2023).
+Legend: B rows, N texts, L length, D width, M masked positions, V vocabulary.
 """
 
 import torch
@@ -18,23 +19,35 @@ from torch import Tensor
 
 def same_prompt(given: Tensor, masked: Tensor, texts: Tensor) -> Tensor:
     """Whether texts (N, L) agree with rows (B, L) wherever these are not masked: (B, N) bool."""
-    return ((given.unsqueeze(1) == texts) | masked.unsqueeze(1)).all(-1)
+    return ~((given.unsqueeze(1) != texts) & ~masked.unsqueeze(1)).any(-1)
 
 
 def text_evidence(apart: Tensor, masked: Tensor, clean: Tensor, s: Tensor, sigma: float) -> Tensor:
-    """log p(z_s | y) of N texts, up to what they share: (B, N) float64 nats.
+    """log p(z_s | y) of N texts, up to what they share: (B, N) nats.
 
     apart z_s - m (B, L, D) and clean E_y - m (N, L, D), from the mask's embedding; masked (B, L): where z_s is noisy;
     s (B,) in [0, 1]; σ in the units of the embedding's coordinates.
     [s <z_s - m, E_y - m> - s² |E_y - m|² / 2] / ((1 - s)² σ²), summed over masked places.
     """
-    s = s.double().clamp(max=1 - 1e-7).unsqueeze(-1)  # at 1 the text itself has all
-    apart, clean = apart.double() * masked.unsqueeze(-1), clean.double()
-    signal = apart.flatten(1) @ clean.flatten(1).T
-    power = masked.double() @ clean.square().sum(-1).T
+    s = s.to(apart.dtype).clamp(max=1 - 1e-7).unsqueeze(-1)  # at 1 the text itself has all
+    signal = (apart * masked.unsqueeze(-1)).flatten(1) @ clean.flatten(1).T
+    power = masked.to(apart.dtype) @ clean.square().sum(-1).T
     return (s * signal - s.square() * power / 2) / ((1 - s) * sigma).square()
 
 
 def text_posterior(evidence: Tensor, alike: Tensor) -> Tensor:
     """w (B, N): each text's share in p(text | z_s) among those that are `alike` (B, N), of which each row must have one."""
     return evidence.masked_fill(~alike, -torch.inf).softmax(-1)
+
+
+def token_posterior(shares: Tensor, texts: Tensor, masked: Tensor, vocabulary: int) -> Tensor:
+    """What texts with these shares say at each masked place: Σ_j w_j 1[y_j,l = v], (M, V).
+
+    shares w (B, N), of which few are not 0; texts (N, L) ids; masked (B, L).
+    """
+    row, text = shares.nonzero(as_tuple=True)
+    place = torch.arange(masked.shape[1], device=texts.device) * vocabulary + texts[text]
+    share = shares[row, text].unsqueeze(-1).expand(place.shape)
+    said = shares.new_zeros(len(masked), masked.shape[1] * vocabulary)
+    said.index_put_((row.unsqueeze(-1), place), share, accumulate=True)
+    return said.view(*masked.shape, vocabulary)[masked]

@@ -63,7 +63,7 @@ def adapt_to_noise(
     """Stage A: CE(x, ψ_{s,s}(z_s)) on masked positions + teacher_weight KL(teacher || ψ_{0,0}) on an eighth of the rows.
 
     texts (N, L): ids of further texts of the corpus, the batch's own among them. x is then averaged over those that could lie
-    behind z_s, see `text_posterior`.
+    behind z_s, see `token_posterior`.
     """
     x0, attention_mask = batch["input_ids"], batch["attention_mask"]
     # 1. a time for each row and its point on the line
@@ -79,13 +79,9 @@ def adapt_to_noise(
         points = tuple(torch.cat(both) for both in zip(points, start, strict=True))
     logits = student(*points, points[-1])
     # 3. the denoiser's cross entropy, of each text by its share in what may lie behind z_s
-    denoised = logits[:counting].float()
-    if texts is None:
-        nll = mean_of(F.cross_entropy(denoised, x0[masked], reduction="none"))
-    else:
-        row, column = masked.nonzero(as_tuple=True)
-        shares = student.text_posterior(z, masked, s, x0, texts).to(denoised.dtype)[row]
-        nll = mean_of(-(shares * denoised.log_softmax(-1).gather(-1, texts.T[column])).sum(-1))
+    denoised = logits[:counting]
+    tokens = x0[masked] if texts is None else student.token_posterior(z, masked, s, x0, texts)
+    nll = mean_of(F.cross_entropy(denoised, tokens, reduction="none"))
     accuracy = mean_of((denoised.detach().argmax(-1) == x0[masked]).float())
     raw = {"denoising_nll": nll, "denoising_accuracy": accuracy}
     if not teacher_weight:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.functional.noisy_mask import token_evidence
-from models.functional.text_posterior import same_prompt, text_evidence, text_posterior
+from models.functional.text_posterior import same_prompt, text_evidence, text_posterior, token_posterior
 
 SIGMA = 1.3
 PRIOR = torch.tensor([0.5, 0.3, 0.2]).double()
@@ -113,3 +113,23 @@ def test_far_from_the_texts_and_at_the_end_it_stays_finite(embedding, time):
     w = shares(embedding, apart * 50, s, TEXTS)
     assert w.isfinite().all()
     torch.testing.assert_close(w.sum(), torch.tensor(1.0).double())
+
+
+def test_what_texts_say_at_masked_places_is_the_sum_of_their_shares():
+    shares = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]]).double()
+    masked = torch.tensor([[True, False, True], [False, True, True]])
+    said = token_posterior(shares, TEXTS, masked, 5)
+    expected = torch.zeros(4, 5).double()
+    expected[0, 0], expected[0, 3] = 0.2, 0.8  # the first row's first place
+    expected[1, 2], expected[1, 0] = 0.5, 0.5  # its last
+    expected[2, 2] = expected[3, 2] = 1  # of the second row the last two
+    torch.testing.assert_close(said, expected)
+
+
+def test_single_precision_tells_the_same_shares_as_double(embedding):
+    for time in (0.0, 0.3, 0.9, 0.99):
+        s = torch.full((3,), time).double()
+        _, apart = points(embedding, TEXTS, s)
+        single = shares(embedding.float(), apart.float(), s.float(), TEXTS)
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), shares(embedding, apart, s, TEXTS), rtol=0, atol=1e-5)
