@@ -29,9 +29,8 @@ def gated_prefix_attention(
     a -inf bias could never train); g = 1 is ordinary attention with the prefix put before every key and value.
 
     q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L); k_prefix, v_prefix (B, H, K, d); gate (H,). Returns (B, H, L, d).
-    Computed as o_text + ρ/(1+ρ) (o_prefix - o_text) with ρ = g exp(lse_prefix - lse_text): the two softmaxes cannot
-    starve each other of precision (the exponent is cut at 30, where the prefix has all of the mass). It has a forward-mode
-    derivative, which fused attention kernels lack; where no derivative is asked for, a fused kernel does the same.
+    Exponents are cut at 30, where a prefix with a gate above 0 has all of the mass. It has a forward-mode derivative, which
+    fused attention kernels lack; where no derivative is asked for, a fused kernel does the same.
     """
     differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
     q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
@@ -73,60 +72,60 @@ def visible_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: f
 
 
 class _GatedPrefixAttention(Function):
-    """Weights a (text) and b (prefix) that sum to one: a = (1 - λ) softmax(s), b = λ softmax(s_p), λ = ρ / (1 + ρ).
+    """One softmax over prefix and text, in which each key of the prefix counts g times.
 
-    Both derivatives are those of a softmax over text and prefix, so they need only a, b and the output. The forward-mode
-    one is not recorded for a later backward pass.
+    Its derivatives are a softmax', dw_j = w_j (ds_j - mean); the gate's needs the share of a key that counted once, which is
+    there at g = 0 too. The forward-mode derivative is not recorded for a later backward pass.
     """
 
     @staticmethod
     def forward(q, k, v, mask, k_prefix, v_prefix, gate, scale):
-        scores = q @ k.mT * scale  # (B, H, L, L)
+        (batch, _, length, _), places = q.shape, k_prefix.shape[2]
+        keys = torch.cat([k_prefix.expand(batch, -1, -1, -1), k], 2)  # (B, H, K + L, d)
+        values = torch.cat([v_prefix.expand(batch, -1, -1, -1), v], 2)
+        scores = q @ keys.mT * scale
         if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        prefix_scores = q @ k_prefix.mT * scale  # (B, H, L, K)
-        mass, prefix_mass = (x.logsumexp(-1, keepdim=True) for x in (scores, prefix_scores))
-        growth = (prefix_mass - mass).clamp(max=30.0).exp()
-        ratio = gate.view(1, -1, 1, 1) * growth
-        share = ratio / (1 + ratio)
-        prefix_softmax = (prefix_scores - prefix_mass).exp()
-        a, b = (scores - mass).exp() * (1 - share), prefix_softmax * share
-        return a @ v + b @ v_prefix, a, b, prefix_softmax, growth * (1 - share)
+            scores[..., places:].masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        weights = (scores - scores[..., places:].logsumexp(-1, keepdim=True)).clamp(max=30.0).exp()
+        counted_once, text = (part.sum(-1, keepdim=True) for part in weights.tensor_split([places], -1))
+        weights /= text + gate.view(1, -1, 1, 1) * counted_once
+        of_gate = weights[..., :places].clone()
+        weights[..., :places] *= gate.view(1, -1, 1, 1)
+        return weights @ values, weights, of_gate, keys, values
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, _, k_prefix, v_prefix, _, ctx.scale = inputs
+        q, ctx.scale, ctx.places = inputs[0], inputs[-1], inputs[4].shape[2]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, k_prefix, v_prefix, *output)
-        ctx.save_for_forward(q, k, v, k_prefix, v_prefix, *output)
+        ctx.save_for_backward(q, *output)
+        ctx.save_for_forward(q, *output)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 8
-        q, k, v, k_prefix, v_prefix, out, a, b, prefix_softmax, gate_slope = ctx.saved_tensors
-        mean = (grad * out).sum(-1, keepdim=True)
-        prefix_grad = grad @ v_prefix.mT
-        # d out / d gate = gate_slope (o_prefix - out), since 1 / (1 + ρ) = 1 - λ
-        gate = (((prefix_softmax * prefix_grad).sum(-1, keepdim=True) - mean) * gate_slope).sum((0, 2, 3))
-        ds, ds_prefix = (grad @ v.mT - mean) * a * ctx.scale, (prefix_grad - mean) * b * ctx.scale
-        return ds @ k + ds_prefix @ k_prefix, ds.mT @ q, a.mT @ grad, None, ds_prefix.mT @ q, b.mT @ grad, gate, None
+        q, out, weights, of_gate, keys, values = ctx.saved_tensors
+        apart = grad @ values.mT - (grad * out).sum(-1, keepdim=True)  # d out / d (a key's share of mass)
+        gate = (of_gate * apart[..., : ctx.places]).sum((0, 2, 3))
+        ds = apart * weights * ctx.scale
+        dk, dv = ds.mT @ q, weights.mT @ grad
+        (dk_prefix, dk), (dv_prefix, dv) = (x.tensor_split([ctx.places], 2) for x in (dk, dv))
+        return ds @ keys, dk, dv, None, dk_prefix, dv_prefix, gate, None
 
     @staticmethod
     @torch.no_grad()
     def jvp(ctx, dq, dk, dv, _mask, dk_prefix, dv_prefix, dgate, _scale):
-        q, k, v, k_prefix, v_prefix, out, a, b, prefix_softmax, gate_slope = ctx.saved_tensors
-        given, values = (dq, dk, dv, dk_prefix, dv_prefix), (q, k, v, k_prefix, v_prefix)
-        dq, dk, dv, dk_prefix, dv_prefix = (
-            torch.zeros_like(x) if dx is None else dx for dx, x in zip(given, values, strict=True)
-        )
-        ds = (dq @ k.mT + q @ dk.mT) * a * ctx.scale
-        ds_prefix = (dq @ k_prefix.mT + q @ dk_prefix.mT) * b * ctx.scale
-        mean = ds.sum(-1, keepdim=True) + ds_prefix.sum(-1, keepdim=True)
-        tangent = ds @ v + ds_prefix @ v_prefix - mean * out + a @ dv + b @ dv_prefix
+        q, out, weights, of_gate, keys, values = ctx.saved_tensors
+        k_prefix, k = keys.tensor_split([ctx.places], 2)
+        given = zip((dq, dk, dv, dk_prefix, dv_prefix), (q, k, k, k_prefix, k_prefix), strict=True)
+        dq, dk, dv, dk_prefix, dv_prefix = (torch.zeros_like(x) if dx is None else dx.expand_as(x) for dx, x in given)
+        dkeys, dvalues = torch.cat([dk_prefix, dk], 2), torch.cat([dv_prefix, dv], 2)
+        ds = (dq @ keys.mT + q @ dkeys.mT) * weights * ctx.scale
+        tangent = ds @ values - ds.sum(-1, keepdim=True) * out + weights @ dvalues
         if dgate is not None:
-            tangent = tangent + dgate.view(1, -1, 1, 1) * gate_slope * (prefix_softmax @ v_prefix - out)
+            moved = of_gate @ values[:, :, : ctx.places] - of_gate.sum(-1, keepdim=True) * out
+            tangent = tangent + dgate.view(1, -1, 1, 1) * moved
         return tangent, None, None, None, None
 
 
