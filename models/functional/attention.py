@@ -10,6 +10,7 @@ from torch.autograd import Function, forward_ad
 
 from models.functional.precision import as_autocast, in_full
 
+MOST_OF_PREFIX = 30.0  # nats by which a key of the prefix may outscore the text
 MOST_ABOVE = 10.0  # nats by which a hidden key may outscore the seen ones
 
 
@@ -29,8 +30,8 @@ def gated_prefix_attention(
     a -inf bias could never train); g = 1 is ordinary attention with the prefix put before every key and value.
 
     q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L); k_prefix, v_prefix (B, H, K, d); gate (H,). Returns (B, H, L, d).
-    Exponents are cut at 30, where a prefix with a gate above 0 has all of the mass. It has a forward-mode derivative, which
-    fused attention kernels lack; where no derivative is asked for, a fused kernel does the same.
+    A prefix that outscores the text by more than 30 nats has all of the mass or, with its gate shut, none. It has a forward-mode
+    derivative, which fused attention kernels lack; where no derivative is asked for, a fused kernel does the same.
     """
     differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
     q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
@@ -80,13 +81,15 @@ class _GatedPrefixAttention(Function):
 
     @staticmethod
     def forward(q, k, v, mask, k_prefix, v_prefix, gate, scale):
-        (batch, _, length, _), places = q.shape, k_prefix.shape[2]
+        batch, places = len(q), k_prefix.shape[2]
         keys = torch.cat([k_prefix.expand(batch, -1, -1, -1), k], 2)  # (B, H, K + L, d)
         values = torch.cat([v_prefix.expand(batch, -1, -1, -1), v], 2)
         scores = q @ keys.mT * scale
         if mask is not None:
             scores[..., places:].masked_fill_(~mask, torch.finfo(scores.dtype).min)
-        weights = (scores - scores[..., places:].logsumexp(-1, keepdim=True)).clamp(max=30.0).exp()
+        mass = scores[..., places:].logsumexp(-1, keepdim=True)
+        scores[..., :places] -= (scores[..., :places].amax(-1, keepdim=True) - mass - MOST_OF_PREFIX).clamp(min=0)
+        weights = (scores - mass).exp()
         counted_once, text = (part.sum(-1, keepdim=True) for part in weights.tensor_split([places], -1))
         weights /= text + gate.view(1, -1, 1, 1) * counted_once
         of_gate = weights[..., :places].clone()

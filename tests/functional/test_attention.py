@@ -60,6 +60,19 @@ def test_without_derivatives_a_fused_kernel_gives_the_same_for_every_gate(masked
         torch.testing.assert_close(gated_prefix_attention(*arguments), exact)
 
 
+@pytest.mark.parametrize("above", [20, 60, 400])
+def test_a_prefix_that_outscores_the_text_by_far_has_all_of_the_mass_or_none(above):
+    q, k, v, mask, k_prefix, v_prefix = (x.float() if x.is_floating_point() else x for x in _inputs())
+    q[..., 0], k_prefix[..., 0], k[..., 0] = 1.0, above / 0.3, 0.0
+    gate = torch.tensor([0.0, 1e-3, 1.0, 2.0], requires_grad=True)
+    out = gated_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, 0.3)
+    torch.testing.assert_close(out[:, :1], bidirectional_attention(q, k, v, mask, 0.3)[:, :1])
+    alone = bidirectional_attention(q, k_prefix, v_prefix, None, 0.3)
+    torch.testing.assert_close(out[:, 1:], alone[:, 1:], atol=1e-4, rtol=1e-4)
+    out.sum().backward()
+    assert gate.grad.isfinite().all()
+
+
 def test_a_forward_derivative_is_there_even_where_gradients_are_off():
     q, k, v, mask, k_prefix, v_prefix = _inputs()
     gate, tangent = torch.full((4,), 0.7, dtype=torch.float64), torch.randn_like(q)
