@@ -10,7 +10,7 @@ from torch.autograd import Function, forward_ad
 
 from models.functional.precision import as_autocast, in_full
 
-MOST_OF_PREFIX = 30.0  # nats by which a key of the prefix may outscore the text
+MOST_OF_PREFIX = 30.0  # nats by which a prefix may outscore the text
 MOST_ABOVE = 10.0  # nats by which a hidden key may outscore the seen ones
 
 
@@ -30,8 +30,8 @@ def gated_prefix_attention(
     a -inf bias could never train); g = 1 is ordinary attention with the prefix put before every key and value.
 
     q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L); k_prefix, v_prefix (B, H, K, d); gate (H,). Returns (B, H, L, d).
-    A prefix that outscores the text by more than 30 nats has all of the mass or, with its gate shut, none. It has a forward-mode
-    derivative, which fused attention kernels lack; where no derivative is asked for, a fused kernel does the same.
+    A prefix that outscores the text by more than 30 nats has all of the mass or, with its gate shut, none. There is a
+    forward-mode derivative, which fused kernels lack; where no derivative is asked for, a fused kernel does the same.
     """
     differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
     q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
@@ -88,7 +88,7 @@ class _GatedPrefixAttention(Function):
         if mask is not None:
             scores[..., places:].masked_fill_(~mask, torch.finfo(scores.dtype).min)
         mass = scores[..., places:].logsumexp(-1, keepdim=True)
-        scores[..., :places] -= (scores[..., :places].amax(-1, keepdim=True) - mass - MOST_OF_PREFIX).clamp(min=0)
+        scores[..., :places] -= (scores[..., :places].logsumexp(-1, keepdim=True) - mass - MOST_OF_PREFIX).clamp(min=0)
         weights = (scores - mass).exp()
         counted_once, text = (part.sum(-1, keepdim=True) for part in weights.tensor_split([places], -1))
         weights /= text + gate.view(1, -1, 1, 1) * counted_once
