@@ -5,10 +5,10 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers_noisy_mask import build
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_modules.optimizers import Together, make_optimizer
+from lightning_modules.optimizers import AT_ONCE, Muon, Together, make_optimizer
 from models.functional.errors import UsageError
 
 LR, DECAY = 1e-2, 0.1
@@ -47,7 +47,7 @@ def copies(weights):
 def test_matrices_of_layers_take_muons_steps_and_all_else_adamws(weights):
     alone, before = copies(weights), copies(weights)
     matrix, *others = alone.values()
-    muon = Muon([matrix], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon([matrix], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
     groups = [{"params": [p for p in others if p.ndim == 2], "weight_decay": DECAY}]
     adamw = AdamW([*groups, {"params": [others[1]], "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.98))
     both = make_optimizer("muon", weights, lr=LR, weight_decay=DECAY)
@@ -73,6 +73,25 @@ def test_the_first_step_of_a_matrix_moves_it_about_equally_in_every_direction(we
         make_optimizer(name, own, lr=LR, weight_decay=0.0).step()
         moved = torch.linalg.svdvals((next(iter(own.values())) - matrix).detach())
         assert (moved.max() / moved.min() < 2) == equal, (name, moved)
+
+
+def test_matrices_of_one_shape_go_together_and_each_takes_the_step_that_it_takes_alone():
+    torch.manual_seed(0)
+    together = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(AT_ONCE + 3)]
+    together += [torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(3, 3))]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [Muon(together, lr=LR, weight_decay=DECAY)]
+    optimizers += [Muon([p], lr=LR, weight_decay=DECAY) for p in alone]
+    without = together[2].detach().clone()
+    for _ in range(2):
+        for k, (p, own) in enumerate(zip(together, alone, strict=True)):
+            p.grad = None if k == 2 else torch.randn(p.shape)
+            own.grad = p.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, own in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, own)
+    assert torch.equal(together[2], without)  # no gradient, no step
 
 
 def test_a_schedule_and_a_checkpoint_reach_both(weights):
