@@ -12,7 +12,7 @@ from models.functional.newton_schulz import orthogonalised
 
 OptimizerName = Literal["adamw", "muon"]
 ROOT_MEAN_SQUARE = 0.2  # of AdamW's steps, in units of the learning rate
-AT_ONCE = 16  # matrices that are orthogonalised together: more would only take memory
+ENTRIES_AT_ONCE = 2**24  # of matrices that are orthogonalised together: large ones gain nothing, and would take memory
 
 
 def make_optimizer(
@@ -56,15 +56,16 @@ class Muon(Optimizer):
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            alike: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[p.shape].append(p)
+                    alike[p.shape, p.device, p.dtype].append(p)
             for weights in alike.values():
-                for first in range(0, len(weights), AT_ONCE):
-                    few = weights[first : first + AT_ONCE]
+                at_once = max(1, ENTRIES_AT_ONCE // weights[0].numel())
+                for first in range(0, len(weights), at_once):
+                    few = weights[first : first + at_once]
                     self._step(few, group["lr"], group["weight_decay"], group["momentum"])
 
     def _step(self, weights: list[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:

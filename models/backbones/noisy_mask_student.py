@@ -114,7 +114,7 @@ class NoisyMaskStudent(Student):
                 for few in texts[kept][:, used].split(TEXTS_AT_ONCE)
             ]
         shares = text_posterior(torch.cat(evidence, 1), alike[:, kept])
-        return token_posterior(shares, texts[kept], masked, len(self.base.embedding))
+        return token_posterior(shares, texts[kept][:, used], masked[:, used], len(self.base.embedding))
 
     def expected(self, psi: Tensor) -> Tensor:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the base's precision."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.autograd.function import once_differentiable
 
 from models.functional.precision import as_autocast, in_full
 
@@ -30,8 +31,8 @@ def gated_prefix_attention(
     a -inf bias could never train); g = 1 is ordinary attention with the prefix put before every key and value.
 
     q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L); k_prefix, v_prefix (B, H, K, d); gate (H,). Returns (B, H, L, d).
-    A prefix that outscores the text by more than 30 nats has all of the mass or, with its gate shut, none. There is a
-    forward-mode derivative, which fused kernels lack; where no derivative is asked for, a fused kernel does the same.
+    A prefix that outscores the text by more than 30 nats counts as if by 30. There are first derivatives only, but in forward
+    mode too, which fused kernels lack; where no derivative is asked for, a fused kernel does the same.
     """
     differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
     q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
@@ -87,9 +88,10 @@ class _GatedPrefixAttention(Function):
         scores = q @ keys.mT * scale
         if mask is not None:
             scores[..., places:].masked_fill_(~mask, torch.finfo(scores.dtype).min)
-        mass = scores[..., places:].logsumexp(-1, keepdim=True)
-        scores[..., :places] -= (scores[..., :places].logsumexp(-1, keepdim=True) - mass - MOST_OF_PREFIX).clamp(min=0)
-        weights = (scores - mass).exp()
+        of_prefix, of_text = (part.logsumexp(-1, keepdim=True) for part in scores.tensor_split([places], -1))
+        scores[..., :places] += (of_prefix - of_text).clamp(max=MOST_OF_PREFIX) - of_prefix
+        scores[..., places:] -= of_text
+        weights = scores.exp()
         counted_once, text = (part.sum(-1, keepdim=True) for part in weights.tensor_split([places], -1))
         weights /= text + gate.view(1, -1, 1, 1) * counted_once
         of_gate = weights[..., :places].clone()
@@ -105,6 +107,7 @@ class _GatedPrefixAttention(Function):
         ctx.save_for_forward(q, *output)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 8

@@ -16,6 +16,8 @@ Legend: B rows, N texts, L length, D width, M masked positions, V vocabulary.
 import torch
 from torch import Tensor
 
+from models.functional.precision import at_least_float32
+
 
 def same_prompt(given: Tensor, masked: Tensor, texts: Tensor) -> Tensor:
     """Whether texts (N, L) agree with rows (B, L) wherever these are not masked: (B, N) bool."""
@@ -29,6 +31,7 @@ def text_evidence(apart: Tensor, masked: Tensor, clean: Tensor, s: Tensor, sigma
     s (B,) in [0, 1]; σ in the units of the embedding's coordinates.
     [s <z_s - m, E_y - m> - s² |E_y - m|² / 2] / ((1 - s)² σ²), summed over masked places.
     """
+    apart, clean = at_least_float32(apart), at_least_float32(clean)
     s = s.to(apart.dtype).clamp(max=1 - 1e-7).unsqueeze(-1)  # at 1 the text itself has all
     signal = (apart * masked.unsqueeze(-1)).flatten(1) @ clean.flatten(1).T
     power = masked.to(apart.dtype) @ clean.square().sum(-1).T
@@ -43,7 +46,7 @@ def text_posterior(evidence: Tensor, alike: Tensor) -> Tensor:
 def token_posterior(shares: Tensor, texts: Tensor, masked: Tensor, vocabulary: int) -> Tensor:
     """What texts with these shares say at each masked place: Σ_j w_j 1[y_j,l = v], (M, V).
 
-    shares w (B, N), of which few are not 0; texts (N, L) ids; masked (B, L).
+    shares w (B, N); texts (N, L) ids; masked (B, L). (B, L, V) are in memory: leave out columns that no row has masked.
     """
     row, text = shares.nonzero(as_tuple=True)
     place = torch.arange(masked.shape[1], device=texts.device) * vocabulary + texts[text]

@@ -73,6 +73,26 @@ def test_a_prefix_that_outscores_the_text_by_far_has_all_of_the_mass_or_none(abo
     assert gate.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_all_of_the_text_is_hidden_an_open_prefix_has_all_of_the_mass(dtype):
+    q, k, v, mask, k_prefix, v_prefix = (x.to(dtype) if x.is_floating_point() else x for x in _inputs())
+    mask[0, :, 2] = False
+    arguments = (q, k, v + 100, mask, k_prefix, v_prefix, torch.tensor([0.5, 1.0, 1.7, 2.0], dtype=dtype), 0.3)
+    alone = bidirectional_attention(q, k_prefix, v_prefix, None, 0.3)
+    torch.testing.assert_close(gated_prefix_attention(*arguments)[0, :, 2], alone[0, :, 2], atol=2e-2, rtol=2e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(gated_prefix_attention(*arguments)[0, :, 2], alone[0, :, 2], atol=2e-2, rtol=2e-2)
+
+
+def test_second_derivatives_are_refused():
+    q, k, v, mask, k_prefix, v_prefix = _inputs()
+    q.requires_grad_()
+    out = gated_prefix_attention(q, k, v, mask, k_prefix, v_prefix, torch.ones(4, dtype=torch.float64), 0.3)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_a_forward_derivative_is_there_even_where_gradients_are_off():
     q, k, v, mask, k_prefix, v_prefix = _inputs()
     gate, tangent = torch.full((4,), 0.7, dtype=torch.float64), torch.randn_like(q)

@@ -106,13 +106,14 @@ def test_a_text_of_another_prompt_has_no_share(embedding):
     torch.testing.assert_close(again, w, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("time", [0.9999, 1.0])
-def test_far_from_the_texts_and_at_the_end_it_stays_finite(embedding, time):
+def test_far_from_the_texts_and_at_the_end_it_stays_finite(embedding, time, dtype):
     s = torch.tensor([time]).double()
     _, apart = points(embedding, TEXTS[:1], s)
-    w = shares(embedding, apart * 50, s, TEXTS)
+    w = shares(embedding.to(dtype), apart.to(dtype) * 50, s, TEXTS)
     assert w.isfinite().all()
-    torch.testing.assert_close(w.sum(), torch.tensor(1.0).double())
+    torch.testing.assert_close(w.double().sum(), torch.tensor(1.0).double())
 
 
 def test_what_texts_say_at_masked_places_is_the_sum_of_their_shares():

@@ -8,8 +8,10 @@ from helpers_noisy_mask import build
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_modules.optimizers import AT_ONCE, Muon, Together, make_optimizer
+from lightning_modules import optimizers
+from lightning_modules.optimizers import Muon, Together, make_optimizer
 from models.functional.errors import UsageError
+from models.functional.newton_schulz import orthogonalised
 
 LR, DECAY = 1e-2, 0.1
 
@@ -44,7 +46,13 @@ def copies(weights):
     return {name: torch.nn.Parameter(p.detach().clone()) for name, p in weights.items()}
 
 
-def test_matrices_of_layers_take_muons_steps_and_all_else_adamws(weights):
+def in_single_precision(gradient, coefficients, steps, eps):
+    """What torch's Muon does to a matrix in bfloat16."""
+    return orthogonalised(gradient.unsqueeze(0)).squeeze(0)
+
+
+def test_matrices_of_layers_take_muons_steps_and_all_else_adamws(weights, monkeypatch):
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", in_single_precision)
     alone, before = copies(weights), copies(weights)
     matrix, *others = alone.values()
     muon = torch.optim.Muon([matrix], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
@@ -54,9 +62,8 @@ def test_matrices_of_layers_take_muons_steps_and_all_else_adamws(weights):
     steps(both, schedule_of(both), weights, range(3))
     for optimizer in (muon, adamw):
         steps(optimizer, schedule_of(optimizer), alone, range(3))
-    torch.testing.assert_close(weights["model.layers.0.mlp.weight"], matrix, rtol=0, atol=2e-3)  # torch's, in bfloat16
-    for name, p in list(weights.items())[1:]:
-        torch.testing.assert_close(p, alone[name], rtol=0, atol=0)
+    for name, p in weights.items():
+        torch.testing.assert_close(p, alone[name], rtol=0, atol=1e-6 if ".mlp." in name else 0.0)
     # control: AdamW alone takes other steps of the matrix, and the same of the rest
     plain = make_optimizer("adamw", before, lr=LR, weight_decay=DECAY)
     assert isinstance(plain, AdamW)
@@ -75,19 +82,20 @@ def test_the_first_step_of_a_matrix_moves_it_about_equally_in_every_direction(we
         assert (moved.max() / moved.min() < 2) == equal, (name, moved)
 
 
-def test_matrices_of_one_shape_go_together_and_each_takes_the_step_that_it_takes_alone():
+def test_matrices_of_one_shape_go_together_and_each_takes_the_step_that_it_takes_alone(monkeypatch):
+    monkeypatch.setattr(optimizers, "ENTRIES_AT_ONCE", 100)
     torch.manual_seed(0)
-    together = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(AT_ONCE + 3)]
+    together = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(7)]
     together += [torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(3, 3))]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
-    optimizers = [Muon(together, lr=LR, weight_decay=DECAY)]
-    optimizers += [Muon([p], lr=LR, weight_decay=DECAY) for p in alone]
+    all_of_them = [Muon(together, lr=LR, weight_decay=DECAY)]
+    all_of_them += [Muon([p], lr=LR, weight_decay=DECAY) for p in alone]
     without = together[2].detach().clone()
     for _ in range(2):
         for k, (p, own) in enumerate(zip(together, alone, strict=True)):
             p.grad = None if k == 2 else torch.randn(p.shape)
             own.grad = p.grad
-        for optimizer in optimizers:
+        for optimizer in all_of_them:
             optimizer.step()
     for p, own in zip(together, alone, strict=True):
         torch.testing.assert_close(p, own)
