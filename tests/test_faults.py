@@ -170,7 +170,7 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_good(tmp_path, monkeypat
     ("fault", "sentence", "options"),
     [
         ("poisoned", "training diverged, and the checkpoint before it is kept", []),
-        ("worker", "a process that loads data has died", ["data.num_workers=1"]),
+        pytest.param("worker", "a process that loads data has died", ["data.num_workers=1"], marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_in_training_is_said_and_the_last_good_state_is_kept(tmp_path, monkeypatch, fault, sentence, options):
