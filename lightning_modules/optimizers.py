@@ -72,12 +72,12 @@ class Muon(Optimizer):
         for p in weights:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        gradients, means = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        ahead = torch.stack(torch._foreach_lerp(gradients, means, momentum))
+            self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        means = torch.stack([self.state[p]["momentum_buffer"] for p in weights])
+        ahead = torch.stack([p.grad for p in weights]).lerp(means, momentum)
         moves = orthogonalised(ahead.to(torch.bfloat16 if ahead.is_cuda else torch.float32)).to(ahead.dtype)
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
-        torch._foreach_add_(weights, moves.unbind(), alpha=-lr * ROOT_MEAN_SQUARE * max(weights[0].shape) ** 0.5)
+        for p, move in zip(weights, moves.unbind(), strict=True):
+            p.mul_(1 - lr * weight_decay).add_(move, alpha=-lr * ROOT_MEAN_SQUARE * max(p.shape) ** 0.5)
 
 
 class Together(Optimizer):

@@ -129,7 +129,8 @@ METHODS = {
     "multi_token": lambda data: pretrained(causal(data), MultiToken(2)),
     "masked_lm": lambda data: pretrained(teacher(data), MaskedLM()),
     "span_corruption": lambda data: pretrained(causal(data), SpanCorruption()),
-    "continuous_diffusion": lambda data: pretrained(teacher(data), ContinuousDiffusion()),
+    # one entry of a matrix has a gradient of 2e-8, of whose rounding AdamW would make a step: Muon's are of whole matrices
+    "continuous_diffusion": lambda data: pretrained(teacher(data), ContinuousDiffusion(), optimizer="muon"),
     "plans": plans,
     "hard_em": lambda data: plans(data, search={"begin": 0.34, "candidates": 3}),
     "online": online,

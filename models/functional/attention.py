@@ -52,8 +52,7 @@ def _fused_prefix_attention(
     bias[..., :places] = gate.clamp(min=0).log().view(1, heads, 1, 1)
     if mask is not None:
         bias[..., places:] = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    keys = torch.cat([k_prefix.expand(batch, -1, -1, -1), k], 2)
-    values = torch.cat([v_prefix.expand(batch, -1, -1, -1), v], 2)
+    keys, values = _put_before(k_prefix, k), _put_before(v_prefix, v)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
 
 
@@ -73,6 +72,11 @@ def visible_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: f
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
+def _put_before(prefix: Tensor, text: Tensor) -> Tensor:
+    """(B or 1, H, K, d), (B, H, L, d) -> (B, H, K + L, d)."""
+    return torch.cat([prefix.expand(len(text), -1, -1, -1), text], 2)
+
+
 class _GatedPrefixAttention(Function):
     """One softmax over prefix and text, in which each key of the prefix counts g times.
 
@@ -82,9 +86,8 @@ class _GatedPrefixAttention(Function):
 
     @staticmethod
     def forward(q, k, v, mask, k_prefix, v_prefix, gate, scale):
-        batch, places = len(q), k_prefix.shape[2]
-        keys = torch.cat([k_prefix.expand(batch, -1, -1, -1), k], 2)  # (B, H, K + L, d)
-        values = torch.cat([v_prefix.expand(batch, -1, -1, -1), v], 2)
+        places = k_prefix.shape[2]
+        keys, values = _put_before(k_prefix, k), _put_before(v_prefix, v)
         scores = q @ keys.mT * scale
         if mask is not None:
             scores[..., places:].masked_fill_(~mask, torch.finfo(scores.dtype).min)
@@ -123,14 +126,14 @@ class _GatedPrefixAttention(Function):
     @torch.no_grad()
     def jvp(ctx, dq, dk, dv, _mask, dk_prefix, dv_prefix, dgate, _scale):
         q, out, weights, of_gate, keys, values = ctx.saved_tensors
-        k_prefix, k = keys.tensor_split([ctx.places], 2)
-        given = zip((dq, dk, dv, dk_prefix, dv_prefix), (q, k, k, k_prefix, k_prefix), strict=True)
-        dq, dk, dv, dk_prefix, dv_prefix = (torch.zeros_like(x) if dx is None else dx.expand_as(x) for dx, x in given)
-        dkeys, dvalues = torch.cat([dk_prefix, dk], 2), torch.cat([dv_prefix, dv], 2)
+        (k_prefix, k), (v_prefix, v) = (x.tensor_split([ctx.places], 2) for x in (keys, values))
+        given = zip((dq, dk, dv, dk_prefix, dv_prefix), (q, k, v, k_prefix, v_prefix), strict=True)
+        dq, dk, dv, dk_prefix, dv_prefix = (torch.zeros_like(x) if dx is None else dx for dx, x in given)
+        dkeys, dvalues = _put_before(dk_prefix, dk), _put_before(dv_prefix, dv)
         ds = (dq @ keys.mT + q @ dkeys.mT) * weights * ctx.scale
         tangent = ds @ values - ds.sum(-1, keepdim=True) * out + weights @ dvalues
         if dgate is not None:
-            moved = of_gate @ values[:, :, : ctx.places] - of_gate.sum(-1, keepdim=True) * out
+            moved = of_gate @ v_prefix - of_gate.sum(-1, keepdim=True) * out
             tangent = tangent + dgate.view(1, -1, 1, 1) * moved
         return tangent, None, None, None, None
 
