@@ -45,7 +45,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     teacher_weight: lambda of KL(teacher || psi_{0,0}). observed_share: rows with part of the response given.
     recent_texts: adapt averages its targets over so many texts of the last batches of the epoch, as far as they
         have the row's prompt and could lie behind its point (`token_posterior`); 0 leaves each row its own text.
-    target: psd | meanflow (with derivatives) for intervals that end by meanflow_until, psd beyond; rho_min bounds it.
+    target: meanflow (with derivatives, rho_min bounds it) for intervals that end by meanflow_until, psd beyond; or psd for all.
     diagonal_share, endpoint_share: rows with s = t, and from s = 0 to the widest end. growth: the share of the flow stage
         after which intervals may span all of [0, 1]. weighted: gap weights, see `gap_weight`.
     ode_steps, pair_reuse, pair_window, coupling: see `EndpointPairs`. interval_share: rows of a polishing step that makes
@@ -72,7 +72,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         teacher_weight: float = 0.02,
         recent_texts: int = 1024,
         observed_share: float = 0.1,
-        target: FlowTarget = "psd",
+        target: FlowTarget = "meanflow",
         meanflow_until: float = 0.95,
         rho_min: float = 0.05,
         jvp_backend: JvpBackend = "forward_ad",

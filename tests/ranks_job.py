@@ -118,7 +118,7 @@ def pretrained(model: torch.nn.Module, objective: Any, **options: Any) -> Lightn
 METHODS = {
     "noisy_mask": noisy_mask,
     "noisy_mask_jvp": lambda data: noisy_mask(data, adapter="lora", target="meanflow"),
-    "noisy_mask_lora": lambda data: noisy_mask(data, adapter="lora"),
+    "noisy_mask_lora": lambda data: noisy_mask(data, adapter="lora", target="psd"),
     "logit": lambda data: LogitFlowModule(teacher(data), lr=1e-2, warmup_steps=0, **SMALL),
     "step_halving": lambda data: StepHalvingModule(teacher(data), start_forwards=4, lr=1e-2),
     "masked_diffusion": lambda data: pretrained(teacher(data), MaskedDiffusion()),
