@@ -77,8 +77,10 @@ class LeapModule(LightningModule):
         """A context in which every rank may take the forwards that it wants; every rank has to ask."""
         return whole_weights(self)
 
+    without_forward_derivatives = "module.jvp_backend=finite_difference"  # what to type
+
     def takes_forward_derivatives(self) -> bool:
-        """Whether a training step differentiates the layers in forward mode."""
+        """Whether a training step differentiates the layers in forward mode; `without_forward_derivatives` avoids it."""
         return False
 
     def setup(self, stage: str) -> None:

@@ -14,7 +14,6 @@ from models.functional.errors import UsageError, require_choice
 from models.functional.weights import trainable_weights
 
 BACKENDS = ("inductor", "aot_eager", "eager")
-ADVICE = "forward-mode derivatives do not pass through it; type module.jvp_backend=finite_difference"
 
 
 def compute_layers(module: LeapModule, backend: str | None, recompute: bool) -> LeapModule:
@@ -25,13 +24,15 @@ def compute_layers(module: LeapModule, backend: str | None, recompute: bool) -> 
     """
     layers = decoder_layers(module)
     trained = any(trainable_weights(layer) for layer in layers)
-    if module.takes_forward_derivatives():
-        if backend is not None:
-            raise UsageError(f"compile={backend}: {ADVICE}, or compile=null")
-        if recompute and trained:
-            raise UsageError(f"recompute=true: {ADVICE}, or recompute=false")
     if backend is not None:
         require_choice("compile", backend, BACKENDS)
+    if module.takes_forward_derivatives():
+        advice = f"forward-mode derivatives do not pass through it; type {module.without_forward_derivatives}"
+        if backend is not None:
+            raise UsageError(f"compile={backend}: {advice}, or compile=null")
+        if recompute and trained:
+            raise UsageError(f"recompute=true: {advice}, or recompute=false")
+    if backend is not None:
         require_compiler(backend)
     for layer in layers:
         if recompute and "forward" not in vars(layer):  # not yet

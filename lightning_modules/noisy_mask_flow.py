@@ -56,6 +56,7 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     """
 
     snapshots = ("average", "denoiser")
+    without_forward_derivatives = "module.target=psd"
 
     def __init__(
         self,

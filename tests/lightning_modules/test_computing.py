@@ -110,7 +110,7 @@ def test_layers_are_recomputed_once_however_often_it_is_asked_for(build):
     ("kind", "options", "asked", "message"),
     [
         ("logit", {}, ("aot_eager", False), "compile=aot_eager: forward-mode.*module.jvp_backend=finite_difference"),
-        ("noisy_mask", {"target": "meanflow"}, (None, True), "recompute=true: forward-mode.*or recompute=false"),
+        ("noisy_mask", {"target": "meanflow"}, (None, True), "recompute=true: .*module.target=psd, or recompute=false"),
         ("noisy_mask", {"target": "meanflow"}, ("inductor", False), "compile=inductor: .*or compile=null"),
         ("pretrain", {}, ("fast", False), "compile=fast is not known; type one of inductor"),
     ],
