@@ -77,11 +77,9 @@ class LeapModule(LightningModule):
         """A context in which every rank may take the forwards that it wants; every rank has to ask."""
         return whole_weights(self)
 
-    without_forward_derivatives = "module.jvp_backend=finite_difference"  # what to type
-
-    def takes_forward_derivatives(self) -> bool:
-        """Whether a training step differentiates the layers in forward mode; `without_forward_derivatives` avoids it."""
-        return False
+    def instead_of_forward_derivatives(self) -> str | None:
+        """What to type where a training step must not differentiate the layers in forward mode; None: it does not."""
+        return None
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -24,16 +24,15 @@ def compute_layers(module: LeapModule, backend: str | None, recompute: bool) -> 
     """
     layers = decoder_layers(module)
     trained = any(trainable_weights(layer) for layer in layers)
+    instead = module.instead_of_forward_derivatives()
+    advice = f"forward-mode derivatives do not pass through it; type {instead}"
     if backend is not None:
         require_choice("compile", backend, BACKENDS)
-    if module.takes_forward_derivatives():
-        advice = f"forward-mode derivatives do not pass through it; type {module.without_forward_derivatives}"
-        if backend is not None:
+        if instead is not None:
             raise UsageError(f"compile={backend}: {advice}, or compile=null")
-        if recompute and trained:
-            raise UsageError(f"recompute=true: {advice}, or recompute=false")
-    if backend is not None:
         require_compiler(backend)
+    if recompute and trained and instead is not None:
+        raise UsageError(f"recompute=true: {advice}, or recompute=false")
     for layer in layers:
         if recompute and "forward" not in vars(layer):  # not yet
             recompute_layer(layer)

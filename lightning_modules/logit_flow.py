@@ -99,8 +99,9 @@ class LogitFlowModule(MeanFlowDistillModule):
         self.time_law, self.equal_share, self.endpoint_share = time_law, equal_share, endpoint_share
         self.weighting, self.jvp_backend, self.jvp_step, self.eps = weighting, jvp_backend, jvp_step, eps
 
-    def takes_forward_derivatives(self) -> bool:
-        return self.jvp_backend == "forward_ad" and self.equal_share < 1
+    def instead_of_forward_derivatives(self) -> str | None:
+        taken = self.jvp_backend == "forward_ad" and self.equal_share < 1
+        return "module.jvp_backend=finite_difference" if taken else None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._step(batch, self.step_generator(batch_idx), "train")

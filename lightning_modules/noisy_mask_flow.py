@@ -56,7 +56,6 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
     """
 
     snapshots = ("average", "denoiser")
-    without_forward_derivatives = "module.target=psd"
 
     def __init__(
         self,
@@ -157,8 +156,9 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
         self.few_step, self.promote = few_step, promote
         self.denoiser: dict[str, Tensor] = {}
 
-    def takes_forward_derivatives(self) -> bool:
-        return self.flow_options["target"] == "meanflow" and self.flow_options["jvp_backend"] == "forward_ad"
+    def instead_of_forward_derivatives(self) -> str | None:
+        taken = self.flow_options["target"] == "meanflow" and self.flow_options["jvp_backend"] == "forward_ad"
+        return "module.target=psd" if taken else None
 
     # -- the three stages -------------------------------------------------------------------------------------------
 

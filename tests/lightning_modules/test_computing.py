@@ -77,6 +77,7 @@ def test_inductor_trains_as_no_compiler_does(build, tiny_oracle):
     assert_alike(found, trained(build("pretrain"), tiny_oracle))
 
 
+MEANFLOW = {"target": "meanflow"}
 FROZEN = {"target": "meanflow", "adapter": "prefix"}
 
 
@@ -110,8 +111,9 @@ def test_layers_are_recomputed_once_however_often_it_is_asked_for(build):
     ("kind", "options", "asked", "message"),
     [
         ("logit", {}, ("aot_eager", False), "compile=aot_eager: forward-mode.*module.jvp_backend=finite_difference"),
-        ("noisy_mask", {"target": "meanflow"}, (None, True), "recompute=true: .*module.target=psd, or recompute=false"),
-        ("noisy_mask", {"target": "meanflow"}, ("inductor", False), "compile=inductor: .*or compile=null"),
+        ("noisy_mask", MEANFLOW, (None, True), "recompute=true: forward-mode.*module.target=psd, or recompute=false"),
+        ("noisy_mask", MEANFLOW, ("inductor", False), "compile=inductor: .*module.target=psd, or compile=null"),
+        ("noisy_mask", {}, ("fast", False), "compile=fast is not known; type one of inductor"),
         ("pretrain", {}, ("fast", False), "compile=fast is not known; type one of inductor"),
     ],
 )
