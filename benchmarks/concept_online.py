@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from callbacks.console import report_console
 from models.backbones.causal import build_causal
+from models.backbones.key_value_cache import cache_argument, cache_of
 from models.concept.concept_stack import Setting
 from models.concept.online_cost import flops_share
 from models.concept.online_model import OnlineConceptModel
@@ -98,12 +99,12 @@ class BaseReading:
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        self.cache = cache_of(out)
         return out.logits[:, -1]
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids.unsqueeze(1), past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return self.model(input_ids=ids.unsqueeze(1), **cache_argument(self.cache), use_cache=True).logits[:, -1]
 
     @property
     def kv_bytes(self) -> int:

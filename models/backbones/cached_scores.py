@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from models.backbones.causal_scores import context_of, log_probabilities_from
+from models.backbones.key_value_cache import cache_argument
 from models.functional.errors import UsageError
 
 # holes are squeezed out once the cache is this many times as long as its longest row
@@ -76,7 +77,7 @@ class CachedScores:
             input_ids=fed,
             attention_mask=None if bool(self.real.all()) else self.real.long(),
             position_ids=place,
-            past_key_values=self.cache,
+            **cache_argument(self.cache),
             use_cache=True,
             logits_to_keep=width - first,
         ).logits[..., : self.vocab_size]

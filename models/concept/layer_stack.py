@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from models.backbones.key_value_cache import cache_argument
 from models.backbones.row_cache import RowCache
 from models.functional.commits import text_mask
 from models.functional.errors import UsageError
@@ -32,7 +33,7 @@ class LayerStack:
                 states,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
+                **cache_argument(cache),
                 use_cache=cache is not None,
                 position_embeddings=rotary,
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from models.backbones.key_value_cache import cache_argument
 from models.concept.layout import Columns, PlanLayout, joined, types_apart
 from models.concept.quantiser import Quantiser, build_quantiser
 from models.concept.vocabulary import IMPOSSIBLE, ConceptVocabulary
@@ -85,7 +86,7 @@ class UnifiedModel(nn.Module):
             inputs_embeds=embeds,
             attention_mask=types_apart(columns, new) if apart else columns.mask.long(),
             position_ids=columns.position_ids[:, -new:],
-            past_key_values=cache,
+            **cache_argument(cache),
             use_cache=cache is not None,
         ).last_hidden_state
 

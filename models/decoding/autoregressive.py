@@ -6,6 +6,7 @@ Legend: B batch, P prompt columns, R response columns, V vocabulary.
 import torch
 from torch import Generator, Tensor, nn
 
+from models.backbones.key_value_cache import cache_argument, cache_of
 from models.decoding.decoder import Watch
 from models.decoding.masked_diffusion import gumbel_argmax
 from models.functional.attention import positions_from_mask
@@ -53,7 +54,7 @@ def generate_autoregressive(
             input_ids=response[-1].unsqueeze(-1),
             attention_mask=seen.long(),
             position_ids=position,
-            past_key_values=out.past_key_values,
+            **cache_argument(cache_of(out)),
             use_cache=True,
         )
     return said_until_end(response, eos_id)

@@ -62,7 +62,6 @@ def qstar_generate(
     verify: Literal["token", "block"] = "token",
     cost: float | None = None,
     wide: float = 0.0,
-    cache: bool = True,
     generator: Generator | None = None,
     stream: Callable[[Tensor], None] | None = None,
     **model_kwargs: Any,
@@ -84,7 +83,7 @@ def qstar_generate(
         raise UsageError(f"num_beams={generation_config.num_beams}: q* is sampled, not searched; leave num_beams out")
     vocabulary = _shared_vocabulary(model, target_model, tokenizers)
     law, processors = _law(generation_config, logits_processor, theta_weight)
-    kind = CachedScores if cache else CausalScores
+    kind = CachedScores if generation_config.use_cache else CausalScores
     if draft_model is not None:
         _require_words(draft_model, vocabulary)
     assistant = kind(draft_model, vocabulary) if isinstance(draft_model, nn.Module) else draft_model

@@ -30,7 +30,7 @@ def say(prompts=PROMPTS, model=THETA, target=TARGET, **options):
     [
         {},
         {"draft": "theta", "gamma": 3, "verify": "block"},
-        {"draft": "target", "cache": False},
+        {"draft": "target", "use_cache": False},
         {"draft_model": THIRD},
         {"draft_model": NgramScores(50)},
     ],

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from models.backbones.key_value_cache import cache_argument
 from models.backbones.llada import Prefix
 from models.functional.attention import (
     bidirectional_attention,
@@ -131,7 +132,7 @@ def test_prefix_equals_a_prefilled_key_value_cache(tiny_llada):
         inputs_embeds=model.embed(ids),
         attention_mask=torch.ones(2, 1, 6, 9, dtype=torch.bool),
         position_ids=torch.arange(6).expand(2, 6),
-        past_key_values=cache,
+        **cache_argument(cache),
         use_cache=True,
     ).last_hidden_state
     torch.testing.assert_close(ours, model.lm_head(hidden), atol=1e-5, rtol=1e-5)
