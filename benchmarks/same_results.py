@@ -89,7 +89,11 @@ def run(name: str) -> dict[str, list]:
         begin(self, *args, callbacks=[*(callbacks or []), watch()], **options)
 
     lightning.Trainer.__init__ = watched
-    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work), initialize_config_dir(str(ROOT / "conf"), "1.3"):
+    with (
+        tempfile.TemporaryDirectory() as work,
+        contextlib.chdir(work),
+        initialize_config_dir(str(ROOT / "conf"), version_base="1.3"),
+    ):
         places = ["paths.output_dir=out", "paths.cache_dir=cache"]
 
         def configure(*more: str):
@@ -122,7 +126,9 @@ def printed(call: Any, cfg: Any) -> str:
 
 
 def exact(figures: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.hex() if isinstance(v, float) else v for k, v in figures.items() if "seconds" not in k and "per_s" not in k}
+    return {
+        k: v.hex() if isinstance(v, float) else v for k, v in figures.items() if "seconds" not in k and "per_s" not in k
+    }
 
 
 def write(path: str, names: list[str], jobs: int) -> None:
