@@ -1,4 +1,4 @@
-"""Leap's entry (run.py --help). What it does stands in `wiring`, imported when there is work to do: help needs no networks."""
+"""Leap's entry (run.py --help). What it does stands in `app`, imported when there is work to do: help needs no networks."""
 
 import os
 import sys
@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    from callbacks.console import print_error, quiet_libraries, sentence_for
-    from wiring.modes import run_mode
-    from wiring.sweep import in_sweep, run_of_sweep
+    from app.modes import run_mode
+    from app.sweep import in_sweep, run_of_sweep
+    from reporting.console import print_error, quiet_libraries, sentence_for
 
     with quiet_libraries():
         if in_sweep():

@@ -14,7 +14,7 @@ from torch import device
 
 from models.backbones.llada import LladaConfig
 from models.backbones.memory import describe_footprint
-from models.backbones.soft_prompt import SoftPrompt
+from models.flow.soft_prompt import SoftPrompt
 
 GB = 1e9
 # how often a step multiplies by the frozen linear layers: (forwards, tangents, backward passes), by what is trained

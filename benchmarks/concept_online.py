@@ -27,13 +27,13 @@ from timing import (
 )
 from torch import Tensor, nn
 
-from callbacks.console import report_console
 from models.backbones.causal import build_causal
 from models.backbones.key_value_cache import cache_argument, cache_of
-from models.concept.concept_stack import Setting
-from models.concept.online_cost import flops_share
-from models.concept.online_model import OnlineConceptModel
-from models.decoding.online_concept import OnlineReading
+from models.online.concept_stack import Setting
+from models.online.cost import flops_share
+from models.online.decoder import OnlineReading
+from models.online.model import OnlineConceptModel
+from reporting.console import report_console
 
 BASE = "every layer"
 

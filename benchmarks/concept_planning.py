@@ -22,14 +22,14 @@ from timing import (
 )
 from torch import Generator, Tensor
 
-from callbacks.console import report_console
 from models.backbones.causal import build_causal
-from models.concept.executor import Executor
-from models.concept.planner import Plan, Planner, relaxed
-from models.concept.unified import UnifiedModel
-from models.concept.vocabulary import ConceptVocabulary
 from models.functional.bits_per_byte import token_nll
 from models.functional.plan_nll import plan_nll
+from models.plans.executor import Executor
+from models.plans.planner import Plan, Planner, relaxed
+from models.plans.unified import UnifiedModel
+from models.plans.vocabulary import ConceptVocabulary
+from reporting.console import report_console
 
 SEQUENTIAL = "sequential"
 FORMS = (SEQUENTIAL, "types", "slots")

@@ -25,14 +25,14 @@ from timing import (
 )
 from torch import Generator, Tensor, nn
 
-from callbacks.console import report_console
 from models.backbones.llada import LladaModel
-from models.backbones.noisy_mask_student import NoisyMaskStudent
-from models.backbones.prefix_student import PrefixStudent
-from models.decoding.decoder import Decoder
-from models.decoding.masked_diffusion import MaskedDiffusionDecoder
-from models.decoding.noisy_mask import NoisyMaskDecoder
-from models.decoding.one_step import OneStepDecoder
+from models.diffusion.sampler import MaskedDiffusionDecoder
+from models.flow.noisy_mask_student import NoisyMaskStudent
+from models.flow.one_step import OneStepDecoder
+from models.flow.prefix_student import PrefixStudent
+from models.flow.solver import NoisyMaskDecoder
+from models.interfaces.decoder import Decoder
+from reporting.console import report_console
 
 STUDENT = "student"
 

@@ -35,11 +35,11 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 from turns import Pause, PauseAtTheEnd, take_turns
 
-from callbacks.console import report_console
 from callbacks.ema import TrainableEMA
 from callbacks.progress import StageProgress
 from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.logit_flow import LogitFlowModule
+from reporting.console import report_console
 
 BARE = "loop by hand"
 LIGHTNING = "Lightning"

@@ -31,12 +31,12 @@ from timing import (
 )
 from torch import Generator, Tensor, nn
 
-from callbacks.console import report_console
 from lightning_modules.logit_flow import LogitFlowModule
 from models.backbones.frozen_layers import FrozenLinear
 from models.functional.flow_times import sample_interval
 from models.functional.masked_diffusion import mask_probability, mask_tokens
 from models.functional.meanflow import flow_loss
+from reporting.console import report_console
 
 PLAIN = "(a) plain distillation"
 MEANFLOW = "(b) mean flow"

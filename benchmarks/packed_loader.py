@@ -25,10 +25,10 @@ from timing import (
     write_json,
 )
 
-from callbacks.console import report_console
 from datamodules.packed_text import PackedTextDataModule
 from models.backbones.causal import build_causal
 from models.objectives.next_token import NextToken
+from reporting.console import report_console
 
 HAND = "sliced by hand"
 LOADER = "loader"

@@ -24,14 +24,14 @@ from timing import (
 from torch import Generator, Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from callbacks.console import report_console
-from models.backbones.cached_scores import CachedScores
-from models.decoding.chance import TorchChance
-from models.decoding.qstar import decode_qstar
-from models.decoding.qstar_law import QStarLaw
-from models.decoding.qstar_roles import roles
-from models.decoding.qstar_run import QStarOutput
 from models.functional.qstar_speed import SPEEDUPS, best_gamma, wait_for_the_slowest
+from models.speculative.cached_scores import CachedScores
+from models.speculative.decode import decode_qstar
+from models.speculative.distribution import QStarLaw
+from models.speculative.random_source import TorchChance
+from models.speculative.roles import roles
+from models.speculative.state import QStarOutput
+from reporting.console import report_console
 
 NAIVE = "both models at every token"
 PLACES = 5  # of the longer of the two forwards whose times give w

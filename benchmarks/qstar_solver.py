@@ -22,8 +22,8 @@ from timing import (
 )
 from torch import Tensor
 
-from callbacks.console import report_console
 from models.functional.qstar import mix, solve_alpha
+from reporting.console import report_console
 
 SOLVER = "solve_alpha"
 

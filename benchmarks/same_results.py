@@ -4,7 +4,7 @@
     python benchmarks/same_results.py write after.json           # on the commit after it, on the same machine
     python benchmarks/same_results.py compare before.json after.json
 
-Floats are written bit by bit (float.hex), so equal means equal to the last bit. One thread a run; seeds are the experiments' own.
+Floats are written as float.hex, so equal means equal to the last bit. One thread a run; seeds are the experiments' own.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ORACLE = ["data.train_rows=2000", "data.val_rows=64", "data.test_rows=64"]
 
 def overrides(cfg: Any, folder: Path) -> list[str]:
     """What makes the experiment short, and reads files that are written to `folder`."""
-    from helpers_experiment import model_overrides, pairs_overrides
+    from helpers.experiment import model_overrides, pairs_overrides
 
     if cfg.study is not None:
         return []
@@ -79,7 +79,7 @@ def run(name: str) -> dict[str, list]:
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
 
-    from wiring import modes
+    from app import modes
 
     torch.set_num_threads(1)
     found: dict[str, list] = {}

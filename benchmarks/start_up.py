@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from timing import Row, build_result, build_row, interleave, new_parser, prepare, show, write_json
 
-from callbacks.console import report_console
+from reporting.console import report_console
 
 ROOT = Path(__file__).parent.parent
 IMPORTS = "import torch, lightning, transformers"

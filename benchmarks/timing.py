@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.profiler import ProfilerActivity, profile
 
-from callbacks.record import current_commit, device_name
+from reporting.record import current_commit, device_name
 
 Times = dict[str, list[float]]
 Row = dict[str, Any]

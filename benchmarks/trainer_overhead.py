@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from turns import Pause, PauseAtTheEnd, take_turns
 
-from callbacks.console import quiet_libraries, report_console
+from app.build import trainer_of, untrained
 from callbacks.progress import StageProgress
-from wiring.build import trainer_of, untrained
+from reporting.console import quiet_libraries, report_console
 
 COMPARED = 20  # steps whose losses have to agree; rounding grows from step to step after that
 CONF = Path(__file__).parent.parent / "conf"

@@ -9,12 +9,12 @@ from torch import Generator, Tensor
 
 from callbacks.monitors.rows import in_parts
 from models.functional.plan_information import code_ceiling, entropy
-from models.functional.watched import Given
+from models.interfaces.probe_batch import Given
 
 
 @runtime_checkable
 class WritesFromConcepts(Protocol):
-    """posterior_reads: `text` where a plan is a function of the text alone; the rest as in `callbacks.monitors.probe`."""
+    """posterior_reads: `text` where a plan is a function of the text alone; the rest as in `models.interfaces.probes`."""
 
     posterior_reads: str
 

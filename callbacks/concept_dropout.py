@@ -10,15 +10,15 @@ from rich import box
 from rich.table import Table
 from torch import Generator, Tensor
 
-from callbacks.console import report_console
 from callbacks.monitors.rows import first_rows, in_parts
 from models.functional.per_token import per_token
-from models.functional.watched import Given
+from models.interfaces.probe_batch import Given
+from reporting.console import report_console
 
 
 @runtime_checkable
 class DropsConcepts(Protocol):
-    """Writes texts from plans of which concepts can be hidden; see `callbacks.monitors.probe`."""
+    """Writes texts from plans of which concepts can be hidden; see `models.interfaces.probes`."""
 
     def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given: ...
     def probe_nll(self, rows: dict[str, Tensor], given: Given) -> Tensor: ...

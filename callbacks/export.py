@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from models.backbones.student_files import save_student
+from models.flow.student_files import save_student
 
 
 class ExportStudent(Callback):

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from callbacks.console import report_console
-from callbacks.hparams import headline, hyperparameters
-from callbacks.picture import quality_figure
-from callbacks.ranks import gathered
-from callbacks.record import build_record, write_record
-from callbacks.table import in_words, markdown_table, results_table, split_rows
+from models.functional.ranks import gathered
+from reporting.console import report_console
+from reporting.figure import quality_figure
+from reporting.hparams import headline, hyperparameters
+from reporting.record import build_record, write_record
+from reporting.table import in_words, markdown_table, results_table, split_rows
 
 
 class FrontierReport(Callback):

@@ -7,16 +7,16 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 from torchmetrics.functional.text import sacre_bleu_score
 
-from callbacks.console import report_console
 from callbacks.monitors.rows import first_rows, in_parts
-from models.functional.watched import Given
+from models.interfaces.probe_batch import Given
+from reporting.console import report_console
 
 HOW = ("forced", "free")
 
 
 @runtime_checkable
 class Rebuilds(Protocol):
-    """Writes texts from plans; see `callbacks.monitors.probe`."""
+    """Writes texts from plans; see `models.interfaces.probes`."""
 
     def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given: ...
 

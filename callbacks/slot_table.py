@@ -10,8 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
-from callbacks.console import report_console
-from callbacks.ranks import gathered
+from models.functional.ranks import gathered
+from reporting.console import report_console
 
 
 @runtime_checkable

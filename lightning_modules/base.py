@@ -17,12 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
-from lightning_modules.optimizers import OptimizerName, make_optimizer, used_optimizer
-from lightning_modules.sharding import shard_trained, whole_weights
+from lightning_modules.training.optimizers import OptimizerName, make_optimizer, used_optimizer
+from lightning_modules.training.sharding import shard_trained, whole_weights
 from models.backbones.sharded_layers import shard_frozen
-from models.decoding.decoder import Decoder
 from models.functional.errors import UsageError, require_at_least, require_choice
 from models.functional.weights import trainable_weights
+from models.interfaces.decoder import Decoder
 
 
 class LeapModule(LightningModule):

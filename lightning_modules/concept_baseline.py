@@ -8,9 +8,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
-from models.concept.planner import Plan
 from models.functional.errors import UsageError, require_choice
 from models.functional.fixed_codes import leading_tokens, random_hash, surprising_tokens, unigram_surprisal
+from models.plans.planner import Plan
 
 Code = Literal["leading", "surprisal", "hash"]
 USED = (

@@ -12,28 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.base import LeapModule
-from lightning_modules.hard_em import build_hard_em
-from lightning_modules.plan_meter import PlanMeter
-from lightning_modules.plan_options import check_options, check_signal_codes, pair
-from lightning_modules.plan_probes import PlanProbes
-from lightning_modules.plan_training import PlanTraining
 from models.backbones.causal_lm import require_causal, with_adapters
-from models.concept.bag import BagOfWords
-from models.concept.decoder import PlannedDecoder
-from models.concept.executor import Executor
-from models.concept.files import save_plans
-from models.concept.layout import Planning
-from models.concept.planner import Plan, Planner
-from models.concept.quantiser import Sampler, require_whole_codes
-from models.concept.terms import NAMES, plan_terms, slots_of
-from models.concept.unified import UnifiedModel
-from models.concept.vocabulary import ConceptVocabulary
-from models.decoding.decoder import Decoder
 from models.functional.bag_of_words import bag_of_words_nll
 from models.functional.bits_per_byte import token_nll
 from models.functional.errors import require_choice
 from models.functional.plan_nll import plan_nll
 from models.functional.rows import response_columns
+from models.interfaces.decoder import Decoder
+from models.plans.bag import BagOfWords
+from models.plans.decoder import PlannedDecoder
+from models.plans.executor import Executor
+from models.plans.files import save_plans
+from models.plans.hard_em import build_hard_em
+from models.plans.layout import Planning
+from models.plans.meter import PlanMeter
+from models.plans.options import check_options, check_signal_codes, pair
+from models.plans.planner import Plan, Planner
+from models.plans.probes import PlanProbes
+from models.plans.quantiser import Sampler, require_whole_codes
+from models.plans.terms import NAMES, plan_terms, slots_of
+from models.plans.training import PlanTraining
+from models.plans.unified import UnifiedModel
+from models.plans.vocabulary import ConceptVocabulary
 
 # in a checkpoint: earlier plans of validation texts, a quantiser's codes, the best plans of training rows
 BEFORE, CODES, FOUND = "concepts_before", "concepts_codes", "concepts_found"
@@ -266,7 +266,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         return self.decoders()[-1](batch, self.step_generator(batch_idx, stream=2, epoch=0))
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
-        """Write the model as a folder, adapters added in; `lightning_modules.trained.load_planned` reads it."""
+        """Write the model as a folder, adapters added in; `app.trained.load_planned` reads it."""
         options = dict(self.hparams) | {"module": type(self).__name__, "lora_rank": None}
         return save_plans(self.model, folder, options, tokenizer)
 

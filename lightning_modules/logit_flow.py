@@ -10,10 +10,9 @@ from torch import Generator, Tensor
 
 from lightning_modules.meanflow_distill import MeanFlowDistillModule
 from models.backbones.llada import LladaModel
-from models.backbones.prefix_student import PrefixStudent
-from models.decoding.decoder import Decoder
-from models.decoding.masked_diffusion import Remasking
-from models.decoding.one_step import OneStepDecoder
+from models.diffusion.sampler import Remasking
+from models.flow.one_step import OneStepDecoder
+from models.flow.prefix_student import PrefixStudent
 from models.functional.errors import require_choice
 from models.functional.flow_times import TimeLaw, sample_interval
 from models.functional.jvp import JvpBackend, value_and_jvp
@@ -27,6 +26,7 @@ from models.functional.meanflow import (
     masking_path_tangent,
     meanflow_target,
 )
+from models.interfaces.decoder import Decoder
 
 Weighting = Literal["none", "inverse_p", "adaptive"]
 

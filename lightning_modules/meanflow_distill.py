@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_modules.base import LeapModule
-from lightning_modules.optimizers import OptimizerName
+from lightning_modules.training.optimizers import OptimizerName
 from models.backbones.llada import LladaModel
-from models.backbones.student import Student
-from models.backbones.student_files import FORMAT, base_fingerprint, save_whole_student
-from models.decoding.decoder import Decoder
-from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
+from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking
+from models.flow.student import Student
+from models.flow.student_files import FORMAT, base_fingerprint, save_whole_student
 from models.functional.errors import UsageError, require_choice
 from models.functional.weights import copy_weights
+from models.interfaces.decoder import Decoder
 
 
 class MeanFlowDistillModule(LeapModule):

@@ -8,21 +8,13 @@ from typing import Any, get_args
 
 from torch import Generator, Tensor
 
-from lightning_modules.flow_probes import FlowProbes
-from lightning_modules.optimizers import OptimizerName
 from lightning_modules.staged_distill import StagedDistillModule
-from lightning_modules.stages import Stages
+from lightning_modules.training.optimizers import OptimizerName
+from lightning_modules.training.stages import Stages
 from models.backbones.llada import LladaModel
-from models.backbones.noisy_mask_student import Adapter, NoisyMaskStudent
-from models.decoding.decoder import Decoder
-from models.decoding.masked_diffusion import Remasking
-from models.decoding.noisy_mask import FewStep, NoisyMaskDecoder, require_flow_options
-from models.functional.errors import UsageError, require_at_least, require_choice
-from models.functional.flow_times import require_shares
-from models.functional.jvp import JvpBackend
-from models.objectives.base import Terms
-from models.objectives.endpoint_pairs import Coupling, EndpointPairs
-from models.objectives.noisy_mask import (
+from models.diffusion.sampler import Remasking
+from models.flow.endpoint_pairs import Coupling, EndpointPairs
+from models.flow.losses import (
     FlowTarget,
     adapt_to_noise,
     consistency_gap,
@@ -31,7 +23,15 @@ from models.objectives.noisy_mask import (
     noisy_point,
     polish_endpoint,
 )
-from models.objectives.recent_texts import RecentTexts
+from models.flow.noisy_mask_student import Adapter, NoisyMaskStudent
+from models.flow.probes import FlowProbes
+from models.flow.recent_texts import RecentTexts
+from models.flow.solver import FewStep, NoisyMaskDecoder, require_flow_options
+from models.functional.errors import UsageError, require_at_least, require_choice
+from models.functional.flow_times import require_shares
+from models.functional.jvp import JvpBackend
+from models.interfaces.decoder import Decoder
+from models.interfaces.objective import Terms
 
 STAGES = ("adapt", "flow", "polish")
 

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_modules.base import LeapModule
-from lightning_modules.nll_meter import NllMeter
-from lightning_modules.online_options import check_options, load_baseline
-from lightning_modules.online_upkeep import OnlineUpkeep
+from lightning_modules.training.nll_meter import NllMeter
 from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
-from models.concept.concept_stack import Level, Setting
-from models.concept.online_cost import equal_layers, flops_share
-from models.concept.online_files import save_online
-from models.concept.online_model import OnlineConceptModel
-from models.concept.online_terms import NAMES, OF_CODES, online_monitors, online_terms
-from models.concept.quantiser import Sampler, require_whole_codes
-from models.decoding.decoder import Decoder
-from models.decoding.online_concept import OnlineConceptDecoder, OnlineReading
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
 from models.functional.nll import chosen_nll
+from models.interfaces.decoder import Decoder
+from models.online.codebook_and_rate import OnlineUpkeep
+from models.online.concept_stack import Level, Setting
+from models.online.cost import equal_layers, flops_share
+from models.online.decoder import OnlineConceptDecoder, OnlineReading
+from models.online.files import save_online
+from models.online.model import OnlineConceptModel
+from models.online.options import check_options, load_baseline
+from models.online.terms import NAMES, OF_CODES, online_monitors, online_terms
+from models.plans.quantiser import Sampler, require_whole_codes
 
 # rows and tokens that speeds are measured on, after a test
 TIMED_ROWS, TIMED_TOKENS = 16, 32

@@ -11,21 +11,21 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.base import LeapModule
-from lightning_modules.computing import decoder_layers
-from lightning_modules.nll_meter import NllMeter
-from lightning_modules.optimizers import OptimizerName
-from lightning_modules.token_weights import TokenWeights
+from lightning_modules.training.compile import decoder_layers
+from lightning_modules.training.nll_meter import NllMeter
+from lightning_modules.training.optimizers import OptimizerName
+from lightning_modules.training.token_weights import TokenWeights
+from models.backbones.autoregressive import AutoregressiveDecoder
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
-from models.backbones.student_files import save_whole_student
-from models.decoding.autoregressive import AutoregressiveDecoder
-from models.decoding.decoder import Decoder
-from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
-from models.decoding.noisy_mask import NoisyMaskDecoder
+from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking
+from models.flow.solver import NoisyMaskDecoder
+from models.flow.student_files import save_whole_student
 from models.functional.errors import UsageError
 from models.functional.next_token import token_counts
 from models.functional.weights import trainable_weights
-from models.objectives.base import Generation, Objective, TextObjective
+from models.interfaces.decoder import Decoder
+from models.interfaces.objective import Generation, Objective, TextObjective
 
 
 class PretrainModule(LeapModule):

@@ -12,19 +12,19 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_modules.base import LeapModule
-from lightning_modules.qstar_exactness import enumeration_error, g_test_of
-from lightning_modules.qstar_probes import QStarProbes
+from models.backbones.autoregressive import AutoregressiveDecoder, generate_autoregressive
 from models.backbones.causal_lm import causal_logits, save_causal, save_merged, with_adapters
-from models.decoding.autoregressive import AutoregressiveDecoder, generate_autoregressive
-from models.decoding.decoder import Decoder
-from models.decoding.qstar import require_draft_length
-from models.decoding.qstar_decoder import NAMES, Costs, QStarDecoder, Scheme
-from models.decoding.qstar_law import QStarLaw
-from models.decoding.verification import VERIFICATIONS
 from models.functional.errors import UsageError, require_choice
 from models.functional.next_token import CausalText, causal_text, until_end
-from models.objectives.base import Terms
-from models.objectives.qstar import QStarLoss, qstar_terms
+from models.interfaces.decoder import Decoder
+from models.interfaces.objective import Terms
+from models.speculative.decode import require_draft_length
+from models.speculative.decoder import NAMES, Costs, QStarDecoder, Scheme
+from models.speculative.distribution import QStarLaw
+from models.speculative.exactness import enumeration_error, g_test_of
+from models.speculative.loss import QStarLoss, qstar_terms
+from models.speculative.probes import QStarProbes
+from models.speculative.verification import VERIFICATIONS
 
 
 class QStarDecodingModule(QStarProbes, LeapModule):

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.meanflow_distill import MeanFlowDistillModule
-from lightning_modules.stages import Stages
-from models.backbones.student import Student
+from lightning_modules.training.stages import Stages
+from models.flow.student import Student
 from models.functional.errors import UsageError
 from models.functional.weights import copy_weights, update_average
-from models.objectives.base import Terms
+from models.interfaces.objective import Terms
 
 
 class StagedDistillModule(MeanFlowDistillModule):

@@ -5,14 +5,14 @@ import math
 from torch import Generator, Tensor
 
 from lightning_modules.staged_distill import StagedDistillModule
-from lightning_modules.stages import Stages
+from lightning_modules.training.stages import Stages
 from models.backbones.llada import LladaModel
-from models.backbones.masked_student import Adapter, MaskedStudent
-from models.decoding.decoder import Decoder
-from models.decoding.masked_diffusion import MaskedDiffusionDecoder, Remasking
+from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking
+from models.flow.masked_student import Adapter, MaskedStudent
+from models.flow.step_halving import halve_steps
 from models.functional.errors import UsageError
-from models.objectives.base import Terms
-from models.objectives.step_halving import halve_steps
+from models.interfaces.decoder import Decoder
+from models.interfaces.objective import Terms
 
 
 class StepHalvingModule(StagedDistillModule):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers_causal import TINY_SHAPE
-from helpers_experiment import ROOT
+from helpers.causal import TINY_SHAPE
+from helpers.experiment import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig

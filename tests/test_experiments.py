@@ -4,14 +4,14 @@ import inspect
 import json
 
 import pytest
-from helpers_experiment import ROOT, SMALL, answer, model_overrides, pairs_overrides
+from helpers.experiment import ROOT, SMALL, answer, model_overrides, pairs_overrides
 from hydra.utils import get_method, instantiate
 
-from callbacks.console import sentence_for
+from app import modes
 from models.backbones.llada import build_llada
 from models.backbones.sizes import STAND_IN
 from models.functional.errors import UsageError
-from wiring import modes
+from reporting.console import sentence_for
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 

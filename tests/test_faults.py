@@ -90,7 +90,7 @@ class Lives:
         folder.mkdir()
         self.run = folder / "out" / "run"
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["wiring.modes", "datamodules.oracle"])
+        self.context.set_forkserver_preload(["app.modes", "datamodules.oracle"])
 
     @property
     def last(self) -> Path:

@@ -15,10 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from callbacks.console import sentence_for
+from app import modes
 from datamodules.pairs import PairsDataModule
 from models.functional.errors import UsageError
-from wiring import modes
+from reporting.console import sentence_for
 
 ROOT = Path(__file__).parent.parent
 SHORT = [

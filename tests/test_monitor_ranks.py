@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 def job(ranks: int, out: Path, *resume: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "tests/monitor_ranks_job.py", str(ranks), str(out), *resume],
+        [sys.executable, "tests/helpers/monitor_ranks_job.py", str(ranks), str(out), *resume],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip

@@ -29,7 +29,7 @@ ORDERED = ("val/joint_information_shuffled",)
 def trained(folder: Path, kind: str, methods: list[str]) -> dict[str, dict]:
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     done = subprocess.run(
-        [sys.executable, "tests/ranks_job.py", kind, str(folder), *methods],
+        [sys.executable, "tests/helpers/ranks_job.py", kind, str(folder), *methods],
         cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | own,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

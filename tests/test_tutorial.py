@@ -41,7 +41,7 @@ class Shell:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["wiring.modes", "datamodules.oracle.datamodule"])
+        self.context.set_forkserver_preload(["app.modes", "datamodules.oracle.datamodule"])
 
     def __call__(self, block: str) -> str:
         """What all commands of a block print."""

@@ -5,12 +5,12 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from torch import Generator, Tensor
 
-from callbacks.console import report_console
 from callbacks.monitors.rows import in_parts
 from callbacks.monitors.texts import TextMonitor
 from models.functional.exchange import derangement, nearest_other
 from models.functional.per_token import by_position, per_token
-from models.functional.watched import Given, rows_at
+from models.interfaces.probe_batch import Given, rows_at
+from reporting.console import report_console
 
 KINDS = ("shuffle", "blank", "random", "nearest")
 

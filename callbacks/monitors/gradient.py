@@ -6,9 +6,9 @@ import torch
 from lightning import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from callbacks.monitors.probe import HasPlanner
 from callbacks.monitors.steps import StepMonitor
 from models.functional.weights import whole
+from models.interfaces.probes import HasPlanner
 
 
 class GradientMonitor(StepMonitor):

@@ -7,8 +7,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.markup import escape
 
-from callbacks.console import report_console
-from callbacks.monitors.rules import RULES, Look, Rule
+from reporting.console import report_console
+from reporting.health_rules import RULES, Look, Rule
 
 READ = ("monitor/", "val/")
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 
-from callbacks.monitors.probe import RelaxesChoices
 from callbacks.monitors.steps import StepMonitor
+from models.interfaces.probes import RelaxesChoices
 
 
 class RelaxationMonitor(StepMonitor):

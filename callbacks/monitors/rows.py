@@ -9,7 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 
-from models.functional.watched import Given, rows_at
+from models.interfaces.probe_batch import Given, rows_at
 
 CHUNK = 64  # rows of a forward
 

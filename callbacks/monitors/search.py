@@ -6,9 +6,9 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.monitors.probe import SearchesPlans
 from callbacks.monitors.steps import StepMonitor
-from models.functional.watched import EStep
+from models.interfaces.probe_batch import EStep
+from models.interfaces.probes import SearchesPlans
 
 
 class SearchMonitor(StepMonitor):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from callbacks.monitors.probe import MakesChoices
 from callbacks.monitors.rows import CHUNK, RowMonitor
 from models.functional.certainty import certainty
-from models.functional.watched import Choices, rows_at
+from models.interfaces.probe_batch import Choices, rows_at
+from models.interfaces.probes import MakesChoices
 
 
 class SharpnessMonitor(RowMonitor):

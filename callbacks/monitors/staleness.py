@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from callbacks.monitors.search import SearchMonitor
-from models.functional.watched import EStep
+from models.interfaces.probe_batch import EStep
 
 
 class StalenessMonitor(SearchMonitor):

@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from callbacks.ranks import is_first, summed
+from models.functional.ranks import is_first, summed
 
 
 class StepMonitor(Callback):

@@ -1,7 +1,7 @@
 """The base of monitors of texts that are written from a condition, place by place."""
 
-from callbacks.monitors.probe import WritesFromCondition
 from callbacks.monitors.rows import RowMonitor
+from models.interfaces.probes import WritesFromCondition
 
 
 class TextMonitor(RowMonitor):

@@ -11,7 +11,7 @@ With D_s(z) = P(x_l | z, c), the flow's velocity is (D_s E - z) / (1 - s), and i
 
 with ψ on the simplex: the average recovery distribution over the interval. ψ_{s,s} = D_s, and ψ_{s,1} is the endpoint.
 Sources: Boffi, Albergo, Vanden-Eijnden, How to build a consistency model (2025) for self-distilled flow maps; Geng et al.,
-Mean Flows (2025). Both identities are re-derived in tests/functional/test_noisy_mask.py on an exact denoiser.
+Mean Flows (2025). Both identities are re-derived in tests/models/functional/test_noisy_mask.py on an exact denoiser.
 
 Times are **data times**: s <= t, 0 = noisy mask, 1 = clean text (noise time is 1 - s).
 Legend: B batch, L length, D width, V vocabulary. Times (...) broadcast over the last dimension of points and distributions.

@@ -15,7 +15,7 @@ from models.functional.errors import UsageError
 from models.functional.latent import covariance_penalty, next_span_mean, variance_penalty
 from models.functional.next_token import align_with_columns, causal_text, shifted_targets
 from models.functional.weights import trainable_weights, update_average
-from models.objectives.base import ObjectiveOutput, TextObjective
+from models.interfaces.objective import ObjectiveOutput, TextObjective
 
 
 class Latent(TextObjective, nn.Module):

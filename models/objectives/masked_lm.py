@@ -8,7 +8,7 @@ from models.functional.errors import UsageError
 from models.functional.masked_lm import any_order_weight, bert_corrupt, hide_exactly, stratified_count
 from models.functional.next_token import whole_text
 from models.functional.nll import chosen_nll
-from models.objectives.base import ObjectiveOutput, TextObjective
+from models.interfaces.objective import ObjectiveOutput, TextObjective
 
 
 class MaskedLM(TextObjective):

@@ -13,7 +13,7 @@ from models.backbones.causal_lm import causal_hidden, causal_nll, output_head, r
 from models.functional.errors import UsageError
 from models.functional.next_token import align_with_columns, causal_text, shifted_targets
 from models.functional.nll import chosen_nll
-from models.objectives.base import ObjectiveOutput, TextObjective
+from models.interfaces.objective import ObjectiveOutput, TextObjective
 
 
 class AheadHead(nn.Module):

@@ -4,7 +4,7 @@ from torch import Generator, Tensor, nn
 
 from models.backbones.causal_lm import causal_nll, require_causal
 from models.functional.next_token import align_with_columns, causal_text
-from models.objectives.base import ObjectiveOutput, TextObjective
+from models.interfaces.objective import ObjectiveOutput, TextObjective
 
 
 class NextToken(TextObjective):

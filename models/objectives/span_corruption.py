@@ -20,7 +20,7 @@ from models.functional.next_token import (
     whole_text,
 )
 from models.functional.span_corruption import question_and_answer, random_spans, span_counts
-from models.objectives.base import ObjectiveOutput, TextObjective
+from models.interfaces.objective import ObjectiveOutput, TextObjective
 
 
 class SpanCorruption(TextObjective):

@@ -1,7 +1,7 @@
 """Records of a corpus whose truth is known and of one from files."""
 
 import pytest
-from helpers_record import make_record, quality, row
+from helpers.record import make_record, quality, row
 
 
 @pytest.fixture

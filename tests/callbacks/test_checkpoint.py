@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers_monitors import SixRows, Watched
-from helpers_trainer import quiet_trainer
+from helpers.monitors import SixRows, Watched
+from helpers.trainer import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.checkpoint import LastCheckpoint

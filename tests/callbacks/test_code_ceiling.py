@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers_trainer import quiet_trainer
-from test_concept_dropout import module_of
+from helpers.concept import two_type_module as module_of
+from helpers.trainer import quiet_trainer
 
 from callbacks.code_ceiling import CodeCeiling
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule

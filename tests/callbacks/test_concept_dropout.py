@@ -4,30 +4,13 @@ import json
 
 import pytest
 import torch
-from helpers_causal import tiny_causal
-from helpers_trainer import quiet_trainer
+from helpers.concept import only_few
+from helpers.concept import two_type_module as module_of
+from helpers.trainer import quiet_trainer
 
 from callbacks.concept_dropout import ConceptDropout
 from callbacks.frontier import FrontierReport
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
-
-WEIGHTS = {"text": 1.0, "planner": 1.0, "usage": 1.0}
-
-
-def module_of(data, codes: int) -> ConceptPlannerExecutorModule:
-    torch.manual_seed(0)
-    ids = data.special_ids()
-    model = tiny_causal(ids.pop("vocab_size"), **ids)
-    types = {name: {"codes": codes, "most": 1} for name in "ab"}
-    options = {"lr": 1e-2, "warmup_steps": 5, "corruption": (1.0, 0.0), "seed": 7}
-    return ConceptPlannerExecutorModule(model, types=types, weights=WEIGHTS, **options)
-
-
-def only_few(data) -> None:
-    """Four texts, so that a short training learns a plan for each."""
-    columns = data.rows["train"].columns
-    for split in ("train", "val", "test"):
-        data.rows[split].columns = {name: column[:4].repeat(16, 1) for name, column in columns.items()}
 
 
 def test_hiding_concepts_costs_more_and_more_where_they_are_used(tmp_path, tiny_oracle, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_trainer import quiet_trainer
+from helpers.trainer import quiet_trainer
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn

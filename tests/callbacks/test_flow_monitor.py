@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers_noisy_mask import build, exact_denoiser
-from helpers_trainer import quiet_trainer
+from helpers.noisy_mask import build, exact_denoiser
+from helpers.trainer import quiet_trainer
 
 from callbacks.flow_monitor import FlowMonitor
 

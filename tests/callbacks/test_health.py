@@ -3,8 +3,8 @@
 import io
 
 import pytest
-from helpers_monitors import SixRows, Watched
-from helpers_trainer import quiet_trainer
+from helpers.monitors import SixRows, Watched
+from helpers.trainer import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.console import Console
 from callbacks.monitors.exchange import ExchangeMonitor
 from callbacks.monitors.gradient import GradientMonitor
 from callbacks.monitors.health import Health
-from callbacks.monitors.rules import RULES
+from reporting.health_rules import RULES
 
 LOOKS = 10
 

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from helpers_causal import PackedStream, tiny_causal
-from helpers_trainer import quiet_trainer
+from helpers.causal import PackedStream, tiny_causal
+from helpers.trainer import quiet_trainer
 from lightning import LightningModule, Trainer
 
-from callbacks.gather import frontier_markdown, frontier_rows, frontier_table
 from callbacks.goal import TrainingGoal
 from callbacks.plan_probe import PlanProbe
-from callbacks.table import split_rows
 from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.pretrain import PretrainModule
 from models.functional.probe import fit_ridge, probe_accuracy, standardise
 from models.objectives.next_token import NextToken
+from reporting.gather import frontier_markdown, frontier_rows, frontier_table
+from reporting.table import split_rows
 
 
 def test_ridge_is_the_minimum_of_its_loss():

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from helpers_causal import tiny_causal
-from helpers_concept import TYPES
-from helpers_monitors import SixRows, Watched
-from helpers_trainer import quiet_trainer
+from helpers.causal import tiny_causal
+from helpers.concept import TYPES
+from helpers.monitors import SixRows, Watched
+from helpers.trainer import quiet_trainer
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger

@@ -1,8 +1,8 @@
 """Against the corpus' own likelihood it says what the meter says; without a baseline it says nothing."""
 
 import pytest
-from helpers_trainer import quiet_trainer
-from test_concept_dropout import module_of
+from helpers.concept import two_type_module as module_of
+from helpers.trainer import quiet_trainer
 
 from callbacks.plan_gain import PlanGain
 from models.functional.errors import UsageError

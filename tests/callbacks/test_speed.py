@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_causal import tiny_causal
-from helpers_trainer import quiet_trainer
+from helpers.causal import tiny_causal
+from helpers.trainer import quiet_trainer
 
 import callbacks.speed
 from callbacks.speed import Speed, peak_of

@@ -1,7 +1,7 @@
 """Corpora of files that the tests share."""
 
 import pytest
-from helpers_pairs import ROWS, write
+from helpers.pairs import ROWS, write
 
 from datamodules.pairs import PairsDataModule
 

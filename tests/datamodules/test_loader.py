@@ -1,8 +1,8 @@
 """The order of rows: by the seed, resumed, over ranks."""
 
 import pytest
-from helpers_pairs import ROWS
-from helpers_trainer import quiet_trainer
+from helpers.pairs import ROWS
+from helpers.trainer import quiet_trainer
 from lightning import LightningModule
 
 from datamodules.loader import EpochSampler

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers_trainer import quiet_trainer
+from helpers.trainer import quiet_trainer
 from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_pairs import ROWS
+from helpers.pairs import ROWS
 from omegaconf import OmegaConf
 
 from datamodules.pairs import PairsDataModule

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_pairs import ROWS, respond
+from helpers.pairs import ROWS, respond
 
 from datamodules.pairs_score import self_bleu, slot_share
 

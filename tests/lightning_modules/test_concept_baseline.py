@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers_causal import tiny_causal
-from helpers_trainer import quiet_trainer
+from helpers.causal import tiny_causal
+from helpers.trainer import quiet_trainer
 
 from lightning_modules.concept_baseline import ConceptBaselineModule
 from models.functional.errors import UsageError

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from helpers_causal import tiny_causal
-from helpers_concept import TYPES
-from helpers_trainer import Losses, quiet_trainer
+from helpers.concept import ALL, SIGNALS, TYPES, batch_of
+from helpers.concept import build_planner_executor as build
+from helpers.trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -14,33 +14,15 @@ from torch.testing import assert_close
 
 from callbacks.ema import TrainableEMA
 from callbacks.frontier import FrontierReport
-from callbacks.record import read_record
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
-from models.concept.planner import greedy, relaxed
-from models.concept.signals import SignalHeads
-from models.concept.terms import NAMES, plan_terms
 from models.functional.bag_of_words import bag_of_words_nll
 from models.functional.errors import UsageError
+from models.plans.planner import greedy, relaxed
+from models.plans.signals import SignalHeads
+from models.plans.terms import NAMES, plan_terms
+from reporting.record import read_record
 
-SIGNALS = {"a": "who", "b": "where", "c": "events"}
-ALL = dict.fromkeys(NAMES, 1.0)
 DRAWN = [name for name in NAMES if name != "posterior"]  # that one teaches the posterior plans that were searched
-
-
-def build(data, types=TYPES, **options) -> ConceptPlannerExecutorModule:
-    torch.manual_seed(0)
-    ids = data.special_ids()
-    model = tiny_causal(ids.pop("vocab_size"), **ids)
-    wanted = (
-        {"types": types, "weights": ALL, "quota": 2.0, "lr": 3e-3, "warmup_steps": 1, "seed": 7}
-        | {"signals": {kind: signal for kind, signal in SIGNALS.items() if kind in types}}
-        | options
-    )
-    return ConceptPlannerExecutorModule(model, **wanted)
-
-
-def batch_of(data, rows: int = 8, split: str = "train") -> dict[str, torch.Tensor]:
-    return {name: column[:rows] for name, column in data.rows[split].columns.items()}
 
 
 class LossesAndFigures(Losses):

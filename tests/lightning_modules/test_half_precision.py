@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers_trainer import Losses, quiet_trainer
-from ranks_job import METHODS, causal, online, plans
+from helpers.ranks_job import METHODS, causal, online, plans
+from helpers.trainer import Losses, quiet_trainer
 
 from lightning_modules.online_concept import OnlineConceptModule
-from models.concept.quantiser import CodeSpace
 from models.functional.errors import UsageError
+from models.plans.quantiser import CodeSpace
 
 
 def coded(data, sampler: str) -> OnlineConceptModule:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers_trainer import Losses, quiet_trainer
+from helpers.trainer import Losses, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.ema import TrainableEMA
 from lightning_modules.logit_flow import LogitFlowModule
-from models.backbones.student_files import load_student, save_student
+from models.flow.student_files import load_student, save_student
 from models.functional.errors import UsageError
 from models.functional.meanflow import meanflow_target
 

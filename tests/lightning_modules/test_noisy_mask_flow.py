@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from helpers_noisy_mask import ALL, build, stir
-from helpers_trainer import Losses, quiet_trainer
+from helpers.noisy_mask import ALL, build, stir
+from helpers.trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules.noisy_mask_flow import STAGES, NoisyMaskFlowModule
-from lightning_modules.stages import Stages
+from lightning_modules.training.stages import Stages
+from models.flow.losses import match_flow_map
 from models.functional.errors import UsageError
-from models.objectives.noisy_mask import match_flow_map
 
 
 def test_steps_are_cut_among_the_stages():

@@ -2,24 +2,24 @@
 
 import pytest
 import torch
-from helpers_causal import PackedStream, packed_batch
-from helpers_online_module import ALL, PLAIN, body, build, oracle_body
-from helpers_trainer import Losses, quiet_trainer
+from helpers.causal import PackedStream, packed_batch
+from helpers.online_module import ALL, PLAIN, body, build, oracle_body
+from helpers.trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.testing import assert_close
 
 from callbacks.ema import TrainableEMA
 from callbacks.frontier import FrontierReport
-from callbacks.record import read_record
 from lightning_modules.online_concept import OnlineConceptModule
 from lightning_modules.pretrain import PretrainModule
 from models.backbones.causal_lm import save_causal
-from models.concept.concept_stack import Setting
-from models.concept.online_terms import online_terms
-from models.concept.router import GROWTH
 from models.functional.next_token import causal_text
 from models.objectives.next_token import NextToken
+from models.online.concept_stack import Setting
+from models.online.router import GROWTH
+from models.online.terms import online_terms
+from reporting.record import read_record
 
 
 class Rates(Callback):

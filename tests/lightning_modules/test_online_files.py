@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from helpers_causal import PackedStream, packed_batch, tiny_causal
-from helpers_online_module import build
-from helpers_trainer import quiet_trainer
+from helpers.causal import PackedStream, packed_batch, tiny_causal
+from helpers.online_module import build
+from helpers.trainer import quiet_trainer
 from torch.testing import assert_close
 
 from models.backbones.causal_lm import save_causal
-from models.concept.online_files import load_online, save_online
 from models.functional.errors import UsageError
+from models.online.files import load_online, save_online
 
 
 @pytest.mark.parametrize(

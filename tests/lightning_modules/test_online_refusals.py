@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers_causal import PackedStream, tiny_causal
-from helpers_online_module import body, build
-from helpers_trainer import quiet_trainer
+from helpers.causal import PackedStream, tiny_causal
+from helpers.online_module import body, build
+from helpers.trainer import quiet_trainer
 
 from models.backbones.causal_lm import save_causal
 from models.functional.errors import UsageError

@@ -5,17 +5,17 @@ import math
 
 import pytest
 import torch
-from helpers_trainer import quiet_trainer
+from helpers.trainer import quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.ema import TrainableEMA
 from datamodules.batch import TensorRows, pack_prompt_response
 from lightning_modules.pretrain import PretrainModule
-from models.decoding.masked_diffusion import generate_masked_diffusion
+from models.diffusion.objective import MaskedDiffusion
+from models.diffusion.sampler import generate_masked_diffusion
+from models.flow.denoiser_objective import ContinuousDiffusion
 from models.functional.errors import UsageError
-from models.objectives.continuous_diffusion import ContinuousDiffusion
-from models.objectives.masked_diffusion import MaskedDiffusion
 from models.objectives.masked_lm import MaskedLM
 
 PAD, EOS, MASK = 0, 1, 2

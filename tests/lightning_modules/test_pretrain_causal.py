@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers_causal import PackedStream, ToyCausal, ToyFiller, tiny_causal
-from helpers_trainer import Losses, quiet_trainer
+from helpers.causal import PackedStream, ToyCausal, ToyFiller, tiny_causal
+from helpers.trainer import Losses, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM
 from callbacks.ema import TrainableEMA
 from callbacks.export import ExportModel
 from callbacks.frontier import FrontierReport
-from callbacks.record import read_record
 from lightning_modules.pretrain import PretrainModule
 from models.backbones.causal_lm import load_causal, save_causal
+from models.diffusion.objective import MaskedDiffusion
 from models.objectives.latent import Latent
-from models.objectives.masked_diffusion import MaskedDiffusion
 from models.objectives.masked_lm import MaskedLM
 from models.objectives.multi_token import MultiToken
 from models.objectives.next_token import NextToken
 from models.objectives.span_corruption import SpanCorruption
+from reporting.record import read_record
 
 
 def build(objective, model=None, **options) -> PretrainModule:
@@ -146,8 +146,8 @@ def test_ragged_micro_batches_make_the_step_of_the_whole(monkeypatch, weighted, 
     module = Keep(tiny_causal(7), NextToken(), lr=1e-2, warmup_steps=1)
     start = {name: p.detach().clone() for name, p in module.named_parameters()}
     if not weighted:
-        monkeypatch.setattr("lightning_modules.token_weights.TokenWeights.weight", lambda *_: 1.0)
-        monkeypatch.setattr("lightning_modules.token_weights.TokenWeights.finish", lambda *_: None)
+        monkeypatch.setattr("lightning_modules.training.token_weights.TokenWeights.weight", lambda *_: 1.0)
+        monkeypatch.setattr("lightning_modules.training.token_weights.TokenWeights.finish", lambda *_: None)
     quiet_trainer(1, accumulate_grad_batches=3).fit(module, data)
     with torch.no_grad():
         for name, p in module.named_parameters():

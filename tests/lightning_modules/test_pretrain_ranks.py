@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 import torch
-from helpers_causal import PackedStream, tiny_causal
+from helpers.causal import PackedStream, tiny_causal
 from lightning import Trainer
 from lightning_modules.pretrain import PretrainModule
 from models.objectives.next_token import NextToken
@@ -35,7 +35,7 @@ class Shared(PackedStream):
 
 if __name__ == "__main__":
     if not weighted:
-        from lightning_modules.token_weights import TokenWeights
+        from lightning_modules.training.token_weights import TokenWeights
         TokenWeights.weight, TokenWeights.finish = lambda *_: 1.0, lambda *_: None
     torch.manual_seed(0)
     module = PretrainModule(tiny_causal(7), NextToken(), lr=1e-2, warmup_steps=1)

@@ -4,23 +4,23 @@ import math
 
 import pytest
 import torch
-from helpers_trainer import quiet_trainer
+from helpers.trainer import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 from scipy.stats import chi2
 from transformers import AutoModelForCausalLM
 
-import models.decoding.qstar_run as state
+import models.speculative.state as state
 from callbacks.frontier import FrontierReport
 from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.qstar_decoding import QStarDecodingModule
-from lightning_modules.qstar_exactness import enumeration_error, g_test, g_test_of, law_of_texts
 from models.backbones.causal import build_causal
-from models.decoding.qstar_law import QStarLaw
 from models.functional.divergence import kl_divergence
 from models.functional.errors import UsageError
 from models.functional.next_token import causal_text, until_end
-from models.objectives.qstar import qstar_terms
+from models.speculative.distribution import QStarLaw
+from models.speculative.exactness import enumeration_error, g_test, g_test_of, law_of_texts
+from models.speculative.loss import qstar_terms
 
 
 def corpus(**options) -> OracleDataModule:

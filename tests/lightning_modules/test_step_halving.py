@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers_trainer import quiet_trainer
+from helpers.trainer import quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules.step_halving import StepHalvingModule
+from models.flow.step_halving import halve_steps, two_step_target
 from models.functional.errors import UsageError
-from models.objectives.step_halving import halve_steps, two_step_target
 
 JOINT = torch.tensor([[0.4, 0.1], [0.0, 0.5]])  # p(first, second) of two words that hang together
 

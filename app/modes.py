@@ -1,0 +1,138 @@
+"""What `mode=` does: fit, test, generate, export, report."""
+
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer
+from omegaconf import DictConfig
+
+from app.build import build, run_dir, runs_of, teacher_of
+from app.generate import generate
+from app.locks import alone_in
+from app.options import check_options
+from app.run_files import find_checkpoint, newest_student
+from app.sweep import in_sweep, typed_again
+from app.trained import fill_from_checkpoint
+from callbacks.frontier import FrontierReport
+from models.flow.student_files import load_student
+from models.functional.errors import UsageError
+from reporting.card import write_card
+from reporting.console import report_console, say_where_things_are
+from reporting.gather import report_frontier
+from reporting.hparams import headline
+from reporting.sweep import read_sweeps, report_sweep
+
+console = report_console()
+EXPORTED = ("model", "model_merged", "theta", "student")  # folders that a training may leave
+
+
+def run_mode(cfg: DictConfig) -> float | None:
+    modes = {"fit": fit, "test": test, "generate": generate, "export": export, "report": report}
+    if cfg.mode not in modes:
+        raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
+    check_options(cfg)
+    if cfg.mode in ("fit", "test") and cfg.study is None:
+        with alone_in(run_dir(cfg)):
+            return modes[cfg.mode](cfg)
+    return modes[cfg.mode](cfg)
+
+
+# -- modes -----------------------------------------------------------------------------------------------------------
+
+
+def fit(cfg: DictConfig) -> float | None:
+    """Train (the teacher first, where the module needs one), then compare every decoder on the test split.
+
+    student_path= is a student to start from, such as one that only some stages have trained. A study has nothing to train.
+    """
+    if cfg.study is not None:
+        instantiate(cfg.study)(console)
+        return None
+    module, trainer, datamodule = build(cfg)
+    if cfg.student_path is not None:
+        if cfg.teacher is None:
+            raise UsageError(f"student_path={cfg.student_path}: experiment={cfg.name} trains no student; leave it out")
+        module.start_from(load_student(cfg.student_path, module.teacher))
+    try:
+        trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        last = f"{run_dir(cfg)}/checkpoints/last.ckpt"
+        console.print(f"interrupted; to go on type the same command with ckpt_path={last}", soft_wrap=True)
+        raise
+    logged = dict(trainer.callback_metrics)
+    trainer.test(module, datamodule, verbose=False)
+    if trainer.is_global_zero:
+        _write_cards(cfg)
+    _say_where_things_are(cfg)
+    return _optimised(cfg.optimized_metric, logged, trainer)
+
+
+def _optimised(name: str, logged: dict[str, torch.Tensor], trainer: Trainer) -> float | None:
+    """What a sweep compares runs by: of what training logged last, or of the final table; None where it is neither."""
+    records = [c.record for c in trainer.callbacks if isinstance(c, FrontierReport) and c.record is not None]
+    known = {key: float(value) for key, value in logged.items()} | (headline(records[0]) if records else {})
+    if name not in known and records and in_sweep():
+        listed = ", ".join(sorted(known))
+        console.print(f"optimized_metric={name} is no figure of this run; type one of {listed}", highlight=False)
+    return known.get(name)
+
+
+def test(cfg: DictConfig) -> None:
+    """Compare every decoder again, from ckpt_path= or student_path=; a pair of models as it is, unless ckpt_path= is given."""
+    if cfg.ckpt_path is None and cfg.student_path is None and cfg.pair is None:
+        if cfg.teacher is None:
+            cfg.ckpt_path = "last"
+        else:
+            cfg.student_path = str(newest_student(runs_of(cfg)))
+    if cfg.teacher is not None and cfg.teacher.path is None:
+        cfg.teacher.path = teacher_of(cfg, cfg.student_path) if cfg.student_path else _teacher_of_checkpoint(cfg)
+    module, trainer, datamodule = build(cfg)
+    if cfg.ckpt_path is not None:
+        trainer.test(module, datamodule, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
+    else:
+        if cfg.student_path is not None:
+            module.student = load_student(cfg.student_path, module.teacher.cpu())
+        trainer.test(module, datamodule, verbose=False)
+    _say_where_things_are(cfg)
+
+
+def _teacher_of_checkpoint(cfg: DictConfig) -> str | None:
+    """The teacher in the notes of the student that the run of ckpt_path= has left, if both are still there.
+
+    Other test data then need no other teacher; without it the options' own is looked for, or trained.
+    """
+    student = find_checkpoint(runs_of(cfg), cfg.ckpt_path).parent.parent / "student"
+    teacher = teacher_of(cfg, student) if student.is_dir() else None
+    return teacher if teacher and Path(teacher).is_dir() else None
+
+
+def export(cfg: DictConfig) -> None:
+    """Write the model of ckpt_path= (the experiment's newest) as a folder with a model card, model/ of this run."""
+    cfg.ckpt_path = cfg.ckpt_path or "last"
+    module, trainer, datamodule = build(cfg)
+    module.trainer = trainer  # some modules read a checkpoint by how many ranks there are
+    fill_from_checkpoint(module, cfg.ckpt_path)
+    folder = module.export(run_dir(cfg) / "model", datamodule.tokenizer)
+    card = write_card(folder, Path(cfg.ckpt_path).resolve().parent.parent, cfg.licence, cfg.example_prompt)
+    console.print(f"model: {folder}\ncard:  {card}", highlight=False, soft_wrap=True)
+
+
+def _write_cards(cfg: DictConfig) -> None:
+    """README.md beside the weights that training has left."""
+    for name in EXPORTED:
+        if (run_dir(cfg) / name).is_dir():
+            write_card(run_dir(cfg) / name, run_dir(cfg), cfg.licence, cfg.example_prompt)
+
+
+def report(cfg: DictConfig) -> None:
+    """Every run below the outputs folder in one table and one figure, quality against cost; then every sweep."""
+    report_frontier(cfg.paths.output_dir, console)
+    for name, runs in read_sweeps(cfg.paths.output_dir).items():
+        report_sweep(runs, Path(cfg.paths.output_dir, "report"), f"sweep_{name}", console)
+
+
+def _say_where_things_are(cfg: DictConfig) -> None:
+    if not cfg.trainer.get("fast_dev_run"):
+        teacher = None if cfg.teacher is None else cfg.teacher.path
+        say_where_things_are(console, run_dir(cfg), [] if in_sweep() else typed_again(), teacher, cfg.example_prompt)

@@ -1,0 +1,41 @@
+"""The decoder of a student loaded from disk, whatever its kind."""
+
+from models.diffusion.sampler import MaskedDiffusionDecoder
+from models.flow.masked_student import MaskedStudent
+from models.flow.noisy_mask_student import NoisyMaskStudent
+from models.flow.one_step import OneStepDecoder
+from models.flow.solver import NoisyMaskDecoder, Step
+from models.flow.student import Student
+from models.functional.errors import UsageError
+from models.interfaces.decoder import Decoder
+
+
+def student_decoder(
+    student: Student,
+    forwards: int,
+    temperature: float | None,
+    *,
+    step: Step = "chain",
+    promote: float | None = None,
+    masked_options: dict | None = None,
+) -> Decoder:
+    """Raises UsageError for what this kind of student cannot do.
+
+    temperature: None is what the kind is compared with: 0, or the temperature in `masked_options`, which also holds the
+    `remasking` of a masked student.
+    """
+    if isinstance(student, NoisyMaskStudent):
+        if temperature:
+            raise UsageError(
+                f"temperature={temperature}: this student draws with the noise of its masks, so every seed and every n has "
+                "a text of its own; leave temperature at 0"
+            )
+        return NoisyMaskDecoder(student, forwards, step=step, promote=promote)
+    if isinstance(student, MaskedStudent):
+        given = {} if temperature is None else {"temperature": temperature}
+        return MaskedDiffusionDecoder(student.body, forwards, **((masked_options or {}) | given))
+    if forwards != 1:
+        raise UsageError(
+            f"forwards={forwards}: this student (flow=logit) answers in one; type decoder=teacher for more"
+        )
+    return OneStepDecoder(student, temperature=temperature or 0.0)

@@ -1,0 +1,71 @@
+"""What runs left: models that answer prompts, and weights of a checkpoint to export."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+
+from app import decoders as trained
+from app.run_files import newest
+from lightning_modules.concept_baseline import ConceptBaselineModule
+from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
+from models.functional.errors import UsageError
+from models.functional.weights import copy_weights
+from models.interfaces.decoder import Decoder
+from models.plans.decoder import PlannedDecoder
+from models.plans.files import OPTIONS, fill_tables, load_backbone, read_options
+
+PLANNED = {kind.__name__: kind for kind in (ConceptPlannerExecutorModule, ConceptBaselineModule)}
+
+
+def newest_model(runs: Path) -> Path:
+    """The folder of the newest model that the experiment itself trained and left in model/."""
+    advice = "it trains no student, and no run of it left a causal model in model/; mode=generate needs one of them"
+    return newest(runs, "model/*.json", advice).parent
+
+
+def load_planned(folder: str | Path) -> ConceptPlannerExecutorModule:
+    """A planner-executor that `export` wrote, ready to answer."""
+    options = read_options(folder)
+    kind = PLANNED.get(options.pop("module"))
+    if kind is None:
+        raise UsageError(f"{folder}/{OPTIONS} names no module of this version; export the model again")
+    module = kind(load_backbone(folder), **options)
+    fill_tables(module.model, folder)
+    return module.eval()
+
+
+def trained_decoder(folder: Path, data: Any, temperature: float, device: torch.device) -> Decoder:
+    """The model in a folder, of whichever kind, as what answers prompts of the corpus."""
+    words, length = len(data.tokenizer), data.response_length
+    if (folder / OPTIONS).is_file():
+        module = load_planned(folder)
+        _fitting(module.model.backbone, data)
+        module.to(device)
+        options = {"plan_temperature": min(module.plan_temperature, temperature), "temperature": temperature}
+        return PlannedDecoder(module.planner, module.executor, length, vocab_size=words, **options)
+    model = _fitting(trained.load_trained(folder), data).to(device)
+    return trained.trained_decoder(model, length, temperature, vocab_size=words)
+
+
+def fill_from_checkpoint(module: LightningModule, path: str | Path) -> None:
+    """Give a module a checkpoint's weights, the averaged ones where it holds some.
+
+    Errors: UsageError for a module that exports nothing, and where the checkpoint is another module's.
+    """
+    if not hasattr(module, "export"):
+        raise UsageError(f"mode=export: {type(module).__name__} has no weights of its own; there is nothing to export")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    for name, state in checkpoint.get("callbacks", {}).items():
+        if name.startswith("TrainableEMA"):
+            copy_weights(module, state["average"])
+
+
+def _fitting(model: Any, data: Any) -> Any:
+    """The model, once it is sure that the corpus fits it."""
+    known = {name: getattr(model.config, name, None) for name in ("vocab_size", "mask_token_id")}
+    data.check_network("model", **known, context=model.config.max_position_embeddings)
+    return model

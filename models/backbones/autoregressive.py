@@ -1,0 +1,86 @@
+"""Generation from left to right with a key-value cache: one forward for each token of the response.
+
+Legend: B batch, P prompt columns, R response columns, V vocabulary.
+"""
+
+import torch
+from torch import Generator, Tensor, nn
+
+from models.backbones.key_value_cache import cache_argument, cache_of
+from models.diffusion.sampler import gumbel_argmax
+from models.functional.attention import positions_from_mask
+from models.functional.next_token import prefix_mask, read_columns, said_until_end
+from models.functional.rows import response_columns
+from models.interfaces.decoder import Watch
+
+
+@torch.no_grad()
+def generate_autoregressive(
+    model: nn.Module,
+    rows: dict[str, Tensor],
+    generator: Generator,
+    *,
+    temperature: float = 1.0,
+    whole_prompt: bool = False,
+    vocab_size: int | None = None,
+    eos_id: int | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
+
+    whole_prompt: prompt tokens see each other both ways, as a prefix language model was trained.
+    vocab_size: ids from there on are padding of the output layer and never said. eos_id: fills what stands beyond its
+    first place; None leaves what the model goes on to say. watch: see `Decoder`.
+    """
+    columns = response_columns(rows["response_mask"])
+    seen = read_columns(rows)
+    seen, positions = seen[:, :-columns], positions_from_mask(seen)
+    # 1. the prompt, once
+    read = {"input_ids": rows["input_ids"][:, :-columns], "position_ids": positions[:, :-columns]}
+    mask = prefix_mask(seen, seen.shape[1], next(model.parameters()).dtype) if whole_prompt else seen.long()
+    out = model(**read, attention_mask=mask, use_cache=True, logits_to_keep=1)
+    response = []
+    for place in range(columns):
+        # 2. a token from what has been read so far
+        response.append(gumbel_argmax(out.logits[:, -1, :vocab_size], temperature, generator))
+        if watch is not None:
+            watch(said_until_end(response, eos_id))
+        if place + 1 == columns:
+            break
+        # 3. read it: its keys and values join the cache
+        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
+        position = positions[:, place - columns, None]
+        out = model(
+            input_ids=response[-1].unsqueeze(-1),
+            attention_mask=seen.long(),
+            position_ids=position,
+            **cache_argument(cache_of(out)),
+            use_cache=True,
+        )
+    return said_until_end(response, eos_id)
+
+
+class AutoregressiveDecoder:
+    """`generate_autoregressive` of one model, as a `Decoder`; response_length: R, its forwards."""
+
+    method = "teacher"
+    refines = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        response_length: int,
+        *,
+        temperature: float = 1.0,
+        whole_prompt: bool = False,
+        vocab_size: int | None = None,
+        eos_id: int | None = None,
+    ) -> None:
+        self.model, self.forwards = model, response_length
+        self.options = {
+            "temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size, "eos_id": eos_id,
+        }  # fmt: skip
+        self.name = "autoregressive" if temperature else "autoregressive, greedy"
+
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+        return generate_autoregressive(self.model, rows, generator, watch=watch, **self.options)

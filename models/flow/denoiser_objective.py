@@ -1,0 +1,51 @@
+"""Continuous diffusion: masks carry noise, and a denoiser says which token stands behind each (the noisy-mask denoiser).
+
+Points move on a line from a noisy mask to the token's embedding; the embedding table is fixed and everything else trains.
+Legend: B batch, L length.
+"""
+
+from torch import Generator, Tensor, nn
+
+from models.backbones.causal_lm import require_bidirectional
+from models.backbones.llada import LladaModel
+from models.flow.losses import hide_response, noisy_point
+from models.flow.noisy_mask_student import NoisyMaskStudent
+from models.functional.masked_diffusion import antithetic_times
+from models.functional.next_token import whole_text
+from models.functional.nll import chosen_nll
+from models.interfaces.objective import ObjectiveOutput, TextObjective
+
+
+class ContinuousDiffusion(TextObjective, nn.Module):
+    """Mean cross entropy of D_s(z_s) at the noisy positions, s uniform in warped time: `adapt_to_noise` without a teacher.
+
+    sigma, time_center: see `NoisyMaskStudent`. observed_share: rows with part of the response given.
+    No bound on the likelihood is claimed: that of the flow would need its divergence along every path.
+    """
+
+    generation = "flow"
+
+    def __init__(self, sigma: float = 2.0, time_center: float = 0.5, observed_share: float = 0.1) -> None:
+        super().__init__()
+        self.sigma, self.time_center, self.observed_share = sigma, time_center, observed_share
+
+    def attach(self, model: LladaModel) -> None:
+        require_bidirectional(model, "continuous_diffusion")
+        self.student = NoisyMaskStudent(model, adapter="full", sigma=self.sigma, time_center=self.time_center)
+
+    def trained(self, model: LladaModel) -> nn.Module:
+        return self.student.body
+
+    def after_step(self, model: LladaModel) -> None:
+        self.student.project_()
+
+    def forward(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
+        x0, attention_mask, maskable = whole_text(batch)
+        rows = {"input_ids": x0, "attention_mask": attention_mask, "response_mask": maskable}
+        # 1. a time for each row and its point on the line
+        masked = hide_response(rows, self.observed_share, generator)
+        s = self.student.warp(antithetic_times(len(x0), generator, x0.device))
+        z = noisy_point(self.student, rows, masked, s, generator)
+        # 2. the denoiser's cross entropy
+        nll = chosen_nll(self.student(z, masked, attention_mask, s, s), x0, masked)
+        return ObjectiveOutput(nll.sum(), int(masked.sum()), nll)

@@ -1,0 +1,110 @@
+"""Students on disk: the trained part alone (safetensors), beside a small JSON file that says which base it fits."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from models.backbones.checkpoint_files import written_whole
+from models.backbones.llada import LladaModel, load_llada
+from models.flow.masked_student import MaskedStudent
+from models.flow.noisy_mask_student import NoisyMaskStudent
+from models.flow.prefix_student import PrefixStudent
+from models.flow.student import Student
+from models.functional.errors import UsageError
+from models.functional.weights import trainable_weights, whole
+
+FORMAT = "leap-student-3"
+TEACHER = "teacher"  # folder of the base, where it lies beside the student
+KINDS = {"logit": PrefixStudent, "noisy_mask": NoisyMaskStudent, "masked": MaskedStudent}
+
+
+def base_fingerprint(base: LladaModel) -> str:
+    """sha256 over every weight's name, shape and up to 1024 evenly spaced values: quick at 8B, different after training.
+
+    Of weights that are split over ranks every rank has to ask.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(base.state_dict().items()):
+        flat = whole(weight.detach()).reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_student(student: Student, folder: str | Path, notes: dict | None = None) -> Path:
+    """Write the trained part to `folder` (student.safetensors, student.json); a half-written folder never appears."""
+    folder = Path(folder)
+    with written_whole(folder) as staging:
+        _write(student, staging, notes)
+    return folder
+
+
+def save_whole_student(student: Student, folder: str | Path, tokenizer=None) -> Path:
+    """The same with its base beside it, so that one folder is enough for `load_whole_student`."""
+    folder = Path(folder)
+    with written_whole(folder) as staging:
+        student.base.save_pretrained(staging / TEACHER)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging / TEACHER)
+        _write(student, staging, {"teacher": str(folder / TEACHER)})
+    return folder
+
+
+def _write(student: Student, folder: Path, notes: dict | None) -> None:
+    weights = {name: p.detach().cpu().contiguous() for name, p in trainable_weights(student).items()}
+    description = {
+        "format": FORMAT,
+        "kind": next(kind for kind, student_class in KINDS.items() if type(student) is student_class),
+        "base": base_fingerprint(student.base),
+        "options": student.options,
+        "notes": notes or {},
+    }
+    save_file(weights, folder / "student.safetensors")
+    (folder / "student.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_student(folder: str | Path) -> dict:
+    """The student.json of a saved student. Raises UsageError when the folder is not one."""
+    path = Path(folder) / "student.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no student (student.json is missing); type student_path=<run folder>/student")
+    description = json.loads(path.read_text())
+    if description.get("format") != FORMAT or description.get("kind") not in KINDS:
+        raise UsageError(
+            f"{path} is of format {description.get('format')!r}; this version reads {FORMAT!r}: train it again"
+        )
+    return description
+
+
+def load_whole_student(folder: str | Path) -> Student:
+    """A student with the base that lies beside it, or else where its notes say. Errors: UsageError as in `load_student`."""
+    beside = Path(folder) / TEACHER
+    base = beside if beside.is_dir() else read_student(folder)["notes"].get("teacher")
+    if base is None:
+        raise UsageError(f"{folder} does not say where its teacher is; read both with load_student(folder, teacher)")
+    return load_student(folder, load_llada(base))
+
+
+def load_student(folder: str | Path, base: LladaModel) -> Student:
+    """Put a saved trained part on the base it was trained on. Raises UsageError when the base is another one."""
+    description = read_student(folder)
+    if description["base"] != base_fingerprint(base):
+        raise UsageError(
+            f"the student in {folder} was trained on another base model than the one given; "
+            f"type teacher.path=<the folder of its teacher>, which its notes say is {description['notes'].get('teacher')}"
+        )
+    student = KINDS[description["kind"]](base, **description["options"])
+    weights = Path(folder) / "student.safetensors"
+    try:
+        held = load_file(weights)
+        if held.keys() != trainable_weights(student).keys():
+            raise RuntimeError(f"its tensors are not those of a {description['kind']} student")
+        student.load_state_dict(held, strict=False)
+    except (SafetensorError, FileNotFoundError, RuntimeError) as error:
+        raise UsageError(f"{weights} cannot be read ({str(error).splitlines()[0]}); train the student again") from error
+    return student.to(torch.device(base.device)).eval()

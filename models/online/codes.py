@@ -1,0 +1,184 @@
+"""A shallow state becomes one of K codes, and the code what the middle stack reads: rows of a table, or places of a space.
+
+Legend: B batch, M concepts, D width, K codes, d coordinates of a space.
+"""
+
+import math
+from typing import NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from models.functional.commit_gates import keep_null_mass
+from models.functional.errors import UsageError, require_choice
+from models.functional.gumbel import gumbel_noise, gumbel_st, straight_through
+from models.functional.precision import at_least_float32
+from models.functional.vector_quantisation import nearest_codes, quantised
+from models.plans.quantiser import CodeSpace, Sampler
+
+FIRST_LOGITS = 4.0  # spread of a fresh head's logits: with less the noise of a draw drowns the choice
+
+
+class Coded(NamedTuple):
+    """embeds (B, M, D) for the middle stack; ids (B, M); probabilities (B, M, K) without noise, 0 where nothing asks.
+
+    error (B, M): squared distance of the code's embedding to the state, in units of the state's own square.
+    points (B, M, d): where the states lie among codes that follow them; None of others.
+    """
+
+    embeds: Tensor
+    ids: Tensor
+    probabilities: Tensor
+    error: Tensor
+    points: Tensor | None = None
+
+
+class Drawing(NamedTuple):
+    """share: of codes in what is read, and of the way from points to codes; temperature and noise of a draw."""
+
+    share: float
+    temperature: float
+    noise: float
+    generator: Generator | None
+
+
+class ConceptCodes(nn.Module):
+    """What table and space have in common. codes: K."""
+
+    def __init__(self, codes: int) -> None:
+        super().__init__()
+        if codes < 2:
+            raise UsageError(f"module.codes={codes} must be at least 2, such as module.codes=4096")
+        self.codes = codes
+
+    @staticmethod
+    def normed(hidden: Tensor) -> Tensor:
+        """States of unit root mean square: how loud a state is says nothing of its code."""
+        return F.rms_norm(hidden, hidden.shape[-1:])
+
+    def forward(
+        self,
+        hidden: Tensor,
+        commit_probability: Tensor,
+        *,
+        quantisation: float,
+        temperature: float = 1.0,
+        noise: float = 0.0,
+        generator: Generator | None = None,
+        null_mass: bool = False,
+    ) -> Coded:
+        """hidden (B, M, D) of the positions that commit -> (1 - a) h + a e with a = quantisation.
+
+        null_mass: the relaxed choice keeps NULL's share, so that the decision to commit gets a gradient through it.
+        At a = 0 the state itself goes through and the backbone is what it was; in training the codes learn even then.
+        """
+        if quantisation == 0 and not self.training:
+            nothing = hidden.new_zeros(*hidden.shape[:2])
+            return Coded(hidden, nothing.long(), hidden.new_zeros(*hidden.shape[:2], self.codes), nothing)
+        sure = commit_probability if null_mass else None
+        coded = self.choose(hidden, sure, Drawing(quantisation, temperature, noise, generator))
+        error = (coded.embeds - hidden.detach()).square().mean(-1)
+        error = error / hidden.detach().square().mean(-1).clamp(min=1e-8)
+        return coded._replace(embeds=torch.lerp(hidden, coded.embeds.to(hidden.dtype), quantisation), error=error)
+
+    def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
+        """The codes of hidden (B, M, D), `embeds` their embeddings; sure (B, M): probability that keeps NULL's share."""
+        raise NotImplementedError
+
+    def log_mass(self, hidden: Tensor) -> Tensor:
+        """What all codes together weigh beside one NULL logit, (..., D) -> (...)."""
+        raise NotImplementedError
+
+    @property
+    def multiplied(self) -> int:
+        """Weights that a state is multiplied with to find its code and its embedding."""
+        raise NotImplementedError
+
+    @property
+    def weighed(self) -> int:
+        """Weights that a state is multiplied with to weigh codes against NULL."""
+        raise NotImplementedError
+
+
+class TableCodes(ConceptCodes):
+    """A head chooses, a table embeds: each embedding starts where the head's code points, `loudness` its root mean square.
+
+    e = e_hard + e_soft - sg(e_soft), both halves of one Gumbel sample; noise 0 takes the most probable code.
+    """
+
+    def __init__(self, width: int, codes: int, loudness: float = 1.0, **like) -> None:
+        super().__init__(codes)
+        self.head = nn.Linear(width, codes, bias=False, **like)
+        self.embedding = nn.Embedding(codes, width, **like)
+        nn.init.normal_(self.head.weight, std=FIRST_LOGITS / width**0.5)
+        with torch.no_grad():
+            self.embedding.weight.copy_(loudness * self.normed(self.head.weight))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., K)"""
+        return self.head(self.normed(hidden))
+
+    def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
+        logits = at_least_float32(self.logits(hidden))
+        draws = how.noise * gumbel_noise(logits, how.generator) if how.noise else torch.zeros_like(logits)
+        choice = gumbel_st(logits, how.temperature, draws)
+        soft = choice.soft if sure is None else keep_null_mass(choice.soft, sure)
+        weights = straight_through(choice.hard, soft).to(hidden.dtype)
+        e = weights @ self.embedding.weight
+        return Coded(e, choice.hard.argmax(-1), logits.softmax(-1), e)
+
+    def log_mass(self, hidden: Tensor) -> Tensor:
+        return at_least_float32(self.logits(hidden)).logsumexp(-1)
+
+    @property
+    def multiplied(self) -> int:
+        return self.head.weight.numel()
+
+    @property
+    def weighed(self) -> int:
+        return self.head.weight.numel()
+
+
+class SpaceCodes(ConceptCodes):
+    """Codes are places of a small space (`CodeSpace`): a lattice (`fsq`), or centres that follow their points (`ema_vq`).
+
+    Nothing is drawn; the gradient is that of the point.
+    """
+
+    def __init__(self, width: int, codes: int, sampler: str, loudness: float = 1.0, **like) -> None:
+        super().__init__(codes)
+        space = CodeSpace(codes, width, loudness, sampler, "module.codes")
+        self.space = space.to(like.get("device"), torch.promote_types(like.get("dtype", torch.float32), torch.float32))
+
+    def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
+        space = self.space
+        point = space.point(at_least_float32(self.normed(hidden)))
+        ids = nearest_codes(point, space.codes)
+        e = space.to_embedding(quantised(point, space.codes[ids], how.share)).to(hidden.dtype)
+        # only training asks how near the others are
+        near = space.logits(point).softmax(-1) if self.training else point.new_zeros(*ids.shape, self.codes)
+        if sure is not None:  # one choice beside NULL: its value, and the gradient of its probability
+            e = e * straight_through(torch.ones_like(sure), sure).to(e.dtype).unsqueeze(-1)
+        return Coded(e, ids, near, e, point.detach() if space.moving else None)
+
+    def log_mass(self, hidden: Tensor) -> Tensor:
+        """Places have no weight of their own: every code counts alike."""
+        return at_least_float32(hidden.new_full(hidden.shape[:-1], math.log(self.codes)))
+
+    @property
+    def multiplied(self) -> int:
+        space = self.space
+        return space.to_point.weight.numel() + space.to_embedding.weight.numel() + space.codes.numel()
+
+    @property
+    def weighed(self) -> int:
+        return 0
+
+
+def build_codes(sampler: str, width: int, codes: int, loudness: float = 1.0, **like) -> ConceptCodes:
+    """sampler: `quantiser.Sampler`, as of a planner."""
+    require_choice("module.sampler", sampler, get_args(Sampler))
+    if sampler == "gumbel_st":
+        return TableCodes(width, codes, loudness, **like)
+    return SpaceCodes(width, codes, sampler, loudness, **like)

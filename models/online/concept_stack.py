@@ -1,0 +1,293 @@
+"""Shallow layers over every position, middle layers over concepts alone, deep layers over concepts and each tail.
+
+The middle is a `LayerStack`, or again a `ConceptStack`: concepts of concepts.
+Legend: B batch, T positions, M packed concepts, n rows of a step, D width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from models.functional.commit_gates import concept_visibility, mix_slots, smooth_concepts, visibility
+from models.functional.commits import (
+    Packing,
+    deep_mask,
+    document_begins,
+    latest,
+    may_be_seen,
+    pack_commits,
+    tail_means,
+    take,
+)
+from models.functional.errors import UsageError, require_choice
+from models.online.attention import Visible, concepts_first, deep_block_mask
+from models.online.codes import Coded, build_codes
+from models.online.layer_stack import LayerStack
+from models.online.router import ReadOut, RouterState, Routing, build_router
+from models.online.row_cache import RowCache
+from models.online.stack_state import StackState
+
+GATES = ("slot", "smooth", "mass", "visibility", "none")
+
+
+class Setting(NamedTuple):
+    """How strongly to compress: compression (tokens a concept, of every level), quantisation (0 states, 1 codes).
+
+    temperature and noise (0 none, 1 a full draw) of codes and commits, drawn from `generator`. gated: whether gate
+    `visibility` works out its gradient, for which every layer reads every position.
+    """
+
+    compression: float
+    quantisation: float
+    temperature: float = 1.0
+    noise: float = 0.0
+    generator: Generator | None = None
+    gated: bool = True
+
+
+class Level(NamedTuple):
+    """What one level did with a text. hidden (B, T, D): its shallow states."""
+
+    routing: Routing
+    coded: Coded
+    real: Tensor
+    hidden: Tensor
+
+
+class ConceptStack(nn.Module):
+    """split: [shallow, middle, deep] layers of `decoder` from `first` on; middle may be such a list again.
+
+    gate: how the decision to commit gets a gradient: `slot`, `smooth`, `mass`, `visibility` (commit_gates) or `none`.
+    carry: a tail position reads the concept before it at once, not only by the deep layers' attention. pool: a concept reads
+    the mean of the tail that it ends.
+    attention: of the deep layers over whole texts, `sdpa` or `flex`.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        split: list,
+        *,
+        growth: str,
+        gate: str,
+        codes: int,
+        most_nulls: int,
+        sampler: str = "gumbel_st",
+        carry: bool = True,
+        pool: bool = True,
+        attention: str = "sdpa",
+        loudness: float = 1.0,
+        read_out: ReadOut | None = None,
+        first: int = 0,
+        **like,
+    ) -> None:
+        super().__init__()
+        require_choice("module.gate", gate, GATES)
+        shallow, middle, deep = split
+        if gate == "visibility" and isinstance(middle, list):
+            raise UsageError("module.gate=visibility is of one level; type module.levels=1, or module.gate=slot")
+        width = decoder.embed_tokens.weight.shape[1]
+        more = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
+        more |= {"carry": carry, "pool": pool, "attention": attention, "loudness": loudness}
+        self.inner = (
+            ConceptStack(decoder, middle, **more, first=first + shallow, **like) if isinstance(middle, list) else None
+        )
+        size = middle if self.inner is None else self.inner.size
+        self.size, self.gate, self.attention = shallow + size + deep, gate, attention
+        self.shallow = LayerStack(decoder, first, first + shallow)
+        self.middle = None if self.inner is not None else LayerStack(decoder, first + shallow, first + shallow + size)
+        self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
+        self.codes = build_codes(sampler, width, codes, loudness, **like)
+        self.router = build_router(growth, width, most_nulls, self.codes, read_out, **like)
+        # what tails have in the middle stack's place, and what they and concepts tell each other, starts as nothing
+        self.bridge = nn.Linear(width, width, bias=False, **like)
+        self.carry = nn.Linear(width, width, bias=False, **like) if carry else None
+        self.pool = nn.Linear(width, width, bias=False, **like) if pool else None
+        for new in (self.bridge, self.carry, self.pool):
+            if new is not None:
+                nn.init.zeros_(new.weight)
+
+    # -- a whole text -------------------------------------------------------------------------------------------------
+
+    def read(
+        self,
+        states: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        setting: Setting,
+        state: StackState | None = None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, list[Level]]:
+        """(B, T, D), (B, T), valid (B, T) bool -> states (B, T, D) and what each level did, the outermost first.
+
+        documents (B, T): where rows have several, nothing of one reaches another.
+        """
+        # 1. every position
+        hidden = self.shallow.read(states, positions, valid, state and state.shallow, documents)
+        # 2. which of them become concepts
+        routing, after = self._route(hidden, valid, state and state.router, setting, documents)
+        packing = pack_commits(routing.commit)
+        owners = None if documents is None else take(documents, packing.index)
+        tails = tail_means(self.codes.normed(hidden), routing.commit, valid, documents)
+        if self.gate == "visibility" and setting.gated and routing.probability.requires_grad and state is None:
+            out, coded, inner = *self._dense(hidden, tails, positions, routing, packing, valid, setting, documents), []
+        else:
+            # 3. concepts alone
+            chosen = self._pooled(take(hidden, packing.index), take(tails, packing.index))
+            sure = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
+            coded = self._code(chosen, sure, setting)
+            packed = take(positions, packing.index), packing.real, setting, state
+            concepts, inner = self._middle(coded.embeds, *packed, owners)
+            if self.gate == "smooth":
+                shares = sure if owners is None else sure.masked_fill(document_begins(owners), 1.0)
+                concepts = smooth_concepts(concepts, shares)
+            # 4. concepts, and each position's own tail
+            slots = self._slots(hidden, concepts, routing, packing, documents, owners)
+            out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep, documents)
+        if state is not None:
+            count = packing.segment[:, -1]
+            state.deep.keep(routing.commit | (valid & (packing.segment == count.unsqueeze(1))))
+            state.router, state.concepts = after, count
+            state.last, state.tail = latest(concepts, count.unsqueeze(1)).squeeze(1), tails[:, -1]
+        return out, [Level(routing, coded, packing.real, hidden), *inner]
+
+    def _route(
+        self,
+        hidden: Tensor,
+        valid: Tensor,
+        state: RouterState | None,
+        setting: Setting,
+        documents: Tensor | None = None,
+    ) -> tuple[Routing, RouterState]:
+        state = self.router.start(len(hidden), hidden.device) if state is None else state
+        draws = {"noise": setting.noise, "generator": setting.generator}
+        return self.router(hidden, valid, state, self.codes, documents, compression=setting.compression, **draws)
+
+    def _code(self, chosen: Tensor, sure: Tensor, setting: Setting) -> Coded:
+        return self.codes(
+            chosen,
+            sure,
+            quantisation=setting.quantisation,
+            temperature=setting.temperature,
+            noise=setting.noise,
+            generator=setting.generator,
+            null_mass=self.gate == "mass",
+        )
+
+    def _middle(
+        self,
+        concepts: Tensor,
+        positions: Tensor,
+        real: Tensor,
+        setting: Setting,
+        state: StackState | None,
+        owners: Tensor | None,
+    ) -> tuple[Tensor, list[Level]]:
+        if self.inner is not None:
+            return self.inner.read(concepts, positions, real, setting, state and state.middle, owners)
+        return self.middle.read(concepts, positions, real, state and state.middle, owners), []
+
+    def _slots(
+        self,
+        hidden: Tensor,
+        concepts: Tensor,
+        routing: Routing,
+        packing: Packing,
+        documents: Tensor | None,
+        owners: Tensor | None,
+    ) -> Tensor:
+        """What each position gives the deep stack: its concept, or its shallow state and the concept before it."""
+        commit = routing.commit
+        token = self._bridged(hidden, latest(concepts, packing.segment - commit.long(), documents, owners))
+        last = latest(concepts, packing.segment, documents, owners)
+        if self.gate == "slot":
+            return mix_slots(commit, routing.probability, last, token)
+        return torch.where(commit.unsqueeze(-1), last, token)
+
+    def _deep(
+        self,
+        slots: Tensor,
+        positions: Tensor,
+        commit: Tensor,
+        packing: Packing,
+        valid: Tensor,
+        cache: RowCache | None,
+        documents: Tensor | None,
+    ) -> Tensor:
+        whole = commit, packing.segment, valid, documents
+        if bool(commit.all()) and documents is None:
+            return self.deep.run(slots, positions, None, cache)
+        if self.attention == "sdpa" or cache is not None:
+            return self.deep.run(slots, positions, deep_mask(*whole), cache)
+        order = concepts_first(commit)
+        mask = deep_block_mask(commit, packing, valid, order, documents)
+        return take(self.deep.run(take(slots, order), take(positions, order), mask), order.argsort(1))
+
+    def _dense(
+        self,
+        hidden: Tensor,
+        tails: Tensor,
+        positions: Tensor,
+        routing: Routing,
+        packing: Packing,
+        valid: Tensor,
+        setting: Setting,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, Coded]:
+        """The same values with every position as a concept of its own, which is seen or not: what a NULL would have been
+        as a concept, and a concept as a NULL, gives each decision its gradient.
+        """
+        commit, probability, may = routing.commit, routing.probability, may_be_seen(valid, documents)
+        coded = self._code(self._pooled(hidden, tails[:, :-1]), probability, setting)
+        concepts = self.middle.run(coded.embeds, positions, Visible(concept_visibility(commit, probability, may)))
+        owners = None if documents is None else take(documents, packing.index)
+        before = latest(take(concepts, packing.index), packing.segment - commit.long(), documents, owners)
+        slots = mix_slots(commit, probability, concepts, self._bridged(hidden, before))
+        seen = deep_mask(commit, packing.segment, valid, documents)
+        out = self.deep.run(slots, positions, Visible(visibility(seen, probability, may)))
+        return out, Coded(*(part if part is None else take(part, packing.index) for part in coded))
+
+    def _pooled(self, hidden: Tensor, tails: Tensor) -> Tensor:
+        """What becomes a concept; tails: the mean of the tail that it ends, both (B, M, D)."""
+        return hidden if self.pool is None else hidden + self.pool(tails)
+
+    def _bridged(self, hidden: Tensor, before: Tensor) -> Tensor:
+        """What a tail position gives the deep stack; before: the concept before it, 0 where there is none; all (B, T, D)."""
+        token = hidden + self.bridge(self.codes.normed(hidden))
+        return token if self.carry is None else token + self.carry(self.codes.normed(before))
+
+    # -- one position a row -------------------------------------------------------------------------------------------
+
+    def step(self, states: Tensor, positions: Tensor, state: StackState, rows: Tensor, setting: Setting) -> Tensor:
+        """The next position (n, 1, D) of rows (n,); each row commits or not by itself."""
+        # 1. every row
+        hidden = self.shallow.step(states, positions, state.shallow, rows)
+        # 2. which of them commit
+        always = torch.ones_like(positions, dtype=torch.bool)
+        held, tails = state.router.rows(rows), state.tail[rows].unsqueeze(1)
+        routing, after = self._route(hidden, always, held, setting)
+        state.router.put(rows, after)
+        slots, commit = self._bridged(hidden, state.last[rows].unsqueeze(1)), routing.commit[:, 0]
+        # 3. those alone: the middle stack, and the tail is dropped
+        if bool(commit.any()):
+            theirs, sure = rows[commit], routing.probability[commit]
+            embeds = self._code(self._pooled(hidden[commit], tails[commit]), sure, setting).embeds
+            if self.inner is None:
+                concepts = self.middle.step(embeds, positions[commit], state.middle, theirs)
+            else:
+                concepts = self.inner.step(embeds, positions[commit], state.middle, theirs, setting)
+            if self.gate == "smooth":
+                first = (state.concepts[theirs] == 0).view(-1, 1)
+                before = torch.where(first, concepts[:, 0], state.last[theirs])
+                concepts = smooth_concepts(concepts, sure, before)
+            state.last[theirs] = concepts[:, 0]
+            slots = slots.clone()
+            slots[commit] = concepts
+            state.deep.cut(theirs, state.concepts[theirs])
+            state.concepts[theirs] += 1
+        count = held.since.view(-1, 1, 1)
+        tails = (tails * count + self.codes.normed(hidden)) / (count + 1)
+        state.tail[rows] = tails[:, 0] * ~commit.unsqueeze(1)
+        # 4. every row, over its concepts and its tail
+        return self.deep.step(slots, positions, state.deep, rows)

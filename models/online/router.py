@@ -1,0 +1,290 @@
+"""Which positions commit: growth strategies on one interface, the same for a whole text and for one position at a time.
+
+Every strategy turns shallow states into scores and scores into commits; a commit needs a score above 0. What is common: the
+start at the wanted rate, the offset that holds the realised one, noise, and the cap on NULLs in a row.
+Legend: B batch (n rows of a step), T positions, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from models.functional import commits
+from models.functional.commit_rate import correction, null_bias
+from models.functional.errors import UsageError, require_choice
+from models.functional.gumbel import gumbel_noise
+from models.functional.precision import at_least_float32
+from models.online.codes import ConceptCodes
+
+ReadOut = Callable[[Tensor], Tensor]
+LEAST_SPREAD = 0.05  # scores that are all alike would never be moved
+
+
+class RouterState(NamedTuple):
+    """What has been decided before: NULLs in a row, the running sum, positions; (B,) each."""
+
+    since: Tensor
+    total: Tensor
+    place: Tensor
+
+    def rows(self, rows: Tensor) -> "RouterState":
+        return RouterState(*(part[rows] for part in self))
+
+    def put(self, rows: Tensor, new: "RouterState") -> None:
+        for held, part in zip(self, new, strict=True):
+            held[rows] = part
+
+
+class Places(NamedTuple):
+    """valid (B, T) bool; place (B, T), counted from the text's beginning.
+
+    begins (B, T) bool: where a text begins, of rows that have several; None where the state says what stands before.
+    """
+
+    valid: Tensor
+    place: Tensor
+    begins: Tensor | None
+
+
+class Routing(NamedTuple):
+    """commit (B, T) bool; probability (B, T) of a commit, with its gradient; valid (B, T) bool.
+
+    moments (3,): number, sum and sum of squares of the scores of real positions; compression: what was asked for.
+    """
+
+    commit: Tensor
+    probability: Tensor
+    valid: Tensor
+    moments: Tensor
+    compression: float
+
+    @property
+    def realised(self) -> Tensor:
+        """Share of real positions that committed."""
+        return self.commit.sum() / self.valid.sum().clamp(min=1)
+
+
+class Router(nn.Module):
+    """most_nulls: NULLs that may follow each other. offset: what holds the realised rate; it is learned by no gradient."""
+
+    learned = True  # its scores are trained and may be noisy
+
+    def __init__(self, width: int, most_nulls: int, **like) -> None:
+        super().__init__()
+        if most_nulls < 1:
+            raise UsageError(
+                f"module.most_nulls={most_nulls} must be at least 1; 1 commits every second position or more"
+            )
+        self.most_nulls = most_nulls
+        self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=like.get("device")))
+
+    @staticmethod
+    def start(batch: int, device: torch.device) -> RouterState:
+        """Before a text."""
+        zeros = torch.zeros(batch, dtype=torch.long, device=device)
+        return RouterState(zeros, zeros.double(), zeros.clone())
+
+    def forward(
+        self,
+        hidden: Tensor,
+        valid: Tensor,
+        state: RouterState,
+        codes: ConceptCodes,
+        documents: Tensor | None = None,
+        *,
+        compression: float,
+        noise: float = 0.0,
+        generator: Generator | None = None,
+    ) -> tuple[Routing, RouterState]:
+        """hidden (B, T, D), valid (B, T) bool -> `Routing`, and the state behind these positions.
+
+        documents (B, T): where a row has several, each starts anew. noise: 1 draws commits with their probability, 0 commits
+        where it is above one half.
+        """
+        place = state.place.unsqueeze(1) + valid.long().cumsum(1) - 1
+        after = state._replace(place=state.place + valid.sum(1))
+        begins = None
+        if documents is not None:
+            place = commits.places_in_documents(place, documents)
+            begins = (place == 0) & valid
+        if compression == 1:
+            one = torch.ones_like(valid, dtype=hidden.dtype)
+            return Routing(valid, one, valid, one.new_zeros(3), 1.0), after
+        # 1. scores, centred so that a fresh router commits one position in `compression`
+        scores = at_least_float32(self.scores(hidden, codes)) - null_bias(compression) - self.offset
+        if noise and self.learned:
+            scores = scores + noise * (gumbel_noise(scores, generator) - gumbel_noise(scores, generator))  # logistic
+        # 2. commits, and forced ones
+        natural, probability, total = self.decide(scores, Places(valid, place, begins), state, compression)
+        commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since, begins)
+        since = commits.nulls_since(commit, valid, state.since)
+        real = scores.detach()[valid]
+        moments = torch.stack([valid.sum().to(real.dtype), real.sum(), real.square().sum()])
+        routing = Routing(commit, probability.to(hidden.dtype), valid, moments, compression)
+        return routing, after._replace(since=since, total=total)
+
+    def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
+        """(B, T), around 0 for a fresh router."""
+        raise NotImplementedError
+
+    def decide(
+        self, scores: Tensor, places: Places, state: RouterState, compression: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Natural commits (B, T), their probability (B, T) and the new running sum (B,)."""
+        return scores > 0, scores.sigmoid(), state.total
+
+    def spread(self, moments: Tensor) -> Tensor:
+        """How far the scores lie apart: their standard deviation."""
+        count, total, squares = moments
+        return (squares / count - (total / count).square()).clamp(min=LEAST_SPREAD**2).sqrt()
+
+    def multiplied(self, codes: ConceptCodes, words: int) -> int:
+        """Weights that every position is multiplied with; words: those of the backbone's output layer."""
+        return sum(p.numel() for p in self.parameters() if p.ndim == 2)
+
+    @torch.no_grad()
+    def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
+        """Move the offset after a step; realised rate and moments are those of all ranks."""
+        if compression > 1:
+            self.offset.copy_(correction(self.offset, realised, compression, self.spread(moments)))
+
+
+class NullRouter(Router):
+    """NULL is one choice beside the codes: commit where the codes together are likelier than NULL."""
+
+    def __init__(self, width: int, most_nulls: int, codes: ConceptCodes, **like) -> None:
+        super().__init__(width, most_nulls, **like)
+        self.null = nn.Linear(width, 1, **like)
+        nn.init.zeros_(self.null.weight)
+        # what all codes together weigh at states of any direction, so that a fresh router's scores lie around 0
+        states = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(next(codes.parameters()))
+        with torch.no_grad():
+            self.null.bias.fill_((codes.log_mass(states).float() - null_bias(2.0, codes.codes)).mean())
+
+    def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
+        # without noise a choice among all of them would never commit: first NULL or not, then which code
+        log_odds = codes.log_mass(hidden) - null_bias(2.0, codes.codes)
+        return log_odds - self.null(codes.normed(hidden)).squeeze(-1)
+
+    def multiplied(self, codes: ConceptCodes, words: int) -> int:
+        return super().multiplied(codes, words) + codes.weighed
+
+
+class ScoreRouter(Router):
+    """One score a position by a small network of its own."""
+
+    def __init__(self, width: int, most_nulls: int, **like) -> None:
+        super().__init__(width, most_nulls, **like)
+        self.score = nn.Sequential(nn.Linear(width, width // 4, **like), nn.SiLU(), nn.Linear(width // 4, 1, **like))
+        nn.init.zeros_(self.score[-1].weight)
+        nn.init.zeros_(self.score[-1].bias)
+
+    def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
+        return self.score(codes.normed(hidden)).squeeze(-1)
+
+
+class AutoregressiveRouter(ScoreRouter):
+    """Each decision depends on the one before: the score, and how many NULLs stand before the position."""
+
+    def __init__(self, width: int, most_nulls: int, **like) -> None:
+        super().__init__(width, most_nulls, **like)
+        self.by_distance = nn.Parameter(torch.zeros(most_nulls + 1, dtype=torch.float32, device=like.get("device")))
+
+    def decide(
+        self, scores: Tensor, places: Places, state: RouterState, compression: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            nulls = commits.renewal_nulls(
+                scores, self.by_distance, places.valid, self.most_nulls, state.since, places.begins
+            )
+        scores = scores + self.by_distance[nulls.clamp(max=self.most_nulls)]
+        return scores > 0, scores.sigmoid(), state.total
+
+
+class AccumulateRouter(ScoreRouter):
+    """Each position adds sigmoid(score) to a sum; a commit wherever it passes a whole number."""
+
+    def decide(
+        self, scores: Tensor, places: Places, state: RouterState, compression: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        increments = scores.sigmoid()
+        natural, total = commits.accumulated_commits((increments * places.valid).detach(), state.total, places.begins)
+        return natural, increments, total
+
+    def spread(self, moments: Tensor) -> Tensor:
+        return moments.new_ones(())  # the rate follows the offset itself, not what lies on either side of a threshold
+
+
+class FixedRouter(Router):
+    """M commits in every N = compression M positions, evenly spread; nothing is learned."""
+
+    learned = False
+    pattern = staticmethod(commits.even_commits)
+
+    def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
+        return hidden.new_zeros(hidden.shape[:2])
+
+    def decide(
+        self, scores: Tensor, places: Places, state: RouterState, compression: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        natural = self.pattern(places.place, compression) & places.valid
+        return natural, natural.to(scores.dtype), state.total
+
+    def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
+        """Its rate is what it is."""
+
+
+class RandomRouter(FixedRouter):
+    """A control: as many commits as `FixedRouter` makes, at places that are drawn without a look at the text."""
+
+    pattern = staticmethod(commits.drawn_commits)
+
+
+class EntropyRouter(Router):
+    """Commit where a draft of what comes next, read off the shallow states, is unsure: at a high entropy of its words."""
+
+    learned = False
+
+    def __init__(self, width: int, most_nulls: int, read_out: ReadOut | None = None, **like) -> None:
+        super().__init__(width, most_nulls, **like)
+        if read_out is None:
+            raise UsageError(
+                "module.growth=entropy needs words to draft; type module.levels=1 or another module.growth"
+            )
+        self.adapt = nn.Linear(width, width, bias=False, **like)
+        nn.init.zeros_(self.adapt.weight)
+        self._read_out = [read_out]  # the backbone's own head: not a part of the router
+
+    def draft(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of the next token by the shallow states alone; trained by its own loss, `hidden` held."""
+        hidden = hidden.detach()
+        return self._read_out[0](hidden + self.adapt(hidden))
+
+    def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
+        with torch.no_grad():
+            log_p = at_least_float32(self.draft(hidden)).log_softmax(-1)
+            return -(log_p.exp() * log_p).sum(-1)
+
+    def multiplied(self, codes: ConceptCodes, words: int) -> int:
+        return super().multiplied(codes, words) + words
+
+
+GROWTH = {
+    "autoregressive": AutoregressiveRouter,
+    "null": NullRouter,
+    "accumulate": AccumulateRouter,
+    "fixed": FixedRouter,
+    "random": RandomRouter,
+    "entropy": EntropyRouter,
+}
+
+
+def build_router(
+    growth: str, width: int, most_nulls: int, codes: ConceptCodes, read_out: ReadOut | None = None, **like
+) -> Router:
+    """codes: what NULL is chosen beside; read_out: logits of the backbone's states, where they are words (not concepts)."""
+    require_choice("module.growth", growth, GROWTH)
+    more = {"null": {"codes": codes}, "entropy": {"read_out": read_out}}.get(growth, {})
+    return GROWTH[growth](width, most_nulls, **more, **like)

@@ -1,0 +1,49 @@
+"""What is asked of commits and codes beside the text: raw terms by name, none of them weighted.
+
+Legend: B batch, T positions, M packed concepts, K codes.
+"""
+
+import torch
+from torch import Tensor
+
+from models.functional.bits_per_byte import token_nll
+from models.functional.commit_rate import ratio_loss
+from models.functional.next_token import CausalText
+from models.functional.usage import usage_kl
+from models.online.concept_stack import Level
+from models.online.model import OnlineConceptModel
+
+NAMES = ("text", "ratio", "code", "usage", "draft")
+OF_CODES = ("code", "usage")
+
+
+def online_terms(model: OnlineConceptModel, levels: list[Level], text: CausalText) -> dict[str, Tensor]:
+    """ratio: of the learned routers, 0 without compression; code: how far codes are from what they stand for; usage: KL of
+    the mean code to uniform; draft: nats a token of the draft that `growth=entropy` reads. Sums over levels.
+    """
+    zero = levels[0].hidden.new_zeros(())
+    terms = dict.fromkeys(NAMES[1:], zero)
+    for stack, level in zip(model.stacks(), levels, strict=True):
+        routing, real = level.routing, level.real
+        if routing.compression > 1 and stack.router.learned:
+            parts = (routing.commit, routing.probability, routing.valid, routing.compression)
+            terms["ratio"] = terms["ratio"] + ratio_loss(*parts)
+        terms["code"] = terms["code"] + (level.coded.error * real).sum() / real.sum().clamp(min=1)
+        terms["usage"] = terms["usage"] + usage_kl(level.coded.probabilities[real])
+        if hasattr(stack.router, "draft"):
+            logits = stack.router.draft(level.hidden[text.weights])
+            terms["draft"] = terms["draft"] + token_nll(logits, text.targets[text.weights]).mean()
+    return terms
+
+
+@torch.no_grad()
+def online_monitors(levels: list[Level]) -> dict[str, Tensor]:
+    """Figures to watch: compression that each level realised, mean probability of a commit, codes in use."""
+    found = {}
+    for k, level in enumerate(levels):
+        ending = f"_{k + 1}" if k else ""
+        routing = level.routing
+        found[f"compression{ending}"] = 1 / routing.realised.clamp(min=1e-6)
+        found[f"commit_probability{ending}"] = routing.probability[routing.valid].mean()
+        found[f"codes_in_use{ending}"] = level.coded.ids[level.real].unique().numel() + torch.zeros(())
+    return found

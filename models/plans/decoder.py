@@ -1,0 +1,44 @@
+"""Prompt -> plan -> text as a `Decoder`: the plan is the prior's, the text is written from it alone.
+
+Legend: B batch, L columns of a row, R response columns.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from models.interfaces.decoder import Watch
+from models.plans.executor import Executor
+from models.plans.planner import Planner, sampled
+
+
+class PlannedDecoder:
+    """plan_temperature, temperature: of the concepts and of the words; 0 takes the most probable everywhere.
+
+    forwards: one for each slot of a plan and each token of a response, all with key-value caches.
+    """
+
+    method = "student"
+    refines = False
+
+    def __init__(
+        self,
+        planner: Planner,
+        executor: Executor,
+        response_length: int,
+        *,
+        plan_temperature: float = 1.0,
+        temperature: float = 1.0,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.planner, self.executor, self.length = planner, executor, response_length
+        self.plan_temperature, self.temperature, self.vocab_size = plan_temperature, temperature, vocab_size
+        self.forwards = len(planner.layout.slot_columns) + response_length
+        how = {True: "sampled", False: "greedy"}
+        self.name = f"plan {how[plan_temperature > 0]}, text {how[temperature > 0]}"
+
+    @torch.no_grad()
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+        prompt = (rows[name][:, : -self.length] for name in ("input_ids", "attention_mask"))
+        plan = self.planner.draw(*prompt, sampled(generator, self.plan_temperature))
+        options = {"temperature": self.temperature, "vocab_size": self.vocab_size, "watch": watch}
+        return self.executor.generate(plan.ids, plan.embeds, self.length, generator, **options)

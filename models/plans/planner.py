@@ -1,0 +1,239 @@
+r"""The planner: text in, concepts out: type after type, types side by side, or all slots at once.
+
+Reads [<BOS>, text, <PLAN>] and then its own plan. Given the prompt alone it is the prior p(z | u); given prompt and response
+the posterior q(z | u, x): one network, told apart by what it reads.
+Legend: B batch, T text columns, C columns of a plan's block, S slots, W choices of a slot, D width.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Generator, Tensor
+
+from models.functional.errors import require_choice
+from models.functional.gumbel import Choice, gumbel_noise, gumbel_st, one_hot_argmax, straight_through
+from models.plans.layout import Columns, Planning, joined
+from models.plans.quantiser import Quantiser
+from models.plans.unified import Reading, UnifiedModel
+from models.plans.vocabulary import END, IMPOSSIBLE
+
+Chooser = Callable[[Tensor], Choice]  # logits (B, n, W) of a round's n slots -> what is chosen
+
+
+class Made(NamedTuple):
+    """The choices of a round's n slots: logits (B, n, W), weights (B, n, W) and embeddings (B, n, D).
+
+    weights_soft, weights_hard: of the relaxed choice and of the one made. moved: what is added to what the table says, a
+    gradient alone where choices are relaxed, the way back to the point where a quantiser made them.
+    soft, hard: embeddings of the relaxed choice and the one made, or of the point and its code.
+    """
+
+    logits: Tensor
+    weights_soft: Tensor
+    weights_hard: Tensor
+    soft: Tensor
+    hard: Tensor
+    moved: Tensor
+
+
+class Rounds:
+    """What was made so far: slots in the order in which they were chosen, round by round."""
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+        self.rounds: list[Made] = []
+
+    def add(self, slots: list[int], made: Made) -> None:
+        self.slots += slots
+        self.rounds.append(made)
+
+    def in_order(self) -> Made:
+        """Of all slots, (B, S, ...) each."""
+        order = torch.tensor(self.slots).argsort()
+        return Made(*(torch.cat(part, 1)[:, order.to(part[0].device)] for part in zip(*self.rounds, strict=True)))
+
+
+class Coder:
+    """Chooses each slot's code by a quantiser; share: how far from the point to its code the embedding stands.
+
+    numbers: codes (B,) of slots of `NamedCodes` that are taken instead, -1 where one is not known. points: those of the slots
+    chosen so far, (B, d) each, held.
+    """
+
+    def __init__(self, quantiser: Quantiser, share: float = 1.0, numbers: Mapping[int, Tensor] | None = None) -> None:
+        self.quantiser, self.share, self.numbers = quantiser, share, numbers or {}
+        self.points: dict[int, Tensor] = {}
+
+    def __call__(self, states: Tensor, slots: list[int]) -> Made:
+        """Of states (B, n, D) before these slots."""
+        pairs = zip(states.unbind(1), slots, strict=True)
+        coded = [self.quantiser(state, slot, self.share, self.numbers.get(slot)) for state, slot in pairs]
+        placed = {slot: own.point for slot, own in zip(slots, coded, strict=True) if own.point is not None}
+        self.points |= {slot: point.detach() for slot, point in placed.items()}
+        made = (Made(c.logits, *c.choice, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds) for c in coded)
+        return Made(*(torch.stack(part, 1) for part in zip(*made, strict=True)))
+
+
+class Plan(NamedTuple):
+    """ids, embeds: the block that an executor reads, (B, C) and (B, C, D); mixed straight-through where choices are relaxed.
+
+    choices (B, S), 0 for the end of a type; open_slots (B, S) bool; logits (B, S, W) that they were chosen from.
+    soft, hard (B, S, W): weights of the relaxed and the made choice. soft_embeds, hard_embeds (B, S, D): what these mix.
+    """
+
+    ids: Tensor
+    embeds: Tensor
+    choices: Tensor
+    open_slots: Tensor
+    logits: Tensor
+    soft: Tensor
+    hard: Tensor
+    soft_embeds: Tensor
+    hard_embeds: Tensor
+
+    @property
+    def stops(self) -> Tensor:
+        """1 where a slot ended its type or came after the end, with a straight-through gradient, (B, S)."""
+        stop = straight_through(self.hard[..., END], self.soft[..., END])
+        return stop.masked_fill(~self.open_slots, 1.0)
+
+
+def greedy(logits: Tensor) -> Choice:
+    """The most probable choice."""
+    hard = one_hot_argmax(logits)
+    return Choice(hard, hard)
+
+
+def sampled(generator: Generator, temperature: float = 1.0) -> Chooser:
+    """A draw from softmax(logits / temperature); the most probable choice at temperature 0."""
+
+    def choose(logits: Tensor) -> Choice:
+        return greedy(logits / temperature + gumbel_noise(logits, generator)) if temperature else greedy(logits)
+
+    return choose
+
+
+def relaxed(generator: Generator, temperature: float, noise: float = 1.0) -> Chooser:
+    """A draw from softmax(logits) whose gradient is that of the choice relaxed at `temperature`.
+
+    noise scales what makes it a draw: 0 is the most probable choice, with the same kind of gradient.
+    """
+    return lambda logits: gumbel_st(logits, temperature, noise * gumbel_noise(logits, generator))
+
+
+class Planner:
+    """Plans with a shared `UnifiedModel`; it has no weights of its own.
+
+    planning: what a slot's choice may look at beside the text (`layout.Planning`). quantiser: whose codes it scores in place
+    of the concepts' heads.
+    """
+
+    def __init__(
+        self, model: UnifiedModel, planning: Planning = "sequential", quantiser: Quantiser | None = None
+    ) -> None:
+        require_choice("module.planning", planning, get_args(Planning))
+        self.model, self.layout, self.planning, self.quantiser = model, model.layout, planning, quantiser
+
+    def draw(self, text: Tensor, mask: Tensor, choose: Chooser | Coder) -> Plan:
+        """A plan for each text (B, T), real where mask (B, T) bool, round by round with a key-value cache.
+
+        choose: what is made of the slots' logits, or a `Coder`, what is made of the states before them.
+        """
+        model, layout = self.model, self.layout
+        choices = torch.full((len(text), len(layout.slot_columns)), END, device=text.device)
+        reading, made = Reading(model, apart=self.planning != "sequential"), Rounds()
+        # 1. the text and <PLAN>
+        opening = self._opening(text, mask)
+        for k, (columns, slots) in enumerate(layout.rounds(self.planning)):
+            # 2. what stands before the slots of this round
+            block = self._read(choices, made)
+            part = block[0][:, columns], block[1].take(columns)
+            if k == 0:
+                part = torch.cat([opening[0], part[0]], 1), joined(opening[1], part[1])
+            states = reading.read(*part)[:, -len(slots) :]
+            # 3. a choice for each of them
+            own = choose(states, slots) if isinstance(choose, Coder) else self._made(states, slots, choose)
+            made.add(slots, own)
+            numbers = own.weights_hard.argmax(-1)
+            choices = self._closed(choices.index_copy(1, torch.tensor(slots, device=text.device), numbers))
+        # 4. the whole
+        ids = layout.block(choices)
+        embeds = self._mixed(ids, made)[0]
+        logits, soft, hard, soft_embeds, hard_embeds, _ = made.in_order()
+        return Plan(ids, embeds, choices, layout.open_slots(choices), logits, soft, hard, soft_embeds, hard_embeds)
+
+    def score(self, text: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
+        """Logits (B, S, W) of given choices (B, S), all slots in one forward."""
+        opening, block = self._opening(text, mask), self._read(choices, Rounds())
+        embeds, columns = torch.cat([opening[0], block[0]], 1), joined(opening[1], block[1])
+        states = self.model.states(embeds, columns, apart=self.planning != "sequential")
+        return self._logits_of_block(states[:, opening[0].shape[1] :])
+
+    def score_many(self, text: Tensor, mask: Tensor, plans: Tensor) -> Tensor:
+        """Logits (B, K, S, W) of K plans (B, K, S) of each text, which is read once."""
+        reading = Reading(self.model, apart=self.planning != "sequential")
+        reading.read(*self._opening(text, mask))
+        reading.repeat(plans.shape[1])
+        states = reading.read(*self._read(plans.flatten(0, 1), Rounds()))
+        return self._logits_of_block(states).unflatten(0, plans.shape[:2])
+
+    def certain(self, choices: Tensor) -> Plan:
+        """The plan of given choices (B, S), as if nothing else had been possible; no text is read for it."""
+        numbers = self.model.choices  # (S, W)
+        embeds = self.model.new_table()[numbers[torch.arange(len(numbers), device=choices.device), choices]]
+        hard = torch.nn.functional.one_hot(choices, numbers.shape[1]).to(embeds.dtype)
+        ids, read = self.block(choices)
+        logits = (1 - hard) * IMPOSSIBLE
+        return Plan(ids, read, choices, self.layout.open_slots(choices), logits, hard, hard, embeds, embeds)
+
+    def block(self, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (B, C) and embeddings (B, C, D) of given choices (B, S), as an executor reads them."""
+        ids = self.layout.block(choices)
+        return ids, self._embedded(ids)[0]
+
+    def _logits_of_block(self, states: Tensor) -> Tensor:
+        """Logits (B, S, W) of all slots from the states (B, C, D) of a block's columns."""
+        states = states[:, self.layout.slot_columns.to(states.device) - 1]
+        if self.quantiser is None:
+            return self.model.choice_logits(states)
+        return torch.stack([self.quantiser.logits(state, slot) for slot, state in enumerate(states.unbind(1))], 1)
+
+    def _opening(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Columns]:
+        """[<BOS>, text, <PLAN>]: <BOS> stands before all padding, so that every column sees something."""
+        v = self.layout.vocabulary
+        ids = torch.cat([_column(v.bos, text), text, _column(v.plan, text)], 1)
+        special = self.layout.of_special(text)
+        columns = joined(special, self.layout.of_text(mask), special)
+        return self.model.embed(ids, columns.type_ids), columns
+
+    def _read(self, choices: Tensor, made: Rounds) -> tuple[Tensor, Columns]:
+        """The block as the planner itself reads it: without the concepts where all are chosen at once."""
+        if self.planning == "slots":
+            return self._embedded(self.layout.unwritten(len(choices)).to(choices.device))
+        return self._mixed(self.layout.block(choices), made)
+
+    def _mixed(self, ids: Tensor, made: Rounds) -> tuple[Tensor, Columns]:
+        """The block's columns, with the gradients of what was chosen at its slots."""
+        embeds, columns = self._embedded(ids)
+        if not made.slots:
+            return embeds, columns
+        slots = self.layout.slot_columns[made.slots].to(ids.device)
+        return embeds.index_add(1, slots, torch.cat([m.moved for m in made.rounds], 1).to(embeds.dtype)), columns
+
+    def _made(self, states: Tensor, slots: list[int], choose: Chooser) -> Made:
+        logits, table = self.model.choice_logits(states, slots), self.model.choice_embeddings(slots)
+        choice = choose(logits)
+        soft, hard = (torch.einsum("bsw,swd->bsd", weights.to(table.dtype), table) for weights in choice)
+        return Made(logits, *choice, soft, hard, soft - soft.detach())
+
+    def _embedded(self, ids: Tensor) -> tuple[Tensor, Columns]:
+        columns = self.layout.of_block(ids)
+        return self.model.embed(ids, columns.type_ids), columns
+
+    def _closed(self, choices: Tensor) -> Tensor:
+        return choices.masked_fill(~self.layout.open_slots(choices), END)
+
+
+def _column(token: int, like: Tensor) -> Tensor:
+    return like.new_full((len(like), 1), token)

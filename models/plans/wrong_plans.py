@@ -1,0 +1,30 @@
+"""Plans that do not fit their text: random ones, and plans of which some concepts are hidden from the executor.
+
+Legend: B batch, S slots, C columns of a plan's block, D width.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from models.plans.planner import Planner
+from models.plans.vocabulary import END, ConceptVocabulary
+
+
+def random_plan(vocabulary: ConceptVocabulary, choices: Tensor, generator: Generator) -> Tensor:
+    """Choices (B, S) with a random code of its type in the place of each code; ends stay where they are."""
+    codes = torch.tensor([t.codes for t in vocabulary.types], device=choices.device)
+    codes = codes[vocabulary.slot_types.to(choices.device)]
+    drawn = torch.rand(choices.shape, generator=generator, device=choices.device)
+    return torch.where(choices == END, choices, 1 + (drawn * codes).long())
+
+
+def block_without(planner: Planner, choices: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (B, C) and embeddings (B, C, D) as an executor reads them; concepts that are not seen (B, S) bool are not there.
+
+    Separators, ends and positions stay: the plan's shape is told, not what it names.
+    """
+    layout = planner.layout
+    ids, embeds = planner.block(choices)
+    hidden = torch.zeros_like(ids, dtype=torch.bool)
+    hidden[:, layout.slot_columns.to(ids.device)] = ~seen & (choices != END)
+    return ids.masked_fill(hidden, layout.vocabulary.pad), embeds

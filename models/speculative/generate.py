@@ -1,0 +1,183 @@
+"""q* for users of Hugging Face models: `model.generate(..., custom_generate=qstar_generate, target_model=other)`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from transformers import (
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import ModelOutput
+
+from models.functional.errors import UsageError
+from models.speculative.cached_scores import CachedScores
+from models.speculative.decode import decode_qstar
+from models.speculative.decoder import right_padded
+from models.speculative.distribution import QStarLaw, Weight
+from models.speculative.random_source import TorchChance
+from models.speculative.roles import parameter_cost
+from models.speculative.scores import CausalScores, require_same_vocabulary
+from models.speculative.state import QStarOutput, Scores
+
+# processors that look at which row of a batch they are asked for
+ROW_BY_ROW_REFUSED = (PrefixConstrainedLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
+
+
+@dataclass
+class QStarGenerateOutput(ModelOutput):
+    """sequences (B, L + N): prompts as given, then new tokens, padded. details: weights, log-probabilities, acceptance."""
+
+    sequences: Tensor | None = None
+    details: QStarOutput | None = None
+
+
+def qstar_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    target_model: PreTrainedModel,
+    draft_model: PreTrainedModel | Scores | None = None,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+    theta_weight: Literal["kl_symmetry"] | float | Weight = "kl_symmetry",
+    draft: str = "auto",
+    gamma: int | Literal["auto"] = "auto",
+    verify: Literal["token", "block"] = "token",
+    cost: float | None = None,
+    wide: float = 0.0,
+    generator: Generator | None = None,
+    stream: Callable[[Tensor], None] | None = None,
+    **model_kwargs: Any,
+) -> Tensor | QStarGenerateOutput:
+    """Texts with the law of q* ∝ model^α target_model^(1-α); the arguments of `generate` mean what they always mean.
+
+    model, target_model: π_θ and π_t, of one vocabulary (tokenizers: theirs, where the sizes of their output layers differ).
+    draft_model: a third model, or any scores such as `NgramScores`. theta_weight: α; `kl_symmetry` is equally far from both.
+    draft: `theta`, `target`, `alternate`, `assistant` or `auto`: the third model where there is one, else `alternate`.
+    gamma: drafted tokens; `auto` follows the acceptance. cost, wide: what forwards cost, see `decode_qstar`; the ratio of
+    parameters and 0 unless given, `**forward_costs(model, target_model, input_ids, draft_model)._asdict()` measures them.
+    stream: called with the new tokens (n,) of a single text after every round. generator: of all draws; torch's own seed
+    where none is given.
+    Temperature acts on both models, other processors, top-k and top-p on q*. do_sample=False takes q*'s most probable token.
+    """
+    if len(input_ids) > 1 and any(isinstance(p, ROW_BY_ROW_REFUSED) for p in logits_processor):
+        raise UsageError("prefix_allowed_tokens_fn and encoder_repetition_penalty need a batch of one text with q*")
+    if generation_config.num_beams > 1:
+        raise UsageError(f"num_beams={generation_config.num_beams}: q* is sampled, not searched; leave num_beams out")
+    vocabulary = _shared_vocabulary(model, target_model, tokenizers)
+    law, processors = _law(generation_config, logits_processor, theta_weight)
+    kind = CachedScores if generation_config.use_cache else CausalScores
+    if draft_model is not None:
+        _require_words(draft_model, vocabulary)
+    assistant = kind(draft_model, vocabulary) if isinstance(draft_model, nn.Module) else draft_model
+    if draft == "auto":
+        draft = "alternate" if assistant is None else "assistant"
+    if generator is None:
+        generator = Generator(device=input_ids.device).manual_seed(int(torch.randint(2**62, ())))
+    prompts, lengths = right_padded(input_ids, model_kwargs.get("attention_mask"))
+    ends = generation_config.eos_token_id
+    eos_ids = () if ends is None else tuple(torch.as_tensor(ends).flatten().tolist())
+    with _in_eval_mode(model, target_model, draft_model):
+        out = decode_qstar(
+            kind(model, vocabulary), kind(target_model, vocabulary), prompts, lengths=lengths, assistant=assistant,
+            max_new_tokens=generation_config.max_length - input_ids.shape[1], law=law, gamma=gamma, draft=draft,
+            verify=verify, cost=parameter_cost(model, target_model, draft, draft_model) if cost is None else cost,
+            wide=wide,
+            eos_ids=eos_ids, stop=_stop(stopping_criteria), processors=processors, settled=stream,
+            chance=TorchChance(generator), shown=input_ids,
+        )  # fmt: skip
+    pad = generation_config.pad_token_id
+    pad = eos_ids[0] if pad is None and eos_ids else pad or 0
+    longest = int(out.lengths.max())
+    beyond = torch.arange(longest, device=input_ids.device) >= out.lengths.unsqueeze(-1)
+    sequences = torch.cat([input_ids, out.tokens[:, :longest].masked_fill(beyond, pad)], -1)
+    return QStarGenerateOutput(sequences, out) if generation_config.return_dict_in_generate else sequences
+
+
+class QStarLogitsProcessor(LogitsProcessor):
+    """The plain reference: `model.generate(logits_processor=[QStarLogitsProcessor(target)])` evaluates both at every token.
+
+    Whole prefixes are read by the target each time, and prompts must not be padded.
+    """
+
+    def __init__(self, target_model: PreTrainedModel, law: QStarLaw | None = None) -> None:
+        self.target, self.law = CausalScores(target_model), law or QStarLaw()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+        theta, target = scores.log_softmax(-1), self.target(input_ids, lengths, 1)[:, 0]
+        return self.law(self.law.tempered(theta), self.law.tempered(target)).log_q
+
+
+@contextmanager
+def _in_eval_mode(*models: Any) -> Iterator[None]:
+    """Every network without dropout, and back as it was."""
+    training = [model for model in models if isinstance(model, nn.Module) and model.training]
+    for model in training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in training:
+            model.train()
+
+
+def _law(
+    config: GenerationConfig, processors: LogitsProcessorList, theta_weight: Any
+) -> tuple[QStarLaw, tuple[LogitsProcessor, ...]]:
+    """The law that the generation's options ask for, and the processors that are left for q*."""
+    weight = None if isinstance(theta_weight, str) and theta_weight == "kl_symmetry" else theta_weight
+    if isinstance(weight, str):
+        raise UsageError(f"theta_weight={weight} is not known; type kl_symmetry, a number from 0 to 1, or a function")
+    warpers = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+    left = tuple(process for process in processors if not isinstance(process, warpers))
+    if not config.do_sample:
+        return QStarLaw(weight, top_k=1), left
+    temperature = 1.0 if config.temperature is None else config.temperature
+    return QStarLaw(weight, temperature, config.top_k or None, config.top_p), left
+
+
+def _stop(criteria: StoppingCriteriaList) -> Callable[[Tensor], bool] | None:
+    """The criteria that look at more than the length and the end token, as a question about one text."""
+    own = [rule for rule in criteria if not isinstance(rule, MaxLengthCriteria | EosTokenCriteria)]
+    if not own:
+        return None
+    return lambda ids: any(bool(torch.as_tensor(rule(ids.unsqueeze(0), None)).any()) for rule in own)
+
+
+def _shared_vocabulary(model: PreTrainedModel, target: PreTrainedModel, tokenizers: Any) -> int:
+    if tokenizers is not None:
+        return require_same_vocabulary(*tokenizers)
+    sizes = [m.config.get_text_config().vocab_size for m in (model, target)]
+    if sizes[0] != sizes[1]:
+        names = [m.config.name_or_path or m.config.model_type for m in (model, target)]
+        raise UsageError(
+            f"{names[0]} has {sizes[0]} words and {names[1]} has {sizes[1]}; where only the padding of their output layers "
+            "differs, give tokenizers=(its tokenizer, the target's tokenizer); q* needs two models of one vocabulary"
+        )
+    return sizes[0]
+
+
+def _require_words(draft_model: Any, vocabulary: int) -> None:
+    """Raise UsageError for a third model of fewer words than the other two have."""
+    config = getattr(draft_model, "config", None)
+    words = getattr(draft_model, "vocab_size", None) if config is None else config.get_text_config().vocab_size
+    if words is not None and words < vocabulary:
+        raise UsageError(f"draft_model has {words} words and the other two have {vocabulary}; q* needs one vocabulary")

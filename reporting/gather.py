@@ -1,0 +1,275 @@
+"""`mode=report`: every record below a folder in one table and one figure, quality against cost.
+
+Runs of the same experiment with different seeds become one row: mean and 95 % interval (Student's t) over the seeds. A run
+repeated with the same seed replaces the earlier one; give a variant its own name=... to keep it apart.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from reporting.figure import PREFERRED, STYLE, scale_quality
+from reporting.intervals import half_width
+from reporting.learning_figure import learning_curves, learning_figure
+from reporting.rate_figure import rate_figure
+from reporting.record import find_records
+from reporting.table import EVERY_COLUMN, heading, value_at, written
+
+NAMES = (
+    "validity",
+    "validity_part",
+    "validity_none",
+    "exact_match",
+    "slot_accuracy",
+    "bleu",
+    "self_bleu",
+    "judge_perplexity",
+    "text_entropy",
+    "unigram_entropy",
+    "distinct_2",
+    "distinct_3",
+    "tv",
+    "entropy",
+    # of texts between two models
+    "style",
+    "nll_theta",
+    "nll_target",
+    "acceptance",
+    "speedup_vs_naive",
+    "g_test_p",
+    "max_enumeration_error",
+    "tokens_per_s",
+    # of models themselves
+    "nll",
+    "nll_bound",
+    "nll_truth",
+    "above_truth",
+    "bits_per_byte",
+    "bits_per_byte_bound",
+    "nll_given_plan",
+    "dnll_shuffle",
+    "reconstruction",
+    "rate_bits",
+    "gain_bits",
+    "efficiency",
+    "joint_information",
+    "probe",
+    "probe_mean",
+    "probe_untrained",
+    "probe_shuffled",
+    "goal_tokens",
+    "goal_seconds",
+    "goal_flops",
+    "train_tokens",
+    "train_seconds",
+    "flops_per_step",
+    "train_flops",
+)
+# name -> (title, where the value is in a record's row, how it is written), as in the table of one run
+FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in EVERY_COLUMN.items() if path[-1] in NAMES}
+FIGURES |= {"above_truth": ("above truth", (), ".4f"), "goal_flops": ("goal TFLOP", (), "tera")}  # see _derived
+# of these a mean over seeds says nothing
+WORST = {"g_test_p": min, "max_enumeration_error": max}
+STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
+# left out on a narrow terminal; all of it is in frontier.md
+DISPENSABLE = (
+    *("tv", "tokens_per_s", "validity_part", "entropy"),
+    *("train_flops", "train_seconds", "train_tokens", "probe_mean", "probe_shuffled", "nll_truth"),
+    *("goal_seconds", "probe_untrained", "flops_per_step"),
+    *("nll_bound", "reconstruction"),
+)
+
+
+@dataclass
+class FrontierRow:
+    """One decoder of one experiment on one corpus; `values` holds each figure's values, one for each seed."""
+
+    corpus: str
+    experiment: str
+    method: str
+    decoder: str
+    forwards: int
+    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def seeds(self) -> int:
+        return max((len(values) for values in self.values.values()), default=0)
+
+    def mean(self, name: str) -> float | None:
+        return fmean(self.values[name]) if self.values.get(name) else None
+
+    def half_width(self, name: str) -> float | None:
+        """Half of the 95 % interval of the mean over seeds; None for fewer than two."""
+        return half_width(self.values.get(name, []))
+
+
+def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
+    """The records' rows, oldest record first, by corpus, experiment and decoder."""
+    newest: dict[tuple, dict] = {}
+    for record in records:
+        for row in record["rows"]:
+            # drafts are kept or not, so that what was counted differs from seed to seed
+            forwards = 0 if "speedup_vs_naive" in row["cost"] else row["forwards"]
+            key = (record["data"]["name"], record["experiment"], row["method"], row["decoder"], forwards)
+            newest[*key, record["seed"]] = row
+    rows: dict[tuple, FrontierRow] = {}
+    counted: dict[tuple, list[int]] = defaultdict(list)
+    for (*key, _), row in newest.items():
+        own = rows.setdefault(tuple(key), FrontierRow(*key))
+        for name, (_, path, _) in FIGURES.items():
+            if path and (value := value_at(row, path)) is not None:
+                own.values[name].append(value)
+        for name, value in _derived(row["quality"]).items():
+            own.values[name].append(value)
+        counted[tuple(key)].append(row["forwards"])
+    for key, own in rows.items():
+        own.forwards = round(fmean(counted[key]))
+    return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
+
+
+def _derived(quality: dict[str, float | None]) -> dict[str, float]:
+    """Figures that follow from others of the same run, taken seed by seed, so that they have an interval.
+
+    above_truth: nats a token, or their bound, minus the texts' own. goal_flops: what was spent until the goal.
+    """
+    known = {name: value for name, value in quality.items() if value is not None}
+    found = {}
+    likelihood = known.get("nll", known.get("nll_bound"))
+    if likelihood is not None and "nll_truth" in known:
+        found["above_truth"] = likelihood - known["nll_truth"]
+    if {"goal_tokens", "train_tokens", "train_flops"} <= known.keys():
+        found["goal_flops"] = known["goal_tokens"] / known["train_tokens"] * known["train_flops"]
+    return found
+
+
+def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
+    """Rows of one corpus; only the figures that some row has, and not the dispensable ones where `width` is too small."""
+    names = _known(rows)
+    text = 24 + max(len(row.experiment) for row in rows) + max(len(row.decoder) for row in rows)
+    for name in DISPENSABLE:
+        if text + sum(2 + max(len(FIGURES[n][0]), *(len(_written(row, n)) for row in rows)) for n in names) <= width:
+            break
+        names = [n for n in names if n != name]
+    table = Table(title=rows[0].corpus, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("experiment", "decoder"):
+        table.add_column(title, no_wrap=True)
+    for title in ("forwards", "seeds", *(FIGURES[name][0] for name in names)):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        cells = (_written(row, name) for name in names)
+        table.add_row(row.experiment, row.decoder, str(row.forwards or "-"), str(row.seeds), *cells)
+    return table
+
+
+def frontier_markdown(rows: list[FrontierRow]) -> str:
+    names = _known(rows)
+    heads = ["experiment", "decoder", "forwards", "seeds", *(FIGURES[name][0] for name in names)]
+    lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+    for row in rows:
+        cells = [row.experiment, row.decoder, str(row.forwards or "-"), str(row.seeds)]
+        lines.append("| " + " | ".join([*cells, *(_written(row, name) for name in names)]) + " |")
+    return "\n".join(lines)
+
+
+def frontier_figure(rows: list[FrontierRow]) -> Figure:
+    """A line of panels for each corpus: its qualities against forwards, then its first quality against tokens/s."""
+    corpora = list(dict.fromkeys(row.corpus for row in rows))
+    figure = Figure(figsize=(13.5, 4.2 * len(corpora)), layout="constrained")
+    for part, corpus in zip(figure.subfigures(len(corpora), 1, squeeze=False)[:, 0], corpora, strict=True):
+        own = [row for row in rows if row.corpus == corpus]
+        # TV beside validity: a generator that always says the same valid text is perfect in one and worst in the other
+        known = [name for name in (*PREFERRED, "validity_none", "tv") if any(row.values.get(name) for row in own)]
+        shown = [name for name in known if name != "exact_match" or "validity" not in known][:3]
+        main = next((name for name in PREFERRED if name in shown), None)
+        if main is None:
+            continue
+        panels = [("forwards", name) for name in shown] + [("tokens_per_s", main)]
+        axes = part.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (cost, quality) in zip(axes, panels, strict=True):
+            _panel(axis, own, cost, quality)
+        part.suptitle(corpus, fontsize=11)
+        handles, labels = axes[0].get_legend_handles_labels()
+        part.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def report_frontier(folder: str | Path, console: Console) -> None:
+    """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report.
+
+    Where models have noted how their likelihood came about, learning.png shows it.
+    """
+    records = [record for _, record in find_records(folder)]
+    rows = frontier_rows(records)
+    out = Path(folder) / "report"
+    out.mkdir(exist_ok=True)
+    parts = dict.fromkeys((row.corpus, row.method == "model") for row in rows)  # models have figures of their own
+    tables = [[r for r in rows if (r.corpus, r.method == "model") == part] for part in parts]
+    for own in tables:
+        console.print(frontier_table(own, console.width))
+    text = "\n\n".join(f"## {own[0].corpus}\n\n{frontier_markdown(own)}" for own in tables)
+    (out / "frontier.md").write_text(text + "\n")
+    figures = {"frontier": frontier_figure(rows)}
+    if curves := learning_curves(records):
+        figures["learning"] = learning_figure(curves)
+    if (rate := rate_figure(rows)) is not None:
+        figures["rate"] = rate
+    with SummaryWriter(str(out)) as writer:
+        for name, drawn in figures.items():
+            drawn.savefig(out / f"{name}.png", dpi=130)
+            writer.add_figure(name, drawn)
+        writer.add_text("frontier", text)
+    drawn = ", ".join(f"{out}/{name}.png" for name in figures)
+    console.print(f"figures: {drawn}   table: {out}/frontier.md", highlight=False, soft_wrap=True)
+
+
+def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
+    lines: dict[tuple[str, str, str], list[FrontierRow]] = defaultdict(list)
+    for row in rows:
+        if row.mean(quality) is not None:
+            lines[row.method, row.experiment, row.decoder].append(row)
+    seen: dict[str, int] = defaultdict(int)
+    for (method, experiment, decoder), own in lines.items():
+        marker, colour = STYLE.get(method, ("s-", "#4a8f5a"))
+        shade, label = max(0.3, 1.0 - 0.25 * seen[method]), f"{decoder} ({experiment})"
+        if method == "student":  # each has a colour of its own, the same in every panel
+            colour, shade = STUDENT_COLOURS[seen[method] % len(STUDENT_COLOURS)], 1.0
+        seen[method] += 1
+        if method == "control":
+            axis.axhline(own[0].mean(quality), linestyle=marker, color=colour, alpha=shade, label=label)
+            continue
+        own.sort(key=lambda row: row.forwards)
+        x = [row.forwards if cost == "forwards" else row.mean(cost) for row in own]
+        errors = [row.half_width(quality) or 0.0 for row in own]
+        style = {"fmt": marker.rstrip("-") + "-", "color": colour, "alpha": shade, "capsize": 2, "label": label}
+        axis.errorbar(x, [row.mean(quality) for row in own], yerr=errors, **style)
+    axis.set_xscale("log", base=2 if cost == "forwards" else 10)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    if cost == "forwards":
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+    scale_quality(axis, quality)
+    axis.set_xlabel("forwards per sequence" if cost == "forwards" else "response tokens per second")
+    axis.set_title("TV (0 is the truth)" if quality == "tv" else FIGURES[quality][0], fontsize=10)
+    axis.grid(alpha=0.25)
+
+
+def _known(rows: list[FrontierRow]) -> list[str]:
+    return [name for name in NAMES if any(row.values.get(name) for row in rows)]
+
+
+def _written(row: FrontierRow, name: str) -> str:
+    if name in WORST and row.values.get(name):
+        return written(WORST[name](row.values[name]), FIGURES[name][2])
+    mean, half, form = row.mean(name), row.half_width(name), FIGURES[name][2]
+    interval = "" if half is None or name == "tokens_per_s" else f" ± {written(half, form)}"
+    known = len(row.values.get(name, []))
+    # such as a goal that some seeds did not reach
+    return written(mean, form) + interval + (f" ({known} of {row.seeds})" if 0 < known < row.seeds else "")

@@ -1,0 +1,117 @@
+"""Small online concept models in float64, and the same said slowly: one forward over concepts and tail a position."""
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from helpers.causal import tiny_causal
+from models.online.concept_stack import ConceptStack, Setting
+from models.online.model import OnlineConceptModel
+
+VOCABULARY = 13
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """The model in float64, its norms too (transformers works them out in float32)."""
+
+    def norm(self, states: Tensor) -> Tensor:
+        return self.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(norm, module)
+    return model.double()
+
+
+def tiny_online(split=(1, 2, 1), *, architecture="llama", seed=0, levels=1, **options) -> OnlineConceptModel:
+    """Random weights everywhere, so that routers decide differently from place to place."""
+    torch.manual_seed(seed)
+    layers = sum(part if isinstance(part, int) else sum(part) for part in split)
+    backbone = in_float64(tiny_causal(VOCABULARY, architecture=architecture, num_hidden_layers=layers))
+    options = {"codes": 8, "most_nulls": 3, "compression": 2.0, "quantisation": 0.5} | options
+    model = OnlineConceptModel(backbone, list(split), levels=levels, **options)
+    with torch.no_grad():
+        for stack in model.stacks():
+            for part in (stack.router, stack.bridge, stack.carry, stack.pool):
+                for weight in part.parameters() if part is not None else ():
+                    weight.add_(0.3 * torch.randn_like(weight))
+            entropy = 2.0 if options.get("growth") == "entropy" else 0.0
+            stack.router.offset.fill_(entropy)
+    return model.eval()
+
+
+def texts(rows: int = 3, length: int = 11, seed: int = 1) -> Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def ragged(rows: int = 3, length: int = 11) -> list[Tensor]:
+    """Texts of different lengths."""
+    return [row[: length - 3 * k] for k, row in enumerate(texts(rows, length))]
+
+
+def padded(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and valid (B, T) of texts of different lengths."""
+    width = max(len(row) for row in rows)
+    ids, valid = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.bool)
+    for k, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[k, place], valid[k, place] = row, True
+    return ids, valid
+
+
+# -- one forward a position ----------------------------------------------------------------------------------------------
+
+
+def naive_logits(model: OnlineConceptModel, row: Tensor, setting: Setting) -> Tensor:
+    """Logits (T, V) of one text (T,), each from a forward of its own that has seen nothing behind it."""
+    embeds = model.backbone.get_input_embeddings()(row)
+    places = torch.arange(len(row))
+    states = naive_stack(model.stack, embeds, places, setting)
+    return model.logits(model.backbone.get_decoder().norm(states))
+
+
+def naive_stack(stack: ConceptStack, embeds: Tensor, places: Tensor, setting: Setting) -> Tensor:
+    """(T, D), (T,) -> (T, D)"""
+    return torch.stack([_last(stack, embeds[: t + 1], places[: t + 1], setting) for t in range(len(embeds))])
+
+
+def _last(stack: ConceptStack, embeds: Tensor, places: Tensor, setting: Setting) -> Tensor:
+    hidden = _layers(stack.shallow, embeds, places)
+    every = torch.ones(1, len(embeds), dtype=torch.bool)
+    start = stack.router.start(1, embeds.device)
+    routing, _ = stack.router(hidden[None], every, start, stack.codes, compression=setting.compression)
+    committed = routing.commit[0].nonzero().flatten()
+    tau = int(committed.max()) if len(committed) else -1
+    tail = torch.arange(tau + 1, len(embeds))
+    slots = hidden[tail] + stack.bridge(stack.codes.normed(hidden[tail]))
+    if len(committed):
+        ended = (
+            hidden[committed]
+            if stack.pool is None
+            else hidden[committed] + stack.pool(_tails(stack, hidden, committed))
+        )
+        coded = stack._code(ended[None], routing.probability[:, committed], setting).embeds[0]
+        if stack.inner is None:
+            concepts = _layers(stack.middle, coded, places[committed])
+        else:
+            concepts = naive_stack(stack.inner, coded, places[committed], setting)
+        if stack.carry is not None:
+            slots = slots + stack.carry(stack.codes.normed(concepts[-1:]))
+        slots = torch.cat([concepts, slots])
+    return _layers(stack.deep, slots, places[torch.cat([committed, tail])])[-1]
+
+
+def _tails(stack: ConceptStack, hidden: Tensor, committed: Tensor) -> Tensor:
+    """The mean of the positions between each commit and the one before it, 0 where there are none."""
+    first = [0, *(committed[:-1] + 1).tolist()]
+    parts = [stack.codes.normed(hidden[a:b]) for a, b in zip(first, committed.tolist(), strict=True)]
+    return torch.stack([part.sum(0) / max(1, len(part)) for part in parts])
+
+
+def _layers(stack, states: Tensor, places: Tensor) -> Tensor:
+    """Plain causal layers over (N, D)."""
+    return stack.run(states[None], places[None], None)[0]
+
+
+HALF = Setting(compression=2.0, quantisation=0.5)

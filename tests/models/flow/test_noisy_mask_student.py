@@ -1,0 +1,145 @@
+"""The noisy-mask student: equal to the masked teacher at the start, one copy of frozen weights, saved and loaded."""
+
+import pytest
+import torch
+
+from models.flow.noisy_mask_student import NoisyMaskStudent
+from models.flow.student_files import load_student, save_student
+from models.functional.errors import UsageError
+
+ADAPTERS = ("prefix", "prefix+mask_noise", "lora", "full")
+
+
+def build(tiny_llada, adapter="full", **options):
+    torch.manual_seed(0)
+    sizes = {"prompt_length": 3, "hidden_size": 8, "rank": 4, "lora_rank": 2}
+    return NoisyMaskStudent(tiny_llada(), adapter=adapter, **(sizes | options))
+
+
+def rows():
+    input_ids = torch.randint(3, 11, (4, 6), generator=torch.Generator().manual_seed(1))
+    response = torch.zeros(4, 6, dtype=torch.bool)
+    response[:, 2:] = True
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(response), "response_mask": response}
+
+
+def psi(student, batch, s=0.0, t=0.0, seed=0):
+    masked = batch["response_mask"]
+    z = student.start(batch, masked, torch.Generator().manual_seed(seed))
+    times = (torch.full((len(z),), s), torch.full((len(z),), t))
+    return student(z, masked, batch["attention_mask"], *times)
+
+
+@pytest.mark.parametrize("adapter", ["prefix+mask_noise", "lora", "full"])
+def test_at_the_start_it_is_the_masked_teacher_for_every_noise_with_a_live_gradient(tiny_llada, adapter):
+    student, batch = build(tiny_llada, adapter), rows()
+    xt = batch["input_ids"].masked_fill(batch["response_mask"], student.base.mask_id)
+    posterior = student.base(xt)[batch["response_mask"]]
+    for seed, (s, t) in enumerate([(0.0, 0.0), (0.0, 1.0), (0.0, 0.7)]):
+        torch.testing.assert_close(psi(student, batch, s, t, seed), posterior, atol=1e-5, rtol=1e-5)
+    psi(student, batch).square().mean().backward()
+    assert student.mask_noise.weight.grad.abs().max() > 0
+    assert student.soft_prompt.gate.grad.abs().min() > 0
+
+
+def test_at_the_end_of_the_line_it_is_the_teacher_that_reads_the_text_and_half_way_neither(tiny_llada):
+    student, batch = build(tiny_llada), rows()
+    masked, clean = batch["response_mask"], student.base.embed(batch["input_ids"])
+    read = student.base(batch["input_ids"])[masked]
+    start = student.start(batch, masked, torch.Generator().manual_seed(0))
+
+    def at(time):
+        s = torch.full((len(clean),), time)
+        return student(torch.lerp(start, clean, time), masked, batch["attention_mask"], s, s)
+
+    torch.testing.assert_close(at(1.0), read, atol=1e-5, rtol=1e-5)
+    assert (at(0.5) - read).abs().max() > 0.1
+
+
+def test_without_the_gate_the_noise_is_seen_at_once(tiny_llada):
+    """The control of the test above: `prefix` reads z as it is, and two noises give two posteriors."""
+    student, batch = build(tiny_llada, "prefix"), rows()
+    assert (psi(student, batch, seed=0) - psi(student, batch, seed=1)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_only_what_an_adapter_names_trains_and_the_teacher_is_one_copy(tiny_llada, adapter):
+    student = build(tiny_llada, adapter)
+    names = set(student.trainable())
+    prompt = {n for n in names if n.startswith("soft_prompt.")}
+    expected = {"prefix": 0, "prefix+mask_noise": 1, "lora": 1 + 2 * 7 * 2, "full": 1 + 2 * 9 + 2}[adapter]
+    assert len(names) - len(prompt) == expected
+    assert not any(name.startswith("base.") for name in names)
+    frozen = {p.data_ptr() for p in student.parameters() if not p.requires_grad}
+    assert frozen == {p.data_ptr() for p in student.base.parameters()}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_changed_student_leaves_the_teacher_as_it_was(tiny_llada, adapter):
+    student, batch = build(tiny_llada, adapter), rows()
+    before = student.base(batch["input_ids"])
+    with torch.no_grad():
+        for p in student.parameters():
+            if p.requires_grad:
+                p.add_(0.3)
+    assert torch.equal(student.base(batch["input_ids"]), before)
+    assert (psi(student, batch) - before[batch["response_mask"]]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_other_weights_are_used_without_changing_ours(tiny_llada, adapter):
+    student, batch = build(tiny_llada, adapter), rows()
+    snapshot, first = student.trainable(), psi(student, batch)
+    with torch.no_grad():
+        for p in student.parameters():
+            if p.requires_grad:
+                p.add_(0.3)
+    masked = batch["response_mask"]
+    z = student.start(batch, masked, torch.Generator().manual_seed(0))
+    zero = torch.zeros(len(z))
+    again = student.with_weights(snapshot, z, masked, batch["attention_mask"], zero, zero)
+    torch.testing.assert_close(again, first, atol=1e-6, rtol=1e-6)
+    assert (psi(student, batch) - first).abs().max() > 0.05
+
+
+def test_noise_has_the_said_size_and_prompts_have_none(tiny_llada):
+    student, batch = build(tiny_llada, sigma=2.0), rows()
+    many = {name: column.repeat(500, 1) for name, column in batch.items()}
+    masked = many["response_mask"]
+    z = student.start(many, masked, torch.Generator().manual_seed(0))
+    assert torch.equal(z[~masked], student.base.embed(many["input_ids"])[~masked])
+    noise = (z[masked] - student.mask_embedding) / student.base.embedding.square().mean().sqrt()
+    assert noise.std().item() == pytest.approx(2.0, rel=0.02)
+    assert noise.mean().item() == pytest.approx(0.0, abs=0.03)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_saved_and_loaded_it_is_the_same(tiny_llada, tmp_path, adapter):
+    student, batch = build(tiny_llada, adapter, sigma=3.0), rows()
+    with torch.no_grad():
+        for p in student.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    save_student(student, tmp_path / "student")
+    again = load_student(tmp_path / "student", tiny_llada_like(student, tiny_llada))
+    assert again.options == student.options
+    assert torch.equal(psi(again, batch, 0.2, 0.9), psi(student, batch, 0.2, 0.9))
+
+
+def tiny_llada_like(student, tiny_llada):
+    base = tiny_llada()
+    base.load_state_dict(student.base.state_dict())
+    return base
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter": "adapter"}, "type one of prefix"),
+        ({"sigma": 0.0}, "above 0"),
+        ({"time_center": 0.0}, "time_center"),
+    ],
+)
+def test_wrong_options_are_named(tiny_llada, options, message):
+    with pytest.raises(UsageError, match=message):
+        build(tiny_llada, **options)

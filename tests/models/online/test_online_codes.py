@@ -1,0 +1,69 @@
+"""Codes of online concepts that are places of a small space: the same equalities as of a table, gradients by hand."""
+
+import pytest
+import torch
+from helpers.online import HALF, naive_logits, texts, tiny_online
+from torch.testing import assert_close
+
+from models.online.codes import build_codes
+from models.online.concept_stack import Setting
+from models.online.decoder import OnlineReading
+
+SPACES = ["fsq", "ema_vq"]
+
+
+def online(sampler: str, **options):
+    model = tiny_online(sampler=sampler, **options)
+    for stack in model.stacks():
+        if stack.codes.space.moving:  # before training they all lie at 0
+            torch.nn.init.normal_(stack.codes.space.codes)
+    return model
+
+
+@pytest.mark.parametrize("sampler", SPACES)
+@pytest.mark.parametrize("growth", ["null", "fixed"])
+def test_one_forward_is_one_forward_a_position_and_one_step(sampler, growth):
+    model, ids = online(sampler, growth=growth, gate="none"), texts()
+    states, levels = model.read(ids, setting=HALF)
+    assert len(levels[0].coded.ids[levels[0].real].unique()) > 1
+    logits = model.logits(states)
+    assert_close(logits, torch.stack([naive_logits(model, row, HALF) for row in ids]), atol=1e-12, rtol=1e-12)
+    reading = OnlineReading(model)
+    steps = [reading.read(ids[:, :2])] + [reading.step(ids[:, t]) for t in range(2, ids.shape[1])]
+    with torch.no_grad():
+        assert_close(torch.stack(steps, 1), model(ids)[:, 1:], atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("sampler", SPACES)
+def test_without_compression_it_is_the_backbone(sampler):
+    model, ids = online(sampler), texts()
+    every = Setting(compression=1.0, quantisation=0.0)
+    for training in (True, False):
+        ours = model.train(training).logits(model.read(ids, setting=every)[0])
+        assert torch.equal(ours, model.backbone(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("sampler", SPACES)
+def test_the_gradient_is_that_of_the_point(sampler):
+    """By hand: (1 - a) of the state's own, a of the embedding of a point that nothing had rounded."""
+    codes = online(sampler).stack.codes
+    hidden, pull = (torch.randn(2, 3, 16, dtype=torch.float64) for _ in range(2))
+    hidden.requires_grad_()
+    sure = torch.full((2, 3), 0.7, dtype=torch.float64, requires_grad=True)
+    unrounded = codes.space.to_embedding(codes.space.point(codes.normed(hidden)))
+    (by_hand,) = torch.autograd.grad(((0.6 * hidden + 0.4 * unrounded) * pull).sum(), hidden)
+    coded = codes(hidden, sure, quantisation=0.4)
+    (found,) = torch.autograd.grad((coded.embeds * pull).sum(), hidden)
+    assert_close(found, by_hand)
+    # the code itself is what is read, and NULL's share reaches the decision to commit
+    whole = codes(hidden, sure, quantisation=1.0, null_mass=True)
+    assert_close(whole.embeds, codes.space.to_embedding(codes.space.codes[whole.ids]))
+    (found,) = torch.autograd.grad((whole.embeds * pull).sum(), sure)
+    assert_close(found, (whole.embeds * pull).sum(-1))
+    assert_close(codes(hidden, sure, quantisation=1.0).embeds, whole.embeds)
+
+
+def test_null_weighs_places_alike():
+    codes = build_codes("fsq", 16, 8)
+    assert_close(codes.log_mass(torch.randn(5, 16)), torch.full((5,), 8.0).log())
+    assert build_codes("gumbel_st", 16, 8).log_mass(torch.randn(5, 16)).std() > 0.1

@@ -1,0 +1,217 @@
+"""Types matched to attributes, accuracy and locality of swaps: by hand, with controls."""
+
+import math
+
+import pytest
+import torch
+from helpers.concept import build_planner_executor as build
+from helpers.trainer import quiet_trainer
+
+from models.functional.errors import UsageError
+from models.plans.matching import as_numbers, hungarian_accuracy, match_types, swap_locality
+from models.plans.meter import PlanMeter
+from models.plans.quantiser import NamedCodes
+from models.plans.signals import SignalCodes
+from models.plans.vocabulary import ConceptVocabulary
+
+
+def draws(rows: int, *values: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(v, (rows,), generator=generator) for v in values], -1)
+
+
+def test_rows_as_numbers():
+    numbers = as_numbers(torch.tensor([[1, 2], [2, 1], [1, 2], [1, 3]]))
+    assert len(set(numbers.tolist())) == 3
+    assert numbers[0] == numbers[2]
+
+
+def test_renamed_attributes_are_found_in_whatever_order():
+    plans = draws(500, 4, 3, 2)
+    concepts = torch.stack([7 - plans[:, 2], (plans[:, 0] * 3) % 4, plans[:, 1] + 5], -1)
+    pairs, shared = match_types(concepts, plans)
+    assert pairs == [(0, 2), (1, 0), (2, 1)]
+    assert shared == pytest.approx([1, 1, 1], abs=1e-5)
+    assert max(match_types(draws(500, 4, 3, 2, seed=1), plans)[1]) < 0.1  # the control
+
+
+def test_accuracy_of_codes_matched_one_to_one_by_hand():
+    values = torch.tensor([0, 0, 0, 1, 1, 2])
+    assert hungarian_accuracy(torch.tensor([5, 5, 5, 2, 2, 7]), values) == 1
+    assert hungarian_accuracy(torch.tensor([5, 5, 9, 2, 2, 7]), values) == pytest.approx(5 / 6)  # one code too many
+    assert hungarian_accuracy(torch.zeros(6), values) == 0.5  # one code for all: the most frequent value
+
+
+def test_locality_by_hand():
+    """Text 0 changes in both attributes, text 1 in none of them: only text 0's swaps are asked for."""
+    plans, donors = torch.tensor([[0, 0], [1, 1]]), torch.tensor([[1, 1], [1, 1]])
+    local = torch.tensor([[[1, 0], [0, 1]], [[1, 1], [1, 1]]])
+    pairs = [(0, 0), (1, 1)]
+    assert swap_locality(plans, donors, local, pairs) == 1
+    spilt = local.clone()
+    spilt[0, 1] = torch.tensor([1, 1])  # type 1 moved attribute 0 as well
+    assert swap_locality(plans, donors, spilt, pairs) == 0.5
+    still = plans.unsqueeze(1).expand(-1, 2, -1)
+    assert swap_locality(plans, donors, still, pairs) == 0
+    assert math.isnan(swap_locality(plans, plans, local, pairs))
+
+
+def test_the_meter_has_a_figure_of_each_type():
+    """Types of two slots: a code is both of them."""
+    meter, plans = PlanMeter({"x": slice(0, 2), "y": slice(2, 3)}), draws(400, 4, 3)
+    concepts = torch.stack([plans[:, 0] // 2, plans[:, 0] % 2, plans[:, 1]], -1)
+    nothing = {name: torch.zeros(400) for name in ("text", "shuffled", "prior", "posterior", "rebuilt")}
+    meter.update(nothing, 6, concepts, plans)
+    donors = plans.roll(1, 0)
+    swapped = torch.stack(
+        [torch.stack([donors[:, 0], plans[:, 1]], -1), torch.stack([plans[:, 0], donors[:, 1]], -1)], 1
+    )
+    meter.update_swaps(donors, swapped)
+    found = meter.compute()
+    assert (found["hungarian_accuracy"], found["swap_locality"]) == (1, 1)
+    assert (found["nmi_x"], found["nmi_y"]) == pytest.approx((1, 1), abs=1e-5)
+    assert found["nmi"] < 0.9  # no single slot is the attribute
+
+
+SIGNALLED = {
+    "types": {"a": {"codes": 3}, "b": {"codes": 2}, "c": {"codes": 4}},
+    "sampler": "ema_vq",
+    "planning": {"posterior": "slots"},
+    "posterior_reads": "text",
+    "quota": None,
+    "lr": 1e-2,
+    "warmup_steps": 5,
+}
+
+
+TOLD = {"signal_codes": True, "weights": {"text": 1.0, "signals": 1.0}}
+
+
+@pytest.fixture
+def few_texts(tiny_oracle):
+    rows = tiny_oracle.rows["train"].columns
+    for split in ("train", "val"):
+        tiny_oracle.rows[split].columns = {name: column[:12].repeat(4, 1) for name, column in rows.items()}
+    return tiny_oracle
+
+
+def test_types_that_must_predict_a_signal_are_about_it(few_texts):
+    """On few texts: with signals each type is its attribute; the same training without them leaves that to chance."""
+    tiny_oracle, shared = few_texts, {}
+    for weight in (1.0, 0.0):
+        weights = {"text": 1.0, "usage": (1.0, 0.0), "signals": weight}
+        module, trainer = build(tiny_oracle, weights=weights, **SIGNALLED), quiet_trainer(150)
+        trainer.fit(module, tiny_oracle)
+        (found,) = trainer.validate(module, tiny_oracle, verbose=False)
+        shared[weight] = [found[f"val/nmi_{name}"] for name in "abc"]
+    assert min(shared[1.0]) > 0.9
+    assert min(shared[0.0]) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("signals", "sentence"),
+    [
+        ({"z": "who"}, r"module\.signals\.z is no type; the types are a, b, c"),
+        ({"a": "when"}, r"module\.signals\.a=when is not known; the corpus' signals are who, where, events"),
+    ],
+)
+def test_mistakes_get_a_sentence(tiny_oracle, signals, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        quiet_trainer(1).fit(build(tiny_oracle, signals=signals), tiny_oracle)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_codes_are_the_values_of_their_signals(few_texts, told):
+    """The posterior comes to say each text's values; without it concepts have numbers of their own."""
+    weights = {"text": 1.0, "signals": 1.0}
+    module = build(few_texts, weights=weights, signal_codes=told, **SIGNALLED)
+    quiet_trainer(60).fit(module, few_texts)
+    rows = few_texts.rows["train"].columns
+    values = few_texts.signals(rows)
+    values = torch.stack([values[name] for name in ("who", "where", "events")], -1)
+    said = module.concepts_said(rows) - 1
+    assert (float((said == values)[values >= 0].float().mean()) > 0.95) is told
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"signals": None}, r"needs signals; type for example module\.signals=\{a: who\}"),
+        ({"sampler": "gumbel_st"}, "draws no codes; type module.sampler=ema_vq or module.sampler=fsq"),
+        ({"search": {}}, r"nothing to search for in those types; type module\.search=null"),
+        (
+            {"weights": {"text": 1.0}},
+            r"leaves the posterior to the loss signals; type for example module\.weights\.signals=0\.1",
+        ),
+        (
+            {"types": {"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 4}}},
+            r"module\.types\.a\.codes=3, the values of who",
+        ),
+    ],
+)
+def test_what_signal_codes_need(tiny_oracle, options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        quiet_trainer(1).fit(build(tiny_oracle, **(SIGNALLED | TOLD | options)), tiny_oracle)
+
+
+def test_the_price_of_told_codes_by_hand():
+    """Slots a and c are told; the second text does not give c."""
+    vocabulary = ConceptVocabulary({"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 2}}, 10)
+    told = SignalCodes(vocabulary, {"a": "x", "c": "y"}, {"x": 2, "y": 2})
+    signals = {"x": torch.tensor([0, 1]), "y": torch.tensor([1, -1])}
+    shares = torch.tensor([[[0.0, 0.5, 0.5], [0.0, 1.0, 0.0], [0.0, 0.75, 0.25]]]).expand(2, -1, -1)
+    assert told.log_prob(shares.log(), signals).exp().tolist() == pytest.approx([0.5 * 0.25, 0.5])
+    assert sorted(told.numbers(signals)) == [0, 2]
+
+
+def test_codes_that_are_known_are_taught_as_they_are(few_texts):
+    """In training the executor reads the signals' values, where a text gives them, before the posterior can say one of them."""
+    module, read = build(few_texts, **SIGNALLED, **TOLD), []
+    way = module._straight_through
+
+    def watched(batch, generator):
+        block, raw = way(batch, generator)
+        read.append((batch, block[0]))
+        return block, raw
+
+    module._straight_through = watched
+    quiet_trainer(1).fit(module, few_texts)
+    batch, ids = read[0]
+    values, vocabulary = few_texts.signals(batch), module.model.vocabulary
+    for k, signal in enumerate(("who", "where", "events")):
+        given = values[signal] >= 0
+        column = module.model.layout.slot_columns[k]
+        assert given.any()
+        assert (ids[given, column] == vocabulary.choices[k][1 + values[signal][given]]).all()
+    module.eval()  # and so it is where texts are measured
+    wanted = torch.stack([values[name] for name in ("who", "where", "events")], -1)
+    given = wanted >= 0
+    assert torch.equal((module.concepts_of(batch) - 1)[given], wanted[given])
+    assert (module.concepts_said(batch) - 1 != wanted)[given].any()  # the posterior itself cannot say them yet
+    assert torch.equal(module.concepts_of(batch)[~given], module.concepts_said(batch)[~given])
+
+
+def test_codes_with_a_name_are_read_like_words():
+    """The head says code 0; told that it is code 1, its embedding is row 1, and row 1 alone learns from what is read."""
+    codes = NamedCodes(2, 3, 1.0)
+    codes.head.weight = torch.nn.Parameter(torch.eye(2, 3))
+    state = torch.tensor([[1.0, 0.0, 5.0]]).expand(3, -1)
+    coded = codes(state, 1.0, torch.tensor([1, 0, -1]))
+    assert torch.equal(coded.embeds, codes.table()[[1, 0, 0]])
+    assert torch.equal(coded.logits, torch.tensor([[1.0, 0.0]]).expand(3, -1))  # what the posterior says is its own
+    coded.embeds[0].sum().backward()
+    assert torch.equal(codes.rows.weight.grad, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    assert codes.head.weight.grad is None or not codes.head.weight.grad.any()
+
+
+def test_codes_with_a_name_need_not_be_as_frequent_as_each_other(few_texts):
+    usage = {}
+    for told in (True, False):
+        module = build(few_texts, weights={"text": 1.0, "usage": 1.0, "signals": 1.0}, signal_codes=told, **SIGNALLED)
+        quiet_trainer(1).fit(module, few_texts)
+        batch = {name: column[:8] for name, column in few_texts.rows["train"].columns.items()}
+        plan = module._most_probable(batch)
+        usage[told] = float(
+            module._plan_terms(plan, module._prior_logits(batch, plan.choices), module._text(batch))["usage"]
+        )
+    assert usage[True] == 0 < usage[False]

@@ -1,0 +1,316 @@
+"""The law of what q* decoding emits, by enumerating every outcome of every random draw, in float64.
+
+The same code that samples is run once for each way its draws can fall; controls break one rule at a time and must be seen.
+"""
+
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chisquare, power_divergence
+
+import models.speculative.decode as decoding
+import models.speculative.state as state
+from models.functional.errors import UsageError
+from models.functional.qstar import mix, solve_alpha, truncate
+from models.speculative.decode import decode_qstar
+from models.speculative.distribution import QStarLaw
+from models.speculative.random_source import TorchChance, enumerate_outcomes
+
+V = 3
+
+
+def table_model(seed, vocabulary=V, sharp=1.0):
+    """log p(next | the last two tokens), as scores for decoding."""
+    draw = torch.Generator().manual_seed(seed)
+    table = (sharp * torch.randn(vocabulary, vocabulary, vocabulary, generator=draw, dtype=torch.float64)).log_softmax(
+        -1
+    )
+
+    def scores(ids, lengths, count):
+        places = lengths.unsqueeze(-1) + torch.arange(count)
+        return table[ids.gather(1, places - 2), ids.gather(1, places - 1)]
+
+    return scores
+
+
+THETA, TARGET = table_model(0), table_model(1)
+SMALL = table_model(2, 2), table_model(3, 2)
+ASSISTANT, SMALL_ASSISTANT = table_model(4), table_model(5, 2)
+PROMPT = torch.tensor([[0, 1]])
+LAW_OPTIONS = ("theta_weight", "temperature", "top_k", "top_p")
+
+
+def exact_law(
+    length, theta_weight=None, top_k=None, top_p=None, temperature=1.0, eos_id=None, models=(THETA, TARGET), words=V
+):
+    law = {}
+    for text in itertools.product(range(words), repeat=length):
+        probability, ids = 1.0, [0, 1]
+        for token in text:
+            if eos_id is not None and eos_id in ids[2:]:
+                probability *= float(token == eos_id)
+                ids.append(token)
+                continue
+            here, n = torch.tensor([ids]), torch.tensor([len(ids)])
+            a, b = (m(here, n, 1)[0] for m in models)
+            a, b = (a / temperature).log_softmax(-1), (b / temperature).log_softmax(-1)
+            alpha = solve_alpha(a, b).alpha if theta_weight is None else theta_weight
+            alpha = alpha(a, b) if callable(alpha) else alpha
+            probability *= truncate(mix(a, b, alpha)[0], top_k, top_p)[0, token].exp().item()
+            ids.append(token)
+        law[text] = probability
+    return law
+
+
+def emitted_law(length, models=(THETA, TARGET), words=V, eos_id=None, **options):
+    """The law of what `decode_qstar` says; options of `QStarLaw` and of decoding alike."""
+    law = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
+    rule = QStarLaw(**{name: options.pop(name) for name in list(options) if name in LAW_OPTIONS})
+    options["eos_ids"] = () if eos_id is None else (eos_id,)
+    run = lambda chance: decode_qstar(*models, PROMPT, max_new_tokens=length, chance=chance, law=rule, **options)  # noqa: E731
+    for probability, out in enumerate_outcomes(run):
+        law[tuple(out.tokens[0].tolist())] += probability
+    return law
+
+
+def worst(first, second):
+    return max(abs(first[text] - second[text]) for text in first)
+
+
+SCHEMES = [
+    {"draft": draft, "gamma": gamma, "verify": verify}
+    for draft in ("theta", "target", "alternate", "assistant")
+    for gamma in (1, 2)
+    for verify in ("token", "block")
+]
+
+
+def third(scheme, small=False):
+    """The scheme, with the third model that it names."""
+    if scheme.get("draft") != "assistant":
+        return scheme
+    return scheme | {"assistant": SMALL_ASSISTANT if small else ASSISTANT}
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0}, *SCHEMES], ids=str)
+def test_every_scheme_emits_q_star(options):
+    """Drafts, rejections at every place and the way on after a whole draft all occur; two words where drafts are longer."""
+    if options["gamma"] == 2:
+        options = third(options, small=True) | {"models": SMALL, "words": 2}
+        assert worst(emitted_law(3, **options), exact_law(3, models=SMALL, words=2)) < 1e-12
+    else:
+        assert worst(emitted_law(2, **third(options)), exact_law(2)) < 1e-12
+
+
+@pytest.mark.parametrize("cost", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("scheme", SCHEMES[2::4], ids=str)
+def test_a_draft_length_that_follows_the_acceptance_keeps_the_law(scheme, cost, monkeypatch):
+    """`auto` looks at what has happened only; every length from 0 to 3 occurs here."""
+    lengths = []
+
+    def watched(beta, cost, scheme, most, wide):
+        lengths.append(int(beta * 71) % 4)
+        return lengths[-1]
+
+    monkeypatch.setattr(decoding, "best_gamma", watched)
+    options = third(scheme, small=True) | {"models": SMALL, "words": 2, "gamma": "auto", "cost": cost}
+    assert worst(emitted_law(3, **options), exact_law(3, models=SMALL, words=2)) < 1e-12
+    assert set(lengths) == {0, 1, 2, 3}
+
+
+def test_a_weight_may_be_a_function_of_both_models():
+    weight = lambda theta, target: 0.25 + 0.5 * theta[..., 0].exp()  # noqa: E731
+    alone = lambda a, b: weight(a, b)  # noqa: E731
+    for scheme in SCHEMES[::5]:
+        assert worst(emitted_law(2, theta_weight=weight, **third(scheme)), exact_law(2, theta_weight=alone)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"theta_weight": 0.3},
+        {"top_k": 2},
+        {"top_p": 0.8},
+        {"temperature": 0.7},
+        {"eos_id": 2},
+        {"theta_weight": 0.0},
+        {"theta_weight": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[5], SCHEMES[8], SCHEMES[12]], ids=str)
+def test_options_keep_the_law(options, scheme):
+    assert worst(emitted_law(2, **third(scheme), **options), exact_law(2, **options)) < 1e-12
+
+
+def test_three_tokens_cross_two_rounds():
+    assert worst(emitted_law(3, draft="alternate", gamma=1), exact_law(3)) < 1e-12
+
+
+def resample_q(log_q, _):
+    return log_q.exp()
+
+
+def test_drawing_q_again_after_a_rejection_is_seen(monkeypatch):
+    monkeypatch.setattr(state, "residual", resample_q)
+    assert worst(emitted_law(2, draft="theta", gamma=1), exact_law(2)) > 1e-3
+
+
+def test_a_bonus_token_of_the_checker_is_seen(monkeypatch):
+    """Taking the checker's proposal as it is: what ordinary speculative sampling does, where the checker is the target."""
+
+    class Trusting(decoding.QStarRun):
+        def settle(self, rows, tokens, law, proposer, proposal):
+            if proposer == "target":
+                self.append(rows, tokens, law)
+                return rows
+            return super().settle(rows, tokens, law, proposer, proposal)
+
+    monkeypatch.setattr(decoding, "QStarRun", Trusting)
+    assert worst(emitted_law(2, draft="alternate", gamma=1), exact_law(2)) > 1e-3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[::5], ids=str)
+def test_samples_have_the_law_too_and_the_control_has_not(scheme, monkeypatch):
+    """Chi-square on 9 texts of a batch of 8 000, drawn together: ragged rows do not disturb each other."""
+    n, law = 8_000, exact_law(2)
+    batch = PROMPT.expand(n, -1)
+
+    def p_value():
+        chance = TorchChance(torch.Generator().manual_seed(0))
+        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=2, chance=chance, **third(scheme))
+        codes = (out.tokens * torch.tensor([V, 1])).sum(-1)
+        counts = torch.bincount(codes, minlength=V * V).numpy()
+        return chisquare(counts, [n * law[text] for text in itertools.product(range(V), repeat=2)]).pvalue
+
+    assert p_value() > 1e-3
+    if scheme["verify"] == "token":
+        monkeypatch.setattr(state, "residual", resample_q)
+        assert p_value() < 1e-5
+
+
+def test_prompts_of_different_lengths_and_the_figures_of_each_token():
+    ids = torch.tensor([[0, 1, 2, 0], [1, 2, 0, 0]])
+    chance = TorchChance(torch.Generator().manual_seed(3))
+    lengths = torch.tensor([4, 2])
+    out = decode_qstar(THETA, TARGET, ids, lengths=lengths, max_new_tokens=6, gamma=3, draft="alternate", chance=chance)
+    assert out.tokens.shape == (2, 6)
+    for row, length in enumerate(lengths.tolist()):
+        text = ids[row, :length].tolist()
+        for k, token in enumerate(out.tokens[row].tolist()):
+            here, n = torch.tensor([text]), torch.tensor([len(text)])
+            a, b = THETA(here, n, 1)[0], TARGET(here, n, 1)[0]
+            found = solve_alpha(a, b)
+            assert out.alpha[row, k].item() == pytest.approx(found.alpha.item(), abs=1e-9)
+            assert out.chernoff[row, k].item() == pytest.approx(found.chernoff.item(), abs=1e-9)
+            assert out.logp_theta[row, k].item() == pytest.approx(a[0, token].item())
+            assert out.log_q[row, k].item() == pytest.approx(mix(a, b, found.alpha)[0][0, token].item(), abs=1e-9)
+            text.append(token)
+    assert 0 < out.acceptance["theta"] < 1
+    assert out.forwards["target"] < 6 < out.forwards["theta"] + out.forwards["target"]
+
+
+def test_equal_models_keep_every_draft_and_block_keeps_at_least_as_much():
+    batch = PROMPT.expand(500, -1)
+    kept = {}
+    for verify in ("token", "block"):
+        draw = lambda: TorchChance(torch.Generator().manual_seed(0))  # noqa: E731
+        same = decode_qstar(THETA, THETA, batch, max_new_tokens=6, gamma=3, verify=verify, chance=draw())
+        assert same.acceptance == {"theta": 1.0}
+        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=12, gamma=4, verify=verify, chance=draw())
+        kept[verify] = out.kept["theta"] / out.drafted
+    assert kept["block"] > kept["token"]
+
+
+def test_texts_end_at_their_end_token():
+    chance = TorchChance(torch.Generator().manual_seed(0))
+    out = decode_qstar(THETA, TARGET, PROMPT.expand(50, -1), max_new_tokens=8, gamma=2, eos_ids=(2,), chance=chance)
+    for tokens, figures in zip(out.tokens.tolist(), out.log_q, strict=True):
+        end = tokens.index(2) if 2 in tokens else 7
+        assert all(token == 2 for token in tokens[end + 1 :])
+        assert figures[: end + 1].isfinite().all()
+        assert figures[end + 1 :].isnan().all()
+
+
+@pytest.mark.parametrize("verify", ["token", "block"])
+def test_a_draft_that_is_certain_to_be_refused_may_lead_where_q_does_not_exist(verify):
+    """After word 1, which π_t forbids, the models share no word; q* says word 0 for ever."""
+    theta = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]).double().log()
+    target = torch.tensor([0.5, 0.0, 0.5]).double().log()
+
+    def last_word(ids, lengths, count):
+        return theta[ids.gather(1, lengths.unsqueeze(-1) + torch.arange(count) - 1)]
+
+    def always(ids, lengths, count):
+        return target.expand(len(ids), count, -1)
+
+    options = {"max_new_tokens": 4, "chance": TorchChance(torch.Generator().manual_seed(0))}
+    out = decode_qstar(last_word, always, torch.zeros(20, 1).long(), gamma=2, verify=verify, **options)
+    assert (out.tokens == 0).all()
+    with pytest.raises(UsageError, match="no common token"):  # where it is asked for in earnest
+        decode_qstar(last_word, always, torch.ones(1, 1).long(), gamma=2, verify=verify, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "both"}, "draft=both"),
+        ({"verify": "x"}, "verify=x"),
+        ({"gamma": -1}, "gamma=-1"),
+        ({"gamma": "long"}, "gamma=long"),
+        ({"cost": 0.0}, "cost=0.0"),
+        ({"draft": "assistant"}, "draft=assistant needs a third model"),
+        ({"assistant": ASSISTANT}, "a third model needs draft=assistant"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        decode_qstar(THETA, TARGET, PROMPT, max_new_tokens=2, chance=TorchChance(torch.Generator()), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"theta_weight": 2.0}, "theta_weight=2"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0; top_k=1"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+    ],
+)
+def test_wrong_options_of_the_law_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        QStarLaw(**options)
+
+
+def g_test_p(options, models, words, length, n, batch=20_000):
+    """p-value of n texts of `length` tokens against the exact law."""
+    law = exact_law(length, models=models, words=words)
+    places = torch.tensor([words**k for k in reversed(range(length))])
+    counts = torch.zeros(words**length)
+    chance = TorchChance(torch.Generator().manual_seed(0))
+    for _ in range(n // batch):
+        out = decode_qstar(*models, PROMPT.expand(batch, -1), max_new_tokens=length, chance=chance, **options)
+        counts += torch.bincount((out.tokens * places).sum(-1), minlength=words**length)
+    expected = n * torch.tensor(list(law.values())).double()
+    return power_divergence(counts.double().numpy(), expected.numpy(), lambda_="log-likelihood").pvalue
+
+
+FOUR = table_model(6, 4), table_model(7, 4)
+LONG = [
+    {"draft": draft, "gamma": gamma, "verify": verify}
+    for draft in ("theta", "target", "alternate", "assistant")
+    for gamma in (1, 3)
+    for verify in ("token", "block")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"gamma": 0}, *LONG], ids=str)
+def test_two_hundred_thousand_texts_pass_a_g_test_and_a_biased_rule_fails(options, monkeypatch):
+    """All 4^4 texts of four words, 200 000 samples: every scheme with drafts of 1, 2 and 3."""
+    options = options | ({"assistant": table_model(8, 4)} if options.get("draft") == "assistant" else {})
+    assert g_test_p(options, FOUR, 4, 4, 200_000) > 1e-3
+    if options.get("verify") == "token":
+        monkeypatch.setattr(state, "residual", resample_q)
+        assert g_test_p(options, FOUR, 4, 4, 200_000) < 1e-9
