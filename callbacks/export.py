@@ -1,11 +1,8 @@
 """Saves what was trained when training ends."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-
-from models.flow.student_files import save_student
 
 
 class ExportStudent(Callback):
@@ -18,11 +15,8 @@ class ExportStudent(Callback):
         self.folder, self.teacher, self.notes = Path(folder), teacher, notes or {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        student = getattr(pl_module, "student", None)
-        if student is not None and trainer.is_global_zero and not trainer.fast_dev_run:
-            # a run taken up again after its last step does not train, so nothing has put the averages in place
-            with getattr(pl_module, "averaged", nullcontext)():
-                save_student(student, self.folder, {"teacher": self.teacher, **self.notes})
+        if hasattr(pl_module, "save_student") and trainer.is_global_zero and not trainer.fast_dev_run:
+            pl_module.save_student(self.folder, {"teacher": self.teacher, **self.notes})
 
 
 class ExportModel(Callback):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import LeapModule
 from models.backbones.causal_lm import require_causal, with_adapters
+from models.backbones.code_space import Sampler, require_whole_codes
 from models.functional.bag_of_words import bag_of_words_nll
 from models.functional.bits_per_byte import token_nll
 from models.functional.errors import require_choice
@@ -29,7 +30,6 @@ from models.plans.meter import PlanMeter
 from models.plans.options import check_options, check_signal_codes, pair
 from models.plans.planner import Plan, Planner
 from models.plans.probes import PlanProbes
-from models.plans.quantiser import Sampler, require_whole_codes
 from models.plans.terms import NAMES, plan_terms, slots_of
 from models.plans.training import PlanTraining
 from models.plans.unified import UnifiedModel

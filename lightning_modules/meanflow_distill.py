@@ -13,7 +13,7 @@ from lightning_modules.training.optimizers import OptimizerName
 from models.backbones.llada import LladaModel
 from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking
 from models.flow.student import Student
-from models.flow.student_files import FORMAT, base_fingerprint, save_whole_student
+from models.flow.student_files import FORMAT, base_fingerprint, save_student, save_whole_student
 from models.functional.errors import UsageError, require_choice
 from models.functional.weights import copy_weights
 from models.interfaces.decoder import Decoder
@@ -90,6 +90,12 @@ class MeanFlowDistillModule(LeapModule):
                 f"{type(self.student).__name__} with {self.student.options}; give both the same flow= and module options"
             )
         copy_weights(self.student, student.trainable())
+
+    def save_student(self, folder: str | Path, notes: dict[str, Any] | None = None) -> Path:
+        """Write what trains alone, with the averaged weights where there are any; notes: of student.json."""
+        # a run taken up again after its last step does not train, so nothing has put the averages in place
+        with getattr(self, "averaged", nullcontext)():
+            return save_student(self.student, folder, notes)
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the student, with the averaged weights where there are any, and its teacher into one folder."""

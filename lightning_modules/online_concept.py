@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from lightning_modules.base import LeapModule
 from lightning_modules.training.nll_meter import NllMeter
 from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
+from models.backbones.code_space import Sampler, require_whole_codes
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
 from models.functional.nll import chosen_nll
 from models.interfaces.decoder import Decoder
@@ -26,7 +27,6 @@ from models.online.files import save_online
 from models.online.model import OnlineConceptModel
 from models.online.options import check_options, load_baseline
 from models.online.terms import NAMES, OF_CODES, online_monitors, online_terms
-from models.plans.quantiser import Sampler, require_whole_codes
 
 # rows and tokens that speeds are measured on, after a test
 TIMED_ROWS, TIMED_TOKENS = 16, 32

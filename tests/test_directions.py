@@ -31,11 +31,11 @@ RULES = {
     "models.interfaces": Rule(ours=SHARED[:2], only=("torch",)),
     "models.backbones": Rule(ours=SHARED, only=(*LIBRARIES, "huggingface_hub", "psutil")),
     # a method knows what is shared and itself; methods never know each other
-    **{f"models.{m}": Rule(ours=(*SHARED, f"models.{m}"), only=(*LIBRARIES, "scipy")) for m in METHODS},
+    **{f"models.{m}": Rule(ours=(*SHARED, f"models.{m}"), only=(*LIBRARIES, "scipy", "torchmetrics")) for m in METHODS},
     "models": Rule(ours=()),
     "datamodules": Rule(ours=("datamodules", "models.functional")),
     "lightning_modules": Rule(ours=("lightning_modules", "models"), never=("hydra", "omegaconf")),
-    "reporting": Rule(ours=("reporting", "models.functional"), never=("hydra", "lightning")),
+    "reporting": Rule(ours=("reporting", "models.functional"), never=("hydra",)),
     "callbacks": Rule(ours=("callbacks", "reporting", "models.functional", "models.interfaces")),
     "benchmarks": Rule(ours=PACKAGES, never=()),
     "app": Rule(ours=PACKAGES[:-1], never=()),

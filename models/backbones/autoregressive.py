@@ -7,8 +7,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from models.backbones.key_value_cache import cache_argument, cache_of
-from models.diffusion.sampler import gumbel_argmax
 from models.functional.attention import positions_from_mask
+from models.functional.gumbel import gumbel_argmax
 from models.functional.next_token import prefix_mask, read_columns, said_until_end
 from models.functional.rows import response_columns
 from models.interfaces.decoder import Watch

@@ -91,14 +91,6 @@ def require_causal(model: nn.Module, objective: str) -> None:
         )
 
 
-def require_bidirectional(model: nn.Module, objective: str) -> None:
-    """Raise UsageError for a model that cannot look both ways around a mask."""
-    if not hasattr(model, "embed"):
-        raise UsageError(
-            f"module/objective={objective} needs a model that looks both ways; type model=small (made to fit)"
-        )
-
-
 def causal_logits(model: nn.Module, text: CausalText) -> Tensor:
     """Logits (B, T, V) of the token after each position."""
     return model(**_arguments(text)).logits

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from models.backbones.causal_lm import require_bidirectional
+from models.backbones.bidirectional import any_order_nll, require_bidirectional
 from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.masked_diffusion import (
@@ -20,7 +20,6 @@ from models.functional.masked_diffusion import (
 )
 from models.functional.next_token import whole_text
 from models.interfaces.objective import ObjectiveOutput, TextObjective
-from models.objectives.masked_lm import any_order_nll
 
 
 class MaskedDiffusion(TextObjective):

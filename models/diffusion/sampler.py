@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
-from models.functional.gumbel import gumbel_noise
+from models.functional.gumbel import gumbel_argmax
 from models.functional.rows import response_columns
 from models.interfaces.decoder import Watch
 
@@ -21,17 +21,6 @@ def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
     """How many tokens to reveal at each step: floor(tokens / steps), and one more on the first tokens % steps steps."""
     whole, rest = divmod(tokens, steps)
     return [whole + (step < rest) for step in range(steps)]
-
-
-def gumbel_argmax(logits: Tensor, temperature: float, generator: Generator) -> Tensor:
-    """A draw from softmax(logits / temperature); the argmax at temperature 0. (..., V) -> (...).
-
-    In float64: low-precision Gumbel noise is truncated and makes samples too probable (Zheng et al., 2024).
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    wide = logits.double()
-    return (wide / temperature + gumbel_noise(wide, generator)).argmax(-1)
 
 
 def guided_logits(

@@ -6,7 +6,7 @@ Legend: B batch, L length.
 
 from torch import Generator, Tensor, nn
 
-from models.backbones.causal_lm import require_bidirectional
+from models.backbones.bidirectional import require_bidirectional
 from models.backbones.llada import LladaModel
 from models.flow.losses import hide_response, noisy_point
 from models.flow.noisy_mask_student import NoisyMaskStudent

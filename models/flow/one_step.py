@@ -3,8 +3,8 @@
 import torch
 from torch import Generator, Tensor
 
-from models.diffusion.sampler import gumbel_argmax
 from models.flow.prefix_student import PrefixStudent
+from models.functional.gumbel import gumbel_argmax
 from models.functional.rows import response_columns
 from models.interfaces.decoder import Watch
 

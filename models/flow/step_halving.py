@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from models.diffusion.sampler import gumbel_argmax
 from models.flow.masked_student import MaskedStudent
+from models.functional.gumbel import gumbel_argmax
 from models.functional.masked_diffusion import mask_tokens
 from models.functional.noisy_mask import distribution_divergence
 from models.interfaces.objective import Terms, mean_of

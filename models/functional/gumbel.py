@@ -40,3 +40,14 @@ def one_hot_argmax(scores: Tensor) -> Tensor:
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """The value of `hard`, with the gradients of both."""
     return hard + (soft - soft.detach())
+
+
+def gumbel_argmax(logits: Tensor, temperature: float, generator: Generator) -> Tensor:
+    """A draw from softmax(logits / temperature); the argmax at temperature 0. (..., V) -> (...).
+
+    In float64: low-precision Gumbel noise is truncated and makes samples too probable (Zheng et al., 2024).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    wide = logits.double()
+    return (wide / temperature + gumbel_noise(wide, generator)).argmax(-1)

@@ -1,13 +1,11 @@
 """Masked language modelling (BERT): a few tokens hidden, all others seen. Texts are filled in random order."""
 
-import torch
 from torch import Generator, Tensor, nn
 
-from models.backbones.causal_lm import require_bidirectional
+from models.backbones.bidirectional import any_order_nll, fill_nll, require_bidirectional
 from models.functional.errors import UsageError
-from models.functional.masked_lm import any_order_weight, bert_corrupt, hide_exactly, stratified_count
+from models.functional.masked_lm import bert_corrupt
 from models.functional.next_token import whole_text
-from models.functional.nll import chosen_nll
 from models.interfaces.objective import ObjectiveOutput, TextObjective
 
 
@@ -36,25 +34,3 @@ class MaskedLM(TextObjective):
 
     def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:
         return any_order_nll(model, batch, generator)
-
-
-def fill_nll(model: nn.Module, xt: Tensor, x0: Tensor, chosen: Tensor, attention_mask: Tensor) -> Tensor:
-    """-log p(x0_l | xt) in nats at the chosen positions, 0 elsewhere, (B, L); only those meet the output layer."""
-    return chosen_nll(model.lm_head(model.hidden(model.embed(xt), attention_mask)[chosen]), x0, chosen)
-
-
-def any_order_nll(model: nn.Module, batch: dict[str, Tensor], generator: Generator, most: int = 16) -> Tensor:
-    """Bound on the NLL of texts filled in random order, by position: (B, L) nats, see `any_order_weight`.
-
-    A forward with random hidden positions for every number of them, at most `most` numbers spread evenly over 1..R.
-    Unbiased: its mean over draws is the bound.
-    """
-    x0, attention_mask, maskable = whole_text(batch)
-    forwards = min(most, int(maskable.sum(-1).max()))
-    total = torch.zeros(x0.shape, device=x0.device)
-    for k in range(forwards):
-        count = stratified_count(maskable.sum(-1), k, forwards, generator)
-        hidden = hide_exactly(maskable, count, generator)
-        nll = fill_nll(model, torch.where(hidden, model.mask_id, x0), x0, hidden, attention_mask)
-        total = total + nll * any_order_weight(maskable, count).unsqueeze(-1)
-    return total / max(1, forwards)

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from models.backbones.code_space import CodeSpace, Sampler
 from models.functional.commit_gates import keep_null_mass
 from models.functional.errors import UsageError, require_choice
 from models.functional.gumbel import gumbel_noise, gumbel_st, straight_through
 from models.functional.precision import at_least_float32
 from models.functional.vector_quantisation import nearest_codes, quantised
-from models.plans.quantiser import CodeSpace, Sampler
 
 FIRST_LOGITS = 4.0  # spread of a fresh head's logits: with less the noise of a draw drowns the choice
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from models.diffusion.sampler import gumbel_argmax
+from models.functional.gumbel import gumbel_argmax
 from models.functional.next_token import read_columns, said_until_end
 from models.functional.rows import response_columns
 from models.interfaces.decoder import Watch

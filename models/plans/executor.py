@@ -6,7 +6,7 @@ Legend: B batch, C columns of a plan's block, R text columns, D width, V text vo
 import torch
 from torch import Generator, Tensor
 
-from models.diffusion.sampler import gumbel_argmax
+from models.functional.gumbel import gumbel_argmax
 from models.interfaces.decoder import Watch
 from models.plans.layout import Columns, joined
 from models.plans.unified import Reading, UnifiedModel

@@ -6,8 +6,8 @@ from helpers.ranks_job import METHODS, causal, online, plans
 from helpers.trainer import Losses, quiet_trainer
 
 from lightning_modules.online_concept import OnlineConceptModule
+from models.backbones.code_space import CodeSpace
 from models.functional.errors import UsageError
-from models.plans.quantiser import CodeSpace
 
 
 def coded(data, sampler: str) -> OnlineConceptModule:

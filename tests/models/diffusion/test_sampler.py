@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from models.diffusion.sampler import generate_masked_diffusion, gumbel_argmax, linear_transfer_counts
+from models.diffusion.sampler import generate_masked_diffusion, linear_transfer_counts
 from models.functional.errors import UsageError
+from models.functional.gumbel import gumbel_argmax
 
 
 def _rows(model, batch=3, prompt=2, response=6):

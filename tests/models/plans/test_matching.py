@@ -7,10 +7,10 @@ import torch
 from helpers.concept import build_planner_executor as build
 from helpers.trainer import quiet_trainer
 
+from models.backbones.code_space import NamedCodes
 from models.functional.errors import UsageError
 from models.plans.matching import as_numbers, hungarian_accuracy, match_types, swap_locality
 from models.plans.meter import PlanMeter
-from models.plans.quantiser import NamedCodes
 from models.plans.signals import SignalCodes
 from models.plans.vocabulary import ConceptVocabulary
 

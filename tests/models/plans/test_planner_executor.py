@@ -7,7 +7,7 @@ from helpers.concept import BASE, TYPES, concept_parts, every_plan, generator, l
 from torch.testing import assert_close
 
 from models.backbones.causal_lm import with_adapters
-from models.diffusion.sampler import gumbel_argmax
+from models.functional.gumbel import gumbel_argmax
 from models.plans.planner import Planner, greedy, relaxed, sampled
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
