@@ -45,6 +45,8 @@ def overrides(cfg: Any, folder: Path) -> list[str]:
         found += ORACLE
     if cfg.teacher is not None:
         found += [f"teacher.max_steps={STEPS}"]
+    if "budget" in cfg.callbacks:
+        found += ["callbacks.budget.flops=null"]  # it would set the number of steps
     if cfg.pair is not None:
         found += [f"pair.{name}.max_steps={STEPS}" for name in cfg.pair if cfg.pair[name].path is None]
         found += ["trainer.max_steps=4", "module.lora_rank=2", "module.exactness_samples=64"]
