@@ -14,7 +14,7 @@ from models.functional.errors import UsageError
 
 
 @contextmanager
-def alone_in(folder: str | Path) -> Iterator[None]:
+def exclusive_run(folder: str | Path) -> Iterator[None]:
     """The folder of a run, for this run alone. Raises UsageError while another one works there."""
     if not _leads():
         yield
@@ -30,7 +30,7 @@ def alone_in(folder: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+def build_once(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """What makes `path` is done by one run at a time; on_wait is called before waiting for another one.
 
     The lock lies in the folder `locks` beside the one that holds `path`.

@@ -13,7 +13,7 @@ from lightning import LightningDataModule, Trainer
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from app.locks import one_at_a_time
+from app.locks import build_once
 from lightning_modules.base import LeapModule
 from models.backbones.llada import load_llada
 from models.functional.errors import UsageError
@@ -50,7 +50,7 @@ def train_or_load(
     it. A fast_dev_run trains one step and keeps nothing.
     """
     waiting = f"{what}: another run is training the same one; waiting for it"
-    with one_at_a_time(folder, lambda: console.print(waiting, highlight=False)):
+    with build_once(folder, lambda: console.print(waiting, highlight=False)):
         if (folder / "config.json").is_file():
             console.print(f"{what}: reusing the trained one in {folder}", highlight=False)
             return load(folder)

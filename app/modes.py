@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from app.build import build, run_dir, runs_of, teacher_of
 from app.generate import generate
-from app.locks import alone_in
+from app.locks import exclusive_run
 from app.options import check_options
 from app.run_files import find_checkpoint, newest_student
 from app.sweep import in_sweep, typed_again
@@ -33,7 +33,7 @@ def run_mode(cfg: DictConfig) -> float | None:
         raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
     check_options(cfg)
     if cfg.mode in ("fit", "test") and cfg.study is None:
-        with alone_in(run_dir(cfg)):
+        with exclusive_run(run_dir(cfg)):
             return modes[cfg.mode](cfg)
     return modes[cfg.mode](cfg)
 

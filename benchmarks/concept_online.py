@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from models.backbones.causal import build_causal
 from models.backbones.key_value_cache import cache_argument, cache_of
-from models.online.concept_stack import Setting
+from models.online.concept_stack import CompressionSchedule
 from models.online.cost import flops_share
 from models.online.decoder import OnlineReading
 from models.online.model import OnlineConceptModel
@@ -218,7 +218,7 @@ def check_equal(args: argparse.Namespace, device: torch.device) -> None:
     model = OnlineConceptModel(backbone, list(args.split), codes=args.codes).to(device).eval()
     ids = torch.arange(16, device=device).unsqueeze(0) % args.vocabulary
     with torch.no_grad():
-        ours = model.logits(model.read(ids, setting=Setting(1.0, 0.0))[0])
+        ours = model.logits(model.read(ids, schedule=CompressionSchedule(1.0, 0.0))[0])
         gap = (ours - backbone(input_ids=ids).logits).abs().max().item()
     if gap > 1e-3:
         raise SystemExit(f"without compression the logits differ from the backbone's by {gap:.1e}")

@@ -105,7 +105,12 @@ def train_by_hand(module: LogitFlowModule, loader: DataLoader, steps: int, devic
 
 
 def train_with_lightning(
-    module: LogitFlowModule, loader: DataLoader, steps: int, device: torch.device, pause: Pause, setting: Setting
+    module: LogitFlowModule,
+    loader: DataLoader,
+    steps: int,
+    device: torch.device,
+    pause: Pause,
+    setting: Setting,
 ) -> None:
     if not setting.logs:
         module.log = lambda *_, **__: None

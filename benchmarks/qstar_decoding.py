@@ -27,8 +27,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from models.functional.qstar_speed import SPEEDUPS, best_gamma, wait_for_the_slowest
 from models.speculative.cached_scores import CachedScores
 from models.speculative.decode import decode_qstar
-from models.speculative.distribution import QStarLaw
-from models.speculative.random_source import TorchChance
+from models.speculative.distribution import MixtureDist
+from models.speculative.random_source import TorchRandomSource
 from models.speculative.roles import roles
 from models.speculative.state import QStarOutput
 from reporting.console import report_console
@@ -108,8 +108,8 @@ class Pair:
         if options.get("draft") != "assistant":
             scores.pop("assistant", None)
         theta, target = scores.pop("theta"), scores.pop("target")
-        chance = TorchChance(Generator(device=self.device).manual_seed(self.args.seed))
-        return decode_qstar(theta, target, prompts, max_new_tokens=self.args.new, chance=chance, **scores, **options)
+        rng = TorchRandomSource(Generator(device=self.device).manual_seed(self.args.seed))
+        return decode_qstar(theta, target, prompts, max_new_tokens=self.args.new, rng=rng, **scores, **options)
 
 
 def measure_pair(pair: Pair, batch: int) -> list[Row]:
@@ -156,7 +156,7 @@ def measure_peer(pair: Pair, gamma: int = 4) -> list[Row]:
     theta.generation_config.num_assistant_tokens = gamma
     theta.generation_config.num_assistant_tokens_schedule = "constant"
     theta.generation_config.assistant_confidence_threshold = 0.0
-    options = {"law": QStarLaw(theta_weight=0.0), "draft": "theta", "gamma": gamma}
+    options = {"mixture": MixtureDist(theta_weight=0.0), "draft": "theta", "gamma": gamma}
     runs = {
         "pi_t alone (transformers)": lambda: target.generate(prompts, **plain),
         "alpha = 0, draft=theta": lambda: pair.decode(prompts, **options),

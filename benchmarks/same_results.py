@@ -67,9 +67,9 @@ def trace(found: dict[str, list]) -> type:
             if batch_idx:
                 return
             for result in outputs["results"]:
-                decoder = result["decoder"]
+                decoder = result.decoder
                 name = f"{decoder.method} {decoder.name} {decoder.forwards}"
-                found[name] = result["responses"][:ROWS].tolist()
+                found[name] = result.responses[:ROWS].tolist()
 
     return Trace
 

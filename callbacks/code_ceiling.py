@@ -1,7 +1,7 @@
 """What a corpus' texts would gain by the concepts that they are given, if prior and executor were the best possible."""
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -9,18 +9,7 @@ from torch import Generator, Tensor
 
 from callbacks.monitors.rows import in_parts
 from models.functional.plan_information import code_ceiling, entropy
-from models.interfaces.probe_batch import Given
-
-
-@runtime_checkable
-class WritesFromConcepts(Protocol):
-    """posterior_reads: `text` where a plan is a function of the text alone; the rest as in `models.interfaces.probes`."""
-
-    posterior_reads: str
-
-    def concepts_of(self, rows: dict[str, Tensor]) -> Tensor: ...
-    def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given: ...
-    def probe_nll(self, rows: dict[str, Tensor], given: Given) -> Tensor: ...
+from models.interfaces.probes import ConceptProbe, find_probe
 
 
 class CodeCeiling(Callback):
@@ -35,26 +24,29 @@ class CodeCeiling(Callback):
     @torch.no_grad()
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         listed = getattr(trainer.datamodule, "list_texts", lambda: None)()
-        if listed is None or not isinstance(pl_module, WritesFromConcepts) or pl_module.posterior_reads != "text":
+        probe = find_probe(pl_module, ConceptProbe)
+        if listed is None or probe is None or probe.posterior_reads != "text":
             return
         # 1. every text, its concepts and its probability with and without each prompt
         data, (prompt, texts) = trainer.datamodule, listed
         rows = rows_of(prompt, texts, pl_module.device)
-        codes = torch.unique(pl_module.concepts_of(rows).cpu(), dim=0, return_inverse=True)[1]
+        codes = torch.unique(probe.concepts_of(rows).cpu(), dim=0, return_inverse=True)[1]
         reveals, counts = torch.unique(data.rows["test"].columns["reveal"], dim=0, return_counts=True)
-        given = torch.stack([data.distribution.log_prob(texts, one.expand(len(texts), -1)).exp() for one in reveals])
+        conditional = torch.stack(
+            [data.distribution.log_prob(texts, one.expand(len(texts), -1)).exp() for one in reveals]
+        )
         nothing = torch.full_like(reveals[:1], -1).expand(len(texts), -1)
         whole = data.distribution.log_prob(texts, nothing).exp()
         # 2. the best that these codes allow
-        rate, gain = code_ceiling(whole, given, counts.double() / counts.sum(), codes)
+        rate, gain = code_ceiling(whole, conditional, counts.double() / counts.sum(), codes)
         bits = {"rate_bits_best": rate / math.log(2), "gain_bits_best": gain / math.log(2)}
-        pl_module.figures |= bits | ({"efficiency_best": gain / rate} if rate > 0 else {})
+        pl_module.figures.add(bits | ({"efficiency_best": gain / rate} if rate > 0 else {}))
         # 3. what the executor makes of them
         of_codes = torch.zeros(len(codes), dtype=whole.dtype).index_add_(0, codes, whole)
         least = float(entropy(whole) - entropy(of_codes)) / texts.shape[1]
-        nll = in_parts(pl_module.probe_nll, rows, pl_module.probe(rows, Generator(device=pl_module.device)))
+        nll = in_parts(probe.nll, rows, probe.probe_batch(rows, Generator(device=pl_module.device)))
         found = float((nll.mean(-1).cpu().double() * whole).sum())
-        pl_module.figures |= {"nll_listed": found, "nll_listed_best": least}
+        pl_module.figures.add({"nll_listed": found, "nll_listed_best": least})
 
 
 def rows_of(prompt: Tensor, texts: Tensor, device: Any) -> dict[str, Tensor]:

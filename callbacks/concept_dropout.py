@@ -1,33 +1,18 @@
 """What a text costs, and whether it is rebuilt, when a growing share of its plan's concepts is hidden from the executor."""
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
-from torch import Generator, Tensor
+from torch import Generator
 
 from callbacks.monitors.rows import first_rows, in_parts
 from models.functional.per_token import per_token
-from models.interfaces.probe_batch import Given
+from models.interfaces.probes import RebuildProbe, find_probe
 from reporting.console import report_console
-
-
-@runtime_checkable
-class DropsConcepts(Protocol):
-    """Writes texts from plans of which concepts can be hidden; see `models.interfaces.probes`."""
-
-    def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given: ...
-    def probe_nll(self, rows: dict[str, Tensor], given: Given) -> Tensor: ...
-
-    def probe_rebuilt(self, rows: dict[str, Tensor], given: Given) -> Tensor:
-        """(B,) bool: texts that are written again, greedily, from the condition alone."""
-
-    def probe_dropped(self, given: Given, order: Tensor, share: float) -> dict[str, Tensor]:
-        """The condition without the concepts whose order (B, S), uniform in [0, 1), lies below the share."""
 
 
 class ConceptDropout(Callback):
@@ -41,11 +26,11 @@ class ConceptDropout(Callback):
         self.folder, self.rows, self.steps = Path(folder), rows, steps
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, DropsConcepts):
+        if find_probe(pl_module, RebuildProbe) is None:
             return
         curve = self.curve(trainer, pl_module)
         for percent, nll, _, rebuilt in curve:
-            pl_module.figures |= {f"nll_dropped_{percent}": nll, f"rebuilt_dropped_{percent}": rebuilt}
+            pl_module.figures.add({f"nll_dropped_{percent}": nll, f"rebuilt_dropped_{percent}": rebuilt})
         if not trainer.is_global_zero:
             return
         figure = _figure(curve)
@@ -62,14 +47,15 @@ class ConceptDropout(Callback):
         """(percent hidden, NLL, half its interval, share rebuilt), the shares evenly from 0 to 100."""
         rows = first_rows(trainer, module, "test", self.rows)
         generator = Generator(device=module.device).manual_seed(0)
-        given = module.probe(rows, generator)
-        slots = next(iter(given.condition.values())).shape
+        probe = find_probe(module, RebuildProbe)
+        batch = probe.probe_batch(rows, generator)
+        slots = next(iter(batch.condition.values())).shape
         order = torch.rand(slots, generator=generator, device=module.device)
         found = []
         for k in range(self.steps + 1):
-            hidden = given.under(module.probe_dropped(given, order, k / self.steps))
-            nll = per_token(in_parts(module.probe_nll, rows, hidden), given.counts)
-            rebuilt = in_parts(module.probe_rebuilt, rows, hidden).double().mean().item()
+            hidden = batch.under(probe.drop_concepts(batch, order, k / self.steps))
+            nll = per_token(in_parts(probe.nll, rows, hidden), batch.counts)
+            rebuilt = in_parts(probe.rebuilt, rows, hidden).double().mean().item()
             found.append((round(100 * k / self.steps), nll.mean, nll.half or 0.0, rebuilt))
         return found
 

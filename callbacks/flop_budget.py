@@ -22,7 +22,7 @@ class FlopBudget(Callback):
             return
         batch = next(iter(trainer.datamodule.train_dataloader()))
         per_step = pl_module.flops_of_step(batch) * trainer.world_size * trainer.accumulate_grad_batches
-        pl_module.figures["flops_per_step"] = per_step
+        pl_module.figures.add({"flops_per_step": per_step})
         if self.flops is not None and not trainer.fast_dev_run:
             steps = int(self.flops // per_step)
             if steps < 1:
@@ -33,4 +33,5 @@ class FlopBudget(Callback):
             trainer.fit_loop.epoch_loop.max_steps = steps
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.figures["train_flops"] = pl_module.figures["flops_per_step"] * trainer.global_step
+        per_step = pl_module.figures.values["flops_per_step"]
+        pl_module.figures.add({"train_flops": per_step * trainer.global_step})

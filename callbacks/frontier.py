@@ -45,12 +45,12 @@ class FrontierReport(Callback):
             return
         self._rows.append({name: column.cpu() for name, column in batch.items()})
         if not self._decoders:
-            self._decoders = [result["decoder"] for result in outputs["results"]]
-            self._flops = [result["flops_per_token"] for result in outputs["results"]]
+            self._decoders = [result.decoder for result in outputs["results"]]
+            self._flops = [result.flops_per_token for result in outputs["results"]]
         for k, result in enumerate(outputs["results"]):
-            self._responses[k].append(result["responses"].cpu())
-            self._seconds[k].append(result["seconds"])
-            self._peaks[k].append(result["peak_memory_bytes"])
+            self._responses[k].append(result.responses.cpu())
+            self._seconds[k].append(result.seconds)
+            self._peaks[k].append(result.peak_memory_bytes)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule

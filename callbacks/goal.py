@@ -47,8 +47,8 @@ class TrainingGoal(Callback):
             self.curve.setdefault(name, []).append(value)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.tokens and hasattr(pl_module, "figures"):
-            pl_module.figures |= {**self.reached, "train_tokens": self.tokens, "train_seconds": self.seconds}
+        if self.tokens and getattr(pl_module, "figures", None) is not None:
+            pl_module.figures.add({**self.reached, "train_tokens": self.tokens, "train_seconds": self.seconds})
             pl_module.curve = self.curve
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,4 +30,4 @@ class PlanGain(Callback):
             return
         gain = (self.nll - known["nll"]) * trainer.datamodule.response_length / math.log(2)
         found = {"nll_baseline": self.nll, "gain_bits": gain, "efficiency": efficiency(gain, 0.0, known["rate_bits"])}
-        pl_module.figures |= found
+        pl_module.figures.add(found)

@@ -36,7 +36,7 @@ class PlanProbe(Callback):
         if figures and self.untrained is not None:
             figures["probe_untrained"] = self.untrained
         if figures:
-            pl_module.figures |= figures
+            pl_module.figures.add(figures)
 
     def state_dict(self) -> dict[str, Any]:
         return {"untrained": self.untrained}

@@ -1,27 +1,15 @@
 """How well texts are rebuilt from their plans, the executor reading its own words, beside what it says after the text's own."""
 
-from typing import Protocol, runtime_checkable
-
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Generator, Tensor
+from torch import Generator
 from torchmetrics.functional.text import sacre_bleu_score
 
 from callbacks.monitors.rows import first_rows, in_parts
-from models.interfaces.probe_batch import Given
+from models.interfaces.probes import RebuildProbe, find_probe
 from reporting.console import report_console
 
 HOW = ("forced", "free")
-
-
-@runtime_checkable
-class Rebuilds(Protocol):
-    """Writes texts from plans; see `models.interfaces.probes`."""
-
-    def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given: ...
-
-    def probe_said(self, rows: dict[str, Tensor], given: Given) -> Tensor:
-        """(B, 2, R): the likeliest word at each place after the text's own words (forced), and after its own (free)."""
 
 
 class Rebuilt(Callback):
@@ -37,18 +25,19 @@ class Rebuilt(Callback):
 
     @torch.no_grad()
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, Rebuilds) or not hasattr(trainer.datamodule, "rows"):
+        probe = find_probe(pl_module, RebuildProbe)
+        if probe is None or not hasattr(trainer.datamodule, "rows"):
             return
         rows = first_rows(trainer, pl_module, "test", self.rows)
-        given = pl_module.probe(rows, Generator(device=pl_module.device).manual_seed(0))
-        said = in_parts(pl_module.probe_said, rows, given)
+        batch = probe.probe_batch(rows, Generator(device=pl_module.device).manual_seed(0))
+        said = in_parts(probe.predictions, rows, batch)
         decode = trainer.datamodule.decode_responses
-        figures, texts = {}, [[text] for text in decode(given.text)]
+        figures, texts = {}, [[text] for text in decode(batch.text)]
         for how, own in zip(HOW, said.unbind(1), strict=True):
-            right = (own == given.text) & given.counts
-            figures[f"token_accuracy_{how}"] = float(right.sum() / given.counts.sum())
+            right = (own == batch.text) & batch.counts
+            figures[f"token_accuracy_{how}"] = float(right.sum() / batch.counts.sum())
             figures[f"bleu_{how}"] = 100 * sacre_bleu_score(decode(own), texts).item()
-        pl_module.figures |= figures
+        pl_module.figures.add(figures)
         if trainer.is_global_zero:
             shown = ", ".join(
                 f"{how}: {figures[f'token_accuracy_{how}']:.3f} of the words, BLEU {figures[f'bleu_{how}']:.1f}"

@@ -1,7 +1,5 @@
 """Which concept slot found which attribute of the texts: a table of normalised mutual information at the end of a test."""
 
-from typing import Protocol, runtime_checkable
-
 import torch
 from lightning import Callback, LightningModule, Trainer
 from rich import box
@@ -11,16 +9,8 @@ from torch import Tensor
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
 from models.functional.ranks import gathered
+from models.interfaces.probes import ConceptProbe, find_probe
 from reporting.console import report_console
-
-
-@runtime_checkable
-class NamesConcepts(Protocol):
-    """slot_names: of each concept slot (S,); concepts_said: the slots' choices (B, S) for rows, as the planner says them."""
-
-    slot_names: list[str]
-
-    def concepts_said(self, rows: dict[str, Tensor]) -> Tensor: ...
 
 
 class SlotTable(Callback):
@@ -40,11 +30,12 @@ class SlotTable(Callback):
     @torch.no_grad()
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         values_of = getattr(trainer.datamodule, "attributes_of", None)
-        if values_of is None or not isinstance(pl_module, NamesConcepts):
+        probe = find_probe(pl_module, ConceptProbe)
+        if values_of is None or probe is None:
             return
         values = values_of(batch)
         if values is not None:
-            self._parts.append((pl_module.concepts_said(batch).cpu(), values.cpu()))
+            self._parts.append((probe.posterior_concepts(batch).cpu(), values.cpu()))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._parts:
@@ -52,14 +43,14 @@ class SlotTable(Callback):
         own = {name: torch.cat(column) for name, column in zip("cv", zip(*self._parts, strict=True), strict=True)}
         columns = gathered(own)
         order = torch.randperm(len(columns["c"]), generator=torch.Generator().manual_seed(0))
-        table, chance = nmi_table(columns["c"], columns["v"]), nmi_table(columns["c"], columns["v"][order])
+        table, shuffled = nmi_table(columns["c"], columns["v"]), nmi_table(columns["c"], columns["v"][order])
         matched = dict(zip(*(part.tolist() for part in linear_sum_assignment(table, maximize=True)), strict=True))
         names = list(trainer.datamodule.attribute_names)
-        pl_module.figures |= {f"nmi_{names[a]}": float(table[s, a]) for s, a in matched.items()}
+        pl_module.figures.add({f"nmi_{names[a]}": float(table[s, a]) for s, a in matched.items()})
         if not trainer.is_global_zero:
             return
-        lines = _lines(pl_module.slot_names, table, matched)
-        title = f"NMI of concept slots and attributes ({float(chance.max()):.3f} at most by chance)"
+        lines = _lines(find_probe(pl_module, ConceptProbe).slot_names, table, matched)
+        title = f"NMI of concept slots and attributes ({float(shuffled.max()):.3f} at most by chance)"
         console = report_console()
         console.print(f"\n{title}", highlight=False)
         console.print(_rich(names, lines))

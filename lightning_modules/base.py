@@ -1,6 +1,5 @@
 """What every Leap method does alike: optimiser, seeded draws, small checkpoints and the comparison of decoders."""
 
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, get_args
@@ -11,27 +10,33 @@ from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Generator, Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
+from lightning_modules.training.decoder_cost import measure_decoder
 from lightning_modules.training.optimizers import OptimizerName, make_optimizer, used_optimizer
 from lightning_modules.training.sharding import shard_trained, whole_weights
 from models.backbones.sharded_layers import shard_frozen
 from models.functional.errors import UsageError, require_at_least, require_choice
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
+from models.interfaces.figures import ModelFigures
 
 
 class LeapModule(LightningModule):
     """One optimiser of the trainable parameters with linear warm-up and cosine decay over the trainer's steps.
 
+    probes: parts that monitors read (models/interfaces/probes.py).
+    figures: what callbacks add to the row of the model itself in the final table; None for a module without such a row.
+
     optimizer: adamw | muon, see `make_optimizer`.
     Checkpoints hold trainable parameters only: frozen bases come from their own files.
     seed: every random draw of a step is a function of (seed, epoch, batch, rank), so a resumed run repeats the original's.
     """
+
+    probes: tuple[Any, ...] = ()
+    figures: ModelFigures | None = None
 
     def __init__(
         self, *, lr: float, weight_decay: float, warmup_steps: int, seed: int, optimizer: OptimizerName = "adamw"
@@ -48,22 +53,22 @@ class LeapModule(LightningModule):
     # -- weights split over ranks (trainer=fsdp) ----------------------------------------------------------------------
 
     # why ranks may take different forwards in a step, and what to type; frozen layers then cannot be gathered as they are used
-    unlike_forwards: str | None = None
+    rank_dependent_reason: str | None = None
 
     def configure_model(self) -> None:
         if self.device_mesh is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         self.require_splittable()
         ranks = self.device_mesh["data_parallel"]
-        if self.unlike_forwards is None:
+        if self.rank_dependent_reason is None:
             shard_frozen(self, ranks, self.trainer.strategy.root_device)
         if not self.trains_additions():
             shard_trained(self, ranks, self.blocks())
 
     def require_splittable(self) -> None:
         """Errors: UsageError where neither what is frozen nor what trains could be split."""
-        if self.unlike_forwards is not None and self.trains_additions():
-            raise UsageError(f"trainer=fsdp would split nothing: {self.unlike_forwards}, or trainer=ddp")
+        if self.rank_dependent_reason is not None and self.trains_additions():
+            raise UsageError(f"trainer=fsdp would split nothing: {self.rank_dependent_reason}, or trainer=ddp")
 
     def trains_additions(self) -> bool:
         """Whether what trains is an addition to frozen weights, small enough to be whole on every rank."""
@@ -198,40 +203,12 @@ class LeapModule(LightningModule):
         return {}
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Every decoder's responses to the batch, with seconds taken, FLOPs per response token and peak memory."""
+        """Every decoder's responses to the batch, and what each cost."""
         results = []
         for k, decoder in enumerate([*self.decoders(), *self.trainer.datamodule.controls()]):
             generator = self.step_generator(batch_idx, stream=100 + k, epoch=0)  # alike whenever the comparison is made
-            self._synchronise()
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-            start = time.perf_counter()
-            responses = decoder(batch, generator)
-            self._synchronise()
-            seconds = time.perf_counter() - start
-            flops = self._flops_per_token(decoder, batch) if batch_idx == 0 and decoder.forwards else None
-            peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-            results.append(
-                {
-                    "decoder": decoder,
-                    "responses": responses,
-                    "seconds": seconds,
-                    "flops_per_token": flops,
-                    "peak_memory_bytes": peak,
-                }
-            )
+            results.append(measure_decoder(decoder, batch, generator, count_flops=batch_idx == 0))
         return {"results": results}
-
-    def _flops_per_token(self, decoder: Decoder, batch: dict[str, Tensor]) -> float:
-        few = {name: column[:2] for name, column in batch.items()}
-        # fused attention kernels of the CPU have no FLOP formula; the plain one is counted product by product
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            responses = decoder(few, Generator(device=self.device).manual_seed(0))
-        return counter.get_total_flops() / responses.numel()
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def require_forwards(option: str, given: list[int], most: int) -> None:

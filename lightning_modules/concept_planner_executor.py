@@ -20,6 +20,7 @@ from models.functional.errors import require_choice
 from models.functional.plan_nll import plan_nll
 from models.functional.rows import response_columns
 from models.interfaces.decoder import Decoder
+from models.interfaces.figures import ModelFigures
 from models.plans.bag import BagOfWords
 from models.plans.decoder import PlannedDecoder
 from models.plans.executor import Executor
@@ -101,7 +102,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         self.posterior_reads = posterior_reads
         self.em = build_hard_em(search, self.planner, self.posterior, self.executor)
         if self.em is not None:
-            self.unlike_forwards = "a rank searches plans when its own rows are due; type module.search=null"
+            self.rank_dependent_reason = "a rank searches plans when its own rows are due; type module.search=null"
         self.bag = BagOfWords(self.model) if weights.get("bag") else None
         check_signal_codes(signal_codes, signals, sampler, search, weights.get("signals", 0.0))
         self.wanted_signals, self.signal_codes = signals, signal_codes
@@ -116,8 +117,12 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         self.plan_temperature, self.temperature = plan_temperature, temperature
         names = [t.name for t in vocabulary.types]
         self.meter = PlanMeter(dict(zip(names, slots_of(vocabulary), strict=True)))
-        self.figures: dict[str, float] = {}
+        self.figures = ModelFigures()
         self._before: dict[int, Tensor] = {}
+
+    @property
+    def probes(self) -> tuple[Any, ...]:
+        return (self,)
 
     def require_precision(self, precision: str) -> None:
         require_whole_codes(self.model, precision)
@@ -259,7 +264,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         if self.em is not None and self.em.share:
             figures["search_share"] = self.em.share
         # given its plan a text costs less than it does: not to be compared with what other models call their NLL
-        return {"nll_given_plan": figures.pop("nll"), **figures, **self.figures} if figures else {}
+        return {"nll_given_plan": figures.pop("nll"), **figures, **self.figures.values} if figures else {}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Response ids (B, R) by the last of the decoders."""

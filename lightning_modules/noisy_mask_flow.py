@@ -24,7 +24,7 @@ from models.flow.losses import (
     polish_endpoint,
 )
 from models.flow.noisy_mask_student import Adapter, NoisyMaskStudent
-from models.flow.probes import FlowProbes
+from models.flow.probes import NoiseProbe
 from models.flow.recent_texts import RecentTexts
 from models.flow.solver import FewStep, NoisyMaskDecoder, require_flow_options
 from models.functional.errors import UsageError, require_at_least, require_choice
@@ -36,7 +36,7 @@ from models.interfaces.objective import Terms
 STAGES = ("adapt", "flow", "polish")
 
 
-class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
+class NoisyMaskFlowModule(StagedDistillModule):
     """Trains a `NoisyMaskStudent` through the stages adapt, flow and polish.
 
     adapter, sigma, prompt_*, lora_rank: see `NoisyMaskStudent`. time_center: where tokens become decodable, see `warp_time`.
@@ -206,6 +206,10 @@ class NoisyMaskFlowModule(FlowProbes, StagedDistillModule):
             terms = adapt_to_noise(self.student, self.teacher, batch, generator, **options)
         for name, value in {"loss": terms.loss, **terms.raw}.items():
             self.log(f"val/{name}", value, prog_bar=name == "loss", batch_size=len(batch["input_ids"]), sync_dist=True)
+
+    @property
+    def probes(self) -> tuple[NoiseProbe]:
+        return (NoiseProbe(self.student),)
 
     # -- what a monitor looks at ------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_modules.base import LeapModule
+from lightning_modules.training.decoder_cost import synchronise
 from lightning_modules.training.nll_meter import NllMeter
 from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
 from models.backbones.code_space import Sampler, require_whole_codes
@@ -20,7 +21,7 @@ from models.functional.next_token import CausalText, align_with_columns, causal_
 from models.functional.nll import chosen_nll
 from models.interfaces.decoder import Decoder
 from models.online.codebook_and_rate import OnlineUpkeep
-from models.online.concept_stack import Level, Setting
+from models.online.concept_stack import CompressionSchedule, Level
 from models.online.cost import equal_layers, flops_share
 from models.online.decoder import OnlineConceptDecoder, OnlineReading
 from models.online.files import save_online
@@ -126,10 +127,10 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        text, setting = causal_text(batch), self._setting(batch_idx)
-        self.model.keep_setting(setting.compression, setting.quantisation)
+        text, schedule = causal_text(batch), self._setting(batch_idx)
+        self.model.keep_setting(schedule.compression, schedule.quantisation)
         # 1. what each token costs, and what became of the positions
-        nll, levels = self._nll(text, setting)
+        nll, levels = self._nll(text, schedule)
         # 2. what else is asked of commits and codes
         raw = {"text": nll.sum() / text.weights.sum().clamp(min=1), **online_terms(self.model, levels, text)}
         # 3. the weighted sum
@@ -141,21 +142,21 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
             self._hold_rates(levels)
         self._move_codes(levels, text.ids.shape[1])
         self.log("train/loss", loss, prog_bar=True)
-        wanted = {"wanted": setting.compression, "quantisation": setting.quantisation}
+        wanted = {"wanted": schedule.compression, "quantisation": schedule.quantisation}
         self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
 
-    def _nll(self, text: CausalText, setting: Setting | None = None) -> tuple[Tensor, list[Level]]:
+    def _nll(self, text: CausalText, schedule: CompressionSchedule | None = None) -> tuple[Tensor, list[Level]]:
         """-log p of each target that counts, nats, 0 elsewhere, (B, T)."""
         valid = None if text.attention_mask is None else text.attention_mask.bool()
-        states, levels = self.model.read(text.ids, valid, text.position_ids, setting, documents=text.document_ids)
+        states, levels = self.model.read(text.ids, valid, text.position_ids, schedule, documents=text.document_ids)
         return chosen_nll(self.model.logits(states[text.weights]), text.targets, text.weights), levels
 
-    def _setting(self, batch_idx: int) -> Setting:
+    def _setting(self, batch_idx: int) -> CompressionSchedule:
         pairs = (self.compression, self.quantisation, self.temperatures, self.noise)
         gated = self.global_step % self.gate_every == 0
         now = (self.annealed(ends, self.anneal_share) for ends in pairs)
-        return Setting(*now, generator=self.step_generator(batch_idx), gated=gated)
+        return CompressionSchedule(*now, generator=self.step_generator(batch_idx), gated=gated)
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
@@ -242,7 +243,7 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
         }
 
     def _now(self) -> float:
-        self._synchronise()
+        synchronise(self.device)
         return time.perf_counter()
 
     def decoders(self) -> list[Decoder]:

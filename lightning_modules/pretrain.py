@@ -25,6 +25,7 @@ from models.functional.errors import UsageError
 from models.functional.next_token import token_counts
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
+from models.interfaces.figures import ModelFigures
 from models.interfaces.objective import Generation, Objective, TextObjective
 
 
@@ -58,7 +59,7 @@ class PretrainModule(LeapModule):
         self.save_hyperparameters(ignore=["model", "objective"])
         self.model, self.objective = model, objective
         self.forwards, self.temperature, self.remasking = tuple(forwards), temperature, remasking
-        self.figures: dict[str, float] = {}
+        self.figures = ModelFigures()
         self.curve: dict[str, list[float]] = {}
         self.meter, self.truth_meter, self.token_weights = NllMeter(), NllMeter(), TokenWeights()
         # the corpus' own NLL of its texts, where it knows it
@@ -150,7 +151,7 @@ class PretrainModule(LeapModule):
         return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}
 
     def model_figures(self) -> dict[str, float]:
-        return {**self.figures, **self._likelihood_figures()}
+        return {**self.figures.values, **self._likelihood_figures()}
 
     def decoders(self) -> list[Decoder]:
         if self._generation is None:

@@ -20,14 +20,14 @@ from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
 from models.speculative.decode import require_draft_length
 from models.speculative.decoder import NAMES, Costs, QStarDecoder, Scheme
-from models.speculative.distribution import QStarLaw
+from models.speculative.distribution import MixtureDist
 from models.speculative.exactness import enumeration_error, g_test_of
 from models.speculative.loss import QStarLoss, qstar_terms
-from models.speculative.probes import QStarProbes
+from models.speculative.probes import PromptProbe
 from models.speculative.verification import VERIFICATIONS
 
 
-class QStarDecodingModule(QStarProbes, LeapModule):
+class QStarDecodingModule(LeapModule):
     """theta, target: causal models of one vocabulary, π_θ (trained) and π_t (frozen). assistant: a third that may draft.
 
     theta_weight: α; None is equally far from both. schemes: the ways of drafting that `trainer.test` compares, with gamma
@@ -72,7 +72,7 @@ class QStarDecodingModule(QStarProbes, LeapModule):
         if "assistant" in schemes and assistant is None:
             raise UsageError("module.schemes names assistant, but there is no third model; type ngram, or give one")
         self.save_hyperparameters(ignore=["theta", "target", "assistant"])
-        self.law = QStarLaw(theta_weight, temperature, top_k, top_p)
+        self.mixture = MixtureDist(theta_weight, temperature, top_k, top_p)
         self.theta = theta if lora_rank is None else with_adapters(theta, lora_rank)
         self.target, self.assistant = target.requires_grad_(False), assistant
         self.schemes, self.gamma, self.verify, self.cache = tuple(schemes), gamma, verify, cache
@@ -103,7 +103,7 @@ class QStarDecodingModule(QStarProbes, LeapModule):
         with torch.no_grad():
             target = self._logp(self.target, text)
         # 3. q* between them, and the loss toward it
-        terms = qstar_terms(self.law.tempered(theta), self.law.tempered(target), self.law, self.loss)
+        terms = qstar_terms(self.mixture.tempered(theta), self.mixture.tempered(target), self.mixture, self.loss)
         # 4. tokens that a draft of four yields, if each is kept with the same chance
         beta = terms.raw["beta_theta"]
         return Terms(terms.loss, terms.raw | {"accepted_length": sum(beta**k for k in range(4))})
@@ -111,7 +111,7 @@ class QStarDecodingModule(QStarProbes, LeapModule):
     @torch.no_grad()
     def _said_by_theta(self, batch: dict[str, Tensor], batch_idx: int, stream: int) -> dict[str, Tensor]:
         generator = self.step_generator(batch_idx, stream)
-        options = {"temperature": self.law.temperature, "vocab_size": self.words, "eos_id": self.eos_id}
+        options = {"temperature": self.mixture.temperature, "vocab_size": self.words, "eos_id": self.eos_id}
         return self._with_responses(batch, generate_autoregressive(self.theta, batch, generator, **options))
 
     def _with_responses(self, batch: dict[str, Tensor], said: Tensor) -> dict[str, Tensor]:
@@ -133,11 +133,12 @@ class QStarDecodingModule(QStarProbes, LeapModule):
         data = self.trainer.datamodule
         length = data.response_length
         self.words, self.eos_id = len(data.tokenizer), data.tokenizer.eos_token_id
+        self.probes = (PromptProbe(self.theta, self.words, self.eos_id),)
         plain = []
         for model, name in zip(self._pair, ("π_θ alone", "π_t alone"), strict=True):
             plain.append(
                 AutoregressiveDecoder(
-                    model, length, temperature=self.law.temperature, vocab_size=self.words, eos_id=self.eos_id
+                    model, length, temperature=self.mixture.temperature, vocab_size=self.words, eos_id=self.eos_id
                 )
             )
             plain[-1].name = name
@@ -152,7 +153,7 @@ class QStarDecodingModule(QStarProbes, LeapModule):
         """q* decoding of texts of a corpus."""
         return QStarDecoder(
             self.theta, self.target, scheme, response_length=data.response_length, vocab_size=len(data.tokenizer),
-            eos_id=data.tokenizer.eos_token_id, law=self.law, gamma=self.gamma, verify=self.verify, cache=self.cache,
+            eos_id=data.tokenizer.eos_token_id, mixture=self.mixture, gamma=self.gamma, verify=self.verify, cache=self.cache,
             assistant=self.assistant, costs=self.costs,
         )  # fmt: skip
 
@@ -188,15 +189,15 @@ class QStarDecodingModule(QStarProbes, LeapModule):
         step = super().test_step(batch, batch_idx)
         for k, result in enumerate(step["results"]):
             sums = self._sums[k]
-            for name, nll in zip(("nll_theta", "nll_target"), self._nll(batch, result["responses"]), strict=True):
+            for name, nll in zip(("nll_theta", "nll_target"), self._nll(batch, result.responses), strict=True):
                 sums[name] += float(nll.sum())
             sums["tokens"] += nll.numel()
-            if isinstance(result["decoder"], QStarDecoder):
-                out = result["decoder"].outputs[0]  # later ones only count operations
-                sums["seconds"] += result["seconds"] if batch_idx or self._one_batch else 0.0
+            if isinstance(result.decoder, QStarDecoder):
+                out = result.decoder.outputs[0]  # later ones only count operations
+                sums["seconds"] += result.seconds if batch_idx or self._one_batch else 0.0
                 sums["kept"] += sum(out.kept.values())
                 sums["examined"] += sum(out.examined.values())
-                expected = result["decoder"].expected_speedup(out)
+                expected = result.decoder.expected_speedup(out)
                 sums["formula"] += (expected or 0.0) * len(out.tokens)
                 sums["rows"] += len(out.tokens)
         return step

@@ -9,7 +9,7 @@ from callbacks.monitors.rows import in_parts
 from callbacks.monitors.texts import TextMonitor
 from models.functional.exchange import derangement, nearest_other
 from models.functional.per_token import by_position, per_token
-from models.interfaces.probe_batch import Given, rows_at
+from models.interfaces.probe_batch import ProbeBatch, rows_at
 from reporting.console import report_console
 
 KINDS = ("shuffle", "blank", "random", "nearest")
@@ -26,7 +26,7 @@ class ExchangeMonitor(TextMonitor):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_test_start(trainer, pl_module)
-        figures = getattr(pl_module, "figures", {})
+        figures = pl_module.figures.values if getattr(pl_module, "figures", None) is not None else {}
         if trainer.is_global_zero and "dnll_shuffle" in figures:
             report_console().print(self.in_words(figures), highlight=False, soft_wrap=True)
 
@@ -43,30 +43,30 @@ class ExchangeMonitor(TextMonitor):
             parts
         )
 
-    def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
-        given = module.probe(rows, generator)
-        own = in_parts(module.probe_nll, rows, given)
-        base = per_token(own, given.counts)
+    def measure(self, probe: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
+        batch = probe.probe_batch(rows, generator)
+        own = in_parts(probe.nll, rows, batch)
+        base = per_token(own, batch.counts)
         figures = {} if base is None else {"nll_given_own": base.mean}
         for kind in KINDS if base is not None else ():
-            wrong = self._wrong(module, given, kind, generator)
+            wrong = self._wrong(probe, batch, kind, generator)
             if wrong is None:
                 continue
-            gap = in_parts(module.probe_nll, rows, given.under(wrong)) - own
-            figures |= interval(f"dnll_{kind}", per_token(gap, given.counts), whole=kind == "shuffle")
+            gap = in_parts(probe.nll, rows, batch.under(wrong)) - own
+            figures |= interval(f"dnll_{kind}", per_token(gap, batch.counts), whole=kind == "shuffle")
             if kind == "shuffle":
-                for place, value in by_position(gap, given.counts, self.width).items():
+                for place, value in by_position(gap, batch.counts, self.width).items():
                     figures |= interval(f"dnll_shuffle_at_{place}", value)
         return figures
 
     @staticmethod
-    def _wrong(module: Any, given: Given, kind: str, generator: Generator) -> dict[str, Tensor] | None:
+    def _wrong(probe: Any, batch: ProbeBatch, kind: str, generator: Generator) -> dict[str, Tensor] | None:
         if kind == "shuffle":
-            return rows_at(given.condition, derangement(len(given.text), generator))
+            return rows_at(batch.condition, derangement(len(batch.text), generator))
         if kind == "nearest":
-            features = module.probe_features(given)
-            return None if features is None else rows_at(given.condition, nearest_other(features))
-        return module.probe_spoiled(given, kind, generator)
+            features = probe.condition_features(batch)
+            return None if features is None else rows_at(batch.condition, nearest_other(features))
+        return probe.corrupt_condition(batch, kind, generator)
 
     def charts(self) -> dict[str, list[str]]:
         return {

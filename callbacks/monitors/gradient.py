@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from callbacks.monitors.steps import StepMonitor
 from models.functional.weights import whole
-from models.interfaces.probes import HasPlanner
+from models.interfaces.probes import PlannerProbe, find_probe
 
 
 class GradientMonitor(StepMonitor):
@@ -21,9 +21,10 @@ class GradientMonitor(StepMonitor):
         self.largest = 0.0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not isinstance(pl_module, HasPlanner):
+        probe = find_probe(pl_module, PlannerProbe)
+        if probe is None:
             return
-        gradients = [whole(p.grad.detach()).float() for p in pl_module.planner_parameters() if p.grad is not None]
+        gradients = [whole(p.grad.detach()).float() for p in probe.planner_parameters() if p.grad is not None]
         norm = (
             torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros((), device=pl_module.device)
         )

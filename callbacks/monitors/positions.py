@@ -12,9 +12,9 @@ from models.functional.per_token import by_position
 class PositionMonitor(TextMonitor):
     """nll_at_<place>: nats a token of `width` positions from there on, each text under its own condition."""
 
-    def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
-        given = module.probe(rows, generator)
-        nll = in_parts(module.probe_nll, rows, given)
+    def measure(self, probe: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
+        given = probe.probe_batch(rows, generator)
+        nll = in_parts(probe.nll, rows, given)
         return {f"nll_at_{place}": value.mean for place, value in by_position(nll, given.counts, self.width).items()}
 
     def charts(self) -> dict[str, list[str]]:

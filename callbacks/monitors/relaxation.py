@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 
 from callbacks.monitors.steps import StepMonitor
-from models.interfaces.probes import RelaxesChoices
+from models.interfaces.probes import RelaxationProbe, find_probe
 
 
 class RelaxationMonitor(StepMonitor):
@@ -15,8 +15,9 @@ class RelaxationMonitor(StepMonitor):
     names = ("relaxation_cosine", "relaxation_distance")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if isinstance(pl_module, RelaxesChoices) and pl_module.relaxation is not None:
-            soft, hard = pl_module.relaxation
+        probe = find_probe(pl_module, RelaxationProbe)
+        if probe is not None and probe.relaxation is not None:
+            soft, hard = probe.relaxation
             self.add("relaxation_cosine", F.cosine_similarity(soft, hard, dim=-1))
             self.add("relaxation_distance", (soft - hard).norm(dim=-1))
 

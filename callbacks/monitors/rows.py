@@ -9,7 +9,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 
-from models.interfaces.probe_batch import Given, rows_at
+from models.interfaces.probe_batch import ProbeBatch, rows_at
+from models.interfaces.probes import find_probe
 
 CHUNK = 64  # rows of a forward
 
@@ -19,7 +20,7 @@ class RowMonitor(Callback):
 
     Every rank measures all of them: figures are the same on any number of ranks, exchanges span all rows, and probing
     forwards, which are collective where weights are sharded, are made together. Averaged weights are used where there are any.
-    offers: the protocol that a module has to have.
+    offers: the protocol of the probe that a module has to have.
     """
 
     offers: type
@@ -28,7 +29,7 @@ class RowMonitor(Callback):
         self.rows = rows
 
     @abstractmethod
-    def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
+    def measure(self, probe: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
         """Figures by name."""
 
     def recorded(self, figures: dict[str, float]) -> dict[str, float]:
@@ -44,16 +45,16 @@ class RowMonitor(Callback):
             pl_module.log(f"monitor/{name}", value, sync_dist=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._can_watch(trainer, pl_module) and hasattr(pl_module, "figures"):
-            pl_module.figures |= self.recorded(self._figures(trainer, pl_module, "test"))
+        if self._can_watch(trainer, pl_module) and getattr(pl_module, "figures", None) is not None:
+            pl_module.figures.add(self.recorded(self._figures(trainer, pl_module, "test")))
 
     def _can_watch(self, trainer: Trainer, module: LightningModule) -> bool:
-        return isinstance(module, self.offers) and hasattr(trainer.datamodule, "rows")
+        return find_probe(module, self.offers) is not None and hasattr(trainer.datamodule, "rows")
 
     @torch.no_grad()
     def _figures(self, trainer: Trainer, module: Any, split: str) -> dict[str, float]:
         rows = first_rows(trainer, module, split, self.rows)
-        return self.measure(module, rows, Generator(device=module.device).manual_seed(0))
+        return self.measure(find_probe(module, self.offers), rows, Generator(device=module.device).manual_seed(0))
 
 
 def first_rows(trainer: Trainer, module: LightningModule, split: str, most: int) -> dict[str, Tensor]:
@@ -62,7 +63,9 @@ def first_rows(trainer: Trainer, module: LightningModule, split: str, most: int)
     return {name: column[:most].to(module.device) for name, column in columns.items()}
 
 
-def in_parts(measure: Callable[[dict[str, Tensor], Given], Tensor], rows: dict[str, Tensor], given: Given) -> Tensor:
+def in_parts(
+    measure: Callable[[dict[str, Tensor], ProbeBatch], Tensor], rows: dict[str, Tensor], batch: ProbeBatch
+) -> Tensor:
     """What `measure` says of rows and texts, a few at a time."""
-    parts = [slice(start, start + CHUNK) for start in range(0, len(given.text), CHUNK)]
-    return torch.cat([measure(rows_at(rows, part), given.at(part)) for part in parts])
+    parts = [slice(start, start + CHUNK) for start in range(0, len(batch.text), CHUNK)]
+    return torch.cat([measure(rows_at(rows, part), batch.at(part)) for part in parts])

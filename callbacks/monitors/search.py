@@ -8,7 +8,7 @@ from torch import Tensor
 
 from callbacks.monitors.steps import StepMonitor
 from models.interfaces.probe_batch import EStep
-from models.interfaces.probes import SearchesPlans
+from models.interfaces.probes import SearchProbe, find_probe
 
 
 class SearchMonitor(StepMonitor):
@@ -19,8 +19,9 @@ class SearchMonitor(StepMonitor):
         """(B,), not finite where there is none."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if isinstance(pl_module, SearchesPlans) and pl_module.e_step is not None:
-            values = self.values(pl_module.e_step)
+        probe = find_probe(pl_module, SearchProbe)
+        if probe is not None and probe.e_step is not None:
+            values = self.values(probe.e_step)
             self.add(self.names[0], values[values.isfinite()])
 
     def charts(self) -> dict[str, list[str]]:

@@ -8,17 +8,17 @@ from torch import Generator, Tensor
 from callbacks.monitors.rows import CHUNK, RowMonitor
 from models.functional.certainty import certainty
 from models.interfaces.probe_batch import Choices, rows_at
-from models.interfaces.probes import MakesChoices
+from models.interfaces.probes import ChoiceProbe
 
 
 class SharpnessMonitor(RowMonitor):
     """<who>_entropy (nats a choice), <who>_max_prob, <who>_entropy_share and <who>_usage: see `certainty`."""
 
-    offers = MakesChoices
+    offers = ChoiceProbe
 
-    def measure(self, module: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
+    def measure(self, probe: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
         parts = range(0, len(rows["input_ids"]), CHUNK)
-        found = [module.probe_choices(rows_at(rows, slice(at, at + CHUNK)), generator) for at in parts]
+        found = [probe.choices(rows_at(rows, slice(at, at + CHUNK)), generator) for at in parts]
         figures = {}
         for who in found[0]:
             whole = Choices(*(torch.cat(columns) for columns in zip(*(part[who] for part in found), strict=True)))

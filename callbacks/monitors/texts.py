@@ -1,13 +1,13 @@
 """The base of monitors of texts that are written from a condition, place by place."""
 
 from callbacks.monitors.rows import RowMonitor
-from models.interfaces.probes import WritesFromCondition
+from models.interfaces.probes import TextProbe
 
 
 class TextMonitor(RowMonitor):
     """rows: held-out texts that are measured; width: positions that are taken together."""
 
-    offers = WritesFromCondition
+    offers = TextProbe
 
     def __init__(self, rows: int = 256, width: int = 64) -> None:
         super().__init__(rows)

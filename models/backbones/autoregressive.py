@@ -11,7 +11,7 @@ from models.functional.attention import positions_from_mask
 from models.functional.gumbel import gumbel_argmax
 from models.functional.next_token import prefix_mask, read_columns, said_until_end
 from models.functional.rows import response_columns
-from models.interfaces.decoder import Watch
+from models.interfaces.decoder import TokenCallback
 
 
 @torch.no_grad()
@@ -24,13 +24,13 @@ def generate_autoregressive(
     whole_prompt: bool = False,
     vocab_size: int | None = None,
     eos_id: int | None = None,
-    watch: Watch | None = None,
+    on_tokens: TokenCallback | None = None,
 ) -> Tensor:
     """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
 
     whole_prompt: prompt tokens see each other both ways, as a prefix language model was trained.
     vocab_size: ids from there on are padding of the output layer and never said. eos_id: fills what stands beyond its
-    first place; None leaves what the model goes on to say. watch: see `Decoder`.
+    first place; None leaves what the model goes on to say. on_tokens: see `Decoder`.
     """
     columns = response_columns(rows["response_mask"])
     seen = read_columns(rows)
@@ -43,8 +43,8 @@ def generate_autoregressive(
     for place in range(columns):
         # 2. a token from what has been read so far
         response.append(gumbel_argmax(out.logits[:, -1, :vocab_size], temperature, generator))
-        if watch is not None:
-            watch(said_until_end(response, eos_id))
+        if on_tokens is not None:
+            on_tokens(said_until_end(response, eos_id))
         if place + 1 == columns:
             break
         # 3. read it: its keys and values join the cache
@@ -82,5 +82,5 @@ class AutoregressiveDecoder:
         }  # fmt: skip
         self.name = "autoregressive" if temperature else "autoregressive, greedy"
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
-        return generate_autoregressive(self.model, rows, generator, watch=watch, **self.options)
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
+        return generate_autoregressive(self.model, rows, generator, on_tokens=on_tokens, **self.options)

@@ -12,7 +12,7 @@ from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.gumbel import gumbel_argmax
 from models.functional.rows import response_columns
-from models.interfaces.decoder import Watch
+from models.interfaces.decoder import TokenCallback
 
 Remasking = Literal["low_confidence", "random"]
 
@@ -51,14 +51,14 @@ def generate_masked_diffusion(
     temperature: float = 1.0,
     remasking: Remasking = "random",
     guidance: float = 0.0,
-    watch: Watch | None = None,
+    on_tokens: TokenCallback | None = None,
 ) -> Tensor:
     """Responses (B, R) for rows laid out as prompt columns then R response columns.
 
     Blocks of `block_length` response tokens (all of them by default) are filled left to right, `steps` forwards in all.
     At each forward every masked token of the block is drawn and the scheduled number kept: the most probable draws
     (`low_confidence`; at temperature 1 this favours a few safe texts) or randomly chosen ones (`random`, ancestral sampling).
-    watch: see `Decoder`.
+    on_tokens: see `Decoder`.
     """
     response_mask, attention_mask = rows["response_mask"], rows["attention_mask"]
     length = response_columns(response_mask)
@@ -95,8 +95,8 @@ def generate_masked_diffusion(
             # 3. keep the scheduled number
             kept = torch.zeros_like(competing).scatter(1, confidence.topk(count, dim=-1).indices, True)
             xt[:, -length:] = torch.where(kept, drawn, response)
-            if watch is not None:
-                watch(xt[:, -length:].clone())
+            if on_tokens is not None:
+                on_tokens(xt[:, -length:].clone())
     return xt[:, -length:].clone()
 
 
@@ -126,5 +126,7 @@ class MaskedDiffusionDecoder:
         }
         self.name = f"teacher, {'greedy' if temperature == 0 else 'sampled'}"
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
-        return generate_masked_diffusion(self.model, rows, generator, steps=self.steps, watch=watch, **self.options)
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
+        return generate_masked_diffusion(
+            self.model, rows, generator, steps=self.steps, on_tokens=on_tokens, **self.options
+        )

@@ -6,7 +6,7 @@ from torch import Generator, Tensor
 from models.flow.prefix_student import PrefixStudent
 from models.functional.gumbel import gumbel_argmax
 from models.functional.rows import response_columns
-from models.interfaces.decoder import Watch
+from models.interfaces.decoder import TokenCallback
 
 
 @torch.no_grad()
@@ -32,8 +32,8 @@ class OneStepDecoder:
         self.student, self.temperature = student, temperature
         self.name = f"student, {'greedy' if temperature == 0 else 'sampled'}"
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         responses = generate_one_step(self.student, rows, generator, self.temperature)
-        if watch is not None:
-            watch(responses)
+        if on_tokens is not None:
+            on_tokens(responses)
         return responses

@@ -9,35 +9,36 @@ from torch import Generator, Tensor
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.functional.bits_per_byte import token_nll
 from models.functional.rows import response_columns
-from models.interfaces.probe_batch import Choices, Given
+from models.interfaces.probe_batch import Choices, ProbeBatch
 
 
-class FlowProbes:
-    """A mixin of the module. A condition is the noise (B, R, D) of a response; texts are the student's own answers to it."""
+class NoiseProbe:
+    """A condition is the noise (B, R, D) of a response; texts are the student's own answers to it."""
 
-    student: NoisyMaskStudent
+    def __init__(self, student: NoisyMaskStudent) -> None:
+        self.student = student
 
-    def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given:
+    def probe_batch(self, rows: dict[str, Tensor], generator: Generator) -> ProbeBatch:
         """One forward's most probable text of fresh noise."""
         noise = self._response(rows, self.student.start(rows, rows["response_mask"], generator))
         text = self._logits(rows, noise).argmax(-1)
-        return Given(text, torch.ones_like(text, dtype=torch.bool), {"noise": noise})
+        return ProbeBatch(text, torch.ones_like(text, dtype=torch.bool), {"noise": noise})
 
-    def probe_nll(self, rows: dict[str, Tensor], given: Given) -> Tensor:
-        return token_nll(self._logits(rows, given.condition["noise"]), given.text)
+    def nll(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
+        return token_nll(self._logits(rows, batch.condition["noise"]), batch.text)
 
-    def probe_spoiled(self, given: Given, how: str, generator: Generator) -> dict[str, Tensor]:
+    def corrupt_condition(self, batch: ProbeBatch, how: str, generator: Generator) -> dict[str, Tensor]:
         """Masks without noise, or fresh noise."""
-        noise = given.condition["noise"]
+        noise = batch.condition["noise"]
         if how == "blank":
             return {"noise": self.student.mask_embedding.expand_as(noise)}
         masked = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
-        return {"noise": self.student.start({"input_ids": given.text}, masked, generator)}
+        return {"noise": self.student.start({"input_ids": batch.text}, masked, generator)}
 
-    def probe_features(self, given: Given) -> Tensor:
-        return given.condition["noise"].flatten(1)
+    def condition_features(self, batch: ProbeBatch) -> Tensor:
+        return batch.condition["noise"].flatten(1)
 
-    def probe_choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
+    def choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
         """Words in one forward of fresh noise."""
         noise = self._response(rows, self.student.start(rows, rows["response_mask"], generator))
         log_p = self._logits(rows, noise).log_softmax(-1)

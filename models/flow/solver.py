@@ -14,7 +14,7 @@ from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import line_point, second_order_step
 from models.functional.rows import response_columns
-from models.interfaces.decoder import Watch
+from models.interfaces.decoder import TokenCallback
 
 FewStep = Literal["chain", "renoise"]  # how a student answers; the flow itself is the denoiser's
 Step = Literal[FewStep, "ode"]
@@ -55,7 +55,7 @@ def follow_flow(
     promote: float | None = None,
     generator: Generator | None = None,
     network: Network | None = None,
-    watch: Watch | None = None,
+    on_tokens: TokenCallback | None = None,
     path: Callable[[FlowStep], None] | None = None,
 ) -> Tensor:
     """Token ids (B, L) at the masked positions after `forwards` evaluations, 0 elsewhere; prompts are never touched.
@@ -65,7 +65,7 @@ def follow_flow(
       `renoise`: the endpoint's expectation at every time of the grid, put back on the line with fresh noise.
       `ode`: second-order steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward is trained to reproduce.
     promote: positions whose distribution has this much on one token become clean text for the forwards that follow.
-    network: another evaluation than `student` itself, such as a snapshot of its weights. watch: called with the tokens
+    network: another evaluation than `student` itself, such as a snapshot of its weights. on_tokens: called with the tokens
     (B, L) after each of them. path: with step=ode, called with every step on the way; the last one's ψ_{s,1} is its tokens.
     """
     require_flow_options(step, promote, (forwards,))
@@ -84,8 +84,8 @@ def follow_flow(
         logits[:, student.base.mask_id] = float("-inf")
         psi = torch.softmax(logits, -1)  # (M, V)
         tokens[masked] = psi.argmax(-1)
-        if watch is not None:
-            watch(tokens.clone())
+        if on_tokens is not None:
+            on_tokens(tokens.clone())
         last, jump = k + 1 == forwards, psi
         if before is not None and not last:
             jump = second_order_step(psi, before, grid[k - 1 : k], s, t)
@@ -140,8 +140,8 @@ class NoisyMaskDecoder:
         self.options = {"step": step, "promote": promote, "network": network}
         self.name = {"chain": "student", "renoise": "student, re-noised", "ode": "denoiser's flow"}[step]
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         begin, columns = start_rows(self.student, rows, generator), response_columns(rows["response_mask"])
-        options = self.options | {"watch": watch and (lambda tokens: watch(tokens[:, -columns:]))}
+        options = self.options | {"on_tokens": on_tokens and (lambda tokens: on_tokens(tokens[:, -columns:]))}
         tokens = follow_flow(self.student, begin, forwards=self.forwards, generator=generator, **options)
         return tokens[:, -columns:]

@@ -44,8 +44,8 @@ def two_step_target(
             collected = p.new_zeros(*masked.shape, p.shape[-1])
         collected[pending] = p
         time = (t - k * step).clamp(min=step).unsqueeze(-1)
-        chance = torch.rand(masked.shape, generator=generator, device=xt.device)
-        reveal = pending & (chance < step / time)
+        draw = torch.rand(masked.shape, generator=generator, device=xt.device)
+        reveal = pending & (draw < step / time)
         drawn = torch.zeros_like(xt)
         drawn[pending] = gumbel_argmax(logits, 1.0, generator)
         current = torch.where(reveal, drawn, current)

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Generator, Tensor
 
 # called with what stands so far: (B, n) where tokens follow each other, (B, R) with masks where all places are refined
-Watch = Callable[[Tensor], None]
+TokenCallback = Callable[[Tensor], None]
 
 
 class Decoder(Protocol):
@@ -25,9 +25,9 @@ class Decoder(Protocol):
     forwards: int
     refines: bool
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         """rows: input_ids (B, L), attention_mask (B, L), response_mask (B, L), the response's ids are not looked at.
 
-        Returns response ids (B, R). watch: sees them grow; its last call has what is returned.
+        Returns response ids (B, R). on_tokens: sees them grow; its last call has what is returned.
         """
         ...

@@ -8,18 +8,18 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Given(NamedTuple):
+class ProbeBatch(NamedTuple):
     """text (B, R); counts (B, R) bool: tokens that are scored; condition: what the text is written from, (B, ...) each."""
 
     text: Tensor
     counts: Tensor
     condition: dict[str, Tensor]
 
-    def at(self, index: Tensor | slice) -> "Given":
+    def at(self, index: Tensor | slice) -> "ProbeBatch":
         """The texts of an index."""
-        return Given(self.text[index], self.counts[index], rows_at(self.condition, index))
+        return ProbeBatch(self.text[index], self.counts[index], rows_at(self.condition, index))
 
-    def under(self, condition: dict[str, Tensor]) -> "Given":
+    def under(self, condition: dict[str, Tensor]) -> "ProbeBatch":
         """The same texts, to be written from something else."""
         return self._replace(condition=condition)
 

@@ -1,60 +1,99 @@
-"""What a LightningModule offers to monitors: protocols, each small, each for itself; a module without one is passed over.
+"""What a LightningModule offers to monitors: small parts in its `probes`, each with one of the protocols below.
+
+A monitor asks `find_probe` for the protocol that it reads; a module without such a part is passed over.
 
 Rows are prompt -> response rows. Every draw comes from the generator that is given, so that a measurement can be repeated.
 """
 
 from collections.abc import Iterable
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
-from models.interfaces.probe_batch import Choices, EStep, Given
+from models.interfaces.probe_batch import Choices, EStep, ProbeBatch
 
-Spoiling = Literal["blank", "random"]
+Corruption = Literal["blank", "random"]
+P = TypeVar("P")
+
+
+def find_probe(module: Any, kind: type[P]) -> P | None:
+    """The first part of `module.probes` that has the protocol, or None."""
+    return next((part for part in getattr(module, "probes", ()) if isinstance(part, kind)), None)
 
 
 @runtime_checkable
-class WritesFromCondition(Protocol):
+class TextProbe(Protocol):
     """Writes texts from something that can be exchanged between them: a plan, noise, a prompt."""
 
-    def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given:
+    def probe_batch(self, rows: dict[str, Tensor], generator: Generator) -> ProbeBatch:
         """Texts of the rows and what they are written from."""
 
-    def probe_nll(self, rows: dict[str, Tensor], given: Given) -> Tensor:
+    def nll(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         """-log p(token given the condition and the tokens before it), nats, (B, R)."""
 
-    def probe_spoiled(self, given: Given, how: Spoiling, generator: Generator) -> dict[str, Tensor] | None:
+    def corrupt_condition(self, batch: ProbeBatch, how: Corruption, generator: Generator) -> dict[str, Tensor] | None:
         """A condition that says nothing (`blank`), or a random one of the same length; None where there is no such thing."""
 
-    def probe_features(self, given: Given) -> Tensor | None:
+    def condition_features(self, batch: ProbeBatch) -> Tensor | None:
         """(B, F), near where conditions are alike; None where there is no such thing."""
 
 
 @runtime_checkable
-class MakesChoices(Protocol):
+class ChoiceProbe(Protocol):
     """Draws from distributions that are sharp or not: concepts, words."""
 
-    def probe_choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
+    def choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
         """By the name of who chooses."""
 
 
 @runtime_checkable
-class RelaxesChoices(Protocol):
+class RelaxationProbe(Protocol):
     """Trains through relaxed choices. relaxation: embeddings mixed softly and chosen hard, (N, D) each, of the last step."""
 
     relaxation: tuple[Tensor, Tensor] | None
 
 
 @runtime_checkable
-class HasPlanner(Protocol):
+class PlannerProbe(Protocol):
     """Has weights that nothing but the planning uses."""
 
     def planner_parameters(self) -> Iterable[Parameter]: ...
 
 
 @runtime_checkable
-class SearchesPlans(Protocol):
+class SearchProbe(Protocol):
     """Searches better plans now and then. e_step: what the last training step's search found, None where it made none."""
 
     e_step: EStep | None
+
+
+@runtime_checkable
+class ConceptProbe(TextProbe, Protocol):
+    """Writes texts from plans of concepts in S slots.
+
+    posterior_reads: `text` where a plan is a function of the text alone, else `all`. slot_names: of each slot, (S,).
+    """
+
+    posterior_reads: str
+    slot_names: list[str]
+
+    def concepts_of(self, rows: dict[str, Tensor]) -> Tensor:
+        """The most probable choices (B, S), as the executor reads them."""
+
+    def posterior_concepts(self, rows: dict[str, Tensor]) -> Tensor:
+        """The most probable choices (B, S) of the posterior alone, whatever is known of the text."""
+
+
+@runtime_checkable
+class RebuildProbe(TextProbe, Protocol):
+    """Writes texts again from plans, of which concepts can be hidden."""
+
+    def predictions(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
+        """(B, 2, R): the likeliest token at each position after the text's own tokens (forced), and after its own (free)."""
+
+    def rebuilt(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
+        """(B,) bool: texts that are written again, greedily, from the condition alone."""
+
+    def drop_concepts(self, batch: ProbeBatch, order: Tensor, share: float) -> dict[str, Tensor]:
+        """The condition without the concepts whose order (B, S), uniform in [0, 1), lies below the share."""

@@ -102,18 +102,18 @@ class ConceptCodes(nn.Module):
 
 
 class TableCodes(ConceptCodes):
-    """A head chooses, a table embeds: each embedding starts where the head's code points, `loudness` its root mean square.
+    """A head chooses, a table embeds: each embedding starts where the head's code points, `embedding_std` its root mean square.
 
     e = e_hard + e_soft - sg(e_soft), both halves of one Gumbel sample; noise 0 takes the most probable code.
     """
 
-    def __init__(self, width: int, codes: int, loudness: float = 1.0, **like) -> None:
+    def __init__(self, width: int, codes: int, embedding_std: float = 1.0, **like) -> None:
         super().__init__(codes)
         self.head = nn.Linear(width, codes, bias=False, **like)
         self.embedding = nn.Embedding(codes, width, **like)
         nn.init.normal_(self.head.weight, std=FIRST_LOGITS / width**0.5)
         with torch.no_grad():
-            self.embedding.weight.copy_(loudness * self.normed(self.head.weight))
+            self.embedding.weight.copy_(embedding_std * self.normed(self.head.weight))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., K)"""
@@ -146,9 +146,9 @@ class SpaceCodes(ConceptCodes):
     Nothing is drawn; the gradient is that of the point.
     """
 
-    def __init__(self, width: int, codes: int, sampler: str, loudness: float = 1.0, **like) -> None:
+    def __init__(self, width: int, codes: int, sampler: str, embedding_std: float = 1.0, **like) -> None:
         super().__init__(codes)
-        space = CodeSpace(codes, width, loudness, sampler, "module.codes")
+        space = CodeSpace(codes, width, embedding_std, sampler, "module.codes")
         self.space = space.to(like.get("device"), torch.promote_types(like.get("dtype", torch.float32), torch.float32))
 
     def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
@@ -176,9 +176,9 @@ class SpaceCodes(ConceptCodes):
         return 0
 
 
-def build_codes(sampler: str, width: int, codes: int, loudness: float = 1.0, **like) -> ConceptCodes:
+def build_codes(sampler: str, width: int, codes: int, embedding_std: float = 1.0, **like) -> ConceptCodes:
     """sampler: `quantiser.Sampler`, as of a planner."""
     require_choice("module.sampler", sampler, get_args(Sampler))
     if sampler == "gumbel_st":
-        return TableCodes(width, codes, loudness, **like)
-    return SpaceCodes(width, codes, sampler, loudness, **like)
+        return TableCodes(width, codes, embedding_std, **like)
+    return SpaceCodes(width, codes, sampler, embedding_std, **like)

@@ -31,7 +31,7 @@ from models.online.stack_state import StackState
 GATES = ("slot", "smooth", "mass", "visibility", "none")
 
 
-class Setting(NamedTuple):
+class CompressionSchedule(NamedTuple):
     """How strongly to compress: compression (tokens a concept, of every level), quantisation (0 states, 1 codes).
 
     temperature and noise (0 none, 1 a full draw) of codes and commits, drawn from `generator`. gated: whether gate
@@ -77,7 +77,7 @@ class ConceptStack(nn.Module):
         carry: bool = True,
         pool: bool = True,
         attention: str = "sdpa",
-        loudness: float = 1.0,
+        embedding_std: float = 1.0,
         read_out: ReadOut | None = None,
         first: int = 0,
         **like,
@@ -89,7 +89,7 @@ class ConceptStack(nn.Module):
             raise UsageError("module.gate=visibility is of one level; type module.levels=1, or module.gate=slot")
         width = decoder.embed_tokens.weight.shape[1]
         more = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
-        more |= {"carry": carry, "pool": pool, "attention": attention, "loudness": loudness}
+        more |= {"carry": carry, "pool": pool, "attention": attention, "embedding_std": embedding_std}
         self.inner = (
             ConceptStack(decoder, middle, **more, first=first + shallow, **like) if isinstance(middle, list) else None
         )
@@ -98,7 +98,7 @@ class ConceptStack(nn.Module):
         self.shallow = LayerStack(decoder, first, first + shallow)
         self.middle = None if self.inner is not None else LayerStack(decoder, first + shallow, first + shallow + size)
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
-        self.codes = build_codes(sampler, width, codes, loudness, **like)
+        self.codes = build_codes(sampler, width, codes, embedding_std, **like)
         self.router = build_router(growth, width, most_nulls, self.codes, read_out, **like)
         # what tails have in the middle stack's place, and what they and concepts tell each other, starts as nothing
         self.bridge = nn.Linear(width, width, bias=False, **like)
@@ -115,7 +115,7 @@ class ConceptStack(nn.Module):
         states: Tensor,
         positions: Tensor,
         valid: Tensor,
-        setting: Setting,
+        schedule: CompressionSchedule,
         state: StackState | None = None,
         documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
@@ -126,18 +126,18 @@ class ConceptStack(nn.Module):
         # 1. every position
         hidden = self.shallow.read(states, positions, valid, state and state.shallow, documents)
         # 2. which of them become concepts
-        routing, after = self._route(hidden, valid, state and state.router, setting, documents)
+        routing, after = self._route(hidden, valid, state and state.router, schedule, documents)
         packing = pack_commits(routing.commit)
         owners = None if documents is None else take(documents, packing.index)
         tails = tail_means(self.codes.normed(hidden), routing.commit, valid, documents)
-        if self.gate == "visibility" and setting.gated and routing.probability.requires_grad and state is None:
-            out, coded, inner = *self._dense(hidden, tails, positions, routing, packing, valid, setting, documents), []
+        if self.gate == "visibility" and schedule.gated and routing.probability.requires_grad and state is None:
+            out, coded, inner = *self._dense(hidden, tails, positions, routing, packing, valid, schedule, documents), []
         else:
             # 3. concepts alone
             chosen = self._pooled(take(hidden, packing.index), take(tails, packing.index))
             sure = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
-            coded = self._code(chosen, sure, setting)
-            packed = take(positions, packing.index), packing.real, setting, state
+            coded = self._code(chosen, sure, schedule)
+            packed = take(positions, packing.index), packing.real, schedule, state
             concepts, inner = self._middle(coded.embeds, *packed, owners)
             if self.gate == "smooth":
                 shares = sure if owners is None else sure.masked_fill(document_begins(owners), 1.0)
@@ -157,21 +157,21 @@ class ConceptStack(nn.Module):
         hidden: Tensor,
         valid: Tensor,
         state: RouterState | None,
-        setting: Setting,
+        schedule: CompressionSchedule,
         documents: Tensor | None = None,
     ) -> tuple[Routing, RouterState]:
         state = self.router.start(len(hidden), hidden.device) if state is None else state
-        draws = {"noise": setting.noise, "generator": setting.generator}
-        return self.router(hidden, valid, state, self.codes, documents, compression=setting.compression, **draws)
+        draws = {"noise": schedule.noise, "generator": schedule.generator}
+        return self.router(hidden, valid, state, self.codes, documents, compression=schedule.compression, **draws)
 
-    def _code(self, chosen: Tensor, sure: Tensor, setting: Setting) -> Coded:
+    def _code(self, chosen: Tensor, sure: Tensor, schedule: CompressionSchedule) -> Coded:
         return self.codes(
             chosen,
             sure,
-            quantisation=setting.quantisation,
-            temperature=setting.temperature,
-            noise=setting.noise,
-            generator=setting.generator,
+            quantisation=schedule.quantisation,
+            temperature=schedule.temperature,
+            noise=schedule.noise,
+            generator=schedule.generator,
             null_mass=self.gate == "mass",
         )
 
@@ -180,12 +180,12 @@ class ConceptStack(nn.Module):
         concepts: Tensor,
         positions: Tensor,
         real: Tensor,
-        setting: Setting,
+        schedule: CompressionSchedule,
         state: StackState | None,
         owners: Tensor | None,
     ) -> tuple[Tensor, list[Level]]:
         if self.inner is not None:
-            return self.inner.read(concepts, positions, real, setting, state and state.middle, owners)
+            return self.inner.read(concepts, positions, real, schedule, state and state.middle, owners)
         return self.middle.read(concepts, positions, real, state and state.middle, owners), []
 
     def _slots(
@@ -232,14 +232,14 @@ class ConceptStack(nn.Module):
         routing: Routing,
         packing: Packing,
         valid: Tensor,
-        setting: Setting,
+        schedule: CompressionSchedule,
         documents: Tensor | None,
     ) -> tuple[Tensor, Coded]:
         """The same values with every position as a concept of its own, which is seen or not: what a NULL would have been
         as a concept, and a concept as a NULL, gives each decision its gradient.
         """
         commit, probability, may = routing.commit, routing.probability, may_be_seen(valid, documents)
-        coded = self._code(self._pooled(hidden, tails[:, :-1]), probability, setting)
+        coded = self._code(self._pooled(hidden, tails[:, :-1]), probability, schedule)
         concepts = self.middle.run(coded.embeds, positions, Visible(concept_visibility(commit, probability, may)))
         owners = None if documents is None else take(documents, packing.index)
         before = latest(take(concepts, packing.index), packing.segment - commit.long(), documents, owners)
@@ -259,24 +259,26 @@ class ConceptStack(nn.Module):
 
     # -- one position a row -------------------------------------------------------------------------------------------
 
-    def step(self, states: Tensor, positions: Tensor, state: StackState, rows: Tensor, setting: Setting) -> Tensor:
+    def step(
+        self, states: Tensor, positions: Tensor, state: StackState, rows: Tensor, schedule: CompressionSchedule
+    ) -> Tensor:
         """The next position (n, 1, D) of rows (n,); each row commits or not by itself."""
         # 1. every row
         hidden = self.shallow.step(states, positions, state.shallow, rows)
         # 2. which of them commit
         always = torch.ones_like(positions, dtype=torch.bool)
         held, tails = state.router.rows(rows), state.tail[rows].unsqueeze(1)
-        routing, after = self._route(hidden, always, held, setting)
+        routing, after = self._route(hidden, always, held, schedule)
         state.router.put(rows, after)
         slots, commit = self._bridged(hidden, state.last[rows].unsqueeze(1)), routing.commit[:, 0]
         # 3. those alone: the middle stack, and the tail is dropped
         if bool(commit.any()):
             theirs, sure = rows[commit], routing.probability[commit]
-            embeds = self._code(self._pooled(hidden[commit], tails[commit]), sure, setting).embeds
+            embeds = self._code(self._pooled(hidden[commit], tails[commit]), sure, schedule).embeds
             if self.inner is None:
                 concepts = self.middle.step(embeds, positions[commit], state.middle, theirs)
             else:
-                concepts = self.inner.step(embeds, positions[commit], state.middle, theirs, setting)
+                concepts = self.inner.step(embeds, positions[commit], state.middle, theirs, schedule)
             if self.gate == "smooth":
                 first = (state.concepts[theirs] == 0).view(-1, 1)
                 before = torch.where(first, concepts[:, 0], state.last[theirs])

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from models.functional.gumbel import gumbel_argmax
 from models.functional.next_token import read_columns, said_until_end
 from models.functional.rows import response_columns
-from models.interfaces.decoder import Watch
+from models.interfaces.decoder import TokenCallback
 from models.online.model import OnlineConceptModel
 from models.online.row_cache import held_bytes
 
@@ -71,12 +71,12 @@ def generate_online(
     generator: Generator | None = None,
     eos_token_id: int | None = None,
     vocab_size: int | None = None,
-    watch: Watch | None = None,
+    on_tokens: TokenCallback | None = None,
 ) -> OnlineTexts:
     """Up to max_new_tokens tokens after prompts (B, P) with attention_mask (B, P); the most probable ones at temperature 0.
 
     Ends early where every row has said eos_token_id. vocab_size: ids from there on are padding and never said.
-    watch: see `Decoder`.
+    on_tokens: see `Decoder`.
     """
     reading, said = OnlineReading(model.eval()), []
     logits = reading.read(input_ids, None if attention_mask is None else attention_mask.bool())
@@ -85,8 +85,8 @@ def generate_online(
         if said:
             logits = reading.step(said[-1])
         said.append(gumbel_argmax(logits[:, :vocab_size], temperature, generator))
-        if watch is not None:
-            watch(said_until_end(said, eos_token_id))
+        if on_tokens is not None:
+            on_tokens(said_until_end(said, eos_token_id))
         if eos_token_id is not None:
             ended |= said[-1] == eos_token_id
             if bool(ended.all()):
@@ -113,7 +113,7 @@ class OnlineConceptDecoder:
         self.name = "online concepts" if temperature else "online concepts, greedy"
         self.kv_bytes: float | None = None
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         columns = response_columns(rows["response_mask"])
         texts = generate_online(
             self.model,
@@ -123,7 +123,7 @@ class OnlineConceptDecoder:
             temperature=self.temperature,
             generator=generator,
             vocab_size=self.vocab_size,
-            watch=watch,
+            on_tokens=on_tokens,
         )
         self.kv_bytes = texts.kv_bytes / len(texts.sequences)
         return texts.sequences

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from models.functional.attention import positions_from_mask
 from models.functional.errors import UsageError
 from models.online.attention import use_attention
-from models.online.concept_stack import ConceptStack, Level, Setting
+from models.online.concept_stack import CompressionSchedule, ConceptStack, Level
 from models.online.layer_stack import nested_split, require_layout, require_same, require_split, suggested_split
 from models.online.stack_state import StackState
 
@@ -60,8 +60,10 @@ class OnlineConceptModel(nn.Module):
         self.backbone, self.split, self.levels = backbone, split, levels
         options = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
         options |= {"carry": carry, "pool": pool, "attention": attention}
-        loudness = table.detach().float().std().item()  # codes start as loud as words
-        self.stack = ConceptStack(decoder, split, **options, loudness=loudness, read_out=self.read_out, **like)
+        embedding_std = table.detach().float().std().item()  # codes start as loud as words
+        self.stack = ConceptStack(
+            decoder, split, **options, embedding_std=embedding_std, read_out=self.read_out, **like
+        )
         # (compression, quantisation)
         self.register_buffer(
             "setting", torch.tensor([compression, quantisation], dtype=torch.float64, device=table.device)
@@ -80,7 +82,7 @@ class OnlineConceptModel(nn.Module):
         ids: Tensor,
         valid: Tensor | None = None,
         positions: Tensor | None = None,
-        setting: Setting | None = None,
+        schedule: CompressionSchedule | None = None,
         state: StackState | None = None,
         documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
@@ -91,11 +93,11 @@ class OnlineConceptModel(nn.Module):
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         positions = positions_from_mask(valid) if positions is None else positions
-        setting = self.kept_setting() if setting is None else setting
+        schedule = self.kept_setting() if schedule is None else schedule
         if documents is not None and bool((documents == documents[:, :1]).all()):
             documents = None
         embeds = self.backbone.get_input_embeddings()(ids)
-        states, levels = self.stack.read(embeds, positions, valid, setting, state, documents)
+        states, levels = self.stack.read(embeds, positions, valid, schedule, state, documents)
         return self.backbone.get_decoder().norm(states), levels
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -115,20 +117,22 @@ class OnlineConceptModel(nn.Module):
         """Nothing read yet, of so many rows."""
         return StackState(self.stack, batch, self.setting.device)
 
-    def step(self, ids: Tensor, positions: Tensor, state: StackState, setting: Setting | None = None) -> Tensor:
+    def step(
+        self, ids: Tensor, positions: Tensor, state: StackState, schedule: CompressionSchedule | None = None
+    ) -> Tensor:
         """The next token (B,) of every row at positions (B,) -> logits (B, V) of the one after it."""
         rows = torch.arange(len(ids), device=ids.device)
         embeds = self.backbone.get_input_embeddings()(ids.unsqueeze(1))
-        setting = self.kept_setting() if setting is None else setting
-        states = self.stack.step(embeds, positions.unsqueeze(1), state, rows, setting)
+        schedule = self.kept_setting() if schedule is None else schedule
+        states = self.stack.step(embeds, positions.unsqueeze(1), state, rows, schedule)
         return self.logits(self.backbone.get_decoder().norm(states))[:, 0]
 
     # -- setting ------------------------------------------------------------------------------------------------------
 
-    def kept_setting(self) -> Setting:
+    def kept_setting(self) -> CompressionSchedule:
         """What was last trained with, without noise."""
         compression, quantisation = self.setting.tolist()
-        return Setting(compression, quantisation)
+        return CompressionSchedule(compression, quantisation)
 
     def keep_setting(self, compression: float, quantisation: float) -> None:
         self.setting.copy_(torch.tensor([compression, quantisation]))
@@ -147,7 +151,7 @@ class OnlineConceptModel(nn.Module):
         was_training = self.backbone.training
         self.eval()
         ids = torch.arange(4, device=self.setting.device).unsqueeze(0)
-        states, _ = self.read(ids, setting=Setting(compression=1.0, quantisation=0.0))
+        states, _ = self.read(ids, schedule=CompressionSchedule(compression=1.0, quantisation=0.0))
         require_same(self.backbone(input_ids=ids, use_cache=False).logits, self.logits(states))
         self.stack.train()  # what is new is trained, whatever mode the backbone came in
         self.backbone.train(was_training)

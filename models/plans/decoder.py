@@ -6,7 +6,7 @@ Legend: B batch, L columns of a row, R response columns.
 import torch
 from torch import Generator, Tensor
 
-from models.interfaces.decoder import Watch
+from models.interfaces.decoder import TokenCallback
 from models.plans.executor import Executor
 from models.plans.planner import Planner, sampled
 
@@ -37,8 +37,8 @@ class PlannedDecoder:
         self.name = f"plan {how[plan_temperature > 0]}, text {how[temperature > 0]}"
 
     @torch.no_grad()
-    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         prompt = (rows[name][:, : -self.length] for name in ("input_ids", "attention_mask"))
         plan = self.planner.draw(*prompt, sampled(generator, self.plan_temperature))
-        options = {"temperature": self.temperature, "vocab_size": self.vocab_size, "watch": watch}
+        options = {"temperature": self.temperature, "vocab_size": self.vocab_size, "on_tokens": on_tokens}
         return self.executor.generate(plan.ids, plan.embeds, self.length, generator, **options)

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from models.functional.gumbel import gumbel_argmax
-from models.interfaces.decoder import Watch
+from models.interfaces.decoder import TokenCallback
 from models.plans.layout import Columns, joined
 from models.plans.unified import Reading, UnifiedModel
 
@@ -42,19 +42,19 @@ class Executor:
         *,
         temperature: float = 1.0,
         vocab_size: int | None = None,
-        watch: Watch | None = None,
+        on_tokens: TokenCallback | None = None,
     ) -> Tensor:
         """Texts (B, length) of plans, one forward a word, the most probable words at temperature 0.
 
-        vocab_size: ids from there on are padding of the output layer and never said. watch: see `Decoder`.
+        vocab_size: ids from there on are padding of the output layer and never said. on_tokens: see `Decoder`.
         """
         reading, said = Reading(self.model), []
         states = reading.read(*self._opening(plan_ids, plan_embeds))
         for place in range(length):
             logits = self.model.text_logits(states[:, -1])[:, :vocab_size]
             said.append(gumbel_argmax(logits, temperature, generator))
-            if watch is not None:
-                watch(torch.stack(said, -1))
+            if on_tokens is not None:
+                on_tokens(torch.stack(said, -1))
             if place + 1 < length:
                 states = reading.read(*self._words(said[-1].unsqueeze(-1), place))
         return torch.stack(said, -1)

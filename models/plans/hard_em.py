@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from models.functional.errors import UsageError
 from models.plans.cache import PlanCache, Refresh
-from models.plans.search import Found, Further, PlanSearch, Read
+from models.plans.search import ExtraScore, Found, PlanSearch, Read
 
 OPTIONS = {
     "begin": 0.6,
@@ -66,7 +66,7 @@ class HardEM:
         step: int,
         generator: Generator,
         gather: Callable[[Tensor], Tensor],
-        further: Callable[[Tensor], Further] | None = None,
+        extra_score: Callable[[Tensor], ExtraScore] | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The kept plans (B, S) of rows (B,), searched where they are due, and figures of that search.
 
@@ -81,7 +81,7 @@ class HardEM:
         # 2. the E-step of the rows that are due
         if due.any():
             mine = [tuple(part[due] for part in read) for read in (prompt, seen)]
-            more = None if further is None else further(due)
+            more = None if extra_score is None else extra_score(due)
             found = self.search(*mine, text[due], kept[due], known[due], generator, more)
             chosen = kept.index_put((due,), found.choices)
             self.found = found

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from models.functional.bits_per_byte import token_nll
 from models.functional.next_token import until_end
-from models.interfaces.probe_batch import Choices, Given
+from models.interfaces.probe_batch import Choices, ProbeBatch
 from models.plans.executor import Executor
 from models.plans.planner import Coder, Planner
 from models.plans.unified import UnifiedModel
@@ -30,39 +30,39 @@ class PlanProbes:
     relaxation: tuple[Tensor, Tensor] | None = None
     e_step = None
 
-    def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given:
+    def probe_batch(self, rows: dict[str, Tensor], generator: Generator) -> ProbeBatch:
         """The rows' texts and their most probable plans."""
         plan = self._most_probable(rows)
         text = self._text(rows)
         seen = torch.ones_like(plan.choices, dtype=torch.bool)
         counts = until_end(text, self.trainer.datamodule.tokenizer.eos_token_id)
-        return Given(text, counts, {"choices": plan.choices, "seen": seen})
+        return ProbeBatch(text, counts, {"choices": plan.choices, "seen": seen})
 
-    def probe_nll(self, rows: dict[str, Tensor], given: Given) -> Tensor:
-        return token_nll(self.executor.logits(*self._block(given), given.text), given.text)
+    def nll(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
+        return token_nll(self.executor.logits(*self._block(batch), batch.text), batch.text)
 
-    def probe_spoiled(self, given: Given, how: str, generator: Generator) -> dict[str, Tensor]:
+    def corrupt_condition(self, batch: ProbeBatch, how: str, generator: Generator) -> dict[str, Tensor]:
         if how == "blank":
-            return given.condition | {"seen": torch.zeros_like(given.condition["seen"])}
-        choices = random_plan(self.model.vocabulary, given.condition["choices"], generator)
-        return given.condition | {"choices": choices}
+            return batch.condition | {"seen": torch.zeros_like(batch.condition["seen"])}
+        choices = random_plan(self.model.vocabulary, batch.condition["choices"], generator)
+        return batch.condition | {"choices": choices}
 
-    def probe_features(self, given: Given) -> Tensor:
+    def condition_features(self, batch: ProbeBatch) -> Tensor:
         """One-hot choices: the squared distance is twice the number of slots that differ."""
         most = self.model.vocabulary.choices.shape[1]
-        return F.one_hot(given.condition["choices"], most).flatten(1).double()
+        return F.one_hot(batch.condition["choices"], most).flatten(1).double()
 
-    def probe_rebuilt(self, rows: dict[str, Tensor], given: Given) -> Tensor:
+    def rebuilt(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         """(B,) bool: texts that the executor, running freely and greedily, writes again from the condition."""
-        return ((self._rewritten(given) == given.text) | ~given.counts).all(-1)
+        return ((self._rewritten(batch) == batch.text) | ~batch.counts).all(-1)
 
-    def probe_said(self, rows: dict[str, Tensor], given: Given) -> Tensor:
+    def predictions(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         """(B, 2, R): the likeliest word at each place after the text's own words, and after the executor's own."""
-        forced = self.executor.logits(*self._block(given), given.text)[..., : self.words].argmax(-1)
-        return torch.stack([forced, self._rewritten(given)], 1)
+        forced = self.executor.logits(*self._block(batch), batch.text)[..., : self.words].argmax(-1)
+        return torch.stack([forced, self._rewritten(batch)], 1)
 
-    def _rewritten(self, given: Given) -> Tensor:
-        return self._written(self._block(given), given.text.shape[1])
+    def _rewritten(self, batch: ProbeBatch) -> Tensor:
+        return self._written(self._block(batch), batch.text.shape[1])
 
     def _written(self, block: tuple[Tensor, Tensor], length: int) -> Tensor:
         """The greedy text (B, R) of a plan's ids and embeddings."""
@@ -73,11 +73,11 @@ class PlanProbes:
     def words(self) -> int:
         return len(self.trainer.datamodule.tokenizer)
 
-    def probe_dropped(self, given: Given, order: Tensor, share: float) -> dict[str, Tensor]:
+    def drop_concepts(self, batch: ProbeBatch, order: Tensor, share: float) -> dict[str, Tensor]:
         """The plan without the concepts whose `order` (B, S), uniform in [0, 1), is below the share."""
-        return given.condition | {"seen": given.condition["seen"] & (order >= share)}
+        return batch.condition | {"seen": batch.condition["seen"] & (order >= share)}
 
-    def probe_choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
+    def choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
         """Of the posterior, and of the prior at the same plans."""
         plan = self._most_probable(rows)
         prior = self._prior_logits(rows, plan.choices)
@@ -94,7 +94,7 @@ class PlanProbes:
         """The most probable choices (B, S), as the executor reads them."""
         return self._most_probable(rows).choices
 
-    def concepts_said(self, rows: dict[str, Tensor]) -> Tensor:
+    def posterior_concepts(self, rows: dict[str, Tensor]) -> Tensor:
         """The most probable choices (B, S), all of them the posterior's own words."""
         if self.told is None:
             return self.concepts_of(rows)
@@ -104,5 +104,5 @@ class PlanProbes:
         """The head that chooses concepts."""
         return self.model.new_head.parameters()
 
-    def _block(self, given: Given) -> tuple[Tensor, Tensor]:
-        return block_without(self.planner, given.condition["choices"], given.condition["seen"])
+    def _block(self, batch: ProbeBatch) -> tuple[Tensor, Tensor]:
+        return block_without(self.planner, batch.condition["choices"], batch.condition["seen"])

@@ -20,7 +20,7 @@ from models.plans.planner import Planner
 from models.plans.vocabulary import END, IMPOSSIBLE
 
 Read = tuple[Tensor, Tensor]  # ids and mask (B, T)
-Further = Callable[[Tensor], Tensor]  # plans (B, K, S) -> nats (B, K)
+ExtraScore = Callable[[Tensor], Tensor]  # plans (B, K, S) -> nats (B, K)
 
 
 class Found(NamedTuple):
@@ -56,7 +56,7 @@ class PlanSearch:
         before: Tensor,
         known: Tensor,
         generator: Generator,
-        further: Further | None = None,
+        extra_score: ExtraScore | None = None,
     ) -> Found:
         """The best plans of texts (B, R).
 
@@ -70,7 +70,9 @@ class PlanSearch:
         plans = torch.stack([*kept, *likely.unbind(1), *near], 1)
         # 2. their scores, each plan once
         scores = self.scores(prompt, text, plans)
-        scores = (scores if further is None else scores + further(plans)).masked_fill(repeats(plans), -torch.inf)
+        scores = (scores if extra_score is None else scores + extra_score(plans)).masked_fill(
+            repeats(plans), -torch.inf
+        )
         best, which = scores.max(-1)
         chosen = plans[torch.arange(len(plans), device=plans.device), which]
         gaps = staleness(best, scores[:, 0]).masked_fill(~known, torch.nan)

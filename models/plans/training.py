@@ -15,7 +15,7 @@ from models.interfaces.probe_batch import EStep
 from models.plans.hard_em import HardEM
 from models.plans.planner import Coder, Plan, Planner, greedy, relaxed
 from models.plans.quantiser import Quantiser
-from models.plans.search import Further, Read
+from models.plans.search import ExtraScore, Read
 from models.plans.signals import SignalCodes, SignalHeads, repeated
 from models.plans.unified import UnifiedModel
 
@@ -58,8 +58,8 @@ class PlanTraining:
         """The best plan's block, and what it costs under prior and posterior: all three are taught the same plan."""
         text, seen, prompt = self._text(batch), self._whole(batch), self._prompt(batch)
         own = batch["row"], prompt, seen, text
-        further = None if self.signals is None else self._told_by(batch)
-        choices, figures = self.em.plans(*own, self.global_step, generator, self.gathered, further)
+        extra_score = None if self.signals is None else self._told_by(batch)
+        choices, figures = self.em.plans(*own, self.global_step, generator, self.gathered, extra_score)
         found, self.relaxation = self.em.found, None
         self.e_step = None if found is None else EStep(found.margins, found.gaps, found.flips)
         self.log_monitors(figures)
@@ -69,10 +69,10 @@ class PlanTraining:
             raw[name] = plan_nll(log_p, choices, is_open).sum(-1).mean() / text.shape[1]
         return self.planner.block(choices), raw
 
-    def _told_by(self, batch: dict[str, Tensor]) -> Callable[[Tensor], Further]:
+    def _told_by(self, batch: dict[str, Tensor]) -> Callable[[Tensor], ExtraScore]:
         """For rows (B,) bool, log p(y | z) of their plans: a plan that cannot tell its text's signals is no good one."""
 
-        def of(rows: Tensor) -> Further:
+        def of(rows: Tensor) -> ExtraScore:
             signals = self.trainer.datamodule.signals(batch)
 
             def told(plans: Tensor) -> Tensor:

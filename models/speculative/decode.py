@@ -18,8 +18,8 @@ from torch import Tensor
 
 from models.functional.errors import UsageError, require_choice
 from models.functional.qstar_speed import best_gamma
-from models.speculative.distribution import QStarLaw
-from models.speculative.random_source import Chance
+from models.speculative.distribution import MixtureDist
+from models.speculative.random_source import RandomSource
 from models.speculative.roles import Draft, Roles, roles
 from models.speculative.state import Processor, QStarOutput, QStarRun, Scores
 from models.speculative.verification import VERIFICATIONS, Drafted
@@ -48,10 +48,10 @@ def decode_qstar(
     input_ids: Tensor,
     *,
     max_new_tokens: int,
-    chance: Chance,
+    rng: RandomSource,
     lengths: Tensor | None = None,
     assistant: Scores | None = None,
-    law: QStarLaw | None = None,
+    mixture: MixtureDist | None = None,
     gamma: int | Literal["auto"] = 4,
     draft: Draft = "theta",
     verify: Literal["token", "block"] = "token",
@@ -82,7 +82,7 @@ def decode_qstar(
     models = {"theta": theta, "target": target} | ({"assistant": assistant} if draft == "assistant" else {})
     run = QStarRun(
         models, input_ids, lengths, max_new_tokens=max_new_tokens, spare=MOST_GAMMA + 2 if gamma == "auto" else gamma + 2,
-        law=law or QStarLaw(), eos_ids=eos_ids, stop=stop, processors=processors, chance=chance, shown=shown,
+        mixture=mixture or MixtureDist(), eos_ids=eos_ids, stop=stop, processors=processors, rng=rng, shown=shown,
     )  # fmt: skip
     pending: Pending | None = None
     rounds = 0
@@ -95,7 +95,7 @@ def decode_qstar(
         if size == 0:  # what is pending may be forgotten: nothing was decided by it
             pending = None
             here = run.target_law(run.score("theta", 0, 1), run.score("target", 0, 1)).at(0)
-            run.append(run.active, chance.choose(here.log_q.exp()), here)
+            run.append(run.active, rng.choose(here.log_q.exp()), here)
         else:
             pending = _round(run, pending, size, who, draft == "alternate", verify)
         rounds += 1
@@ -120,22 +120,22 @@ def _round(
     size = draft.tokens.shape[1]
     theirs = {name: run.score(name, 0, size + 1) for name in who.checkers}  # (B, G + 1, V)
     if who.drafter == "assistant":
-        law = run.target_law(**theirs)
+        mixture = run.target_law(**theirs)
     else:
-        law = run.target_law(**{who.drafter: draft.logp, who.checkers[0]: theirs[who.checkers[0]][:, :size]})
+        mixture = run.target_law(**{who.drafter: draft.logp, who.checkers[0]: theirs[who.checkers[0]][:, :size]})
     # 4. how much of the draft is kept
     run.drafts += int(run.active.sum())
     run.drafted += int(draft.lengths[run.active].sum())
-    whole = VERIFICATIONS[verify](run, draft, law.at(slice(size)))
+    whole = VERIFICATIONS[verify](run, draft, mixture.at(slice(size)))
     # 5. the place after a draft that was kept whole: one token more where all models have seen it, else open
     if not bool(whole.any()):
         return None
     if who.drafter == "assistant":
-        after = law.at(size)
-        run.append(whole, run.chance.choose(after.log_q.exp()), after)
+        after = mixture.at(size)
+        run.append(whole, run.rng.choose(after.log_q.exp()), after)
         return None
     checker = theirs[who.checkers[0]][torch.arange(len(whole), device=whole.device), draft.lengths]
-    return Pending(whole, checker, run.chance.choose(checker.exp()) if alternate else None)
+    return Pending(whole, checker, run.rng.choose(checker.exp()) if alternate else None)
 
 
 def _close(run: QStarRun, pending: Pending, who: Roles) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def _close(run: QStarRun, pending: Pending, who: Roles) -> tuple[Tensor, Tensor]
     if pending.tokens is None:  # both have seen the place now, and q* is drawn
         own = run.score(drafter, 0, 1)
         here = run.target_law(**{drafter: own, checker: pending.checker.unsqueeze(1)}).at(0)
-        run.append(rows, run.chance.choose(here.log_q.exp()), here)
+        run.append(rows, run.rng.choose(here.log_q.exp()), here)
         return run.active & ~rows, own[:, 0]
     # the checker's token is a proposal like any other, and the drafter looks one place further where it is kept
     run.write(pending.tokens, 0)
@@ -175,7 +175,7 @@ def _propose(run: QStarRun, gamma: int, drafter: str, first: tuple[Tensor, Tenso
             rows, own = run.active, run.score(drafter, lengths, 1)[:, 0]
         if logp is None:
             logp = own.unsqueeze(1).repeat(1, size, 1)  # (B, G, V); what no token is drafted from stays as filled
-        drawn, row = run.chance.choose(own.exp()), rows.nonzero().squeeze(-1)
+        drawn, row = run.rng.choose(own.exp()), rows.nonzero().squeeze(-1)
         run.write(drawn, lengths)
         tokens[row, lengths[row]], logp[row, lengths[row]] = drawn[row], own[row]
         lengths = lengths + rows.long()

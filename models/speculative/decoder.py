@@ -10,13 +10,13 @@ from models.functional.errors import require_choice
 from models.functional.next_token import read_columns
 from models.functional.qstar_speed import SPEEDUPS
 from models.functional.rows import response_columns
-from models.interfaces.decoder import Watch
+from models.interfaces.decoder import TokenCallback
 from models.speculative.cached_scores import CachedScores
 from models.speculative.costs import ForwardCosts, forward_costs
 from models.speculative.decode import decode_qstar
-from models.speculative.distribution import QStarLaw
+from models.speculative.distribution import MixtureDist
 from models.speculative.ngram import NgramScores
-from models.speculative.random_source import Chance, TorchChance
+from models.speculative.random_source import RandomSource, TorchRandomSource
 from models.speculative.roles import Draft, parameter_cost, roles
 from models.speculative.scores import CausalScores
 from models.speculative.state import QStarOutput
@@ -53,7 +53,7 @@ class QStarDecoder:
         response_length: int,
         vocab_size: int,
         eos_id: int | None,
-        law: QStarLaw,
+        mixture: MixtureDist,
         gamma: int | Literal["auto"] = "auto",
         verify: Literal["token", "block"] = "token",
         cache: bool = True,
@@ -63,7 +63,7 @@ class QStarDecoder:
         require_choice("module.schemes", scheme, NAMES)
         self.theta, self.target, self.assistant = theta, target, assistant
         self.scheme, self.name, self.response_length = scheme, NAMES[scheme], response_length
-        self.vocab_size, self.eos_id, self.law, self.verify = vocab_size, eos_id, law, verify
+        self.vocab_size, self.eos_id, self.mixture, self.verify = vocab_size, eos_id, mixture, verify
         self.gamma = 0 if scheme == "naive" else gamma
         self.kind, self.costs = CachedScores if cache else CausalScores, costs
         self._measured: dict[int, ForwardCosts] = {}  # by the texts of a batch
@@ -97,7 +97,7 @@ class QStarDecoder:
         prompts: Tensor,
         lengths: Tensor,
         most: int,
-        chance: Chance,
+        rng: RandomSource,
         settled: Callable[[Tensor], None] | None = None,
     ) -> QStarOutput:
         """At most `most` tokens after right-padded prompts (B, L), of which lengths (B,) are real; settled: of one text."""
@@ -107,23 +107,23 @@ class QStarDecoder:
         cost, wide = self.forward_costs(prompts)
         return decode_qstar(
             self.kind(self.theta, self.vocab_size), self.kind(self.target, self.vocab_size), prompts, lengths=lengths,
-            assistant=third, max_new_tokens=most, law=self.law, gamma=self.gamma, draft=self.draft, verify=self.verify,
-            cost=cost, wide=wide, eos_ids=() if self.eos_id is None else (self.eos_id,), chance=chance, settled=settled,
+            assistant=third, max_new_tokens=most, mixture=self.mixture, gamma=self.gamma, draft=self.draft, verify=self.verify,
+            cost=cost, wide=wide, eos_ids=() if self.eos_id is None else (self.eos_id,), rng=rng, settled=settled,
         )  # fmt: skip
 
-    def __call__(self, rows: dict[str, Tensor], generator: Generator, watch: Watch | None = None) -> Tensor:
-        """watch: of a batch of one, called after every round."""
+    def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
+        """on_tokens: of a batch of one, called after every round."""
         said: list[Tensor] = []
 
         def settled(new: Tensor) -> None:
             said.append(new)
-            watch(torch.cat(said).unsqueeze(0))
+            on_tokens(torch.cat(said).unsqueeze(0))
 
-        chance = TorchChance(generator)
-        out = self.decode(*prompts_of(rows), self.response_length, chance, settled if watch else None)
+        rng = TorchRandomSource(generator)
+        out = self.decode(*prompts_of(rows), self.response_length, rng, settled if on_tokens else None)
         self.outputs.append(out)
-        if watch is not None:
-            watch(out.tokens)
+        if on_tokens is not None:
+            on_tokens(out.tokens)
         return out.tokens
 
     def expected_speedup(self, out: QStarOutput) -> float | None:

@@ -14,7 +14,7 @@ from models.functional.qstar import mix, solve_alpha, truncate
 Weight = Callable[[Tensor, Tensor], Tensor]
 
 
-class PlaceLaw(NamedTuple):
+class NextTokenDist(NamedTuple):
     """log_q, theta, target (..., V): q* after top-k and top-p, and both models. alpha, chernoff (...): C = -log Z there."""
 
     log_q: Tensor
@@ -23,13 +23,13 @@ class PlaceLaw(NamedTuple):
     alpha: Tensor
     chernoff: Tensor
 
-    def at(self, k: int | slice) -> "PlaceLaw":
+    def at(self, k: int | slice) -> "NextTokenDist":
         """The place(s) k of the second dimension."""
-        return PlaceLaw(*(part[:, k] for part in self))
+        return NextTokenDist(*(part[:, k] for part in self))
 
 
 @dataclass(frozen=True)
-class QStarLaw:
+class MixtureDist:
     """theta_weight: None solves for equal divergences at every place; a number or a function of both models fixes alpha.
 
     temperature acts on both models before mixing (see `tempered`), top_k and top_p on q* after it.
@@ -55,7 +55,7 @@ class QStarLaw:
         """A model's log-probabilities (..., V) at the temperature."""
         return logp if self.temperature == 1.0 else (logp / self.temperature).log_softmax(-1)
 
-    def __call__(self, theta: Tensor, target: Tensor) -> PlaceLaw:
+    def __call__(self, theta: Tensor, target: Tensor) -> NextTokenDist:
         """theta, target (..., V): tempered log-probabilities of one place or many."""
         if self.theta_weight is None:
             alpha = solve_alpha(theta, target).alpha
@@ -65,7 +65,7 @@ class QStarLaw:
             alpha = torch.tensor(self.theta_weight, dtype=theta.dtype, device=theta.device)
         alpha = alpha.to(theta.dtype).expand(theta.shape[:-1])
         log_q, log_z = mix(theta, target, alpha)
-        return PlaceLaw(self.truncated(log_q), theta, target, alpha, -log_z)
+        return NextTokenDist(self.truncated(log_q), theta, target, alpha, -log_z)
 
     def truncated(self, log_q: Tensor) -> Tensor:
         """log q* (..., V) after top-k and top-p."""

@@ -13,8 +13,8 @@ from scipy.stats import power_divergence
 from torch import Generator, Tensor, nn
 
 from models.speculative.decoder import QStarDecoder
-from models.speculative.distribution import QStarLaw
-from models.speculative.random_source import TorchChance, enumerate_outcomes
+from models.speculative.distribution import MixtureDist
+from models.speculative.random_source import TorchRandomSource, enumerate_outcomes
 from models.speculative.scores import CausalScores
 from models.speculative.state import Scores
 
@@ -43,7 +43,7 @@ def g_test(counts: Tensor, probability: Tensor) -> float:
 
 @torch.no_grad()
 def law_of_texts(
-    theta: nn.Module, target: nn.Module, law: QStarLaw, prompt: Tensor, texts: Tensor, words: int
+    theta: nn.Module, target: nn.Module, mixture: MixtureDist, prompt: Tensor, texts: Tensor, words: int
 ) -> Tensor:
     """log q*(text | prompt) (T,) of texts (T, R) after one prompt (P,), token by token from both models' own numbers.
 
@@ -51,8 +51,8 @@ def law_of_texts(
     """
     ids = torch.cat([prompt.expand(len(texts), -1), texts], -1)
     lengths = torch.full((len(ids),), len(prompt), device=ids.device)
-    both = [law.tempered(CausalScores(model, words)(ids, lengths, texts.shape[1])) for model in (theta, target)]
-    return law(*both).log_q.gather(-1, texts.unsqueeze(-1)).squeeze(-1).double().sum(-1)
+    both = [mixture.tempered(CausalScores(model, words)(ids, lengths, texts.shape[1])) for model in (theta, target)]
+    return mixture(*both).log_q.gather(-1, texts.unsqueeze(-1)).squeeze(-1).double().sum(-1)
 
 
 @torch.no_grad()
@@ -60,14 +60,14 @@ def g_test_of(
     decoder: QStarDecoder, prompt: Tensor, texts: Tensor, n: int, generator: Generator, batch: int = 1024
 ) -> float:
     """p-value of n texts that the decoder says after a prompt (P,) against the law of all `texts` (T, R) and of the rest."""
-    log_q = law_of_texts(decoder.theta, decoder.target, decoder.law, prompt, texts, decoder.vocab_size)
+    log_q = law_of_texts(decoder.theta, decoder.target, decoder.mixture, prompt, texts, decoder.vocab_size)
     place = {tuple(text): k for k, text in enumerate(texts.tolist())}
     counts = torch.zeros(len(texts) + 1)
     for start in range(0, n, batch):
         rows = min(batch, n - start)
         prompts = prompt.expand(rows, -1)
         lengths = torch.full((rows,), len(prompt), device=prompt.device)
-        said = decoder.decode(prompts, lengths, texts.shape[1], TorchChance(generator)).tokens
+        said = decoder.decode(prompts, lengths, texts.shape[1], TorchRandomSource(generator)).tokens
         for text in said.tolist():
             counts[place.get(tuple(text), len(texts))] += 1
     rest = max(0.0, 1.0 - float(log_q.exp().sum()))
@@ -99,12 +99,12 @@ def enumeration_error(decoder: QStarDecoder, prompt: Tensor, words: int = 2, len
     exact.eos_id, exact.gamma = None, min(gamma, decoder.gamma) if decoder.gamma != "auto" else gamma
     ids, lengths = prompt.unsqueeze(0), torch.tensor([len(prompt)], device=prompt.device)
     plain = [CausalScores(model, decoder.vocab_size) for model in (exact.theta, exact.target)]
-    first = decoder.law(*(decoder.law.tempered(scores(ids, lengths, 1)) for scores in plain)).log_q[0, 0]
+    first = decoder.mixture(*(decoder.mixture.tempered(scores(ids, lengths, 1)) for scores in plain)).log_q[0, 0]
     some = first.topk(words).indices
     kind = decoder.kind
     exact.kind = lambda model, size: _Among(kind(model, size), some)
     found = dict.fromkeys(itertools.product(some.tolist(), repeat=length), 0.0)
-    for probability, out in enumerate_outcomes(lambda chance: exact.decode(ids, lengths, length, chance)):
+    for probability, out in enumerate_outcomes(lambda rng: exact.decode(ids, lengths, length, rng)):
         found[tuple(out.tokens[0].tolist())] += probability
     few = [_Among(scores, some) for scores in plain]
     worst = 0.0
@@ -113,8 +113,8 @@ def enumeration_error(decoder: QStarDecoder, prompt: Tensor, words: int = 2, len
         for token in text:
             here = torch.tensor([said], device=prompt.device)
             n = torch.tensor([len(said)], device=prompt.device)
-            law = decoder.law(*(decoder.law.tempered(scores(here, n, 1)) for scores in few))
-            total += law.log_q[0, 0, token].item()
+            mixture = decoder.mixture(*(decoder.mixture.tempered(scores(here, n, 1)) for scores in few))
+            total += mixture.log_q[0, 0, token].item()
             said.append(token)
         worst = max(worst, abs(probability - math.exp(total)))
     return worst

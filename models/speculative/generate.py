@@ -28,8 +28,8 @@ from models.functional.errors import UsageError
 from models.speculative.cached_scores import CachedScores
 from models.speculative.decode import decode_qstar
 from models.speculative.decoder import right_padded
-from models.speculative.distribution import QStarLaw, Weight
-from models.speculative.random_source import TorchChance
+from models.speculative.distribution import MixtureDist, Weight
+from models.speculative.random_source import TorchRandomSource
 from models.speculative.roles import parameter_cost
 from models.speculative.scores import CausalScores, require_same_vocabulary
 from models.speculative.state import QStarOutput, Scores
@@ -82,7 +82,7 @@ def qstar_generate(
     if generation_config.num_beams > 1:
         raise UsageError(f"num_beams={generation_config.num_beams}: q* is sampled, not searched; leave num_beams out")
     vocabulary = _shared_vocabulary(model, target_model, tokenizers)
-    law, processors = _law(generation_config, logits_processor, theta_weight)
+    mixture, processors = _law(generation_config, logits_processor, theta_weight)
     kind = CachedScores if generation_config.use_cache else CausalScores
     if draft_model is not None:
         _require_words(draft_model, vocabulary)
@@ -97,11 +97,11 @@ def qstar_generate(
     with _in_eval_mode(model, target_model, draft_model):
         out = decode_qstar(
             kind(model, vocabulary), kind(target_model, vocabulary), prompts, lengths=lengths, assistant=assistant,
-            max_new_tokens=generation_config.max_length - input_ids.shape[1], law=law, gamma=gamma, draft=draft,
+            max_new_tokens=generation_config.max_length - input_ids.shape[1], mixture=mixture, gamma=gamma, draft=draft,
             verify=verify, cost=parameter_cost(model, target_model, draft, draft_model) if cost is None else cost,
             wide=wide,
             eos_ids=eos_ids, stop=_stop(stopping_criteria), processors=processors, settled=stream,
-            chance=TorchChance(generator), shown=input_ids,
+            rng=TorchRandomSource(generator), shown=input_ids,
         )  # fmt: skip
     pad = generation_config.pad_token_id
     pad = eos_ids[0] if pad is None and eos_ids else pad or 0
@@ -117,13 +117,13 @@ class QStarLogitsProcessor(LogitsProcessor):
     Whole prefixes are read by the target each time, and prompts must not be padded.
     """
 
-    def __init__(self, target_model: PreTrainedModel, law: QStarLaw | None = None) -> None:
-        self.target, self.law = CausalScores(target_model), law or QStarLaw()
+    def __init__(self, target_model: PreTrainedModel, mixture: MixtureDist | None = None) -> None:
+        self.target, self.mixture = CausalScores(target_model), mixture or MixtureDist()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         theta, target = scores.log_softmax(-1), self.target(input_ids, lengths, 1)[:, 0]
-        return self.law(self.law.tempered(theta), self.law.tempered(target)).log_q
+        return self.mixture(self.mixture.tempered(theta), self.mixture.tempered(target)).log_q
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _in_eval_mode(*models: Any) -> Iterator[None]:
 
 def _law(
     config: GenerationConfig, processors: LogitsProcessorList, theta_weight: Any
-) -> tuple[QStarLaw, tuple[LogitsProcessor, ...]]:
+) -> tuple[MixtureDist, tuple[LogitsProcessor, ...]]:
     """The law that the generation's options ask for, and the processors that are left for q*."""
     weight = None if isinstance(theta_weight, str) and theta_weight == "kl_symmetry" else theta_weight
     if isinstance(weight, str):
@@ -149,9 +149,9 @@ def _law(
     warpers = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
     left = tuple(process for process in processors if not isinstance(process, warpers))
     if not config.do_sample:
-        return QStarLaw(weight, top_k=1), left
+        return MixtureDist(weight, top_k=1), left
     temperature = 1.0 if config.temperature is None else config.temperature
-    return QStarLaw(weight, temperature, config.top_k or None, config.top_p), left
+    return MixtureDist(weight, temperature, config.top_k or None, config.top_p), left
 
 
 def _stop(criteria: StoppingCriteriaList) -> Callable[[Tensor], bool] | None:

@@ -14,12 +14,12 @@ from models.functional.divergence import kl_divergence
 from models.functional.errors import require_choice
 from models.functional.qstar import overlap
 from models.interfaces.objective import Terms, mean_of
-from models.speculative.distribution import QStarLaw
+from models.speculative.distribution import MixtureDist
 
 QStarLoss = Literal["kl", "acceptance"]
 
 
-def qstar_terms(theta: Tensor, target: Tensor, law: QStarLaw, loss: QStarLoss) -> Terms:
+def qstar_terms(theta: Tensor, target: Tensor, mixture: MixtureDist, loss: QStarLoss) -> Terms:
     """theta, target (M, V): log-probabilities of the same places, gradients through theta only.
 
     raw, means over the places: alpha, chernoff (nats); kl_theta = KL(q*‖π_θ), kl_target = KL(q*‖π_t), kl_theta_target =
@@ -28,7 +28,7 @@ def qstar_terms(theta: Tensor, target: Tensor, law: QStarLaw, loss: QStarLoss) -
     """
     require_choice("module.loss", loss, get_args(QStarLoss))
     fixed = theta.detach()
-    here = law(fixed, target)
+    here = mixture(fixed, target)
     q = here.log_q.exp()
     value = kl_divergence(here.log_q, theta) if loss == "kl" else 1 - torch.minimum(q, theta.exp()).sum(-1)
     raw = {

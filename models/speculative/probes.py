@@ -10,41 +10,41 @@ from models.backbones.causal_lm import causal_logits
 from models.functional.bits_per_byte import token_nll
 from models.functional.next_token import causal_text, until_end
 from models.functional.rows import response_columns
-from models.interfaces.probe_batch import Choices, Given
+from models.interfaces.probe_batch import Choices, ProbeBatch
 
 
-class QStarProbes:
-    """A mixin of the module. A condition is a prompt: ids and attention mask, (B, P) each; texts are the corpus' own."""
+class PromptProbe:
+    """A condition is a prompt: ids and attention mask, (B, P) each; texts are the corpus' own."""
 
-    theta: nn.Module
-    words: int
-    eos_id: int
+    def __init__(self, theta: nn.Module, words: int, eos_id: int) -> None:
+        """words: ids from there on are padding of the output layer."""
+        self.theta, self.words, self.eos_id = theta, words, eos_id
 
-    def probe(self, rows: dict[str, Tensor], generator: Generator) -> Given:
+    def probe_batch(self, rows: dict[str, Tensor], generator: Generator) -> ProbeBatch:
         columns = response_columns(rows["response_mask"])
         text = rows["input_ids"][:, -columns:]
         prompt = {name: rows[name][:, :-columns] for name in ("input_ids", "attention_mask")}
-        return Given(text, until_end(text, self.eos_id), prompt)
+        return ProbeBatch(text, until_end(text, self.eos_id), prompt)
 
-    def probe_nll(self, rows: dict[str, Tensor], given: Given) -> Tensor:
-        return token_nll(self._logits(rows, given), given.text)
+    def nll(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
+        return token_nll(self._logits(rows, batch), batch.text)
 
-    def probe_spoiled(self, given: Given, how: str, generator: Generator) -> None:
+    def corrupt_condition(self, batch: ProbeBatch, how: str, generator: Generator) -> None:
         """A prompt that says nothing, or a random one, is none that the corpus could have."""
         return None
 
-    def probe_features(self, given: Given) -> None:
+    def condition_features(self, batch: ProbeBatch) -> None:
         return None
 
-    def probe_choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
+    def choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
         """Words of the corpus' texts."""
-        given = self.probe(rows, generator)
-        return {"theta": Choices(self._logits(rows, given).log_softmax(-1), given.counts)}
+        batch = self.probe_batch(rows, generator)
+        return {"theta": Choices(self._logits(rows, batch).log_softmax(-1), batch.counts)}
 
-    def _logits(self, rows: dict[str, Tensor], given: Given) -> Tensor:
+    def _logits(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         """Logits (B, R, V) of π_θ at the places of the texts."""
-        columns = given.text.shape[1]
-        mask = torch.cat([given.condition["attention_mask"], rows["attention_mask"][:, -columns:]], 1)
-        ids = torch.cat([given.condition["input_ids"], given.text], 1)
+        columns = batch.text.shape[1]
+        mask = torch.cat([batch.condition["attention_mask"], rows["attention_mask"][:, -columns:]], 1)
+        ids = torch.cat([batch.condition["input_ids"], batch.text], 1)
         text = causal_text({"input_ids": ids, "attention_mask": mask, "response_mask": rows["response_mask"]})
         return causal_logits(self.theta, text)[:, -columns:, : self.words].float()

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 
-class Chance(Protocol):
+class RandomSource(Protocol):
     """Two kinds of draws are all that speculative decoding needs."""
 
     def choose(self, p: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ class Chance(Protocol):
         ...
 
 
-class TorchChance:
+class TorchRandomSource:
     """Draws of a seeded generator, in float64."""
 
     def __init__(self, generator: Generator) -> None:
@@ -34,7 +34,7 @@ class TorchChance:
 
 
 class EnumeratedChance:
-    """A `Chance` for one row that follows a script of outcomes and notes what else could have happened."""
+    """A `RandomSource` for one row that follows a script of outcomes and notes what else could have happened."""
 
     def __init__(self, script: list[int]) -> None:
         self.script, self.probability = script, 1.0
@@ -45,11 +45,11 @@ class EnumeratedChance:
         return torch.tensor([self._take((row / row.sum()).tolist())], device=p.device)
 
     def accept(self, log_ratio: Tensor) -> Tensor:
-        chance = min(1.0, log_ratio[0].double().exp().item())
-        return torch.tensor([self._take([1 - chance, chance]) == 1], device=log_ratio.device)
+        rng = min(1.0, log_ratio[0].double().exp().item())
+        return torch.tensor([self._take([1 - rng, rng]) == 1], device=log_ratio.device)
 
     def _take(self, chances: list[float]) -> int:
-        possible = [k for k, chance in enumerate(chances) if chance > 0]
+        possible = [k for k, rng in enumerate(chances) if rng > 0]
         taken = self.script[len(self.made)] if len(self.made) < len(self.script) else possible[0]
         self.made.append((taken, possible))
         self.probability *= chances[taken]
@@ -59,14 +59,14 @@ class EnumeratedChance:
 Result = TypeVar("Result")
 
 
-def enumerate_outcomes(run: Callable[[Chance], Result]) -> Iterator[tuple[float, Result]]:
+def enumerate_outcomes(run: Callable[[RandomSource], Result]) -> Iterator[tuple[float, Result]]:
     """(probability, result) of `run(chance)` for every way that its draws can fall: the code that samples, run once each."""
     script: list[int] = []
     while True:
-        chance = EnumeratedChance(script)
-        result = run(chance)
-        yield chance.probability, result
-        made = chance.made
+        rng = EnumeratedChance(script)
+        result = run(rng)
+        yield rng.probability, result
+        made = rng.made
         while made and made[-1][0] == made[-1][1][-1]:
             made = made[:-1]
         if not made:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from models.functional.qstar import no_common_token, residual
-from models.speculative.distribution import PlaceLaw, QStarLaw
-from models.speculative.random_source import Chance
+from models.speculative.distribution import MixtureDist, NextTokenDist
+from models.speculative.random_source import RandomSource
 
 # (ids (B, L), lengths (B,), count) -> log-probabilities (B, count, V) of the tokens at places lengths, lengths + 1, ...
 Scores = Callable[[Tensor, Tensor, int], Tensor]
@@ -67,14 +67,14 @@ class QStarRun:
         *,
         max_new_tokens: int,
         spare: int,
-        law: QStarLaw,
+        mixture: MixtureDist,
         eos_ids: tuple[int, ...],
         stop: Callable[[Tensor], bool] | None,
         processors: tuple[Processor, ...],
-        chance: Chance,
+        rng: RandomSource,
         shown: Tensor | None = None,
     ) -> None:
-        self.models, self.law, self.chance = models, law, chance
+        self.models, self.mixture, self.rng = models, mixture, rng
         self.most, self.stop, self.processors, self.shown = max_new_tokens, stop, processors, shown
         batch, device = len(input_ids), input_ids.device
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=device)
@@ -120,7 +120,7 @@ class QStarRun:
         active, wanted = self.active, self.lengths + offset
         # ended rows must not widen the forward
         within = torch.where(active, wanted, wanted[active].min())
-        return self.law.tempered(self.models[name](self.ids, within, count))
+        return self.mixture.tempered(self.models[name](self.ids, within, count))
 
     def write(self, tokens: Tensor, offset: int | Tensor) -> None:
         """Put tokens (B,) at `offset`, perhaps by row, beyond what is settled."""
@@ -132,7 +132,7 @@ class QStarRun:
             return self.ids[row, :length]
         return torch.cat([self.shown[self.rows[row]], self.ids[row, int(self.start[row]) : length]])
 
-    def target_law(self, theta: Tensor, target: Tensor) -> PlaceLaw:
+    def target_law(self, theta: Tensor, target: Tensor) -> NextTokenDist:
         """q* at the next places, from both models' (B, G, V).
 
         Behind a draft that is certain to be refused there may be no q*; such a place has weight NaN and is never settled.
@@ -141,32 +141,32 @@ class QStarRun:
         if not bool(dead.any()):
             return self._law(theta, target)
         even = torch.zeros_like(theta).log_softmax(-1)
-        law = self._law(*(torch.where(dead.unsqueeze(-1), even, part) for part in (theta, target)))
-        return law._replace(alpha=law.alpha.masked_fill(dead, torch.nan), theta=theta, target=target)
+        mixture = self._law(*(torch.where(dead.unsqueeze(-1), even, part) for part in (theta, target)))
+        return mixture._replace(alpha=mixture.alpha.masked_fill(dead, torch.nan), theta=theta, target=target)
 
-    def _law(self, theta: Tensor, target: Tensor) -> PlaceLaw:
+    def _law(self, theta: Tensor, target: Tensor) -> NextTokenDist:
         if not self.processors:
-            return self.law(theta, target)
-        whole = QStarLaw(self.law.theta_weight)(theta, target)
+            return self.mixture(theta, target)
+        whole = MixtureDist(self.mixture.theta_weight)(theta, target)
         log_q = whole.log_q.clone()
         for row, length in enumerate(self.lengths.tolist()):
             for k in range(log_q.shape[1]):
                 for process in self.processors:
                     log_q[row, k] = process(self.text(row, length + k).unsqueeze(0), log_q[row : row + 1, k])[0]
-        return whole._replace(log_q=self.law.truncated(log_q.log_softmax(-1)))
+        return whole._replace(log_q=self.mixture.truncated(log_q.log_softmax(-1)))
 
-    def append(self, rows: Tensor, tokens: Tensor, law: PlaceLaw) -> None:
+    def append(self, rows: Tensor, tokens: Tensor, mixture: NextTokenDist) -> None:
         """Put tokens (B,) at the end of the rows (B,) bool that have not ended; law is that of the place, (B, V)."""
         rows = rows & self.active
         row = rows.nonzero().squeeze(-1)
-        if bool(law.alpha[row].isnan().any()):
-            raise no_common_token(law.theta[row], law.target[row])
+        if bool(mixture.alpha[row].isnan().any()):
+            raise no_common_token(mixture.theta[row], mixture.target[row])
         self.ids[row, self.lengths[row]] = tokens[row]
         request, place = self.rows[row], self.made[row]
         self.said[request, place] = tokens[row]
         self.counts[request] += 1
         for name in NOTES:
-            value = getattr(law, name)
+            value = getattr(mixture, name)
             figure = value[row] if value.ndim == 1 else value[row, tokens[row]]
             self.notes[name][request, place] = figure.double()
         self.lengths = self.lengths + rows.long()
@@ -175,20 +175,20 @@ class QStarRun:
             for k in row.tolist():
                 self.ended[k] |= bool(self.stop(self.text(k, int(self.lengths[k]))))
 
-    def settle(self, rows: Tensor, tokens: Tensor, law: PlaceLaw, proposer: str, proposal: Tensor) -> Tensor:
+    def settle(self, rows: Tensor, tokens: Tensor, mixture: NextTokenDist, proposer: str, proposal: Tensor) -> Tensor:
         """Keep or replace one token of each of the rows, proposed with log-probabilities `proposal` (B, V).
 
         Returns which were kept, (B,) bool.
         """
         own = proposal.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        wanted = law.log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        kept = self.chance.accept(wanted - own) & rows
+        wanted = mixture.log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        kept = self.rng.accept(wanted - own) & rows
         refused = rows & ~kept
         self.count(proposer, int(rows.sum()), int(kept.sum()))
         if bool(refused.any()):
-            other = self.chance.choose(residual(law.log_q, proposal))
+            other = self.rng.choose(residual(mixture.log_q, proposal))
             tokens = torch.where(refused, other, tokens)
-        self.append(rows, tokens, law)
+        self.append(rows, tokens, mixture)
         return kept
 
     def count(self, proposer: str, examined: int, kept: int) -> None:

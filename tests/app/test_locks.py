@@ -4,24 +4,24 @@ import threading
 
 import pytest
 
-from app.locks import alone_in, one_at_a_time
+from app.locks import build_once, exclusive_run
 from models.functional.errors import UsageError
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
-    with alone_in(tmp_path / "run"), pytest.raises(UsageError, match=r"type hydra.run.dir=<another folder>"):  # noqa: SIM117
-        with alone_in(tmp_path / "run"):
+    with exclusive_run(tmp_path / "run"), pytest.raises(UsageError, match=r"type hydra.run.dir=<another folder>"):  # noqa: SIM117
+        with exclusive_run(tmp_path / "run"):
             pytest.fail("two runs in one folder")
-    with pytest.raises(ValueError, match="broke"), alone_in(tmp_path / "run"):
+    with pytest.raises(ValueError, match="broke"), exclusive_run(tmp_path / "run"):
         raise ValueError("broke")
-    with alone_in(tmp_path / "run"), alone_in(tmp_path / "other"):
+    with exclusive_run(tmp_path / "run"), exclusive_run(tmp_path / "other"):
         pass
 
 
 def test_the_other_ranks_of_a_run_belong_to_it(tmp_path, monkeypatch):
-    with alone_in(tmp_path / "run"):
+    with exclusive_run(tmp_path / "run"):
         monkeypatch.setenv("LOCAL_RANK", "1")
-        with alone_in(tmp_path / "run"), one_at_a_time(tmp_path / "cache" / "model", pytest.fail):
+        with exclusive_run(tmp_path / "run"), build_once(tmp_path / "cache" / "model", pytest.fail):
             pass
 
 
@@ -31,7 +31,7 @@ def test_what_one_run_makes_the_next_one_finds(tmp_path):
     begun, waits = threading.Event(), threading.Event()
 
     def first():
-        with one_at_a_time(path, pytest.fail):
+        with build_once(path, pytest.fail):
             begun.set()
             assert waits.wait(30)
             order.append("first")
@@ -39,7 +39,7 @@ def test_what_one_run_makes_the_next_one_finds(tmp_path):
     thread = threading.Thread(target=first)
     thread.start()
     assert begun.wait(30)
-    with one_at_a_time(path, waits.set):
+    with build_once(path, waits.set):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]

@@ -63,9 +63,10 @@ def test_what_is_read_back_answers_as_what_was_trained(tmp_path, tiny_oracle, op
     mask, choices = torch.ones_like(text, dtype=torch.bool), torch.ones(8, len(module.model.layout.slot_columns)).long()
     with torch.no_grad():
         for one, other in ((module, again), (again, module)):
-            torch.testing.assert_close(one.planner.score(text, mask, choices), other.planner.score(text, mask, choices))
+            scores = [m.planner.score(text, mask, choices) for m in (one, other)]
+            torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)  # float32, and merged weights round otherwise
         said = [m.executor.logits(*m.planner.block(choices), text[:, -6:]) for m in (module, again)]
-    torch.testing.assert_close(*said)
+    torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
     assert newest_model(tmp_path / "runs") == folder
     if "kind" not in options:
         greedy = trained_decoder(folder, tiny_oracle, 0.0, torch.device("cpu"))

@@ -20,7 +20,7 @@ def figures(data, most: int) -> dict[str, float]:
     module = module_of(data, 4)
     module.__class__, module.posterior_reads = Numbered, "text"
     quiet_trainer(1, callbacks=[CodeCeiling()]).test(module, data, verbose=False)
-    return module.figures
+    return module.figures.values
 
 
 def test_codes_of_their_own_pay_for_themselves_and_few_do_not(tiny_oracle):

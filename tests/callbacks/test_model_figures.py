@@ -11,6 +11,7 @@ from callbacks.plan_probe import PlanProbe
 from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.pretrain import PretrainModule
 from models.functional.probe import fit_ridge, probe_accuracy, standardise
+from models.interfaces.figures import ModelFigures
 from models.objectives.next_token import NextToken
 from reporting.gather import frontier_markdown, frontier_rows, frontier_table
 from reporting.table import split_rows
@@ -46,7 +47,7 @@ class Told(LightningModule):
 
     def __init__(self, data: OracleDataModule, tells: bool) -> None:
         super().__init__()
-        self.data, self.tells, self.figures = data, tells, {}
+        self.data, self.tells, self.figures = data, tells, ModelFigures()
 
     def states(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
         plans = torch.nn.functional.one_hot(self.data.hidden_plans(rows), 16).flatten(1).float()
@@ -66,7 +67,7 @@ def test_the_plan_is_found_where_it_is(tells):
     again = PlanProbe(rows=1000)
     again.load_state_dict(probe.state_dict())
     again.on_test_start(trainer, module)
-    figures = module.figures
+    figures = module.figures.values
     assert figures["probe_untrained"] == figures["probe"]  # nothing has been trained in between
     assert (figures["probe"] == 1.0) == tells
     assert (figures["probe"] < figures["probe_chance"] + 0.1) != tells
@@ -93,7 +94,7 @@ def test_a_goal_is_noted_once_and_only_when_it_is_reached():
         assert module.curve["tokens"][:2] == [2 * 6, 5 * 6]
         assert module.curve["nll"][-1] == pytest.approx(float(trainer.callback_metrics["val/nll"]))
         assert "nll_truth" not in module.curve  # this corpus does not know it
-        found[below] = module.figures
+        found[below] = module.figures.values
     assert found[100.0]["goal_tokens"] == 2 * 6  # the first validation, after one batch
     assert 0 < found[100.0]["goal_seconds"] < found[100.0]["train_seconds"]
     assert found[100.0]["train_tokens"] == 2 * (2 + 3) * 6

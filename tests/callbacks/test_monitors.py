@@ -70,8 +70,8 @@ def test_the_shuffle_is_told_by_place_with_its_interval():
 
 def test_nll_by_position_counts_tokens_that_count():
     class Rising(Watched):
-        def probe_nll(self, rows, given):  # place + number of the row
-            return torch.arange(4) + given.text[:, :1].float()
+        def nll(self, rows, batch):  # place + number of the row
+            return torch.arange(4) + batch.text[:, :1].float()
 
     found = seen(Rising(), SixRows(), PositionMonitor(width=3))
     assert found == pytest.approx({"nll_at_0": 1 + 2.5, "nll_at_3": 3 + 2})  # the last place counts in rows 0, 2 and 4
@@ -215,17 +215,17 @@ def test_hidden_concepts_are_not_there_and_random_ones_keep_the_length(tiny_orac
     module.trainer.datamodule = tiny_oracle
     rows = {name: column[:8] for name, column in tiny_oracle.rows["val"].columns.items()}
     with torch.no_grad():
-        given = module.probe(rows, torch.Generator())
-        text = given.text[:1].expand(8, -1)
-        blank = given.under(module.probe_spoiled(given, "blank", torch.Generator()))
+        batch = module.probe_batch(rows, torch.Generator())
+        text = batch.text[:1].expand(8, -1)
+        blank = batch.under(module.corrupt_condition(batch, "blank", torch.Generator()))
         logits = module.executor.logits(*module._block(blank), text)
         torch.testing.assert_close(logits, logits[:1].expand_as(logits))
-        told = module.executor.logits(*module._block(given), text)
+        told = module.executor.logits(*module._block(batch), text)
         torch.testing.assert_close(
-            told, module.executor.logits(*module.planner.block(given.condition["choices"]), text)
+            told, module.executor.logits(*module.planner.block(batch.condition["choices"]), text)
         )
-    other = module.probe_spoiled(given, "random", torch.Generator().manual_seed(0))["choices"]
-    choices = given.condition["choices"]
+    other = module.corrupt_condition(batch, "random", torch.Generator().manual_seed(0))["choices"]
+    choices = batch.condition["choices"]
     assert (other != choices).any()
     assert torch.equal(other == 0, choices == 0)
     assert ((other >= 1) & (other <= torch.tensor([3, 3, 4]))).all()
@@ -257,12 +257,13 @@ def test_a_pair_shows_the_use_of_the_prompt(tiny_oracle):
     assert abs(found["dnll_shuffle"]) > 1e-4
     assert "dnll_blank" not in found
     rows = tiny_oracle.rows["val"].columns
-    given = module.probe(rows, torch.Generator())
+    (probe,) = module.probes
+    batch = probe.probe_batch(rows, torch.Generator())
     with torch.no_grad():
-        ours = module.probe_nll(rows, given)
-        theirs = module._nll(rows, given.text)[0]
-    torch.testing.assert_close(ours[given.counts], theirs)
-    assert found["nll_at_0"] == pytest.approx(ours[:, :3][given.counts[:, :3]].mean().item(), rel=1e-4)
+        ours = probe.nll(rows, batch)
+        theirs = module._nll(rows, batch.text)[0]
+    torch.testing.assert_close(ours[batch.counts], theirs)
+    assert found["nll_at_0"] == pytest.approx(ours[:, :3][batch.counts[:, :3]].mean().item(), rel=1e-4)
 
 
 # -- dashboard -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from models.functional.errors import UsageError
 def figures(data, nll) -> tuple[dict, dict]:
     module = module_of(data, 4)
     quiet_trainer(1, callbacks=[PlanGain(nll)]).test(module, data, verbose=False)
-    return module.meter.compute(), module.figures
+    return module.meter.compute(), module.figures.values
 
 
 def test_the_truth_as_baseline_gives_the_meter_s_own_figures(tiny_oracle):

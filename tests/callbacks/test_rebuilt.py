@@ -15,7 +15,7 @@ def measured(module, data) -> dict[str, float]:
     if module.lr:
         trainer.fit(module, data)
     trainer.test(module, data, verbose=False)
-    return module.figures
+    return module.figures.values
 
 
 def test_learnt_texts_are_rebuilt_in_both_ways_and_fresh_ones_in_neither(tiny_oracle, capsys):
@@ -34,7 +34,7 @@ def test_words_are_counted_up_to_the_first_end(tiny_oracle):
     class Once(ConceptPlannerExecutorModule):
         """Right but for the first word when forced, wrong everywhere when free."""
 
-        def probe_said(self, rows, given):
+        def predictions(self, rows, given):
             given.counts[:, 4:] = False
             forced, wrong = given.text.clone(), (given.text + 1) % 4
             forced[:, 0], forced[:, 5] = wrong[:, 0], wrong[:, 5]

@@ -8,18 +8,31 @@ from lightning import LightningModule
 
 from callbacks.slot_table import SlotTable, nmi_table
 from datamodules.slot_values import slot_values
+from models.interfaces.figures import ModelFigures
 
 NAMES = ["area", "food", "price"]
 
 
-class Slots(LightningModule):
-    slot_names = ("a1", "a2", "b")
+class FixedConcepts:
+    """A probe of three slots; only its concepts are asked for."""
 
+    posterior_reads, slot_names = "text", ("a1", "a2", "b")
+
+    def unused(self, *_):
+        raise AssertionError
+
+    probe_batch = nll = corrupt_condition = condition_features = concepts_of = posterior_concepts = unused
+
+
+class Slots(LightningModule):
     def __init__(self, concepts: torch.Tensor) -> None:
         super().__init__()
-        self.concepts, self.figures = concepts, {}
+        self.concepts, self.figures = concepts, ModelFigures()
+        probe = FixedConcepts()
+        probe.posterior_concepts = self.posterior_concepts
+        self.probes = (probe,)
 
-    def concepts_said(self, rows: dict) -> torch.Tensor:
+    def posterior_concepts(self, rows: dict) -> torch.Tensor:
         return self.concepts[rows["row"]]
 
 
@@ -34,7 +47,7 @@ def table_of(concepts, values, capsys) -> tuple[dict, str]:
     for rows in torch.arange(len(values)).split(32):
         callback.on_test_batch_end(trainer, module, None, {"row": rows}, 0)
     callback.on_test_epoch_end(trainer, module)
-    return module.figures, capsys.readouterr().out
+    return module.figures.values, capsys.readouterr().out
 
 
 def test_each_slot_is_matched_to_what_it_copies(capsys):
@@ -45,9 +58,9 @@ def test_each_slot_is_matched_to_what_it_copies(capsys):
     rows = {
         line.split()[0]: line.split()[1:]
         for line in printed.splitlines()
-        if line.split()[:1] and line.split()[0] in Slots.slot_names
+        if line.split()[:1] and line.split()[0] in FixedConcepts.slot_names
     }
-    assert [rows[slot].index("1.000*") for slot in Slots.slot_names] == [2, 0, 1]
+    assert [rows[slot].index("1.000*") for slot in FixedConcepts.slot_names] == [2, 0, 1]
 
 
 def test_slots_that_say_nothing_have_what_chance_gives(capsys):

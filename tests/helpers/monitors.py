@@ -7,7 +7,8 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from models.interfaces.probe_batch import Choices, EStep, Given
+from models.interfaces.figures import ModelFigures
+from models.interfaces.probe_batch import Choices, EStep, ProbeBatch
 
 ROWS, TOKENS = 6, 4
 
@@ -40,7 +41,11 @@ class Watched(LightningModule):
         self.plan_head, self.other = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
         self.relaxation: tuple[Tensor, Tensor] | None = None
         self.e_step: EStep | None = None
-        self.figures: dict[str, float] = {}
+        self.figures = ModelFigures()
+
+    @property
+    def probes(self) -> tuple[LightningModule]:
+        return (self,)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -65,23 +70,23 @@ class Watched(LightningModule):
 
     # -- what monitors look at -----------------------------------------------------------------------------------------
 
-    def probe(self, rows: dict[str, Tensor], generator) -> Given:
+    def probe_batch(self, rows: dict[str, Tensor], generator) -> ProbeBatch:
         number = rows["input_ids"][:, 0]
         counts = torch.ones(len(number), TOKENS, dtype=torch.bool)
         counts[:, -1] = number % 2 == 0
-        return Given(rows["input_ids"][:, 1:], counts, {"number": number.float()})
+        return ProbeBatch(rows["input_ids"][:, 1:], counts, {"number": number.float()})
 
-    def probe_nll(self, rows: dict[str, Tensor], given: Given) -> Tensor:
-        wrong = self.used * (given.condition["number"] - given.text[:, 0]).abs()
+    def nll(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
+        wrong = self.used * (batch.condition["number"] - batch.text[:, 0]).abs()
         return 1 + wrong.unsqueeze(-1) * (torch.arange(TOKENS) < self.reach)
 
-    def probe_spoiled(self, given: Given, how: str, generator) -> dict[str, Tensor] | None:
-        return {"number": given.text[:, 0] + 10.0} if how == "blank" else None
+    def corrupt_condition(self, batch: ProbeBatch, how: str, generator) -> dict[str, Tensor] | None:
+        return {"number": batch.text[:, 0] + 10.0} if how == "blank" else None
 
-    def probe_features(self, given: Given) -> Tensor:
-        return given.condition["number"].unsqueeze(-1)
+    def condition_features(self, batch: ProbeBatch) -> Tensor:
+        return batch.condition["number"].unsqueeze(-1)
 
-    def probe_choices(self, rows: dict[str, Tensor], generator) -> dict[str, Choices]:
+    def choices(self, rows: dict[str, Tensor], generator) -> dict[str, Choices]:
         """Even rows are sure of choice 0, odd ones hesitate between it and choice 1; choice 2 is never possible."""
         odd = (rows["input_ids"][:, 0] % 2 == 1).double()
         p = torch.stack([1 - odd / 2, odd / 2 + 1e-30, torch.zeros_like(odd)], -1)

@@ -270,11 +270,11 @@ def test_adapters_train_alone_beside_the_new_tables(tiny_oracle):
 def test_temperature_and_corruption_fall_with_the_steps(tiny_oracle):
     module, seen = build(tiny_oracle, anneal_share=0.5), []
 
-    class Watch(Callback):
+    class TokenCallback(Callback):
         def on_train_batch_start(self, trainer, pl_module, *_) -> None:
             seen.append((module.annealed((1.0, 0.5), 0.5), module.annealed((0.4, 0.0), 0.5)))
 
-    quiet_trainer(8, callbacks=[Watch()]).fit(module, tiny_oracle)
+    quiet_trainer(8, callbacks=[TokenCallback()]).fit(module, tiny_oracle)
     temperatures, corruptions = zip(*seen, strict=True)
     assert_close(torch.tensor(temperatures), torch.tensor([1.0, 0.875, 0.75, 0.625, 0.5, 0.5, 0.5, 0.5]))
     assert_close(torch.tensor(corruptions), torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0]))

@@ -18,7 +18,7 @@ from models.backbones.causal import build_causal
 from models.functional.divergence import kl_divergence
 from models.functional.errors import UsageError
 from models.functional.next_token import causal_text, until_end
-from models.speculative.distribution import QStarLaw
+from models.speculative.distribution import MixtureDist
 from models.speculative.exactness import enumeration_error, g_test, g_test_of, law_of_texts
 from models.speculative.loss import qstar_terms
 
@@ -71,8 +71,8 @@ def pair(places=5, words=6):
 def test_the_loss_and_its_gradient_by_finite_differences(loss):
     """q* is held fixed: differences are taken with q* from the unperturbed logits."""
     theta, target = pair()
-    law = QStarLaw()
-    fixed = law(theta.log_softmax(-1), target.log_softmax(-1)).log_q
+    mixture = MixtureDist()
+    fixed = mixture(theta.log_softmax(-1), target.log_softmax(-1)).log_q
 
     def value(logits):
         logp = logits.log_softmax(-1)
@@ -81,7 +81,7 @@ def test_the_loss_and_its_gradient_by_finite_differences(loss):
         return (1 - torch.minimum(fixed.exp(), logp.exp()).sum(-1)).mean()
 
     logits = theta.clone().requires_grad_()
-    terms = qstar_terms(logits.log_softmax(-1), target.log_softmax(-1), law, loss)
+    terms = qstar_terms(logits.log_softmax(-1), target.log_softmax(-1), mixture, loss)
     assert terms.loss.item() == pytest.approx(value(theta).item(), abs=1e-12)
     terms.loss.backward()
     for place, word in [(0, 0), (2, 3), (4, 5)]:
@@ -93,12 +93,12 @@ def test_the_loss_and_its_gradient_by_finite_differences(loss):
 
 def test_the_figures_of_a_place_satisfy_what_is_known_of_them():
     theta, target = (part.log_softmax(-1) for part in pair())
-    raw = qstar_terms(theta, target, QStarLaw(), "kl").raw
+    raw = qstar_terms(theta, target, MixtureDist(), "kl").raw
     assert raw["kl_theta"].item() == pytest.approx(raw["chernoff"].item(), abs=1e-5)
     assert raw["kl_target"].item() == pytest.approx(raw["chernoff"].item(), abs=1e-5)
     assert raw["kl_theta_target"].item() == pytest.approx(kl_divergence(theta, target).mean().item(), abs=1e-6)
     assert raw["overlap"] <= min(raw["beta_theta"], raw["beta_target"])
-    half = qstar_terms(theta, target, QStarLaw(0.5), "kl").raw
+    half = qstar_terms(theta, target, MixtureDist(0.5), "kl").raw
     assert half["alpha"] == 0.5
     assert abs(half["kl_theta"] - half["kl_target"]) > 1e-3  # the control: an equal mixture is not equally far
 
@@ -137,7 +137,7 @@ def test_the_law_of_all_texts_is_a_law(data):
     prompt = data.encode_prompts([""])["input_ids"][0, : data.prompt_length]
     words = len(data.tokenizer)
     texts = torch.cartesian_prod(*[torch.arange(words)] * 2)
-    total = law_of_texts(module.theta, module.target, QStarLaw(), prompt, texts, words).exp().sum()
+    total = law_of_texts(module.theta, module.target, MixtureDist(), prompt, texts, words).exp().sum()
     assert total.item() == pytest.approx(1.0, abs=1e-5)
 
 

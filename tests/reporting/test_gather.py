@@ -12,9 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-import lightning_modules.base
 from callbacks.frontier import FrontierReport
 from lightning_modules.base import LeapModule
+from lightning_modules.training import decoder_cost
 from reporting.record import KEYS, read_record
 from reporting.table import markdown_table
 
@@ -121,7 +121,7 @@ def test_tokens_per_second_leaves_the_first_batch_out(tmp_path, tiny_oracle, mon
         calls[0] += 1
         now[0] += 100.0 if calls[0] <= 2 else 2.0  # the first batch is decoded again to count its operations
 
-    monkeypatch.setattr(lightning_modules.base, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(decoder_cost, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     report, _ = compare(tmp_path, tiny_oracle, [Spoiler("student", "student", 1, None, wait)])
     student, *controls = report.record["rows"]
     assert calls[0] == 3

@@ -23,9 +23,9 @@ STOP = torch.tensor([0.2, 0.5, 0.1], dtype=torch.float64)
 def test_length_and_chance_of_an_end_by_enumeration():
     length, ends = 0.0, 0.0
     for stops in product([0, 1], repeat=3):
-        chance = math.prod(s if stop else 1 - s for s, stop in zip(STOP.tolist(), stops, strict=True))
-        length += chance * (stops.index(1) if any(stops) else 3)
-        ends += chance * any(stops)
+        rng = math.prod(s if stop else 1 - s for s, stop in zip(STOP.tolist(), stops, strict=True))
+        length += rng * (stops.index(1) if any(stops) else 3)
+        ends += rng * any(stops)
     assert expected_length(STOP) == pytest.approx(length)
     assert eos_loss(STOP) == pytest.approx(-math.log(ends))
     assert expected_length(torch.tensor([0.0, 0.0, 1.0, 1.0])) == 2

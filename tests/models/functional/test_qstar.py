@@ -190,11 +190,11 @@ def test_trying_several_candidates_and_then_q_has_the_law_of_the_formula_and_not
     accept = (q / p).clamp(max=1.0)
     law = torch.zeros(2).double()
     for draws in itertools.product(range(2), repeat=candidates):  # every way the candidates may fall
-        chance = math.prod(p[x].item() for x in draws)
+        rng = math.prod(p[x].item() for x in draws)
         for x in draws:
-            law[x] += chance * accept[x]
-            chance *= 1 - accept[x].item()
-        law += chance * q
+            law[x] += rng * accept[x]
+            rng *= 1 - accept[x].item()
+        law += rng * q
     rejected = 1 - float(torch.minimum(p, q).sum())
     formula = torch.minimum(p, q) * (1 - rejected**candidates) / (1 - rejected) + rejected**candidates * q
     torch.testing.assert_close(law, formula)

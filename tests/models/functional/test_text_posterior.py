@@ -82,8 +82,8 @@ def test_more_texts_leave_less_variance_where_the_point_says_little(embedding):
         for drawn in product(range(3), repeat=n):
             w = shares(embedding, apart, s, TEXTS[list(drawn)])
             target = torch.zeros(1, 3).double().index_add(1, torch.tensor(drawn), w)
-            chance = truth[0, drawn[0]] * PRIOR[list(drawn[1:])].prod()
-            total += chance.item() * (target - truth).square().sum().item()
+            rng = truth[0, drawn[0]] * PRIOR[list(drawn[1:])].prod()
+            total += rng.item() * (target - truth).square().sum().item()
         spread.append(total)
     assert spread[1] < 0.6 * spread[0]
     assert spread[2] < 0.6 * spread[1]

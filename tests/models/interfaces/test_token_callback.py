@@ -17,7 +17,7 @@ from models.flow.solver import NoisyMaskDecoder
 from models.online.decoder import OnlineConceptDecoder
 from models.plans.decoder import PlannedDecoder
 from models.speculative.decoder import QStarDecoder
-from models.speculative.distribution import QStarLaw
+from models.speculative.distribution import MixtureDist
 
 RESPONSE = 6
 
@@ -67,7 +67,7 @@ def test_q_star_a_round_at_a_time(scheme, eos_id):
     torch.manual_seed(0)
     pair = [tiny_causal(), tiny_causal()]
     decoder = QStarDecoder(
-        *pair, scheme, response_length=RESPONSE, vocab_size=11, eos_id=eos_id, law=QStarLaw(), gamma=2
+        *pair, scheme, response_length=RESPONSE, vocab_size=11, eos_id=eos_id, mixture=MixtureDist(), gamma=2
     )
     returned, seen = watched(decoder, batch=1)
     assert not decoder.refines

@@ -6,7 +6,7 @@ from helpers.online import HALF, naive_logits, texts, tiny_online
 from torch.testing import assert_close
 
 from models.online.codes import build_codes
-from models.online.concept_stack import Setting
+from models.online.concept_stack import CompressionSchedule
 from models.online.decoder import OnlineReading
 
 SPACES = ["fsq", "ema_vq"]
@@ -24,7 +24,7 @@ def online(sampler: str, **options):
 @pytest.mark.parametrize("growth", ["null", "fixed"])
 def test_one_forward_is_one_forward_a_position_and_one_step(sampler, growth):
     model, ids = online(sampler, growth=growth, gate="none"), texts()
-    states, levels = model.read(ids, setting=HALF)
+    states, levels = model.read(ids, schedule=HALF)
     assert len(levels[0].coded.ids[levels[0].real].unique()) > 1
     logits = model.logits(states)
     assert_close(logits, torch.stack([naive_logits(model, row, HALF) for row in ids]), atol=1e-12, rtol=1e-12)
@@ -37,9 +37,9 @@ def test_one_forward_is_one_forward_a_position_and_one_step(sampler, growth):
 @pytest.mark.parametrize("sampler", SPACES)
 def test_without_compression_it_is_the_backbone(sampler):
     model, ids = online(sampler), texts()
-    every = Setting(compression=1.0, quantisation=0.0)
+    every = CompressionSchedule(compression=1.0, quantisation=0.0)
     for training in (True, False):
-        ours = model.train(training).logits(model.read(ids, setting=every)[0])
+        ours = model.train(training).logits(model.read(ids, schedule=every)[0])
         assert torch.equal(ours, model.backbone(input_ids=ids, use_cache=False).logits)
 
 

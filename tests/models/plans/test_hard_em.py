@@ -68,7 +68,7 @@ class ByHand:
     def __init__(self, prior) -> None:
         self.prior = prior
 
-    def __call__(self, prompt, seen, text, before, known, generator, further) -> Found:
+    def __call__(self, prompt, seen, text, before, known, generator, extra_score) -> Found:
         choices = torch.stack([1 + text.sum(-1) % 3, 1 + text[:, 0] % 4], -1)
         gaps = torch.where(known, text[:, 0].float(), torch.nan)
         return Found(choices, -text.sum(-1).float(), text[:, 1].float(), gaps, gaps)

@@ -129,7 +129,7 @@ def test_codes_are_the_values_of_their_signals(few_texts, told):
     rows = few_texts.rows["train"].columns
     values = few_texts.signals(rows)
     values = torch.stack([values[name] for name in ("who", "where", "events")], -1)
-    said = module.concepts_said(rows) - 1
+    said = module.posterior_concepts(rows) - 1
     assert (float((said == values)[values >= 0].float().mean()) > 0.95) is told
 
 
@@ -187,8 +187,8 @@ def test_codes_that_are_known_are_taught_as_they_are(few_texts):
     wanted = torch.stack([values[name] for name in ("who", "where", "events")], -1)
     given = wanted >= 0
     assert torch.equal((module.concepts_of(batch) - 1)[given], wanted[given])
-    assert (module.concepts_said(batch) - 1 != wanted)[given].any()  # the posterior itself cannot say them yet
-    assert torch.equal(module.concepts_of(batch)[~given], module.concepts_said(batch)[~given])
+    assert (module.posterior_concepts(batch) - 1 != wanted)[given].any()  # the posterior itself cannot say them yet
+    assert torch.equal(module.concepts_of(batch)[~given], module.posterior_concepts(batch)[~given])
 
 
 def test_codes_with_a_name_are_read_like_words():

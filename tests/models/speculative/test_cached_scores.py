@@ -20,8 +20,8 @@ from transformers import (
 from models.functional.errors import UsageError
 from models.speculative.cached_scores import CachedScores
 from models.speculative.decode import decode_qstar
-from models.speculative.distribution import QStarLaw
-from models.speculative.random_source import TorchChance
+from models.speculative.distribution import MixtureDist
+from models.speculative.random_source import TorchRandomSource
 from models.speculative.scores import CausalScores
 
 
@@ -104,10 +104,10 @@ def test_decoding_with_caches_is_decoding_without(scheme):
     outs = []
     for kind in (CausalScores, CachedScores):
         third = {"assistant": kind(models[2])} if scheme["draft"] == "assistant" else {}
-        chance = TorchChance(torch.Generator().manual_seed(1))
+        rng = TorchRandomSource(torch.Generator().manual_seed(1))
         outs.append(
             decode_qstar(kind(models[0]), kind(models[1]), prompts, lengths=lengths, max_new_tokens=24, eos_ids=(3,),
-                         chance=chance, **scheme, **third)
+                         rng=rng, **scheme, **third)
         )  # fmt: skip
     assert torch.equal(outs[0].tokens, outs[1].tokens)
     assert torch.equal(outs[0].lengths, outs[1].lengths)
@@ -128,7 +128,7 @@ def test_rows_that_have_ended_are_read_no_more_and_no_forward_is_for_a_few_rows(
     prompts = torch.randint(4, 50, (8, 4), generator=torch.Generator().manual_seed(0))
     out = decode_qstar(
         *(Watched(model) for model in models), prompts, max_new_tokens=30, eos_ids=(3, 4, 5), draft=draft, gamma=3,
-        chance=TorchChance(torch.Generator().manual_seed(0)),
+        rng=TorchRandomSource(torch.Generator().manual_seed(0)),
     )  # fmt: skip
     assert seen == sorted(seen, reverse=True)
     assert len(set(seen)) > 3
@@ -148,10 +148,10 @@ def test_a_ragged_batch_is_its_rows_one_by_one(scheme):
 
     def texts(rows, **options):
         third = {"assistant": CachedScores(models[2])} if options["draft"] == "assistant" else {}
-        chance = TorchChance(torch.Generator().manual_seed(0))
+        rng = TorchRandomSource(torch.Generator().manual_seed(0))
         return decode_qstar(
             CachedScores(models[0]), CachedScores(models[1]), prompts[rows], lengths=lengths[rows], max_new_tokens=20,
-            law=QStarLaw(top_k=1), chance=chance, **third, **options,
+            mixture=MixtureDist(top_k=1), rng=rng, **third, **options,
         ).tokens  # fmt: skip
 
     together = texts(slice(None), **scheme)

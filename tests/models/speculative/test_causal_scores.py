@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from models.functional.errors import UsageError
 from models.functional.qstar import mix, solve_alpha
 from models.speculative.decode import decode_qstar
-from models.speculative.random_source import TorchChance
+from models.speculative.random_source import TorchRandomSource
 from models.speculative.scores import CausalScores, require_same_vocabulary
 
 
@@ -36,9 +36,15 @@ def test_scores_are_the_models_own_at_ragged_lengths():
 @pytest.mark.parametrize("draft", ["theta", "target", "alternate"])
 def test_the_figures_of_each_token_are_those_of_the_two_models(draft):
     theta, target = model(0), model(1)
-    chance, prompt = TorchChance(torch.Generator().manual_seed(0)), torch.tensor([[1, 2], [3, 4]])
+    rng, prompt = TorchRandomSource(torch.Generator().manual_seed(0)), torch.tensor([[1, 2], [3, 4]])
     out = decode_qstar(
-        CausalScores(theta), CausalScores(target), prompt, max_new_tokens=5, gamma=3, draft=draft, chance=chance
+        CausalScores(theta),
+        CausalScores(target),
+        prompt,
+        max_new_tokens=5,
+        gamma=3,
+        draft=draft,
+        rng=rng,
     )
     ids = torch.cat([prompt, out.tokens], -1)
     for k in range(5):
@@ -52,9 +58,15 @@ def test_the_figures_of_each_token_are_those_of_the_two_models(draft):
 def test_with_one_model_twice_it_is_plain_sampling():
     """alpha = 1/2 of equal models, every draft kept, and the forwards that the formula for beta = 1 says."""
     scores = CausalScores(model(0))
-    chance = TorchChance(torch.Generator().manual_seed(0))
+    rng = TorchRandomSource(torch.Generator().manual_seed(0))
     out = decode_qstar(
-        scores, scores, torch.tensor([[1, 2]]), max_new_tokens=12, gamma=3, draft="alternate", chance=chance
+        scores,
+        scores,
+        torch.tensor([[1, 2]]),
+        max_new_tokens=12,
+        gamma=3,
+        draft="alternate",
+        rng=rng,
     )
     assert out.acceptance == {"theta": 1.0, "target": 1.0}
     assert out.alpha.eq(0.5).all()
@@ -79,9 +91,16 @@ def test_two_vocabularies_are_refused_by_name_even_where_they_are_equally_large(
 @pytest.mark.parametrize("draft", ["theta", "target", "alternate"])
 def test_a_request_that_fits_the_context_never_reads_beyond_it(draft):
     small = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=10, n_embd=8, n_layer=1, n_head=1))
-    scores, chance = CausalScores(small), TorchChance(torch.Generator().manual_seed(0))
+    scores, rng = CausalScores(small), TorchRandomSource(torch.Generator().manual_seed(0))
     out = decode_qstar(
-        scores, scores, torch.ones(5, 3).long(), max_new_tokens=7, gamma=4, eos_ids=(2,), draft=draft, chance=chance
+        scores,
+        scores,
+        torch.ones(5, 3).long(),
+        max_new_tokens=7,
+        gamma=4,
+        eos_ids=(2,),
+        draft=draft,
+        rng=rng,
     )
     assert out.tokens.shape == (5, 7)
 

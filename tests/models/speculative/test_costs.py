@@ -17,11 +17,11 @@ def clock(monkeypatch):
     return time
 
 
-def takes(clock, first, further):
-    """Scores of a model that takes `first` seconds for a place and `further` for each more."""
+def takes(clock, first, extra_score):
+    """Scores of a model that takes `first` seconds for a place and `extra_score` for each more."""
 
     def scores(ids, lengths, count):
-        clock[0] += first + further * (count - 1)
+        clock[0] += first + extra_score * (count - 1)
 
     return scores
 

@@ -14,8 +14,8 @@ import models.speculative.state as state
 from models.functional.errors import UsageError
 from models.functional.qstar import mix, solve_alpha, truncate
 from models.speculative.decode import decode_qstar
-from models.speculative.distribution import QStarLaw
-from models.speculative.random_source import TorchChance, enumerate_outcomes
+from models.speculative.distribution import MixtureDist
+from models.speculative.random_source import TorchRandomSource, enumerate_outcomes
 
 V = 3
 
@@ -44,7 +44,7 @@ LAW_OPTIONS = ("theta_weight", "temperature", "top_k", "top_p")
 def exact_law(
     length, theta_weight=None, top_k=None, top_p=None, temperature=1.0, eos_id=None, models=(THETA, TARGET), words=V
 ):
-    law = {}
+    mixture = {}
     for text in itertools.product(range(words), repeat=length):
         probability, ids = 1.0, [0, 1]
         for token in text:
@@ -59,19 +59,22 @@ def exact_law(
             alpha = alpha(a, b) if callable(alpha) else alpha
             probability *= truncate(mix(a, b, alpha)[0], top_k, top_p)[0, token].exp().item()
             ids.append(token)
-        law[text] = probability
-    return law
+        mixture[text] = probability
+    return mixture
 
 
 def emitted_law(length, models=(THETA, TARGET), words=V, eos_id=None, **options):
-    """The law of what `decode_qstar` says; options of `QStarLaw` and of decoding alike."""
-    law = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
-    rule = QStarLaw(**{name: options.pop(name) for name in list(options) if name in LAW_OPTIONS})
+    """The law of what `decode_qstar` says; options of `MixtureDist` and of decoding alike."""
+    mixture = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
+    rule = MixtureDist(**{name: options.pop(name) for name in list(options) if name in LAW_OPTIONS})
     options["eos_ids"] = () if eos_id is None else (eos_id,)
-    run = lambda chance: decode_qstar(*models, PROMPT, max_new_tokens=length, chance=chance, law=rule, **options)  # noqa: E731
+
+    def run(rng):
+        return decode_qstar(*models, PROMPT, max_new_tokens=length, rng=rng, mixture=rule, **options)
+
     for probability, out in enumerate_outcomes(run):
-        law[tuple(out.tokens[0].tolist())] += probability
-    return law
+        mixture[tuple(out.tokens[0].tolist())] += probability
+    return mixture
 
 
 def worst(first, second):
@@ -161,11 +164,11 @@ def test_a_bonus_token_of_the_checker_is_seen(monkeypatch):
     """Taking the checker's proposal as it is: what ordinary speculative sampling does, where the checker is the target."""
 
     class Trusting(decoding.QStarRun):
-        def settle(self, rows, tokens, law, proposer, proposal):
+        def settle(self, rows, tokens, mixture, proposer, proposal):
             if proposer == "target":
-                self.append(rows, tokens, law)
+                self.append(rows, tokens, mixture)
                 return rows
-            return super().settle(rows, tokens, law, proposer, proposal)
+            return super().settle(rows, tokens, mixture, proposer, proposal)
 
     monkeypatch.setattr(decoding, "QStarRun", Trusting)
     assert worst(emitted_law(2, draft="alternate", gamma=1), exact_law(2)) > 1e-3
@@ -174,15 +177,15 @@ def test_a_bonus_token_of_the_checker_is_seen(monkeypatch):
 @pytest.mark.parametrize("scheme", SCHEMES[::5], ids=str)
 def test_samples_have_the_law_too_and_the_control_has_not(scheme, monkeypatch):
     """Chi-square on 9 texts of a batch of 8 000, drawn together: ragged rows do not disturb each other."""
-    n, law = 8_000, exact_law(2)
+    n, mixture = 8_000, exact_law(2)
     batch = PROMPT.expand(n, -1)
 
     def p_value():
-        chance = TorchChance(torch.Generator().manual_seed(0))
-        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=2, chance=chance, **third(scheme))
+        rng = TorchRandomSource(torch.Generator().manual_seed(0))
+        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=2, rng=rng, **third(scheme))
         codes = (out.tokens * torch.tensor([V, 1])).sum(-1)
         counts = torch.bincount(codes, minlength=V * V).numpy()
-        return chisquare(counts, [n * law[text] for text in itertools.product(range(V), repeat=2)]).pvalue
+        return chisquare(counts, [n * mixture[text] for text in itertools.product(range(V), repeat=2)]).pvalue
 
     assert p_value() > 1e-3
     if scheme["verify"] == "token":
@@ -192,9 +195,9 @@ def test_samples_have_the_law_too_and_the_control_has_not(scheme, monkeypatch):
 
 def test_prompts_of_different_lengths_and_the_figures_of_each_token():
     ids = torch.tensor([[0, 1, 2, 0], [1, 2, 0, 0]])
-    chance = TorchChance(torch.Generator().manual_seed(3))
+    rng = TorchRandomSource(torch.Generator().manual_seed(3))
     lengths = torch.tensor([4, 2])
-    out = decode_qstar(THETA, TARGET, ids, lengths=lengths, max_new_tokens=6, gamma=3, draft="alternate", chance=chance)
+    out = decode_qstar(THETA, TARGET, ids, lengths=lengths, max_new_tokens=6, gamma=3, draft="alternate", rng=rng)
     assert out.tokens.shape == (2, 6)
     for row, length in enumerate(lengths.tolist()):
         text = ids[row, :length].tolist()
@@ -215,17 +218,17 @@ def test_equal_models_keep_every_draft_and_block_keeps_at_least_as_much():
     batch = PROMPT.expand(500, -1)
     kept = {}
     for verify in ("token", "block"):
-        draw = lambda: TorchChance(torch.Generator().manual_seed(0))  # noqa: E731
-        same = decode_qstar(THETA, THETA, batch, max_new_tokens=6, gamma=3, verify=verify, chance=draw())
+        draw = lambda: TorchRandomSource(torch.Generator().manual_seed(0))  # noqa: E731
+        same = decode_qstar(THETA, THETA, batch, max_new_tokens=6, gamma=3, verify=verify, rng=draw())
         assert same.acceptance == {"theta": 1.0}
-        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=12, gamma=4, verify=verify, chance=draw())
+        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=12, gamma=4, verify=verify, rng=draw())
         kept[verify] = out.kept["theta"] / out.drafted
     assert kept["block"] > kept["token"]
 
 
 def test_texts_end_at_their_end_token():
-    chance = TorchChance(torch.Generator().manual_seed(0))
-    out = decode_qstar(THETA, TARGET, PROMPT.expand(50, -1), max_new_tokens=8, gamma=2, eos_ids=(2,), chance=chance)
+    rng = TorchRandomSource(torch.Generator().manual_seed(0))
+    out = decode_qstar(THETA, TARGET, PROMPT.expand(50, -1), max_new_tokens=8, gamma=2, eos_ids=(2,), rng=rng)
     for tokens, figures in zip(out.tokens.tolist(), out.log_q, strict=True):
         end = tokens.index(2) if 2 in tokens else 7
         assert all(token == 2 for token in tokens[end + 1 :])
@@ -245,7 +248,7 @@ def test_a_draft_that_is_certain_to_be_refused_may_lead_where_q_does_not_exist(v
     def always(ids, lengths, count):
         return target.expand(len(ids), count, -1)
 
-    options = {"max_new_tokens": 4, "chance": TorchChance(torch.Generator().manual_seed(0))}
+    options = {"max_new_tokens": 4, "rng": TorchRandomSource(torch.Generator().manual_seed(0))}
     out = decode_qstar(last_word, always, torch.zeros(20, 1).long(), gamma=2, verify=verify, **options)
     assert (out.tokens == 0).all()
     with pytest.raises(UsageError, match="no common token"):  # where it is asked for in earnest
@@ -266,7 +269,7 @@ def test_a_draft_that_is_certain_to_be_refused_may_lead_where_q_does_not_exist(v
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(UsageError, match=message):
-        decode_qstar(THETA, TARGET, PROMPT, max_new_tokens=2, chance=TorchChance(torch.Generator()), **options)
+        decode_qstar(THETA, TARGET, PROMPT, max_new_tokens=2, rng=TorchRandomSource(torch.Generator()), **options)
 
 
 @pytest.mark.parametrize(
@@ -280,19 +283,19 @@ def test_wrong_options_are_named(options, message):
 )
 def test_wrong_options_of_the_law_are_named(options, message):
     with pytest.raises(UsageError, match=message):
-        QStarLaw(**options)
+        MixtureDist(**options)
 
 
 def g_test_p(options, models, words, length, n, batch=20_000):
     """p-value of n texts of `length` tokens against the exact law."""
-    law = exact_law(length, models=models, words=words)
+    mixture = exact_law(length, models=models, words=words)
     places = torch.tensor([words**k for k in reversed(range(length))])
     counts = torch.zeros(words**length)
-    chance = TorchChance(torch.Generator().manual_seed(0))
+    rng = TorchRandomSource(torch.Generator().manual_seed(0))
     for _ in range(n // batch):
-        out = decode_qstar(*models, PROMPT.expand(batch, -1), max_new_tokens=length, chance=chance, **options)
+        out = decode_qstar(*models, PROMPT.expand(batch, -1), max_new_tokens=length, rng=rng, **options)
         counts += torch.bincount((out.tokens * places).sum(-1), minlength=words**length)
-    expected = n * torch.tensor(list(law.values())).double()
+    expected = n * torch.tensor(list(mixture.values())).double()
     return power_divergence(counts.double().numpy(), expected.numpy(), lambda_="log-likelihood").pvalue
 
 

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from transformers import StoppingCriteria, set_seed
 
 from models.functional.errors import UsageError
-from models.speculative.distribution import QStarLaw
+from models.speculative.distribution import MixtureDist
 from models.speculative.generate import QStarLogitsProcessor, qstar_generate
 from models.speculative.ngram import NgramScores
 from models.speculative.scores import CausalScores
@@ -42,7 +42,7 @@ def test_greedy_texts_are_those_of_the_plain_reference(options):
     assert torch.equal(say(do_sample=False, **options), plain)
 
 
-def exact_law(law, prompt, words, steps):
+def exact_law(mixture, prompt, words, steps):
     """Probabilities of all texts of `steps` words from the models' own log-probabilities."""
     found = {}
     for text in itertools.product(range(words), repeat=steps):
@@ -50,7 +50,7 @@ def exact_law(law, prompt, words, steps):
         for token in text:
             here = torch.tensor([ids])
             a, b = (CausalScores(m)(here, torch.tensor([len(ids)]), 1)[0] for m in SMALL)
-            total += law(law.tempered(a), law.tempered(b)).log_q[0, token].item()
+            total += mixture(mixture.tempered(a), mixture.tempered(b)).log_q[0, token].item()
             ids.append(token)
         found[text] = math.exp(total)
     return found
@@ -60,29 +60,29 @@ SMALL = [tiny_qwen(seed, vocabulary=5, eos_token_id=None, pad_token_id=None, bos
 
 
 @pytest.mark.parametrize(
-    ("options", "law"),
+    ("options", "mixture"),
     [
-        ({"draft": "alternate"}, QStarLaw()),
-        ({"draft_model": NgramScores(5), "temperature": 1.7}, QStarLaw(temperature=1.7)),
-        ({"top_k": 3, "theta_weight": 0.25, "verify": "block", "draft": "target"}, QStarLaw(0.25, top_k=3)),
+        ({"draft": "alternate"}, MixtureDist()),
+        ({"draft_model": NgramScores(5), "temperature": 1.7}, MixtureDist(temperature=1.7)),
+        ({"top_k": 3, "theta_weight": 0.25, "verify": "block", "draft": "target"}, MixtureDist(0.25, top_k=3)),
     ],
     ids=["alternate", "n-gram, temperature", "top-k, fixed weight"],
 )
-def test_samples_have_the_exact_law_of_q_star_and_not_another(options, law):
+def test_samples_have_the_exact_law_of_q_star_and_not_another(options, mixture):
     prompt, n = torch.tensor([0, 4, 2]), 4000
     set_seed(0)
     out = say(prompt.expand(n, -1), *SMALL, max_new_tokens=2, gamma=2, **options)
     counts = torch.bincount(out[:, 3] * 5 + out[:, 4], minlength=25).double().numpy()
 
-    def p_value(law):
-        expected = n * torch.tensor(list(exact_law(law, prompt, 5, 2).values())).double().numpy()
+    def p_value(mixture):
+        expected = n * torch.tensor(list(exact_law(mixture, prompt, 5, 2).values())).double().numpy()
         some = expected > 0
         if counts[~some].sum() > 0:  # said what this law never says
             return 0.0
         return chisquare(counts[some], expected[some] * counts.sum() / expected[some].sum()).pvalue
 
-    assert p_value(law) > 1e-3
-    assert p_value(QStarLaw(0.9, law.temperature, law.top_k)) < 1e-6
+    assert p_value(mixture) > 1e-3
+    assert p_value(MixtureDist(0.9, mixture.temperature, mixture.top_k)) < 1e-6
 
 
 def test_padded_prompts_are_the_prompts_without_padding():
@@ -193,13 +193,13 @@ def test_rules_that_count_tokens_count_padding_as_generate_does(draft):
     mask[:, :4] = 0
     seen = []
 
-    class Watch(StoppingCriteria):
+    class TokenCallback(StoppingCriteria):
         def __call__(self, input_ids, scores, **_):
             seen.append(input_ids.shape[1])
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     options = {"eos_token_id": list(range(1, 50)), "min_new_tokens": 3, "draft": draft, "do_sample": False}
-    out = say(padded, attention_mask=mask, return_dict_in_generate=True, stopping_criteria=[Watch()], **options)
+    out = say(padded, attention_mask=mask, return_dict_in_generate=True, stopping_criteria=[TokenCallback()], **options)
     bare = say(return_dict_in_generate=True, **options)
     assert torch.equal(out.sequences[:, 10:], bare.sequences[:, 6:])
     assert (out.details.lengths >= 3).all()
