@@ -142,11 +142,11 @@ def write(path: str, names: list[str], jobs: int) -> None:
     print(f"{len(found)} experiments in {path}")
 
 
-def compare(before: str, after: str) -> int:
-    """The number of experiments that differ, one line each."""
+def compare(before: str, after: str, names: list[str]) -> int:
+    """The number of experiments that differ, one line each; of all experiments where no names are given."""
     old, new = (json.loads(Path(path).read_text()) for path in (before, after))
     differ = 0
-    for name in sorted(old.keys() | new.keys()):
+    for name in names or sorted(old.keys() | new.keys()):
         if name not in old or name not in new:
             differ += 1
             print(f"{name}: only in {before if name in old else after}")
@@ -167,7 +167,8 @@ if __name__ == "__main__":
     comparing = commands.add_parser("compare", help="name what differs between two files; status 1 if anything does")
     comparing.add_argument("before")
     comparing.add_argument("after")
+    comparing.add_argument("names", nargs="*", help="experiments; all if none is given")
     args = parser.parse_args()
     if args.command == "compare":
-        sys.exit(1 if compare(args.before, args.after) else 0)
+        sys.exit(1 if compare(args.before, args.after, args.names) else 0)
     write(args.path, args.names, args.jobs)
