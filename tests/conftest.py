@@ -1,5 +1,9 @@
 """Small models and corpora that the tests share."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers: their threads would only wait for each other
+
 import pytest
 import torch
 from helpers.causal import TINY_SHAPE
