@@ -23,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+MEASURED = ("seconds", "per_s", "search_share", "speedup")  # parts of names of figures that a clock gives
 STEPS, ROWS = 20, 8  # of training; texts of each decoder
 SHORT = [
     f"trainer.max_steps={STEPS}",
@@ -84,6 +85,7 @@ def run(name: str) -> dict[str, list]:
     from app import modes
 
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # of models that are made to be read
     found: dict[str, list] = {}
     watch, begin = trace(found), lightning.Trainer.__init__
 
@@ -109,7 +111,7 @@ def run(name: str) -> dict[str, list]:
         record = next(Path(work).rglob("record.json"), None)
         if record is not None:
             rows = json.loads(record.read_text())["rows"]
-            found["quality"] = [[r["decoder"], r["forwards"], exact(r["quality"])] for r in rows]
+            found["quality"] = [[r["decoder"], r["nfe"], exact(r["quality"])] for r in rows]
         asked = configure(*more, "mode=generate", "prompt='who=anna'", "temperature=0")
         if asked.study is None:
             found["answer"] = [printed(modes.generate, asked)]
@@ -128,9 +130,9 @@ def printed(call: Any, cfg: Any) -> str:
 
 
 def exact(figures: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.hex() if isinstance(v, float) else v for k, v in figures.items() if "seconds" not in k and "per_s" not in k
-    }
+    """Figures without those of a clock, floats in hexadecimal."""
+    kept = {name: value for name, value in figures.items() if not any(part in name for part in MEASURED)}
+    return {name: value.hex() if isinstance(value, float) else value for name, value in kept.items()}
 
 
 def write(path: str, names: list[str], jobs: int) -> None:
@@ -142,9 +144,19 @@ def write(path: str, names: list[str], jobs: int) -> None:
     print(f"{len(found)} experiments in {path}")
 
 
+def named_as_today(found: dict[str, Any]) -> dict[str, Any]:
+    """The same results with figures of records under their names of today."""
+    from reporting.keys import current_names
+
+    for series in found.values():
+        if "quality" in series:
+            series["quality"] = [[name, nfe, current_names(figures)] for name, nfe, figures in series["quality"]]
+    return found
+
+
 def compare(before: str, after: str, names: list[str]) -> int:
     """The number of experiments that differ, one line each; of all experiments where no names are given."""
-    old, new = (json.loads(Path(path).read_text()) for path in (before, after))
+    old, new = (named_as_today(json.loads(Path(path).read_text())) for path in (before, after))
     differ = 0
     for name in names or sorted(old.keys() | new.keys()):
         if name not in old or name not in new:

@@ -15,7 +15,8 @@ from reporting.console import report_console
 from reporting.figure import quality_figure
 from reporting.hparams import headline, hyperparameters
 from reporting.record import build_record, write_record
-from reporting.table import in_words, markdown_table, results_table, split_rows
+from reporting.sentences import in_words
+from reporting.table import markdown_table, results_table, split_rows
 
 
 class FrontierReport(Callback):
@@ -94,7 +95,7 @@ class FrontierReport(Callback):
         return {
             "method": decoder.method,
             "decoder": decoder.name,
-            "forwards": decoder.forwards,
+            "nfe": decoder.forwards,
             "quality": score.quality | known["quality"],
             "entropy": score.entropy,
             "distinct": score.distinct,
@@ -130,7 +131,7 @@ def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[st
     cost = {"tokens_per_s": None, "flops_per_token": None, "peak_memory_bytes": None, "batch": None}
     cost |= pl_module.model_cost() if hasattr(pl_module, "model_cost") else {}
     trained = getattr(pl_module, "objective", pl_module)
-    named = {"method": "model", "decoder": type(trained).__name__, "forwards": 0}
+    named = {"method": "model", "decoder": type(trained).__name__, "nfe": 0}
     named |= {"quality": figures, "curve": getattr(pl_module, "curve", {})}
     return {**named, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
 

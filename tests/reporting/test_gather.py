@@ -18,7 +18,7 @@ from lightning_modules.training import decoder_cost
 from reporting.record import KEYS, read_record
 from reporting.table import markdown_table
 
-ROW_KEYS = {"method", "decoder", "forwards", "quality", "entropy", "distinct", "cost", "n_samples", "ci95"}
+ROW_KEYS = {"method", "decoder", "nfe", "quality", "entropy", "distinct", "cost", "n_samples", "ci95"}
 
 
 # -- a run with decoders whose quality is known ----------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_record_has_every_key_of_the_schema_and_is_valid_json(tmp_path, tiny_ora
     report, _ = compare(tmp_path / "run", tiny_oracle)
     text = (tmp_path / "run" / "record.json").read_text()
     record = json.loads(text, parse_constant=refuse)
-    assert tuple(record) == KEYS
+    assert tuple(record) == ("format", *KEYS)
     assert record == json.loads(json.dumps(report.record))
     assert record["config"] == {"seed": 5, "module": {"lr": 0.1}}
     assert (record["experiment"], record["seed"]) == ("trial", 5)
@@ -107,7 +107,7 @@ def test_rows_equal_scoring_the_decoders_output_directly(tmp_path, tiny_oracle):
         assert row["quality"] == score.quality
         assert (row["entropy"], row["distinct"]) == (score.entropy, score.distinct)
         assert row["ci95"] == {name: list(interval) for name, interval in score.ci95.items()}
-        assert (row["decoder"], row["method"], row["forwards"]) == (decoder.name, decoder.method, decoder.forwards)
+        assert (row["decoder"], row["method"], row["nfe"]) == (decoder.name, decoder.method, decoder.forwards)
     validity = [row["quality"]["validity"] for row in report.record["rows"]]
     assert validity[:3] == [0.0, 0.75, 0.5]  # every row, every fourth and every second were spoilt
     assert validity[4] == 1.0
