@@ -1,4 +1,4 @@
-"""Collects what `trainer.test` generated and ends the run with a record, a table, a figure and texts to read."""
+"""Ends a run with a record, a table, a figure and sample texts of what `trainer.test` generated."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from reporting.console import report_console
 from reporting.figure import quality_figure
 from reporting.hparams import headline, hyperparameters
 from reporting.record import build_record, write_record
+from reporting.samples import print_samples, samples_markdown
 from reporting.sentences import in_words
 from reporting.table import markdown_table, results_table, split_rows
 
@@ -74,7 +74,7 @@ class FrontierReport(Callback):
             figure.savefig(self.folder / "frontier.png", dpi=130)
         texts = self._texts(data, rows, responses) if rows else []
         console = report_console()
-        _print_samples(console, texts)
+        print_samples(console, texts)
         for part in split_rows(self.record):
             console.print()
             console.print(results_table(part, console.width))
@@ -85,7 +85,7 @@ class FrontierReport(Callback):
             if hasattr(logger.experiment, "add_figure"):
                 logger.experiment.add_figure("frontier", figure, trainer.global_step)
                 logger.experiment.add_text("results", tables, trainer.global_step)
-                logger.experiment.add_text("samples", _samples_markdown(texts), trainer.global_step)
+                logger.experiment.add_text("samples", samples_markdown(texts), trainer.global_step)
                 logger.log_hyperparams(hyperparameters(self.config), headline(self.record))
 
     def _row(self, k: int, score: Any, responses: Tensor, known: dict[str, dict]) -> dict[str, Any]:
@@ -134,19 +134,3 @@ def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[st
     named = {"method": "model", "decoder": type(trained).__name__, "nfe": 0}
     named |= {"quality": figures, "curve": getattr(pl_module, "curve", {})}
     return {**named, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
-
-
-def _print_samples(console: Console, texts: list[tuple[str, str, str, str]]) -> None:
-    previous = None
-    for name, prompt, response, fault in texts:
-        if name != previous:
-            console.print(f"\n[bold]{escape(name)}[/]")
-        previous = name
-        console.print(f"  [dim]{escape(prompt)} →[/] {escape(response)}", highlight=False)
-        if fault:
-            console.print(f"    [yellow]{escape(fault)}[/]", highlight=False)
-
-
-def _samples_markdown(texts: list[tuple[str, str, str, str]]) -> str:
-    lines = ["| decoder | prompt | response | what is wrong |", "| --- | --- | --- | --- |"]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "/") for cell in text) + " |" for text in texts])
