@@ -22,7 +22,7 @@ from reporting.table import markdown_table, results_table, split_rows
 class FrontierReport(Callback):
     """Writes record.json and frontier.png to `folder`, prints the table, and sends all of it to TensorBoard.
 
-    experiment, config: what the record says of the run. samples: how many texts of each decoder to print.
+    experiment, config: of the run, for its record. samples: how many texts of each decoder to print.
     """
 
     def __init__(self, folder: str, experiment: str, config: dict[str, Any], samples: int = 3) -> None:
@@ -111,7 +111,7 @@ class FrontierReport(Callback):
         }
 
     def _texts(self, data: Any, rows: dict[str, Tensor], responses: list[Tensor]) -> list[tuple[str, str, str, str]]:
-        """(decoder, prompt, response, fault) of the first prompts; only the best and the fewest forwards of a teacher."""
+        """(decoder, prompt, response, fault) of the first prompts; of a teacher at the fewest and the most passes alone."""
         few = {name: column[: self.samples] for name, column in rows.items()}
         prompts = data.decode_prompts(few)
         teachers = [k for k, decoder in enumerate(self._decoders) if decoder.method == "teacher"]
@@ -119,7 +119,7 @@ class FrontierReport(Callback):
         texts = []
         for k in shown:
             decoder, answers = self._decoders[k], responses[k][: self.samples]
-            name = f"{decoder.name} @ {decoder.forwards}" if decoder.forwards else decoder.name
+            name = f"{decoder.name}, NFE {decoder.forwards}" if decoder.forwards else decoder.name
             for n, answer in enumerate(data.decode_responses(answers)):
                 faults = data.explain(answers[n], few["reveal"][n]) if hasattr(data, "explain") else []
                 texts.append((name, prompts[n], answer, "; ".join(faults[:1])))

@@ -25,7 +25,7 @@ from reporting.record import find_records
 from reporting.table import COLUMNS, NFE, value_at, written
 
 COLUMN = {column.name: column for column in COLUMNS}
-# of these a mean over seeds says nothing
+# of these the worst seed is shown, for their mean has no meaning
 WORST = {"g_test_p": min, "max_enumeration_error": max}
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 

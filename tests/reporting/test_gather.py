@@ -138,7 +138,7 @@ def test_a_shortened_run_writes_nothing(tmp_path, tiny_oracle):
 def test_report_says_what_was_generated_and_what_is_wrong_with_it(tmp_path, tiny_oracle, capsys):
     compare(tmp_path, tiny_oracle)
     printed = capsys.readouterr().out
-    for text in ("teacher, sampled @ 1", "teacher, sampled @ 4", "student, greedy @ 1", "resampling floor"):
+    for text in ("teacher, sampled, NFE 1", "teacher, sampled, NFE 4", "student, greedy, NFE 1", "resampling floor"):
         assert text in printed
     prompts = tiny_oracle.decode_prompts({k: v[:2] for k, v in tiny_oracle.rows["test"].columns.items()})
     assert all(prompt in printed for prompt in prompts)
@@ -163,7 +163,7 @@ def test_tensorboard_gets_the_figure_the_texts_and_the_scalars(tmp_path, tiny_or
     (results,) = events.Tensors("results/text_summary")
     assert results.tensor_proto.string_val[0].decode() == markdown_table(report.record)
     (samples,) = events.Tensors("samples/text_summary")
-    assert "| student, greedy @ 1 |" in samples.tensor_proto.string_val[0].decode()
+    assert "| student, greedy, NFE 1 |" in samples.tensor_proto.string_val[0].decode()
     session = HParamsPluginData.FromString(
         events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     ).session_start_info

@@ -85,6 +85,7 @@ def test_drafts_are_compared_with_decoding_without():
 
 def test_a_plan_has_a_price_and_a_gain():
     rows = [
+        row("student", "plan greedy, text greedy", 10, quality(validity=1.0)),
         row("student", "plan sampled, text sampled", 10, quality(validity=0.6)),
         row("control", "product of marginals", 0, quality(validity=0.1)),
         row("model", "Planner", 0, {"rate_bits": 4.14, "gain_bits": 2.25, "nll_bound": 0.8, "nll_truth": 0.6}),
@@ -93,7 +94,7 @@ def test_a_plan_has_a_price_and_a_gain():
         "A plan costs 4.1 bits and saves 2.2 bits of its text; valid with plan sampled, text sampled: 60.0 %; "
         "product of marginals: 10.0 %."
     )
-    assert summary(rows[2:]) == "A plan costs 4.1 bits and saves 2.2 bits of its text."
+    assert summary(rows[3:]) == "A plan costs 4.1 bits and saves 2.2 bits of its text."
 
 
 @pytest.mark.parametrize(
