@@ -93,39 +93,47 @@ def _derived(quality: dict[str, float | None]) -> dict[str, float]:
 
 def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
     """Rows of one corpus: the figures that some row has, as many of the most important as `width` has room for."""
-    names = _known(rows)
-    left = width - 18 - max(len(row.experiment) for row in rows) - max(len(row.decoder) for row in rows)
+    heads, names = _heads(rows), _known(rows)
+    left = width - 2 - sum(2 + max(map(len, [head, *texts])) for head, texts in heads.items())
     widths = [2 + max(len(COLUMN[name].title), *(len(_written(row, name)) for row in rows)) for name in names]
     while len(names) > 1 and sum(widths[: len(names)]) > left:
         names = names[:-1]
-    notes = [NFE] + [COLUMN[name].note for name in names if COLUMN[name].note]
+    notes = "; ".join(_notes(heads, names)) or None
     table = Table(
-        title=rows[0].corpus,
-        caption="; ".join(notes),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        title=rows[0].corpus, caption=notes, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for title in ("experiment", "decoder"):
-        table.add_column(title, no_wrap=True)
-    for title in ("NFE", "seeds", *(COLUMN[name].title for name in names)):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        cells = (_written(row, name) for name in names)
-        table.add_row(row.experiment, row.decoder, str(row.nfe or "-"), str(row.seeds), *cells)
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("experiment", "decoder") else "right", no_wrap=True)
+    for name in names:
+        table.add_column(COLUMN[name].title, justify="right", no_wrap=True)
+    for k, row in enumerate(rows):
+        table.add_row(*(texts[k] for texts in heads.values()), *(_written(row, name) for name in names))
     return table
 
 
 def frontier_markdown(rows: list[FrontierRow]) -> str:
     """The same table as Markdown, with every figure that some row has, and what its heads mean."""
-    names = _known(rows)
-    heads = ["experiment", "decoder", "NFE", "seeds", *(COLUMN[name].title for name in names)]
-    lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
-    for row in rows:
-        cells = [row.experiment, row.decoder, str(row.nfe or "-"), str(row.seeds)]
-        lines.append("| " + " | ".join([*cells, *(_written(row, name) for name in names)]) + " |")
-    notes = [NFE] + [COLUMN[name].note for name in names if COLUMN[name].note]
-    return "\n".join([*lines, "", "; ".join(notes) + "."])
+    heads, names = _heads(rows), _known(rows)
+    titles = [*heads, *(COLUMN[name].title for name in names)]
+    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * (len(titles) - 2)]
+    for k, row in enumerate(rows):
+        cells = [*(texts[k] for texts in heads.values()), *(_written(row, name) for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = "; ".join(_notes(heads, names))
+    return "\n".join([*lines, *(["", f"{notes}."] if notes else [])])
+
+
+def _heads(rows: list[FrontierRow]) -> dict[str, list[str]]:
+    """The first columns; NFE only where forward passes were counted."""
+    heads = {"experiment": [row.experiment for row in rows], "decoder": [row.decoder for row in rows]}
+    if any(row.nfe for row in rows):
+        heads["NFE"] = [str(row.nfe or "-") for row in rows]
+    return heads | {"seeds": [str(row.seeds) for row in rows]}
+
+
+def _notes(heads: dict[str, list[str]], names: list[str]) -> list[str]:
+    own = [COLUMN[name].note for name in names if COLUMN[name].note]
+    return [NFE, *own] if "NFE" in heads else own
 
 
 def frontier_figure(rows: list[FrontierRow]) -> Figure:

@@ -120,7 +120,7 @@ def test_models_have_a_table_of_their_own():
     assert "0.50 ± 1.27" in text  # millions, and so is their interval
     assert "valid" not in text
     assert "TFLOP to goal" not in text  # nobody knows what was spent
-    assert len(frontier_table(rows, width=200).columns) == 9
+    assert len(frontier_table(rows, width=200).columns) == 8
     spent = {**record, "rows": [row("model", goal_tokens=4e5, train_tokens=2e6, train_flops=5e12)]}
     assert "| 0.40 | 1.00 | 2.00 | 5.00 |" in frontier_markdown(frontier_rows([spent]))
     missed = {**record, "seed": 2, "rows": [row("model", nll=0.27, nll_truth=0.25, probe=0.8)]}
