@@ -111,7 +111,7 @@ def run(name: str) -> dict[str, list]:
         record = next(Path(work).rglob("record.json"), None)
         if record is not None:
             rows = json.loads(record.read_text())["rows"]
-            found["quality"] = [[r["decoder"], r["forwards"], exact(r["quality"])] for r in rows]
+            found["quality"] = [[r["decoder"], r["nfe"], exact(r["quality"])] for r in rows]
         asked = configure(*more, "mode=generate", "prompt='who=anna'", "temperature=0")
         if asked.study is None:
             found["answer"] = [printed(modes.generate, asked)]
@@ -144,9 +144,19 @@ def write(path: str, names: list[str], jobs: int) -> None:
     print(f"{len(found)} experiments in {path}")
 
 
+def named_as_today(found: dict[str, Any]) -> dict[str, Any]:
+    """The same results with figures of records under their names of today."""
+    from reporting.keys import current_names
+
+    for series in found.values():
+        if "quality" in series:
+            series["quality"] = [[name, nfe, current_names(figures)] for name, nfe, figures in series["quality"]]
+    return found
+
+
 def compare(before: str, after: str, names: list[str]) -> int:
     """The number of experiments that differ, one line each; of all experiments where no names are given."""
-    old, new = (json.loads(Path(path).read_text()) for path in (before, after))
+    old, new = (named_as_today(json.loads(Path(path).read_text())) for path in (before, after))
     differ = 0
     for name in names or sorted(old.keys() | new.keys()):
         if name not in old or name not in new:

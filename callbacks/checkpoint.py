@@ -1,4 +1,4 @@
-"""Checkpoints every so many steps, and one of the end: what is tested and exported later is what was compared."""
+"""Checkpoints every few steps and at the end, so that `last.ckpt` is the model that the run compared."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a corpus' texts would gain by the concepts that they are given, if prior and executor were the best possible."""
+"""Best rate, gain and efficiency that a plan's codes allow: what the best possible prior and executor would reach."""
 
 import math
 from typing import Any
@@ -13,12 +13,12 @@ from models.interfaces.probes import ConceptProbe, find_probe
 
 
 class CodeCeiling(Callback):
-    """Adds to a test's figures, where all texts can be listed with their probabilities p(x):
+    """Adds to a test's figures, where all texts can be enumerated with their probabilities p(x):
 
-    rate_bits_best, gain_bits_best, efficiency_best: `code_ceiling`, bits a text. What is measured falls short of these by
-    training alone. nll_listed: what the executor needs, weighted by p(x), nats a token; nll_listed_best: H(x | z), the least
-    that any could need. Test texts are a draw: where little is left open, their mean is further from the truth than the
-    executor is.
+    rate_bits_best, gain_bits_best, efficiency_best: `code_ceiling`, bits a text. The measured figures differ from these by
+    training alone.
+    nll_enumerated: the executor's NLL over all texts, weighted by p(x), nats a token; nll_enumerated_best: H(x | z), the
+    least that any executor can reach. A mean over test texts has sampling noise, which these have not.
     """
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class CodeCeiling(Callback):
         least = float(entropy(whole) - entropy(of_codes)) / texts.shape[1]
         nll = in_parts(probe.nll, rows, probe.probe_batch(rows, Generator(device=pl_module.device)))
         found = float((nll.mean(-1).cpu().double() * whole).sum())
-        pl_module.figures.add({"nll_listed": found, "nll_listed_best": least})
+        pl_module.figures.add({"nll_enumerated": found, "nll_enumerated_best": least})
 
 
 def rows_of(prompt: Tensor, texts: Tensor, device: Any) -> dict[str, Tensor]:

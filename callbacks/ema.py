@@ -1,4 +1,4 @@
-"""Exponential moving average of the trainable weights only: frozen bases and teachers are not copied."""
+"""Exponential moving average (EMA) of the trainable weights; frozen bases and teachers are not copied."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Collects what `trainer.test` generated and ends the run with a record, a table, a figure and texts to read."""
+"""Ends a run with a record, a table, a figure and sample texts of what `trainer.test` generated."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
@@ -15,13 +14,15 @@ from reporting.console import report_console
 from reporting.figure import quality_figure
 from reporting.hparams import headline, hyperparameters
 from reporting.record import build_record, write_record
-from reporting.table import in_words, markdown_table, results_table, split_rows
+from reporting.samples import print_samples, samples_markdown
+from reporting.sentences import in_words
+from reporting.table import markdown_table, results_table, split_rows
 
 
 class FrontierReport(Callback):
     """Writes record.json and frontier.png to `folder`, prints the table, and sends all of it to TensorBoard.
 
-    experiment, config: what the record says of the run. samples: how many texts of each decoder to print.
+    experiment, config: of the run, for its record. samples: how many texts of each decoder to print.
     """
 
     def __init__(self, folder: str, experiment: str, config: dict[str, Any], samples: int = 3) -> None:
@@ -73,7 +74,7 @@ class FrontierReport(Callback):
             figure.savefig(self.folder / "frontier.png", dpi=130)
         texts = self._texts(data, rows, responses) if rows else []
         console = report_console()
-        _print_samples(console, texts)
+        print_samples(console, texts)
         for part in split_rows(self.record):
             console.print()
             console.print(results_table(part, console.width))
@@ -84,7 +85,7 @@ class FrontierReport(Callback):
             if hasattr(logger.experiment, "add_figure"):
                 logger.experiment.add_figure("frontier", figure, trainer.global_step)
                 logger.experiment.add_text("results", tables, trainer.global_step)
-                logger.experiment.add_text("samples", _samples_markdown(texts), trainer.global_step)
+                logger.experiment.add_text("samples", samples_markdown(texts), trainer.global_step)
                 logger.log_hyperparams(hyperparameters(self.config), headline(self.record))
 
     def _row(self, k: int, score: Any, responses: Tensor, known: dict[str, dict]) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class FrontierReport(Callback):
         return {
             "method": decoder.method,
             "decoder": decoder.name,
-            "forwards": decoder.forwards,
+            "nfe": decoder.forwards,
             "quality": score.quality | known["quality"],
             "entropy": score.entropy,
             "distinct": score.distinct,
@@ -110,7 +111,7 @@ class FrontierReport(Callback):
         }
 
     def _texts(self, data: Any, rows: dict[str, Tensor], responses: list[Tensor]) -> list[tuple[str, str, str, str]]:
-        """(decoder, prompt, response, fault) of the first prompts; only the best and the fewest forwards of a teacher."""
+        """(decoder, prompt, response, fault) of the first prompts; of a teacher at the fewest and the most passes alone."""
         few = {name: column[: self.samples] for name, column in rows.items()}
         prompts = data.decode_prompts(few)
         teachers = [k for k, decoder in enumerate(self._decoders) if decoder.method == "teacher"]
@@ -118,7 +119,7 @@ class FrontierReport(Callback):
         texts = []
         for k in shown:
             decoder, answers = self._decoders[k], responses[k][: self.samples]
-            name = f"{decoder.name} @ {decoder.forwards}" if decoder.forwards else decoder.name
+            name = f"{decoder.name}, NFE {decoder.forwards}" if decoder.forwards else decoder.name
             for n, answer in enumerate(data.decode_responses(answers)):
                 faults = data.explain(answers[n], few["reveal"][n]) if hasattr(data, "explain") else []
                 texts.append((name, prompts[n], answer, "; ".join(faults[:1])))
@@ -130,22 +131,6 @@ def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[st
     cost = {"tokens_per_s": None, "flops_per_token": None, "peak_memory_bytes": None, "batch": None}
     cost |= pl_module.model_cost() if hasattr(pl_module, "model_cost") else {}
     trained = getattr(pl_module, "objective", pl_module)
-    named = {"method": "model", "decoder": type(trained).__name__, "forwards": 0}
+    named = {"method": "model", "decoder": type(trained).__name__, "nfe": 0}
     named |= {"quality": figures, "curve": getattr(pl_module, "curve", {})}
     return {**named, "entropy": None, "distinct": None, "cost": cost, "n_samples": None, "ci95": {}}
-
-
-def _print_samples(console: Console, texts: list[tuple[str, str, str, str]]) -> None:
-    previous = None
-    for name, prompt, response, fault in texts:
-        if name != previous:
-            console.print(f"\n[bold]{escape(name)}[/]")
-        previous = name
-        console.print(f"  [dim]{escape(prompt)} →[/] {escape(response)}", highlight=False)
-        if fault:
-            console.print(f"    [yellow]{escape(fault)}[/]", highlight=False)
-
-
-def _samples_markdown(texts: list[tuple[str, str, str, str]]) -> str:
-    lines = ["| decoder | prompt | response | what is wrong |", "| --- | --- | --- | --- |"]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "/") for cell in text) + " |" for text in texts])

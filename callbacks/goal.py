@@ -1,4 +1,4 @@
-"""How much a training needed until its validation likelihood was good enough, and how the likelihood came there."""
+"""Tokens and seconds that a training needed to reach a validation NLL, and its curve of validation NLLs."""
 
 import time
 from typing import Any
@@ -9,11 +9,11 @@ from models.functional.next_token import token_counts
 
 
 class TrainingGoal(Callback):
-    """Notes tokens and seconds of training when the validation NLL first falls to `below` nats a token, exact or bound.
+    """Figures goal_tokens and goal_seconds: spent when a validation NLL, exact or bound, is first at most `below` nats a token.
 
-    Tokens are those of the texts that were read, whichever of them an objective scores, over all ranks; seconds are spent in
-    training steps alone. The figures are nowhere where the goal was not reached. Looked at after each validation only.
-    The module's `curve` gets a point for each of them: steps, tokens, nll and the corpus' own nll_truth, where it knows it.
+    A training that does not reach the goal has neither. Tokens are all that were read, whichever of them an objective scores,
+    over all ranks; seconds are those of training steps alone.
+    The module's `curve` gets a point for each validation: steps, tokens, nll and, where it is known, the data's own nll_truth.
     """
 
     monitors = ("val/nll", "val/nll_bound")

@@ -1,4 +1,4 @@
-"""What a plan saves where the corpus does not know its own likelihood: against a model that reads the prompt and no plan."""
+"""Gain of plans on a corpus of unknown likelihood: measured against a model that reads the prompt and no plan."""
 
 import math
 
@@ -9,10 +9,10 @@ from models.functional.plan_information import efficiency
 
 
 class PlanGain(Callback):
-    """Adds gain_bits and efficiency, on the test texts, to the figures of a module with a meter of plans.
+    """Adds gain_bits and efficiency on the test texts to the figures of a module with a meter of plans.
 
-    nll: nats a token of the same test texts by that model, as its own run records them; None adds nothing. It should be no
-    worse a model than the executor: a weak one makes η look high.
+    nll: that model's nats a token on the same test texts, from the record of its run; None adds nothing. A model that is
+    weaker than the executor makes η look too high.
     """
 
     def __init__(self, nll: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Reads the hidden plan of texts off a model's states with a linear probe, beside the same probe on shuffled labels."""
+"""A linear probe of a model's hidden states for the plans of texts, and the same probe on shuffled labels."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -12,14 +12,14 @@ from models.functional.rows import response_columns
 
 
 class PlanProbe(Callback):
-    """Adds to the module's figures where the corpus knows its plans (`hidden_plans`) and the module its `states`.
+    """Adds figures where the corpus knows its plans (`hidden_plans`) and the module has `states`.
 
-    probe: accuracy on test texts, averaged over attributes, from the state at a text's last place, which has to hold the
-        whole plan; probe_mean: from the mean state, which words told one by one are enough for.
-    probe_untrained: `probe` before the training. Random states mix all words of a text and lose none: a training that
-        keeps what it can use for its task alone comes out below.
-    probe_shuffled: `probe` of labels that were shuffled before fitting; probe_chance: the most frequent value everywhere.
-    Only texts whose prompt shows nothing are taken. rows: how many training texts the probe is fitted on.
+    probe: accuracy on test texts, averaged over attributes, from the hidden state at a text's last position.
+    probe_mean: from the mean of the hidden states, for which states of single words are enough.
+    probe_untrained: `probe` before the training. Random states mix all words of a text and lose none, so that a training
+        that keeps only what its task needs can come out below.
+    probe_shuffled: `probe` with labels shuffled before fitting. probe_chance: the most frequent value everywhere.
+    Only texts whose prompt reveals nothing are used. rows: number of training texts that the probe is fitted on.
     """
 
     def __init__(self, rows: int = 200, ridge: float = 1e-3) -> None:
@@ -65,7 +65,7 @@ class PlanProbe(Callback):
         }
 
     def _states(self, module: LightningModule, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The state at the last place and the mean over the response, (N, D) each."""
+        """The hidden state at the last position, and the mean over the response, (N, D) each."""
         last, mean = [], []
         for start in range(0, len(rows["input_ids"]), 512):
             few = {name: column[start : start + 512].to(module.device) for name, column in rows.items()}
@@ -85,6 +85,6 @@ class PlanProbe(Callback):
 
 
 def _unprompted(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rows whose prompt shows nothing of the plan."""
+    """The rows whose prompt reveals nothing of the plan."""
     chosen = (columns["reveal"] < 0).all(-1)
     return {name: column[chosen] for name, column in columns.items()}

@@ -1,4 +1,4 @@
-"""One bar for a whole stage, with the rate and the time left; a line every tenth where the output goes to a file."""
+"""One progress bar for a stage, with rate and time left; where the output goes to a file, a line every tenth."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class StageProgress(ProgressBar):
     """Counts optimiser steps while training and batches while testing.
 
-    stage: what the bar is called. Time left is what remains at the mean rate so far, validation included.
+    stage: title of the bar. The time left assumes the mean rate so far, validation included.
     """
 
     def __init__(self, stage: str = "training") -> None:
@@ -60,7 +60,7 @@ class StageProgress(ProgressBar):
 
     def _begin(self, total: int, title: str, done: int = 0) -> None:
         self._total, self._title, self._first, self._done = total, title, done, done
-        self._started, self._said = time.monotonic(), done * 10 // max(1, total)
+        self._started, self._printed = time.monotonic(), done * 10 // max(1, total)
         if total and getattr(self, "_enabled", True) and self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -89,8 +89,8 @@ class StageProgress(ProgressBar):
         rate = (done - self._first) / max(elapsed, 1e-9)
         if self._progress is not None:
             self._progress.update(self._task, completed=done, rate=f"{rate:.1f}/s", metrics=metrics())
-        elif done * 10 // self._total > self._said:
-            self._said = done * 10 // self._total
+        elif done * 10 // self._total > self._printed:
+            self._printed = done * 10 // self._total
             left = (self._total - done) / max(rate, 1e-9)
             line = f"{self._title}: {done}/{self._total}, {rate:.1f}/s, {_clock(elapsed)} gone, {_clock(left)} left"
             self.console.print(f"{line}  {metrics()}", highlight=False, soft_wrap=True)

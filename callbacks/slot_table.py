@@ -1,9 +1,7 @@
-"""Which concept slot found which attribute of the texts: a table of normalised mutual information at the end of a test."""
+"""Normalised mutual information (NMI) of concept slots and attributes of texts: a table at the end of a test."""
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rich import box
-from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics.functional.clustering import normalized_mutual_info_score
@@ -11,6 +9,7 @@ from torchmetrics.functional.clustering import normalized_mutual_info_score
 from models.functional.ranks import gathered
 from models.interfaces.probes import ConceptProbe, find_probe
 from reporting.console import report_console
+from reporting.slots import slot_lines, slot_markdown, slot_table
 
 
 class SlotTable(Callback):
@@ -49,13 +48,12 @@ class SlotTable(Callback):
         pl_module.figures.add({f"nmi_{names[a]}": float(table[s, a]) for s, a in matched.items()})
         if not trainer.is_global_zero:
             return
-        lines = _lines(find_probe(pl_module, ConceptProbe).slot_names, table, matched)
+        lines = slot_lines(find_probe(pl_module, ConceptProbe).slot_names, table, matched)
         title = f"NMI of concept slots and attributes ({float(shuffled.max()):.3f} at most by chance)"
         console = report_console()
         console.print(f"\n{title}", highlight=False)
-        console.print(_rich(names, lines))
-        text = "\n".join(["| slot | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)])
-        text += "\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        console.print(slot_table(names, lines))
+        text = slot_markdown(names, lines)
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_text"):
                 logger.experiment.add_text("slots", f"{title}\n\n{text}", trainer.global_step)
@@ -68,19 +66,4 @@ def nmi_table(concepts: Tensor, values: Tensor) -> Tensor:
         for a, known in enumerate(values.unbind(-1)):
             if own.min() < own.max() and known.min() < known.max():
                 table[s, a] = float(normalized_mutual_info_score(own, known))
-    return table
-
-
-def _lines(slots: list[str], table: Tensor, matched: dict[int, int]) -> list[list[str]]:
-    rows = enumerate(table.tolist())
-    return [[slots[s], *(f"{v:.3f}{'*' if matched.get(s) == a else ''}" for a, v in enumerate(row))] for s, row in rows]
-
-
-def _rich(names: list[str], lines: list[list[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("slot", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
     return table

@@ -1,4 +1,4 @@
-"""How fast a training goes: tokens and texts a second, and what share of the device's arithmetic that is."""
+"""Speed of a training: tokens and texts per second, and Model FLOPs Utilisation."""
 
 import time
 from typing import Any
@@ -21,10 +21,10 @@ DTYPES = {
 class Speed(Callback):
     """Logs speed/tokens_per_s, speed/samples_per_s and, where it can be known, speed/mfu, every trainer.log_every_n_steps.
 
-    Of training alone, over all ranks, with the reading of batches and without validation. Tokens are those of the texts that
-    are read. MFU is Model FLOPs Utilisation (Chowdhery et al., PaLM, 2022): a module's `flops_of_step`, products of its
-    forward and backward passes, over what its devices could do. peak_flops: FLOP/s of one device; None is what Lightning
-    knows of its kind at the trainer's precision. Neither a CPU nor a module that does not count its FLOPs has an MFU.
+    Of training alone, over all ranks, with the reading of batches and without validation. Tokens are those of the texts read.
+    MFU is Model FLOPs Utilisation (Chowdhery et al., PaLM, 2022): a module's `flops_of_step`, the products of its forward and
+    backward passes, over what its devices could do. peak_flops: FLOP/s of one device; None takes what Lightning knows of its
+    kind at the trainer's precision. Neither a CPU nor a module that does not count its FLOPs has an MFU.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -44,7 +44,7 @@ class Speed(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
         if self._per_batch is None and self._peak is not None and hasattr(pl_module, "flops_of_step"):
             self._per_batch = pl_module.flops_of_step(batch)
-            self._mark = time.perf_counter()  # counting is no training
+            self.leave_out()  # counting is no training
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, torch.Tensor], *_: Any
@@ -60,6 +60,10 @@ class Speed(Callback):
             self._begin()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """Do not count the time since the last batch: it was no training."""
         self._mark = time.perf_counter()
 
     def rates(self, ranks: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how it was made, what it reached, and how to read it back."""
+"""README.md of an exported model: how it was made, its results, and how to load it."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from reporting.record import read_record, write_whole
-from reporting.table import markdown_table, split_rows
+from reporting.table import NFE, markdown_table, split_rows
 
 README = "README.md"
 CAUSAL = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,12 +16,12 @@ CAUSAL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
-SAYS = """
+EXAMPLE = """
 prompt = tokenizer({prompt!r}, return_tensors="pt")
 text = model.generate(prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=16)
 print(tokenizer.decode(text[0]))
 """
-# what a folder holds -> (library, how to read it), the first that fits
+# a file of the folder -> (library, code that loads the folder); the first file that exists counts
 READERS: dict[str, tuple[str, str]] = {
     "online_concepts.json": (
         "leap",
@@ -61,11 +61,11 @@ def model_card(folder: Path, run: Path, licence: str | None, prompt: str | None)
         _metadata(folder, library, licence),
         f"# {name}",
         _made(record, run, licence),
-        "## What it reached",
+        "## Results",
         _reached(record),
-        "## How to read it",
+        "## How to load it",
         _where(library),
-        f'```python\nfolder = "."  # where this file lies\n\n{code}{SIZE}```',
+        f'```python\nfolder = "."  # the folder of this file\n\n{code}{SIZE}```',
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -99,24 +99,24 @@ def _made(record: dict[str, Any] | None, run: Path, licence: str | None) -> str:
 
 def _reached(record: dict[str, Any] | None) -> str:
     if record is None:
-        return "Nothing has been measured: `mode=test` with the options of its run does that."
+        return "Not measured yet: `mode=test` with the options of its run does that."
     tables = "\n\n".join(markdown_table(part) for part in split_rows(record))
-    return f"{tables}\n\nAll of it, with intervals and every option, stands in the run's `record.json`."
+    return f"{tables}\n\n{NFE}.\n\nAll figures, their intervals and every option are in the run's `record.json`."
 
 
 def _where(library: str) -> str:
     if library == "leap":
         return "In a checkout of Leap:"
-    return f"With `{library}` alone; Leap need not be there:"
+    return f"With `{library}` alone; Leap is not needed:"
 
 
 def _reader(folder: Path, prompt: str | None) -> tuple[str, str]:
-    """(library, code) for what lies in the folder."""
+    """(library, code) that load the folder."""
     library, code = next(reader for name, reader in READERS.items() if (folder / name).is_file())
     if library == "transformers" and json.loads((folder / "config.json").read_text())["model_type"] == "leap_llada":
         return "leap", LLADA
     if library == "peft":
         code = "from peft import AutoPeftModelForCausalLM\n" + code
     if library in ("transformers", "peft") and prompt:
-        code += SAYS.format(prompt=prompt)
+        code += EXAMPLE.format(prompt=prompt)
     return library, code

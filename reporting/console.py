@@ -1,4 +1,4 @@
-"""How a run talks: where it prints, which library messages it holds back, and what it says when something is wrong."""
+"""The console of a run: where it prints, which library messages are hidden, and sentences for errors."""
 
 import errno
 import logging
@@ -27,7 +27,7 @@ def report_console() -> Console:
 
 
 def sentence_for(error: BaseException) -> str | None:
-    """What to tell the user when the cause is theirs to mend; None for a defect of ours, which deserves its traceback."""
+    """A sentence for an error that the user can correct; None for a defect of this code, which is shown with its traceback."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UsageError):
@@ -40,19 +40,19 @@ def sentence_for(error: BaseException) -> str | None:
             return f"{cause}; see the options with --cfg job"
         if isinstance(cause, RuntimeError) and DEAD_WORKER.search(str(cause)):
             return (
-                "a process that loads data has died, often for want of memory; type data.num_workers=0, or fewer, with "
-                "ckpt_path=last to go on from the last checkpoint"
+                "a process that loads data has died, often because memory ran out; type data.num_workers=0, or fewer workers, "
+                "and ckpt_path=last to go on from the last checkpoint"
             )
         if isinstance(cause, OSError) and cause.errno in FULL:
             return (
-                f"no room is left to write{f' {cause.filename}' if cause.filename else ''} ({cause.strerror}); make some, then "
-                "type the same command with ckpt_path=last: what was saved before is whole"
+                f"no space is left to write{f' {cause.filename}' if cause.filename else ''} ({cause.strerror}); free some, "
+                "then type the same command with ckpt_path=last: earlier checkpoints are complete"
             )
         if type(cause).__name__ == "InstantiationException" and "target 'lightning." in str(cause):
-            place = str(cause).rsplit("full_key: ", 1)[-1]
-            inner = cause.__cause__  # what Lightning says of its own options
+            option = str(cause).rsplit("full_key: ", 1)[-1]
+            inner = cause.__cause__  # Lightning's message about its own options
             if isinstance(inner, ValueError | TypeError) and "unexpected keyword" not in str(inner):
-                return f"{place}: {inner}"
+                return f"{option}: {inner}"
         cause = cause.__cause__ or cause.__context__
     return None
 
@@ -72,7 +72,7 @@ def say_where_things_are(
 ) -> None:
     """What a run left in its folder and what to type next.
 
-    typed: the options that name its model again; none says nothing about what comes next. teacher: of the student.
+    typed: the options that name its model again; without any, only the files are listed. teacher: the student's.
     """
     lines = {"record and figure": f"{folder}/record.json, {folder}/frontier.png"}
     lines["dashboard"] = f"tensorboard --logdir {folder}"
@@ -83,9 +83,9 @@ def say_where_things_are(
     if typed:
         command = shlex.join(["python", "run.py", *typed])
         prompt = "''" if example_prompt is None else f"'{example_prompt}'"
-        lines["ask it"] = f'{command} mode=generate "prompt={prompt}"'
-        lines["take it away"] = f"{command} mode=export"
-        lines["beside others"] = "python run.py mode=report"
+        lines["generate"] = f'{command} mode=generate "prompt={prompt}"'
+        lines["export"] = f"{command} mode=export"
+        lines["compare runs"] = "python run.py mode=report"
     console.print()
     for what, where in lines.items():
         console.print(f"{what + ':':18} {where}", highlight=False, markup=False, soft_wrap=True)

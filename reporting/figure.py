@@ -1,4 +1,4 @@
-"""The figure at the end: quality against the number of forwards."""
+"""The figure of a run: quality against the number of forward passes (NFE)."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 matplotlib.use("Agg")
 
 STYLE = {"teacher": ("o-", "#3b6ea5"), "student": ("*-", "#c8553d"), "control": ("--", "#7a7a7a")}
-TITLES = {"validity_part": "validity, part of the plan prompted", "validity_none": "validity, nothing prompted"}
+TITLES = {"validity_part": "validity, part of the plan prompted", "validity_none": "validity, no prompt"}
 PREFERRED = ("validity", "exact_match", "slot_accuracy", "bleu", "judge_perplexity", "text_entropy")
 UNBOUNDED = ("bleu", "judge_perplexity", "text_entropy")
 
@@ -44,7 +44,7 @@ def _panel(axis, rows: list[dict], name: str) -> None:
         if method == "control":
             axis.axhline(own[0]["quality"][name], linestyle="--" if alpha == 1.0 else ":", color=colour, label=decoder)
             continue
-        x, y = [r["forwards"] for r in own], [r["quality"][name] for r in own]
+        x, y = [r["nfe"] for r in own], [r["quality"][name] for r in own]
         intervals = [r["ci95"].get(name) or (v, v) for r, v in zip(own, y, strict=True)]
         errors = [[max(0.0, v - low) for v, (low, _) in zip(y, intervals, strict=True)],
                   [max(0.0, high - v) for v, (_, high) in zip(y, intervals, strict=True)]]  # fmt: skip
@@ -52,7 +52,7 @@ def _panel(axis, rows: list[dict], name: str) -> None:
                       markersize=11 if marker.startswith("*") else 5)  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("forwards per sequence")
+    axis.set_xlabel("forward passes per text (NFE)")
     axis.set_title(TITLES.get(name, name.replace("_", " ")), fontsize=10)
     scale_quality(axis, name)
     axis.grid(alpha=0.25)

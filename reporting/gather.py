@@ -22,71 +22,12 @@ from reporting.intervals import half_width
 from reporting.learning_figure import learning_curves, learning_figure
 from reporting.rate_figure import rate_figure
 from reporting.record import find_records
-from reporting.table import EVERY_COLUMN, heading, value_at, written
+from reporting.table import COLUMNS, NFE, value_at, written
 
-NAMES = (
-    "validity",
-    "validity_part",
-    "validity_none",
-    "exact_match",
-    "slot_accuracy",
-    "bleu",
-    "self_bleu",
-    "judge_perplexity",
-    "text_entropy",
-    "unigram_entropy",
-    "distinct_2",
-    "distinct_3",
-    "tv",
-    "entropy",
-    # of texts between two models
-    "style",
-    "nll_theta",
-    "nll_target",
-    "acceptance",
-    "speedup_vs_naive",
-    "g_test_p",
-    "max_enumeration_error",
-    "tokens_per_s",
-    # of models themselves
-    "nll",
-    "nll_bound",
-    "nll_truth",
-    "above_truth",
-    "bits_per_byte",
-    "bits_per_byte_bound",
-    "nll_given_plan",
-    "dnll_shuffle",
-    "reconstruction",
-    "rate_bits",
-    "gain_bits",
-    "efficiency",
-    "joint_information",
-    "probe",
-    "probe_mean",
-    "probe_untrained",
-    "probe_shuffled",
-    "goal_tokens",
-    "goal_seconds",
-    "goal_flops",
-    "train_tokens",
-    "train_seconds",
-    "flops_per_step",
-    "train_flops",
-)
-# name -> (title, where the value is in a record's row, how it is written), as in the table of one run
-FIGURES = {path[-1]: (heading(title), path, form) for title, (path, form) in EVERY_COLUMN.items() if path[-1] in NAMES}
-FIGURES |= {"above_truth": ("above truth", (), ".4f"), "goal_flops": ("goal TFLOP", (), "tera")}  # see _derived
-# of these a mean over seeds says nothing
+COLUMN = {column.name: column for column in COLUMNS}
+# of these the worst seed is shown, for their mean has no meaning
 WORST = {"g_test_p": min, "max_enumeration_error": max}
 STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
-# left out on a narrow terminal; all of it is in frontier.md
-DISPENSABLE = (
-    *("tv", "tokens_per_s", "validity_part", "entropy"),
-    *("train_flops", "train_seconds", "train_tokens", "probe_mean", "probe_shuffled", "nll_truth"),
-    *("goal_seconds", "probe_untrained", "flops_per_step"),
-    *("nll_bound", "reconstruction"),
-)
 
 
 @dataclass
@@ -97,7 +38,7 @@ class FrontierRow:
     experiment: str
     method: str
     decoder: str
-    forwards: int
+    nfe: int
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -117,22 +58,21 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
     newest: dict[tuple, dict] = {}
     for record in records:
         for row in record["rows"]:
-            # drafts are kept or not, so that what was counted differs from seed to seed
-            forwards = 0 if "speedup_vs_naive" in row["cost"] else row["forwards"]
-            key = (record["data"]["name"], record["experiment"], row["method"], row["decoder"], forwards)
+            # drafts are accepted or not, so that the count differs from seed to seed
+            nfe = 0 if "speedup_vs_naive" in row["cost"] else row["nfe"]
+            key = (record["data"]["name"], record["experiment"], row["method"], row["decoder"], nfe)
             newest[*key, record["seed"]] = row
     rows: dict[tuple, FrontierRow] = {}
     counted: dict[tuple, list[int]] = defaultdict(list)
     for (*key, _), row in newest.items():
         own = rows.setdefault(tuple(key), FrontierRow(*key))
-        for name, (_, path, _) in FIGURES.items():
-            if path and (value := value_at(row, path)) is not None:
-                own.values[name].append(value)
-        for name, value in _derived(row["quality"]).items():
-            own.values[name].append(value)
-        counted[tuple(key)].append(row["forwards"])
+        known = row | {"derived": _derived(row["quality"])}
+        for column in COLUMNS:
+            if (value := value_at(known, column.path)) is not None:
+                own.values[column.name].append(value)
+        counted[tuple(key)].append(row["nfe"])
     for key, own in rows.items():
-        own.forwards = round(fmean(counted[key]))
+        own.nfe = round(fmean(counted[key]))
     return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
 
 
@@ -152,47 +92,63 @@ def _derived(quality: dict[str, float | None]) -> dict[str, float]:
 
 
 def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
-    """Rows of one corpus; only the figures that some row has, and not the dispensable ones where `width` is too small."""
-    names = _known(rows)
-    text = 24 + max(len(row.experiment) for row in rows) + max(len(row.decoder) for row in rows)
-    for name in DISPENSABLE:
-        if text + sum(2 + max(len(FIGURES[n][0]), *(len(_written(row, n)) for row in rows)) for n in names) <= width:
-            break
-        names = [n for n in names if n != name]
-    table = Table(title=rows[0].corpus, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in ("experiment", "decoder"):
-        table.add_column(title, no_wrap=True)
-    for title in ("forwards", "seeds", *(FIGURES[name][0] for name in names)):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        cells = (_written(row, name) for name in names)
-        table.add_row(row.experiment, row.decoder, str(row.forwards or "-"), str(row.seeds), *cells)
+    """Rows of one corpus: the figures that some row has, as many of the most important as `width` has room for."""
+    heads, names = _heads(rows), _known(rows)
+    left = width - 2 - sum(2 + max(map(len, [head, *texts])) for head, texts in heads.items())
+    widths = [2 + max(len(COLUMN[name].title), *(len(_written(row, name)) for row in rows)) for name in names]
+    while len(names) > 1 and sum(widths[: len(names)]) > left:
+        names = names[:-1]
+    notes = "; ".join(_notes(heads, names)) or None
+    table = Table(
+        title=rows[0].corpus, caption=notes, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("experiment", "decoder") else "right", no_wrap=True)
+    for name in names:
+        table.add_column(COLUMN[name].title, justify="right", no_wrap=True)
+    for k, row in enumerate(rows):
+        table.add_row(*(texts[k] for texts in heads.values()), *(_written(row, name) for name in names))
     return table
 
 
 def frontier_markdown(rows: list[FrontierRow]) -> str:
-    names = _known(rows)
-    heads = ["experiment", "decoder", "forwards", "seeds", *(FIGURES[name][0] for name in names)]
-    lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
-    for row in rows:
-        cells = [row.experiment, row.decoder, str(row.forwards or "-"), str(row.seeds)]
-        lines.append("| " + " | ".join([*cells, *(_written(row, name) for name in names)]) + " |")
-    return "\n".join(lines)
+    """The same table as Markdown, with every figure that some row has, and what its heads mean."""
+    heads, names = _heads(rows), _known(rows)
+    titles = [*heads, *(COLUMN[name].title for name in names)]
+    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * (len(titles) - 2)]
+    for k, row in enumerate(rows):
+        cells = [*(texts[k] for texts in heads.values()), *(_written(row, name) for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = "; ".join(_notes(heads, names))
+    return "\n".join([*lines, *(["", f"{notes}."] if notes else [])])
+
+
+def _heads(rows: list[FrontierRow]) -> dict[str, list[str]]:
+    """The first columns; NFE only where forward passes were counted."""
+    heads = {"experiment": [row.experiment for row in rows], "decoder": [row.decoder for row in rows]}
+    if any(row.nfe for row in rows):
+        heads["NFE"] = [str(row.nfe or "-") for row in rows]
+    return heads | {"seeds": [str(row.seeds) for row in rows]}
+
+
+def _notes(heads: dict[str, list[str]], names: list[str]) -> list[str]:
+    own = [COLUMN[name].note for name in names if COLUMN[name].note]
+    return [NFE, *own] if "NFE" in heads else own
 
 
 def frontier_figure(rows: list[FrontierRow]) -> Figure:
-    """A line of panels for each corpus: its qualities against forwards, then its first quality against tokens/s."""
+    """A line of panels for each corpus: its qualities against NFE, then its first quality against tokens/s."""
     corpora = list(dict.fromkeys(row.corpus for row in rows))
     figure = Figure(figsize=(13.5, 4.2 * len(corpora)), layout="constrained")
     for part, corpus in zip(figure.subfigures(len(corpora), 1, squeeze=False)[:, 0], corpora, strict=True):
         own = [row for row in rows if row.corpus == corpus]
-        # TV beside validity: a generator that always says the same valid text is perfect in one and worst in the other
+        # TV beside validity: a generator that always writes the same valid text is perfect in one and worst in the other
         known = [name for name in (*PREFERRED, "validity_none", "tv") if any(row.values.get(name) for row in own)]
         shown = [name for name in known if name != "exact_match" or "validity" not in known][:3]
         main = next((name for name in PREFERRED if name in shown), None)
         if main is None:
             continue
-        panels = [("forwards", name) for name in shown] + [("tokens_per_s", main)]
+        panels = [("nfe", name) for name in shown] + [("tokens_per_s", main)]
         axes = part.subplots(1, len(panels), squeeze=False)[0]
         for axis, (cost, quality) in zip(axes, panels, strict=True):
             _panel(axis, own, cost, quality)
@@ -205,7 +161,7 @@ def frontier_figure(rows: list[FrontierRow]) -> Figure:
 def report_frontier(folder: str | Path, console: Console) -> None:
     """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report.
 
-    Where models have noted how their likelihood came about, learning.png shows it.
+    learning.png shows validation likelihoods during training, where records have them.
     """
     records = [record for _, record in find_records(folder)]
     rows = frontier_rows(records)
@@ -246,29 +202,29 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
         if method == "control":
             axis.axhline(own[0].mean(quality), linestyle=marker, color=colour, alpha=shade, label=label)
             continue
-        own.sort(key=lambda row: row.forwards)
-        x = [row.forwards if cost == "forwards" else row.mean(cost) for row in own]
+        own.sort(key=lambda row: row.nfe)
+        x = [row.nfe if cost == "nfe" else row.mean(cost) for row in own]
         errors = [row.half_width(quality) or 0.0 for row in own]
         style = {"fmt": marker.rstrip("-") + "-", "color": colour, "alpha": shade, "capsize": 2, "label": label}
         axis.errorbar(x, [row.mean(quality) for row in own], yerr=errors, **style)
-    axis.set_xscale("log", base=2 if cost == "forwards" else 10)
+    axis.set_xscale("log", base=2 if cost == "nfe" else 10)
     axis.xaxis.set_minor_formatter(NullFormatter())
-    if cost == "forwards":
+    if cost == "nfe":
         axis.xaxis.set_major_formatter(ScalarFormatter())
     scale_quality(axis, quality)
-    axis.set_xlabel("forwards per sequence" if cost == "forwards" else "response tokens per second")
-    axis.set_title("TV (0 is the truth)" if quality == "tv" else FIGURES[quality][0], fontsize=10)
+    axis.set_xlabel("forward passes per text (NFE)" if cost == "nfe" else "response tokens per second")
+    axis.set_title("TV (0 is the truth)" if quality == "tv" else COLUMN[quality].title, fontsize=10)
     axis.grid(alpha=0.25)
 
 
 def _known(rows: list[FrontierRow]) -> list[str]:
-    return [name for name in NAMES if any(row.values.get(name) for row in rows)]
+    return [column.name for column in COLUMNS if any(row.values.get(column.name) for row in rows)]
 
 
 def _written(row: FrontierRow, name: str) -> str:
     if name in WORST and row.values.get(name):
-        return written(WORST[name](row.values[name]), FIGURES[name][2])
-    mean, half, form = row.mean(name), row.half_width(name), FIGURES[name][2]
+        return written(WORST[name](row.values[name]), COLUMN[name].form)
+    mean, half, form = row.mean(name), row.half_width(name), COLUMN[name].form
     interval = "" if half is None or name == "tokens_per_s" else f" ± {written(half, form)}"
     known = len(row.values.get(name, []))
     # such as a goal that some seeds did not reach

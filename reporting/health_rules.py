@@ -1,7 +1,8 @@
-"""Anomaly -> evidence -> action: each rule reads the looks that were taken so far and says what is wrong, or nothing.
+"""Anomaly -> evidence -> action: each rule reads the looks taken so far and returns what is wrong, or None.
 
-A look is what was known after one validation: {"progress": share of the training, figure: value}. A rule that needs a figure
-that nobody measures stays silent. Thresholds are in nats a token (ΔNLL), nats a text (margin, staleness), or shares.
+A look is {"progress": share of the training that is done, figure: value}, with the figures that were measured since the look
+before. A rule whose figures nobody measures stays silent. Thresholds are in nats a token (ΔNLL), nats a text (margin,
+staleness), or shares.
 """
 
 import math
@@ -12,7 +13,7 @@ from statistics import median
 Look = dict[str, float]
 Evidence = Callable[[list[Look]], str | None]
 
-UNUSED = 0.02  # of the text's own nats: a plan that is worth less is not used
+UNUSED = 0.02  # of the text's own nats: a plan that saves less is not used
 LEAST_GAIN = 0.01  # nats a token, where the text costs next to nothing
 
 
@@ -24,39 +25,41 @@ class Rule:
 
 
 def figures(looks: list[Look], name: str, last: int) -> list[float] | None:
-    """The last values of a figure; None where there are fewer."""
+    """The last values of a figure, each from another look; None where there are fewer."""
     known = [look[name] for look in looks if name in look]
     return known[-last:] if len(known) >= last else None
 
 
 def _unused(looks: list[Look]) -> str | None:
-    gains, own = figures(looks, "dnll_shuffle", 2), figures(looks, "nll_given_own", 1)
+    gains, own = figures(looks, "dnll_shuffle", 2), figures(looks, "nll_own_condition", 1)
     if looks[-1]["progress"] < 0.25 or gains is None or own is None or max(gains) > max(LEAST_GAIN, UNUSED * own[0]):
         return None
-    return f"another text's plan costs {gains[-1]:+.4f} nats a token, the text {own[0]:.3f}"
+    return f"NLL rises by {gains[-1]:+.4f} nats a token under another text's plan, from {own[0]:.3f}"
 
 
 def _undecided_search(looks: list[Look]) -> str | None:
     margins, flips = figures(looks, "margin", 2), figures(looks, "plan_flips", 2)
     if margins is None or flips is None or max(margins) > 0.1 or min(flips) < 0.3:
         return None
-    return f"the best plan is {margins[-1]:.3f} nats ahead of the next and {flips[-1]:.0%} of plans changed"
+    return f"the best plan's score is {margins[-1]:.3f} nats above the next, and {flips[-1]:.0%} of plans changed"
 
 
 def _collapsed(looks: list[Look]) -> str | None:
     share = figures(looks, "posterior_entropy_share", 1)
-    flips = figures(looks, "plan_flips", 1) or figures(looks, "flip_rate", 1)
+    changes = ("plan_flips", "flip_rate", "posterior_change")  # the first that is measured
+    flips = next((known for name in changes if (known := figures(looks, name, 1)) is not None), None)
     if looks[-1]["progress"] > 0.3 or share is None or flips is None or flips[0] > 0.02 or share[0] > 0.1:
         return None
     after = f"after {_percent(looks)} of the training"
-    return f"{flips[0]:.1%} of plans changed and entropy is {share[0]:.1%} of its largest {after}"
+    return f"{flips[0]:.1%} of plans changed, and entropy is {share[0]:.1%} of its maximum {after}"
 
 
 def _stale(looks: list[Look]) -> str | None:
     gaps = figures(looks, "staleness", 3)
     if gaps is None or min(gaps) < 1.0:
         return None
-    return f"plans found anew were {min(gaps):.2f} to {max(gaps):.2f} nats a text better than those kept, three times in a row"
+    found = f"{min(gaps):.2f} to {max(gaps):.2f} nats a text"
+    return f"new plans scored {found} above the stored ones at the last three looks with a search"
 
 
 def _soft(looks: list[Look]) -> str | None:
@@ -70,7 +73,7 @@ def _vague(looks: list[Look]) -> str | None:
     shares = figures(looks, "posterior_entropy_share", 2)
     if looks[-1]["progress"] < 0.5 or shares is None or min(shares) < 0.9:
         return None
-    return f"the planner's entropy is {shares[-1]:.0%} of its largest after {_percent(looks)} of the training"
+    return f"the planner's entropy is {shares[-1]:.0%} of its maximum after {_percent(looks)} of the training"
 
 
 def _no_gradient(looks: list[Look]) -> str | None:
@@ -91,11 +94,11 @@ def _exploding(looks: list[Look]) -> str | None:
 
 
 def _first_words_only(looks: list[Look]) -> str | None:
-    places = sorted((name for name in looks[-1] if name.startswith("nll_at_")), key=lambda name: int(name[7:]))
-    known = [look for look in looks if all(name in look for name in places)]
-    if looks[-1]["progress"] < 0.25 or len(places) < 2 or len(known) < 3:
+    positions = sorted((name for name in looks[-1] if name.startswith("nll_at_")), key=lambda name: int(name[7:]))
+    known = [look for look in looks if all(name in look for name in positions)]
+    if looks[-1]["progress"] < 0.25 or len(positions) < 2 or len(known) < 3:
         return None
-    fell = [1 - known[-1][name] / known[0][name] if known[0][name] > 0.05 else 0.0 for name in places]
+    fell = [1 - known[-1][name] / known[0][name] if known[0][name] > 0.05 else 0.0 for name in positions]
     if fell[0] < 0.2 or max(fell[1:]) > 0.02:
         return None
     return f"NLL fell by {fell[0]:.0%} at the first positions and by at most {max(0.0, max(fell[1:])):.0%} later"
@@ -108,40 +111,40 @@ def _percent(looks: list[Look]) -> str:
 RULES = (
     Rule(
         "plans are not used", _unused,
-        "hide more of the executor's own words (module.corruption), give the plan more room (module.types), "
+        "hide more of the executor's own tokens (module.corruption), allow more concepts (module.types), "
         "or train with a lower module.lr",
     ),
     Rule(
-        "the search cannot decide", _undecided_search,
+        "the search is undecided", _undecided_search,
         "search more or more diverse candidates, refresh plans more often, or train with a lower module.lr",
     ),
     Rule(
         "plans collapsed early", _collapsed,
-        "raise module.temperatures or module.weights.usage, draw candidates in place of the most probable ones, "
-        "or search diverse ones",
+        "raise module.temperatures or module.weights.usage, or search sampled or diverse candidates instead of the most "
+        "probable ones",
     ),
     Rule(
-        "kept plans are stale", _stale,
-        "refresh plans more often, or as often as this gap asks for, or train with a lower module.lr",
+        "stored plans are stale", _stale,
+        "refresh plans more often, or train with a lower module.lr",
     ),
     Rule(
         "the relaxation is far from the choice", _soft,
         "lower the second of module.temperatures, or anneal faster (module.anneal_share)",
     ),
     Rule(
-        "the planner does not make up its mind", _vague,
-        "weigh the text more (module.weights.text), usage less (module.weights.usage), or lower module.temperatures",
+        "the planner stays unsure", _vague,
+        "raise module.weights.text, lower module.weights.usage, or lower module.temperatures",
     ),
     Rule(
-        "nothing teaches the planner", _no_gradient,
-        "see that module.weights.text or module.weights.planner is above 0 and that module.free_bits is not above every KL",
+        "the planner gets no gradient", _no_gradient,
+        "check that module.weights.text or module.weights.planner is above 0, and that module.free_bits is below the KL",
     ),
     Rule(
         "the planner's gradient explodes", _exploding,
         "lower module.lr, clip harder (trainer.gradient_clip_val), or raise the second of module.temperatures",
     ),
     Rule(
-        "only the first words learn from the plan", _first_words_only,
-        "hide more of the executor's own words for longer (module.corruption, module.anneal_share) and give more concepts",
+        "only the first positions use the plan", _first_words_only,
+        "hide more of the executor's own tokens for longer (module.corruption, module.anneal_share), allow more concepts",
     ),
 )  # fmt: skip

@@ -1,8 +1,8 @@
-"""What a run was told and what came of it, as TensorBoard's table of hyper-parameters wants it."""
+"""Options and results of a run, as rows of TensorBoard's table of hyper-parameters."""
 
 from typing import Any
 
-# of the configuration; the rest says where things lie
+# of the configuration; the rest are folders and files
 PARTS = ("seed", "data", "model", "module", "teacher", "pair", "trainer")
 
 
@@ -23,10 +23,10 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, str | float | bool]:
 
 
 def headline(record: dict[str, Any]) -> dict[str, float]:
-    """The figures of the row that the run is about: of its student at the fewest forwards, of its model, or the last of all."""
+    """The figures of the main row: of the student with the fewest forward passes, else of the model, else of the last row."""
     rows = record["rows"]
     own = [row for row in rows if row["method"] == "student"] or [row for row in rows if row["method"] == "model"]
-    row = min(own, key=lambda row: row["forwards"]) if own else rows[-1]
+    row = min(own, key=lambda row: row["nfe"]) if own else rows[-1]
     return {
         f"result/{name}": float(figure) for name, figure in row["quality"].items() if isinstance(figure, int | float)
     }

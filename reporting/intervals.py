@@ -1,4 +1,4 @@
-"""How far the mean of a few runs may be off."""
+"""Confidence intervals of means over runs."""
 
 import math
 from statistics import stdev

@@ -1,4 +1,4 @@
-"""The figure of models in `mode=report`: how far their likelihood is above the truth as training spends tokens and FLOPs."""
+"""The figure of models in `mode=report`: NLL above the data's own, against training tokens and FLOPs."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -86,7 +86,7 @@ def _panel(axis: Any, curves: list[LearningCurve], cost: str) -> None:
         (line,) = axis.plot(x, y, "o--" if curve.bound else "o-", markersize=3, label=label)
         low, high = ([value + sign * half for value, half in zip(y, spread, strict=True)] for sign in (-1, 1))
         axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    if quality == "above":  # an unbiased estimate of a bound can fall a little below the truth
+    if quality == "above":  # an unbiased estimate of a bound can fall a little below the data's own
         axis.set_yscale("symlog", linthresh=0.01)
         axis.axhline(0.0, color="#7a7a7a", linewidth=0.8)
     axis.set_xscale("log")
@@ -94,5 +94,5 @@ def _panel(axis: Any, curves: list[LearningCurve], cost: str) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(title)
-    axis.set_title("nats a token above the truth" if quality == "above" else "nats a token", fontsize=10)
+    axis.set_title("NLL above the data's own, nats a token" if quality == "above" else "NLL, nats a token", fontsize=10)
     axis.grid(alpha=0.25)

@@ -1,4 +1,4 @@
-"""`mode=report`: what a plan saves against what it costs, in bits a text, for every run that measured both.
+"""`mode=report`: gain of plans against their rate, bits a text, for every run that measured both.
 
 A run named <family>_<size> is a point of its family: concept_rate/leading_2 is the family concept_rate/leading at size 2.
 """
@@ -54,6 +54,6 @@ def rate_figure(rows: list[Measured]) -> Figure | None:
 
 
 def family_and_size(experiment: str) -> tuple[str, str]:
-    """A run's name without what stands behind its last underscore, and that, if a digit begins it."""
+    """A run's name split at its last underscore, where a digit follows that."""
     family, _, size = experiment.rpartition("_")
     return (family, size) if family and size[:1].isdigit() else (experiment, "")

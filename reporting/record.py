@@ -1,9 +1,9 @@
 """record.json: what a run measured, in one schema for every method.
 
-{"experiment", "commit", "seed", "device", "versions": {}, "config": {}, "data": {...}, "rows": [{"method", "decoder",
-"forwards", "quality": {}, "entropy", "distinct", "cost": {"tokens_per_s", "flops_per_token", "peak_memory_bytes",
-"batch"}, "n_samples", "ci95": {}}]}; a value that was not measured is null. The row of a model itself also
-has "curve": {name: []}.
+{"format", "experiment", "commit", "seed", "device", "versions": {}, "config": {}, "data": {...}, "rows": [{"method",
+"decoder", "nfe", "quality": {}, "entropy", "distinct", "cost": {"tokens_per_s", "flops_per_token", "peak_memory_bytes",
+"batch"}, "n_samples", "ci95": {}}]}. A value that was not measured is null. nfe: number of function evaluations, the forward
+passes for one text. The row of a model itself also has "curve": {name: []}. Records of earlier formats are read, too.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from models.functional.errors import UsageError
+from reporting.keys import FORMAT, upgrade_record
 
 KEYS = ("experiment", "commit", "seed", "device", "versions", "config", "data", "rows")
 PACKAGES = ("torch", "lightning", "transformers", "peft", "hydra-core", "omegaconf", "torchmetrics")
@@ -24,6 +25,7 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "hydra-core", "omegaco
 
 def build_record(experiment: str, seed: int, device: torch.device, config: dict, data: dict, rows: list[dict]) -> dict:
     return {
+        "format": FORMAT,
         "experiment": experiment,
         "commit": current_commit(),
         "seed": seed,
@@ -50,7 +52,7 @@ def write_whole(path: str | Path, text: str) -> Path:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """A record from disk. Raises UsageError, naming the file, when it is not one."""
+    """A record from disk, in the format of today. Raises UsageError, naming the file, where it is none or is of a newer one."""
     try:
         record = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -58,7 +60,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
     missing = [key for key in KEYS if not isinstance(record, dict) or key not in record]
     if missing:
         raise UsageError(f"{path} lacks {', '.join(missing)}; remove it or run the experiment again")
-    return record
+    if record.get("format", 1) > FORMAT:
+        raise UsageError(
+            f"{path} has format {record['format']}, and this version of Leap reads formats up to {FORMAT}; "
+            "update Leap, or move the file away"
+        )
+    return upgrade_record(record)
 
 
 def find_records(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:

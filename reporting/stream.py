@@ -13,10 +13,10 @@ HALF_A_LETTER = "\N{REPLACEMENT CHARACTER}"  # bytes of a letter whose other byt
 
 
 class TextStream:
-    """What a decoder's `watch` is given, on the console; `finish` ends it.
+    """Prints the tokens that a decoder hands over while it generates; `finish` ends the text.
 
-    decode: ids (1, n) -> text. refines: whether a refinement may change any place. Those follow each other in place on a
-    terminal, and on a line each elsewhere; `mask` stands for what is not decided yet.
+    decode: ids (1, n) -> text. refines: whether a step may change any position. Such steps overwrite each other on a terminal
+    and are a line each elsewhere. mask: the token of positions that are not decided yet.
     """
 
     def __init__(

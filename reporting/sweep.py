@@ -1,7 +1,7 @@
-"""Runs of a sweep side by side: the options that differ against what came of them, best first, as a table and a figure.
+"""Runs of a sweep: the options that differ and the results, best run first, as a table and a figure.
 
 Every run of a sweep leaves job.json: {"sweep", "number", "overrides": [], "metric": {"name", "value"}, "seconds", "failed"};
-the figures of its record.json stand beside it. A run that failed says so and keeps its line.
+the table adds figures of its record.json. A run that failed has a line that says so.
 """
 
 import json
@@ -17,6 +17,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from reporting.hparams import headline
+from reporting.keys import current_name
 from reporting.record import read_record, write_whole
 from reporting.sweep_figure import sweep_figure
 
@@ -40,7 +41,7 @@ LOW = {
 
 @dataclass
 class SweepRun:
-    """One run. options: what was typed for it; value: of the optimised metric; quality: its record's headline."""
+    """One run. options: as typed; value: of the optimised metric; quality: figures of its record's main row."""
 
     folder: Path
     sweep: str
@@ -81,7 +82,7 @@ def _read_run(folder: Path, notes: dict[str, Any]) -> SweepRun:
         sweep=notes["sweep"],
         number=notes["number"],
         options=dict(_option(override) for override in notes["overrides"]),
-        metric=notes["metric"]["name"],
+        metric=current_name(notes["metric"]["name"]),
         value=notes["metric"]["value"],
         seconds=notes["seconds"],
         failed=notes["failed"],
@@ -111,11 +112,11 @@ def lower_is_better(figure: str) -> bool:
 def best_first(runs: list[SweepRun]) -> list[SweepRun]:
     """By the optimised metric, then runs without one, then those that failed."""
 
-    def place(run: SweepRun) -> tuple[bool, bool, float]:
+    def order(run: SweepRun) -> tuple[bool, bool, float]:
         value = 0.0 if run.value is None else run.value if lower_is_better(run.metric) else -run.value
         return run.failed is not None, run.value is None, value
 
-    return sorted(runs, key=place)
+    return sorted(runs, key=order)
 
 
 def shown_qualities(runs: list[SweepRun]) -> list[str]:
@@ -155,8 +156,8 @@ def report_sweep(runs: list[SweepRun], folder: str | Path, name: str, console: C
 
 def _cells(run: SweepRun, options: list[str], qualities: list[str]) -> list[str]:
     figures = [run.value, *(run.quality.get(name) for name in qualities)]
-    said = ["failed" if run.failed is not None and k == 0 else _written(value) for k, value in enumerate(figures)]
-    return [str(run.number), *(run.options.get(name, "") for name in options), *said, f"{run.seconds:.1f}"]
+    cells = ["failed" if run.failed is not None and k == 0 else _written(value) for k, value in enumerate(figures)]
+    return [str(run.number), *(run.options.get(name, "") for name in options), *cells, f"{run.seconds:.1f}"]
 
 
 def _written(value: float | None) -> str:

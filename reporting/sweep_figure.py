@@ -46,7 +46,7 @@ class Scale:
         return 0.5 if high == low else (value - low) / (high - low)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """(place, label)."""
+        """(height, label)."""
         if self.words is not None:
             return [(self(word), word or "-") for word in self.words]
         found: list[tuple[float, str]] = []
@@ -73,11 +73,11 @@ def sweep_figure(runs: list[Swept], options: list[str], qualities: list[str]) ->
     for k in range(len(runs)):
         heights = [scales[name](column[k]) for name, column in columns.items()]
         axis.plot(range(len(columns)), heights, "o-", color=colour.to_rgba(values[k]), alpha=0.85, markersize=4)
-    for place, scale in enumerate(scales.values()):
-        axis.axvline(place, color="#7a7a7a", linewidth=0.8, zorder=0)
+    for at, scale in enumerate(scales.values()):
+        axis.axvline(at, color="#7a7a7a", linewidth=0.8, zorder=0)
         for height, label in scale.ticks():
             style = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 8}
-            axis.annotate(label, (place, height), **style)
+            axis.annotate(label, (at, height), **style)
     axis.set_xticks(range(len(columns)), [name.replace("/", "/\n", 1) for name in columns], fontsize=8)
     axis.set_yticks([])
     axis.set_ylim(-0.06, 1.1)

@@ -159,7 +159,7 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_good(tmp_path, monkeypat
     lives = Lives(tmp_path / "full", "objectives")
     status, _ = lives.live(int(share * events), "full")
     assert status == 2, lives.said()
-    assert "no room is left to write" in lives.said()
+    assert "no space is left to write" in lives.said()
     assert "Traceback" not in lives.said()
     status, _ = lives.live()  # room again
     assert status == 0, lives.said()

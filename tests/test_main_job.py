@@ -18,7 +18,7 @@ def test_main_job_reaches_what_the_readme_says(tmp_path):
         [sys.executable, "run.py", "experiment=meanflow_llada", *places], cwd=ROOT, check=True, capture_output=True
     )
     (path,) = (tmp_path / "outputs").rglob("record.json")
-    rows = {(row["decoder"], row["forwards"]): row for row in json.loads(path.read_text())["rows"]}
+    rows = {(row["decoder"], row["nfe"]): row for row in json.loads(path.read_text())["rows"]}
     quality = {key: row["quality"] for key, row in rows.items()}
 
     teacher = quality["teacher, sampled", 16]

@@ -1,4 +1,4 @@
-"""Monitor 1: how much dearer a text is when it has to be written from a wrong condition. Near 0: the condition is ignored."""
+"""Monitor 1: how much a text's NLL rises under a wrong condition. Near 0: the condition is ignored."""
 
 from typing import Any
 
@@ -18,10 +18,11 @@ KINDS = ("shuffle", "blank", "random", "nearest")
 class ExchangeMonitor(TextMonitor):
     """ΔNLL = NLL(x given a wrong condition) - NLL(x given its own), nats a token.
 
-    dnll_shuffle: that of another text, none its own; dnll_blank: one that says nothing; dnll_random: a random one of the same
-    length; dnll_nearest: the nearest that differs. nll_given_own: the text under its own. dnll_shuffle_low and _high: a 95 %
-    interval over texts; dnll_shuffle_at_<place>: of `width` positions from there on, with their intervals.
-    Whether the condition is used is read off the shuffle: a blank one may hurt because it is unlike anything seen.
+    Wrong conditions: dnll_shuffle another text's, none its own; dnll_blank an empty one; dnll_random a random one of the same
+    length; dnll_nearest the nearest that differs. nll_own_condition: the text under its own.
+    dnll_shuffle_low, dnll_shuffle_high: a 95 % interval over texts. dnll_shuffle_at_<position>: of `width` positions from
+    there on, with their intervals.
+    dnll_shuffle shows whether the condition is used; an empty condition may hurt because training never had one.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -32,22 +33,20 @@ class ExchangeMonitor(TextMonitor):
 
     @staticmethod
     def in_words(figures: dict[str, float]) -> str:
-        """The shuffle's gap, whole and from each place on, with its interval where it has one."""
+        """dnll_shuffle of whole texts and of each range of positions, with its interval where it has one."""
         names = [name for name in figures if name.startswith("dnll_shuffle") and not name.endswith(("_low", "_high"))]
         parts = []
         for name in names:
             low, high = (figures.get(f"{name}_{end}") for end in ("low", "high"))
-            place = name.removeprefix("dnll_shuffle_at_") if name != "dnll_shuffle" else "all"
-            parts.append(f"{place}: {figures[name]:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ""))
-        return "nats a token more under another text's condition, by the place from which on (95 %): " + ", ".join(
-            parts
-        )
+            at = name.replace("dnll_shuffle_at_", "from ") if name != "dnll_shuffle" else "all"
+            parts.append(f"{at}: {figures[name]:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else ""))
+        return "ΔNLL under another text's condition, nats a token, by position (95 % interval): " + ", ".join(parts)
 
     def measure(self, probe: Any, rows: dict[str, Tensor], generator: Generator) -> dict[str, float]:
         batch = probe.probe_batch(rows, generator)
         own = in_parts(probe.nll, rows, batch)
         base = per_token(own, batch.counts)
-        figures = {} if base is None else {"nll_given_own": base.mean}
+        figures = {} if base is None else {"nll_own_condition": base.mean}
         for kind in KINDS if base is not None else ():
             wrong = self._wrong(probe, batch, kind, generator)
             if wrong is None:
@@ -55,8 +54,8 @@ class ExchangeMonitor(TextMonitor):
             gap = in_parts(probe.nll, rows, batch.under(wrong)) - own
             figures |= interval(f"dnll_{kind}", per_token(gap, batch.counts), whole=kind == "shuffle")
             if kind == "shuffle":
-                for place, value in by_position(gap, batch.counts, self.width).items():
-                    figures |= interval(f"dnll_shuffle_at_{place}", value)
+                for at, value in by_position(gap, batch.counts, self.width).items():
+                    figures |= interval(f"dnll_shuffle_at_{at}", value)
         return figures
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Monitor 3: how many plans a search changes. High at first, then falling; none early on: the candidates are too few."""
+"""Monitor 3: how many plans a search changes. Healthy: many at first, then fewer. None early on: too few candidates."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from models.interfaces.probe_batch import EStep
 
 
 class FlipMonitor(SearchMonitor):
-    """plan_flips: share of texts whose plan is no longer the one kept."""
+    """plan_flips: share of searched texts whose best plan is another than the stored one."""
 
     names = ("plan_flips",)
 

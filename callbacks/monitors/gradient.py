@@ -1,4 +1,4 @@
-"""Monitor 7: the gradient that reaches the planner's own weights. Near 0: nothing teaches it; exploding: nothing will."""
+"""Monitor 7: the gradient that reaches the planner's own weights. Near 0 nothing trains it; a sudden rise is an explosion."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class GradientMonitor(StepMonitor):
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0.0
+        self.largest = self.recent_largest = 0.0  # since the last validation, and since the last `take_recent`
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         probe = find_probe(pl_module, PlannerProbe)
@@ -29,7 +29,14 @@ class GradientMonitor(StepMonitor):
             torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros((), device=pl_module.device)
         )
         self.add("planner_gradient", norm.unsqueeze(0))
-        self.largest = max(self.largest, norm.item())
+        self.largest = _larger(self.largest, norm.item())
+        self.recent_largest = _larger(self.recent_largest, norm.item())
+
+    def take_recent(self) -> dict[str, float]:
+        found = super().take_recent()
+        largest = {"planner_gradient_max": self.recent_largest} if found else {}
+        self.recent_largest = 0.0
+        return found | largest
 
     def log_and_clear(self, module: LightningModule) -> None:
         if self.sums[0, 1]:
@@ -38,11 +45,16 @@ class GradientMonitor(StepMonitor):
         super().log_and_clear(module)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"largest": self.largest}
+        return super().state_dict() | {"largest": self.largest, "recent_largest": self.recent_largest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.largest = state["largest"]
+        self.largest, self.recent_largest = state["largest"], state.get("recent_largest", 0.0)
 
     def charts(self) -> dict[str, list[str]]:
         return {"planner's gradient": ["monitor/planner_gradient.*"]}
+
+
+def _larger(known: float, value: float) -> float:
+    """The larger of two; NaN where the new one is, for `max` would lose it."""
+    return max(known, value) if value == value else value

@@ -1,4 +1,4 @@
-"""Monitor 2: how far the best plan is ahead of the next. Near 0 for long: nothing is told apart; huge early: one is."""
+"""Monitor 2: score of the best plan of a search minus the next one's. Near 0 for long: the search cannot tell them apart."""
 
 from torch import Tensor
 

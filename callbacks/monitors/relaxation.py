@@ -1,4 +1,4 @@
-"""Monitor 6: how near the relaxed choice is to the one made. The gradient is that of the relaxed one: low means a wrong one."""
+"""Monitor 6: how near a relaxed choice is to the discrete one. The gradient is the relaxed one's: a low cosine biases it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The base of monitors that read what a search for better plans reports."""
+"""The base of monitors that read what a search for better plans found."""
 
 from abc import abstractmethod
 from typing import Any
@@ -12,11 +12,11 @@ from models.interfaces.probes import SearchProbe, find_probe
 
 
 class SearchMonitor(StepMonitor):
-    """One figure, the first of `names`, of every text that was searched for since the last validation."""
+    """One figure, the first of `names`: its mean over texts whose plan was searched for."""
 
     @abstractmethod
     def values(self, found: EStep) -> Tensor:
-        """(B,), not finite where there is none."""
+        """The figure of each text, (B,); not finite where it has none."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         probe = find_probe(pl_module, SearchProbe)

@@ -1,4 +1,4 @@
-"""Monitor 4: how much better the plans found are than those kept so far. Often large: plans are refreshed too seldom."""
+"""Monitor 4: score of a new plan minus that of the stored one. Often large: plans are refreshed too seldom."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from models.interfaces.probe_batch import EStep
 
 
 class StalenessMonitor(SearchMonitor):
-    """staleness: S(z new) - S(z kept), both scored now, nats a text."""
+    """staleness: S(z new) - S(z stored), both scored now, nats a text."""
 
     names = ("staleness",)
 

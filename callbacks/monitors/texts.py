@@ -1,4 +1,4 @@
-"""The base of monitors of texts that are written from a condition, place by place."""
+"""The base of monitors of texts that are written from a condition, token by token."""
 
 from callbacks.monitors.rows import RowMonitor
 from models.interfaces.probes import TextProbe

@@ -28,10 +28,10 @@ def test_codes_of_their_own_pay_for_themselves_and_few_do_not(tiny_oracle):
     truth = tiny_oracle.true_nll(tiny_oracle.rows["test"].columns).mean().item() / 0.693147
     assert own["efficiency_best"] == pytest.approx(1)
     assert own["gain_bits_best"] == pytest.approx(truth, rel=0.2)  # H(x | u), of which the test texts are a draw
-    assert own["nll_listed_best"] == pytest.approx(0, abs=1e-9)
+    assert own["nll_enumerated_best"] == pytest.approx(0, abs=1e-9)
     few = figures(tiny_oracle, 3)
-    assert few["nll_listed_best"] > 0.1
-    assert few["nll_listed"] > few["nll_listed_best"]  # of an executor that learnt nothing
+    assert few["nll_enumerated_best"] > 0.1
+    assert few["nll_enumerated"] > few["nll_enumerated_best"]  # of an executor that learnt nothing
     assert few["efficiency_best"] < 0.9
     assert few["rate_bits_best"] < own["rate_bits_best"]
 

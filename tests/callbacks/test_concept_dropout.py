@@ -29,7 +29,7 @@ def test_hiding_concepts_costs_more_and_more_where_they_are_used(tmp_path, tiny_
     assert rebuilt[-1] <= 0.5
     (row,) = (r for r in json.loads((tmp_path / "record.json").read_text())["rows"] if r["method"] == "model")
     assert row["quality"]["nll_dropped_100"] == pytest.approx(nll[-1])
-    assert row["quality"]["rebuilt_dropped_0"] == 1
+    assert row["quality"]["reconstruction_dropped_0"] == 1
     assert (tmp_path / "concept_dropout.png").stat().st_size > 1000
     assert "100 %" in capsys.readouterr().out
 

@@ -1,8 +1,11 @@
-"""Each rule speaks on its own sick run and only it does; on a healthy one all are silent; what was said is not repeated."""
+"""Each rule fires on its own sick run and only it does; on a healthy one none fires; nothing is printed twice."""
 
 import io
 
 import pytest
+import torch
+from helpers.causal import tiny_causal
+from helpers.concept import TYPES
 from helpers.monitors import SixRows, Watched
 from helpers.trainer import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -10,8 +13,15 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from rich.console import Console
 
 from callbacks.monitors.exchange import ExchangeMonitor
+from callbacks.monitors.flips import FlipMonitor
 from callbacks.monitors.gradient import GradientMonitor
 from callbacks.monitors.health import Health
+from callbacks.monitors.margin import MarginMonitor
+from callbacks.monitors.positions import PositionMonitor
+from callbacks.monitors.sharpness import SharpnessMonitor
+from callbacks.monitors.staleness import StalenessMonitor
+from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
+from models.interfaces.probe_batch import EStep
 from reporting.health_rules import RULES
 
 LOOKS = 10
@@ -25,7 +35,7 @@ def healthy() -> list[dict[str, float]]:
         looks.append(
             {
                 "progress": done,
-                "nll_given_own": 2.0 - 1.5 * done,
+                "nll_own_condition": 2.0 - 1.5 * done,
                 "dnll_shuffle": 1.5 * done,
                 "margin": 0.3 + done,
                 "plan_flips": 0.6 * (1 - done) + 0.02,
@@ -44,14 +54,14 @@ def healthy() -> list[dict[str, float]]:
 
 SICK = {
     "plans are not used": {"dnll_shuffle": lambda k: 0.004},
-    "the search cannot decide": {"margin": lambda k: 0.02, "plan_flips": lambda k: 0.7},
+    "the search is undecided": {"margin": lambda k: 0.02, "plan_flips": lambda k: 0.7},
     "plans collapsed early": {"posterior_entropy_share": lambda k: 0.03, "plan_flips": lambda k: 0.0},
-    "kept plans are stale": {"staleness": lambda k: 4.0 + k},
+    "stored plans are stale": {"staleness": lambda k: 4.0 + k},
     "the relaxation is far from the choice": {"relaxation_cosine": lambda k: 0.3},
-    "the planner does not make up its mind": {"posterior_entropy_share": lambda k: 0.97},
-    "nothing teaches the planner": {"planner_gradient": lambda k: 0.0, "planner_gradient_max": lambda k: 0.0},
+    "the planner stays unsure": {"posterior_entropy_share": lambda k: 0.97},
+    "the planner gets no gradient": {"planner_gradient": lambda k: 0.0, "planner_gradient_max": lambda k: 0.0},
     "the planner's gradient explodes": {"planner_gradient_max": lambda k: 0.5 if k < 5 else 9e3},
-    "only the first words learn from the plan": {"nll_at_4": lambda k: 2.0, "nll_at_8": lambda k: 1.99},
+    "only the first positions use the plan": {"nll_at_4": lambda k: 2.0, "nll_at_8": lambda k: 1.99},
 }
 
 
@@ -91,6 +101,26 @@ def test_a_bad_moment_is_no_illness():
     looks = healthy()
     looks[5] |= {"dnll_shuffle": 0.0, "staleness": 9.0, "relaxation_cosine": 0.1}
     assert spoken(looks) == set()
+
+
+SEARCH_BEGINS = 0.6
+SEARCHED = ("margin", "plan_flips", "staleness")
+VALIDATED = ("nll_own_condition", "dnll_shuffle")  # measured in validations alone
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_each_rule_can_fire_where_a_training_validates_twice_and_searches_late(name):
+    """As concept_oracle does: validations at a half and at the end, ten looks, searches from 60 % on."""
+    looks = healthy()
+    for k, look in enumerate(looks):
+        look |= {figure: value(k) for figure, value in SICK[name].items()} | {"posterior_change": look["plan_flips"]}
+        if "plan_flips" in SICK[name]:
+            look["posterior_change"] = SICK[name]["plan_flips"](k)
+        missing = () if look["progress"] in (0.5, 1.0) else VALIDATED
+        missing += () if look["progress"] >= SEARCH_BEGINS else SEARCHED
+        for figure in missing:
+            del look[figure]
+    assert name in spoken(looks)
 
 
 def test_the_flips_of_validation_texts_stand_in_for_those_of_a_search():
@@ -135,12 +165,12 @@ def test_it_names_anomaly_evidence_and_action_once():
     page = watch(Watched(used=0.0), 8, health_in(out))
     said = out.getvalue()
     assert said.count("plans are not used") == 1
-    assert "another text's plan costs +0.0000 nats a token" in said
+    assert "NLL rises by +0.0000 nats a token under another text's plan" in said
     assert "module.corruption" in said
     assert "nothing wrong" not in said
     ((tag, text, step),) = page.texts
     assert tag == "health"
-    assert "evidence: another text's plan" in text
+    assert "evidence: NLL rises by" in text
     assert "what to try: hide more" in text
     assert step == 2  # a quarter of the training
 
@@ -161,6 +191,80 @@ def test_what_was_said_is_not_said_again_after_resuming(tmp_path):
     assert len(health.looks) >= 7
     assert "plans are not used" not in out.getvalue()
     assert set(health.present) == {"plans are not used"}
+
+
+# -- when it looks, and at what --------------------------------------------------------------------------------------
+
+
+def looks_of(module, steps: int, *monitors, every: int = 1, data=None, **options) -> list[dict[str, float]]:
+    health = health_in(io.StringIO())
+    trainer = quiet_trainer(steps, callbacks=[*monitors, health], val_check_interval=every, **options)
+    trainer.fit(module, data or SixRows())
+    return health.looks
+
+
+def test_a_figure_is_judged_once_and_not_again_while_nothing_new_is_measured():
+    """One search in a whole training is one look with a staleness, not one in every look after it."""
+
+    class SearchesOnce(Watched):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.e_step = EStep(*torch.tensor([[0.02], [9.0], [1.0]])) if self.global_step == 1 else None
+            return loss
+
+    monitors = [StalenessMonitor(), MarginMonitor(), FlipMonitor()]
+    for every in (1, 2, 5):
+        looks = looks_of(SearchesOnce(), 10, *monitors, every=every)
+        assert [look["staleness"] for look in looks if "staleness" in look] == [9.0]
+        assert [look["progress"] for look in looks] == pytest.approx([k / 10 for k in range(1, 11)])
+
+
+def test_what_a_validation_did_not_log_is_not_in_its_look():
+    class LogsOnce(Watched):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/always", 1.0)
+            if self.global_step == 1:
+                self.log("val/flip_rate", 0.5)
+
+    looks = looks_of(LogsOnce(), 4)
+    assert ["flip_rate" in look for look in looks] == [True, False, False, False]
+    assert all("always" in look for look in looks)
+
+
+def test_ten_looks_are_taken_however_seldom_the_training_validates():
+    monitors = [ExchangeMonitor(), GradientMonitor(), SharpnessMonitor(), PositionMonitor(width=2)]
+    looks = looks_of(Watched(), 15, *monitors, every=15)
+    assert len(looks) == 15  # a tenth is less than two steps
+    cheap = {"planner_gradient", "planner_gradient_max", "planner_entropy_share", "nll_at_0", "nll_at_2"}
+    assert all(look.keys() >= cheap for look in looks)
+    assert ["dnll_shuffle" in look for look in looks] == [False] * 14 + [True]
+    # the slope of plan_head is the mean of the batch
+    assert [look["planner_gradient"] for look in looks[:3]] == pytest.approx([1.5, 5.5, 9.5])
+    assert all(look["planner_change"] == 0 for look in looks[1:])
+
+
+def test_looks_change_nothing_about_a_training(tiny_oracle):
+    def losses(*callbacks) -> list[float]:
+        torch.manual_seed(0)
+        ids = tiny_oracle.special_ids()
+        model = tiny_causal(ids.pop("vocab_size"), **ids)
+        wanted = {"types": TYPES, "weights": {"text": 1.0, "planner": 1.0}, "warmup_steps": 1, "lr": 3e-3}
+        module = ConceptPlannerExecutorModule(model, **wanted)
+        step, found = module.training_step, []
+
+        def noted(batch, batch_idx):
+            assert module.training
+            loss = step(batch, batch_idx)
+            found.append(float(loss.detach()) + torch.rand(1).item())
+            return loss
+
+        module.training_step = noted
+        quiet_trainer(6, callbacks=list(callbacks), val_check_interval=6).fit(module, tiny_oracle)
+        return found
+
+    monitors = [SharpnessMonitor(), PositionMonitor(width=3), GradientMonitor(), MarginMonitor()]
+    assert losses(*monitors, health := health_in(io.StringIO())) == losses()
+    assert len(health.looks) == 6
 
 
 def test_a_nan_gradient_is_an_explosion():

@@ -103,7 +103,7 @@ def test_a_goal_is_noted_once_and_only_when_it_is_reached():
 
 def test_models_have_a_table_of_their_own():
     def row(method: str, **quality: float) -> dict:
-        return {"method": method, "decoder": method, "forwards": 0, "quality": quality, "entropy": None, "cost": {}}
+        return {"method": method, "decoder": method, "nfe": 0, "quality": quality, "entropy": None, "cost": {}}
 
     record = {
         "experiment": "objectives/next_token",
@@ -115,12 +115,12 @@ def test_models_have_a_table_of_their_own():
     other = {**record, "seed": 1, "rows": [row("model", nll=0.26, nll_truth=0.25, probe=0.8, goal_tokens=6e5)]}
     rows = [r for r in frontier_rows([record, other]) if r.method == "model"]
     text = frontier_markdown(rows)
-    assert "| nats/token | nats truth | above truth | probe | goal Mtok |" in text
+    assert "| NLL | data NLL | above data | probe acc. | Mtok to goal |" in text
     assert "| 0.2550 ± 0.0635 | 0.2450 ± 0.0635 | 0.0100 ± 0.0000 |" in text  # the excess is taken seed by seed
     assert "0.50 ± 1.27" in text  # millions, and so is their interval
     assert "valid" not in text
-    assert "goal TFLOP" not in text  # nobody knows what was spent
-    assert len(frontier_table(rows, width=200).columns) == 9
+    assert "TFLOP to goal" not in text  # nobody knows what was spent
+    assert len(frontier_table(rows, width=200).columns) == 8
     spent = {**record, "rows": [row("model", goal_tokens=4e5, train_tokens=2e6, train_flops=5e12)]}
     assert "| 0.40 | 1.00 | 2.00 | 5.00 |" in frontier_markdown(frontier_rows([spent]))
     missed = {**record, "seed": 2, "rows": [row("model", nll=0.27, nll_truth=0.25, probe=0.8)]}

@@ -41,7 +41,7 @@ def seen(module, data, *monitors, steps: int = 2, **options) -> dict[str, float]
 
 def test_exchange_by_hand():
     found = seen(Watched(), SixRows(), ExchangeMonitor(width=3))
-    assert found["nll_given_own"] == 1
+    assert found["nll_own_condition"] == 1
     # the nearest number is one away, whoever it is; a blank plan is ten away
     assert found["dnll_nearest"] == pytest.approx(1)
     assert found["dnll_blank"] == pytest.approx(10)
@@ -62,19 +62,21 @@ def test_a_condition_that_only_opens_the_text_shows_it_by_position():
     assert found["dnll_shuffle_at_2"] == 0
 
 
-def test_the_shuffle_is_told_by_place_with_its_interval():
+def test_the_shuffle_is_printed_by_position_with_its_interval():
     figures = {"dnll_shuffle": 1.5, "dnll_shuffle_low": 1.0, "dnll_shuffle_high": 2.0, "dnll_random": 9.0}
-    told = ExchangeMonitor.in_words(figures | {"dnll_shuffle_at_0": -0.25})
-    assert told.endswith("(95 %): all: +1.500 [+1.000, +2.000], 0: -0.250")
+    printed = ExchangeMonitor.in_words(figures | {"dnll_shuffle_at_0": -0.25})
+    assert printed.endswith("(95 % interval): all: +1.500 [+1.000, +2.000], from 0: -0.250")
 
 
 def test_nll_by_position_counts_tokens_that_count():
     class Rising(Watched):
-        def nll(self, rows, batch):  # place + number of the row
+        def nll(self, rows, batch):  # position + number of the row
             return torch.arange(4) + batch.text[:, :1].float()
 
     found = seen(Rising(), SixRows(), PositionMonitor(width=3))
-    assert found == pytest.approx({"nll_at_0": 1 + 2.5, "nll_at_3": 3 + 2})  # the last place counts in rows 0, 2 and 4
+    assert found == pytest.approx(
+        {"nll_at_0": 1 + 2.5, "nll_at_3": 3 + 2}
+    )  # the last position counts in rows 0, 2 and 4
 
 
 def test_sharpness_by_hand():
@@ -169,7 +171,7 @@ def test_a_window_begins_anew_after_each_validation():
     assert each.found == pytest.approx([3.5, (9.5 + 13.5) / 2])
 
 
-# -- the modules of this house ---------------------------------------------------------------------------------------
+# -- the modules of this project ---------------------------------------------------------------------------------------
 
 
 def concept_module(data, **options) -> ConceptPlannerExecutorModule:

@@ -21,13 +21,13 @@ def measured(module, data) -> dict[str, float]:
 def test_learnt_texts_are_rebuilt_in_both_ways_and_fresh_ones_in_neither(tiny_oracle, capsys):
     only_few(tiny_oracle)
     found = measured(module_of(tiny_oracle, 4), tiny_oracle)
-    for how in ("forced", "free"):
+    for how in ("teacher_forced", "free_running"):
         assert found[f"token_accuracy_{how}"] == 1
         assert found[f"bleu_{how}"] == pytest.approx(100)
-    assert "rebuilt from plans, forced: 1.000 of the words" in capsys.readouterr().out
+    assert "reconstructed from plans, teacher forced: token accuracy 1.000" in capsys.readouterr().out
     fresh = module_of(tiny_oracle, 4)
     fresh.lr = 0.0
-    assert measured(fresh, tiny_oracle)["token_accuracy_free"] < 0.7
+    assert measured(fresh, tiny_oracle)["token_accuracy_free_running"] < 0.7
 
 
 def test_words_are_counted_up_to_the_first_end(tiny_oracle):
@@ -43,6 +43,6 @@ def test_words_are_counted_up_to_the_first_end(tiny_oracle):
     module = module_of(tiny_oracle, 4)
     module.__class__, module.lr = Once, 0.0
     found = measured(module, tiny_oracle)
-    assert found["token_accuracy_forced"] == pytest.approx(3 / 4)
-    assert found["token_accuracy_free"] == 0
-    assert found["bleu_forced"] > found["bleu_free"]
+    assert found["token_accuracy_teacher_forced"] == pytest.approx(3 / 4)
+    assert found["token_accuracy_free_running"] == 0
+    assert found["bleu_teacher_forced"] > found["bleu_free_running"]

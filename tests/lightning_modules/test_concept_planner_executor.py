@@ -240,7 +240,7 @@ def test_decoders_record_and_figures_of_a_test(tmp_path, tiny_oracle):
     module = build(tiny_oracle)
     quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "concept", {})]).test(module, tiny_oracle, verbose=False)
     rows = {row["decoder"]: row for row in read_record(tmp_path / "record.json")["rows"]}
-    assert rows["plan greedy, text greedy"]["forwards"] == 6 + tiny_oracle.response_length
+    assert rows["plan greedy, text greedy"]["nfe"] == 6 + tiny_oracle.response_length
     figures = rows["ConceptPlannerExecutorModule"]["quality"]
     information = {"joint_information", "nmi", *(f"nmi_{kind}" for kind in TYPES)}
     prices = {"rate_bits", "gain_bits", "efficiency", "dnll_shuffle"}

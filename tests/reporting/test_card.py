@@ -92,4 +92,4 @@ def test_the_command_stands_in_the_card_and_a_run_without_a_record_says_so(confi
     modes.export(configure(*KINDS["causal"][1], "mode=export", f"paths.run_dir={folder.parent}"))
     card = (folder / "README.md").read_text()
     assert """| command | `python run.py experiment=objectives 'example_prompt='"'"'who=anna'"'"''` |""" in card
-    assert "Nothing has been measured" in card
+    assert "Not measured yet" in card

@@ -22,7 +22,7 @@ def test_figure_has_a_panel_for_each_quality_of_the_oracle(oracle_record):
         "validity",
         "exact match",
         "validity, part of the plan prompted",
-        "validity, nothing prompted",
+        "validity, no prompt",
     }
     assert points(found["validity"], "teacher, sampled") == [(1, 0.1), (16, 0.9)]
     assert points(found["exact match"], "student, greedy") == [(1, 0.375)]

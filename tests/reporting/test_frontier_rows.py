@@ -9,12 +9,12 @@ from rich.console import Console
 from reporting.gather import frontier_figure, frontier_markdown, frontier_rows, frontier_table, report_frontier
 
 
-def record(seed, validity, experiment="one", corpus="oracle", decoder="student", forwards=1):
+def record(seed, validity, experiment="one", corpus="oracle", decoder="student", nfe=1):
     row = {
-        "method": "student", "decoder": decoder, "forwards": forwards, "quality": {"validity": validity, "bleu": None},
+        "method": "student", "decoder": decoder, "nfe": nfe, "quality": {"validity": validity, "bleu": None},
         "entropy": None, "distinct": None, "cost": {"tokens_per_s": 100.0}, "n_samples": 4, "ci95": {},
     }  # fmt: skip
-    control = row | {"method": "control", "decoder": "floor", "forwards": 0, "cost": {"tokens_per_s": None}}
+    control = row | {"method": "control", "decoder": "floor", "nfe": 0, "cost": {"tokens_per_s": None}}
     keys = {"commit": None, "device": "cpu", "versions": {}, "config": {}}
     return {"experiment": experiment, "seed": seed, "data": {"name": corpus}, "rows": [row, control], **keys}
 
@@ -32,21 +32,21 @@ def test_seeds_become_a_mean_and_its_interval_and_a_repeat_replaces_the_earlier_
 
 def test_what_is_not_alike_stays_apart():
     rows = frontier_rows(
-        [record(0, 0.5), record(0, 0.6, experiment="two"), record(0, 0.7, forwards=2), record(0, 1, corpus="b")]
+        [record(0, 0.5), record(0, 0.6, experiment="two"), record(0, 0.7, nfe=2), record(0, 1, corpus="b")]
     )
-    assert [(r.corpus, r.experiment, r.forwards) for r in rows if r.method == "student"] == [
+    assert [(r.corpus, r.experiment, r.nfe) for r in rows if r.method == "student"] == [
         ("b", "one", 1), ("oracle", "one", 1), ("oracle", "one", 2), ("oracle", "two", 1),
     ]  # fmt: skip
 
 
 def test_what_drafts_counted_is_one_row_and_of_exactness_the_worst_seed_is_shown():
-    """Forwards of a drafted text differ from seed to seed; a p-value or a largest error has no mean worth reading."""
-    records = [record(seed, 0.5, decoder="q*", forwards=19 + seed) for seed in (0, 1, 2)]
+    """Forward passes of a drafted text differ from seed to seed; a p-value or a largest error has no mean worth reading."""
+    records = [record(seed, 0.5, decoder="q*", nfe=19 + seed) for seed in (0, 1, 2)]
     for seed, known in enumerate(records):
         known["rows"][0]["cost"] = {"tokens_per_s": 1.0, "speedup_vs_naive": 1.1}
         known["rows"][0]["quality"] |= {"g_test_p": (0.4, 0.2, 0.9)[seed], "max_enumeration_error": 10.0 ** (seed - 20)}
     (row,) = (row for row in frontier_rows(records) if row.decoder == "q*")
-    assert (row.seeds, row.forwards) == (3, 20)
+    assert (row.seeds, row.nfe) == (3, 20)
     (line,) = (line for line in frontier_markdown([row]).splitlines() if "q*" in line)
     assert "| 0.200 | 1e-18 |" in line
     assert "1.10 ± 0.00" in line
@@ -59,7 +59,7 @@ def test_table_and_figure_show_what_there_is():
     assert "BLEU" not in text
     assert len(frontier_table(rows, width=40).columns) < len(frontier_table(rows, width=200).columns)
     axes = frontier_figure(rows).subfigs[0].axes
-    assert [axis.get_xlabel() for axis in axes] == ["forwards per sequence", "response tokens per second"]
+    assert [axis.get_xlabel() for axis in axes] == ["forward passes per text (NFE)", "response tokens per second"]
 
 
 def test_the_report_leaves_its_files(tmp_path):

@@ -18,7 +18,7 @@ from lightning_modules.training import decoder_cost
 from reporting.record import KEYS, read_record
 from reporting.table import markdown_table
 
-ROW_KEYS = {"method", "decoder", "forwards", "quality", "entropy", "distinct", "cost", "n_samples", "ci95"}
+ROW_KEYS = {"method", "decoder", "nfe", "quality", "entropy", "distinct", "cost", "n_samples", "ci95"}
 
 
 # -- a run with decoders whose quality is known ----------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_record_has_every_key_of_the_schema_and_is_valid_json(tmp_path, tiny_ora
     report, _ = compare(tmp_path / "run", tiny_oracle)
     text = (tmp_path / "run" / "record.json").read_text()
     record = json.loads(text, parse_constant=refuse)
-    assert tuple(record) == KEYS
+    assert tuple(record) == ("format", *KEYS)
     assert record == json.loads(json.dumps(report.record))
     assert record["config"] == {"seed": 5, "module": {"lr": 0.1}}
     assert (record["experiment"], record["seed"]) == ("trial", 5)
@@ -107,7 +107,7 @@ def test_rows_equal_scoring_the_decoders_output_directly(tmp_path, tiny_oracle):
         assert row["quality"] == score.quality
         assert (row["entropy"], row["distinct"]) == (score.entropy, score.distinct)
         assert row["ci95"] == {name: list(interval) for name, interval in score.ci95.items()}
-        assert (row["decoder"], row["method"], row["forwards"]) == (decoder.name, decoder.method, decoder.forwards)
+        assert (row["decoder"], row["method"], row["nfe"]) == (decoder.name, decoder.method, decoder.forwards)
     validity = [row["quality"]["validity"] for row in report.record["rows"]]
     assert validity[:3] == [0.0, 0.75, 0.5]  # every row, every fourth and every second were spoilt
     assert validity[4] == 1.0
@@ -138,7 +138,7 @@ def test_a_shortened_run_writes_nothing(tmp_path, tiny_oracle):
 def test_report_says_what_was_generated_and_what_is_wrong_with_it(tmp_path, tiny_oracle, capsys):
     compare(tmp_path, tiny_oracle)
     printed = capsys.readouterr().out
-    for text in ("teacher, sampled @ 1", "teacher, sampled @ 4", "student, greedy @ 1", "resampling floor"):
+    for text in ("teacher, sampled, NFE 1", "teacher, sampled, NFE 4", "student, greedy, NFE 1", "resampling floor"):
         assert text in printed
     prompts = tiny_oracle.decode_prompts({k: v[:2] for k, v in tiny_oracle.rows["test"].columns.items()})
     assert all(prompt in printed for prompt in prompts)
@@ -163,7 +163,7 @@ def test_tensorboard_gets_the_figure_the_texts_and_the_scalars(tmp_path, tiny_or
     (results,) = events.Tensors("results/text_summary")
     assert results.tensor_proto.string_val[0].decode() == markdown_table(report.record)
     (samples,) = events.Tensors("samples/text_summary")
-    assert "| student, greedy @ 1 |" in samples.tensor_proto.string_val[0].decode()
+    assert "| student, greedy, NFE 1 |" in samples.tensor_proto.string_val[0].decode()
     session = HParamsPluginData.FromString(
         events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     ).session_start_info

@@ -39,7 +39,7 @@ def test_seeds_meet_at_their_steps_and_a_repeat_replaces_the_earlier_run():
 def test_the_figure_shows_what_is_above_the_truth_where_it_is_known(truth):
     figure = learning_figure(learning_curves([record(seed, [2.0, 1.0], truth=truth) for seed in (0, 1)]))
     tokens, flops = figure.subfigs[0].axes
-    assert tokens.get_title() == ("nats a token above the truth" if truth else "nats a token")
+    assert tokens.get_title() == ("NLL above the data's own, nats a token" if truth else "NLL, nats a token")
     assert tokens.lines[0].get_xydata().tolist() == [[3e-5, 1.5 if truth else 2.0], [6e-5, 0.5 if truth else 1.0]]
     assert flops.lines[0].get_xdata().tolist() == [0.02, 0.04]
 

@@ -11,7 +11,7 @@ from reporting.rate_figure import family_and_size, rate_figure
 
 def record(experiment: str, seed: int = 0, **quality) -> dict:
     row = {
-        "method": "model", "decoder": "Planner", "forwards": 0, "quality": quality, "entropy": None, "distinct": None,
+        "method": "model", "decoder": "Planner", "nfe": 0, "quality": quality, "entropy": None, "distinct": None,
         "cost": {"tokens_per_s": None}, "n_samples": None, "ci95": {},
     }  # fmt: skip
     keys = {"commit": None, "device": "cpu", "versions": {}, "config": {}}
@@ -56,4 +56,4 @@ def test_the_report_writes_it_where_there_is_one(tmp_path, records):
         (tmp_path / str(k) / "record.json").write_text(json.dumps(one))
     report_frontier(tmp_path, Console(quiet=True))
     assert (tmp_path / "report" / "rate.png").exists() == (len(records) > 1)
-    assert ("gain bits" in (tmp_path / "report" / "frontier.md").read_text()) == (len(records) > 1)
+    assert ("| gain |" in (tmp_path / "report" / "frontier.md").read_text()) == (len(records) > 1)

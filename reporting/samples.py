@@ -1,0 +1,24 @@
+"""Texts of each decoder, on the console and as Markdown."""
+
+from rich.console import Console
+from rich.markup import escape
+
+Sample = tuple[str, str, str, str]  # decoder, prompt, response, what is wrong with it
+
+
+def print_samples(console: Console, texts: list[Sample]) -> None:
+    """A heading for each decoder, and a line for each text."""
+    previous = None
+    for name, prompt, response, fault in texts:
+        if name != previous:
+            console.print(f"\n[bold]{escape(name)}[/]")
+        previous = name
+        console.print(f"  [dim]{escape(prompt)} →[/] {escape(response)}", highlight=False)
+        if fault:
+            console.print(f"    [yellow]{escape(fault)}[/]", highlight=False)
+
+
+def samples_markdown(texts: list[Sample]) -> str:
+    """The same as a Markdown table."""
+    lines = ["| decoder | prompt | response | what is wrong |", "| --- | --- | --- | --- |"]
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "/") for cell in text) + " |" for text in texts])
