@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from lightning_modules.base import LeapModule
@@ -20,20 +21,21 @@ from models.backbones.code_space import Sampler, require_whole_codes
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
 from models.functional.nll import chosen_nll
 from models.interfaces.decoder import Decoder
-from models.online.codebook_and_rate import OnlineUpkeep
+from models.online.codebook_update import CodebookUpdate
 from models.online.concept_stack import CompressionSchedule, Level
 from models.online.cost import equal_layers, flops_share
 from models.online.decoder import OnlineConceptDecoder, OnlineReading
 from models.online.files import save_online
 from models.online.model import OnlineConceptModel
 from models.online.options import check_options, load_baseline
+from models.online.rate_control import RateController
 from models.online.terms import NAMES, OF_CODES, online_monitors, online_terms
 
 # rows and tokens that speeds are measured on, after a test
 TIMED_ROWS, TIMED_TOKENS = 16, 32
 
 
-class OnlineConceptModule(OnlineUpkeep, LeapModule):
+class OnlineConceptModule(LeapModule):
     """model: a causal LM in the layout of Llama and Qwen3; split to attention: as in `OnlineConceptModel`.
 
     Four pairs go from their first to their second value, linearly over `anneal_share` of the steps. compression: tokens a
@@ -115,7 +117,8 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
         self.compression, self.quantisation = tuple(compression), tuple(quantisation)
         self.temperatures, self.noise, self.anneal_share = tuple(temperatures), tuple(noise), anneal_share
         self.hold_rate, self.baseline, self.temperature = hold_rate, baseline, temperature
-        self.code_decay, self.gate_every = code_decay, gate_every
+        self.gate_every = gate_every
+        self.rates, self.codebooks = RateController(), CodebookUpdate(code_decay)
         self.meter, self.truth_meter, self.base_meter = NllMeter(), NllMeter(), NllMeter()
         self.commit_rate = MeanMetric()
         self._cost: dict[str, float | None] = {}
@@ -129,22 +132,32 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         text, schedule = causal_text(batch), self._setting(batch_idx)
         self.model.keep_setting(schedule.compression, schedule.quantisation)
-        # 1. what each token costs, and what became of the positions
+        # 1. one forward pass: -log p of every target, and what each level did
         nll, levels = self._nll(text, schedule)
-        # 2. what else is asked of commits and codes
+        # 2. the text's loss and the auxiliary terms of routers and codes
         raw = {"text": nll.sum() / text.weights.sum().clamp(min=1), **online_terms(self.model, levels, text)}
-        # 3. the weighted sum
+        # 3. their weighted sum
         loss = sum(weight * raw[name] for name, weight in self.weights.items() if weight)
         # ranks wait for every weight's gradient, also while nothing is compressed and a router decides nothing
         loss = loss + 0.0 * sum(p.sum() for p in self.model.stack.parameters())
-        # 4. hold the rate that was realised, and let codes follow what they stand for
+        # 4. statistics for rate control and codebooks, which are updated once an optimiser step
         if self.hold_rate:
-            self._hold_rates(levels)
-        self._move_codes(levels, text.ids.shape[1])
+            self.rates.add(levels)
+        self.codebooks.add(levels, text.ids.shape[1], self.in_row_order)
+        # 5. monitors
         self.log("train/loss", loss, prog_bar=True)
         wanted = {"wanted": schedule.compression, "quantisation": schedule.quantisation}
         self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Once an optimiser step, after its last micro-batch: what no gradient moves. The same on every rank."""
+        stacks = self.model.stacks()
+        self.rates.apply([stack.router for stack in stacks], self.gathered)
+        spaces = [getattr(stack.codes, "space", None) for stack in stacks]
+        dead = self.codebooks.apply(spaces, self.generator_of_all_ranks, start=self.global_step == 0)
+        for k, count in dead.items():
+            self.log(f"monitor/dead_codes{f'_{k + 1}' if k else ''}", float(count))
 
     def _nll(self, text: CausalText, schedule: CompressionSchedule | None = None) -> tuple[Tensor, list[Level]]:
         """-log p of each target that counts, nats, 0 elsewhere, (B, T)."""
@@ -258,7 +271,8 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
     # -- files --------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = {k: v for k, v in checkpoint["state_dict"].items() if k in self._buffers_kept()}
+        names = {f"model.{name}" for name in self.model.kept_buffers()}
+        kept = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
         super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] |= kept
 

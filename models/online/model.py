@@ -14,6 +14,9 @@ from models.online.concept_stack import CompressionSchedule, ConceptStack, Level
 from models.online.layer_stack import nested_split, require_layout, require_same, require_split, suggested_split
 from models.online.stack_state import StackState
 
+# ends of names
+KEPT_BUFFERS = ("router.offset", "codes.space.codes", "codes.space.counts", "codes.space.sums")
+
 
 class OnlineConceptModel(nn.Module):
     """backbone: a causal LM of transformers in the layout of Llama and Qwen3, whole or with adapters.
@@ -136,6 +139,10 @@ class OnlineConceptModel(nn.Module):
 
     def keep_setting(self, compression: float, quantisation: float) -> None:
         self.setting.copy_(torch.tensor([compression, quantisation]))
+
+    def kept_buffers(self) -> set[str]:
+        """Names of the buffers that a checkpoint has to keep: no gradient trains them, and no other file has them."""
+        return {name for name, _ in self.named_buffers() if name == "setting" or name.endswith(KEPT_BUFFERS)}
 
     def stacks(self) -> list[ConceptStack]:
         """One for each level, the outermost first."""

@@ -149,6 +149,23 @@ def test_codes_start_at_centres_of_their_points_and_follow_them():
     assert torch.equal(lattice, fixed.model.stack.codes.space.codes)
 
 
+@pytest.mark.parametrize("growth", ["fixed", "accumulate"])
+def test_codes_and_rates_of_accumulated_micro_batches_are_those_of_one_big_batch(growth):
+    """Two optimiser steps over the same rows in the same order; the epoch ends within the second."""
+    stream, found = packed_batch(9, 12), []
+    for rows, accumulated in (([6, 3], 1), ([2, 2, 2, 3], 3)):
+        parts = {name: column.split(rows) for name, column in stream.items()}
+        data = PackedStream()
+        data.batches = [{name: parts[name][k] for name in parts} for k in range(len(rows))]
+        options = {"sampler": "ema_vq", "growth": growth, "code_decay": 0.9, "weights": {"text": 1.0}}
+        module = build(**options, compression=(2.5, 2.5), quantisation=(1.0, 1.0), noise=(0.0, 0.0))
+        quiet_trainer(2, accumulate_grad_batches=accumulated).fit(module, data)
+        found.append((*module.model.stack.codes.space.book, module.model.stack.router.offset))
+    for big, small in zip(*found, strict=True):
+        assert_close(small, big, atol=1e-5, rtol=1e-4)
+    assert (found[0][-1] != 0) == (growth == "accumulate")
+
+
 @pytest.mark.parametrize("sampler", ["fsq", "ema_vq"])
 def test_places_learn_from_the_text(sampler):
     module, text = build(sampler=sampler), causal_text(packed_batch(4, 12))
