@@ -68,7 +68,7 @@ def build_online(
 ) -> OnlineConceptModel:
     """On the same weights; a learned router is brought to the rate by its own controller."""
     options = {"codes": args.codes, "growth": growth, "compression": compression}
-    model = OnlineConceptModel(backbone, list(args.split), **options).to(prompt.device).eval()
+    model = OnlineConceptModel(backbone, split=list(args.split), **options).to(prompt.device).eval()
     router = model.stack.router
     with torch.no_grad():
         for _ in range(40 if router.learned else 0):
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_equal(args: argparse.Namespace, device: torch.device) -> None:
     """Without compression the same computation: refuse to time two different ones."""
     backbone = build_backbone(args, device)
-    model = OnlineConceptModel(backbone, list(args.split), codes=args.codes).to(device).eval()
+    model = OnlineConceptModel(backbone, split=list(args.split), codes=args.codes).to(device).eval()
     ids = torch.arange(16, device=device).unsqueeze(0) % args.vocabulary
     with torch.no_grad():
         ours = model.logits(model.read(ids, schedule=CompressionSchedule(1.0, 0.0))[0])

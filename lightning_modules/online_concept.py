@@ -4,9 +4,9 @@ Legend: B batch, T positions, V vocabulary.
 """
 
 import time
-from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from lightning_modules.base import LeapModule
 from lightning_modules.training.decoder_cost import synchronise
 from lightning_modules.training.nll_meter import NllMeter
 from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
-from models.backbones.code_space import Sampler, require_whole_codes
+from models.backbones.code_space import require_whole_codes
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
 from models.functional.nll import chosen_nll
 from models.interfaces.decoder import Decoder
@@ -25,100 +25,35 @@ from models.online.codebook_update import CodebookUpdate
 from models.online.concept_stack import CompressionSchedule, Level
 from models.online.cost import equal_layers, flops_share
 from models.online.decoder import OnlineConceptDecoder, OnlineReading
-from models.online.files import save_online
+from models.online.files import load_baseline, save_online
 from models.online.model import OnlineConceptModel
-from models.online.options import check_options, load_baseline
+from models.online.options import OnlineConceptOptions
 from models.online.rate_control import RateController
-from models.online.terms import NAMES, OF_CODES, online_monitors, online_terms
+from models.online.terms import online_monitors, online_terms
 
 # rows and tokens that speeds are measured on, after a test
 TIMED_ROWS, TIMED_TOKENS = 16, 32
 
 
 class OnlineConceptModule(LeapModule):
-    """model: a causal LM in the layout of Llama and Qwen3; split to attention: as in `OnlineConceptModel`.
+    """model: a causal LM in the layout of Llama and Qwen3.
 
-    Four pairs go from their first to their second value, linearly over `anneal_share` of the steps. compression: tokens a
-    concept; 1 is the model as it was. quantisation: 0 the middle stack reads shallow states, 1 codes. temperatures: of the
-    relaxed codes. noise: 1 draws codes and commits, 0 takes the most probable ones.
-    gate_every: steps of which one carries the gradient of gate `visibility`, for which every layer reads every position.
-    code_decay: of the running means of codes that follow their points (`sampler` ema_vq).
-    weights: of the terms in `online_terms.NAMES`; 0 or none switches one off. hold_rate: keep the realised rate of commits at
-    1 / compression by an offset, whatever the terms do.
-    baseline: the folder of a causal LM to compare with, such as that of a run of next_token_text; None compares with none.
-    lora_rank: adapters that train in the backbone's place; None trains all.
+    options: see `OnlineConceptOptions`; changes: some of them by name.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        split: list | None = None,
-        levels: int = 1,
-        growth: str = "null",
-        gate: str = "slot",
-        codes: int = 4096,
-        sampler: Sampler = "gumbel_st",
-        code_decay: float = 0.99,
-        gate_every: int = 1,
-        most_nulls: int = 15,
-        carry: bool = True,
-        pool: bool = True,
-        attention: str = "sdpa",
-        compression: tuple[float, float] = (1.0, 4.0),
-        quantisation: tuple[float, float] = (0.0, 1.0),
-        temperatures: tuple[float, float] = (1.0, 0.5),
-        noise: tuple[float, float] = (1.0, 0.0),
-        anneal_share: float = 0.5,
-        weights: Mapping[str, float],
-        hold_rate: bool = True,
-        baseline: str | None = None,
-        temperature: float = 1.0,
-        lora_rank: int | None = None,
-        lr: float = 2e-3,
-        weight_decay: float = 0.01,
-        warmup_steps: int = 100,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
+    options_class: ClassVar[type] = OnlineConceptOptions
+
+    def __init__(self, model: nn.Module, options: OnlineConceptOptions | None = None, **changes: Any) -> None:
+        o = replace(options or OnlineConceptOptions(), **changes)
+        super().__init__(lr=o.lr, weight_decay=o.weight_decay, warmup_steps=o.warmup_steps, seed=o.seed)
         require_causal(model, "online concepts")
-        check_options(
-            weights,
-            compression,
-            quantisation,
-            temperatures,
-            noise,
-            anneal_share,
-            most_nulls,
-            code_decay,
-            gate_every,
-            baseline,
-        )
-        self.save_hyperparameters(ignore=["model"])
-        if lora_rank is not None:
-            model = with_adapters(model, lora_rank)
-        self.model = OnlineConceptModel(
-            model,
-            split,
-            levels=levels,
-            growth=growth,
-            gate=gate,
-            codes=codes,
-            sampler=sampler,
-            most_nulls=most_nulls,
-            carry=carry,
-            pool=pool,
-            attention=attention,
-            compression=compression[1],
-            quantisation=quantisation[1],
-        )
-        idle = () if any(quantisation) else OF_CODES  # nobody reads a code: states are not to be pulled to any
-        self.weights = {name: 0.0 if name in idle else float(weights.get(name, 0.0)) for name in NAMES}
-        self.compression, self.quantisation = tuple(compression), tuple(quantisation)
-        self.temperatures, self.noise, self.anneal_share = tuple(temperatures), tuple(noise), anneal_share
-        self.hold_rate, self.baseline, self.temperature = hold_rate, baseline, temperature
-        self.gate_every = gate_every
-        self.rates, self.codebooks = RateController(), CodebookUpdate(code_decay)
+        self.options = o
+        self.save_hyperparameters(asdict(o))
+        if o.lora_rank is not None:
+            model = with_adapters(model, o.lora_rank)
+        self.model = OnlineConceptModel(model, o, compression=o.compression[1], quantisation=o.quantisation[1])
+        self.weights = o.term_weights()
+        self.rates, self.codebooks = RateController(), CodebookUpdate(o.code_decay)
         self.meter, self.truth_meter, self.base_meter = NllMeter(), NllMeter(), NllMeter()
         self.commit_rate = MeanMetric()
         self._cost: dict[str, float | None] = {}
@@ -141,7 +76,7 @@ class OnlineConceptModule(LeapModule):
         # ranks wait for every weight's gradient, also while nothing is compressed and a router decides nothing
         loss = loss + 0.0 * sum(p.sum() for p in self.model.stack.parameters())
         # 4. statistics for rate control and codebooks, which are updated once an optimiser step
-        if self.hold_rate:
+        if self.options.hold_rate:
             self.rates.add(levels)
         self.codebooks.add(levels, text.ids.shape[1], self.in_row_order)
         # 5. monitors
@@ -166,9 +101,9 @@ class OnlineConceptModule(LeapModule):
         return chosen_nll(self.model.logits(states[text.weights]), text.targets, text.weights), levels
 
     def _setting(self, batch_idx: int) -> CompressionSchedule:
-        pairs = (self.compression, self.quantisation, self.temperatures, self.noise)
-        gated = self.global_step % self.gate_every == 0
-        now = (self.annealed(ends, self.anneal_share) for ends in pairs)
+        pairs = (self.options.compression, self.options.quantisation, self.options.temperatures, self.options.noise)
+        gated = self.global_step % self.options.gate_every == 0
+        now = (self.annealed(ends, self.options.anneal_share) for ends in pairs)
         return CompressionSchedule(*now, generator=self.step_generator(batch_idx), gated=gated)
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
@@ -201,8 +136,8 @@ class OnlineConceptModule(LeapModule):
 
     def on_test_epoch_start(self) -> None:
         self._reset()
-        if self.baseline is not None and not self._base:
-            self._base.append(load_baseline(self.baseline, self.model).to(self.device))
+        if self.options.baseline is not None and not self._base:
+            self._base.append(load_baseline(self.options.baseline, self.model).to(self.device))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
@@ -265,7 +200,7 @@ class OnlineConceptModule(LeapModule):
         how = {"vocab_size": len(data.tokenizer)}
         return [
             OnlineConceptDecoder(self.model, data.response_length, temperature=t, **how)
-            for t in (0.0, self.temperature)
+            for t in (0.0, self.options.temperature)
         ]
 
     # -- files --------------------------------------------------------------------------------------------------------

@@ -17,9 +17,8 @@ from transformers.masking_utils import sdpa_mask
 
 from models.functional.attention import visible_attention
 from models.functional.commits import Packing
-from models.functional.errors import require_choice
+from models.online.options import Attention, Gate
 
-ATTENTIONS = ("sdpa", "flex")
 NAME = "leap_concepts"
 
 
@@ -55,9 +54,8 @@ def concept_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def use_attention(model: nn.Module, attention: str, gate: str) -> None:
+def use_attention(model: nn.Module, attention: Attention, gate: Gate) -> None:
     """Have the model's layers take block masks and masks with a gradient too, where they are wanted."""
-    require_choice("module.attention", attention, ATTENTIONS)
     if attention == "flex" or gate == "visibility":
         AttentionInterface.register(NAME, concept_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)

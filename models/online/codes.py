@@ -4,7 +4,7 @@ Legend: B batch, M concepts, D width, K codes, d coordinates of a space.
 """
 
 import math
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,6 @@ from torch import Generator, Tensor, nn
 
 from models.backbones.code_space import CodeSpace, Sampler
 from models.functional.commit_gates import keep_null_mass
-from models.functional.errors import UsageError, require_choice
 from models.functional.gumbel import gumbel_noise, gumbel_st, straight_through
 from models.functional.precision import at_least_float32
 from models.functional.vector_quantisation import nearest_codes, quantised
@@ -48,8 +47,6 @@ class ConceptCodes(nn.Module):
 
     def __init__(self, codes: int) -> None:
         super().__init__()
-        if codes < 2:
-            raise UsageError(f"module.codes={codes} must be at least 2, such as module.codes=4096")
         self.codes = codes
 
     @staticmethod
@@ -176,9 +173,8 @@ class SpaceCodes(ConceptCodes):
         return 0
 
 
-def build_codes(sampler: str, width: int, codes: int, embedding_std: float = 1.0, **like) -> ConceptCodes:
-    """sampler: `quantiser.Sampler`, as of a planner."""
-    require_choice("module.sampler", sampler, get_args(Sampler))
+def build_codes(sampler: Sampler, width: int, codes: int, embedding_std: float = 1.0, **like) -> ConceptCodes:
+    """The codebook of K codes that `sampler` names."""
     if sampler == "gumbel_st":
         return TableCodes(width, codes, embedding_std, **like)
     return SpaceCodes(width, codes, sampler, embedding_std, **like)

@@ -20,15 +20,14 @@ from models.functional.commits import (
     tail_means,
     take,
 )
-from models.functional.errors import UsageError, require_choice
+from models.functional.errors import UsageError
 from models.online.attention import Visible, concepts_first, deep_block_mask
 from models.online.codes import Coded, build_codes
 from models.online.layer_stack import LayerStack
+from models.online.options import OnlineModelOptions
 from models.online.router import ReadOut, RouterState, Routing, build_router
 from models.online.row_cache import RowCache
 from models.online.stack_state import StackState
-
-GATES = ("slot", "smooth", "mass", "visibility", "none")
 
 
 class CompressionSchedule(NamedTuple):
@@ -68,42 +67,32 @@ class ConceptStack(nn.Module):
         self,
         decoder: nn.Module,
         split: list,
+        options: OnlineModelOptions,
         *,
-        growth: str,
-        gate: str,
-        codes: int,
-        most_nulls: int,
-        sampler: str = "gumbel_st",
-        carry: bool = True,
-        pool: bool = True,
-        attention: str = "sdpa",
         embedding_std: float = 1.0,
         read_out: ReadOut | None = None,
         first: int = 0,
         **like,
     ) -> None:
         super().__init__()
-        require_choice("module.gate", gate, GATES)
         shallow, middle, deep = split
-        if gate == "visibility" and isinstance(middle, list):
+        nested = isinstance(middle, list)
+        if options.gate == "visibility" and nested:
             raise UsageError("module.gate=visibility is of one level; type module.levels=1, or module.gate=slot")
         width = decoder.embed_tokens.weight.shape[1]
-        more = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
-        more |= {"carry": carry, "pool": pool, "attention": attention, "embedding_std": embedding_std}
-        self.inner = (
-            ConceptStack(decoder, middle, **more, first=first + shallow, **like) if isinstance(middle, list) else None
-        )
-        size = middle if self.inner is None else self.inner.size
-        self.size, self.gate, self.attention = shallow + size + deep, gate, attention
+        inner = {"embedding_std": embedding_std, "first": first + shallow, **like}
+        self.inner = ConceptStack(decoder, middle, options, **inner) if nested else None
+        size = self.inner.size if nested else middle
+        self.size, self.gate, self.attention = shallow + size + deep, options.gate, options.attention
         self.shallow = LayerStack(decoder, first, first + shallow)
-        self.middle = None if self.inner is not None else LayerStack(decoder, first + shallow, first + shallow + size)
+        self.middle = None if nested else LayerStack(decoder, first + shallow, first + shallow + size)
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
-        self.codes = build_codes(sampler, width, codes, embedding_std, **like)
-        self.router = build_router(growth, width, most_nulls, self.codes, read_out, **like)
+        self.codes = build_codes(options.sampler, width, options.codes, embedding_std, **like)
+        self.router = build_router(options.growth, width, options.most_nulls, self.codes, read_out, **like)
         # what tails have in the middle stack's place, and what they and concepts tell each other, starts as nothing
         self.bridge = nn.Linear(width, width, bias=False, **like)
-        self.carry = nn.Linear(width, width, bias=False, **like) if carry else None
-        self.pool = nn.Linear(width, width, bias=False, **like) if pool else None
+        self.carry = nn.Linear(width, width, bias=False, **like) if options.carry else None
+        self.pool = nn.Linear(width, width, bias=False, **like) if options.pool else None
         for new in (self.bridge, self.carry, self.pool):
             if new is not None:
                 nn.init.zeros_(new.weight)

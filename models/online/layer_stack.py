@@ -95,6 +95,19 @@ def suggested_split(layers: int) -> list[int]:
     return [ends, max(1, layers - 2 * ends), ends]
 
 
+def whole_split(split: list | None, levels: int, layers: int) -> list:
+    """The split of a model of so many layers, with all its levels. Raises UsageError for one that does not fit."""
+    split = suggested_split(layers) if split is None else list(split)
+    require_split(split, layers)
+    if levels > 1 and isinstance(split[1], list):
+        raise UsageError(
+            f"module.levels={levels} splits the middle itself; type module.levels=1, or a number in module.split={split}"
+        )
+    split = nested_split(split, levels)
+    require_split(split, layers)
+    return split
+
+
 def nested_split(split: list, levels: int) -> list:
     """The same proportions once more inside the middle for each further level."""
     if levels == 1:

@@ -1,17 +1,19 @@
-"""A causal LM whose middle layers read concepts alone: v2, online concept compression.
+"""A causal LM whose middle layers read concepts alone.
 
 Legend: B batch, T positions, D width, V vocabulary.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from models.functional.attention import positions_from_mask
-from models.functional.errors import UsageError
 from models.online.attention import use_attention
 from models.online.concept_stack import CompressionSchedule, ConceptStack, Level
-from models.online.layer_stack import nested_split, require_layout, require_same, require_split, suggested_split
+from models.online.layer_stack import require_layout, require_same, whole_split
+from models.online.options import OnlineModelOptions
 from models.online.stack_state import StackState
 
 # ends of names
@@ -21,57 +23,35 @@ KEPT_BUFFERS = ("router.offset", "codes.space.codes", "codes.space.counts", "cod
 class OnlineConceptModel(nn.Module):
     """backbone: a causal LM of transformers in the layout of Llama and Qwen3, whole or with adapters.
 
-    split: layers of [shallow, middle, deep], None is 2 : 3 : 2; levels: 2 splits the middle again in the same proportions.
-    growth: which positions commit (router.GROWTH); most_nulls: NULLs that may follow each other; codes: of the concepts,
-    chosen as `sampler` says (`quantiser.Sampler`).
-    gate: how the decision to commit gets its gradient (concept_stack.GATES). carry: whether a tail position reads the concept
-    before it at once; pool: whether a concept reads the mean of the tail that it ends.
-    attention: sdpa, or flex for long texts on a GPU.
-    The setting last trained with is kept in buffers, beside the routers' offsets.
+    options: see `OnlineModelOptions`; changes: some of them by name.
+    compression, quantisation: with which a text is read until `keep_setting` is called. They are kept in a buffer, beside the
+    routers' offsets.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        split: list | None = None,
+        options: OnlineModelOptions | None = None,
         *,
-        levels: int = 1,
-        growth: str = "null",
-        gate: str = "slot",
-        codes: int = 4096,
-        sampler: str = "gumbel_st",
-        most_nulls: int = 15,
         compression: float = 4.0,
         quantisation: float = 1.0,
-        carry: bool = True,
-        pool: bool = True,
-        attention: str = "sdpa",
+        **changes,
     ) -> None:
         super().__init__()
+        options = replace(options or OnlineModelOptions(), **changes).of_model()
         decoder = require_layout(backbone)
-        use_attention(backbone, attention, gate)
-        split = suggested_split(len(decoder.layers)) if split is None else list(split)
-        require_split(split, len(decoder.layers))
-        if levels < 1 or (levels > 1 and isinstance(split[1], list)):
-            raise UsageError(
-                f"module.levels={levels} splits the middle itself; type module.levels=1, or a number in module.split={split}"
-            )
-        split = nested_split(split, levels)
-        require_split(split, len(decoder.layers))
+        use_attention(backbone, options.attention, options.gate)
+        split = whole_split(options.split, options.levels, len(decoder.layers))
         table = backbone.get_input_embeddings().weight
         like = {"device": table.device, "dtype": table.dtype}
-        self.backbone, self.split, self.levels = backbone, split, levels
-        options = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
-        options |= {"carry": carry, "pool": pool, "attention": attention}
-        embedding_std = table.detach().float().std().item()  # codes start as loud as words
-        self.stack = ConceptStack(
-            decoder, split, **options, embedding_std=embedding_std, read_out=self.read_out, **like
-        )
+        self.backbone, self.split = backbone, split
+        self.options = replace(options, split=split, levels=1)  # of a saved model: `split` has all levels
+        embedding_std = table.detach().float().std().item()  # embeddings of codes start as wide as those of tokens
+        self.stack = ConceptStack(decoder, split, options, embedding_std=embedding_std, read_out=self.read_out, **like)
         # (compression, quantisation)
         self.register_buffer(
             "setting", torch.tensor([compression, quantisation], dtype=torch.float64, device=table.device)
         )
-        self.options = {"split": split, **options}
         self._require_same()
 
     @property

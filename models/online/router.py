@@ -13,10 +13,11 @@ from torch import Generator, Tensor, nn
 
 from models.functional import commits
 from models.functional.commit_rate import correction, null_bias
-from models.functional.errors import UsageError, require_choice
+from models.functional.errors import UsageError
 from models.functional.gumbel import gumbel_noise
 from models.functional.precision import at_least_float32
 from models.online.codes import ConceptCodes
+from models.online.options import Growth
 
 ReadOut = Callable[[Tensor], Tensor]
 LEAST_SPREAD = 0.05  # scores that are all alike would never be moved
@@ -73,10 +74,6 @@ class Router(nn.Module):
 
     def __init__(self, width: int, most_nulls: int, **like) -> None:
         super().__init__()
-        if most_nulls < 1:
-            raise UsageError(
-                f"module.most_nulls={most_nulls} must be at least 1; 1 commits every second position or more"
-            )
         self.most_nulls = most_nulls
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=like.get("device")))
 
@@ -271,7 +268,7 @@ class EntropyRouter(Router):
         return super().multiplied(codes, words) + words
 
 
-GROWTH = {
+GROWTH: dict[Growth, type[Router]] = {
     "autoregressive": AutoregressiveRouter,
     "null": NullRouter,
     "accumulate": AccumulateRouter,
@@ -282,9 +279,8 @@ GROWTH = {
 
 
 def build_router(
-    growth: str, width: int, most_nulls: int, codes: ConceptCodes, read_out: ReadOut | None = None, **like
+    growth: Growth, width: int, most_nulls: int, codes: ConceptCodes, read_out: ReadOut | None = None, **like
 ) -> Router:
     """codes: what NULL is chosen beside; read_out: logits of the backbone's states, where they are words (not concepts)."""
-    require_choice("module.growth", growth, GROWTH)
     more = {"null": {"codes": codes}, "entropy": {"read_out": read_out}}.get(growth, {})
     return GROWTH[growth](width, most_nulls, **more, **like)

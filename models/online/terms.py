@@ -12,9 +12,7 @@ from models.functional.next_token import CausalText
 from models.functional.usage import usage_kl
 from models.online.concept_stack import Level
 from models.online.model import OnlineConceptModel
-
-NAMES = ("text", "ratio", "code", "usage", "draft")
-OF_CODES = ("code", "usage")
+from models.online.options import TERMS
 
 
 def online_terms(model: OnlineConceptModel, levels: list[Level], text: CausalText) -> dict[str, Tensor]:
@@ -22,7 +20,7 @@ def online_terms(model: OnlineConceptModel, levels: list[Level], text: CausalTex
     the mean code to uniform; draft: nats a token of the draft that `growth=entropy` reads. Sums over levels.
     """
     zero = levels[0].hidden.new_zeros(())
-    terms = dict.fromkeys(NAMES[1:], zero)
+    terms = dict.fromkeys(TERMS[1:], zero)
     for stack, level in zip(model.stacks(), levels, strict=True):
         routing, real = level.routing, level.real
         if routing.compression > 1 and stack.router.learned:

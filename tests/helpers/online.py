@@ -30,7 +30,7 @@ def tiny_online(split=(1, 2, 1), *, architecture="llama", seed=0, levels=1, **op
     layers = sum(part if isinstance(part, int) else sum(part) for part in split)
     backbone = in_float64(tiny_causal(VOCABULARY, architecture=architecture, num_hidden_layers=layers))
     options = {"codes": 8, "most_nulls": 3, "compression": 2.0, "quantisation": 0.5} | options
-    model = OnlineConceptModel(backbone, list(split), levels=levels, **options)
+    model = OnlineConceptModel(backbone, split=list(split), levels=levels, **options)
     with torch.no_grad():
         for stack in model.stacks():
             for part in (stack.router, stack.bridge, stack.carry, stack.pool):

@@ -22,7 +22,10 @@ from models.functional.errors import UsageError
         ({"codes": 1}, "module.codes=1 must be at least 2"),
         ({"most_nulls": 0}, "module.most_nulls=0 must be at least 1"),
         ({"compression": (0.5, 2.0)}, "module.compression=[0.5, 2.0] must be"),
-        ({"compression": (1.0, 8.0)}, "without a concept than module.most_nulls=3; type module.most_nulls=16"),
+        (
+            {"compression": (1.0, 8.0)},
+            "needs longer segments than module.most_nulls=3 allows; type module.most_nulls=16",
+        ),
         ({"quantisation": (0.0, 2.0)}, "module.quantisation=[0.0, 2.0] must be"),
         ({"noise": (1.0,)}, "module.noise=[1.0] must be"),
         ({"anneal_share": 2.0}, "module.anneal_share=2.0"),

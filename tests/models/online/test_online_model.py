@@ -1,5 +1,7 @@
 """The parallel form is the slow one: logits, gradients, warm start, causality, padding."""
 
+from typing import get_args
+
 import pytest
 import torch
 from helpers.causal import tiny_causal
@@ -9,9 +11,10 @@ from torch import Tensor
 from models.backbones.causal_lm import with_adapters
 from models.functional import commit_gates
 from models.functional.errors import UsageError
-from models.online.concept_stack import GATES, CompressionSchedule
+from models.online.concept_stack import CompressionSchedule
 from models.online.layer_stack import nested_split
 from models.online.model import OnlineConceptModel
+from models.online.options import Gate
 from models.online.router import GROWTH
 
 NESTED = ([1, [1, 1, 1], 1], {})
@@ -94,7 +97,7 @@ def test_without_compression_it_is_the_backbone(architecture, levels):
 
 def test_every_gate_leaves_a_sure_choice_as_it_is():
     ids, every = texts(), CompressionSchedule(compression=1.0, quantisation=0.0)
-    for gate in GATES:
+    for gate in get_args(Gate):
         model = tiny_online(gate=gate)
         assert torch.equal(model.logits(model.read(ids, schedule=every)[0]), model.backbone(input_ids=ids).logits)
 
@@ -224,7 +227,7 @@ def causal_nll_of(model, ids) -> Tensor:
 
 def test_adapters_and_new_weights_train_alone():
     backbone = with_adapters(in_float64(tiny_causal(13, num_hidden_layers=4)), rank=2)
-    model = OnlineConceptModel(backbone, [1, 2, 1], codes=8)
+    model = OnlineConceptModel(backbone, split=[1, 2, 1], codes=8)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith("stack.") or "lora" in name for name in names)
     assert not any(
@@ -254,7 +257,7 @@ def test_the_middle_is_as_long_as_the_concepts():
 )
 def test_a_split_that_does_not_fit_is_refused(split, levels, part):
     with pytest.raises(UsageError) as found:
-        OnlineConceptModel(tiny_causal(num_hidden_layers=4), split, levels=levels, codes=8)
+        OnlineConceptModel(tiny_causal(num_hidden_layers=4), split=split, levels=levels, codes=8)
     assert part in str(found.value)
 
 
@@ -272,10 +275,10 @@ def test_other_models_are_refused():
     eager, louder, lopsided = (tiny_causal(num_hidden_layers=4) for _ in range(3))
     eager.config._attn_implementation = "eager"
     with pytest.raises(UsageError, match="attention eager takes no mask"):
-        OnlineConceptModel(eager, [1, 2, 1])
+        OnlineConceptModel(eager, split=[1, 2, 1])
     lopsided.config.layer_types = ["sliding_attention"] * 4
     with pytest.raises(UsageError, match="layers of sliding_attention"):
-        OnlineConceptModel(lopsided, [1, 2, 1])
+        OnlineConceptModel(lopsided, split=[1, 2, 1])
     louder.model.embed_tokens.register_forward_hook(lambda module, given, found: found)
     decoder = louder.model.forward
     louder.model.forward = lambda **given: decoder(
@@ -283,4 +286,4 @@ def test_other_models_are_refused():
         **{k: v for k, v in given.items() if v is not None},
     )
     with pytest.raises(UsageError, match="does more between its layers"):
-        OnlineConceptModel(louder, [1, 2, 1])
+        OnlineConceptModel(louder, split=[1, 2, 1])
