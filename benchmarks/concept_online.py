@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from models.backbones.causal import build_causal
 from models.backbones.key_value_cache import cache_argument, cache_of
-from models.online.concept_stack import CompressionSchedule
+from models.online.concept_stack import CompressionSettings
 from models.online.cost import flops_share
-from models.online.decoder import OnlineReading
+from models.online.decoder import IncrementalForward
 from models.online.model import OnlineConceptModel
 from reporting.console import report_console
 
@@ -73,7 +73,7 @@ def build_online(
     with torch.no_grad():
         for _ in range(40 if router.learned else 0):
             (level,) = model.read(prompt)[1]
-            router.hold(level.routing.realised, compression, level.routing.moments)
+            router.correct_offset(level.routing.realised, compression, level.routing.moments)
     return model
 
 
@@ -90,14 +90,14 @@ def expected_bytes(split: list[int], compression: float, length: int) -> float:
 # -- measuring -----------------------------------------------------------------------------------------------------------
 
 
-class BaseReading:
-    """The backbone with transformers' own cache, in the shape of `OnlineReading`."""
+class BackboneForward:
+    """The backbone with transformers' own cache, in the shape of `IncrementalForward`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @torch.no_grad()
-    def read(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor) -> Tensor:
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         self.cache = cache_of(out)
         return out.logits[:, -1]
@@ -112,12 +112,12 @@ class BaseReading:
 
 
 def writing(
-    reading: BaseReading | OnlineReading, prompt: Tensor, new: int, device: torch.device, clock: str
+    reading: BackboneForward | IncrementalForward, prompt: Tensor, new: int, device: torch.device, clock: str
 ) -> Callable[[], float]:
     """A function that reads the prompt and returns the seconds that writing `new` tokens then takes."""
 
     def measure() -> float:
-        logits = reading.read(prompt)
+        logits = reading.prefill(prompt)
         watch = Stopwatch(device, clock)
         for _ in range(new):
             logits = reading.step(logits.argmax(-1))
@@ -136,15 +136,15 @@ def measure_batch(batch: int, args: argparse.Namespace, device: torch.device) ->
     """Rows of the backbone and of every growth and compression at one batch size."""
     backbone = build_backbone(args, device)
     prompt = torch.randint(args.vocabulary, (batch, args.prompt), device=device)
-    readings: dict[str, BaseReading | OnlineReading] = {BASE: BaseReading(backbone)}
+    readings: dict[str, BackboneForward | IncrementalForward] = {BASE: BackboneForward(backbone)}
     for growth in args.growth:
         for compression in args.compression:
             model = build_online(backbone, growth, compression, args, prompt)
-            readings[f"{growth}, R = {compression:g}"] = OnlineReading(model)
+            readings[f"{growth}, R = {compression:g}"] = IncrementalForward(model)
     rounds = {"repeats": args.repeats, "warmup": args.warmup}
-    prefill = {name: timed(lambda r=r: r.read(prompt), device, args.clock) for name, r in readings.items()}
+    prefill = {name: timed(lambda r=r: r.prefill(prompt), device, args.clock) for name, r in readings.items()}
     decode = {name: writing(r, prompt, args.new, device, args.clock) for name, r in readings.items()}
-    peaks = {name: peak_bytes(lambda r=r: r.read(prompt), device) for name, r in readings.items()}
+    peaks = {name: peak_bytes(lambda r=r: r.prefill(prompt), device) for name, r in readings.items()}
     times = {"prefill": interleave(prefill, **rounds), "decode": interleave(decode, **rounds)}
     rows = []
     for name, reading in readings.items():
@@ -157,14 +157,16 @@ def measure_batch(batch: int, args: argparse.Namespace, device: torch.device) ->
                 "middle_ms": None,
                 "peak_bytes": peaks[name],
             }
-            if isinstance(reading, OnlineReading):
+            if isinstance(reading, IncrementalForward):
                 row |= of_online(reading, kind, batch, args, device)
                 row["saved"] = (1 - row["ratio"]["median"]) / (1 - row["expected"])
             rows.append(row)
     return rows
 
 
-def of_online(reading: OnlineReading, kind: str, batch: int, args: argparse.Namespace, device: torch.device) -> dict:
+def of_online(
+    reading: IncrementalForward, kind: str, batch: int, args: argparse.Namespace, device: torch.device
+) -> dict:
     """What is expected of a row, at the compression that was realised, and what the middle takes alone."""
     model, length = reading.model, args.prompt + args.new
     realised = length * batch / int(reading.concepts.sum())
@@ -218,7 +220,7 @@ def check_equal(args: argparse.Namespace, device: torch.device) -> None:
     model = OnlineConceptModel(backbone, split=list(args.split), codes=args.codes).to(device).eval()
     ids = torch.arange(16, device=device).unsqueeze(0) % args.vocabulary
     with torch.no_grad():
-        ours = model.logits(model.read(ids, schedule=CompressionSchedule(1.0, 0.0))[0])
+        ours = model.logits(model.read(ids, settings=CompressionSettings(1.0, 0.0))[0])
         gap = (ours - backbone(input_ids=ids).logits).abs().max().item()
     if gap > 1e-3:
         raise SystemExit(f"without compression the logits differ from the backbone's by {gap:.1e}")

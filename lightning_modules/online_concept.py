@@ -1,4 +1,4 @@
-"""OnlineConceptModule: a causal LM whose middle layers read concepts alone, trained in one forward with exactly T deep slots.
+"""OnlineConceptModule: trains a causal LM whose middle layers read concepts alone, in one forward pass a batch.
 
 Legend: B batch, T positions, V vocabulary.
 """
@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
@@ -22,17 +21,14 @@ from models.functional.next_token import CausalText, align_with_columns, causal_
 from models.functional.nll import chosen_nll
 from models.interfaces.decoder import Decoder
 from models.online.codebook_update import CodebookUpdate
-from models.online.concept_stack import CompressionSchedule, Level
-from models.online.cost import equal_layers, flops_share
-from models.online.decoder import OnlineConceptDecoder, OnlineReading
+from models.online.concept_stack import CompressionSettings, Level
+from models.online.cost import equal_layers, flops_share, measure_speed
+from models.online.decoder import OnlineConceptDecoder
 from models.online.files import load_baseline, save_online
 from models.online.model import OnlineConceptModel
 from models.online.options import OnlineConceptOptions
 from models.online.rate_control import RateController
 from models.online.terms import online_monitors, online_terms
-
-# rows and tokens that speeds are measured on, after a test
-TIMED_ROWS, TIMED_TOKENS = 16, 32
 
 
 class OnlineConceptModule(LeapModule):
@@ -57,7 +53,7 @@ class OnlineConceptModule(LeapModule):
         self.meter, self.truth_meter, self.base_meter = NllMeter(), NllMeter(), NllMeter()
         self.commit_rate = MeanMetric()
         self._cost: dict[str, float | None] = {}
-        self._base: list[nn.Module] = []  # compared with, no part of what is trained
+        self._base: list[nn.Module] = []  # in a list, so that the baseline is no part of this module's weights
 
     def require_precision(self, precision: str) -> None:
         require_whole_codes(self.model, precision)
@@ -65,15 +61,15 @@ class OnlineConceptModule(LeapModule):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        text, schedule = causal_text(batch), self._setting(batch_idx)
-        self.model.keep_setting(schedule.compression, schedule.quantisation)
+        text, settings = causal_text(batch), self._settings(batch_idx)
+        self.model.set_inference_settings(settings.compression, settings.quantisation)
         # 1. one forward pass: -log p of every target, and what each level did
-        nll, levels = self._nll(text, schedule)
+        nll, levels = self._nll(text, settings)
         # 2. the text's loss and the auxiliary terms of routers and codes
         raw = {"text": nll.sum() / text.weights.sum().clamp(min=1), **online_terms(self.model, levels, text)}
         # 3. their weighted sum
         loss = sum(weight * raw[name] for name, weight in self.weights.items() if weight)
-        # ranks wait for every weight's gradient, also while nothing is compressed and a router decides nothing
+        # DDP waits for a gradient of every weight, also at compression 1 where a router decides nothing
         loss = loss + 0.0 * sum(p.sum() for p in self.model.stack.parameters())
         # 4. statistics for rate control and codebooks, which are updated once an optimiser step
         if self.options.hold_rate:
@@ -81,12 +77,12 @@ class OnlineConceptModule(LeapModule):
         self.codebooks.add(levels, text.ids.shape[1], self.in_row_order)
         # 5. monitors
         self.log("train/loss", loss, prog_bar=True)
-        wanted = {"wanted": schedule.compression, "quantisation": schedule.quantisation}
+        wanted = {"wanted": settings.compression, "quantisation": settings.quantisation}
         self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Once an optimiser step, after its last micro-batch: what no gradient moves. The same on every rank."""
+        """Rate control and codebook updates: once an optimiser step, after its last micro-batch, the same on every rank."""
         stacks = self.model.stacks()
         self.rates.apply([stack.router for stack in stacks], self.gathered)
         spaces = [getattr(stack.codes, "space", None) for stack in stacks]
@@ -94,17 +90,19 @@ class OnlineConceptModule(LeapModule):
         for k, count in dead.items():
             self.log(f"monitor/dead_codes{f'_{k + 1}' if k else ''}", float(count))
 
-    def _nll(self, text: CausalText, schedule: CompressionSchedule | None = None) -> tuple[Tensor, list[Level]]:
-        """-log p of each target that counts, nats, 0 elsewhere, (B, T)."""
+    def _nll(self, text: CausalText, settings: CompressionSettings | None = None) -> tuple[Tensor, list[Level]]:
+        """-log p in nats of each target with a weight, 0 elsewhere, (B, T); and the result of each level."""
         valid = None if text.attention_mask is None else text.attention_mask.bool()
-        states, levels = self.model.read(text.ids, valid, text.position_ids, schedule, documents=text.document_ids)
+        states, levels = self.model.read(text.ids, valid, text.position_ids, settings, documents=text.document_ids)
         return chosen_nll(self.model.logits(states[text.weights]), text.targets, text.weights), levels
 
-    def _setting(self, batch_idx: int) -> CompressionSchedule:
-        pairs = (self.options.compression, self.options.quantisation, self.options.temperatures, self.options.noise)
-        gated = self.global_step % self.options.gate_every == 0
-        now = (self.annealed(ends, self.options.anneal_share) for ends in pairs)
-        return CompressionSchedule(*now, generator=self.step_generator(batch_idx), gated=gated)
+    def _settings(self, batch_idx: int) -> CompressionSettings:
+        """The annealed values of this step."""
+        o = self.options
+        pairs = (o.compression, o.quantisation, o.temperatures, o.noise)
+        values = (self.annealed(pair, o.anneal_share) for pair in pairs)
+        gated = self.global_step % o.gate_every == 0
+        return CompressionSettings(*values, generator=self.step_generator(batch_idx), gated=gated)
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
@@ -140,10 +138,10 @@ class OnlineConceptModule(LeapModule):
             self._base.append(load_baseline(self.options.baseline, self.model).to(self.device))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
+        """The NLL of the batch's texts, and every decoder's responses where the batch has prompts."""
         self._measure(batch)
         if batch_idx == 0:
-            self._cost = self._measured_cost(causal_text(batch))
+            self._cost = measure_speed(self.model, causal_text(batch), self._now)
         for base in self._base:
             self.base_meter.update(causal_nll(base, causal_text(batch)), token_counts(batch))
         if hasattr(self.trainer.datamodule, "true_nll"):
@@ -160,7 +158,7 @@ class OnlineConceptModule(LeapModule):
         return figures
 
     def model_cost(self) -> dict[str, float | None]:
-        """Speeds and memory, and the plain model whose FLOPs a token are the same: a control to train beside this one."""
+        """Speed, memory and FLOPs; equal_layers: layers of a plain model with the same FLOPs, to train as a control."""
         if not self._cost:
             return {}
         realised = 1 / float(self.commit_rate.compute())
@@ -169,26 +167,6 @@ class OnlineConceptModule(LeapModule):
 
     def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
         return {"quality": {}, "cost": self._cost if k < len(self.decoders()) else {}}
-
-    @torch.no_grad()
-    def _measured_cost(self, text: CausalText) -> dict[str, float | None]:
-        """Tokens a second of reading and of writing, and bytes of keys and values a text at the end of both."""
-        ids = text.ids[:TIMED_ROWS]
-        valid = None if text.attention_mask is None else text.attention_mask[:TIMED_ROWS].bool()
-        reading = OnlineReading(self.model)
-        reading.read(ids, valid)  # warms up
-        moments = [self._now()]
-        logits = reading.read(ids, valid)
-        moments.append(self._now())
-        for _ in range(TIMED_TOKENS):
-            logits = reading.step(logits.argmax(-1))
-        moments.append(self._now())
-        return {
-            "prefill_tokens_per_s": ids.numel() / (moments[1] - moments[0]),
-            "decode_tokens_per_s": len(ids) * TIMED_TOKENS / (moments[2] - moments[1]),
-            "kv_bytes": reading.kv_bytes / len(ids),
-            "batch": len(ids),
-        }
 
     def _now(self) -> float:
         synchronise(self.device)

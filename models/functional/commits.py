@@ -17,7 +17,7 @@ from models.functional.attention import document_attention_mask
 class Packing(NamedTuple):
     """index (B, M): positions of the commits, in order, then others; real (B, M): which of them are commits.
 
-    segment (B, T): commits at or before a position; slot (B, T): the packed place of tau(t), 0 where there is none yet.
+    segment (B, T): commits at or before a position; slot (B, T): the packed position of tau(t), 0 where there is none yet.
     """
 
     index: Tensor
@@ -35,10 +35,10 @@ def pack_commits(commit: Tensor) -> Packing:
     g = commit.long()
     segment = g.cumsum(1)
     count = segment[:, -1]
-    place = torch.arange(commit.shape[1], device=commit.device)
+    position = torch.arange(commit.shape[1], device=commit.device)
     most = max(1, int(count.max()))
-    index = (place + len(place) * (1 - g)).argsort(1)[:, :most]
-    return Packing(index, place[:most] < count.unsqueeze(1), segment, (segment - 1).clamp(min=0))
+    index = (position + len(position) * (1 - g)).argsort(1)[:, :most]
+    return Packing(index, position[:most] < count.unsqueeze(1), segment, (segment - 1).clamp(min=0))
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
@@ -64,11 +64,11 @@ def tail_means(states: Tensor, commit: Tensor, valid: Tensor, documents: Tensor 
     states (B, T, D); commit, valid (B, T) bool; documents (B, T): a tail is of one of them. Sums are of float64: they are
     differences of running ones.
     """
-    place = torch.arange(commit.shape[1] + 1, device=commit.device)
+    position = torch.arange(commit.shape[1] + 1, device=commit.device)
     starts = F.pad(commit, (1, 0), value=True)
     if documents is not None:
         starts = starts | F.pad(document_begins(documents), (0, 1))
-    start = torch.where(starts, place, 0).cummax(1).values
+    start = torch.where(starts, position, 0).cummax(1).values
     summed = F.pad((states * valid.unsqueeze(-1)).double().cumsum(1), (0, 0, 1, 0))
     count = F.pad(valid.long().cumsum(1), (1, 0))
     length = (count - count.gather(1, start)).clamp(min=1).unsqueeze(-1)
@@ -116,9 +116,9 @@ def document_begins(documents: Tensor) -> Tensor:
     return begins
 
 
-def places_in_documents(place: Tensor, documents: Tensor) -> Tensor:
-    """Places (B, T) counted anew from 0 in every document; both (B, T)."""
-    return place - torch.where(document_begins(documents), place, place.amin()).cummax(1).values
+def positions_in_documents(position: Tensor, documents: Tensor) -> Tensor:
+    """Positions (B, T) counted anew from 0 in every document; both (B, T)."""
+    return position - torch.where(document_begins(documents), position, position.amin()).cummax(1).values
 
 
 def cap_nulls(natural: Tensor, valid: Tensor, most: int, since: Tensor, begins: Tensor | None = None) -> Tensor:
@@ -144,23 +144,23 @@ def nulls_since(commit: Tensor, valid: Tensor, since: Tensor) -> Tensor:
     return torch.where(commit.any(1), nulls, since + nulls)
 
 
-def even_commits(place: Tensor, compression: float) -> Tensor:
+def even_commits(position: Tensor, compression: float) -> Tensor:
     """One commit in `compression` positions, spread evenly: of N tokens the M that make floor((t + 1) M / N) grow.
 
-    place (B, T): positions counted from the text's beginning. compression = N / M >= 1.
+    position (B, T): positions counted from the text's beginning. compression = N / M >= 1.
     """
     rate = 1.0 / compression
-    return torch.floor((place + 1).double() * rate + 1e-9) > torch.floor(place.double() * rate + 1e-9)
+    return torch.floor((position + 1).double() * rate + 1e-9) > torch.floor(position.double() * rate + 1e-9)
 
 
-def drawn_commits(place: Tensor, compression: float, block: int = 16) -> Tensor:
-    """As many commits in every `block` places as `even_commits` has, at places that a hash draws; the same in every text.
+def random_commits(position: Tensor, compression: float, block: int = 16) -> Tensor:
+    """As many commits in every `block` positions as `even_commits` has, at positions that a hash draws; the same in every text.
 
-    place (B, T): positions counted from the text's beginning. What is read has no say in it.
+    position (B, T): positions counted from the text's beginning. What is read has no say in it.
     """
-    first = place - place % block
-    others = first.unsqueeze(-1) + torch.arange(block, device=place.device)
-    rank = (_hashed(others) < _hashed(place).unsqueeze(-1)).sum(-1)
+    first = position - position % block
+    others = first.unsqueeze(-1) + torch.arange(block, device=position.device)
+    rank = (_hashed(others) < _hashed(position).unsqueeze(-1)).sum(-1)
     before, after = (torch.floor(at.double() / compression + 1e-9) for at in (first, first + block))
     return rank < after - before
 

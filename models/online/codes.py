@@ -33,7 +33,7 @@ class Coded(NamedTuple):
     points: Tensor | None = None
 
 
-class Drawing(NamedTuple):
+class Sampling(NamedTuple):
     """share: of codes in what is read, and of the way from points to codes; temperature and noise of a draw."""
 
     share: float
@@ -74,12 +74,12 @@ class ConceptCodes(nn.Module):
             nothing = hidden.new_zeros(*hidden.shape[:2])
             return Coded(hidden, nothing.long(), hidden.new_zeros(*hidden.shape[:2], self.codes), nothing)
         sure = commit_probability if null_mass else None
-        coded = self.choose(hidden, sure, Drawing(quantisation, temperature, noise, generator))
+        coded = self.choose(hidden, sure, Sampling(quantisation, temperature, noise, generator))
         error = (coded.embeds - hidden.detach()).square().mean(-1)
         error = error / hidden.detach().square().mean(-1).clamp(min=1e-8)
         return coded._replace(embeds=torch.lerp(hidden, coded.embeds.to(hidden.dtype), quantisation), error=error)
 
-    def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
+    def choose(self, hidden: Tensor, sure: Tensor | None, how: Sampling) -> Coded:
         """The codes of hidden (B, M, D), `embeds` their embeddings; sure (B, M): probability that keeps NULL's share."""
         raise NotImplementedError
 
@@ -116,7 +116,7 @@ class TableCodes(ConceptCodes):
         """(..., D) -> (..., K)"""
         return self.head(self.normed(hidden))
 
-    def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
+    def choose(self, hidden: Tensor, sure: Tensor | None, how: Sampling) -> Coded:
         logits = at_least_float32(self.logits(hidden))
         draws = how.noise * gumbel_noise(logits, how.generator) if how.noise else torch.zeros_like(logits)
         choice = gumbel_st(logits, how.temperature, draws)
@@ -148,7 +148,7 @@ class SpaceCodes(ConceptCodes):
         space = CodeSpace(codes, width, embedding_std, sampler, "module.codes")
         self.space = space.to(like.get("device"), torch.promote_types(like.get("dtype", torch.float32), torch.float32))
 
-    def choose(self, hidden: Tensor, sure: Tensor | None, how: Drawing) -> Coded:
+    def choose(self, hidden: Tensor, sure: Tensor | None, how: Sampling) -> Coded:
         space = self.space
         point = space.point(at_least_float32(self.normed(hidden)))
         ids = nearest_codes(point, space.codes)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from models.functional.attention import positions_from_mask
 from models.online.attention import use_attention
-from models.online.concept_stack import CompressionSchedule, ConceptStack, Level
+from models.online.concept_stack import CompressionSettings, ConceptStack, Level
 from models.online.layer_stack import require_layout, require_same, whole_split
 from models.online.options import OnlineModelOptions
 from models.online.stack_state import StackState
@@ -24,8 +24,8 @@ class OnlineConceptModel(nn.Module):
     """backbone: a causal LM of transformers in the layout of Llama and Qwen3, whole or with adapters.
 
     options: see `OnlineModelOptions`; changes: some of them by name.
-    compression, quantisation: with which a text is read until `keep_setting` is called. They are kept in a buffer, beside the
-    routers' offsets.
+    compression, quantisation: used where no settings are given, until `set_inference_settings` changes them. They are a
+    buffer of the checkpoint, as the routers' offsets are.
     """
 
     def __init__(
@@ -65,22 +65,22 @@ class OnlineConceptModel(nn.Module):
         ids: Tensor,
         valid: Tensor | None = None,
         positions: Tensor | None = None,
-        schedule: CompressionSchedule | None = None,
+        settings: CompressionSettings | None = None,
         state: StackState | None = None,
         documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
-        """States (B, T, D) after the last norm, and what each level did.
+        """Hidden states (B, T, D) after the last norm, and the result of each level.
 
         ids (B, T); valid (B, T) bool is False on padding, left or right; positions (B, T), None counts what is valid.
         documents (B, T): which one a position belongs to, None where each row is one text; `positions` count from 0 in each.
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         positions = positions_from_mask(valid) if positions is None else positions
-        schedule = self.kept_setting() if schedule is None else schedule
+        settings = self.inference_settings() if settings is None else settings
         if documents is not None and bool((documents == documents[:, :1]).all()):
             documents = None
         embeds = self.backbone.get_input_embeddings()(ids)
-        states, levels = self.stack.read(embeds, positions, valid, schedule, state, documents)
+        states, levels = self.stack.read(embeds, positions, valid, settings, state, documents)
         return self.backbone.get_decoder().norm(states), levels
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -91,33 +91,33 @@ class OnlineConceptModel(nn.Module):
         return self.backbone.get_output_embeddings()(states)
 
     def read_out(self, states: Tensor) -> Tensor:
-        """Logits of states that have not been normed yet."""
+        """Logits of hidden states before the last norm."""
         return self.logits(self.backbone.get_decoder().norm(states))
 
     # -- one token a row ----------------------------------------------------------------------------------------------
 
     def start(self, batch: int) -> StackState:
-        """Nothing read yet, of so many rows."""
+        """Empty caches for so many rows."""
         return StackState(self.stack, batch, self.setting.device)
 
     def step(
-        self, ids: Tensor, positions: Tensor, state: StackState, schedule: CompressionSchedule | None = None
+        self, ids: Tensor, positions: Tensor, state: StackState, settings: CompressionSettings | None = None
     ) -> Tensor:
         """The next token (B,) of every row at positions (B,) -> logits (B, V) of the one after it."""
         rows = torch.arange(len(ids), device=ids.device)
         embeds = self.backbone.get_input_embeddings()(ids.unsqueeze(1))
-        schedule = self.kept_setting() if schedule is None else schedule
-        states = self.stack.step(embeds, positions.unsqueeze(1), state, rows, schedule)
+        settings = self.inference_settings() if settings is None else settings
+        states = self.stack.step(embeds, positions.unsqueeze(1), state, rows, settings)
         return self.logits(self.backbone.get_decoder().norm(states))[:, 0]
 
-    # -- setting ------------------------------------------------------------------------------------------------------
+    # -- settings -----------------------------------------------------------------------------------------------------
 
-    def kept_setting(self) -> CompressionSchedule:
-        """What was last trained with, without noise."""
+    def inference_settings(self) -> CompressionSettings:
+        """Compression and quantisation last trained with, without noise."""
         compression, quantisation = self.setting.tolist()
-        return CompressionSchedule(compression, quantisation)
+        return CompressionSettings(compression, quantisation)
 
-    def keep_setting(self, compression: float, quantisation: float) -> None:
+    def set_inference_settings(self, compression: float, quantisation: float) -> None:
         self.setting.copy_(torch.tensor([compression, quantisation]))
 
     def kept_buffers(self) -> set[str]:
@@ -134,11 +134,11 @@ class OnlineConceptModel(nn.Module):
 
     @torch.no_grad()
     def _require_same(self) -> None:
-        """Without compression this is the backbone: checked on a few tokens before anything is trained."""
+        """Without compression this is the backbone: checked on four tokens. Raises UsageError where it is not."""
         was_training = self.backbone.training
         self.eval()
         ids = torch.arange(4, device=self.setting.device).unsqueeze(0)
-        states, _ = self.read(ids, schedule=CompressionSchedule(compression=1.0, quantisation=0.0))
+        states, _ = self.read(ids, settings=CompressionSettings(compression=1.0, quantisation=0.0))
         require_same(self.backbone(input_ids=ids, use_cache=False).logits, self.logits(states))
-        self.stack.train()  # what is new is trained, whatever mode the backbone came in
+        self.stack.train()  # new weights train, in whichever mode the backbone came
         self.backbone.train(was_training)

@@ -35,5 +35,5 @@ class RateController:
         for router, sums in zip(routers, gather(self._sums).sum(0), strict=True):
             commits, positions, moments = sums[0], sums[1], sums[2:]
             if positions > 0:  # a level of concepts of concepts may have none
-                router.hold(commits / positions, self._compression, moments)
+                router.correct_offset(commits / positions, self._compression, moments)
         self._sums = None

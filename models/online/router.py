@@ -28,7 +28,7 @@ class RouterState(NamedTuple):
 
     since: Tensor
     total: Tensor
-    place: Tensor
+    position: Tensor
 
     def rows(self, rows: Tensor) -> "RouterState":
         return RouterState(*(part[rows] for part in self))
@@ -38,14 +38,14 @@ class RouterState(NamedTuple):
             held[rows] = part
 
 
-class Places(NamedTuple):
-    """valid (B, T) bool; place (B, T), counted from the text's beginning.
+class TextPositions(NamedTuple):
+    """valid (B, T) bool; position (B, T), counted from the text's beginning.
 
     begins (B, T) bool: where a text begins, of rows that have several; None where the state says what stands before.
     """
 
     valid: Tensor
-    place: Tensor
+    position: Tensor
     begins: Tensor | None
 
 
@@ -100,12 +100,12 @@ class Router(nn.Module):
         documents (B, T): where a row has several, each starts anew. noise: 1 draws commits with their probability, 0 commits
         where it is above one half.
         """
-        place = state.place.unsqueeze(1) + valid.long().cumsum(1) - 1
-        after = state._replace(place=state.place + valid.sum(1))
+        position = state.position.unsqueeze(1) + valid.long().cumsum(1) - 1
+        after = state._replace(position=state.position + valid.sum(1))
         begins = None
         if documents is not None:
-            place = commits.places_in_documents(place, documents)
-            begins = (place == 0) & valid
+            position = commits.positions_in_documents(position, documents)
+            begins = (position == 0) & valid
         if compression == 1:
             one = torch.ones_like(valid, dtype=hidden.dtype)
             return Routing(valid, one, valid, one.new_zeros(3), 1.0), after
@@ -114,7 +114,7 @@ class Router(nn.Module):
         if noise and self.learned:
             scores = scores + noise * (gumbel_noise(scores, generator) - gumbel_noise(scores, generator))  # logistic
         # 2. commits, and forced ones
-        natural, probability, total = self.decide(scores, Places(valid, place, begins), state, compression)
+        natural, probability, total = self.decide(scores, TextPositions(valid, position, begins), state, compression)
         commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since, begins)
         since = commits.nulls_since(commit, valid, state.since)
         real = scores.detach()[valid]
@@ -127,7 +127,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def decide(
-        self, scores: Tensor, places: Places, state: RouterState, compression: float
+        self, scores: Tensor, at: TextPositions, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Natural commits (B, T), their probability (B, T) and the new running sum (B,)."""
         return scores > 0, scores.sigmoid(), state.total
@@ -142,7 +142,7 @@ class Router(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
     @torch.no_grad()
-    def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
+    def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
         """Move the offset after a step; realised rate and moments are those of all ranks."""
         if compression > 1:
             self.offset.copy_(correction(self.offset, realised, compression, self.spread(moments)))
@@ -190,12 +190,10 @@ class AutoregressiveRouter(ScoreRouter):
         self.by_distance = nn.Parameter(torch.zeros(most_nulls + 1, dtype=torch.float32, device=like.get("device")))
 
     def decide(
-        self, scores: Tensor, places: Places, state: RouterState, compression: float
+        self, scores: Tensor, at: TextPositions, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            nulls = commits.renewal_nulls(
-                scores, self.by_distance, places.valid, self.most_nulls, state.since, places.begins
-            )
+            nulls = commits.renewal_nulls(scores, self.by_distance, at.valid, self.most_nulls, state.since, at.begins)
         scores = scores + self.by_distance[nulls.clamp(max=self.most_nulls)]
         return scores > 0, scores.sigmoid(), state.total
 
@@ -204,10 +202,10 @@ class AccumulateRouter(ScoreRouter):
     """Each position adds sigmoid(score) to a sum; a commit wherever it passes a whole number."""
 
     def decide(
-        self, scores: Tensor, places: Places, state: RouterState, compression: float
+        self, scores: Tensor, at: TextPositions, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         increments = scores.sigmoid()
-        natural, total = commits.accumulated_commits((increments * places.valid).detach(), state.total, places.begins)
+        natural, total = commits.accumulated_commits((increments * at.valid).detach(), state.total, at.begins)
         return natural, increments, total
 
     def spread(self, moments: Tensor) -> Tensor:
@@ -224,19 +222,19 @@ class FixedRouter(Router):
         return hidden.new_zeros(hidden.shape[:2])
 
     def decide(
-        self, scores: Tensor, places: Places, state: RouterState, compression: float
+        self, scores: Tensor, at: TextPositions, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        natural = self.pattern(places.place, compression) & places.valid
+        natural = self.pattern(at.position, compression) & at.valid
         return natural, natural.to(scores.dtype), state.total
 
-    def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
+    def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
         """Its rate is what it is."""
 
 
 class RandomRouter(FixedRouter):
     """A control: as many commits as `FixedRouter` makes, at places that are drawn without a look at the text."""
 
-    pattern = staticmethod(commits.drawn_commits)
+    pattern = staticmethod(commits.random_commits)
 
 
 class EntropyRouter(Router):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.causal import tiny_causal
-from models.online.concept_stack import CompressionSchedule, ConceptStack
+from models.online.concept_stack import CompressionSettings, ConceptStack
 from models.online.model import OnlineConceptModel
 
 VOCABULARY = 13
@@ -63,24 +63,24 @@ def padded(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
 # -- one forward a position ----------------------------------------------------------------------------------------------
 
 
-def naive_logits(model: OnlineConceptModel, row: Tensor, schedule: CompressionSchedule) -> Tensor:
+def naive_logits(model: OnlineConceptModel, row: Tensor, settings: CompressionSettings) -> Tensor:
     """Logits (T, V) of one text (T,), each from a forward of its own that has seen nothing behind it."""
     embeds = model.backbone.get_input_embeddings()(row)
     places = torch.arange(len(row))
-    states = naive_stack(model.stack, embeds, places, schedule)
+    states = naive_stack(model.stack, embeds, places, settings)
     return model.logits(model.backbone.get_decoder().norm(states))
 
 
-def naive_stack(stack: ConceptStack, embeds: Tensor, places: Tensor, schedule: CompressionSchedule) -> Tensor:
+def naive_stack(stack: ConceptStack, embeds: Tensor, places: Tensor, settings: CompressionSettings) -> Tensor:
     """(T, D), (T,) -> (T, D)"""
-    return torch.stack([_last(stack, embeds[: t + 1], places[: t + 1], schedule) for t in range(len(embeds))])
+    return torch.stack([_last(stack, embeds[: t + 1], places[: t + 1], settings) for t in range(len(embeds))])
 
 
-def _last(stack: ConceptStack, embeds: Tensor, places: Tensor, schedule: CompressionSchedule) -> Tensor:
+def _last(stack: ConceptStack, embeds: Tensor, places: Tensor, settings: CompressionSettings) -> Tensor:
     hidden = _layers(stack.shallow, embeds, places)
     every = torch.ones(1, len(embeds), dtype=torch.bool)
     start = stack.router.start(1, embeds.device)
-    routing, _ = stack.router(hidden[None], every, start, stack.codes, compression=schedule.compression)
+    routing, _ = stack.router(hidden[None], every, start, stack.codes, compression=settings.compression)
     committed = routing.commit[0].nonzero().flatten()
     tau = int(committed.max()) if len(committed) else -1
     tail = torch.arange(tau + 1, len(embeds))
@@ -91,11 +91,11 @@ def _last(stack: ConceptStack, embeds: Tensor, places: Tensor, schedule: Compres
             if stack.pool is None
             else hidden[committed] + stack.pool(_tails(stack, hidden, committed))
         )
-        coded = stack._code(ended[None], routing.probability[:, committed], schedule).embeds[0]
+        coded = stack._code(ended[None], routing.probability[:, committed], settings).embeds[0]
         if stack.inner is None:
             concepts = _layers(stack.middle, coded, places[committed])
         else:
-            concepts = naive_stack(stack.inner, coded, places[committed], schedule)
+            concepts = naive_stack(stack.inner, coded, places[committed], settings)
         if stack.carry is not None:
             slots = slots + stack.carry(stack.codes.normed(concepts[-1:]))
         slots = torch.cat([concepts, slots])
@@ -114,4 +114,4 @@ def _layers(stack, states: Tensor, places: Tensor) -> Tensor:
     return stack.run(states[None], places[None], None)[0]
 
 
-HALF = CompressionSchedule(compression=2.0, quantisation=0.5)
+HALF = CompressionSettings(compression=2.0, quantisation=0.5)

@@ -16,7 +16,7 @@ from lightning_modules.pretrain import PretrainModule
 from models.backbones.causal_lm import save_causal
 from models.functional.next_token import causal_text
 from models.objectives.next_token import NextToken
-from models.online.concept_stack import CompressionSchedule
+from models.online.concept_stack import CompressionSettings
 from models.online.router import GROWTH
 from models.online.terms import online_terms
 from reporting.record import read_record
@@ -59,8 +59,8 @@ MOVES = {
 def test_each_term_moves_what_it_should(name):
     module, text = build(), causal_text(packed_batch(4, 12))
     module.model.train()
-    schedule = CompressionSchedule(2.0, 0.5, 1.0, 1.0, torch.Generator().manual_seed(0))
-    nll, levels = module._nll(text, schedule)
+    settings = CompressionSettings(2.0, 0.5, 1.0, 1.0, torch.Generator().manual_seed(0))
+    nll, levels = module._nll(text, settings)
     raw = {"text": nll.mean(), **online_terms(module.model, levels, text)}
     raw[name].backward()
     moved = {n for n, p in module.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -87,12 +87,12 @@ def test_what_is_new_is_in_training_mode_from_the_first_step():
 
 def test_the_draft_learns_from_its_own_loss_alone():
     module, text = build(growth="entropy"), causal_text(packed_batch(4, 12))
-    _, levels = module._nll(text, CompressionSchedule(2.0, 0.5))
+    _, levels = module._nll(text, CompressionSettings(2.0, 0.5))
     online_terms(module.model, levels, text)["draft"].backward()
     grads = {n: p.grad for n, p in module.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert "stack.router.adapt.weight" in grads
     assert not any("layers" in n for n in grads)  # the states are held
-    assert online_terms(build().model, build()._nll(text, CompressionSchedule(2.0, 0.5))[1], text)["draft"] == 0
+    assert online_terms(build().model, build()._nll(text, CompressionSettings(2.0, 0.5))[1], text)["draft"] == 0
 
 
 def test_ratio_is_skipped_where_nothing_is_compressed_or_learned():
@@ -102,7 +102,7 @@ def test_ratio_is_skipped_where_nothing_is_compressed_or_learned():
         (build(growth="fixed"), 2.0, False),
         (build(), 2.0, True),
     ):
-        _, levels = module._nll(text, CompressionSchedule(compression, 0.5))
+        _, levels = module._nll(text, CompressionSettings(compression, 0.5))
         assert bool(online_terms(module.model, levels, text)["ratio"]) == there
 
 
@@ -171,7 +171,7 @@ def test_places_learn_from_the_text(sampler):
     module, text = build(sampler=sampler), causal_text(packed_batch(4, 12))
     if sampler == "ema_vq":
         torch.nn.init.normal_(module.model.stack.codes.space.codes)
-    nll, _ = module._nll(text, CompressionSchedule(2.0, 1.0))
+    nll, _ = module._nll(text, CompressionSettings(2.0, 1.0))
     nll.mean().backward()
     for part in (module.model.stack.codes.space.to_point, module.model.stack.codes.space.to_embedding):
         assert part.weight.grad.abs().max() > 1e-6

@@ -31,7 +31,7 @@ def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split, sampler):
     again = load_online(tmp_path / "model")
     with torch.no_grad():
         assert_close(again(ids), module.model.eval()(ids))
-    assert again.kept_setting() == module.model.kept_setting()
+    assert again.inference_settings() == module.model.inference_settings()
     description = json.loads((tmp_path / "model" / "online_concepts.json").read_text())
     assert description["options"].keys() >= {"carry", "pool"}
     (tmp_path / "model" / "online_concepts.json").write_text(json.dumps({**description, "format": "other"}))

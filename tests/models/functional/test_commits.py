@@ -148,7 +148,7 @@ def test_even_commits():
 def test_drawn_commits_are_as_many_as_even_ones_and_lie_anywhere():
     place = torch.arange(64_000).expand(1, -1)
     for compression in (1.0, 2.0, 2.5, 4.0):
-        even, drawn = commits.even_commits(place, compression), commits.drawn_commits(place, compression)
+        even, drawn = commits.even_commits(place, compression), commits.random_commits(place, compression)
         assert drawn.view(-1, 16).sum(1).tolist() == even.view(-1, 16).sum(1).tolist()
     for at in range(16):  # no place of a block is preferred; spread evenly, each is always taken or never
         assert drawn.view(-1, 16)[:, at].double().mean() == pytest.approx(0.25, abs=0.03)

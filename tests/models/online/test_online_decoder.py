@@ -4,14 +4,14 @@ import pytest
 import torch
 from helpers.online import VOCABULARY, padded, ragged, texts, tiny_online
 
-from models.online.decoder import OnlineReading, generate_online
+from models.online.decoder import IncrementalForward, generate_online
 from models.online.router import GROWTH
 
 
 def stepped(model, ids, start, valid=None):
     """Logits (B, T - start + 1, V) of a prompt of `start` columns and one step a token."""
-    reading = OnlineReading(model)
-    logits = [reading.read(ids[:, :start], None if valid is None else valid[:, :start])]
+    reading = IncrementalForward(model)
+    logits = [reading.prefill(ids[:, :start], None if valid is None else valid[:, :start])]
     logits += [reading.step(ids[:, t]) for t in range(start, ids.shape[1])]
     return torch.stack(logits, 1), reading
 
@@ -67,7 +67,7 @@ def test_a_ragged_batch_is_row_by_row(growth, left):
 def test_what_is_kept_is_tokens_concepts_and_tails():
     """By hand: shallow holds T, middle the concepts, deep concepts and tail."""
     model, ids = tiny_online([1, 2, 1], growth="fixed"), texts(rows=2, length=21)
-    model.keep_setting(4.0, 1.0)
+    model.set_inference_settings(4.0, 1.0)
     _, reading = stepped(model, ids, 9)
     shallow, middle, deep = reading.state.caches()
     assert shallow.lengths.tolist() == [21, 21]
@@ -79,7 +79,7 @@ def test_what_is_kept_is_tokens_concepts_and_tails():
 
 def test_without_compression_it_generates_what_transformers_does():
     model, prompt = tiny_online(), texts(rows=1, length=6)
-    model.keep_setting(1.0, 0.0)
+    model.set_inference_settings(1.0, 0.0)
     ours = generate_online(model, prompt, max_new_tokens=15, temperature=0)
     theirs = model.backbone.generate(prompt, max_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(ours.sequences, theirs[:, 6:])
