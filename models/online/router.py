@@ -1,7 +1,8 @@
-"""Which positions commit: growth strategies on one interface, the same for a whole text and for one position at a time.
+"""Routers decide which positions commit (`module.growth`), for a whole text or for one position at a time.
 
-Every strategy turns shallow states into scores and scores into commits; a commit needs a score above 0. What is common: the
-start at the wanted rate, the offset that holds the realised one, noise, and the cap on NULLs in a row.
+A router turns shallow hidden states into scores. A position with a score above 0 commits; other positions are NULLs.
+All routers share: scores that are centred at the wanted rate, an offset that holds the realised rate, noise, and a longest
+run of NULLs.
 Legend: B batch (n rows of a step), T positions, D width, V vocabulary.
 """
 
@@ -20,11 +21,11 @@ from models.online.codes import ConceptCodes
 from models.online.options import Growth
 
 ReadOut = Callable[[Tensor], Tensor]
-LEAST_SPREAD = 0.05  # scores that are all alike would never be moved
+LEAST_SPREAD = 0.05  # equal scores have a spread of 0, and the offset would never move
 
 
 class RouterState(NamedTuple):
-    """What has been decided before: NULLs in a row, the running sum, positions; (B,) each."""
+    """The rows so far, (B,) each. since: NULLs since the last commit; total: the sum of `accumulate`; position: the next."""
 
     since: Tensor
     total: Tensor
@@ -39,9 +40,9 @@ class RouterState(NamedTuple):
 
 
 class TextPositions(NamedTuple):
-    """valid (B, T) bool; position (B, T), counted from the text's beginning.
+    """valid (B, T) bool is False on padding; position (B, T) counts from the beginning of each document.
 
-    begins (B, T) bool: where a text begins, of rows that have several; None where the state says what stands before.
+    begins (B, T) bool: first positions of documents; None where a row is one text.
     """
 
     valid: Tensor
@@ -52,7 +53,7 @@ class TextPositions(NamedTuple):
 class Routing(NamedTuple):
     """commit (B, T) bool; probability (B, T) of a commit, with its gradient; valid (B, T) bool.
 
-    moments (3,): number, sum and sum of squares of the scores of real positions; compression: what was asked for.
+    moments (3,): number, sum and sum of squares of the scores of valid positions; compression: the wanted one.
     """
 
     commit: Tensor
@@ -63,14 +64,14 @@ class Routing(NamedTuple):
 
     @property
     def realised(self) -> Tensor:
-        """Share of real positions that committed."""
+        """Share of valid positions that commit."""
         return self.commit.sum() / self.valid.sum().clamp(min=1)
 
 
 class Router(nn.Module):
-    """most_nulls: NULLs that may follow each other. offset: what holds the realised rate; it is learned by no gradient."""
+    """most_nulls: longest run of NULLs. offset: subtracted from every score, set by rate control and by no gradient."""
 
-    learned = True  # its scores are trained and may be noisy
+    learned = True  # whether the scores have trained weights; then they get noise and the ratio loss
 
     def __init__(self, width: int, most_nulls: int, **like) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class Router(nn.Module):
 
     @staticmethod
     def start(batch: int, device: torch.device) -> RouterState:
-        """Before a text."""
+        """State before the first position."""
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
         return RouterState(zeros, zeros.double(), zeros.clone())
 
@@ -95,10 +96,10 @@ class Router(nn.Module):
         noise: float = 0.0,
         generator: Generator | None = None,
     ) -> tuple[Routing, RouterState]:
-        """hidden (B, T, D), valid (B, T) bool -> `Routing`, and the state behind these positions.
+        """hidden (B, T, D), valid (B, T) bool -> `Routing`, and the state after these positions.
 
-        documents (B, T): where a row has several, each starts anew. noise: 1 draws commits with their probability, 0 commits
-        where it is above one half.
+        documents (B, T): of rows with several documents, each of which starts with a fresh state. noise: at 1 commits are
+        sampled with their probability, at 0 a position commits where it is above one half.
         """
         position = state.position.unsqueeze(1) + valid.long().cumsum(1) - 1
         after = state._replace(position=state.position + valid.sum(1))
@@ -109,11 +110,11 @@ class Router(nn.Module):
         if compression == 1:
             one = torch.ones_like(valid, dtype=hidden.dtype)
             return Routing(valid, one, valid, one.new_zeros(3), 1.0), after
-        # 1. scores, centred so that a fresh router commits one position in `compression`
+        # 1. scores, centred so that a fresh router commits about one position in `compression`
         scores = at_least_float32(self.scores(hidden, codes)) - null_bias(compression) - self.offset
         if noise and self.learned:
             scores = scores + noise * (gumbel_noise(scores, generator) - gumbel_noise(scores, generator))  # logistic
-        # 2. commits, and forced ones
+        # 2. commits, and forced ones after `most_nulls` NULLs
         natural, probability, total = self.decide(scores, TextPositions(valid, position, begins), state, compression)
         commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since, begins)
         since = commits.nulls_since(commit, valid, state.since)
@@ -133,44 +134,44 @@ class Router(nn.Module):
         return scores > 0, scores.sigmoid(), state.total
 
     def spread(self, moments: Tensor) -> Tensor:
-        """How far the scores lie apart: their standard deviation."""
+        """Standard deviation of the scores, with a lower bound."""
         count, total, squares = moments
         return (squares / count - (total / count).square()).clamp(min=LEAST_SPREAD**2).sqrt()
 
-    def multiplied(self, codes: ConceptCodes, words: int) -> int:
-        """Weights that every position is multiplied with; words: those of the backbone's output layer."""
+    def multiplied(self, codes: ConceptCodes, output: int) -> int:
+        """Weights in matrix products per position. output: weights of the backbone's output layer."""
         return sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
     @torch.no_grad()
     def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
-        """Move the offset after a step; realised rate and moments are those of all ranks."""
+        """After an optimiser step; realised rate and moments are those of all its micro-batches and ranks."""
         if compression > 1:
             self.offset.copy_(correction(self.offset, realised, compression, self.spread(moments)))
 
 
 class NullRouter(Router):
-    """NULL is one choice beside the codes: commit where the codes together are likelier than NULL."""
+    """NULL is one more class beside the codes: a position commits where all codes together are likelier than NULL."""
 
     def __init__(self, width: int, most_nulls: int, codes: ConceptCodes, **like) -> None:
         super().__init__(width, most_nulls, **like)
         self.null = nn.Linear(width, 1, **like)
         nn.init.zeros_(self.null.weight)
-        # what all codes together weigh at states of any direction, so that a fresh router's scores lie around 0
+        # the codes' log-sum-exp at random states, so that a fresh router's scores lie around 0
         states = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(next(codes.parameters()))
         with torch.no_grad():
             self.null.bias.fill_((codes.log_mass(states).float() - null_bias(2.0, codes.codes)).mean())
 
     def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
-        # without noise a choice among all of them would never commit: first NULL or not, then which code
+        # first NULL or not, then which code: the most probable class of all would nearly always be NULL
         log_odds = codes.log_mass(hidden) - null_bias(2.0, codes.codes)
         return log_odds - self.null(codes.normed(hidden)).squeeze(-1)
 
-    def multiplied(self, codes: ConceptCodes, words: int) -> int:
-        return super().multiplied(codes, words) + codes.weighed
+    def multiplied(self, codes: ConceptCodes, output: int) -> int:
+        return super().multiplied(codes, output) + codes.weighed
 
 
 class ScoreRouter(Router):
-    """One score a position by a small network of its own."""
+    """The score of a position is the output of a small MLP."""
 
     def __init__(self, width: int, most_nulls: int, **like) -> None:
         super().__init__(width, most_nulls, **like)
@@ -183,7 +184,7 @@ class ScoreRouter(Router):
 
 
 class AutoregressiveRouter(ScoreRouter):
-    """Each decision depends on the one before: the score, and how many NULLs stand before the position."""
+    """Each decision depends on those before it: a learned bias by the number of NULLs since the last commit is added."""
 
     def __init__(self, width: int, most_nulls: int, **like) -> None:
         super().__init__(width, most_nulls, **like)
@@ -199,7 +200,7 @@ class AutoregressiveRouter(ScoreRouter):
 
 
 class AccumulateRouter(ScoreRouter):
-    """Each position adds sigmoid(score) to a sum; a commit wherever it passes a whole number."""
+    """Continuous integrate-and-fire: sigmoid(score) is summed, and a position commits where the sum passes an integer."""
 
     def decide(
         self, scores: Tensor, at: TextPositions, state: RouterState, compression: float
@@ -209,11 +210,11 @@ class AccumulateRouter(ScoreRouter):
         return natural, increments, total
 
     def spread(self, moments: Tensor) -> Tensor:
-        return moments.new_ones(())  # the rate follows the offset itself, not what lies on either side of a threshold
+        return moments.new_ones(())  # the rate is a function of the offset itself, there is no threshold
 
 
 class FixedRouter(Router):
-    """M commits in every N = compression M positions, evenly spread; nothing is learned."""
+    """Evenly spaced commits, M in every N = compression M positions; nothing is learned."""
 
     learned = False
     pattern = staticmethod(commits.even_commits)
@@ -228,17 +229,17 @@ class FixedRouter(Router):
         return natural, natural.to(scores.dtype), state.total
 
     def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
-        """Its rate is what it is."""
+        """The rate is exact already."""
 
 
 class RandomRouter(FixedRouter):
-    """A control: as many commits as `FixedRouter` makes, at places that are drawn without a look at the text."""
+    """A control: as many commits as `FixedRouter`, at pseudo-random positions that do not depend on the text."""
 
     pattern = staticmethod(commits.random_commits)
 
 
 class EntropyRouter(Router):
-    """Commit where a draft of what comes next, read off the shallow states, is unsure: at a high entropy of its words."""
+    """A position commits where the entropy of a next-token distribution, predicted from its shallow state, is high."""
 
     learned = False
 
@@ -246,14 +247,15 @@ class EntropyRouter(Router):
         super().__init__(width, most_nulls, **like)
         if read_out is None:
             raise UsageError(
-                "module.growth=entropy needs words to draft; type module.levels=1 or another module.growth"
+                "module.growth=entropy needs tokens to predict, which an inner level has none of; type module.levels=1 or "
+                "another module.growth"
             )
         self.adapt = nn.Linear(width, width, bias=False, **like)
         nn.init.zeros_(self.adapt.weight)
-        self._read_out = [read_out]  # the backbone's own head: not a part of the router
+        self._read_out = [read_out]  # in a list, so that the backbone's head is no part of the router's weights
 
     def draft(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of the next token by the shallow states alone; trained by its own loss, `hidden` held."""
+        """Logits (..., V) of the next token from shallow states, which get no gradient; trained by the term `draft`."""
         hidden = hidden.detach()
         return self._read_out[0](hidden + self.adapt(hidden))
 
@@ -262,8 +264,8 @@ class EntropyRouter(Router):
             log_p = at_least_float32(self.draft(hidden)).log_softmax(-1)
             return -(log_p.exp() * log_p).sum(-1)
 
-    def multiplied(self, codes: ConceptCodes, words: int) -> int:
-        return super().multiplied(codes, words) + words
+    def multiplied(self, codes: ConceptCodes, output: int) -> int:
+        return super().multiplied(codes, output) + output
 
 
 GROWTH: dict[Growth, type[Router]] = {
@@ -279,6 +281,6 @@ GROWTH: dict[Growth, type[Router]] = {
 def build_router(
     growth: Growth, width: int, most_nulls: int, codes: ConceptCodes, read_out: ReadOut | None = None, **like
 ) -> Router:
-    """codes: what NULL is chosen beside; read_out: logits of the backbone's states, where they are words (not concepts)."""
+    """The router that `growth` names. codes: for `null`; read_out: for `entropy`, logits of the backbone's hidden states."""
     more = {"null": {"codes": codes}, "entropy": {"read_out": read_out}}.get(growth, {})
     return GROWTH[growth](width, most_nulls, **more, **like)

@@ -49,7 +49,7 @@ def test_a_baseline_of_another_vocabulary_is_refused(tmp_path):
         quiet_trainer(1).test(build(baseline=str(tmp_path / "base")), PackedStream(), verbose=False)
 
 
-def test_entropy_needs_words():
+def test_entropy_needs_tokens():
     torch.manual_seed(0)
-    with pytest.raises(UsageError, match=r"module.growth=entropy needs words"):
+    with pytest.raises(UsageError, match=r"module.growth=entropy needs tokens"):
         build(tiny_causal(7, num_hidden_layers=5), growth="entropy", split=[1, [1, 1, 1], 1])

@@ -274,7 +274,7 @@ def test_proportions_are_kept_at_every_level():
 def test_other_models_are_refused():
     eager, louder, lopsided = (tiny_causal(num_hidden_layers=4) for _ in range(3))
     eager.config._attn_implementation = "eager"
-    with pytest.raises(UsageError, match="attention eager takes no mask"):
+    with pytest.raises(UsageError, match="attention eager takes no boolean mask"):
         OnlineConceptModel(eager, split=[1, 2, 1])
     lopsided.config.layer_types = ["sliding_attention"] * 4
     with pytest.raises(UsageError, match="layers of sliding_attention"):
@@ -285,5 +285,5 @@ def test_other_models_are_refused():
         inputs_embeds=3 * louder.model.embed_tokens(given.pop("input_ids")),
         **{k: v for k, v in given.items() if v is not None},
     )
-    with pytest.raises(UsageError, match="does more between its layers"):
+    with pytest.raises(UsageError, match="computes more than its layers"):
         OnlineConceptModel(louder, split=[1, 2, 1])
