@@ -5,6 +5,7 @@ Legend: R compression, positions a concept; F share of positions that commit; G 
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,8 @@ def correction(offset: Tensor, realised: Tensor, compression: float, spread: Ten
     An integral controller. spread: the scores' standard deviation, so that the step does not depend on their scale.
     """
     return offset + gain * spread * (realised - 1 / compression)
+
+
+def rate_threshold(mean: Tensor, spread: Tensor, compression: float) -> Tensor:
+    """The value that 1/R of normally distributed scores exceed; needs R > 1."""
+    return mean + spread * torch.special.ndtri(torch.full_like(mean, 1 - 1 / compression))

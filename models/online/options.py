@@ -112,6 +112,8 @@ class OnlineConceptOptions(OnlineModelOptions):
             raise UsageError(f"module.anneal_share={self.anneal_share} must lie between 0 and 1")
         if not 0 <= self.code_decay < 1:
             raise UsageError(f"module.code_decay={self.code_decay} must be at least 0 and less than 1, such as 0.99")
+        if self.growth == "entropy" and not self.hold_rate:
+            raise UsageError("module.growth=entropy gets its threshold from rate control; type module.hold_rate=true")
         if self.gate_every < 1:
             raise UsageError(f"module.gate_every={self.gate_every} must be at least 1: every step has the gradient")
         require_at_least(0, module__temperature=self.temperature)

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from models.functional import commits
-from models.functional.commit_rate import correction, null_bias
+from models.functional.commit_rate import correction, null_bias, rate_threshold
 from models.functional.errors import UsageError
 from models.functional.gumbel import gumbel_noise
 from models.functional.precision import at_least_float32
@@ -239,7 +239,11 @@ class RandomRouter(FixedRouter):
 
 
 class EntropyRouter(Router):
-    """A position commits where the entropy of a next-token distribution, predicted from its shallow state, is high."""
+    """A position commits where the entropy of a next-token distribution, predicted from its shallow state, is high.
+
+    The size of these entropies is not known before texts are read. So every position commits until `correct_offset` is called
+    once; it then places the threshold among the entropies that were seen.
+    """
 
     learned = False
 
@@ -253,6 +257,14 @@ class EntropyRouter(Router):
         self.adapt = nn.Linear(width, width, bias=False, **like)
         nn.init.zeros_(self.adapt.weight)
         self._read_out = [read_out]  # in a list, so that the backbone's head is no part of the router's weights
+
+    @torch.no_grad()
+    def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
+        before = self.offset.clone()
+        super().correct_offset(realised, compression, moments)
+        if compression > 1:
+            first = before + rate_threshold(moments[1] / moments[0], self.spread(moments), compression)
+            self.offset.copy_(torch.where(before == 0, first, self.offset))
 
     def draft(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of the next token from shallow states, which get no gradient; trained by the term `draft`."""

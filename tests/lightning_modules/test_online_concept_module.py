@@ -116,6 +116,16 @@ def test_the_realised_rate_is_held(growth):
     assert sum(rates.seen[-15:]) / 15 == pytest.approx(0.4, abs=0.05)
 
 
+def test_entropies_get_a_threshold_after_one_step():
+    """Before it every position commits; a step of half their spread at a time would need as many steps as they lie above 0."""
+    data, rates = PackedStream(), Rates()
+    data.batches = [packed_batch(6, 40)]
+    options = {"growth": "entropy", "compression": (2.5, 2.5), "most_nulls": 15, "lr": 1e-6}
+    quiet_trainer(3, callbacks=[rates], log_every_n_steps=1).fit(build(**options), data)
+    assert rates.seen[0] > 0.95
+    assert rates.seen[1:] == pytest.approx([0.4, 0.4], abs=0.1)
+
+
 def test_a_rate_that_is_not_held_goes_its_own_way():
     data, rates = PackedStream((4,)), Rates()
     data.batches = [packed_batch(8, 48)]

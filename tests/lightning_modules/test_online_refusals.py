@@ -17,6 +17,7 @@ from models.functional.errors import UsageError
         ({"sampler": "draws"}, "module.sampler=draws is not known; type one of"),
         ({"codes": 22, "sampler": "fsq"}, "module.codes=22 cannot be shared out among levels of 2 to 8"),
         ({"code_decay": 1.0}, "module.code_decay=1.0 must be at least 0 and less than 1"),
+        ({"growth": "entropy", "hold_rate": False}, "type module.hold_rate=true"),
         ({"gate_every": 0}, "module.gate_every=0 must be at least 1"),
         ({"gate": "soft"}, "module.gate=soft is not known; type one of"),
         ({"codes": 1}, "module.codes=1 must be at least 2"),

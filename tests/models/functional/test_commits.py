@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.functional import commits
 from models.functional.commit_gates import keep_null_mass, mix_slots, smooth_concepts, soft_visibility, visibility
-from models.functional.commit_rate import correction, null_bias, ratio_loss
+from models.functional.commit_rate import correction, null_bias, rate_threshold, ratio_loss
 
 G = torch.tensor([[1, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
 
@@ -232,6 +232,13 @@ def test_the_correction_holds_the_realised_rate_at_its_target():
             if len(rates) == 1 and width < 20:
                 assert rates[0] > 0.9
         assert torch.stack(rates[-50:]).mean() == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_rate_threshold_lets_the_wanted_share_through():
+    scores = 3 + 2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    for compression in (1.1, 2.0, 8.0):
+        share = (scores > rate_threshold(scores.mean(), scores.std(), compression)).double().mean()
+        assert share == pytest.approx(1 / compression, abs=0.005)
 
 
 # -- gates -------------------------------------------------------------------------------------------------------------------
