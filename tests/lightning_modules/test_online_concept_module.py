@@ -69,7 +69,7 @@ def test_each_term_moves_what_it_should(name):
     assert all(any(part in n for part in MOVES[name]) for n in moved), moved
 
 
-def test_codes_that_nobody_reads_pull_at_nothing():
+def test_codes_that_no_layer_reads_have_no_terms():
     states, codes = build(quantisation=(0.0, 0.0)), build(quantisation=(0.0, 0.1))
     assert states.weights == ALL | {"code": 0.0, "usage": 0.0}
     assert codes.weights == ALL
@@ -177,7 +177,7 @@ def test_codes_and_rates_of_accumulated_micro_batches_are_those_of_one_big_batch
 
 
 @pytest.mark.parametrize("sampler", ["fsq", "ema_vq"])
-def test_places_learn_from_the_text(sampler):
+def test_points_learn_from_the_text(sampler):
     module, text = build(sampler=sampler), causal_text(packed_batch(4, 12))
     if sampler == "ema_vq":
         torch.nn.init.normal_(module.model.stack.codes.space.codes)
@@ -188,7 +188,7 @@ def test_places_learn_from_the_text(sampler):
     assert module.model.backbone.model.embed_tokens.weight.grad.abs().max() > 1e-6
 
 
-def test_a_gate_that_is_worked_out_on_some_steps():
+def test_a_gate_whose_gradient_is_computed_on_some_steps():
     module, seen = build(gate="visibility", gate_every=2), []
     read = module.model.read
     module.model.read = lambda *given, **more: seen.append(given[3].gated) or read(*given, **more)
@@ -235,17 +235,17 @@ def test_documents_alone_are_recorded_too(tmp_path):
     a_slot = 2 * 2 * 4 * 4  # keys and values of two heads of width 4, float32
     assert row["cost"]["kv_bytes"] == a_slot * (38 + 19 + 19)
     assert min(row["cost"]["prefill_tokens_per_s"], row["cost"]["decode_tokens_per_s"]) > 0
-    # a layer of width 16 with keys and values of half of it, feed-forward 24; 7 words, 8 codes
-    layer, words, bridge, codes = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24, 7 * 16, 16 * 16, 8 * 16
+    # a layer of width 16 with keys and values of half of it, feed-forward 24; 7 tokens, 8 codes
+    layer, output, bridge, codes = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24, 7 * 16, 16 * 16, 8 * 16
     ours = (
         2 * layer + 2 * bridge + (layer + bridge + codes) / 2
     )  # a token, the concept before it; a concept, the tail it ends
-    assert row["cost"]["flops_share"] == pytest.approx((ours + words) / (3 * layer + words))
+    assert row["cost"]["flops_share"] == pytest.approx((ours + output) / (3 * layer + output))
     assert row["cost"]["equal_layers"] == pytest.approx(ours / layer)
 
 
 def test_documents_of_a_row_are_kept_apart():
-    """Nats of a stream whose documents are told apart are those of the documents alone."""
+    """The NLL of a row with two documents is that of the documents alone."""
     module = build(growth="fixed", compression=(2.0, 2.0))
     batch = PackedStream((3,), documents=True).batches[0]
     own = module.eval()._nll(causal_text(batch))[0]

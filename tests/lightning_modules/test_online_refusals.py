@@ -1,4 +1,4 @@
-"""Options of `OnlineConceptModule` that do not fit, and in which words they are refused."""
+"""Options of `OnlineConceptModule` that cannot work, and the messages that say so."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from models.functional.errors import UsageError
     ("options", "part"),
     [
         ({"growth": "often"}, "module.growth=often is not known; type one of"),
-        ({"sampler": "draws"}, "module.sampler=draws is not known; type one of"),
+        ({"sampler": "other"}, "module.sampler=other is not known; type one of"),
         ({"codes": 22, "sampler": "fsq"}, "module.codes=22 cannot be shared out among levels of 2 to 8"),
         ({"code_decay": 1.0}, "module.code_decay=1.0 must be at least 0 and less than 1"),
         ({"growth": "entropy", "hold_rate": False}, "type module.hold_rate=true"),

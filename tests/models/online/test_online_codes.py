@@ -1,4 +1,4 @@
-"""Codes of online concepts that are places of a small space: the same equalities as of a table, gradients by hand."""
+"""Codes that are points of a space: the same equalities as for a table, gradients by hand."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def test_one_forward_is_one_forward_a_position_and_one_step(sampler, growth):
     assert len(levels[0].coded.ids[levels[0].real].unique()) > 1
     logits = model.logits(states)
     assert_close(logits, torch.stack([naive_logits(model, row, HALF) for row in ids]), atol=1e-12, rtol=1e-12)
-    reading = IncrementalForward(model)
-    steps = [reading.prefill(ids[:, :2])] + [reading.step(ids[:, t]) for t in range(2, ids.shape[1])]
+    forward = IncrementalForward(model)
+    steps = [forward.prefill(ids[:, :2])] + [forward.step(ids[:, t]) for t in range(2, ids.shape[1])]
     with torch.no_grad():
         assert_close(torch.stack(steps, 1), model(ids)[:, 1:], atol=1e-11, rtol=1e-11)
 
@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_the_point(sampler):
     assert_close(codes(hidden, sure, quantisation=1.0).embeds, whole.embeds)
 
 
-def test_null_weighs_places_alike():
+def test_points_of_a_space_have_equal_weight_beside_null():
     codes = build_codes("fsq", 16, 8)
     assert_close(codes.log_mass(torch.randn(5, 16)), torch.full((5,), 8.0).log())
     assert build_codes("gumbel_st", 16, 8).log_mass(torch.randn(5, 16)).std() > 0.1

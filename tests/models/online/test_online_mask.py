@@ -32,11 +32,11 @@ def test_blocks_of_the_mask_are_the_mask(split):
 def test_blocks_keep_documents_apart():
     ids = texts(rows=2, length=150)
     documents = torch.arange(150).expand(2, -1) // 60
-    places, found = torch.arange(150).expand(2, -1) % 60, []
+    positions, found = torch.arange(150).expand(2, -1) % 60, []
     for attention in ("sdpa", "flex"):
         model = tiny_online(growth="null", attention=attention).float()
         with torch.no_grad():
-            found.append(model.read(ids, positions=places, settings=HALF, documents=documents)[0])
+            found.append(model.read(ids, positions=positions, settings=HALF, documents=documents)[0])
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 

@@ -33,18 +33,18 @@ def test_one_forward_is_one_forward_a_position(growth):
     torch.testing.assert_close(logits, slow, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("told", [{"carry": False}, {"pool": False}, {"carry": False, "pool": False}])
-def test_concepts_and_tails_need_not_tell_each_other(told):
-    """Each way alone is one forward a position too, and makes a difference; fresh, both start as nothing."""
-    model, ids = tiny_online(growth="null", gate="none", **told), texts()
+@pytest.mark.parametrize("options", [{"carry": False}, {"pool": False}, {"carry": False, "pool": False}])
+def test_without_pool_or_carry_it_is_one_forward_a_position_too(options):
+    """Each of them changes the logits, and neither does while its weights are 0, as they start."""
+    model, ids = tiny_online(growth="null", gate="none", **options), texts()
     logits = model.logits(model.read(ids, settings=HALF)[0])
     slow = torch.stack([naive_logits(model, row, HALF) for row in ids])
     torch.testing.assert_close(logits, slow, atol=1e-12, rtol=1e-12)
     whole = tiny_online(growth="null", gate="none")
     missing, unknown = whole.load_state_dict(model.state_dict(), strict=False)
-    assert (sorted(missing), unknown) == (sorted(f"stack.{part}.weight" for part in told), [])
+    assert (sorted(missing), unknown) == (sorted(f"stack.{part}.weight" for part in options), [])
     assert (whole.logits(whole.read(ids, settings=HALF)[0]) - logits).abs().max() > 1e-3
-    for part in told:
+    for part in options:
         torch.nn.init.zeros_(getattr(whole.stack, part).weight)
     torch.testing.assert_close(whole.logits(whole.read(ids, settings=HALF)[0]), logits, atol=0, rtol=0)
 
@@ -148,9 +148,9 @@ def test_documents_of_a_row_are_documents_alone(growth, gate, split):
     """Values and gradients: a row of three documents is three rows, whatever was before them."""
     model, ids = tiny_online(split, growth=growth, gate=gate).double().train(), texts(rows=2, length=30)
     documents = torch.tensor([[0] * 11 + [1] * 1 + [2] * 18, [0] * 7 + [1] * 21 + [2] * 2])
-    places = torch.cat([torch.arange(n) for n in (11, 1, 18, 7, 21, 2)]).view(2, 30)
+    positions = torch.cat([torch.arange(n) for n in (11, 1, 18, 7, 21, 2)]).view(2, 30)
     mix = torch.randn(2, 30, 16, dtype=torch.float64)
-    together, levels = model.read(ids, positions=places, settings=HALF, documents=documents)
+    together, levels = model.read(ids, positions=positions, settings=HALF, documents=documents)
     (together * mix).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -163,7 +163,7 @@ def test_documents_of_a_row_are_documents_alone(growth, gate, split):
             (alone[0] * mix[row, own]).sum().backward()
     for name, grad in found.items():
         torch.testing.assert_close(grad, model.get_parameter(name).grad, atol=1e-10, rtol=1e-10, msg=name)
-    merged, _ = model.read(ids, positions=places, settings=HALF)  # the control: one text a row
+    merged, _ = model.read(ids, positions=positions, settings=HALF)  # the control: one text a row
     assert (merged - together).abs().max() > 1e-3
 
 
@@ -272,18 +272,18 @@ def test_proportions_are_kept_at_every_level():
 
 
 def test_other_models_are_refused():
-    eager, louder, lopsided = (tiny_causal(num_hidden_layers=4) for _ in range(3))
+    eager, scaled, lopsided = (tiny_causal(num_hidden_layers=4) for _ in range(3))
     eager.config._attn_implementation = "eager"
     with pytest.raises(UsageError, match="attention eager takes no boolean mask"):
         OnlineConceptModel(eager, split=[1, 2, 1])
     lopsided.config.layer_types = ["sliding_attention"] * 4
     with pytest.raises(UsageError, match="layers of sliding_attention"):
         OnlineConceptModel(lopsided, split=[1, 2, 1])
-    louder.model.embed_tokens.register_forward_hook(lambda module, given, found: found)
-    decoder = louder.model.forward
-    louder.model.forward = lambda **given: decoder(
-        inputs_embeds=3 * louder.model.embed_tokens(given.pop("input_ids")),
+    scaled.model.embed_tokens.register_forward_hook(lambda module, given, found: found)
+    decoder = scaled.model.forward
+    scaled.model.forward = lambda **given: decoder(
+        inputs_embeds=3 * scaled.model.embed_tokens(given.pop("input_ids")),
         **{k: v for k, v in given.items() if v is not None},
     )
     with pytest.raises(UsageError, match="computes more than its layers"):
-        OnlineConceptModel(louder, split=[1, 2, 1])
+        OnlineConceptModel(scaled, split=[1, 2, 1])
