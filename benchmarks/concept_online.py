@@ -39,10 +39,11 @@ BASE = "every layer"
 
 READING = """
 time and KV are shares of the same backbone's that reads every token in every layer, in the same round, median [first, third
-quartile]. expected: the share of multiplications by weights, with output layer, router, codes and linear maps, without attention
-scores. saved: the measured saving as a share of the expected one. With fixed commits all rows of a batch commit at the same
-steps; with `null` at different steps, so that at batch 16 some row commits in nearly every step. prefill MiB: peak memory of a
-prefill. middle: time of the middle layers alone over P / R concepts. Weights are random: nothing here is about quality.
+quartile]. expected: the share of multiplications by weights, with output layer, router, codes and linear maps, without
+attention scores. saved: the measured saving as a share of the expected one. With fixed commits all rows of a batch commit at
+the same steps; with `null` at different steps, so that at batch 16 some row commits in nearly every step. prefill MiB: peak
+memory of a prefill. middle: time of the middle layers alone over P / R concepts. Weights are random: nothing here is about
+quality.
 """
 
 
