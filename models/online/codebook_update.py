@@ -39,14 +39,14 @@ class CodebookUpdate:
     def apply(self, spaces: Sequence[CodeSpace], generator: Callable[[], Generator], *, start: bool) -> dict[int, int]:
         """Move every level's codes to its points. Returns how many unused codes of each level were replaced.
 
-        generator: a new source of draws, the same on every rank. start: place the codes at k-means centres first.
+        generator: returns a fresh generator, the same on every rank. start: place the codes at k-means centres first.
         """
         replaced = {}
         for k, points in self._points.pop().items():
             if not len(points):  # a level of concepts of concepts may have none
                 continue
-            draws = generator()
+            source = generator()
             if start:
-                spaces[k].begin(points, draws)
-            replaced[k] = spaces[k].follow(points, self.decay, draws)
+                spaces[k].begin(points, source)
+            replaced[k] = spaces[k].follow(points, self.decay, source)
         return replaced

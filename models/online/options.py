@@ -81,7 +81,7 @@ class OnlineConceptOptions(OnlineModelOptions):
     hold_rate: correct the routers' offsets so that one position in `compression` commits.
     baseline: folder of a causal LM to compare with in a test, such as a run of next_token_text; None compares with none.
     temperature: of the sampled decoder.
-    lora_rank: LoRA adapters train in the backbone's place; None trains the backbone.
+    lora_rank: LoRA adapters of this rank train instead of the backbone; None trains the backbone.
     """
 
     gate_every: int = 1

@@ -242,7 +242,7 @@ class EntropyRouter(Router):
     """A position commits where the entropy of a next-token distribution, predicted from its shallow state, is high.
 
     The size of these entropies is not known before texts are read. So every position commits until `correct_offset` is called
-    once; it then places the threshold among the entropies that were seen.
+    once; it then sets the threshold by the entropies of that step.
     """
 
     learned = False
