@@ -1,4 +1,4 @@
-"""What concept-only middle layers save: tokens a second and key-value bytes beside the model that they are made of.
+"""What online concepts save: tokens a second and key-value bytes, beside the backbone that reads every token in every layer.
 
 python benchmarks/concept_online.py --batch 1 16 --compression 2 4
 Legend: B batch, P prompt columns, N new tokens, D width, L layers, R compression.
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from models.backbones.causal import build_causal
 from models.backbones.key_value_cache import cache_argument, cache_of
-from models.online.concept_stack import CompressionSchedule
+from models.online.concept_stack import CompressionSettings
 from models.online.cost import flops_share
-from models.online.decoder import OnlineReading
+from models.online.decoder import IncrementalForward
 from models.online.model import OnlineConceptModel
 from reporting.console import report_console
 
@@ -39,11 +39,11 @@ BASE = "every layer"
 
 READING = """
 time and KV are shares of the same backbone's that reads every token in every layer, in the same round, median [first, third
-quartile]; expected is arithmetic: multiplications by weights, the output layer and what is new (router, codes, bridge) counted,
-attention and bookkeeping not. saved is what was saved of what was expected to be. With fixed commits all rows of a batch
-commit together; with `null` each when it will, so that at batch 16 nearly every step has some row that commits. prefill MiB is
-the most memory that reading took at once, middle the time of the middle layers alone over P / R concepts. Weights are
-random: nothing here says anything of quality.
+quartile]. expected: the share of multiplications by weights, with output layer, router, codes and linear maps, without
+attention scores. saved: the measured saving as a share of the expected one. With fixed commits all rows of a batch commit at
+the same steps; with `null` at different steps, so that at batch 16 some row commits in nearly every step. prefill MiB: peak
+memory of a prefill. middle: time of the middle layers alone over P / R concepts. Weights are random: nothing here is about
+quality.
 """
 
 
@@ -66,14 +66,14 @@ def build_backbone(args: argparse.Namespace, device: torch.device) -> nn.Module:
 def build_online(
     backbone: nn.Module, growth: str, compression: float, args: argparse.Namespace, prompt: Tensor
 ) -> OnlineConceptModel:
-    """On the same weights; a learned router is brought to the rate by its own controller."""
+    """A model on the same weights. Rate control brings a learned router to the wanted rate."""
     options = {"codes": args.codes, "growth": growth, "compression": compression}
-    model = OnlineConceptModel(backbone, list(args.split), **options).to(prompt.device).eval()
+    model = OnlineConceptModel(backbone, split=list(args.split), **options).to(prompt.device).eval()
     router = model.stack.router
     with torch.no_grad():
         for _ in range(40 if router.learned else 0):
             (level,) = model.read(prompt)[1]
-            router.hold(level.routing.realised, compression, level.routing.moments)
+            router.correct_offset(level.routing.realised, compression, level.routing.moments)
     return model
 
 
@@ -81,7 +81,7 @@ def build_online(
 
 
 def expected_bytes(split: list[int], compression: float, length: int) -> float:
-    """[Ls + (Lm + Ld) / R] / L, and the deep layers' tails, which are (R - 1) / 2 long on average."""
+    """Share of cached positions: [Ls + (Lm + Ld) / R] / L, and deep tails of (R - 1) / 2 positions on average."""
     shallow, middle, deep = split
     tail = deep * (compression - 1) / 2 / length
     return (shallow + (middle + deep) / compression + tail) / (shallow + middle + deep)
@@ -90,14 +90,14 @@ def expected_bytes(split: list[int], compression: float, length: int) -> float:
 # -- measuring -----------------------------------------------------------------------------------------------------------
 
 
-class BaseReading:
-    """The backbone with transformers' own cache, in the shape of `OnlineReading`."""
+class BackboneForward:
+    """The backbone with transformers' own cache, with the interface of `IncrementalForward`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @torch.no_grad()
-    def read(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor) -> Tensor:
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         self.cache = cache_of(out)
         return out.logits[:, -1]
@@ -111,16 +111,16 @@ class BaseReading:
         return sum(x.numel() * x.element_size() for layer in self.cache.layers for x in (layer.keys, layer.values))
 
 
-def writing(
-    reading: BaseReading | OnlineReading, prompt: Tensor, new: int, device: torch.device, clock: str
+def decoding(
+    forward: BackboneForward | IncrementalForward, prompt: Tensor, new: int, device: torch.device, clock: str
 ) -> Callable[[], float]:
-    """A function that reads the prompt and returns the seconds that writing `new` tokens then takes."""
+    """A function that reads the prompt and returns the seconds of the `new` decoding steps after it."""
 
     def measure() -> float:
-        logits = reading.read(prompt)
+        logits = forward.prefill(prompt)
         watch = Stopwatch(device, clock)
         for _ in range(new):
-            logits = reading.step(logits.argmax(-1))
+            logits = forward.step(logits.argmax(-1))
         return watch.seconds()
 
     return measure
@@ -128,46 +128,48 @@ def writing(
 
 def middle_alone(model: OnlineConceptModel, batch: int, concepts: int) -> Callable[[], Tensor]:
     states = torch.randn(batch, concepts, model.config.hidden_size, device=model.setting.device)
-    places = torch.arange(concepts, device=states.device).expand(batch, -1)
-    return torch.no_grad()(lambda: model.stack.middle.run(states, places, None))
+    positions = torch.arange(concepts, device=states.device).expand(batch, -1)
+    return torch.no_grad()(lambda: model.stack.middle.run(states, positions, None))
 
 
 def measure_batch(batch: int, args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Rows of the backbone and of every growth and compression at one batch size."""
     backbone = build_backbone(args, device)
     prompt = torch.randint(args.vocabulary, (batch, args.prompt), device=device)
-    readings: dict[str, BaseReading | OnlineReading] = {BASE: BaseReading(backbone)}
+    passes: dict[str, BackboneForward | IncrementalForward] = {BASE: BackboneForward(backbone)}
     for growth in args.growth:
         for compression in args.compression:
             model = build_online(backbone, growth, compression, args, prompt)
-            readings[f"{growth}, R = {compression:g}"] = OnlineReading(model)
+            passes[f"{growth}, R = {compression:g}"] = IncrementalForward(model)
     rounds = {"repeats": args.repeats, "warmup": args.warmup}
-    prefill = {name: timed(lambda r=r: r.read(prompt), device, args.clock) for name, r in readings.items()}
-    decode = {name: writing(r, prompt, args.new, device, args.clock) for name, r in readings.items()}
-    peaks = {name: peak_bytes(lambda r=r: r.read(prompt), device) for name, r in readings.items()}
+    prefill = {name: timed(lambda r=r: r.prefill(prompt), device, args.clock) for name, r in passes.items()}
+    decode = {name: decoding(r, prompt, args.new, device, args.clock) for name, r in passes.items()}
+    peaks = {name: peak_bytes(lambda r=r: r.prefill(prompt), device) for name, r in passes.items()}
     times = {"prefill": interleave(prefill, **rounds), "decode": interleave(decode, **rounds)}
     rows = []
-    for name, reading in readings.items():
+    for name, forward in passes.items():
         for kind, tokens in (("prefill", batch * args.prompt), ("decode", batch * args.new)):
             row = build_row(name, times[kind], BASE, batch=batch, kind=kind)
-            row |= {"tokens_per_s": tokens / row["seconds"]["median"], "kv_bytes": reading.kv_bytes}
+            row |= {"tokens_per_s": tokens / row["seconds"]["median"], "kv_bytes": forward.kv_bytes}
             row |= {
-                "kv_share": reading.kv_bytes / readings[BASE].kv_bytes,
+                "kv_share": forward.kv_bytes / passes[BASE].kv_bytes,
                 "expected": None,
                 "middle_ms": None,
                 "peak_bytes": peaks[name],
             }
-            if isinstance(reading, OnlineReading):
-                row |= of_online(reading, kind, batch, args, device)
+            if isinstance(forward, IncrementalForward):
+                row |= of_online(forward, kind, batch, args, device)
                 row["saved"] = (1 - row["ratio"]["median"]) / (1 - row["expected"])
             rows.append(row)
     return rows
 
 
-def of_online(reading: OnlineReading, kind: str, batch: int, args: argparse.Namespace, device: torch.device) -> dict:
-    """What is expected of a row, at the compression that was realised, and what the middle takes alone."""
-    model, length = reading.model, args.prompt + args.new
-    realised = length * batch / int(reading.concepts.sum())
+def of_online(
+    forward: IncrementalForward, kind: str, batch: int, args: argparse.Namespace, device: torch.device
+) -> dict:
+    """Expected shares at the realised compression, and the time of the middle layers alone."""
+    model, length = forward.model, args.prompt + args.new
+    realised = length * batch / int(forward.concepts.sum())
     found = {"realised": realised, "expected": flops_share(model, realised)}
     found["expected_kv"] = expected_bytes(model.split, realised, length)
     if kind == "prefill":
@@ -213,12 +215,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_equal(args: argparse.Namespace, device: torch.device) -> None:
-    """Without compression the same computation: refuse to time two different ones."""
+    """Exit unless model and backbone have the same logits without compression."""
     backbone = build_backbone(args, device)
-    model = OnlineConceptModel(backbone, list(args.split), codes=args.codes).to(device).eval()
+    model = OnlineConceptModel(backbone, split=list(args.split), codes=args.codes).to(device).eval()
     ids = torch.arange(16, device=device).unsqueeze(0) % args.vocabulary
     with torch.no_grad():
-        ours = model.logits(model.read(ids, schedule=CompressionSchedule(1.0, 0.0))[0])
+        ours = model.logits(model.read(ids, settings=CompressionSettings(1.0, 0.0))[0])
         gap = (ours - backbone(input_ids=ids).logits).abs().max().item()
     if gap > 1e-3:
         raise SystemExit(f"without compression the logits differ from the backbone's by {gap:.1e}")

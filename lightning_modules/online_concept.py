@@ -1,125 +1,59 @@
-"""OnlineConceptModule: a causal LM whose middle layers read concepts alone, trained in one forward with exactly T deep slots.
+"""OnlineConceptModule: trains a causal LM whose middle layers read concepts alone, in one forward pass a batch.
 
 Legend: B batch, T positions, V vocabulary.
 """
 
 import time
-from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from lightning_modules.base import LeapModule
 from lightning_modules.training.decoder_cost import synchronise
 from lightning_modules.training.nll_meter import NllMeter
 from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
-from models.backbones.code_space import Sampler, require_whole_codes
+from models.backbones.code_space import require_whole_codes
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
 from models.functional.nll import chosen_nll
 from models.interfaces.decoder import Decoder
-from models.online.codebook_and_rate import OnlineUpkeep
-from models.online.concept_stack import CompressionSchedule, Level
-from models.online.cost import equal_layers, flops_share
-from models.online.decoder import OnlineConceptDecoder, OnlineReading
-from models.online.files import save_online
+from models.online.codebook_update import CodebookUpdate
+from models.online.concept_stack import CompressionSettings, Level
+from models.online.cost import equal_layers, flops_share, measure_speed
+from models.online.decoder import OnlineConceptDecoder
+from models.online.files import load_baseline, save_online
 from models.online.model import OnlineConceptModel
-from models.online.options import check_options, load_baseline
-from models.online.terms import NAMES, OF_CODES, online_monitors, online_terms
-
-# rows and tokens that speeds are measured on, after a test
-TIMED_ROWS, TIMED_TOKENS = 16, 32
+from models.online.options import OnlineConceptOptions
+from models.online.rate_control import RateController
+from models.online.terms import online_monitors, online_terms
 
 
-class OnlineConceptModule(OnlineUpkeep, LeapModule):
-    """model: a causal LM in the layout of Llama and Qwen3; split to attention: as in `OnlineConceptModel`.
+class OnlineConceptModule(LeapModule):
+    """model: a causal LM in the layout of Llama and Qwen3.
 
-    Four pairs go from their first to their second value, linearly over `anneal_share` of the steps. compression: tokens a
-    concept; 1 is the model as it was. quantisation: 0 the middle stack reads shallow states, 1 codes. temperatures: of the
-    relaxed codes. noise: 1 draws codes and commits, 0 takes the most probable ones.
-    gate_every: steps of which one carries the gradient of gate `visibility`, for which every layer reads every position.
-    code_decay: of the running means of codes that follow their points (`sampler` ema_vq).
-    weights: of the terms in `online_terms.NAMES`; 0 or none switches one off. hold_rate: keep the realised rate of commits at
-    1 / compression by an offset, whatever the terms do.
-    baseline: the folder of a causal LM to compare with, such as that of a run of next_token_text; None compares with none.
-    lora_rank: adapters that train in the backbone's place; None trains all.
+    options: see `OnlineConceptOptions`; changes: some of them by name.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        split: list | None = None,
-        levels: int = 1,
-        growth: str = "null",
-        gate: str = "slot",
-        codes: int = 4096,
-        sampler: Sampler = "gumbel_st",
-        code_decay: float = 0.99,
-        gate_every: int = 1,
-        most_nulls: int = 15,
-        carry: bool = True,
-        pool: bool = True,
-        attention: str = "sdpa",
-        compression: tuple[float, float] = (1.0, 4.0),
-        quantisation: tuple[float, float] = (0.0, 1.0),
-        temperatures: tuple[float, float] = (1.0, 0.5),
-        noise: tuple[float, float] = (1.0, 0.0),
-        anneal_share: float = 0.5,
-        weights: Mapping[str, float],
-        hold_rate: bool = True,
-        baseline: str | None = None,
-        temperature: float = 1.0,
-        lora_rank: int | None = None,
-        lr: float = 2e-3,
-        weight_decay: float = 0.01,
-        warmup_steps: int = 100,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
+    options_class: ClassVar[type] = OnlineConceptOptions
+
+    def __init__(self, model: nn.Module, options: OnlineConceptOptions | None = None, **changes: Any) -> None:
+        o = replace(options or OnlineConceptOptions(), **changes)
+        super().__init__(lr=o.lr, weight_decay=o.weight_decay, warmup_steps=o.warmup_steps, seed=o.seed)
         require_causal(model, "online concepts")
-        check_options(
-            weights,
-            compression,
-            quantisation,
-            temperatures,
-            noise,
-            anneal_share,
-            most_nulls,
-            code_decay,
-            gate_every,
-            baseline,
-        )
-        self.save_hyperparameters(ignore=["model"])
-        if lora_rank is not None:
-            model = with_adapters(model, lora_rank)
-        self.model = OnlineConceptModel(
-            model,
-            split,
-            levels=levels,
-            growth=growth,
-            gate=gate,
-            codes=codes,
-            sampler=sampler,
-            most_nulls=most_nulls,
-            carry=carry,
-            pool=pool,
-            attention=attention,
-            compression=compression[1],
-            quantisation=quantisation[1],
-        )
-        idle = () if any(quantisation) else OF_CODES  # nobody reads a code: states are not to be pulled to any
-        self.weights = {name: 0.0 if name in idle else float(weights.get(name, 0.0)) for name in NAMES}
-        self.compression, self.quantisation = tuple(compression), tuple(quantisation)
-        self.temperatures, self.noise, self.anneal_share = tuple(temperatures), tuple(noise), anneal_share
-        self.hold_rate, self.baseline, self.temperature = hold_rate, baseline, temperature
-        self.code_decay, self.gate_every = code_decay, gate_every
+        self.options = o
+        self.save_hyperparameters(asdict(o))
+        if o.lora_rank is not None:
+            model = with_adapters(model, o.lora_rank)
+        self.model = OnlineConceptModel(model, o, compression=o.compression[1], quantisation=o.quantisation[1])
+        self.weights = o.term_weights()
+        self.rates, self.codebooks = RateController(), CodebookUpdate(o.code_decay)
         self.meter, self.truth_meter, self.base_meter = NllMeter(), NllMeter(), NllMeter()
         self.commit_rate = MeanMetric()
         self._cost: dict[str, float | None] = {}
-        self._base: list[nn.Module] = []  # compared with, no part of what is trained
+        self._base: list[nn.Module] = []  # in a list, so that the baseline is no part of this module's weights
 
     def require_precision(self, precision: str) -> None:
         require_whole_codes(self.model, precision)
@@ -127,36 +61,48 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        text, schedule = causal_text(batch), self._setting(batch_idx)
-        self.model.keep_setting(schedule.compression, schedule.quantisation)
-        # 1. what each token costs, and what became of the positions
-        nll, levels = self._nll(text, schedule)
-        # 2. what else is asked of commits and codes
+        text, settings = causal_text(batch), self._settings(batch_idx)
+        self.model.set_inference_settings(settings.compression, settings.quantisation)
+        # 1. one forward pass: -log p of every target, and what each level did
+        nll, levels = self._nll(text, settings)
+        # 2. the text's loss and the auxiliary terms of routers and codes
         raw = {"text": nll.sum() / text.weights.sum().clamp(min=1), **online_terms(self.model, levels, text)}
-        # 3. the weighted sum
+        # 3. their weighted sum
         loss = sum(weight * raw[name] for name, weight in self.weights.items() if weight)
-        # ranks wait for every weight's gradient, also while nothing is compressed and a router decides nothing
+        # DDP waits for a gradient of every weight, also at compression 1 where a router decides nothing
         loss = loss + 0.0 * sum(p.sum() for p in self.model.stack.parameters())
-        # 4. hold the rate that was realised, and let codes follow what they stand for
-        if self.hold_rate:
-            self._hold_rates(levels)
-        self._move_codes(levels, text.ids.shape[1])
+        # 4. statistics for rate control and codebooks, which are updated once an optimiser step
+        if self.options.hold_rate:
+            self.rates.add(levels)
+        self.codebooks.add(levels, text.ids.shape[1], self.in_row_order)
+        # 5. monitors
         self.log("train/loss", loss, prog_bar=True)
-        wanted = {"wanted": schedule.compression, "quantisation": schedule.quantisation}
+        wanted = {"wanted": settings.compression, "quantisation": settings.quantisation}
         self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
 
-    def _nll(self, text: CausalText, schedule: CompressionSchedule | None = None) -> tuple[Tensor, list[Level]]:
-        """-log p of each target that counts, nats, 0 elsewhere, (B, T)."""
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Rate control and codebook updates: once an optimiser step, after its last micro-batch, the same on every rank."""
+        stacks = self.model.stacks()
+        self.rates.apply([stack.router for stack in stacks], self.gathered)
+        spaces = [getattr(stack.codes, "space", None) for stack in stacks]
+        dead = self.codebooks.apply(spaces, self.generator_of_all_ranks, start=self.global_step == 0)
+        for k, count in dead.items():
+            self.log(f"monitor/dead_codes{f'_{k + 1}' if k else ''}", float(count))
+
+    def _nll(self, text: CausalText, settings: CompressionSettings | None = None) -> tuple[Tensor, list[Level]]:
+        """-log p in nats of each target with a weight, 0 elsewhere, (B, T); and the result of each level."""
         valid = None if text.attention_mask is None else text.attention_mask.bool()
-        states, levels = self.model.read(text.ids, valid, text.position_ids, schedule, documents=text.document_ids)
+        states, levels = self.model.read(text.ids, valid, text.position_ids, settings, documents=text.document_ids)
         return chosen_nll(self.model.logits(states[text.weights]), text.targets, text.weights), levels
 
-    def _setting(self, batch_idx: int) -> CompressionSchedule:
-        pairs = (self.compression, self.quantisation, self.temperatures, self.noise)
-        gated = self.global_step % self.gate_every == 0
-        now = (self.annealed(ends, self.anneal_share) for ends in pairs)
-        return CompressionSchedule(*now, generator=self.step_generator(batch_idx), gated=gated)
+    def _settings(self, batch_idx: int) -> CompressionSettings:
+        """The annealed values of this step."""
+        o = self.options
+        pairs = (o.compression, o.quantisation, o.temperatures, o.noise)
+        values = (self.annealed(pair, o.anneal_share) for pair in pairs)
+        gated = self.global_step % o.gate_every == 0
+        return CompressionSettings(*values, generator=self.step_generator(batch_idx), gated=gated)
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
@@ -188,14 +134,14 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
 
     def on_test_epoch_start(self) -> None:
         self._reset()
-        if self.baseline is not None and not self._base:
-            self._base.append(load_baseline(self.baseline, self.model).to(self.device))
+        if self.options.baseline is not None and not self._base:
+            self._base.append(load_baseline(self.options.baseline, self.model).to(self.device))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
+        """The NLL of the batch's texts, and every decoder's responses where the batch has prompts."""
         self._measure(batch)
         if batch_idx == 0:
-            self._cost = self._measured_cost(causal_text(batch))
+            self._cost = measure_speed(self.model, causal_text(batch), self._now)
         for base in self._base:
             self.base_meter.update(causal_nll(base, causal_text(batch)), token_counts(batch))
         if hasattr(self.trainer.datamodule, "true_nll"):
@@ -212,7 +158,7 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
         return figures
 
     def model_cost(self) -> dict[str, float | None]:
-        """Speeds and memory, and the plain model whose FLOPs a token are the same: a control to train beside this one."""
+        """Speed, memory and FLOPs; equal_layers: layers of a plain model with the same FLOPs, to train as a control."""
         if not self._cost:
             return {}
         realised = 1 / float(self.commit_rate.compute())
@@ -221,26 +167,6 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
 
     def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
         return {"quality": {}, "cost": self._cost if k < len(self.decoders()) else {}}
-
-    @torch.no_grad()
-    def _measured_cost(self, text: CausalText) -> dict[str, float | None]:
-        """Tokens a second of reading and of writing, and bytes of keys and values a text at the end of both."""
-        ids = text.ids[:TIMED_ROWS]
-        valid = None if text.attention_mask is None else text.attention_mask[:TIMED_ROWS].bool()
-        reading = OnlineReading(self.model)
-        reading.read(ids, valid)  # warms up
-        moments = [self._now()]
-        logits = reading.read(ids, valid)
-        moments.append(self._now())
-        for _ in range(TIMED_TOKENS):
-            logits = reading.step(logits.argmax(-1))
-        moments.append(self._now())
-        return {
-            "prefill_tokens_per_s": ids.numel() / (moments[1] - moments[0]),
-            "decode_tokens_per_s": len(ids) * TIMED_TOKENS / (moments[2] - moments[1]),
-            "kv_bytes": reading.kv_bytes / len(ids),
-            "batch": len(ids),
-        }
 
     def _now(self) -> float:
         synchronise(self.device)
@@ -252,13 +178,14 @@ class OnlineConceptModule(OnlineUpkeep, LeapModule):
         how = {"vocab_size": len(data.tokenizer)}
         return [
             OnlineConceptDecoder(self.model, data.response_length, temperature=t, **how)
-            for t in (0.0, self.temperature)
+            for t in (0.0, self.options.temperature)
         ]
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = {k: v for k, v in checkpoint["state_dict"].items() if k in self._buffers_kept()}
+        names = {f"model.{name}" for name in self.model.kept_buffers()}
+        kept = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
         super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] |= kept
 

@@ -1,6 +1,6 @@
-r"""How the decision to commit gets a gradient from the text's loss: straight-through forms.
+r"""Straight-through estimators that give the decision to commit a gradient from the text's loss.
 
-Under e = e_hard + e_soft - sg(e_soft) a gate that only chooses gets none.
+The decision is discrete: without one of these it has no gradient.
 Legend: B batch, T positions, M packed concepts, D width.
 """
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 from models.functional.gumbel import straight_through
 
-LEAST_NULL = 1e-6  # 1 - p of a position that is sure to commit
+LEAST_NULL = 1e-6  # lower bound of 1 - p, for its logarithm
 
 
 def mix_slots(commit: Tensor, probability: Tensor, concept: Tensor, token: Tensor) -> Tensor:
-    """w z + (1 - w) b with w = g + p - sg(p): z at commits, b elsewhere, and dL/dp = <dL/d slot, z - b> everywhere.
+    """w z + (1 - w) b with w = g + p - sg(p): z at commits, b at NULLs, and dL/dp = <dL/d slot, z - b> at both.
 
-    commit (B, T) bool, probability (B, T); concept (B, T, D): the last concept at each position, 0 before the first;
-    token (B, T, D).
+    commit g (B, T) bool, probability p (B, T); concept z (B, T, D): the last concept at each position, 0 before the first;
+    token b (B, T, D): the deep input of a NULL.
     """
     gate = straight_through(commit.to(token.dtype), probability.to(token.dtype)).unsqueeze(-1)
     return gate * concept + (1 - gate) * token
 
 
 def smooth_concepts(concepts: Tensor, probability: Tensor, before: Tensor | None = None) -> Tensor:
-    r"""Each concept mixed with those before it by how sure its commit was (Hwang et al., 2507.07955).
+    r"""Exponential smoothing of concepts by their commit probabilities (Hwang et al., 2507.07955).
 
     .. math:: \bar z_m = p_m z_m + (1 - p_m) \bar z_{m-1}, \qquad \bar z_{-1} = z_0
 
-    concepts (B, M, D), probability (B, M) in (0, 1], before (B, D): the last one of an earlier call. A document's
-    first concept, which none stands before, has p = 1. Unlike the other forms it changes the value wherever p < 1.
+    concepts (B, M, D), probability (B, M) in (0, 1], before (B, D): the last one of an earlier call. The first concept of
+    a document has p = 1. Unlike the other estimators it changes the value wherever p < 1.
     """
     smooth, last = [], concepts[:, 0] if before is None else before
     for m in range(concepts.shape[1]):
@@ -39,7 +39,7 @@ def smooth_concepts(concepts: Tensor, probability: Tensor, before: Tensor | None
 
 
 def concept_visibility(commit: Tensor, probability: Tensor, may: Tensor) -> Tensor:
-    """What a concept at q would see of others, (B, 1, T, T): g + p - sg(p) of every k < q, and itself.
+    """Soft mask of the middle layers, (B, 1, T, T): g_k + p_k - sg(p_k) for k < q, and 1 at k = q.
 
     commit (B, T) bool, probability (B, T), may (B, T, T) bool: `commits.may_be_seen`.
     """
@@ -49,13 +49,13 @@ def concept_visibility(commit: Tensor, probability: Tensor, may: Tensor) -> Tens
 
 
 def visibility(seen: Tensor, probability: Tensor, may: Tensor) -> Tensor:
-    """What the deep stack sees, as numbers: the value of seen (B, 1, T, T) bool, the gradient of `soft_visibility`."""
+    """Soft mask of the deep layers: the value of seen (B, 1, T, T) bool, the gradient of `soft_visibility`."""
     soft = soft_visibility(probability, may)
     return straight_through(seen.to(soft.dtype), soft)
 
 
 def soft_visibility(probability: Tensor, may: Tensor) -> Tensor:
-    r"""The probability that k is seen from q > k: either k commits, or no position behind it has committed yet.
+    r"""The probability that q > k attends to k: k commits, or no position from k + 1 to q does.
 
     .. math:: s_{qk} = p_k + (1 - p_k) \prod_{j=k+1}^{q} (1 - p_j)
 
@@ -68,8 +68,8 @@ def soft_visibility(probability: Tensor, may: Tensor) -> Tensor:
 
 
 def keep_null_mass(soft: Tensor, probability: Tensor) -> Tensor:
-    """Code weights (B, M, K) that sum to p(commit) (B, M): NULL is one of the choices and keeps its share.
+    """Code weights (B, M, K) that sum to p(commit) (B, M), because NULL is one of the classes and keeps its probability.
 
-    Renormalised over the codes alone, the gradient to the NULL logit would be exactly 0.
+    Weights that sum to 1 over the codes alone would give the NULL logit a gradient of exactly 0.
     """
     return soft * probability.to(soft.dtype).unsqueeze(-1)

@@ -1,10 +1,11 @@
-r"""How often a router commits: where it starts, what draws it to its rate, and what holds the realised rate.
+r"""The rate of commits: a router's initial bias, the ratio loss, and the control of the realised rate.
 
-Legend: R compression, tokens a concept; F share of positions that commit; G mean probability of a commit.
+Legend: R compression, positions a concept; F share of positions that commit; G mean probability of a commit.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -16,8 +17,8 @@ def null_bias(compression: float, codes: int = 1) -> float:
 def ratio_loss(commits: Tensor, probabilities: Tensor, valid: Tensor, compression: float) -> Tensor:
     r"""R / (R - 1) ((R - 1) F G + (1 - F)(1 - G)) (Hwang et al., Dynamic Chunking, 2507.07955); all (B, T).
 
-    F is counted and has no gradient; dL/dG = R / (R - 1) (R F - 1), so G falls while the realised rate is above 1/R and
-    rises while it is below. 1 at F = G = 1/R, which is a saddle and no bound: it can be smaller elsewhere. Needs R > 1.
+    F is counted and has no gradient. dL/dG = R / (R - 1) (R F - 1): G falls while the realised rate is above 1/R and rises
+    while it is below. The loss is 1 at F = G = 1/R, which is a saddle point and no minimum. Needs R > 1.
     """
     count = valid.sum().clamp(min=1)
     hard = (commits & valid).sum().to(probabilities.dtype) / count
@@ -28,6 +29,11 @@ def ratio_loss(commits: Tensor, probabilities: Tensor, valid: Tensor, compressio
 def correction(offset: Tensor, realised: Tensor, compression: float, spread: Tensor, gain: float = 0.5) -> Tensor:
     """The next offset, which is subtracted from every score: it grows while more than 1/R of the positions commit.
 
-    The step is measured in the scores' own spread, so that wide and narrow scores are held alike.
+    An integral controller. spread: the scores' standard deviation, so that the step does not depend on their scale.
     """
     return offset + gain * spread * (realised - 1 / compression)
+
+
+def rate_threshold(mean: Tensor, spread: Tensor, compression: float) -> Tensor:
+    """The value that 1/R of normally distributed scores exceed; needs R > 1."""
+    return mean + spread * torch.special.ndtri(torch.full_like(mean, 1 - 1 / compression))

@@ -1,7 +1,7 @@
-r"""Commits: which positions of a text become concepts, packed for a stack that reads concepts alone.
+r"""Commits: positions of a text that become concepts. Packing, attention masks and rules of when to commit.
 
-A position either commits (g_t = 1) or is NULL. tau(t) is the last commit at or before t; the deep stack at t reads the
-concepts up to tau(t) and the tail, the NULL positions tau(t)+1 .. t. All of it in one forward with exactly T slots.
+A position either commits (g_t = 1) or is a NULL (g_t = 0); tau(t) is the last commit at or before t. Deep layers at t attend
+to the concepts up to tau(t) and to the tail, the NULLs tau(t)+1 .. t. One forward pass has exactly T deep slots.
 Legend: B batch, T positions, M packed concepts.
 """
 
@@ -15,9 +15,9 @@ from models.functional.attention import document_attention_mask
 
 
 class Packing(NamedTuple):
-    """index (B, M): positions of the commits, in order, then others; real (B, M): which of them are commits.
+    """index (B, M): positions of the commits in order, then of padding; real (B, M): False on padding.
 
-    segment (B, T): commits at or before a position; slot (B, T): the packed place of tau(t), 0 where there is none yet.
+    segment (B, T): number of commits at or before a position; slot (B, T): packed index of tau(t), 0 before the first commit.
     """
 
     index: Tensor
@@ -29,16 +29,15 @@ class Packing(NamedTuple):
 def pack_commits(commit: Tensor) -> Packing:
     """commit (B, T) bool, False on padding -> `Packing` with M = the most commits of any row, at least 1.
 
-    Rows with fewer are filled up behind their last commit, so that a stack that is causal in the packed order needs no
-    padding mask.
+    Padding stands behind a row's last commit, so that layers that are causal in the packed order need no padding mask.
     """
     g = commit.long()
     segment = g.cumsum(1)
     count = segment[:, -1]
-    place = torch.arange(commit.shape[1], device=commit.device)
+    position = torch.arange(commit.shape[1], device=commit.device)
     most = max(1, int(count.max()))
-    index = (place + len(place) * (1 - g)).argsort(1)[:, :most]
-    return Packing(index, place[:most] < count.unsqueeze(1), segment, (segment - 1).clamp(min=0))
+    index = (position + len(position) * (1 - g)).argsort(1)[:, :most]
+    return Packing(index, position[:most] < count.unsqueeze(1), segment, (segment - 1).clamp(min=0))
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
@@ -48,27 +47,27 @@ def take(states: Tensor, index: Tensor) -> Tensor:
 
 
 def latest(concepts: Tensor, count: Tensor, documents: Tensor | None = None, owners: Tensor | None = None) -> Tensor:
-    """The last of so many concepts, (B, M, D) and count (B, T) -> (B, T, D); 0 where there is none yet.
+    """Concept number `count` of concepts (B, M, D), count (B, T) from 1 -> (B, T, D); 0 at count 0.
 
-    documents (B, T) and owners (B, M), the documents of concepts: 0 too where the last one is of another document.
+    documents (B, T) and owners (B, M), the documents of concepts: also 0 where that concept is of another document.
     """
-    slot, there = (count - 1).clamp(min=0), count > 0
+    slot, exists = (count - 1).clamp(min=0), count > 0
     if documents is not None:
-        there = there & (owners.gather(1, slot) == documents)
-    return take(concepts, slot) * there.unsqueeze(-1)
+        exists = exists & (owners.gather(1, slot) == documents)
+    return take(concepts, slot) * exists.unsqueeze(-1)
 
 
 def tail_means(states: Tensor, commit: Tensor, valid: Tensor, documents: Tensor | None = None) -> Tensor:
-    """The mean of the tail before each position and, at the end, of the one behind the last, (B, T + 1, D); 0 of an empty one.
+    """Mean state of the tail before each position, and of the last tail, (B, T + 1, D); 0 of an empty tail.
 
-    states (B, T, D); commit, valid (B, T) bool; documents (B, T): a tail is of one of them. Sums are of float64: they are
-    differences of running ones.
+    states (B, T, D); commit, valid (B, T) bool; documents (B, T): a tail never crosses documents. Computed as differences of
+    cumulative sums, in float64.
     """
-    place = torch.arange(commit.shape[1] + 1, device=commit.device)
+    position = torch.arange(commit.shape[1] + 1, device=commit.device)
     starts = F.pad(commit, (1, 0), value=True)
     if documents is not None:
         starts = starts | F.pad(document_begins(documents), (0, 1))
-    start = torch.where(starts, place, 0).cummax(1).values
+    start = torch.where(starts, position, 0).cummax(1).values
     summed = F.pad((states * valid.unsqueeze(-1)).double().cumsum(1), (0, 0, 1, 0))
     count = F.pad(valid.long().cumsum(1), (1, 0))
     length = (count - count.gather(1, start)).clamp(min=1).unsqueeze(-1)
@@ -76,9 +75,9 @@ def tail_means(states: Tensor, commit: Tensor, valid: Tensor, documents: Tensor 
 
 
 def may_be_seen(valid: Tensor, documents: Tensor | None = None) -> Tensor:
-    """What any stack may see, (B, T, T) bool: real positions up to the query, of its own document where a row has several.
+    """Causal mask (B, T, T) bool: valid positions up to the query, of its own document. True may be seen.
 
-    valid (B, T) bool; documents (B, T): which one a position belongs to, None where each row is one text.
+    valid (B, T) bool; documents (B, T): the document of each position, None where each row is one text.
     """
     seen = valid.unsqueeze(1).expand(-1, valid.shape[1], -1)
     if documents is not None:
@@ -87,9 +86,9 @@ def may_be_seen(valid: Tensor, documents: Tensor | None = None) -> Tensor:
 
 
 def text_mask(valid: Tensor, documents: Tensor | None = None) -> Tensor | None:
-    """What the shallow stack may see, (B, 1, T, T) bool: `may_be_seen`, and the query itself.
+    """Mask of the shallow layers, (B, 1, T, T) bool: `may_be_seen`, and the query itself.
 
-    None where nothing that is padding stands before something real: causal attention is then enough.
+    None where plain causal attention is enough: one document a row and no padding on the left.
     """
     if documents is None and bool((valid.long().cummin(1).values == valid.long()).all()):
         return None
@@ -98,11 +97,10 @@ def text_mask(valid: Tensor, documents: Tensor | None = None) -> Tensor | None:
 
 
 def deep_mask(commit: Tensor, segment: Tensor, valid: Tensor, documents: Tensor | None = None) -> Tensor:
-    """What the deep stack may see, (B, 1, T, T) bool, True = may be seen; all (B, T).
+    """Mask of the deep layers, (B, 1, T, T) bool, True may be seen; all arguments (B, T).
 
-    allow(q, k) = k <= q and valid_k and (g_k or segment_q = segment_k), or k = q. A concept sees concepts alone (a NULL
-    position before it has another segment), a tail position the concepts before it and its own tail; both of their own
-    document.
+    allow(q, k) = k <= q and valid_k and (g_k or segment_q = segment_k), or k = q. A concept attends to concepts alone (NULLs
+    before it are of another segment), a NULL to the concepts before it and to its own tail; both within their document.
     """
     seen = commit.unsqueeze(1) | (segment.unsqueeze(2) == segment.unsqueeze(1))
     eye = torch.eye(commit.shape[1], dtype=torch.bool, device=commit.device)
@@ -116,17 +114,17 @@ def document_begins(documents: Tensor) -> Tensor:
     return begins
 
 
-def places_in_documents(place: Tensor, documents: Tensor) -> Tensor:
-    """Places (B, T) counted anew from 0 in every document; both (B, T)."""
-    return place - torch.where(document_begins(documents), place, place.amin()).cummax(1).values
+def positions_in_documents(position: Tensor, documents: Tensor) -> Tensor:
+    """Positions (B, T) that start at 0 in every document (B, T)."""
+    return position - torch.where(document_begins(documents), position, position.amin()).cummax(1).values
 
 
 def cap_nulls(natural: Tensor, valid: Tensor, most: int, since: Tensor, begins: Tensor | None = None) -> Tensor:
-    """natural commits (B, T) with a forced one wherever more than `most` NULLs would follow each other.
+    """natural commits (B, T) and forced ones, so that no run of NULLs is longer than `most`.
 
-    d = t - last natural commit, t counted over valid positions; forced where NULL and d is a multiple of most + 1.
-    since (B,): NULLs in a row before the first of these positions; 0 at the beginning of a text. begins (B, T) bool: where
-    a text begins.
+    A NULL is forced to commit where d = t - last natural commit, counted in valid positions, is a multiple of most + 1.
+    since (B,): NULLs since the last commit before these positions, 0 at the beginning. begins (B, T) bool: first positions
+    of documents.
     """
     at = valid.long().cumsum(1) - 1
     before = (-1 - since).unsqueeze(1).expand_as(at)
@@ -138,35 +136,35 @@ def cap_nulls(natural: Tensor, valid: Tensor, most: int, since: Tensor, begins: 
 
 
 def nulls_since(commit: Tensor, valid: Tensor, since: Tensor) -> Tensor:
-    """How many NULLs in a row each row of commit (B, T) ends with, (B,), counting `since` (B,) from before."""
+    """NULLs after the last commit of each row, (B,). commit, valid (B, T) bool; since (B,): NULLs before these positions."""
     after = commit.long().flip(1).cumsum(1).flip(1) == 0  # no commit from here on
     nulls = (after & valid).sum(1)
     return torch.where(commit.any(1), nulls, since + nulls)
 
 
-def even_commits(place: Tensor, compression: float) -> Tensor:
-    """One commit in `compression` positions, spread evenly: of N tokens the M that make floor((t + 1) M / N) grow.
+def even_commits(position: Tensor, compression: float) -> Tensor:
+    """Evenly spaced commits, one in `compression` positions: t commits where floor((t + 1) / R) > floor(t / R).
 
-    place (B, T): positions counted from the text's beginning. compression = N / M >= 1.
+    position (B, T): t, from 0 at the beginning of a text. compression: R >= 1.
     """
     rate = 1.0 / compression
-    return torch.floor((place + 1).double() * rate + 1e-9) > torch.floor(place.double() * rate + 1e-9)
+    return torch.floor((position + 1).double() * rate + 1e-9) > torch.floor(position.double() * rate + 1e-9)
 
 
-def drawn_commits(place: Tensor, compression: float, block: int = 16) -> Tensor:
-    """As many commits in every `block` places as `even_commits` has, at places that a hash draws; the same in every text.
+def random_commits(position: Tensor, compression: float, block: int = 16) -> Tensor:
+    """Pseudo-random commits, in every block as many as `even_commits`. They depend on the position alone, not on the text.
 
-    place (B, T): positions counted from the text's beginning. What is read has no say in it.
+    position (B, T): from 0 at the beginning of a text. block: number of positions of a block.
     """
-    first = place - place % block
-    others = first.unsqueeze(-1) + torch.arange(block, device=place.device)
-    rank = (_hashed(others) < _hashed(place).unsqueeze(-1)).sum(-1)
+    first = position - position % block
+    others = first.unsqueeze(-1) + torch.arange(block, device=position.device)
+    rank = (_hashed(others) < _hashed(position).unsqueeze(-1)).sum(-1)
     before, after = (torch.floor(at.double() / compression + 1e-9) for at in (first, first + block))
     return rank < after - before
 
 
 def _hashed(numbers: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3 (Appleby): 32 bits of each number of int64 in which neighbours have nothing in common."""
+    """The finaliser of MurmurHash3 (Appleby): 32 pseudo-random bits of each int64 number."""
     x = ((numbers + 1) * 0x9E3779B1) & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
@@ -174,10 +172,10 @@ def _hashed(numbers: Tensor) -> Tensor:
 
 
 def accumulated_commits(increments: Tensor, total: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Integrate and fire (Dong & Xu, 1905.11235): a commit wherever the running sum passes a whole number.
+    """Continuous integrate-and-fire (Dong & Xu, 1905.11235): a commit wherever the cumulative sum passes an integer.
 
-    increments (B, T) in [0, 1], total (B,) from before -> commits (B, T) bool and the new total, both summed in float64.
-    begins (B, T) bool: where a text begins, and with it another sum.
+    increments (B, T) in [0, 1], total (B,): the sum before -> commits (B, T) bool and the new total; sums are of float64.
+    begins (B, T) bool: first positions of documents, where the sum starts at 0.
     """
     sums = torch.cat([total.double().unsqueeze(1), increments.double()], 1).cumsum(1)
     after, before = sums[:, 1:], sums[:, :-1]
@@ -188,10 +186,10 @@ def accumulated_commits(increments: Tensor, total: Tensor, begins: Tensor | None
 def renewal_nulls(
     scores: Tensor, by_distance: Tensor, valid: Tensor, most: int, since: Tensor, begins: Tensor | None = None
 ) -> Tensor:
-    """NULLs in a row before each position, (B, T), where each decision depends on how long ago the last commit was.
+    """NULLs since the last commit before each position, (B, T), of decisions that depend on this number.
 
-    A position commits where scores (B, T) + by_distance[NULLs in a row before it] > 0, or where more than `most` NULLs would
-    follow each other. by_distance (most + 1,); since (B,) and begins (B, T) as in `cap_nulls`.
+    With n NULLs since the last commit, a position commits where scores (B, T) + by_distance[n] > 0, or where n >= most.
+    by_distance (most + 1,); since (B,) and begins (B, T) as in `cap_nulls`.
     """
     before = []
     for t in range(scores.shape[1]):

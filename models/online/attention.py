@@ -1,7 +1,7 @@
-"""Attention of the deep layers: SDPA with a mask of true and false, FlexAttention with blocks of it, or a mask with a gradient.
+"""Attention of the deep layers: SDPA with a boolean mask, FlexAttention with a block mask, or a soft mask with a gradient.
 
-Blocks pay where concepts stand together: the slots are put in the order [concepts | tokens], each in the order of the text.
-Token queries then meet all concept keys and, of the tokens, those near the diagonal; concept queries meet no token at all.
+FlexAttention skips blocks that are masked as a whole. So slots are sorted to [concepts | NULLs], each in the order of the
+text: concept queries then skip all NULL keys, and NULL queries all NULL keys far from the diagonal.
 Legend: B batch, T positions, H heads, d head width.
 """
 
@@ -17,14 +17,13 @@ from transformers.masking_utils import sdpa_mask
 
 from models.functional.attention import visible_attention
 from models.functional.commits import Packing
-from models.functional.errors import require_choice
+from models.online.options import Attention, Gate
 
-ATTENTIONS = ("sdpa", "flex")
 NAME = "leap_concepts"
 
 
 class Visible(NamedTuple):
-    """How much of each key a query sees, (B, 1, T, T), with a gradient: dense attention."""
+    """A soft mask of dense attention: how much of each key a query sees, (B, 1, T, T), with a gradient."""
 
     share: Tensor
 
@@ -42,7 +41,7 @@ def concept_attention(
     attention_mask: Tensor | BlockMask | Visible | None,
     **options,
 ) -> tuple[Tensor, None]:
-    """In the shape that transformers asks for: query (B, H, T, d), key and value of their own heads -> (B, T, H, d)."""
+    """An attention function of transformers: query (B, H, T, d), key and value of their own heads -> (B, T, H, d)."""
     if isinstance(attention_mask, Visible):
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         out = visible_attention(query, key, value, attention_mask.share.to(query.dtype), options["scaling"])
@@ -55,9 +54,8 @@ def concept_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def use_attention(model: nn.Module, attention: str, gate: str) -> None:
-    """Have the model's layers take block masks and masks with a gradient too, where they are wanted."""
-    require_choice("module.attention", attention, ATTENTIONS)
+def use_attention(model: nn.Module, attention: Attention, gate: Gate) -> None:
+    """Make the model's layers accept block masks and soft masks, where these are needed."""
     if attention == "flex" or gate == "visibility":
         AttentionInterface.register(NAME, concept_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -65,14 +63,14 @@ def use_attention(model: nn.Module, attention: str, gate: str) -> None:
 
 
 def concepts_first(commit: Tensor) -> Tensor:
-    """The order (B, T) of slots: positions that commit, then the others, each as they stand in the text."""
+    """The order (B, T) of slots: commits, then NULLs, each in the order of the text."""
     return (~commit).long().argsort(dim=1, stable=True)
 
 
 def deep_block_mask(
     commit: Tensor, packing: Packing, valid: Tensor, order: Tensor, documents: Tensor | None = None
 ) -> BlockMask:
-    """`commits.deep_mask` of slots in another order, as blocks; all (B, T)."""
+    """`commits.deep_mask` as a block mask, of slots in `order`; all (B, T)."""
     documents = torch.zeros_like(order) if documents is None else documents
     own, segment, real, document = (x.gather(1, order) for x in (commit, packing.segment, valid, documents))
 

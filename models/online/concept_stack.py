@@ -1,6 +1,6 @@
-"""Shallow layers over every position, middle layers over concepts alone, deep layers over concepts and each tail.
+"""Shallow layers over every position, middle layers over concepts alone, deep layers over concepts and tails.
 
-The middle is a `LayerStack`, or again a `ConceptStack`: concepts of concepts.
+The middle is a `LayerStack`, or again a `ConceptStack`: a second level of concepts. Terms: see `OnlineModelOptions`.
 Legend: B batch, T positions, M packed concepts, n rows of a step, D width.
 """
 
@@ -20,22 +20,22 @@ from models.functional.commits import (
     tail_means,
     take,
 )
-from models.functional.errors import UsageError, require_choice
+from models.functional.errors import UsageError
 from models.online.attention import Visible, concepts_first, deep_block_mask
 from models.online.codes import Coded, build_codes
 from models.online.layer_stack import LayerStack
+from models.online.options import OnlineModelOptions
 from models.online.router import ReadOut, RouterState, Routing, build_router
 from models.online.row_cache import RowCache
 from models.online.stack_state import StackState
 
-GATES = ("slot", "smooth", "mass", "visibility", "none")
 
+class CompressionSettings(NamedTuple):
+    """How strongly a text is compressed in one forward pass; in training these values are annealed over the steps.
 
-class CompressionSchedule(NamedTuple):
-    """How strongly to compress: compression (tokens a concept, of every level), quantisation (0 states, 1 codes).
-
-    temperature and noise (0 none, 1 a full draw) of codes and commits, drawn from `generator`. gated: whether gate
-    `visibility` works out its gradient, for which every layer reads every position.
+    compression: positions a concept, at every level. quantisation: 0 the middle layers read hidden states, 1 codes.
+    temperature: of the relaxed codes. noise: scale of the Gumbel noise of codes and commits, from `generator`; 0 is none.
+    gated: whether gate `visibility` computes its gradient, for which every layer reads every position.
     """
 
     compression: float
@@ -47,7 +47,7 @@ class CompressionSchedule(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What one level did with a text. hidden (B, T, D): its shallow states."""
+    """Result of one level. real (B, M): which packed concepts are none of the padding. hidden (B, T, D): its shallow states."""
 
     routing: Routing
     coded: Coded
@@ -58,52 +58,40 @@ class Level(NamedTuple):
 class ConceptStack(nn.Module):
     """split: [shallow, middle, deep] layers of `decoder` from `first` on; middle may be such a list again.
 
-    gate: how the decision to commit gets a gradient: `slot`, `smooth`, `mass`, `visibility` (commit_gates) or `none`.
-    carry: a tail position reads the concept before it at once, not only by the deep layers' attention. pool: a concept reads
-    the mean of the tail that it ends.
-    attention: of the deep layers over whole texts, `sdpa` or `flex`.
+    embedding_std: root mean square of fresh embeddings of codes. read_out: logits of hidden states, for growth `entropy`.
     """
 
     def __init__(
         self,
         decoder: nn.Module,
         split: list,
+        options: OnlineModelOptions,
         *,
-        growth: str,
-        gate: str,
-        codes: int,
-        most_nulls: int,
-        sampler: str = "gumbel_st",
-        carry: bool = True,
-        pool: bool = True,
-        attention: str = "sdpa",
         embedding_std: float = 1.0,
         read_out: ReadOut | None = None,
         first: int = 0,
         **like,
     ) -> None:
         super().__init__()
-        require_choice("module.gate", gate, GATES)
         shallow, middle, deep = split
-        if gate == "visibility" and isinstance(middle, list):
+        nested = isinstance(middle, list)
+        if options.gate == "visibility" and nested:
             raise UsageError("module.gate=visibility is of one level; type module.levels=1, or module.gate=slot")
         width = decoder.embed_tokens.weight.shape[1]
-        more = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
-        more |= {"carry": carry, "pool": pool, "attention": attention, "embedding_std": embedding_std}
-        self.inner = (
-            ConceptStack(decoder, middle, **more, first=first + shallow, **like) if isinstance(middle, list) else None
-        )
-        size = middle if self.inner is None else self.inner.size
-        self.size, self.gate, self.attention = shallow + size + deep, gate, attention
+        inner = {"embedding_std": embedding_std, "first": first + shallow, **like}
+        self.inner = ConceptStack(decoder, middle, options, **inner) if nested else None
+        size = self.inner.size if nested else middle
+        self.size, self.gate, self.attention = shallow + size + deep, options.gate, options.attention
         self.shallow = LayerStack(decoder, first, first + shallow)
-        self.middle = None if self.inner is not None else LayerStack(decoder, first + shallow, first + shallow + size)
+        self.middle = None if nested else LayerStack(decoder, first + shallow, first + shallow + size)
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
-        self.codes = build_codes(sampler, width, codes, embedding_std, **like)
-        self.router = build_router(growth, width, most_nulls, self.codes, read_out, **like)
-        # what tails have in the middle stack's place, and what they and concepts tell each other, starts as nothing
+        self.codes = build_codes(options.sampler, width, options.codes, embedding_std, **like)
+        self.router = build_router(options.growth, width, options.most_nulls, self.codes, read_out, **like)
+        # linear maps around the middle layers: of a NULL's own state, of the concept before it, of the mean of a tail.
+        # They start at 0, so that a fresh model differs from its backbone as little as it can
         self.bridge = nn.Linear(width, width, bias=False, **like)
-        self.carry = nn.Linear(width, width, bias=False, **like) if carry else None
-        self.pool = nn.Linear(width, width, bias=False, **like) if pool else None
+        self.carry = nn.Linear(width, width, bias=False, **like) if options.carry else None
+        self.pool = nn.Linear(width, width, bias=False, **like) if options.pool else None
         for new in (self.bridge, self.carry, self.pool):
             if new is not None:
                 nn.init.zeros_(new.weight)
@@ -115,36 +103,38 @@ class ConceptStack(nn.Module):
         states: Tensor,
         positions: Tensor,
         valid: Tensor,
-        schedule: CompressionSchedule,
+        settings: CompressionSettings,
         state: StackState | None = None,
         documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
-        """(B, T, D), (B, T), valid (B, T) bool -> states (B, T, D) and what each level did, the outermost first.
+        """(B, T, D), (B, T), valid (B, T) bool -> states (B, T, D) and the result of each level, the outermost first.
 
-        documents (B, T): where rows have several, nothing of one reaches another.
+        state: caches to fill. documents (B, T): of rows with several documents, which never see each other.
         """
-        # 1. every position
+        # 1. shallow layers over every position
         hidden = self.shallow.read(states, positions, valid, state and state.shallow, documents)
-        # 2. which of them become concepts
-        routing, after = self._route(hidden, valid, state and state.router, schedule, documents)
+        # 2. commits: the positions that become concepts, packed to the left
+        routing, after = self._route(hidden, valid, state and state.router, settings, documents)
         packing = pack_commits(routing.commit)
         owners = None if documents is None else take(documents, packing.index)
         tails = tail_means(self.codes.normed(hidden), routing.commit, valid, documents)
-        if self.gate == "visibility" and schedule.gated and routing.probability.requires_grad and state is None:
-            out, coded, inner = *self._dense(hidden, tails, positions, routing, packing, valid, schedule, documents), []
+        if self.gate == "visibility" and settings.gated and routing.probability.requires_grad and state is None:
+            out, coded, inner = *self._dense(hidden, tails, positions, routing, packing, valid, settings, documents), []
         else:
-            # 3. concepts alone
+            # 3. middle layers over the concepts alone
             chosen = self._pooled(take(hidden, packing.index), take(tails, packing.index))
-            sure = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
-            coded = self._code(chosen, sure, schedule)
-            packed = take(positions, packing.index), packing.real, schedule, state
+            probability = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
+            coded = self._code(chosen, probability, settings)
+            packed = take(positions, packing.index), packing.real, settings, state
             concepts, inner = self._middle(coded.embeds, *packed, owners)
             if self.gate == "smooth":
-                shares = sure if owners is None else sure.masked_fill(document_begins(owners), 1.0)
-                concepts = smooth_concepts(concepts, shares)
-            # 4. concepts, and each position's own tail
+                if owners is not None:
+                    probability = probability.masked_fill(document_begins(owners), 1.0)
+                concepts = smooth_concepts(concepts, probability)
+            # 4. deep layers: every position attends to the concepts before it and to its own tail
             slots = self._slots(hidden, concepts, routing, packing, documents, owners)
             out = self._deep(slots, positions, routing.commit, packing, valid, state and state.deep, documents)
+        # 5. what later steps need
         if state is not None:
             count = packing.segment[:, -1]
             state.deep.keep(routing.commit | (valid & (packing.segment == count.unsqueeze(1))))
@@ -157,21 +147,21 @@ class ConceptStack(nn.Module):
         hidden: Tensor,
         valid: Tensor,
         state: RouterState | None,
-        schedule: CompressionSchedule,
+        settings: CompressionSettings,
         documents: Tensor | None = None,
     ) -> tuple[Routing, RouterState]:
         state = self.router.start(len(hidden), hidden.device) if state is None else state
-        draws = {"noise": schedule.noise, "generator": schedule.generator}
-        return self.router(hidden, valid, state, self.codes, documents, compression=schedule.compression, **draws)
+        noise = {"noise": settings.noise, "generator": settings.generator}
+        return self.router(hidden, valid, state, self.codes, documents, compression=settings.compression, **noise)
 
-    def _code(self, chosen: Tensor, sure: Tensor, schedule: CompressionSchedule) -> Coded:
+    def _code(self, chosen: Tensor, probability: Tensor, settings: CompressionSettings) -> Coded:
         return self.codes(
             chosen,
-            sure,
-            quantisation=schedule.quantisation,
-            temperature=schedule.temperature,
-            noise=schedule.noise,
-            generator=schedule.generator,
+            probability,
+            quantisation=settings.quantisation,
+            temperature=settings.temperature,
+            noise=settings.noise,
+            generator=settings.generator,
             null_mass=self.gate == "mass",
         )
 
@@ -180,12 +170,12 @@ class ConceptStack(nn.Module):
         concepts: Tensor,
         positions: Tensor,
         real: Tensor,
-        schedule: CompressionSchedule,
+        settings: CompressionSettings,
         state: StackState | None,
         owners: Tensor | None,
     ) -> tuple[Tensor, list[Level]]:
         if self.inner is not None:
-            return self.inner.read(concepts, positions, real, schedule, state and state.middle, owners)
+            return self.inner.read(concepts, positions, real, settings, state and state.middle, owners)
         return self.middle.read(concepts, positions, real, state and state.middle, owners), []
 
     def _slots(
@@ -197,7 +187,7 @@ class ConceptStack(nn.Module):
         documents: Tensor | None,
         owners: Tensor | None,
     ) -> Tensor:
-        """What each position gives the deep stack: its concept, or its shallow state and the concept before it."""
+        """Deep inputs (B, T, D): of a commit its concept, of a NULL its shallow state and the concept before it."""
         commit = routing.commit
         token = self._bridged(hidden, latest(concepts, packing.segment - commit.long(), documents, owners))
         last = latest(concepts, packing.segment, documents, owners)
@@ -232,14 +222,15 @@ class ConceptStack(nn.Module):
         routing: Routing,
         packing: Packing,
         valid: Tensor,
-        schedule: CompressionSchedule,
+        settings: CompressionSettings,
         documents: Tensor | None,
     ) -> tuple[Tensor, Coded]:
-        """The same values with every position as a concept of its own, which is seen or not: what a NULL would have been
-        as a concept, and a concept as a NULL, gives each decision its gradient.
+        """Steps 3 and 4 for gate `visibility`: the same values, with every position in every layer and soft attention masks.
+
+        A NULL is also computed as a concept, and a concept as a NULL. So each decision gets a gradient.
         """
         commit, probability, may = routing.commit, routing.probability, may_be_seen(valid, documents)
-        coded = self._code(self._pooled(hidden, tails[:, :-1]), probability, schedule)
+        coded = self._code(self._pooled(hidden, tails[:, :-1]), probability, settings)
         concepts = self.middle.run(coded.embeds, positions, Visible(concept_visibility(commit, probability, may)))
         owners = None if documents is None else take(documents, packing.index)
         before = latest(take(concepts, packing.index), packing.segment - commit.long(), documents, owners)
@@ -249,47 +240,47 @@ class ConceptStack(nn.Module):
         return out, Coded(*(part if part is None else take(part, packing.index) for part in coded))
 
     def _pooled(self, hidden: Tensor, tails: Tensor) -> Tensor:
-        """What becomes a concept; tails: the mean of the tail that it ends, both (B, M, D)."""
+        """Input of a concept. tails: mean hidden state of the NULLs before it; both (B, M, D)."""
         return hidden if self.pool is None else hidden + self.pool(tails)
 
     def _bridged(self, hidden: Tensor, before: Tensor) -> Tensor:
-        """What a tail position gives the deep stack; before: the concept before it, 0 where there is none; all (B, T, D)."""
+        """Deep input of a NULL. before: the concept before it, 0 where there is none; all (B, T, D)."""
         token = hidden + self.bridge(self.codes.normed(hidden))
         return token if self.carry is None else token + self.carry(self.codes.normed(before))
 
     # -- one position a row -------------------------------------------------------------------------------------------
 
     def step(
-        self, states: Tensor, positions: Tensor, state: StackState, rows: Tensor, schedule: CompressionSchedule
+        self, states: Tensor, positions: Tensor, state: StackState, rows: Tensor, settings: CompressionSettings
     ) -> Tensor:
-        """The next position (n, 1, D) of rows (n,); each row commits or not by itself."""
-        # 1. every row
+        """The next position (n, 1, D) of rows (n,). Every row decides for itself whether to commit."""
+        # 1. shallow layers of every row
         hidden = self.shallow.step(states, positions, state.shallow, rows)
         # 2. which of them commit
         always = torch.ones_like(positions, dtype=torch.bool)
         held, tails = state.router.rows(rows), state.tail[rows].unsqueeze(1)
-        routing, after = self._route(hidden, always, held, schedule)
+        routing, after = self._route(hidden, always, held, settings)
         state.router.put(rows, after)
         slots, commit = self._bridged(hidden, state.last[rows].unsqueeze(1)), routing.commit[:, 0]
-        # 3. those alone: the middle stack, and the tail is dropped
+        # 3. middle layers of these rows alone; their tails leave the deep cache
         if bool(commit.any()):
-            theirs, sure = rows[commit], routing.probability[commit]
-            embeds = self._code(self._pooled(hidden[commit], tails[commit]), sure, schedule).embeds
+            committing, probability = rows[commit], routing.probability[commit]
+            embeds = self._code(self._pooled(hidden[commit], tails[commit]), probability, settings).embeds
             if self.inner is None:
-                concepts = self.middle.step(embeds, positions[commit], state.middle, theirs)
+                concepts = self.middle.step(embeds, positions[commit], state.middle, committing)
             else:
-                concepts = self.inner.step(embeds, positions[commit], state.middle, theirs, schedule)
+                concepts = self.inner.step(embeds, positions[commit], state.middle, committing, settings)
             if self.gate == "smooth":
-                first = (state.concepts[theirs] == 0).view(-1, 1)
-                before = torch.where(first, concepts[:, 0], state.last[theirs])
-                concepts = smooth_concepts(concepts, sure, before)
-            state.last[theirs] = concepts[:, 0]
+                first = (state.concepts[committing] == 0).view(-1, 1)
+                before = torch.where(first, concepts[:, 0], state.last[committing])
+                concepts = smooth_concepts(concepts, probability, before)
+            state.last[committing] = concepts[:, 0]
             slots = slots.clone()
             slots[commit] = concepts
-            state.deep.cut(theirs, state.concepts[theirs])
-            state.concepts[theirs] += 1
+            state.deep.cut(committing, state.concepts[committing])
+            state.concepts[committing] += 1
         count = held.since.view(-1, 1, 1)
         tails = (tails * count + self.codes.normed(hidden)) / (count + 1)
         state.tail[rows] = tails[:, 0] * ~commit.unsqueeze(1)
-        # 4. every row, over its concepts and its tail
+        # 4. deep layers of every row, over its concepts and its tail
         return self.deep.step(slots, positions, state.deep, rows)

@@ -1,6 +1,7 @@
-"""Generation with three caches: the shallow stack reads every token, the middle stack concepts, the deep stack both.
+"""Generation with a key-value cache for each stack.
 
-A row that commits drops its tail; rows commit at different times.
+The shallow layers cache every position, the middle layers concepts, the deep layers concepts and the tail. A row that commits
+drops the tail from its deep cache. Rows of a batch commit at different steps.
 Legend: B batch, P prompt columns, N new tokens, R response columns, V vocabulary.
 """
 
@@ -17,26 +18,29 @@ from models.online.model import OnlineConceptModel
 from models.online.row_cache import held_bytes
 
 
-class OnlineReading:
-    """What the rows of a batch have said so far. `read` a prompt once, then `step` token by token."""
+class IncrementalForward:
+    """Incremental forward passes of a batch: `prefill` its prompts once, then `step` one token a row.
+
+    state: caches and router states of the rows so far.
+    """
 
     def __init__(self, model: OnlineConceptModel) -> None:
         self.model = model
 
     @torch.no_grad()
-    def read(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits (B, V) of what follows prompts (B, P); valid (B, P) bool is False on padding, left or right."""
+    def prefill(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits (B, V) of the token after prompts (B, P); valid (B, P) bool is False on padding, left or right."""
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         self.state = self.model.start(len(ids))
         states, _ = self.model.read(ids, valid, state=self.state)
         self.length = valid.sum(1)
-        place = torch.arange(ids.shape[1], device=ids.device)
-        last = torch.where(valid, place, 0).amax(1)
+        column = torch.arange(ids.shape[1], device=ids.device)
+        last = torch.where(valid, column, 0).amax(1)
         return self.model.logits(states[torch.arange(len(ids), device=ids.device), last])
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        """Logits (B, V) of what follows one more token (B,) of every row."""
+        """Logits (B, V) of the token after one more token (B,) of every row."""
         logits = self.model.step(ids, self.length, self.state)
         self.length = self.length + 1
         return logits
@@ -48,12 +52,15 @@ class OnlineReading:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all keys and values that are kept: of tokens, of concepts, and of concepts and tails."""
+        """Bytes of all cached keys and values, of the three stacks together."""
         return held_bytes(self.state.caches())
 
 
 class OnlineTexts(NamedTuple):
-    """sequences (B, N), filled with the end token behind the first one; concepts (B,) of prompt and text; kv_bytes kept."""
+    """sequences (B, N), filled with the end token behind the first one; concepts (B,) of prompt and sequence.
+
+    kv_bytes: size of the caches at the end.
+    """
 
     sequences: Tensor
     concepts: Tensor
@@ -75,27 +82,27 @@ def generate_online(
 ) -> OnlineTexts:
     """Up to max_new_tokens tokens after prompts (B, P) with attention_mask (B, P); the most probable ones at temperature 0.
 
-    Ends early where every row has said eos_token_id. vocab_size: ids from there on are padding and never said.
+    Ends early once every row has generated eos_token_id. vocab_size: larger ids are padding and are never generated.
     on_tokens: see `Decoder`.
     """
-    reading, said = OnlineReading(model.eval()), []
-    logits = reading.read(input_ids, None if attention_mask is None else attention_mask.bool())
+    forward, tokens = IncrementalForward(model.eval()), []
+    logits = forward.prefill(input_ids, None if attention_mask is None else attention_mask.bool())
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    while len(said) < max_new_tokens:
-        if said:
-            logits = reading.step(said[-1])
-        said.append(gumbel_argmax(logits[:, :vocab_size], temperature, generator))
+    while len(tokens) < max_new_tokens:
+        if tokens:
+            logits = forward.step(tokens[-1])
+        tokens.append(gumbel_argmax(logits[:, :vocab_size], temperature, generator))
         if on_tokens is not None:
-            on_tokens(said_until_end(said, eos_token_id))
+            on_tokens(said_until_end(tokens, eos_token_id))
         if eos_token_id is not None:
-            ended |= said[-1] == eos_token_id
+            ended |= tokens[-1] == eos_token_id
             if bool(ended.all()):
                 break
-    return OnlineTexts(said_until_end(said, eos_token_id), reading.concepts, reading.kv_bytes)
+    return OnlineTexts(said_until_end(tokens, eos_token_id), forward.concepts, forward.kv_bytes)
 
 
 class OnlineConceptDecoder:
-    """`generate_online` as a `Decoder`; response_length: R, its steps. kv_bytes: of the last batch, a text."""
+    """`generate_online` as a `Decoder`. response_length: R, its number of steps. kv_bytes: per row of the last batch."""
 
     method = "student"
     refines = False

@@ -1,10 +1,12 @@
 """Online concept models on disk: the backbone as transformers or peft write it, and beside it what is new."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from models.backbones import checkpoint_files as files
 from models.backbones.causal_lm import load_trained
@@ -24,7 +26,7 @@ def save_online(model: OnlineConceptModel, folder: str | Path, tokenizer=None) -
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         save_file(new, staging / WEIGHTS)
-        description = {"format": FORMAT, "options": model.options}
+        description = {"format": FORMAT, "options": asdict(model.options)}
         (staging / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     return folder
 
@@ -49,3 +51,14 @@ def load_online(folder: str | Path) -> OnlineConceptModel:
     except (SafetensorError, FileNotFoundError, RuntimeError) as error:
         raise UsageError(f"{folder / WEIGHTS} cannot be read ({str(error).splitlines()[0]}); train it again") from error
     return model.eval()
+
+
+def load_baseline(folder: str, model: OnlineConceptModel) -> nn.Module:
+    """The causal LM to compare with. Raises UsageError where the folder has none, or one of another vocabulary."""
+    base = load_trained(folder)
+    if base.config.vocab_size != model.config.vocab_size:
+        raise UsageError(
+            f"module.baseline={folder} has {base.config.vocab_size} tokens, this model {model.config.vocab_size}; "
+            "type the folder of a model trained on the same corpus"
+        )
+    return base

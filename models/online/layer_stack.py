@@ -1,4 +1,4 @@
-"""Some consecutive layers of a Hugging Face decoder, called as they are with states, positions and a mask of one's own.
+"""Consecutive layers of a Hugging Face decoder, called one by one with hidden states, positions and a mask.
 
 Legend: B batch, T positions, n rows of a step, D width.
 """
@@ -13,7 +13,7 @@ from models.functional.errors import UsageError
 from models.online.row_cache import RowCache
 
 PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
-MASKED = ("sdpa", "leap_concepts")  # kinds of attention that take a mask of true and false
+MASKED = ("sdpa", "leap_concepts")  # attention implementations that take a boolean mask
 
 
 class LayerStack:
@@ -39,7 +39,7 @@ class LayerStack:
             )
         return states
 
-    # -- as a stage that reads from left to right ---------------------------------------------------------------------
+    # -- a causal stage of its own ---------------------------------------------------------------------
 
     def read(
         self,
@@ -49,14 +49,14 @@ class LayerStack:
         cache: RowCache | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """A whole text, or several documents (B, T) a row; valid (B, T) bool is False on padding. A cache keeps all of it."""
+        """A whole text, or rows of several documents (B, T); valid (B, T) bool is False on padding. A cache keeps all of it."""
         out = self.run(states, positions, text_mask(valid, documents), cache)
         if cache is not None:
             cache.keep(valid)
         return out
 
     def step(self, states: Tensor, positions: Tensor, cache: RowCache, rows: Tensor) -> Tensor:
-        """One position (n, 1, D) of rows (n,), which see what the cache holds of them."""
+        """One position (n, 1, D) of rows (n,), which attend to what the cache has of them."""
         out = self.run(states, positions, cache.begin(rows), cache)
         cache.end()
         return out
@@ -95,6 +95,19 @@ def suggested_split(layers: int) -> list[int]:
     return [ends, max(1, layers - 2 * ends), ends]
 
 
+def whole_split(split: list | None, levels: int, layers: int) -> list:
+    """The split of a model of so many layers, with all its levels. Raises UsageError for one that does not fit."""
+    split = suggested_split(layers) if split is None else list(split)
+    require_split(split, layers)
+    if levels > 1 and isinstance(split[1], list):
+        raise UsageError(
+            f"module.levels={levels} splits the middle itself; type module.levels=1, or a number in module.split={split}"
+        )
+    split = nested_split(split, levels)
+    require_split(split, layers)
+    return split
+
+
 def nested_split(split: list, levels: int) -> list:
     """The same proportions once more inside the middle for each further level."""
     if levels == 1:
@@ -118,19 +131,19 @@ def require_layout(model: nn.Module) -> nn.Module:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UsageError(
-            f"{config.model_type} has layers of {', '.join(sorted(kinds))}; concepts need layers that see everything before"
+            f"{config.model_type} has layers of {', '.join(sorted(kinds))}; concepts need full causal attention"
         )
     if config._attn_implementation not in MASKED:
-        raise UsageError(f"attention {config._attn_implementation} takes no mask of one's own; the model needs sdpa")
+        raise UsageError(f"attention {config._attn_implementation} takes no boolean mask; the model needs sdpa")
     return decoder
 
 
 @torch.no_grad()
 def require_same(theirs: Tensor, ours: Tensor) -> None:
-    """Raise UsageError where layers called one by one do not give what the model itself gives."""
+    """Raise UsageError where the layers, called one by one, give other logits than the model itself."""
     scale = theirs.abs().max().clamp(min=1)
     if not torch.allclose(theirs / scale, ours / scale, atol=2e-2 if theirs.dtype == torch.bfloat16 else 1e-3):
         raise UsageError(
-            "this model does more between its layers than calling them, so it cannot be split; type a model of the layout of "
-            "Llama or Qwen3, such as model.path=Qwen/Qwen3-0.6B"
+            "this model computes more than its layers between embedding and norm, so it cannot be split; type a model of the "
+            "layout of Llama or Qwen3, such as model.path=Qwen/Qwen3-0.6B"
         )

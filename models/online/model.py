@@ -1,74 +1,57 @@
-"""A causal LM whose middle layers read concepts alone: v2, online concept compression.
+"""A causal LM whose middle layers read concepts alone.
 
 Legend: B batch, T positions, D width, V vocabulary.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from models.functional.attention import positions_from_mask
-from models.functional.errors import UsageError
 from models.online.attention import use_attention
-from models.online.concept_stack import CompressionSchedule, ConceptStack, Level
-from models.online.layer_stack import nested_split, require_layout, require_same, require_split, suggested_split
+from models.online.concept_stack import CompressionSettings, ConceptStack, Level
+from models.online.layer_stack import require_layout, require_same, whole_split
+from models.online.options import OnlineModelOptions
 from models.online.stack_state import StackState
+
+# ends of names
+KEPT_BUFFERS = ("router.offset", "codes.space.codes", "codes.space.counts", "codes.space.sums")
 
 
 class OnlineConceptModel(nn.Module):
     """backbone: a causal LM of transformers in the layout of Llama and Qwen3, whole or with adapters.
 
-    split: layers of [shallow, middle, deep], None is 2 : 3 : 2; levels: 2 splits the middle again in the same proportions.
-    growth: which positions commit (router.GROWTH); most_nulls: NULLs that may follow each other; codes: of the concepts,
-    chosen as `sampler` says (`quantiser.Sampler`).
-    gate: how the decision to commit gets its gradient (concept_stack.GATES). carry: whether a tail position reads the concept
-    before it at once; pool: whether a concept reads the mean of the tail that it ends.
-    attention: sdpa, or flex for long texts on a GPU.
-    The setting last trained with is kept in buffers, beside the routers' offsets.
+    options: see `OnlineModelOptions`; changes: some of them by name.
+    compression, quantisation: used where no settings are given, until `set_inference_settings` changes them. They are a
+    buffer of the checkpoint, as the routers' offsets are.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        split: list | None = None,
+        options: OnlineModelOptions | None = None,
         *,
-        levels: int = 1,
-        growth: str = "null",
-        gate: str = "slot",
-        codes: int = 4096,
-        sampler: str = "gumbel_st",
-        most_nulls: int = 15,
         compression: float = 4.0,
         quantisation: float = 1.0,
-        carry: bool = True,
-        pool: bool = True,
-        attention: str = "sdpa",
+        **changes,
     ) -> None:
         super().__init__()
+        options = replace(options or OnlineModelOptions(), **changes).of_model()
         decoder = require_layout(backbone)
-        use_attention(backbone, attention, gate)
-        split = suggested_split(len(decoder.layers)) if split is None else list(split)
-        require_split(split, len(decoder.layers))
-        if levels < 1 or (levels > 1 and isinstance(split[1], list)):
-            raise UsageError(
-                f"module.levels={levels} splits the middle itself; type module.levels=1, or a number in module.split={split}"
-            )
-        split = nested_split(split, levels)
-        require_split(split, len(decoder.layers))
+        use_attention(backbone, options.attention, options.gate)
+        split = whole_split(options.split, options.levels, len(decoder.layers))
         table = backbone.get_input_embeddings().weight
         like = {"device": table.device, "dtype": table.dtype}
-        self.backbone, self.split, self.levels = backbone, split, levels
-        options = {"growth": growth, "gate": gate, "codes": codes, "sampler": sampler, "most_nulls": most_nulls}
-        options |= {"carry": carry, "pool": pool, "attention": attention}
-        embedding_std = table.detach().float().std().item()  # codes start as loud as words
-        self.stack = ConceptStack(
-            decoder, split, **options, embedding_std=embedding_std, read_out=self.read_out, **like
-        )
+        self.backbone, self.split = backbone, split
+        self.options = replace(options, split=split, levels=1)  # of a saved model: `split` has all levels
+        embedding_std = table.detach().float().std().item()  # embeddings of codes start as wide as those of tokens
+        self.stack = ConceptStack(decoder, split, options, embedding_std=embedding_std, read_out=self.read_out, **like)
         # (compression, quantisation)
         self.register_buffer(
             "setting", torch.tensor([compression, quantisation], dtype=torch.float64, device=table.device)
         )
-        self.options = {"split": split, **options}
         self._require_same()
 
     @property
@@ -82,22 +65,22 @@ class OnlineConceptModel(nn.Module):
         ids: Tensor,
         valid: Tensor | None = None,
         positions: Tensor | None = None,
-        schedule: CompressionSchedule | None = None,
+        settings: CompressionSettings | None = None,
         state: StackState | None = None,
         documents: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
-        """States (B, T, D) after the last norm, and what each level did.
+        """Hidden states (B, T, D) after the last norm, and the result of each level.
 
         ids (B, T); valid (B, T) bool is False on padding, left or right; positions (B, T), None counts what is valid.
         documents (B, T): which one a position belongs to, None where each row is one text; `positions` count from 0 in each.
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         positions = positions_from_mask(valid) if positions is None else positions
-        schedule = self.kept_setting() if schedule is None else schedule
+        settings = self.inference_settings() if settings is None else settings
         if documents is not None and bool((documents == documents[:, :1]).all()):
             documents = None
         embeds = self.backbone.get_input_embeddings()(ids)
-        states, levels = self.stack.read(embeds, positions, valid, schedule, state, documents)
+        states, levels = self.stack.read(embeds, positions, valid, settings, state, documents)
         return self.backbone.get_decoder().norm(states), levels
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -108,34 +91,38 @@ class OnlineConceptModel(nn.Module):
         return self.backbone.get_output_embeddings()(states)
 
     def read_out(self, states: Tensor) -> Tensor:
-        """Logits of states that have not been normed yet."""
+        """Logits of hidden states before the last norm."""
         return self.logits(self.backbone.get_decoder().norm(states))
 
     # -- one token a row ----------------------------------------------------------------------------------------------
 
     def start(self, batch: int) -> StackState:
-        """Nothing read yet, of so many rows."""
+        """Empty caches for so many rows."""
         return StackState(self.stack, batch, self.setting.device)
 
     def step(
-        self, ids: Tensor, positions: Tensor, state: StackState, schedule: CompressionSchedule | None = None
+        self, ids: Tensor, positions: Tensor, state: StackState, settings: CompressionSettings | None = None
     ) -> Tensor:
         """The next token (B,) of every row at positions (B,) -> logits (B, V) of the one after it."""
         rows = torch.arange(len(ids), device=ids.device)
         embeds = self.backbone.get_input_embeddings()(ids.unsqueeze(1))
-        schedule = self.kept_setting() if schedule is None else schedule
-        states = self.stack.step(embeds, positions.unsqueeze(1), state, rows, schedule)
+        settings = self.inference_settings() if settings is None else settings
+        states = self.stack.step(embeds, positions.unsqueeze(1), state, rows, settings)
         return self.logits(self.backbone.get_decoder().norm(states))[:, 0]
 
-    # -- setting ------------------------------------------------------------------------------------------------------
+    # -- settings -----------------------------------------------------------------------------------------------------
 
-    def kept_setting(self) -> CompressionSchedule:
-        """What was last trained with, without noise."""
+    def inference_settings(self) -> CompressionSettings:
+        """Compression and quantisation last trained with, without noise."""
         compression, quantisation = self.setting.tolist()
-        return CompressionSchedule(compression, quantisation)
+        return CompressionSettings(compression, quantisation)
 
-    def keep_setting(self, compression: float, quantisation: float) -> None:
+    def set_inference_settings(self, compression: float, quantisation: float) -> None:
         self.setting.copy_(torch.tensor([compression, quantisation]))
+
+    def kept_buffers(self) -> set[str]:
+        """Names of the buffers that a checkpoint has to keep: no gradient trains them, and no other file has them."""
+        return {name for name, _ in self.named_buffers() if name == "setting" or name.endswith(KEPT_BUFFERS)}
 
     def stacks(self) -> list[ConceptStack]:
         """One for each level, the outermost first."""
@@ -147,11 +134,11 @@ class OnlineConceptModel(nn.Module):
 
     @torch.no_grad()
     def _require_same(self) -> None:
-        """Without compression this is the backbone: checked on a few tokens before anything is trained."""
+        """Without compression this is the backbone: checked on four tokens. Raises UsageError where it is not."""
         was_training = self.backbone.training
         self.eval()
         ids = torch.arange(4, device=self.setting.device).unsqueeze(0)
-        states, _ = self.read(ids, schedule=CompressionSchedule(compression=1.0, quantisation=0.0))
+        states, _ = self.read(ids, settings=CompressionSettings(compression=1.0, quantisation=0.0))
         require_same(self.backbone(input_ids=ids, use_cache=False).logits, self.logits(states))
-        self.stack.train()  # what is new is trained, whatever mode the backbone came in
+        self.stack.train()  # new weights train, in whichever mode the backbone came
         self.backbone.train(was_training)

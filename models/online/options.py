@@ -1,68 +1,158 @@
-"""Options of online concepts that are refused before any long work, and the model that they are compared with."""
+"""Options of online concepts, with every default; they check themselves."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal, get_args
 
-from torch import nn
+from models.backbones.code_space import Sampler
+from models.functional.errors import UsageError, require_at_least, require_choice
 
-from models.backbones.causal_lm import load_trained
-from models.functional.errors import UsageError
-from models.online.model import OnlineConceptModel
-from models.online.terms import NAMES
+Growth = Literal["null", "autoregressive", "accumulate", "fixed", "entropy", "random"]
+Gate = Literal["slot", "smooth", "mass", "visibility", "none"]
+Attention = Literal["sdpa", "flex"]
 
-
-def load_baseline(folder: str, model: OnlineConceptModel) -> nn.Module:
-    """The model to compare with. Raises UsageError where it is none, or has another vocabulary."""
-    base = load_trained(folder)
-    if base.config.vocab_size != model.config.vocab_size:
-        raise UsageError(
-            f"module.baseline={folder} has {base.config.vocab_size} tokens, this model {model.config.vocab_size}; "
-            "type the folder of a model trained on the same corpus"
-        )
-    return base
+TERMS = ("text", "ratio", "code", "usage", "draft")
+TERMS_OF_CODES = ("code", "usage")
 
 
-def check_options(
-    weights: Mapping[str, float],
-    compression: tuple[float, float],
-    quantisation: tuple[float, float],
-    temperatures: tuple[float, float],
-    noise: tuple[float, float],
-    share: float,
-    most_nulls: int,
-    code_decay: float,
-    gate_every: int,
-    baseline: str | None,
-) -> None:
-    """Raise UsageError, naming module.<option>, for values that cannot work; weights by the names of `online_terms`."""
-    for name, weight in weights.items():
-        if name not in NAMES:
-            raise UsageError(f"module.weights.{name} is not known; the terms are {', '.join(NAMES)}")
-        if weight < 0:
-            raise UsageError(f"module.weights.{name}={weight} must be at least 0; 0 switches it off")
-    if not weights.get("text"):
-        raise UsageError("module.weights.text must be above 0: it is the text's own loss; type module.weights.text=1")
-    for option, pair, least, most, such in (
-        ("compression", compression, 1, float("inf"), "[1.0, 4.0]"),
-        ("quantisation", quantisation, 0, 1, "[0.0, 1.0]"),
-        ("temperatures", temperatures, 1e-6, float("inf"), "[1.0, 0.5]"),
-        ("noise", noise, 0, 1, "[1.0, 0.0]"),
-    ):
-        if len(pair) != 2 or min(pair) < least or max(pair) > most:
-            raise UsageError(f"module.{option}={list(pair)} must be a first and a last value, such as {such}")
-    if max(compression) > most_nulls + 1 > 1:
-        raise UsageError(
-            f"module.compression={list(compression)} leaves more tokens in a row without a concept than "
-            f"module.most_nulls={most_nulls}; type module.most_nulls={2 * math.ceil(max(compression))}"
-        )
-    if not 0 <= share <= 1:
-        raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")
-    if not 0 <= code_decay < 1:
-        raise UsageError(f"module.code_decay={code_decay} must be at least 0 and less than 1, such as 0.99")
-    if gate_every < 1:
-        raise UsageError(f"module.gate_every={gate_every} must be at least 1: every step carries the gradient")
-    if baseline is not None and not Path(baseline).is_dir():
-        raise UsageError(
-            f"module.baseline={baseline} is no folder; type that of a trained causal LM, <run folder>/model"
-        )
+def default_weights() -> dict[str, float]:
+    return {"text": 1.0, "ratio": 0.03, "code": 0.1, "usage": 0.01, "draft": 1.0}
+
+
+@dataclass(frozen=True)
+class OnlineModelOptions:
+    """What an `OnlineConceptModel` is built of. A saved model is built again from these.
+
+    A position *commits* where it ends a segment of the text; the middle layers read one concept for each such position.
+    The positions in between are NULLs. The tail of a position: the NULLs since the last commit.
+
+    split: layers of [shallow, middle, deep], the middle a number or again such a list; None is 2 : 3 : 2.
+    levels: 2 splits the middle again in the same proportions: a second level of concepts.
+    growth: the rule that decides which positions commit (`router.GROWTH`).
+    gate: the straight-through estimator that gives this decision a gradient (`commit_gates`).
+    codes: size of the codebook of concepts; sampler: how a hidden state is quantised to one of them.
+    most_nulls: longest run of NULLs; a segment has at most most_nulls + 1 positions.
+    carry: the deep input of a NULL also gets a linear map of the concept before it, without attention.
+    pool: the input of a concept also gets a linear map of the mean hidden state of the NULLs that it ends.
+    attention: implementation in the deep layers.
+    """
+
+    split: list | None = None
+    levels: int = 1
+    growth: Growth = "null"
+    gate: Gate = "slot"
+    codes: int = 512
+    sampler: Sampler = "gumbel_st"
+    most_nulls: int = 15
+    carry: bool = True
+    pool: bool = True
+    attention: Attention = "sdpa"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("growth", Growth), ("gate", Gate), ("sampler", Sampler), ("attention", Attention)):
+            require_choice(f"module.{name}", getattr(self, name), get_args(choices))
+        if self.codes < 2:
+            raise UsageError(f"module.codes={self.codes} must be at least 2, such as module.codes=512")
+        if self.most_nulls < 1:
+            raise UsageError(
+                f"module.most_nulls={self.most_nulls} must be at least 1; 1 commits every second position or more"
+            )
+        if self.levels < 1:
+            raise UsageError(f"module.levels={self.levels} must be at least 1; 1 has no concepts of concepts")
+
+    def of_model(self) -> "OnlineModelOptions":
+        """These options alone, without those of training."""
+        return OnlineModelOptions(**{part.name: getattr(self, part.name) for part in fields(OnlineModelOptions)})
+
+
+@dataclass(frozen=True)
+class OnlineConceptOptions(OnlineModelOptions):
+    """Options of `OnlineConceptModule`: those of its model, and those of training.
+
+    Four pairs are annealed from their first to their second value, linearly over the first `anneal_share` of the steps.
+    compression: positions a concept; at 1 every position commits. quantisation: 0 middle layers read hidden states, 1 codes.
+    temperatures: of the relaxed codes. noise: scale of the Gumbel noise of codes and commits; 0 takes the most probable.
+
+    gate_every: for gate `visibility`; one step of so many computes its gradient, which needs every position in every layer.
+    code_decay: for sampler `ema_vq`; weight of the past in the running means of the codebook.
+    weights: of the loss terms (`TERMS`); 0 or a missing one switches a term off.
+    hold_rate: correct the routers' offsets so that one position in `compression` commits.
+    baseline: folder of a causal LM to compare with in a test, such as a run of next_token_text; None compares with none.
+    temperature: of the sampled decoder.
+    lora_rank: LoRA adapters of this rank train instead of the backbone; None trains the backbone.
+    """
+
+    gate_every: int = 1
+    code_decay: float = 0.99
+    compression: tuple[float, float] = (1.0, 4.0)
+    quantisation: tuple[float, float] = (0.0, 1.0)
+    temperatures: tuple[float, float] = (1.0, 0.5)
+    noise: tuple[float, float] = (1.0, 0.0)
+    anneal_share: float = 0.5
+    weights: Mapping[str, float] = field(default_factory=default_weights)
+    hold_rate: bool = True
+    baseline: str | None = None
+    temperature: float = 1.0
+    lora_rank: int | None = None
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("compression", "quantisation", "temperatures", "noise"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists come from YAML
+        object.__setattr__(self, "weights", dict(self.weights))
+        self._check_weights()
+        self._check_pairs()
+        if not 0 <= self.anneal_share <= 1:
+            raise UsageError(f"module.anneal_share={self.anneal_share} must lie between 0 and 1")
+        if not 0 <= self.code_decay < 1:
+            raise UsageError(f"module.code_decay={self.code_decay} must be at least 0 and less than 1, such as 0.99")
+        if self.growth == "entropy" and not self.hold_rate:
+            raise UsageError("module.growth=entropy gets its threshold from rate control; type module.hold_rate=true")
+        if self.gate_every < 1:
+            raise UsageError(f"module.gate_every={self.gate_every} must be at least 1: every step has the gradient")
+        require_at_least(0, module__temperature=self.temperature)
+        if self.lora_rank is not None:
+            require_at_least(1, module__lora_rank=self.lora_rank)
+        if self.baseline is not None and not Path(self.baseline).is_dir():
+            raise UsageError(
+                f"module.baseline={self.baseline} is no folder; type that of a trained causal LM, <run folder>/model"
+            )
+
+    def _check_weights(self) -> None:
+        for name, weight in self.weights.items():
+            if name not in TERMS:
+                raise UsageError(f"module.weights.{name} is not known; the terms are {', '.join(TERMS)}")
+            if weight < 0:
+                raise UsageError(f"module.weights.{name}={weight} must be at least 0; 0 switches it off")
+        if not self.weights.get("text"):
+            raise UsageError(
+                "module.weights.text must be above 0: it is the text's own loss; type module.weights.text=1"
+            )
+
+    def _check_pairs(self) -> None:
+        for name, least, most, such in (
+            ("compression", 1, math.inf, "[1.0, 4.0]"),
+            ("quantisation", 0, 1, "[0.0, 1.0]"),
+            ("temperatures", 1e-6, math.inf, "[1.0, 0.5]"),
+            ("noise", 0, 1, "[1.0, 0.0]"),
+        ):
+            pair = getattr(self, name)
+            if len(pair) != 2 or min(pair) < least or max(pair) > most:
+                raise UsageError(f"module.{name}={list(pair)} must be a first and a last value, such as {such}")
+        longest = max(self.compression)
+        if longest > self.most_nulls + 1:
+            raise UsageError(
+                f"module.compression={list(self.compression)} needs longer segments than module.most_nulls="
+                f"{self.most_nulls} allows; type module.most_nulls={2 * math.ceil(longest)}"
+            )
+
+    def term_weights(self) -> dict[str, float]:
+        """A weight for every term. Those of codes are 0 where no layer reads codes: hidden states are not pulled to any."""
+        unread = () if any(self.quantisation) else TERMS_OF_CODES
+        return {name: 0.0 if name in unread else float(self.weights.get(name, 0.0)) for name in TERMS}

@@ -1,7 +1,8 @@
-"""Which positions commit: growth strategies on one interface, the same for a whole text and for one position at a time.
+"""Routers decide which positions commit (`module.growth`), for a whole text or for one position at a time.
 
-Every strategy turns shallow states into scores and scores into commits; a commit needs a score above 0. What is common: the
-start at the wanted rate, the offset that holds the realised one, noise, and the cap on NULLs in a row.
+A router turns shallow hidden states into scores. A position with a score above 0 commits; other positions are NULLs.
+All routers share: scores that are centred at the wanted rate, an offset that holds the realised rate, noise, and a longest
+run of NULLs.
 Legend: B batch (n rows of a step), T positions, D width, V vocabulary.
 """
 
@@ -12,22 +13,23 @@ import torch
 from torch import Generator, Tensor, nn
 
 from models.functional import commits
-from models.functional.commit_rate import correction, null_bias
-from models.functional.errors import UsageError, require_choice
+from models.functional.commit_rate import correction, null_bias, rate_threshold
+from models.functional.errors import UsageError
 from models.functional.gumbel import gumbel_noise
 from models.functional.precision import at_least_float32
 from models.online.codes import ConceptCodes
+from models.online.options import Growth
 
 ReadOut = Callable[[Tensor], Tensor]
-LEAST_SPREAD = 0.05  # scores that are all alike would never be moved
+LEAST_SPREAD = 0.05  # equal scores have a spread of 0, and the offset would never move
 
 
 class RouterState(NamedTuple):
-    """What has been decided before: NULLs in a row, the running sum, positions; (B,) each."""
+    """The rows so far, (B,) each. since: NULLs since the last commit; total: the sum of `accumulate`; position: the next."""
 
     since: Tensor
     total: Tensor
-    place: Tensor
+    position: Tensor
 
     def rows(self, rows: Tensor) -> "RouterState":
         return RouterState(*(part[rows] for part in self))
@@ -37,21 +39,21 @@ class RouterState(NamedTuple):
             held[rows] = part
 
 
-class Places(NamedTuple):
-    """valid (B, T) bool; place (B, T), counted from the text's beginning.
+class TextPositions(NamedTuple):
+    """valid (B, T) bool is False on padding; position (B, T) counts from the beginning of each document.
 
-    begins (B, T) bool: where a text begins, of rows that have several; None where the state says what stands before.
+    begins (B, T) bool: first positions of documents; None where a row is one text.
     """
 
     valid: Tensor
-    place: Tensor
+    position: Tensor
     begins: Tensor | None
 
 
 class Routing(NamedTuple):
     """commit (B, T) bool; probability (B, T) of a commit, with its gradient; valid (B, T) bool.
 
-    moments (3,): number, sum and sum of squares of the scores of real positions; compression: what was asked for.
+    moments (3,): number, sum and sum of squares of the scores of valid positions; compression: the wanted one.
     """
 
     commit: Tensor
@@ -62,27 +64,23 @@ class Routing(NamedTuple):
 
     @property
     def realised(self) -> Tensor:
-        """Share of real positions that committed."""
+        """Share of valid positions that commit."""
         return self.commit.sum() / self.valid.sum().clamp(min=1)
 
 
 class Router(nn.Module):
-    """most_nulls: NULLs that may follow each other. offset: what holds the realised rate; it is learned by no gradient."""
+    """most_nulls: longest run of NULLs. offset: subtracted from every score, set by rate control and by no gradient."""
 
-    learned = True  # its scores are trained and may be noisy
+    learned = True  # whether the scores have trained weights; then they get noise and the ratio loss
 
     def __init__(self, width: int, most_nulls: int, **like) -> None:
         super().__init__()
-        if most_nulls < 1:
-            raise UsageError(
-                f"module.most_nulls={most_nulls} must be at least 1; 1 commits every second position or more"
-            )
         self.most_nulls = most_nulls
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=like.get("device")))
 
     @staticmethod
     def start(batch: int, device: torch.device) -> RouterState:
-        """Before a text."""
+        """State before the first position."""
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
         return RouterState(zeros, zeros.double(), zeros.clone())
 
@@ -98,26 +96,26 @@ class Router(nn.Module):
         noise: float = 0.0,
         generator: Generator | None = None,
     ) -> tuple[Routing, RouterState]:
-        """hidden (B, T, D), valid (B, T) bool -> `Routing`, and the state behind these positions.
+        """hidden (B, T, D), valid (B, T) bool -> `Routing`, and the state after these positions.
 
-        documents (B, T): where a row has several, each starts anew. noise: 1 draws commits with their probability, 0 commits
-        where it is above one half.
+        documents (B, T): of rows with several documents, each of which starts with a fresh state. noise: at 1 commits are
+        sampled with their probability, at 0 a position commits where it is above one half.
         """
-        place = state.place.unsqueeze(1) + valid.long().cumsum(1) - 1
-        after = state._replace(place=state.place + valid.sum(1))
+        position = state.position.unsqueeze(1) + valid.long().cumsum(1) - 1
+        after = state._replace(position=state.position + valid.sum(1))
         begins = None
         if documents is not None:
-            place = commits.places_in_documents(place, documents)
-            begins = (place == 0) & valid
+            position = commits.positions_in_documents(position, documents)
+            begins = (position == 0) & valid
         if compression == 1:
             one = torch.ones_like(valid, dtype=hidden.dtype)
             return Routing(valid, one, valid, one.new_zeros(3), 1.0), after
-        # 1. scores, centred so that a fresh router commits one position in `compression`
+        # 1. scores, centred so that a fresh router commits about one position in `compression`
         scores = at_least_float32(self.scores(hidden, codes)) - null_bias(compression) - self.offset
         if noise and self.learned:
             scores = scores + noise * (gumbel_noise(scores, generator) - gumbel_noise(scores, generator))  # logistic
-        # 2. commits, and forced ones
-        natural, probability, total = self.decide(scores, Places(valid, place, begins), state, compression)
+        # 2. commits, and forced ones after `most_nulls` NULLs
+        natural, probability, total = self.decide(scores, TextPositions(valid, position, begins), state, compression)
         commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since, begins)
         since = commits.nulls_since(commit, valid, state.since)
         real = scores.detach()[valid]
@@ -130,50 +128,50 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def decide(
-        self, scores: Tensor, places: Places, state: RouterState, compression: float
+        self, scores: Tensor, at: TextPositions, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Natural commits (B, T), their probability (B, T) and the new running sum (B,)."""
         return scores > 0, scores.sigmoid(), state.total
 
     def spread(self, moments: Tensor) -> Tensor:
-        """How far the scores lie apart: their standard deviation."""
+        """Standard deviation of the scores, with a lower bound."""
         count, total, squares = moments
         return (squares / count - (total / count).square()).clamp(min=LEAST_SPREAD**2).sqrt()
 
-    def multiplied(self, codes: ConceptCodes, words: int) -> int:
-        """Weights that every position is multiplied with; words: those of the backbone's output layer."""
+    def multiplied(self, codes: ConceptCodes, output: int) -> int:
+        """Weights in matrix products per position. output: weights of the backbone's output layer."""
         return sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
     @torch.no_grad()
-    def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
-        """Move the offset after a step; realised rate and moments are those of all ranks."""
+    def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
+        """After an optimiser step; realised rate and moments are those of all its micro-batches and ranks."""
         if compression > 1:
             self.offset.copy_(correction(self.offset, realised, compression, self.spread(moments)))
 
 
 class NullRouter(Router):
-    """NULL is one choice beside the codes: commit where the codes together are likelier than NULL."""
+    """NULL is one more class beside the codes: a position commits where all codes together are likelier than NULL."""
 
     def __init__(self, width: int, most_nulls: int, codes: ConceptCodes, **like) -> None:
         super().__init__(width, most_nulls, **like)
         self.null = nn.Linear(width, 1, **like)
         nn.init.zeros_(self.null.weight)
-        # what all codes together weigh at states of any direction, so that a fresh router's scores lie around 0
+        # the codes' log-sum-exp at random states, so that a fresh router's scores lie around 0
         states = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(next(codes.parameters()))
         with torch.no_grad():
             self.null.bias.fill_((codes.log_mass(states).float() - null_bias(2.0, codes.codes)).mean())
 
     def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
-        # without noise a choice among all of them would never commit: first NULL or not, then which code
+        # first NULL or not, then which code: the most probable class of all would nearly always be NULL
         log_odds = codes.log_mass(hidden) - null_bias(2.0, codes.codes)
         return log_odds - self.null(codes.normed(hidden)).squeeze(-1)
 
-    def multiplied(self, codes: ConceptCodes, words: int) -> int:
-        return super().multiplied(codes, words) + codes.weighed
+    def multiplied(self, codes: ConceptCodes, output: int) -> int:
+        return super().multiplied(codes, output) + codes.weighed
 
 
 class ScoreRouter(Router):
-    """One score a position by a small network of its own."""
+    """The score of a position is the output of a small MLP."""
 
     def __init__(self, width: int, most_nulls: int, **like) -> None:
         super().__init__(width, most_nulls, **like)
@@ -186,39 +184,37 @@ class ScoreRouter(Router):
 
 
 class AutoregressiveRouter(ScoreRouter):
-    """Each decision depends on the one before: the score, and how many NULLs stand before the position."""
+    """Each decision depends on those before it: a learned bias by the number of NULLs since the last commit is added."""
 
     def __init__(self, width: int, most_nulls: int, **like) -> None:
         super().__init__(width, most_nulls, **like)
         self.by_distance = nn.Parameter(torch.zeros(most_nulls + 1, dtype=torch.float32, device=like.get("device")))
 
     def decide(
-        self, scores: Tensor, places: Places, state: RouterState, compression: float
+        self, scores: Tensor, at: TextPositions, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            nulls = commits.renewal_nulls(
-                scores, self.by_distance, places.valid, self.most_nulls, state.since, places.begins
-            )
+            nulls = commits.renewal_nulls(scores, self.by_distance, at.valid, self.most_nulls, state.since, at.begins)
         scores = scores + self.by_distance[nulls.clamp(max=self.most_nulls)]
         return scores > 0, scores.sigmoid(), state.total
 
 
 class AccumulateRouter(ScoreRouter):
-    """Each position adds sigmoid(score) to a sum; a commit wherever it passes a whole number."""
+    """Continuous integrate-and-fire: sigmoid(score) is summed, and a position commits where the sum passes an integer."""
 
     def decide(
-        self, scores: Tensor, places: Places, state: RouterState, compression: float
+        self, scores: Tensor, at: TextPositions, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         increments = scores.sigmoid()
-        natural, total = commits.accumulated_commits((increments * places.valid).detach(), state.total, places.begins)
+        natural, total = commits.accumulated_commits((increments * at.valid).detach(), state.total, at.begins)
         return natural, increments, total
 
     def spread(self, moments: Tensor) -> Tensor:
-        return moments.new_ones(())  # the rate follows the offset itself, not what lies on either side of a threshold
+        return moments.new_ones(())  # the rate is a function of the offset itself, there is no threshold
 
 
 class FixedRouter(Router):
-    """M commits in every N = compression M positions, evenly spread; nothing is learned."""
+    """Evenly spaced commits, M in every N = compression M positions; nothing is learned."""
 
     learned = False
     pattern = staticmethod(commits.even_commits)
@@ -227,23 +223,27 @@ class FixedRouter(Router):
         return hidden.new_zeros(hidden.shape[:2])
 
     def decide(
-        self, scores: Tensor, places: Places, state: RouterState, compression: float
+        self, scores: Tensor, at: TextPositions, state: RouterState, compression: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        natural = self.pattern(places.place, compression) & places.valid
+        natural = self.pattern(at.position, compression) & at.valid
         return natural, natural.to(scores.dtype), state.total
 
-    def hold(self, realised: Tensor, compression: float, moments: Tensor) -> None:
-        """Its rate is what it is."""
+    def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
+        """The rate is exact already."""
 
 
 class RandomRouter(FixedRouter):
-    """A control: as many commits as `FixedRouter` makes, at places that are drawn without a look at the text."""
+    """A control: as many commits as `FixedRouter`, at pseudo-random positions that do not depend on the text."""
 
-    pattern = staticmethod(commits.drawn_commits)
+    pattern = staticmethod(commits.random_commits)
 
 
 class EntropyRouter(Router):
-    """Commit where a draft of what comes next, read off the shallow states, is unsure: at a high entropy of its words."""
+    """A position commits where the entropy of a next-token distribution, predicted from its shallow state, is high.
+
+    The size of these entropies is not known before texts are read. So every position commits until `correct_offset` is called
+    once; it then sets the threshold by the entropies of that step.
+    """
 
     learned = False
 
@@ -251,14 +251,23 @@ class EntropyRouter(Router):
         super().__init__(width, most_nulls, **like)
         if read_out is None:
             raise UsageError(
-                "module.growth=entropy needs words to draft; type module.levels=1 or another module.growth"
+                "module.growth=entropy needs tokens to predict, which an inner level has none of; type module.levels=1 or "
+                "another module.growth"
             )
         self.adapt = nn.Linear(width, width, bias=False, **like)
         nn.init.zeros_(self.adapt.weight)
-        self._read_out = [read_out]  # the backbone's own head: not a part of the router
+        self._read_out = [read_out]  # in a list, so that the backbone's head is no part of the router's weights
+
+    @torch.no_grad()
+    def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
+        before = self.offset.clone()
+        super().correct_offset(realised, compression, moments)
+        if compression > 1:
+            first = before + rate_threshold(moments[1] / moments[0], self.spread(moments), compression)
+            self.offset.copy_(torch.where(before == 0, first, self.offset))
 
     def draft(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of the next token by the shallow states alone; trained by its own loss, `hidden` held."""
+        """Logits (..., V) of the next token from shallow states, which get no gradient; trained by the term `draft`."""
         hidden = hidden.detach()
         return self._read_out[0](hidden + self.adapt(hidden))
 
@@ -267,11 +276,11 @@ class EntropyRouter(Router):
             log_p = at_least_float32(self.draft(hidden)).log_softmax(-1)
             return -(log_p.exp() * log_p).sum(-1)
 
-    def multiplied(self, codes: ConceptCodes, words: int) -> int:
-        return super().multiplied(codes, words) + words
+    def multiplied(self, codes: ConceptCodes, output: int) -> int:
+        return super().multiplied(codes, output) + output
 
 
-GROWTH = {
+GROWTH: dict[Growth, type[Router]] = {
     "autoregressive": AutoregressiveRouter,
     "null": NullRouter,
     "accumulate": AccumulateRouter,
@@ -282,9 +291,8 @@ GROWTH = {
 
 
 def build_router(
-    growth: str, width: int, most_nulls: int, codes: ConceptCodes, read_out: ReadOut | None = None, **like
+    growth: Growth, width: int, most_nulls: int, codes: ConceptCodes, read_out: ReadOut | None = None, **like
 ) -> Router:
-    """codes: what NULL is chosen beside; read_out: logits of the backbone's states, where they are words (not concepts)."""
-    require_choice("module.growth", growth, GROWTH)
+    """The router that `growth` names. codes: for `null`; read_out: for `entropy`, logits of the backbone's hidden states."""
     more = {"null": {"codes": codes}, "entropy": {"read_out": read_out}}.get(growth, {})
     return GROWTH[growth](width, most_nulls, **more, **like)

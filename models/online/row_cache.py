@@ -1,7 +1,6 @@
-"""Keys and values of some layers, every row as long as its own text: what one row drops, it overwrites.
+"""A key-value cache whose rows have lengths of their own: rows of a batch commit, and drop their tails, at different steps.
 
-Rows of a batch commit at different times, so that their tails end at different places. A row's slots are its first
-`lengths[row]` ones; what lies beyond is free. Nothing is masked but the free slots, and nothing has to be squeezed.
+A row uses its first `lengths[row]` slots. Later slots are free: they are masked, and overwritten by the next positions.
 Legend: B rows held, n rows of a step, H key-value heads, S slots, T positions, d head width.
 """
 
@@ -15,7 +14,7 @@ CHUNK = 64
 
 
 class RowCache:
-    """In the place of a transformers cache: layers call `update`. First a whole text, then one position a row and step."""
+    """Has the role of a transformers cache: layers call `update`. First a whole text, then steps of one position a row."""
 
     def __init__(self) -> None:
         self.layers: dict[int, list[Tensor]] = {}
@@ -25,7 +24,7 @@ class RowCache:
     # -- a whole text -------------------------------------------------------------------------------------------------
 
     def keep(self, chosen: Tensor) -> None:
-        """After a text was read: keep its positions chosen (B, T) bool alone, in order."""
+        """After a whole text: keep only its positions chosen (B, T) bool, in order."""
         self.lengths = chosen.sum(1)
         order = (~chosen).long().argsort(dim=1, stable=True)[:, : max(1, int(self.lengths.max()))]
         pick = order[:, None, :, None]
@@ -35,7 +34,7 @@ class RowCache:
     # -- one position a row -------------------------------------------------------------------------------------------
 
     def begin(self, rows: Tensor) -> Tensor | None:
-        """A step of rows (n,) begins; the mask (n, 1, 1, S) of the slots they see, theirs included, None where it is all."""
+        """Start a step of rows (n,). Returns the mask (n, 1, 1, S) of visible slots, the new one included; None is all."""
         self._rows, self._at = rows, self.lengths[rows]
         self._slots = int(self._at.max()) + 1
         self._all = len(rows) == len(self.lengths)
@@ -44,16 +43,16 @@ class RowCache:
         return (torch.arange(self._slots, device=rows.device) <= self._at.unsqueeze(1))[:, None, None]
 
     def end(self) -> None:
-        """The step is over: its rows are one longer."""
+        """End the step: its rows are one position longer."""
         self.lengths[self._rows] += 1
         self._rows = None
 
     def cut(self, rows: Tensor, lengths: Tensor) -> None:
-        """Drop what rows (n,) hold from slot lengths (n,) on."""
+        """Shorten rows (n,) to lengths (n,)."""
         self.lengths[rows] = lengths
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_args, **_options) -> tuple[Tensor, Tensor]:
-        """keys, values (n, H, T, d) of a layer -> what its queries may look at."""
+        """keys, values (n, H, T, d) of a layer -> those that its queries attend to, the cached ones included."""
         if self._rows is None:
             self.layers[layer_idx] = [keys, values]
             return keys, values
@@ -69,7 +68,7 @@ class RowCache:
     # -- size ---------------------------------------------------------------------------------------------------------
 
     def bytes(self) -> int:
-        """Bytes of the slots in use: those of every row, its own length."""
+        """Bytes of the slots in use: of every row its own length."""
         slots = int(self.lengths.sum())
         return sum(slots * x.shape[1] * x.shape[3] * x.element_size() for held in self.layers.values() for x in held)
 

@@ -1,4 +1,4 @@
-"""What decoding keeps of the rows of a batch, of every level of concepts.
+"""State of incremental forward passes: caches and router states of the rows of a batch, for every level of concepts.
 
 Legend: B batch, D width.
 """
@@ -11,9 +11,10 @@ from models.online.row_cache import RowCache
 
 
 class StackState:
-    """What a stack has read of B rows.
+    """State of one `ConceptStack` and B rows.
 
-    A cache for each stage, the router's state, commits so far, the last concept and the mean of the tail behind it.
+    shallow, middle, deep: key-value caches; middle is a `StackState` where concepts have concepts. router: its state.
+    concepts (B,): their number so far; last (B, D): the last concept; tail (B, D): mean hidden state of the tail.
     """
 
     def __init__(self, stack: nn.Module, batch: int, device: torch.device) -> None:

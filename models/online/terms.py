@@ -1,4 +1,4 @@
-"""What is asked of commits and codes beside the text: raw terms by name, none of them weighted.
+"""Auxiliary loss terms of commits and codes by name, unweighted, and their monitors.
 
 Legend: B batch, T positions, M packed concepts, K codes.
 """
@@ -12,17 +12,17 @@ from models.functional.next_token import CausalText
 from models.functional.usage import usage_kl
 from models.online.concept_stack import Level
 from models.online.model import OnlineConceptModel
-
-NAMES = ("text", "ratio", "code", "usage", "draft")
-OF_CODES = ("code", "usage")
+from models.online.options import TERMS
 
 
 def online_terms(model: OnlineConceptModel, levels: list[Level], text: CausalText) -> dict[str, Tensor]:
-    """ratio: of the learned routers, 0 without compression; code: how far codes are from what they stand for; usage: KL of
-    the mean code to uniform; draft: nats a token of the draft that `growth=entropy` reads. Sums over levels.
+    """Sums over levels of every term but `text`.
+
+    ratio: `ratio_loss` of learned routers, 0 at compression 1. code: squared distance of codes to their hidden states.
+    usage: KL of the mean code distribution to uniform. draft: nats per token of the prediction that growth `entropy` reads.
     """
     zero = levels[0].hidden.new_zeros(())
-    terms = dict.fromkeys(NAMES[1:], zero)
+    terms = dict.fromkeys(TERMS[1:], zero)
     for stack, level in zip(model.stacks(), levels, strict=True):
         routing, real = level.routing, level.real
         if routing.compression > 1 and stack.router.learned:
@@ -38,7 +38,7 @@ def online_terms(model: OnlineConceptModel, levels: list[Level], text: CausalTex
 
 @torch.no_grad()
 def online_monitors(levels: list[Level]) -> dict[str, Tensor]:
-    """Figures to watch: compression that each level realised, mean probability of a commit, codes in use."""
+    """Of each level: realised compression, mean commit probability, number of codes in use."""
     found = {}
     for k, level in enumerate(levels):
         ending = f"_{k + 1}" if k else ""

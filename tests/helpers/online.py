@@ -1,4 +1,4 @@
-"""Small online concept models in float64, and the same said slowly: one forward over concepts and tail a position."""
+"""Small online concept models in float64, and their slow reference: one forward pass per position."""
 
 from types import MethodType
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.causal import tiny_causal
-from models.online.concept_stack import CompressionSchedule, ConceptStack
+from models.online.concept_stack import CompressionSettings, ConceptStack
 from models.online.model import OnlineConceptModel
 
 VOCABULARY = 13
@@ -25,12 +25,12 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def tiny_online(split=(1, 2, 1), *, architecture="llama", seed=0, levels=1, **options) -> OnlineConceptModel:
-    """Random weights everywhere, so that routers decide differently from place to place."""
+    """Random weights everywhere, so that routers decide differently at different positions."""
     torch.manual_seed(seed)
     layers = sum(part if isinstance(part, int) else sum(part) for part in split)
     backbone = in_float64(tiny_causal(VOCABULARY, architecture=architecture, num_hidden_layers=layers))
     options = {"codes": 8, "most_nulls": 3, "compression": 2.0, "quantisation": 0.5} | options
-    model = OnlineConceptModel(backbone, list(split), levels=levels, **options)
+    model = OnlineConceptModel(backbone, split=list(split), levels=levels, **options)
     with torch.no_grad():
         for stack in model.stacks():
             for part in (stack.router, stack.bridge, stack.carry, stack.pool):
@@ -55,32 +55,32 @@ def padded(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
     width = max(len(row) for row in rows)
     ids, valid = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.bool)
     for k, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[k, place], valid[k, place] = row, True
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[k, columns], valid[k, columns] = row, True
     return ids, valid
 
 
 # -- one forward a position ----------------------------------------------------------------------------------------------
 
 
-def naive_logits(model: OnlineConceptModel, row: Tensor, schedule: CompressionSchedule) -> Tensor:
+def naive_logits(model: OnlineConceptModel, row: Tensor, settings: CompressionSettings) -> Tensor:
     """Logits (T, V) of one text (T,), each from a forward of its own that has seen nothing behind it."""
     embeds = model.backbone.get_input_embeddings()(row)
-    places = torch.arange(len(row))
-    states = naive_stack(model.stack, embeds, places, schedule)
+    positions = torch.arange(len(row))
+    states = naive_stack(model.stack, embeds, positions, settings)
     return model.logits(model.backbone.get_decoder().norm(states))
 
 
-def naive_stack(stack: ConceptStack, embeds: Tensor, places: Tensor, schedule: CompressionSchedule) -> Tensor:
+def naive_stack(stack: ConceptStack, embeds: Tensor, positions: Tensor, settings: CompressionSettings) -> Tensor:
     """(T, D), (T,) -> (T, D)"""
-    return torch.stack([_last(stack, embeds[: t + 1], places[: t + 1], schedule) for t in range(len(embeds))])
+    return torch.stack([_last(stack, embeds[: t + 1], positions[: t + 1], settings) for t in range(len(embeds))])
 
 
-def _last(stack: ConceptStack, embeds: Tensor, places: Tensor, schedule: CompressionSchedule) -> Tensor:
-    hidden = _layers(stack.shallow, embeds, places)
+def _last(stack: ConceptStack, embeds: Tensor, positions: Tensor, settings: CompressionSettings) -> Tensor:
+    hidden = _layers(stack.shallow, embeds, positions)
     every = torch.ones(1, len(embeds), dtype=torch.bool)
     start = stack.router.start(1, embeds.device)
-    routing, _ = stack.router(hidden[None], every, start, stack.codes, compression=schedule.compression)
+    routing, _ = stack.router(hidden[None], every, start, stack.codes, compression=settings.compression)
     committed = routing.commit[0].nonzero().flatten()
     tau = int(committed.max()) if len(committed) else -1
     tail = torch.arange(tau + 1, len(embeds))
@@ -91,15 +91,15 @@ def _last(stack: ConceptStack, embeds: Tensor, places: Tensor, schedule: Compres
             if stack.pool is None
             else hidden[committed] + stack.pool(_tails(stack, hidden, committed))
         )
-        coded = stack._code(ended[None], routing.probability[:, committed], schedule).embeds[0]
+        coded = stack._code(ended[None], routing.probability[:, committed], settings).embeds[0]
         if stack.inner is None:
-            concepts = _layers(stack.middle, coded, places[committed])
+            concepts = _layers(stack.middle, coded, positions[committed])
         else:
-            concepts = naive_stack(stack.inner, coded, places[committed], schedule)
+            concepts = naive_stack(stack.inner, coded, positions[committed], settings)
         if stack.carry is not None:
             slots = slots + stack.carry(stack.codes.normed(concepts[-1:]))
         slots = torch.cat([concepts, slots])
-    return _layers(stack.deep, slots, places[torch.cat([committed, tail])])[-1]
+    return _layers(stack.deep, slots, positions[torch.cat([committed, tail])])[-1]
 
 
 def _tails(stack: ConceptStack, hidden: Tensor, committed: Tensor) -> Tensor:
@@ -109,9 +109,9 @@ def _tails(stack: ConceptStack, hidden: Tensor, committed: Tensor) -> Tensor:
     return torch.stack([part.sum(0) / max(1, len(part)) for part in parts])
 
 
-def _layers(stack, states: Tensor, places: Tensor) -> Tensor:
+def _layers(stack, states: Tensor, positions: Tensor) -> Tensor:
     """Plain causal layers over (N, D)."""
-    return stack.run(states[None], places[None], None)[0]
+    return stack.run(states[None], positions[None], None)[0]
 
 
-HALF = CompressionSchedule(compression=2.0, quantisation=0.5)
+HALF = CompressionSettings(compression=2.0, quantisation=0.5)

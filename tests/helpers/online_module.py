@@ -4,9 +4,9 @@ import torch
 
 from helpers.causal import tiny_causal
 from lightning_modules.online_concept import OnlineConceptModule
-from models.online.terms import NAMES
+from models.online.options import TERMS
 
-ALL = dict.fromkeys(NAMES, 1.0)
+ALL = dict.fromkeys(TERMS, 1.0)
 PLAIN = {"compression": (1.0, 1.0), "quantisation": (0.0, 0.0), "weights": {"text": 1.0}}
 
 

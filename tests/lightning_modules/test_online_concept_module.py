@@ -16,7 +16,7 @@ from lightning_modules.pretrain import PretrainModule
 from models.backbones.causal_lm import save_causal
 from models.functional.next_token import causal_text
 from models.objectives.next_token import NextToken
-from models.online.concept_stack import CompressionSchedule
+from models.online.concept_stack import CompressionSettings
 from models.online.router import GROWTH
 from models.online.terms import online_terms
 from reporting.record import read_record
@@ -59,8 +59,8 @@ MOVES = {
 def test_each_term_moves_what_it_should(name):
     module, text = build(), causal_text(packed_batch(4, 12))
     module.model.train()
-    schedule = CompressionSchedule(2.0, 0.5, 1.0, 1.0, torch.Generator().manual_seed(0))
-    nll, levels = module._nll(text, schedule)
+    settings = CompressionSettings(2.0, 0.5, 1.0, 1.0, torch.Generator().manual_seed(0))
+    nll, levels = module._nll(text, settings)
     raw = {"text": nll.mean(), **online_terms(module.model, levels, text)}
     raw[name].backward()
     moved = {n for n, p in module.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -69,7 +69,7 @@ def test_each_term_moves_what_it_should(name):
     assert all(any(part in n for part in MOVES[name]) for n in moved), moved
 
 
-def test_codes_that_nobody_reads_pull_at_nothing():
+def test_codes_that_no_layer_reads_have_no_terms():
     states, codes = build(quantisation=(0.0, 0.0)), build(quantisation=(0.0, 0.1))
     assert states.weights == ALL | {"code": 0.0, "usage": 0.0}
     assert codes.weights == ALL
@@ -87,12 +87,12 @@ def test_what_is_new_is_in_training_mode_from_the_first_step():
 
 def test_the_draft_learns_from_its_own_loss_alone():
     module, text = build(growth="entropy"), causal_text(packed_batch(4, 12))
-    _, levels = module._nll(text, CompressionSchedule(2.0, 0.5))
+    _, levels = module._nll(text, CompressionSettings(2.0, 0.5))
     online_terms(module.model, levels, text)["draft"].backward()
     grads = {n: p.grad for n, p in module.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert "stack.router.adapt.weight" in grads
     assert not any("layers" in n for n in grads)  # the states are held
-    assert online_terms(build().model, build()._nll(text, CompressionSchedule(2.0, 0.5))[1], text)["draft"] == 0
+    assert online_terms(build().model, build()._nll(text, CompressionSettings(2.0, 0.5))[1], text)["draft"] == 0
 
 
 def test_ratio_is_skipped_where_nothing_is_compressed_or_learned():
@@ -102,7 +102,7 @@ def test_ratio_is_skipped_where_nothing_is_compressed_or_learned():
         (build(growth="fixed"), 2.0, False),
         (build(), 2.0, True),
     ):
-        _, levels = module._nll(text, CompressionSchedule(compression, 0.5))
+        _, levels = module._nll(text, CompressionSettings(compression, 0.5))
         assert bool(online_terms(module.model, levels, text)["ratio"]) == there
 
 
@@ -114,6 +114,16 @@ def test_the_realised_rate_is_held(growth):
     options = {"growth": growth, "compression": (2.5, 2.5), "noise": (0.0, 0.0), "most_nulls": 7}
     quiet_trainer(45, callbacks=[rates], log_every_n_steps=1).fit(build(**options), data)
     assert sum(rates.seen[-15:]) / 15 == pytest.approx(0.4, abs=0.05)
+
+
+def test_entropies_get_a_threshold_after_one_step():
+    """Before it every position commits; a step of half their spread at a time would need as many steps as they lie above 0."""
+    data, rates = PackedStream(), Rates()
+    data.batches = [packed_batch(6, 40)]
+    options = {"growth": "entropy", "compression": (2.5, 2.5), "most_nulls": 15, "lr": 1e-6}
+    quiet_trainer(3, callbacks=[rates], log_every_n_steps=1).fit(build(**options), data)
+    assert rates.seen[0] > 0.95
+    assert rates.seen[1:] == pytest.approx([0.4, 0.4], abs=0.1)
 
 
 def test_a_rate_that_is_not_held_goes_its_own_way():
@@ -135,13 +145,19 @@ def test_values_are_annealed_from_the_first_to_the_last():
 
 def test_codes_start_at_centres_of_their_points_and_follow_them():
     """Before the first step they all lie at 0; a lattice stays where it is."""
-    data, seen = PackedStream((4,)), []
+    data, seen, dead = PackedStream((4,)), [], []
     module = build(sampler="ema_vq", growth="fixed", compression=(2.0, 2.0), code_decay=0.9)
     space = module.model.stack.codes.space
-    watch = type("W", (Callback,), {"on_train_batch_end": lambda *_: seen.append(space.book)})
-    quiet_trainer(3, callbacks=[watch()]).fit(module, data)
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            seen.append(space.book)
+            dead.append(float(trainer.callback_metrics["monitor/dead_codes"]))
+
+    quiet_trainer(3, callbacks=[Watch()]).fit(module, data)
     assert seen[0].codes.abs().max() > 0
     assert seen[0].counts.min() > 0
+    assert dead[0] == 0  # k-means centres all have points
     assert seen[2].codes.sub(seen[1].codes).abs().max() > 1e-4
     fixed = build(sampler="fsq")
     lattice = fixed.model.stack.codes.space.codes.clone()
@@ -149,19 +165,36 @@ def test_codes_start_at_centres_of_their_points_and_follow_them():
     assert torch.equal(lattice, fixed.model.stack.codes.space.codes)
 
 
+@pytest.mark.parametrize("growth", ["fixed", "entropy"])  # scores of entropy differ from row to row
+def test_codes_and_rates_of_accumulated_micro_batches_are_those_of_one_big_batch(growth):
+    """Two optimiser steps over the same rows in the same order; the epoch ends within the second."""
+    stream, found = packed_batch(9, 12), []
+    for rows, accumulated in (([6, 3], 1), ([2, 2, 2, 3], 3)):
+        parts = {name: column.split(rows) for name, column in stream.items()}
+        data = PackedStream()
+        data.batches = [{name: parts[name][k] for name in parts} for k in range(len(rows))]
+        options = {"sampler": "ema_vq", "growth": growth, "code_decay": 0.9, "weights": {"text": 1.0}}
+        module = build(**options, compression=(2.5, 2.5), quantisation=(1.0, 1.0), noise=(0.0, 0.0))
+        quiet_trainer(2, accumulate_grad_batches=accumulated).fit(module, data)
+        found.append((*module.model.stack.codes.space.book, module.model.stack.router.offset))
+    for big, small in zip(*found, strict=True):
+        assert_close(small, big, atol=1e-5, rtol=1e-4)
+    assert (found[0][-1] != 0) == (growth == "entropy")
+
+
 @pytest.mark.parametrize("sampler", ["fsq", "ema_vq"])
-def test_places_learn_from_the_text(sampler):
+def test_points_learn_from_the_text(sampler):
     module, text = build(sampler=sampler), causal_text(packed_batch(4, 12))
     if sampler == "ema_vq":
         torch.nn.init.normal_(module.model.stack.codes.space.codes)
-    nll, _ = module._nll(text, CompressionSchedule(2.0, 1.0))
+    nll, _ = module._nll(text, CompressionSettings(2.0, 1.0))
     nll.mean().backward()
     for part in (module.model.stack.codes.space.to_point, module.model.stack.codes.space.to_embedding):
         assert part.weight.grad.abs().max() > 1e-6
     assert module.model.backbone.model.embed_tokens.weight.grad.abs().max() > 1e-6
 
 
-def test_a_gate_that_is_worked_out_on_some_steps():
+def test_a_gate_whose_gradient_is_computed_on_some_steps():
     module, seen = build(gate="visibility", gate_every=2), []
     read = module.model.read
     module.model.read = lambda *given, **more: seen.append(given[3].gated) or read(*given, **more)
@@ -208,17 +241,17 @@ def test_documents_alone_are_recorded_too(tmp_path):
     a_slot = 2 * 2 * 4 * 4  # keys and values of two heads of width 4, float32
     assert row["cost"]["kv_bytes"] == a_slot * (38 + 19 + 19)
     assert min(row["cost"]["prefill_tokens_per_s"], row["cost"]["decode_tokens_per_s"]) > 0
-    # a layer of width 16 with keys and values of half of it, feed-forward 24; 7 words, 8 codes
-    layer, words, bridge, codes = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24, 7 * 16, 16 * 16, 8 * 16
+    # a layer of width 16 with keys and values of half of it, feed-forward 24; 7 tokens, 8 codes
+    layer, output, bridge, codes = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24, 7 * 16, 16 * 16, 8 * 16
     ours = (
         2 * layer + 2 * bridge + (layer + bridge + codes) / 2
     )  # a token, the concept before it; a concept, the tail it ends
-    assert row["cost"]["flops_share"] == pytest.approx((ours + words) / (3 * layer + words))
+    assert row["cost"]["flops_share"] == pytest.approx((ours + output) / (3 * layer + output))
     assert row["cost"]["equal_layers"] == pytest.approx(ours / layer)
 
 
 def test_documents_of_a_row_are_kept_apart():
-    """Nats of a stream whose documents are told apart are those of the documents alone."""
+    """The NLL of a row with two documents is that of the documents alone."""
     module = build(growth="fixed", compression=(2.0, 2.0))
     batch = PackedStream((3,), documents=True).batches[0]
     own = module.eval()._nll(causal_text(batch))[0]

@@ -31,7 +31,7 @@ def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split, sampler):
     again = load_online(tmp_path / "model")
     with torch.no_grad():
         assert_close(again(ids), module.model.eval()(ids))
-    assert again.kept_setting() == module.model.kept_setting()
+    assert again.inference_settings() == module.model.inference_settings()
     description = json.loads((tmp_path / "model" / "online_concepts.json").read_text())
     assert description["options"].keys() >= {"carry", "pool"}
     (tmp_path / "model" / "online_concepts.json").write_text(json.dumps({**description, "format": "other"}))
@@ -39,7 +39,7 @@ def test_a_saved_model_is_read_as_it_was(tmp_path, lora_rank, split, sampler):
         load_online(tmp_path / "model")
 
 
-def test_a_folder_of_before_concepts_and_tails_told_each_other_is_read(tmp_path):
+def test_a_folder_without_pool_and_carry_is_read(tmp_path):
     model = build(carry=False, pool=False).model.eval()
     save_online(model, tmp_path / "model")
     path = tmp_path / "model" / "online_concepts.json"
@@ -52,7 +52,7 @@ def test_a_folder_of_before_concepts_and_tails_told_each_other_is_read(tmp_path)
         assert_close(load_online(tmp_path / "model")(ids), model(ids))
 
 
-def test_a_damaged_file_is_told(tmp_path):
+def test_a_damaged_file_is_refused(tmp_path):
     model = build().model
     save_online(model, tmp_path / "model")
     (tmp_path / "model" / "online_concepts.safetensors").write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""Options of `OnlineConceptModule` that do not fit, and in which words they are refused."""
+"""Options of `OnlineConceptModule` that cannot work, and the messages that say so."""
 
 import pytest
 import torch
@@ -14,15 +14,19 @@ from models.functional.errors import UsageError
     ("options", "part"),
     [
         ({"growth": "often"}, "module.growth=often is not known; type one of"),
-        ({"sampler": "draws"}, "module.sampler=draws is not known; type one of"),
+        ({"sampler": "other"}, "module.sampler=other is not known; type one of"),
         ({"codes": 22, "sampler": "fsq"}, "module.codes=22 cannot be shared out among levels of 2 to 8"),
         ({"code_decay": 1.0}, "module.code_decay=1.0 must be at least 0 and less than 1"),
+        ({"growth": "entropy", "hold_rate": False}, "type module.hold_rate=true"),
         ({"gate_every": 0}, "module.gate_every=0 must be at least 1"),
         ({"gate": "soft"}, "module.gate=soft is not known; type one of"),
         ({"codes": 1}, "module.codes=1 must be at least 2"),
         ({"most_nulls": 0}, "module.most_nulls=0 must be at least 1"),
         ({"compression": (0.5, 2.0)}, "module.compression=[0.5, 2.0] must be"),
-        ({"compression": (1.0, 8.0)}, "without a concept than module.most_nulls=3; type module.most_nulls=16"),
+        (
+            {"compression": (1.0, 8.0)},
+            "needs longer segments than module.most_nulls=3 allows; type module.most_nulls=16",
+        ),
         ({"quantisation": (0.0, 2.0)}, "module.quantisation=[0.0, 2.0] must be"),
         ({"noise": (1.0,)}, "module.noise=[1.0] must be"),
         ({"anneal_share": 2.0}, "module.anneal_share=2.0"),
@@ -46,7 +50,7 @@ def test_a_baseline_of_another_vocabulary_is_refused(tmp_path):
         quiet_trainer(1).test(build(baseline=str(tmp_path / "base")), PackedStream(), verbose=False)
 
 
-def test_entropy_needs_words():
+def test_entropy_needs_tokens():
     torch.manual_seed(0)
-    with pytest.raises(UsageError, match=r"module.growth=entropy needs words"):
+    with pytest.raises(UsageError, match=r"module.growth=entropy needs tokens"):
         build(tiny_causal(7, num_hidden_layers=5), growth="entropy", split=[1, [1, 1, 1], 1])

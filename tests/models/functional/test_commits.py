@@ -8,12 +8,12 @@ from torch import Tensor
 
 from models.functional import commits
 from models.functional.commit_gates import keep_null_mass, mix_slots, smooth_concepts, soft_visibility, visibility
-from models.functional.commit_rate import correction, null_bias, ratio_loss
+from models.functional.commit_rate import correction, null_bias, rate_threshold, ratio_loss
 
 G = torch.tensor([[1, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
 
 
-def draws(rows: int, length: int, rate: float, seed: int = 0) -> Tensor:
+def random_gates(rows: int, length: int, rate: float, seed: int = 0) -> Tensor:
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < rate
 
 
@@ -29,7 +29,7 @@ def test_packing_by_hand():
 
 
 def test_no_commit_is_dropped_and_all_come_first():
-    g = draws(50, 23, 0.4)
+    g = random_gates(50, 23, 0.4)
     found = commits.pack_commits(g)
     for row, index, real in zip(g, found.index, found.real, strict=True):
         assert index[real].tolist() == row.nonzero().flatten().tolist()
@@ -44,7 +44,7 @@ def test_the_latest_concept_by_hand():
 
 
 def test_tails_are_averaged_as_a_loop_does():
-    g = draws(30, 17, 0.3)
+    g = random_gates(30, 17, 0.3)
     valid = torch.ones_like(g)
     valid[::2, :3] = valid[1::2, -4:] = False
     g &= valid
@@ -64,7 +64,7 @@ def test_tails_are_averaged_as_a_loop_does():
 
 
 def test_what_the_deep_stack_sees_is_the_concepts_and_the_tail():
-    g = draws(30, 17, 0.3)
+    g = random_gates(30, 17, 0.3)
     valid = torch.ones_like(g)
     valid[::2, :3] = valid[1::2, -4:] = False
     g &= valid
@@ -101,7 +101,7 @@ def capped_slowly(natural: Tensor, valid: Tensor, most: int, since: int) -> tupl
 
 @pytest.mark.parametrize("most", [1, 3, 7])
 def test_the_cap_and_its_state_are_those_of_a_loop(most):
-    g = draws(200, 40, 0.15)
+    g = random_gates(200, 40, 0.15)
     valid = torch.ones_like(g)
     valid[:50, :7] = valid[50:100, -9:] = False
     g &= valid
@@ -119,7 +119,7 @@ def test_the_cap_and_its_state_are_those_of_a_loop(most):
 
 def test_the_realised_rate_is_above_what_the_router_asked_for():
     """A commit one time in four, forced every eighth slot: .278."""
-    g = draws(400, 1000, 0.25)
+    g = random_gates(400, 1000, 0.25)
     found = commits.cap_nulls(g, torch.ones_like(g), 7, torch.zeros(400, dtype=torch.long))
     renewal = 0.25 / (1 - 0.75**8)
     assert found.double().mean() == pytest.approx(renewal, abs=0.002)
@@ -127,9 +127,9 @@ def test_the_realised_rate_is_above_what_the_router_asked_for():
 
 
 def test_even_commits():
-    place = torch.arange(12).expand(1, -1)
-    assert commits.even_commits(place, 4.0)[0].nonzero().flatten().tolist() == [3, 7, 11]
-    assert commits.even_commits(place, 1.5)[0].nonzero().flatten().tolist() == [
+    position = torch.arange(12).expand(1, -1)
+    assert commits.even_commits(position, 4.0)[0].nonzero().flatten().tolist() == [3, 7, 11]
+    assert commits.even_commits(position, 1.5)[0].nonzero().flatten().tolist() == [
         1,
         2,
         4,
@@ -139,21 +139,21 @@ def test_even_commits():
         10,
         11,
     ]  # 3 tokens, 2 latents
-    assert commits.even_commits(place, 1.0).all()
+    assert commits.even_commits(position, 1.0).all()
     long = torch.arange(30_000).expand(1, -1)
     for compression in (3.0, 7.0, 2.5, 1.1):
         assert commits.even_commits(long, compression).sum() == int(30_000 / compression + 1e-6)
 
 
-def test_drawn_commits_are_as_many_as_even_ones_and_lie_anywhere():
-    place = torch.arange(64_000).expand(1, -1)
+def test_random_commits_are_as_many_as_even_ones_and_lie_anywhere():
+    position = torch.arange(64_000).expand(1, -1)
     for compression in (1.0, 2.0, 2.5, 4.0):
-        even, drawn = commits.even_commits(place, compression), commits.drawn_commits(place, compression)
-        assert drawn.view(-1, 16).sum(1).tolist() == even.view(-1, 16).sum(1).tolist()
-    for at in range(16):  # no place of a block is preferred; spread evenly, each is always taken or never
-        assert drawn.view(-1, 16)[:, at].double().mean() == pytest.approx(0.25, abs=0.03)
+        even, random = commits.even_commits(position, compression), commits.random_commits(position, compression)
+        assert random.view(-1, 16).sum(1).tolist() == even.view(-1, 16).sum(1).tolist()
+    for at in range(16):  # no position of a block is preferred; of evenly spaced commits each is always one or never
+        assert random.view(-1, 16)[:, at].double().mean() == pytest.approx(0.25, abs=0.03)
         assert even.view(-1, 16)[:, at].double().mean() in (0, 1)
-    together = (drawn[0, 1:] & drawn[0, :-1]).double().mean()
+    together = (random[0, 1:] & random[0, :-1]).double().mean()
     assert together == pytest.approx(0.051, abs=0.003)  # within a block 4/16 3/15, between two 1/16
 
 
@@ -234,6 +234,13 @@ def test_the_correction_holds_the_realised_rate_at_its_target():
         assert torch.stack(rates[-50:]).mean() == pytest.approx(0.25, abs=0.01)
 
 
+def test_the_rate_threshold_lets_the_wanted_share_through():
+    scores = 3 + 2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    for compression in (1.1, 2.0, 8.0):
+        share = (scores > rate_threshold(scores.mean(), scores.std(), compression)).double().mean()
+        assert share == pytest.approx(1 / compression, abs=0.005)
+
+
 # -- gates -------------------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +292,7 @@ def test_soft_visibility_is_the_share_of_drawn_commits_that_see():
 
 
 def test_visibility_is_what_is_seen_with_the_gradient_of_what_would_be():
-    g = draws(2, 6, 0.4)
+    g = random_gates(2, 6, 0.4)
     valid = torch.ones_like(g)
     seen, may = commits.deep_mask(g, commits.pack_commits(g).segment, valid), commits.may_be_seen(valid)
     p = torch.rand(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()

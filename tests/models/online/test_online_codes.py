@@ -1,4 +1,4 @@
-"""Codes of online concepts that are places of a small space: the same equalities as of a table, gradients by hand."""
+"""Codes that are points of a space: the same equalities as for a table, gradients by hand."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from helpers.online import HALF, naive_logits, texts, tiny_online
 from torch.testing import assert_close
 
 from models.online.codes import build_codes
-from models.online.concept_stack import CompressionSchedule
-from models.online.decoder import OnlineReading
+from models.online.concept_stack import CompressionSettings
+from models.online.decoder import IncrementalForward
 
 SPACES = ["fsq", "ema_vq"]
 
@@ -24,12 +24,12 @@ def online(sampler: str, **options):
 @pytest.mark.parametrize("growth", ["null", "fixed"])
 def test_one_forward_is_one_forward_a_position_and_one_step(sampler, growth):
     model, ids = online(sampler, growth=growth, gate="none"), texts()
-    states, levels = model.read(ids, schedule=HALF)
+    states, levels = model.read(ids, settings=HALF)
     assert len(levels[0].coded.ids[levels[0].real].unique()) > 1
     logits = model.logits(states)
     assert_close(logits, torch.stack([naive_logits(model, row, HALF) for row in ids]), atol=1e-12, rtol=1e-12)
-    reading = OnlineReading(model)
-    steps = [reading.read(ids[:, :2])] + [reading.step(ids[:, t]) for t in range(2, ids.shape[1])]
+    forward = IncrementalForward(model)
+    steps = [forward.prefill(ids[:, :2])] + [forward.step(ids[:, t]) for t in range(2, ids.shape[1])]
     with torch.no_grad():
         assert_close(torch.stack(steps, 1), model(ids)[:, 1:], atol=1e-11, rtol=1e-11)
 
@@ -37,9 +37,9 @@ def test_one_forward_is_one_forward_a_position_and_one_step(sampler, growth):
 @pytest.mark.parametrize("sampler", SPACES)
 def test_without_compression_it_is_the_backbone(sampler):
     model, ids = online(sampler), texts()
-    every = CompressionSchedule(compression=1.0, quantisation=0.0)
+    every = CompressionSettings(compression=1.0, quantisation=0.0)
     for training in (True, False):
-        ours = model.train(training).logits(model.read(ids, schedule=every)[0])
+        ours = model.train(training).logits(model.read(ids, settings=every)[0])
         assert torch.equal(ours, model.backbone(input_ids=ids, use_cache=False).logits)
 
 
@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_the_point(sampler):
     assert_close(codes(hidden, sure, quantisation=1.0).embeds, whole.embeds)
 
 
-def test_null_weighs_places_alike():
+def test_points_of_a_space_have_equal_weight_beside_null():
     codes = build_codes("fsq", 16, 8)
     assert_close(codes.log_mass(torch.randn(5, 16)), torch.full((5,), 8.0).log())
     assert build_codes("gumbel_st", 16, 8).log_mass(torch.randn(5, 16)).std() > 0.1

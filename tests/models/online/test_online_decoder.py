@@ -4,16 +4,16 @@ import pytest
 import torch
 from helpers.online import VOCABULARY, padded, ragged, texts, tiny_online
 
-from models.online.decoder import OnlineReading, generate_online
+from models.online.decoder import IncrementalForward, generate_online
 from models.online.router import GROWTH
 
 
 def stepped(model, ids, start, valid=None):
     """Logits (B, T - start + 1, V) of a prompt of `start` columns and one step a token."""
-    reading = OnlineReading(model)
-    logits = [reading.read(ids[:, :start], None if valid is None else valid[:, :start])]
-    logits += [reading.step(ids[:, t]) for t in range(start, ids.shape[1])]
-    return torch.stack(logits, 1), reading
+    forward = IncrementalForward(model)
+    logits = [forward.prefill(ids[:, :start], None if valid is None else valid[:, :start])]
+    logits += [forward.step(ids[:, t]) for t in range(start, ids.shape[1])]
+    return torch.stack(logits, 1), forward
 
 
 @pytest.mark.parametrize(("growth", "gate"), [*((growth, "slot") for growth in GROWTH), ("null", "smooth")])
@@ -22,9 +22,9 @@ def test_forward_is_step(growth, gate):
     with torch.no_grad():
         whole, levels = model.read(ids)
         whole = model.logits(whole)
-    steps, reading = stepped(model, ids, 2)
+    steps, forward = stepped(model, ids, 2)
     torch.testing.assert_close(steps, whole[:, 1:], atol=1e-11, rtol=1e-11)
-    assert torch.equal(reading.concepts, levels[0].routing.commit.sum(1))
+    assert torch.equal(forward.concepts, levels[0].routing.commit.sum(1))
 
 
 def test_forward_is_step_in_single_precision():
@@ -37,12 +37,12 @@ def test_forward_is_step_in_single_precision():
 @pytest.mark.parametrize("growth", ["null", "fixed"])
 def test_concepts_of_concepts_step_too(growth):
     model, ids = tiny_online([1, [1, 1, 1], 1], growth=growth), texts(rows=4, length=40)
-    steps, reading = stepped(model, ids, 7)
+    steps, forward = stepped(model, ids, 7)
     with torch.no_grad():
         torch.testing.assert_close(steps, model(ids)[:, 6:], atol=1e-11, rtol=1e-11)
-    inner = reading.state.middle
-    assert (inner.concepts <= reading.concepts).all()
-    assert (inner.concepts < reading.concepts).any()
+    inner = forward.state.middle
+    assert (inner.concepts <= forward.concepts).all()
+    assert (inner.concepts < forward.concepts).any()
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -52,12 +52,12 @@ def test_a_ragged_batch_is_row_by_row(growth, left):
     new = texts(rows=3, length=20, seed=5)
     together = torch.cat([padded(rows, left)[0], new], 1)
     valid = torch.cat([padded(rows, left)[1], torch.ones_like(new, dtype=torch.bool)], 1)
-    steps, reading = stepped(model, together, 11, valid)
+    steps, forward = stepped(model, together, 11, valid)
     moments = set()
     for k, row in enumerate(rows):
         alone, single = stepped(model, torch.cat([row, new[k]])[None], len(row))
         torch.testing.assert_close(steps[k], alone[0], atol=1e-11, rtol=1e-11)
-        assert reading.concepts[k] == single.concepts[0]
+        assert forward.concepts[k] == single.concepts[0]
         with torch.no_grad():
             _, levels = model.read(torch.cat([row, new[k]])[None])
         moments.add(tuple(levels[0].routing.commit[0, -20:].tolist()))
@@ -67,26 +67,26 @@ def test_a_ragged_batch_is_row_by_row(growth, left):
 def test_what_is_kept_is_tokens_concepts_and_tails():
     """By hand: shallow holds T, middle the concepts, deep concepts and tail."""
     model, ids = tiny_online([1, 2, 1], growth="fixed"), texts(rows=2, length=21)
-    model.keep_setting(4.0, 1.0)
-    _, reading = stepped(model, ids, 9)
-    shallow, middle, deep = reading.state.caches()
+    model.set_inference_settings(4.0, 1.0)
+    _, forward = stepped(model, ids, 9)
+    shallow, middle, deep = forward.state.caches()
     assert shallow.lengths.tolist() == [21, 21]
     assert middle.lengths.tolist() == [5, 5]
     assert deep.lengths.tolist() == [6, 6]  # five concepts and the one token behind them
     a_slot = 2 * 2 * 4 * 8  # keys and values, two heads of width 4, float64
-    assert reading.kv_bytes == 2 * a_slot * (21 + 2 * 5 + 6)
+    assert forward.kv_bytes == 2 * a_slot * (21 + 2 * 5 + 6)
 
 
 def test_without_compression_it_generates_what_transformers_does():
     model, prompt = tiny_online(), texts(rows=1, length=6)
-    model.keep_setting(1.0, 0.0)
+    model.set_inference_settings(1.0, 0.0)
     ours = generate_online(model, prompt, max_new_tokens=15, temperature=0)
     theirs = model.backbone.generate(prompt, max_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(ours.sequences, theirs[:, 6:])
     assert ours.concepts.tolist() == [20]
 
 
-def test_generation_stops_at_the_end_token_and_says_no_padding():
+def test_generation_stops_at_the_end_token_and_generates_no_padding():
     model, prompt = tiny_online(), texts(rows=3, length=6)
     free = generate_online(model, prompt, max_new_tokens=12, temperature=0).sequences
     end = int(free[0, 3])

@@ -7,9 +7,9 @@ from torch.nn.attention.flex_attention import create_mask
 
 from models.functional.commits import deep_mask, pack_commits
 from models.online.attention import concepts_first, deep_block_mask
-from models.online.concept_stack import CompressionSchedule
+from models.online.concept_stack import CompressionSettings
 
-HALF = CompressionSchedule(compression=2.0, quantisation=0.5)
+HALF = CompressionSettings(compression=2.0, quantisation=0.5)
 
 
 @pytest.mark.parametrize("split", [[1, 2, 1], [1, [1, 1, 1], 1]])
@@ -21,22 +21,22 @@ def test_blocks_of_the_mask_are_the_mask(split):
     for attention in ("sdpa", "flex"):
         model = tiny_online(split, growth="null", attention=attention).float()
         with torch.no_grad():
-            found[attention] = model.logits(model.read(ids, valid, schedule=HALF)[0])[valid]
+            found[attention] = model.logits(model.read(ids, valid, settings=HALF)[0])[valid]
     torch.testing.assert_close(found["flex"], found["sdpa"], atol=2e-5, rtol=1e-4)
     for stack in model.stacks():
         stack.attention = "sdpa"  # the same function answers for both
     with torch.no_grad():
-        assert torch.equal(model.logits(model.read(ids, valid, schedule=HALF)[0])[valid], found["sdpa"])
+        assert torch.equal(model.logits(model.read(ids, valid, settings=HALF)[0])[valid], found["sdpa"])
 
 
 def test_blocks_keep_documents_apart():
     ids = texts(rows=2, length=150)
     documents = torch.arange(150).expand(2, -1) // 60
-    places, found = torch.arange(150).expand(2, -1) % 60, []
+    positions, found = torch.arange(150).expand(2, -1) % 60, []
     for attention in ("sdpa", "flex"):
         model = tiny_online(growth="null", attention=attention).float()
         with torch.no_grad():
-            found.append(model.read(ids, positions=places, schedule=HALF, documents=documents)[0])
+            found.append(model.read(ids, positions=positions, settings=HALF, documents=documents)[0])
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 

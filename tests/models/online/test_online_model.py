@@ -1,5 +1,7 @@
 """The parallel form is the slow one: logits, gradients, warm start, causality, padding."""
 
+from typing import get_args
+
 import pytest
 import torch
 from helpers.causal import tiny_causal
@@ -9,41 +11,42 @@ from torch import Tensor
 from models.backbones.causal_lm import with_adapters
 from models.functional import commit_gates
 from models.functional.errors import UsageError
-from models.online.concept_stack import GATES, CompressionSchedule
+from models.online.concept_stack import CompressionSettings
 from models.online.layer_stack import nested_split
 from models.online.model import OnlineConceptModel
+from models.online.options import Gate
 from models.online.router import GROWTH
 
 NESTED = ([1, [1, 1, 1], 1], {})
 
 
-def commits_of(model, ids, schedule=HALF):
-    return model.read(ids, schedule=schedule)[1][0].routing.commit
+def commits_of(model, ids, settings=HALF):
+    return model.read(ids, settings=settings)[1][0].routing.commit
 
 
 @pytest.mark.parametrize("growth", GROWTH)
 def test_one_forward_is_one_forward_a_position(growth):
     model, ids = tiny_online(growth=growth, gate="none"), texts()
-    logits = model.logits(model.read(ids, schedule=HALF)[0])
+    logits = model.logits(model.read(ids, settings=HALF)[0])
     slow = torch.stack([naive_logits(model, row, HALF) for row in ids])
     assert 0.2 < commits_of(model, ids).double().mean() < 0.9  # both kinds of positions are there
     torch.testing.assert_close(logits, slow, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("told", [{"carry": False}, {"pool": False}, {"carry": False, "pool": False}])
-def test_concepts_and_tails_need_not_tell_each_other(told):
-    """Each way alone is one forward a position too, and makes a difference; fresh, both start as nothing."""
-    model, ids = tiny_online(growth="null", gate="none", **told), texts()
-    logits = model.logits(model.read(ids, schedule=HALF)[0])
+@pytest.mark.parametrize("options", [{"carry": False}, {"pool": False}, {"carry": False, "pool": False}])
+def test_without_pool_or_carry_it_is_one_forward_a_position_too(options):
+    """Each of them changes the logits, and neither does while its weights are 0, as they start."""
+    model, ids = tiny_online(growth="null", gate="none", **options), texts()
+    logits = model.logits(model.read(ids, settings=HALF)[0])
     slow = torch.stack([naive_logits(model, row, HALF) for row in ids])
     torch.testing.assert_close(logits, slow, atol=1e-12, rtol=1e-12)
     whole = tiny_online(growth="null", gate="none")
     missing, unknown = whole.load_state_dict(model.state_dict(), strict=False)
-    assert (sorted(missing), unknown) == (sorted(f"stack.{part}.weight" for part in told), [])
-    assert (whole.logits(whole.read(ids, schedule=HALF)[0]) - logits).abs().max() > 1e-3
-    for part in told:
+    assert (sorted(missing), unknown) == (sorted(f"stack.{part}.weight" for part in options), [])
+    assert (whole.logits(whole.read(ids, settings=HALF)[0]) - logits).abs().max() > 1e-3
+    for part in options:
         torch.nn.init.zeros_(getattr(whole.stack, part).weight)
-    torch.testing.assert_close(whole.logits(whole.read(ids, schedule=HALF)[0]), logits, atol=0, rtol=0)
+    torch.testing.assert_close(whole.logits(whole.read(ids, settings=HALF)[0]), logits, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("split", "architecture"), [((1, 2, 1), "qwen3"), ((1, [1, 1, 1], 1), "llama")])
@@ -53,7 +56,7 @@ def test_gradients_are_those_of_one_forward_a_position(split, architecture):
     mix = torch.randn(*ids.shape, 13, dtype=torch.float64)
     grads = []
     for logits in (
-        model.logits(model.read(ids, schedule=HALF)[0]),
+        model.logits(model.read(ids, settings=HALF)[0]),
         torch.stack([naive_logits(model, row, HALF) for row in ids]),
     ):
         model.zero_grad()
@@ -68,10 +71,10 @@ def test_gradients_are_those_of_one_forward_a_position(split, architecture):
 def test_a_tail_that_sees_dropped_positions_is_seen_by_the_oracle():
     """Negative control: a deep stack that is merely causal gives something else."""
     model, ids = tiny_online(growth="fixed", gate="none"), texts()
-    right = model.logits(model.read(ids, schedule=HALF)[0])
+    right = model.logits(model.read(ids, settings=HALF)[0])
     run = model.stack.deep.run
     model.stack.deep.run = lambda states, positions, mask, cache=None: run(states, positions, None, cache)
-    wrong = model.logits(model.read(ids, schedule=HALF)[0])
+    wrong = model.logits(model.read(ids, settings=HALF)[0])
     assert (right - wrong).abs().max() > 1e-3
 
 
@@ -80,23 +83,23 @@ def test_a_tail_that_sees_dropped_positions_is_seen_by_the_oracle():
 def test_without_compression_it_is_the_backbone(architecture, levels):
     split = [1, 3, 1]
     model, ids = tiny_online(split, architecture=architecture, levels=levels), texts()
-    every = CompressionSchedule(compression=1.0, quantisation=0.0)
-    ours = model.logits(model.read(ids, schedule=every)[0])
+    every = CompressionSettings(compression=1.0, quantisation=0.0)
+    ours = model.logits(model.read(ids, settings=every)[0])
     assert torch.equal(ours, model.backbone(input_ids=ids, use_cache=False).logits)
     part, valid = padded(ragged(), left=True)
     theirs = model.backbone(
         input_ids=part, attention_mask=valid.long(), position_ids=(valid.cumsum(1) - 1).clamp(min=0), use_cache=False
     ).logits
-    ours = model.logits(model.read(part, valid, schedule=every)[0])
+    ours = model.logits(model.read(part, valid, settings=every)[0])
     torch.testing.assert_close(ours[valid], theirs[valid], atol=1e-12, rtol=1e-12)
-    assert not torch.equal(model.logits(model.read(ids, schedule=HALF)[0]), model.backbone(input_ids=ids).logits)
+    assert not torch.equal(model.logits(model.read(ids, settings=HALF)[0]), model.backbone(input_ids=ids).logits)
 
 
 def test_every_gate_leaves_a_sure_choice_as_it_is():
-    ids, every = texts(), CompressionSchedule(compression=1.0, quantisation=0.0)
-    for gate in GATES:
+    ids, every = texts(), CompressionSettings(compression=1.0, quantisation=0.0)
+    for gate in get_args(Gate):
         model = tiny_online(gate=gate)
-        assert torch.equal(model.logits(model.read(ids, schedule=every)[0]), model.backbone(input_ids=ids).logits)
+        assert torch.equal(model.logits(model.read(ids, settings=every)[0]), model.backbone(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "visibility"])
@@ -105,11 +108,11 @@ def test_nothing_looks_ahead(growth, gate):
     """Neither a value nor a gradient: changing a token changes nothing before it."""
     model, ids = tiny_online(growth=growth, gate=gate), texts(rows=1)
     model.train()
-    states, levels = model.read(ids, schedule=HALF)
+    states, levels = model.read(ids, settings=HALF)
     for t in (4, 8):
         other = ids.clone()
         other[:, t] = 3 + (other[:, t] - 2) % 10
-        changed, again = model.read(other, schedule=HALF)
+        changed, again = model.read(other, settings=HALF)
         torch.testing.assert_close(changed[:, :t], states[:, :t], atol=1e-12, rtol=1e-12)
         assert torch.equal(again[0].routing.commit[:, :t], levels[0].routing.commit[:, :t])
         assert (changed[:, t] - states[:, t]).abs().max() > 1e-4  # the change is seen where it is
@@ -125,9 +128,9 @@ def test_nothing_looks_ahead(growth, gate):
 def test_padding_moves_nothing(growth, left):
     model, rows = tiny_online(growth=growth), ragged()
     ids, valid = padded(rows, left)
-    states, levels = model.read(ids, valid, schedule=HALF)
+    states, levels = model.read(ids, valid, settings=HALF)
     for k, row in enumerate(rows):
-        alone, level = model.read(row[None], schedule=HALF)
+        alone, level = model.read(row[None], settings=HALF)
         torch.testing.assert_close(states[k, valid[k]], alone[0], atol=1e-12, rtol=1e-12)
         assert torch.equal(levels[0].routing.commit[k, valid[k]], level[0].routing.commit[0])
     assert not levels[0].routing.commit[~valid].any()
@@ -145,29 +148,29 @@ def test_documents_of_a_row_are_documents_alone(growth, gate, split):
     """Values and gradients: a row of three documents is three rows, whatever was before them."""
     model, ids = tiny_online(split, growth=growth, gate=gate).double().train(), texts(rows=2, length=30)
     documents = torch.tensor([[0] * 11 + [1] * 1 + [2] * 18, [0] * 7 + [1] * 21 + [2] * 2])
-    places = torch.cat([torch.arange(n) for n in (11, 1, 18, 7, 21, 2)]).view(2, 30)
+    positions = torch.cat([torch.arange(n) for n in (11, 1, 18, 7, 21, 2)]).view(2, 30)
     mix = torch.randn(2, 30, 16, dtype=torch.float64)
-    together, levels = model.read(ids, positions=places, schedule=HALF, documents=documents)
+    together, levels = model.read(ids, positions=positions, settings=HALF, documents=documents)
     (together * mix).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     for row in range(2):
         for document in range(3):
             own = documents[row] == document
-            alone, level = model.read(ids[row, own][None], schedule=HALF)
+            alone, level = model.read(ids[row, own][None], settings=HALF)
             torch.testing.assert_close(together[row, own], alone[0], atol=1e-12, rtol=1e-12)
             assert torch.equal(levels[0].routing.commit[row, own], level[0].routing.commit[0])
             (alone[0] * mix[row, own]).sum().backward()
     for name, grad in found.items():
         torch.testing.assert_close(grad, model.get_parameter(name).grad, atol=1e-10, rtol=1e-10, msg=name)
-    merged, _ = model.read(ids, positions=places, schedule=HALF)  # the control: one text a row
+    merged, _ = model.read(ids, positions=positions, settings=HALF)  # the control: one text a row
     assert (merged - together).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "visibility", "none"])
 def test_the_decision_to_commit_gets_a_gradient_from_the_text(gate):
     model, ids = tiny_online(gate=gate, growth="null").train(), texts()
-    model.read(ids, schedule=HALF)[0].sum().backward()
+    model.read(ids, settings=HALF)[0].sum().backward()
     grad = model.stack.router.null.weight.grad
     assert (grad is None or grad.abs().max() == 0) == (gate == "none")
 
@@ -175,8 +178,8 @@ def test_the_decision_to_commit_gets_a_gradient_from_the_text(gate):
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_a_gate_of_visibility_sees_what_the_mask_lets_see(architecture):
     model, ids = tiny_online(gate="visibility", architecture=architecture), texts()
-    dense = model.logits(model.read(ids, schedule=HALF)[0])
-    plain = model.logits(model.read(ids, schedule=HALF._replace(gated=False))[0])
+    dense = model.logits(model.read(ids, settings=HALF)[0])
+    plain = model.logits(model.read(ids, settings=HALF._replace(gated=False))[0])
     torch.testing.assert_close(dense, plain, atol=1e-12, rtol=1e-12)
     grads = [torch.autograd.grad(logits.square().sum(), model.stack.bridge.weight)[0] for logits in (dense, plain)]
     torch.testing.assert_close(*grads, atol=1e-10, rtol=1e-10)
@@ -218,13 +221,13 @@ def test_the_gate_of_visibility_has_the_gradient_of_the_text_s_loss(monkeypatch)
 
 def causal_nll_of(model, ids) -> Tensor:
     """Nats of every token after the first."""
-    log_p = model.logits(model.read(ids, schedule=HALF)[0])[:, :-1].log_softmax(-1)
+    log_p = model.logits(model.read(ids, settings=HALF)[0])[:, :-1].log_softmax(-1)
     return -log_p.gather(-1, ids[:, 1:, None]).sum()
 
 
 def test_adapters_and_new_weights_train_alone():
     backbone = with_adapters(in_float64(tiny_causal(13, num_hidden_layers=4)), rank=2)
-    model = OnlineConceptModel(backbone, [1, 2, 1], codes=8)
+    model = OnlineConceptModel(backbone, split=[1, 2, 1], codes=8)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith("stack.") or "lora" in name for name in names)
     assert not any(
@@ -238,7 +241,7 @@ def test_the_middle_is_as_long_as_the_concepts():
     run = model.stack.middle.run
     model.stack.middle.run = lambda states, *more: lengths.append(states.shape[1]) or run(states, *more)
     for compression in (1.0, 2.0, 4.0):
-        model.read(ids, schedule=CompressionSchedule(compression, 1.0))
+        model.read(ids, settings=CompressionSettings(compression, 1.0))
     assert lengths == [12, 6, 3]
 
 
@@ -254,7 +257,7 @@ def test_the_middle_is_as_long_as_the_concepts():
 )
 def test_a_split_that_does_not_fit_is_refused(split, levels, part):
     with pytest.raises(UsageError) as found:
-        OnlineConceptModel(tiny_causal(num_hidden_layers=4), split, levels=levels, codes=8)
+        OnlineConceptModel(tiny_causal(num_hidden_layers=4), split=split, levels=levels, codes=8)
     assert part in str(found.value)
 
 
@@ -269,18 +272,18 @@ def test_proportions_are_kept_at_every_level():
 
 
 def test_other_models_are_refused():
-    eager, louder, lopsided = (tiny_causal(num_hidden_layers=4) for _ in range(3))
+    eager, scaled, lopsided = (tiny_causal(num_hidden_layers=4) for _ in range(3))
     eager.config._attn_implementation = "eager"
-    with pytest.raises(UsageError, match="attention eager takes no mask"):
-        OnlineConceptModel(eager, [1, 2, 1])
+    with pytest.raises(UsageError, match="attention eager takes no boolean mask"):
+        OnlineConceptModel(eager, split=[1, 2, 1])
     lopsided.config.layer_types = ["sliding_attention"] * 4
     with pytest.raises(UsageError, match="layers of sliding_attention"):
-        OnlineConceptModel(lopsided, [1, 2, 1])
-    louder.model.embed_tokens.register_forward_hook(lambda module, given, found: found)
-    decoder = louder.model.forward
-    louder.model.forward = lambda **given: decoder(
-        inputs_embeds=3 * louder.model.embed_tokens(given.pop("input_ids")),
+        OnlineConceptModel(lopsided, split=[1, 2, 1])
+    scaled.model.embed_tokens.register_forward_hook(lambda module, given, found: found)
+    decoder = scaled.model.forward
+    scaled.model.forward = lambda **given: decoder(
+        inputs_embeds=3 * scaled.model.embed_tokens(given.pop("input_ids")),
         **{k: v for k, v in given.items() if v is not None},
     )
-    with pytest.raises(UsageError, match="does more between its layers"):
-        OnlineConceptModel(louder, [1, 2, 1])
+    with pytest.raises(UsageError, match="computes more than its layers"):
+        OnlineConceptModel(scaled, split=[1, 2, 1])
