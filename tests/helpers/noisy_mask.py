@@ -24,9 +24,9 @@ def stir(module, size=0.3):
         for p in module.student.parameters():
             if p.requires_grad:
                 p.add_(size * torch.randn_like(p))
-    module.student.soft_prompt.project_()
+    module.student.soft_prompt.project_weights()
 
 
 def exact_denoiser(student, data, rows, z, s):
     """D_s (B, R, V) of the corpus itself at points z of rows' responses, float64."""
-    return data.seen_marginals(rows, student.evidence(z[:, data.prompt_length :], s.unsqueeze(-1)))
+    return data.seen_marginals(rows, student.path.evidence(z[:, data.prompt_length :], s.unsqueeze(-1)))
