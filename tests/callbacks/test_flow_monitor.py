@@ -31,14 +31,14 @@ def test_all_figures_are_there_and_a_student_that_ignores_the_noise_shows_it(tin
     assert min(seen[f"denoiser_gap_at_{s}"] for s in ("0", "0.25", "0.5")) > 1  # nats a text: it has learned nothing
 
 
-@pytest.mark.parametrize("loud", [1.0, 1e-2])
-def test_a_student_of_flat_distributions_jumps_consistently(tiny_llada, tiny_oracle, loud):
+@pytest.mark.parametrize("scale", [1.0, 1e-2])
+def test_a_student_of_flat_distributions_jumps_consistently(tiny_llada, tiny_oracle, scale):
     """The control has sharp distributions: the second of two jumps sees what one jump does not."""
     module = build(tiny_llada, tiny_oracle)
-    module.student.body.lm_head.weight.data.mul_(loud)
+    module.student.body.lm_head.weight.data.mul_(scale)
     rows = tiny_oracle.rows["val"].columns
     gap = find_probe(module, FlowMapProbe).consistency_gap(rows, torch.Generator().manual_seed(0))
-    assert gap > 0.1 if loud == 1 else gap < 1e-3
+    assert gap > 0.1 if scale == 1 else gap < 1e-3
 
 
 @pytest.mark.parametrize("spoiled", [0.0, 0.1])

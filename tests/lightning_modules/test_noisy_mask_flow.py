@@ -76,14 +76,14 @@ def test_every_adapter_and_target_trains_through_all_stages_and_the_teacher_stay
 def test_the_denoiser_is_what_adapt_left_and_stays(tiny_llada, tiny_oracle):
     module, seen = build(tiny_llada, tiny_oracle), {}
 
-    class TokenCallback(Callback):
+    class Recorder(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             if trainer.global_step == 4:
                 seen["average"] = {name: w.clone() for name, w in pl_module.average.items()}
             if trainer.global_step == 5:
                 seen["denoiser"] = {name: w.clone() for name, w in pl_module.denoiser.items()}
 
-    quiet_trainer(10, callbacks=[TokenCallback()]).fit(module, tiny_oracle)
+    quiet_trainer(10, callbacks=[Recorder()]).fit(module, tiny_oracle)
     for name, weight in seen["average"].items():
         assert torch.equal(weight, seen["denoiser"][name]), name
         assert torch.equal(weight, module.denoiser[name]), name

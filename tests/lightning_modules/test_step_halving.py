@@ -87,11 +87,11 @@ def test_rounds_hand_over_and_the_first_teacher_stays(tiny_llada, tiny_oracle, a
     before = {name: p.detach().clone() for name, p in module.teacher.named_parameters()}
     seen = []
 
-    class TokenCallback(Callback):
+    class Recorder(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             seen.append(pl_module.stage_begun)
 
-    quiet_trainer(6, callbacks=[TokenCallback()]).fit(module, tiny_oracle)
+    quiet_trainer(6, callbacks=[Recorder()]).fit(module, tiny_oracle)
     assert seen == ["to_2"] * 3 + ["to_1"] * 3
     assert all(torch.equal(p, before[name]) for name, p in module.teacher.named_parameters())
     names = [(decoder.name, decoder.forwards) for decoder in module.decoders()]

@@ -1,4 +1,4 @@
-"""Pairs of noise and text, and the intervals on the way from one to the other."""
+"""Pairs of noise and text, and intervals of the flow from one to the other."""
 
 from collections import Counter
 
@@ -32,8 +32,8 @@ def followed(tiny_llada, tiny_oracle, forwards=8):
     return student, steps, intervals, tokens
 
 
-def test_intervals_say_where_the_flow_went(tiny_llada, tiny_oracle):
-    """X_{s,t}(z_s) of an interval's ψ is the point that all its steps led to; the mean of their ψ is not."""
+def test_an_interval_s_psi_jumps_to_the_point_that_the_flow_reached(tiny_llada, tiny_oracle):
+    """X_{s,t}(z_s) with an interval's ψ is the point after all its steps; with the plain mean of their ψ it is not."""
     student, steps, intervals, tokens = followed(tiny_llada, tiny_oracle)
     begin, t, psi = intervals.result
     z, masked, s = begin.z, begin.masked, begin.s
@@ -90,7 +90,7 @@ def test_re_noised_answers_jump_to_the_text_from_everywhere(tiny_llada, tiny_ora
     assert (intervals.first > 0).any()
 
 
-def test_the_loss_of_intervals_is_least_where_the_student_says_what_the_flow_did(tiny_llada, tiny_oracle):
+def test_the_loss_of_intervals_is_least_at_the_flow_s_own_psi(tiny_llada, tiny_oracle):
     student, _, intervals, _ = followed(tiny_llada, tiny_oracle)
     found = intervals.result
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_pairs_are_the_ends_of_their_own_noise_and_are_used_again(tiny_llada, ti
 
 
 def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_llada):
-    """The control: trained on pairs whose noise says nothing about the text, one forward says hardly more than one text."""
+    """The control: where noise is independent of the text, one forward pass gives hardly more than one text."""
     sizes = {"train_rows": 2048, "val_rows": 16, "test_rows": 512, "batch_size": 64, "eval_batch_size": 512}
     data = OracleDataModule(size="tiny", reveal_all=0, reveal_part=0, **sizes)
     data.setup()
@@ -156,15 +156,15 @@ def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_ll
             teacher, coupling=coupling, sigma=3.0, prompt_length=2, prompt_hidden_size=16, prompt_rank=4, **options
         )
         quiet_trainer(300).fit(module, data)
-        said = NoisyMaskDecoder(module.student, 1)(rows, torch.Generator().manual_seed(0))
-        entropy[coupling] = data.scorer(rows, said).entropy
+        texts = NoisyMaskDecoder(module.student, 1)(rows, torch.Generator().manual_seed(0))
+        entropy[coupling] = data.scorer(rows, texts).entropy
     truth = data.distribution.entropy(rows["reveal"][:1]).item()
     assert entropy["flow"] > 0.6 * truth
     assert entropy["independent"] < 0.5 * truth
 
 
-def test_the_way_is_learned_in_the_steps_that_make_pairs(tiny_llada, tiny_oracle):
-    """There a quarter of the rows learns it, and the loss is the mean over rows; the other steps have endpoints alone."""
+def test_intervals_are_learned_in_the_steps_that_make_pairs(tiny_llada, tiny_oracle):
+    """There a quarter of the rows learns them, and the loss is the mean over rows; the other steps have endpoints alone."""
     module = build(tiny_llada, tiny_oracle, pair_reuse=3, interval_share=0.25)
     stir(module)
     module.denoiser = module.student.trainable()
