@@ -49,14 +49,14 @@ def adapt_to_noise(
     # 1. a time for each row and its point on the line
     masked = hide_response(batch, observed_share, generator)
     s = path.warp(antithetic_times(len(x0), generator, x0.device))
-    sample = read = path.sample(batch, masked, s, generator)
-    positions = int(masked.sum())
+    sample, positions = path.sample(batch, masked, s, generator), int(masked.sum())
     # 2. an eighth of the rows again at s = 0, in the same forward pass
+    both = sample
     if teacher_weight:
         few = {name: column[::8] for name, column in batch.items()}
         start = path.start_sample(few, generator, masked[::8])
-        read = sample.followed_by(start)
-    logits = student(read, read.s)
+        both = sample.followed_by(start)
+    logits = student(both, both.s)
     # 3. the denoiser's cross entropy, against the own text or all possible ones
     denoised = logits[:positions]
     tokens = x0[masked] if texts is None else path.token_posterior(sample, texts)
