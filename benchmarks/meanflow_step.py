@@ -31,7 +31,7 @@ from timing import (
 )
 from torch import Generator, Tensor, nn
 
-from lightning_modules.logit_flow import LogitFlowModule
+from lightning_modules.logit_flow import LogitFlowModule, MaskingSample
 from models.backbones.frozen_layers import FrozenLinear
 from models.functional.flow_times import sample_interval
 from models.functional.masked_diffusion import mask_probability, mask_tokens
@@ -64,10 +64,9 @@ class MeanFlowStep(LogitFlowModule):
     def _log_step(self, *_) -> None:
         pass
 
-    def _student_logits_and_derivative(self, *args) -> tuple[Tensor, Tensor]:
+    def student_logits_and_derivative(self, sample: MaskingSample, v: Tensor) -> tuple[Tensor, Tensor]:
         self.mark("draws and teacher forward")
-        *others, n_equal = args
-        found = super()._student_logits_and_derivative(*others, n_equal if self.split else 0)
+        found = super().student_logits_and_derivative(sample if self.split else sample._replace(n_equal=0), v)
         self.mark("student forward and derivative")
         return found
 

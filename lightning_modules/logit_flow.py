@@ -4,7 +4,7 @@ Legend: B batch, L length, M masked positions, D width, V vocabulary. Times: t =
 """
 
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -26,6 +26,22 @@ from models.functional.meanflow import (
 )
 from models.interfaces.decoder import Decoder
 from models.interfaces.objective import mean_of
+
+
+class MaskingSample(NamedTuple):
+    """Rows of the masking process at times t, and the intervals [r, t] that the student averages over.
+
+    z (B, L, D): embeddings of x_t. masked, attention_mask (B, L) bool. r, t (B,). p (B,): the probability of a mask at t.
+    n_equal: the first rows have r = t.
+    """
+
+    z: Tensor
+    masked: Tensor
+    attention_mask: Tensor
+    r: Tensor
+    t: Tensor
+    p: Tensor
+    n_equal: int
 
 
 class LogitFlowModule(MeanFlowDistillModule):
@@ -72,12 +88,13 @@ class LogitFlowModule(MeanFlowDistillModule):
         p = mask_probability(t, o.eps)
         xt, masked = mask_tokens(x0, batch["response_mask"], p, self.teacher.mask_id, generator)
         row = row_of_masked(masked)  # (M,)
+        z = self.teacher.embed(xt).detach()
+        sample = MaskingSample(z, masked, attention_mask, r, t, p, n_equal)
         # 2. instantaneous logits v of the teacher at the masked positions
-        embeds = self.teacher.embed(xt).detach()  # (B, L, D)
         with torch.no_grad():
-            v = self.teacher.lm_head(self.teacher.hidden(embeds, attention_mask)[masked])  # (M, V)
+            v = self.teacher.lm_head(self.teacher.hidden(z, attention_mask)[masked])  # (M, V)
         # 3. average logits u of the student and du/dt along the masking path (zero weight where r = t)
-        u, du_dt = self._student_logits_and_derivative(embeds, v, masked, attention_mask, r, t, p, n_equal)
+        u, du_dt = self.student_logits_and_derivative(sample, v)
         # 4. the identity's right-hand side, held constant
         target = meanflow_target(v, du_dt, r[row], t[row], o.correction_limit)
         # 5. the distance, raw and weighted
@@ -89,51 +106,42 @@ class LogitFlowModule(MeanFlowDistillModule):
         self._log_step(split, raw, loss, u, du_dt, (t - r)[row], tokens, len(x0))
         return loss
 
-    def _student_logits_and_derivative(
-        self,
-        embeds: Tensor,
-        v: Tensor,
-        masked: Tensor,
-        attention_mask: Tensor,
-        r: Tensor,
-        t: Tensor,
-        p: Tensor,
-        n_equal: int,
-    ) -> tuple[Tensor, Tensor]:
+    def student_logits_and_derivative(self, sample: MaskingSample, v: Tensor) -> tuple[Tensor, Tensor]:
         """u and du/dt at the masked positions, (M, V) each; rows with r = t (the first n_equal) skip the derivative.
 
         A group without rows is computed for one row that does not count: every rank takes the same forward passes.
         """
-        o = self.options
+        n, masked = sample.n_equal, sample.masked
+        first, logits, derivatives = int(masked[:n].sum()), [], []
+        if self.options.equal_share:
+            rows = slice(0, max(1, n))
+            logits.append(self._logits(sample, rows, sample.z[rows], sample.t[rows])[:first])
+            derivatives.append(torch.zeros_like(logits[0]))
+        if self.options.equal_share < 1:
+            rows = slice(min(n, len(masked) - 1), len(masked))
+            u, du_dt = self._logits_and_derivative(sample, rows, v[int(masked[: rows.start].sum()) :])
+            logits.append(u[: len(v) - first])
+            derivatives.append(du_dt[: len(v) - first])
+        return torch.cat(logits), torch.cat(derivatives)
 
-        def logits(z: Tensor, end: Tensor, rows: slice) -> Tensor:
-            hidden = self.student.hidden(z, attention_mask[rows], r[rows], end)
-            return self.teacher.lm_head(hidden[masked[rows]])
+    def _logits(self, sample: MaskingSample, rows: slice, z: Tensor, t: Tensor) -> Tensor:
+        """u(z, r, t) at the masked positions of some rows."""
+        hidden = self.student.hidden(z, sample.attention_mask[rows], sample.r[rows], t)
+        return self.teacher.lm_head(hidden[sample.masked[rows]])
 
-        first, parts, derivatives = int(masked[:n_equal].sum()), [], []
-        # 1. rows with r = t
-        if o.equal_share:
-            equal = slice(0, max(1, n_equal))
-            parts.append(logits(embeds[equal], t[equal], equal)[:first])
-            derivatives.append(torch.zeros_like(parts[0]))
-        # 2. rows with r < t
-        if o.equal_share < 1:
-            wide = slice(min(n_equal, len(t) - 1), len(t))
-            expected = expected_embedding(v[int(masked[: wide.start].sum()) :], self.teacher.embedding)
-            p_wide = p[wide].unsqueeze(-1).expand(masked[wide].shape)[masked[wide]]
-            drift = masking_path_tangent(embeds[wide][masked[wide]], expected, p_wide, o.eps, o.tangent)
-            direction = torch.zeros_like(embeds[wide]).masked_scatter(masked[wide].unsqueeze(-1), drift)
-            u, du_dt = value_and_jvp(
-                lambda z, end: logits(z, end, wide),
-                (embeds[wide], t[wide]),
-                (direction, torch.ones_like(t[wide])),
-                backend=o.jvp_backend,
-                step=o.jvp_step,
-            )
-            positions = len(v) - first
-            parts.append(u[:positions])
-            derivatives.append(du_dt[:positions])
-        return torch.cat(parts), torch.cat(derivatives)
+    def _logits_and_derivative(self, sample: MaskingSample, rows: slice, v: Tensor) -> tuple[Tensor, Tensor]:
+        """u of some rows, and du/dt along the masking path; v: the teacher's logits at their masked positions."""
+        z, masked, t = sample.z[rows], sample.masked[rows], sample.t[rows]
+        p = sample.p[rows].unsqueeze(-1).expand(masked.shape)[masked]
+        expected = expected_embedding(v, self.teacher.embedding)
+        drift = masking_path_tangent(z[masked], expected, p, self.options.eps, self.options.tangent)
+        return value_and_jvp(
+            lambda z, t: self._logits(sample, rows, z, t),
+            (z, t),
+            (torch.zeros_like(z).masked_scatter(masked.unsqueeze(-1), drift), torch.ones_like(t)),
+            backend=self.options.jvp_backend,
+            step=self.options.jvp_step,
+        )
 
     def _weights(self, raw: Tensor, p: Tensor) -> Tensor:
         if self.options.weighting == "adaptive":

@@ -18,7 +18,7 @@ def build(tiny_llada, data, **options):
     return NoisyMaskFlowModule(teacher, **(settings | options))
 
 
-def stir(module, size=0.3):
+def perturb(module, size=0.3):
     """Move the student away from its start, where much is zero."""
     with torch.no_grad():
         for p in module.student.parameters():

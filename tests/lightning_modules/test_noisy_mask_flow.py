@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.noisy_mask import ALL, build, stir
+from helpers.noisy_mask import ALL, build, perturb
 from helpers.trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -130,7 +130,7 @@ def test_a_run_is_resumed_with_its_own_optimizer_or_refused(tiny_llada, tiny_ora
 def test_targets_of_the_flow_stage_do_not_move_with_the_student(tiny_llada, tiny_oracle, weighted):
     """With ψ^- and D from the same weights as the student the diagonal is at its optimum; with others it is not."""
     module = build(tiny_llada, tiny_oracle)
-    stir(module)
+    perturb(module)
     student, batch = module.student, next(iter(tiny_oracle.train_dataloader()))
     own, other = student.trainable(), {name: w + 0.1 for name, w in student.trainable().items()}
     shares = {"diagonal_share": 1.0, "endpoint_share": 0.0, "observed_share": 0.0}
@@ -164,7 +164,7 @@ def flow_gaps(module, batch, **weights):
 def test_the_diagonal_is_the_denoisers_and_jumps_are_the_averages(tiny_llada, tiny_oracle, target):
     """Neither is the student's: with its own weights as targets the identities would hold for any student."""
     module, batch = build(tiny_llada, tiny_oracle, target=target), next(iter(tiny_oracle.train_dataloader()))
-    stir(module)
+    perturb(module)
     own = module.student.trainable()
     module.average, module.denoiser = own, own
     diagonal, flow = flow_gaps(module, batch)
@@ -179,7 +179,7 @@ def test_the_diagonal_is_the_denoisers_and_jumps_are_the_averages(tiny_llada, ti
 
 def test_pairs_are_made_with_the_denoiser(tiny_llada, tiny_oracle):
     module, batch = build(tiny_llada, tiny_oracle, observed_share=0.0), next(iter(tiny_oracle.train_dataloader()))
-    stir(module)
+    perturb(module)
     module.denoiser = moved(module.student.trainable(), 0.3)
     module.stage_terms("polish", batch, 0.0, torch.Generator().manual_seed(0))
     (entry,), path = module.pairs.pool, module.student.path
@@ -194,7 +194,7 @@ def test_pairs_are_made_with_the_denoiser(tiny_llada, tiny_oracle):
 
 def test_derivatives_by_forward_ad_and_by_differences_give_the_same_loss(tiny_llada, tiny_oracle):
     module = build(tiny_llada, tiny_oracle, adapter="lora", lora_rank=2)  # its frozen norms stay in float64
-    stir(module, 0.1)
+    perturb(module, 0.1)
     module.double()
     student, batch = module.student, next(iter(tiny_oracle.train_dataloader()))
     networks = (module.network(student.trainable()), module.network(student.trainable()))
@@ -220,7 +220,7 @@ def test_the_denoisers_row_is_the_frozen_denoiser_and_not_the_student(tiny_llada
     quiet_trainer(10).fit(module, tiny_oracle)
     rows, draw = tiny_oracle.rows["test"].columns, lambda: torch.Generator().manual_seed(0)
     before = module.decoders()[-1](rows, draw())
-    stir(module, 2.0)
+    perturb(module, 2.0)
     assert torch.equal(module.decoders()[-1](rows, draw()), before)
     assert not torch.equal(module.decoders()[-2](rows, draw())[:, :1].expand_as(before), before)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.noisy_mask import build, stir
+from helpers.noisy_mask import build, perturb
 
 from datamodules.oracle.datamodule import OracleDataModule
 from models.flow.losses import adapt_to_noise
@@ -20,7 +20,7 @@ def drawn_again(student, batch):
 def test_adapting_by_hand(tiny_llada, tiny_oracle):
     """CE at every masked position of the line, plus the weighted divergence from the masked teacher at s = 0."""
     module = build(tiny_llada, tiny_oracle, adapter="prefix+mask_noise")
-    stir(module)
+    perturb(module)
     student, teacher, batch = module.student, module.teacher, next(iter(tiny_oracle.train_dataloader()))
     options = {"teacher_weight": 0.5, "observed_share": 0.5}
     terms = adapt_to_noise(student, teacher, batch, torch.Generator().manual_seed(5), **options)
@@ -48,7 +48,7 @@ def test_adapting_by_hand(tiny_llada, tiny_oracle):
 def test_adapting_to_texts_that_could_lie_behind_a_point_by_hand(tiny_llada, tiny_oracle):
     """Each text of the prompt counts by the density of the point on its line, position by position."""
     module = build(tiny_llada, tiny_oracle)
-    stir(module)
+    perturb(module)
     student, batch = module.student, next(iter(tiny_oracle.train_dataloader()))
     texts = torch.cat([batch["input_ids"], tiny_oracle.rows["train"].columns["input_ids"][:40]])
     options = {"teacher_weight": 0.0, "observed_share": 0.5}
@@ -83,7 +83,7 @@ def test_targets_averaged_over_texts_have_the_same_gradient_on_average_and_less_
     data = OracleDataModule(size="tiny", train_rows=4096, val_rows=16, test_rows=16, reveal_all=0, reveal_part=0)
     data.setup()
     module = build(tiny_llada, data)
-    stir(module)
+    perturb(module)
     student, corpus = module.student, data.rows["train"].columns
     weight = student.body.lm_head.weight
     varied = next(

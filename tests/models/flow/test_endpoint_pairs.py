@@ -3,7 +3,7 @@
 from collections import Counter
 
 import torch
-from helpers.noisy_mask import build, stir
+from helpers.noisy_mask import build, perturb
 from helpers.trainer import quiet_trainer
 from scipy.stats import chisquare
 
@@ -18,7 +18,7 @@ from models.flow.solver import NoisyMaskDecoder, follow_flow
 def followed(tiny_llada, tiny_oracle, forwards=8):
     """A flow with its steps, its intervals and where it ends."""
     student = build(tiny_llada, tiny_oracle)
-    stir(student)
+    perturb(student)
     student = student.student
     batch = next(iter(tiny_oracle.train_dataloader()))
     start, steps = student.path.start_sample(batch, torch.Generator().manual_seed(1)), []
@@ -105,7 +105,7 @@ def test_the_loss_of_intervals_is_least_at_the_flow_s_own_psi(tiny_llada, tiny_o
 
 def test_pairs_are_the_ends_of_their_own_noise_and_are_used_again(tiny_llada, tiny_oracle):
     module = build(tiny_llada, tiny_oracle)
-    stir(module)
+    perturb(module)
     student, batches = module.student, iter(tiny_oracle.train_dataloader())
     pairs = EndpointPairs(ode_steps=3, reuse=2, window=2, observed_share=0.5)
     draw, given = torch.Generator().manual_seed(0), 0
@@ -166,7 +166,7 @@ def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_ll
 def test_intervals_are_learned_in_the_steps_that_make_pairs(tiny_llada, tiny_oracle):
     """There a quarter of the rows learns them, and the loss is the mean over rows; the other steps have endpoints alone."""
     module = build(tiny_llada, tiny_oracle, pair_reuse=3, interval_share=0.25)
-    stir(module)
+    perturb(module)
     module.denoiser = module.student.trainable()
     batch, draw = next(iter(tiny_oracle.train_dataloader())), torch.Generator().manual_seed(0)
     terms = [module.stage_terms("polish", batch, 0.0, draw) for _ in range(5)]
