@@ -63,11 +63,11 @@ def _constructed(node: DictConfig, place: str) -> Iterator[tuple[str, DictConfig
 
 
 def _arguments(target: str) -> dict[str, Any]:
-    """The annotated arguments of a class or function."""
+    """The annotated arguments of a class or function, with the fields of a class' `options_class`."""
     found = get_object(target)
     maker = found.__init__ if inspect.isclass(found) else found
     try:
-        return get_type_hints(maker)
+        return get_type_hints(maker) | get_type_hints(getattr(found, "options_class", object))
     except (NameError, TypeError, AttributeError):  # annotations that only its author's type checker can read
         return {}
 

@@ -1,4 +1,4 @@
-"""What one forward buys: tokens per second of the student against its teacher's sampler at several numbers of forwards.
+"""Tokens per second of the student against its teacher's sampler at several numbers of forward passes (NFE).
 
 python benchmarks/decoding.py --forwards 1 8 32 --batch 1 32
 Legend: B batch, P prompt columns, R response columns, V vocabulary.
@@ -38,15 +38,15 @@ STUDENT = "student"
 
 READING = """
 tokens/s counts response tokens. A ratio is the time over the student's at the same batch, in the same round, median
-[first, third quartile]: how many times faster the student is. Beside it stands the ratio of forwards, which would be the
-speed-up if a forward were all that costs; a smaller one means that the student's forward, with its soft prompt and its
-gated attention, costs more than the teacher's. The teacher at 1 forward shows that price alone. Weights are random: speed
-does not depend on them, quality is not measured here.
+[first, third quartile]: how many times faster the student is. If only forward passes cost time, it would be the ratio of
+their numbers. It is smaller where the student's forward pass, with its soft prompt and gated attention, costs more than the
+teacher's; the teacher at 1 forward pass shows that difference alone. Weights are random: speed does not depend on them, and
+quality is not measured here.
 """
 
 
 def build_decoders(base: LladaModel, args: argparse.Namespace, device: torch.device) -> dict[str, Decoder]:
-    """The student and, on the same base, the teacher's sampler at every number of forwards."""
+    """The student and, on the same base, the teacher's sampler at every number of forward passes."""
     sizes, temperature = {"prompt_length": args.prefix, "hidden_size": args.prompt_width}, args.temperature
     kind = NoisyMaskStudent if args.flow == "noisy_mask" else PrefixStudent
     student = kind(base, **sizes).to(device)
@@ -62,7 +62,7 @@ def build_decoders(base: LladaModel, args: argparse.Namespace, device: torch.dev
 
 
 def build_prompts(batch: int, args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
-    """Random prompts in the first P columns of (B, P + R); what stands in the response columns is not looked at."""
+    """Random prompts in the first P columns of (B, P + R); the ids in the response columns are not read."""
     input_ids = torch.randint(FIRST_WORD_ID, args.vocabulary, (batch, args.prompt + args.response)).to(device)
     everywhere = torch.ones_like(input_ids, dtype=torch.bool)
     response = everywhere.clone()

@@ -99,7 +99,7 @@ def train_by_hand(module: LogitFlowModule, loader: DataLoader, steps: int, devic
         loss.backward()
         clip_grad_norm_(trainable, CLIP)
         optimizer.step()
-        module.student.soft_prompt.project_()
+        module.student.soft_prompt.project_weights()
         schedule.step()
         pause(loss)
 

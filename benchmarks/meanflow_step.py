@@ -31,7 +31,7 @@ from timing import (
 )
 from torch import Generator, Tensor, nn
 
-from lightning_modules.logit_flow import LogitFlowModule
+from lightning_modules.logit_flow import LogitFlowModule, MaskingSample
 from models.backbones.frozen_layers import FrozenLinear
 from models.functional.flow_times import sample_interval
 from models.functional.masked_diffusion import mask_probability, mask_tokens
@@ -46,14 +46,14 @@ DIFFERENCES = "(e) (b) with finite differences"
 
 READING = """
 a step is loss and backward, without optimizer and logging. A ratio is the step's time over (a)'s in the same round, median
-[first, third quartile]: (b) is the price of learning an average flow instead of copying the teacher; beside it (c) shows
-what frozen linear layers save, (d) what leaving rows with r = t out of the derivative saves, and (e) what a derivative
-without forward-mode formulas costs. Peak memory is that of the tensors made in the step.
+[first, third quartile]: (b) is the cost of learning an average flow instead of copying the teacher. Against (b), (c)
+shows what frozen linear layers save, (d) what it saves to leave rows with r = t out of the derivative, and (e) what a
+derivative without forward-mode formulas costs. Peak memory is that of the tensors made in the step.
 """
 
 
 class MeanFlowStep(LogitFlowModule):
-    """The product's step without its metrics, which tells `mark` when each part of it has ended.
+    """The module's step without its metrics; `mark` is called when each part of it has ended.
 
     split: whether rows with r = t skip the derivative.
     """
@@ -64,10 +64,9 @@ class MeanFlowStep(LogitFlowModule):
     def _log_step(self, *_) -> None:
         pass
 
-    def _student_logits_and_derivative(self, *args) -> tuple[Tensor, Tensor]:
+    def student_logits_and_derivative(self, sample: MaskingSample, v: Tensor) -> tuple[Tensor, Tensor]:
         self.mark("draws and teacher forward")
-        *others, n_equal = args
-        found = super()._student_logits_and_derivative(*others, n_equal if self.split else 0)
+        found = super().student_logits_and_derivative(sample if self.split else sample._replace(n_equal=0), v)
         self.mark("student forward and derivative")
         return found
 
@@ -77,9 +76,9 @@ class PlainStep(MeanFlowStep):
 
     def _step(self, batch: dict[str, Tensor], generator: Generator, split: str) -> Tensor:
         x0, attention_mask = batch["input_ids"], batch["attention_mask"]
-        shares = {"equal_share": self.equal_share, "endpoint_share": self.endpoint_share}
-        r, t, _ = sample_interval(len(x0), generator, x0.device, law=self.time_law, **shares)
-        p = mask_probability(t, self.eps)
+        shares = {"equal_share": self.options.equal_share, "endpoint_share": self.options.endpoint_share}
+        r, t, _ = sample_interval(len(x0), generator, x0.device, law=self.options.time_law, **shares)
+        p = mask_probability(t, self.options.eps)
         xt, masked = mask_tokens(x0, batch["response_mask"], p, self.teacher.mask_id, generator)
         embeds = self.teacher.embed(xt).detach()
         with torch.no_grad():
@@ -87,7 +86,7 @@ class PlainStep(MeanFlowStep):
         self.mark("draws and teacher forward")
         u = self.teacher.lm_head(self.student.hidden(embeds, attention_mask, r, t)[masked])  # (M, V)
         self.mark("student forward and derivative")
-        return flow_loss(u, v, self.loss).mean()
+        return flow_loss(u, v, self.options.loss).mean()
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ def run_step(module: MeanFlowStep, batch: dict[str, Tensor], seed: int) -> Tenso
 
 
 def compare(variants: dict[str, MeanFlowStep], batch: dict[str, Tensor], seed: int) -> dict[str, float]:
-    """How far loss and gradients lie from (b)'s: the largest difference as a share of the largest number of its tensor."""
+    """How far loss and gradients lie from (b)'s: the largest difference relative to the largest value of its tensor."""
 
     def outcome(name: str) -> list[Tensor]:
         loss = run_step(variants[name], batch, seed)
@@ -155,12 +154,12 @@ def compare(variants: dict[str, MeanFlowStep], batch: dict[str, Tensor], seed: i
         apart[name] = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item() for a, b in pairs)
     for name in (ORDINARY, NO_SPLIT):
         if not apart[name] < 1e-3:
-            raise SystemExit(f"{name} differs from (b) by {apart[name]:.1e}: to compare their times would mean nothing")
+            raise SystemExit(f"{name} differs from (b) by {apart[name]:.1e}: their times cannot be compared")
     return apart
 
 
 def time_parts(variants: dict[str, MeanFlowStep], batch: dict[str, Tensor], args: argparse.Namespace) -> list[Row]:
-    """Median seconds of each part of (a) and (b), in rounds of their own: on a GPU every mark waits for the device."""
+    """Median seconds of each part of (a) and (b), in separate rounds: on a GPU every mark waits for the device."""
     device = batch["input_ids"].device
     found: dict[str, dict[str, list[float]]] = {PLAIN: {}, MEANFLOW: {}}
 
@@ -229,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     console.print(
         f"Loss and gradients equal (b)'s: (c) to {apart[ORDINARY]:.0e}, (d) to {apart[NO_SPLIT]:.0e}; (e), which is an "
         f"approximation, to {apart[DIFFERENCES]:.0e}.\n\n"
-        "Where the time goes, in rounds of its own; the last column adds up to (b)/(a) - 1:",
+        "Time of each part, in separate rounds; the last column adds up to (b)/(a) - 1:",
         highlight=False,
     )
     console.print(build_table(parts, PART_COLUMNS))

@@ -1,11 +1,8 @@
-"""Watches a noisy-mask student while it trains: is the noise used, are its jumps consistent, when do tokens decide?
+"""Measures a noisy-mask student while it trains. Is the noise used? Are the jumps consistent? When are tokens decided?
 
-And is its denoiser the one that the corpus has, where that is known?
-
+Where the corpus' own denoiser is known: how far is the student's denoiser from it?
 docs/meanflow.md gives each figure's healthy range.
 """
-
-from typing import Any, Protocol
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -14,26 +11,15 @@ from torch import Generator, Tensor
 from models.functional.monitor import distinct_share, noise_information, plug_in_entropy
 from models.functional.noisy_mask import distribution_divergence
 from models.functional.rows import response_columns
-
-
-class NoisyFlow(Protocol):
-    """What is watched: `lightning_modules.noisy_mask_flow.NoisyMaskFlowModule` and any module with these.
-
-    student: logits at points, and for the distance from an exact denoiser `evidence`, as `NoisyMaskStudent` has both.
-    """
-
-    student: Any
-
-    def averaged(self) -> Any: ...
-    def answer(self, rows: dict[str, Tensor], generator: Generator) -> Tensor: ...
-    def points(self, rows: dict[str, Tensor], s: Tensor, generator: Generator) -> tuple[Tensor, Tensor]: ...
-    def consistency_gap(self, rows: dict[str, Tensor], generator: Generator) -> Tensor: ...
+from models.interfaces.probes import FlowMapProbe, find_probe
 
 
 class FlowMonitor(Callback):
-    """Logs after each validation, with the averaged weights; every rank takes part, since probing forwards are collective.
+    """Logs after each validation, with the averaged weights. Every rank takes part: forward passes may be collective.
 
-    prompts, noises: how many prompts are answered with how many noises each. times: s at which the denoiser is looked at.
+    It reads the `FlowMapProbe` of a module whose `averaged()` is a context with the averaged weights.
+    prompts, noises: how many prompts are answered with how many noises each. rows: held-out rows that are used.
+    times: s at which the denoiser is measured.
     """
 
     def __init__(
@@ -47,15 +33,16 @@ class FlowMonitor(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not hasattr(pl_module, "points"):
+        probe = find_probe(pl_module, FlowMapProbe)
+        if trainer.sanity_checking or probe is None:
             return
         columns = trainer.datamodule.rows["val"].columns
         held_out = {name: column[: self.rows].to(pl_module.device) for name, column in columns.items()}
         generator = Generator(device=pl_module.device).manual_seed(0)
         with pl_module.averaged():
-            figures = self._diversity(trainer, pl_module, held_out, generator)
-            figures |= self._denoiser(trainer, pl_module, held_out, generator)
-            figures["consistency_gap"] = pl_module.consistency_gap(held_out, generator)
+            figures = self._diversity(trainer, probe, held_out, generator)
+            figures |= self._denoiser(trainer, probe, held_out, generator)
+            figures["consistency_gap"] = probe.consistency_gap(held_out, generator)
         for name, value in figures.items():
             pl_module.log(f"monitor/{name}", value, sync_dist=True)
 
@@ -68,10 +55,10 @@ class FlowMonitor(Callback):
         }
 
     def _diversity(
-        self, trainer: Trainer, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator
+        self, trainer: Trainer, probe: FlowMapProbe, rows: dict[str, Tensor], generator: Generator
     ) -> dict[str, float]:
         few = {name: column[: self.prompts].repeat_interleave(self.noises, 0) for name, column in rows.items()}
-        texts = module.answer(few, generator).view(-1, self.noises, response_columns(few["response_mask"]))
+        texts = probe.answer(few, generator).view(-1, self.noises, response_columns(few["response_mask"]))
         figures = {"noise_information": noise_information(texts), "distinct": distinct_share(texts)}
         truth = getattr(trainer.datamodule, "sample_truth", None)
         if truth is not None:  # the same estimator on as many texts of the corpus itself
@@ -81,19 +68,16 @@ class FlowMonitor(Callback):
         return figures
 
     def _denoiser(
-        self, trainer: Trainer, module: NoisyFlow, rows: dict[str, Tensor], generator: Generator
+        self, trainer: Trainer, probe: FlowMapProbe, rows: dict[str, Tensor], generator: Generator
     ) -> dict[str, float]:
         """How often D_s is right, and how far it is from the corpus' own denoiser where that is known."""
-        figures, columns = {}, response_columns(rows["response_mask"])
+        figures: dict[str, float] = {}
         exact = getattr(trainer.datamodule, "seen_marginals", None)
         for time in self.times:
-            s = torch.full((len(rows["input_ids"]),), time, device=rows["input_ids"].device)
-            z, masked = module.points(rows, s, generator)
-            logits = module.student(z, masked, rows["attention_mask"], s, s)
-            figures[f"accuracy_at_{time:g}"] = (logits.argmax(-1) == rows["input_ids"][masked]).float().mean().item()
+            points, logits, tokens = probe.denoised(rows, time, generator)
+            figures[f"accuracy_at_{time:g}"] = (logits.argmax(-1) == tokens).float().mean().item()
             if exact is not None and time < 1:
-                evidence = module.student.evidence(z[:, -columns:], s.unsqueeze(-1))
-                truth = exact(rows, evidence).flatten(0, 1).to(logits.device)
-                gap = distribution_divergence(truth, logits.double()).sum() / len(z)
+                truth = exact(rows, probe.evidence(points, time)).flatten(0, 1).to(logits.device)
+                gap = distribution_divergence(truth, logits.double()).sum() / len(points)
                 figures[f"denoiser_gap_at_{time:g}"] = gap.item()
         return figures

@@ -1,7 +1,7 @@
-"""MeanFlowDistillModule: what every way of turning a masked diffusion LM into a few-step generator has in common.
+"""MeanFlowDistillModule: the common part of all distillations of a masked diffusion LM into a few-step generator.
 
 Two flows are built on it: `flow=logit` (logit_flow.py) averages the teacher's logits along its masking path, and
-`flow=noisy_mask` (noisy_mask_flow.py) maps noise to whole texts. docs/meanflow.md says when to take which.
+`flow=noisy_mask` (noisy_mask_flow.py) maps noise to whole texts. docs/meanflow.md compares them.
 """
 
 from contextlib import nullcontext
@@ -45,7 +45,7 @@ class MeanFlowDistillModule(LeapModule):
         self.teacher_temperature, self.teacher_remasking = teacher_temperature, teacher_remasking
 
     def require_precision(self, precision: str) -> None:
-        """What trains is float32 whatever the base is kept in: averages and derivatives lose too much in less."""
+        """Weights that train are float32, whatever the base's precision: averages and derivatives need it."""
         if precision not in ("32-true", "64-true", "bf16-mixed"):
             raise UsageError(
                 f"trainer.precision={precision}: what trains of a student is float32; type "
@@ -54,12 +54,12 @@ class MeanFlowDistillModule(LeapModule):
             )
 
     def optimizer_step(self, *args, **kwargs) -> None:
-        """The projection is part of the step: averages and checkpoints must not see a negative gate."""
+        """Projects in the same call: averages and checkpoints must not hold a negative gate."""
         super().optimizer_step(*args, **kwargs)
-        self.student.project_()
+        self.student.project_weights()
 
     def trains_additions(self) -> bool:
-        """Averages, snapshots and derivatives are made with the student's own weights, which stay whole."""
+        """True: averages, snapshots and derivatives need the student's own weights whole on every rank."""
         return True
 
     @property
@@ -74,7 +74,7 @@ class MeanFlowDistillModule(LeapModule):
         super().on_load_checkpoint(checkpoint)
         if checkpoint.get("student_format") != FORMAT:
             raise UsageError(
-                "the checkpoint's student was trained by another version, whose layers meant something else; train it again"
+                "the checkpoint's student was trained by another version, with other layers; train it again"
             )
         if checkpoint.get("base") != base_fingerprint(self.teacher):
             raise UsageError(
@@ -83,7 +83,7 @@ class MeanFlowDistillModule(LeapModule):
             )
 
     def start_from(self, student: Student) -> None:
-        """Go on with an already trained student over the same teacher. Raises UsageError where the options differ."""
+        """Take the weights of a trained student of the same teacher. Raises UsageError where the options differ."""
         if type(student) is not type(self.student) or student.options != self.student.options:
             raise UsageError(
                 f"student_path holds a {type(student).__name__} with {student.options}, this run wants a "
@@ -92,13 +92,13 @@ class MeanFlowDistillModule(LeapModule):
         copy_weights(self.student, student.trainable())
 
     def save_student(self, folder: str | Path, notes: dict[str, Any] | None = None) -> Path:
-        """Write what trains alone, with the averaged weights where there are any; notes: of student.json."""
-        # a run taken up again after its last step does not train, so nothing has put the averages in place
+        """Write the trained weights alone, averaged where there is an average; notes: of student.json."""
+        # a run that is resumed after its last step does not train, so the student may not have its average yet
         with getattr(self, "averaged", nullcontext)():
             return save_student(self.student, folder, notes)
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
-        """Write the student, with the averaged weights where there are any, and its teacher into one folder."""
+        """Write the student, averaged where there is an average, and its teacher into one folder."""
         with getattr(self, "averaged", nullcontext)():
             return save_whole_student(self.student, folder, tokenizer)
 

@@ -1,11 +1,11 @@
-"""A distillation in stages, with a running average of the weights that the targets themselves are made with.
+"""A distillation in stages, with a running average of the weights, which the targets are computed with.
 
-All stages are one training: a step count decides which stage a step belongs to, so one progress bar, one checkpoint and one
-`ckpt_path=last` serve them all.
+All stages are one training: the step number decides the stage. So there is one progress bar and one checkpoint, and
+`ckpt_path=last` resumes in any stage.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,12 +23,12 @@ from models.interfaces.objective import Terms
 
 
 class StagedDistillModule(MeanFlowDistillModule):
-    """Subclasses say what a step of each stage computes. Each stage starts from the average that the one before it left.
+    """Subclasses define the loss of each stage (`stage_terms`). A stage starts from the average that the one before left.
 
     average_decay: weight of the past in the running average; less at the start of a stage.
     """
 
-    snapshots: tuple[str, ...] = ("average",)  # attributes that hold other weights of the student
+    snapshots: tuple[str, ...] = ("average",)  # attributes that hold other values of the student's weights
 
     def __init__(self, student: Student, stages: Stages, *, average_decay: float, **options: Any) -> None:
         if not 0 <= average_decay < 1:
@@ -42,7 +42,7 @@ class StagedDistillModule(MeanFlowDistillModule):
 
     @abstractmethod
     def stage_terms(self, stage: str, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:
-        """What a step of `stage` minimises, `progress` (0 to 1) into it."""
+        """The loss of a step of `stage`; progress: the share of the stage that is over, 0 to 1."""
 
     def on_stage_begin(self, stage: str) -> None:
         """Called when the student has the weights that the stage starts from."""
@@ -72,14 +72,14 @@ class StagedDistillModule(MeanFlowDistillModule):
         return LambdaLR(optimizer, lambda step: self.stages.lr(step) / self.lr)
 
     def optimizer_step(self, *args, **kwargs) -> None:
-        """The average is part of the step: checkpoints must not see one without the other."""
+        """Updates the average in the same call: a checkpoint must not hold a step without its average."""
         super().optimizer_step(*args, **kwargs)
         self.average_steps += 1
         update_average(self.average, self.student, self.average_decay, self.average_steps)
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def network(self, weights: dict[str, Tensor]):
+    def network(self, weights: dict[str, Tensor]) -> Callable[..., Tensor]:
         """The student evaluated with other weights."""
         return partial(self.student.with_weights, weights)
 
@@ -94,7 +94,7 @@ class StagedDistillModule(MeanFlowDistillModule):
             copy_weights(self.student, raw)
 
     def on_fit_start(self) -> None:
-        """Checkpoints are read before the module is on its device, and a plan of stages only fits its own length."""
+        """Moves snapshots to the device, since checkpoints are read before. Refuses to resume with another number of steps."""
         for name in self.snapshots:
             setattr(self, name, {key: weight.to(self.device) for key, weight in getattr(self, name).items()})
         steps = self.stages.all[-1].last
@@ -105,19 +105,19 @@ class StagedDistillModule(MeanFlowDistillModule):
             )
 
     def on_train_end(self) -> None:
-        self._show_average()
+        self._use_average()
 
     def on_test_start(self) -> None:
-        self._show_average()
+        self._use_average()
 
-    def _show_average(self) -> None:
+    def _use_average(self) -> None:
         if self.average:  # a student that was read from disk comes without one
             copy_weights(self.student, self.average)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def stage_state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the weights; plain types and tensors. Subclasses add their own."""
+        """What a resumed run needs beside the weights, as plain types and tensors. Subclasses add to it."""
         state = {"stage": self.stage_begun, "average_steps": self.average_steps, "steps": self.stages.all[-1].last}
         return state | {name: getattr(self, name) for name in self.snapshots}
 

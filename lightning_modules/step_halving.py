@@ -1,62 +1,47 @@
 """The step-halving baseline (SDTT): rounds in which the student learns to do two of its teacher's steps in one."""
 
-import math
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
 from lightning_modules.staged_distill import StagedDistillModule
 from lightning_modules.training.stages import Stages
 from models.backbones.llada import LladaModel
-from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking
-from models.flow.masked_student import Adapter, MaskedStudent
+from models.diffusion.sampler import MaskedDiffusionDecoder
+from models.flow.masked_student import MaskedStudent
+from models.flow.options import StepHalvingOptions
 from models.flow.step_halving import halve_steps
-from models.functional.errors import UsageError
 from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
 
 
 class StepHalvingModule(StagedDistillModule):
-    """A masked diffusion LM distilled to half, a quarter, ... of the forwards, down to one.
+    """A masked diffusion LM distilled to half, a quarter, ... of the forward passes, down to one (`StepHalvingOptions`).
 
-    start_forwards: forwards of the teacher's own sampler in the first round, a power of two; log2 of it rounds in all, the
-        last one teaching one forward. In every round the teacher is the average that the one before left.
-    adapter, lora_rank: see `MaskedStudent`. lr: peak of every round.
+    There are log2(start_forwards) rounds; the last one teaches one forward pass. The teacher of every round is the average
+    that the round before left.
     """
 
+    options_class: ClassVar[type] = StepHalvingOptions
     snapshots = ("average", "round_teacher")
 
-    def __init__(
-        self,
-        teacher: LladaModel,
-        *,
-        start_forwards: int = 16,
-        adapter: Adapter = "full",
-        lora_rank: int = 16,
-        lr: float = 1e-3,
-        average_decay: float = 0.99,
-        weight_decay: float = 0.0,
-        forwards: tuple[int, ...] = (1, 2, 4, 8, 16),
-        student_forwards: tuple[int, ...] = (1, 2, 4, 8),
-        teacher_temperature: float = 1.0,
-        teacher_remasking: Remasking = "random",
-        seed: int = 0,
-    ) -> None:
-        rounds = math.log2(start_forwards) if start_forwards > 1 else 0.5
-        if rounds != int(rounds):
-            raise UsageError(f"module.start_forwards={start_forwards} must be a power of two above 1, such as 16")
-        names = [f"to_{start_forwards >> (k + 1)}" for k in range(int(rounds))]
+    def __init__(self, teacher: LladaModel, options: StepHalvingOptions | None = None, **changes: Any) -> None:
+        o = replace(options or StepHalvingOptions(), **changes)
+        rounds = o.start_forwards.bit_length() - 1
+        names = [f"to_{o.start_forwards >> (k + 1)}" for k in range(rounds)]
         super().__init__(
-            MaskedStudent(teacher, adapter=adapter, lora_rank=lora_rank),
-            Stages({name: {"share": 1 / rounds, "lr": lr} for name in names}, names),
-            average_decay=average_decay,
-            weight_decay=weight_decay,
-            forwards=forwards,
-            teacher_temperature=teacher_temperature,
-            teacher_remasking=teacher_remasking,
-            seed=seed,
+            MaskedStudent(teacher, adapter=o.adapter, lora_rank=o.lora_rank),
+            Stages({name: {"share": 1 / rounds, "lr": o.lr} for name in names}, names),
+            average_decay=o.average_decay,
+            weight_decay=o.weight_decay,
+            forwards=o.forwards,
+            teacher_temperature=o.teacher_temperature,
+            teacher_remasking=o.teacher_remasking,
+            seed=o.seed,
         )
-        self.save_hyperparameters(ignore=["teacher"])
-        self.student_forwards = tuple(student_forwards)
+        self.save_hyperparameters(asdict(o))
+        self.options = o
         self.round_teacher: dict[str, Tensor] = {}
 
     def on_stage_begin(self, stage: str) -> None:
@@ -77,7 +62,7 @@ class StepHalvingModule(StagedDistillModule):
 
     def decoders(self) -> list[Decoder]:
         options = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
-        students = [MaskedDiffusionDecoder(self.student.body, n, **options) for n in self.student_forwards]
+        students = [MaskedDiffusionDecoder(self.student.body, n, **options) for n in self.options.student_forwards]
         for decoder in students:
             decoder.method, decoder.name = "student", "step halving"
         return [*self.teacher_decoders(), *students]

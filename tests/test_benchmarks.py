@@ -59,7 +59,7 @@ def test_meanflow_step(benchmark, capsys):
     assert len(result["parts"]) == 4
     assert all(part["plain"] > 0 and part["meanflow"] > 0 and math.isfinite(part["more"]) for part in result["parts"])
     printed = capsys.readouterr().out
-    assert "Where the time goes" in printed
+    assert "Time of each part" in printed
     assert "[1.000, 1.000]" in printed
 
 

@@ -1,4 +1,4 @@
-"""Several trainings one after the other in one run: which of them a step belongs to, and its learning rate there."""
+"""Several stages of training in one run: the stage of each step, and its learning rate."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from models.functional.errors import UsageError
 
 @dataclass
 class Stage:
-    """share of all steps, learning rate at its peak; `first` and `last` (exclusive) once the run's length is known."""
+    """share: of all steps. lr: peak learning rate. first, last (exclusive): its steps, once the run's length is known."""
 
     name: str
     share: float
@@ -35,17 +35,17 @@ class Stages:
             raise UsageError(f"the stages' shares of the steps must add up to 1, not {total:g} ({shares})")
 
     def plan(self, steps: int) -> None:
-        """Cut `steps` steps among the stages, at least one each where there are enough."""
+        """Divide `steps` steps among the stages, at least one each where there are enough."""
         done = 0.0
         for k, stage in enumerate(self.all):
             stage.first = self.all[k - 1].last if k else 0
             done += stage.share
-            latest = max(k + 1, steps - (len(self.all) - 1 - k))  # each later stage wants a step too
+            latest = max(k + 1, steps - (len(self.all) - 1 - k))  # each later stage needs a step too
             stage.last = min(max(round(done * steps), stage.first + 1), latest, steps)
         self.all[-1].last = steps
 
     def at(self, step: int) -> tuple[Stage, float]:
-        """The stage of a step, and how much of it is over (0 to 1)."""
+        """The stage of a step, and the share of the stage that is over (0 to 1)."""
         stage = next((stage for stage in self.all if step < stage.last), self.all[-1])
         return stage, (step - stage.first) / max(1, stage.last - stage.first)
 

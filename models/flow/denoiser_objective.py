@@ -1,4 +1,4 @@
-"""Continuous diffusion: masks carry noise, and a denoiser says which token stands behind each (the noisy-mask denoiser).
+"""Continuous diffusion: masks carry noise, and a denoiser gives the distribution of the token behind each of them.
 
 Points move on a line from a noisy mask to the token's embedding; the embedding table is fixed and everything else trains.
 Legend: B batch, L length.
@@ -8,8 +8,8 @@ from torch import Generator, Tensor, nn
 
 from models.backbones.bidirectional import require_bidirectional
 from models.backbones.llada import LladaModel
-from models.flow.losses import hide_response, noisy_point
 from models.flow.noisy_mask_student import NoisyMaskStudent
+from models.flow.path import hide_response
 from models.functional.masked_diffusion import antithetic_times
 from models.functional.next_token import whole_text
 from models.functional.nll import chosen_nll
@@ -19,7 +19,7 @@ from models.interfaces.objective import ObjectiveOutput, TextObjective
 class ContinuousDiffusion(TextObjective, nn.Module):
     """Mean cross entropy of D_s(z_s) at the noisy positions, s uniform in warped time: `adapt_to_noise` without a teacher.
 
-    sigma, time_center: see `NoisyMaskStudent`. observed_share: rows with part of the response given.
+    sigma, time_center: see `NoisyMaskPath`. observed_share: rows with part of the response given.
     No bound on the likelihood is claimed: that of the flow would need its divergence along every path.
     """
 
@@ -37,15 +37,15 @@ class ContinuousDiffusion(TextObjective, nn.Module):
         return self.student.body
 
     def after_step(self, model: LladaModel) -> None:
-        self.student.project_()
+        self.student.project_weights()
 
     def forward(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
         x0, attention_mask, maskable = whole_text(batch)
         rows = {"input_ids": x0, "attention_mask": attention_mask, "response_mask": maskable}
         # 1. a time for each row and its point on the line
         masked = hide_response(rows, self.observed_share, generator)
-        s = self.student.warp(antithetic_times(len(x0), generator, x0.device))
-        z = noisy_point(self.student, rows, masked, s, generator)
+        s = self.student.path.warp(antithetic_times(len(x0), generator, x0.device))
+        sample = self.student.path.sample(rows, masked, s, generator)
         # 2. the denoiser's cross entropy
-        nll = chosen_nll(self.student(z, masked, attention_mask, s, s), x0, masked)
+        nll = chosen_nll(self.student(sample, s), x0, masked)
         return ObjectiveOutput(nll.sum(), int(masked.sum()), nll)

@@ -1,42 +1,32 @@
-"""Pairs of noise and the text where its flow ends: made in batches, kept for a while, replaced by fresh ones.
+"""Pairs of noise and the text where its flow ends: made in batches, used several times, replaced by new ones.
 
-A pair is stored as ids and the seed of its noise, so that a pool is small and travels in checkpoints. What else the flow tells
-on its way is there once, when the pair is made.
+A pair is stored as ids and the seed of its noise, so that a pool is small and can be saved in checkpoints. Intervals of the
+flow itself are not stored: they are returned once, when the pair is made.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor
 
 from models.flow.flow_intervals import FlowIntervals, Intervals
-from models.flow.losses import hide_response
-from models.flow.noisy_mask_student import NoisyMaskStudent
-from models.flow.solver import FewStep, Network, follow_flow, start_rows
+from models.flow.path import NoisyMaskPath, PathSample, hide_response
+from models.flow.solver import FewStep, Network, follow_flow
 from models.functional.errors import UsageError, require_choice
 
 Coupling = Literal["flow", "independent"]
 
 
-class Pairs(NamedTuple):
-    """z_0 (B, L, D), masked (B, L), attention_mask (B, L), endpoint ids (B, L)."""
-
-    z0: Tensor
-    masked: Tensor
-    attention_mask: Tensor
-    endpoint: Tensor
-
-
 class EndpointPairs:
-    """A pool of batches of pairs.
+    """A pool of batches of pairs. A pair is a sample at s = 0 whose x0 is the text where the flow of its noise ends.
 
-    ode_steps: forwards of the denoiser from noise to text. reuse: a batch is made at every so many-th draw, so this is how
-    often a pair is seen on average. window: batches kept; the oldest goes first.
-    coupling: `flow` pairs noise with the end of its own flow; `independent` with the batch's own text, whatever the noise:
-        the control that shows what the coupling is for. observed_share: rows with part of the response given.
-    student_forwards, few_step: answers whose jumps are told on the way. Those count that divide ode_steps, and the flow's own
-        steps where none does.
+    ode_steps: forward passes of the denoiser from noise to text. reuse: every so many draws a new batch is made, so this is
+    how often a pair is used on average. window: batches in the pool; the oldest is dropped first.
+    coupling: `flow` pairs noise with the end of its own flow. `independent` pairs it with the batch's own text, which the
+        noise does not depend on: the control. observed_share: rows with part of the response given.
+    student_forwards, few_step: the student's answers, whose jumps the intervals are. Numbers that divide ode_steps count;
+        where none does, the intervals are the flow's own steps.
     """
 
     def __init__(
@@ -62,28 +52,27 @@ class EndpointPairs:
 
     def draw(
         self,
-        student: NoisyMaskStudent,
+        path: NoisyMaskPath,
         denoiser: Network,
         batch: dict[str, Tensor],
         generator: Generator,
         interval_rows: int = 0,
-    ) -> tuple[Pairs, Intervals | None]:
+    ) -> tuple[PathSample, Intervals | None]:
         """One batch of pairs; and, where a flow was followed to make pairs, intervals of its first `interval_rows` rows."""
         intervals = None
         if self.drawn % self.reuse == 0:
-            made, intervals = self._make(student, denoiser, batch, generator, interval_rows)
+            made, intervals = self._make(path, denoiser, batch, generator, interval_rows)
             self.pool = [*self.pool, made][-self.window :]
         self.drawn += 1
         device = batch["input_ids"].device
         chosen = int(torch.randint(len(self.pool), (1,), generator=generator, device=generator.device))
         entry = self.pool[chosen]
         rows = {name: entry[name].to(device) for name in ("input_ids", "attention_mask", "response_mask")}
-        begin = start_rows(student, rows, Generator(device=device).manual_seed(entry["seed"]))
-        return Pairs(begin.z, begin.masked, begin.attention_mask, rows["input_ids"]), intervals
+        return path.start_sample(rows, Generator(device=device).manual_seed(entry["seed"])), intervals
 
     def _make(
         self,
-        student: NoisyMaskStudent,
+        path: NoisyMaskPath,
         denoiser: Network,
         batch: dict[str, Tensor],
         generator: Generator,
@@ -91,16 +80,17 @@ class EndpointPairs:
     ) -> tuple[dict[str, Tensor | int], Intervals | None]:
         device = batch["input_ids"].device
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-        endpoint, masked, path = batch["input_ids"], hide_response(batch, self.observed_share, generator), None
+        endpoint, masked = batch["input_ids"], hide_response(batch, self.observed_share, generator)
+        intervals = None
         if self.coupling == "flow":
-            rows = batch | {"response_mask": masked}
-            begin = start_rows(student, rows, Generator(device=device).manual_seed(seed))
+            start = path.start_sample(batch, Generator(device=device).manual_seed(seed), masked)
             if interval_rows:
-                path = FlowIntervals(begin, interval_rows, self.ode_steps, self.chains, generator, self.few_step)
-            end = follow_flow(student, begin, forwards=self.ode_steps, step="ode", network=denoiser, path=path)
+                intervals = FlowIntervals(start, interval_rows, self.ode_steps, self.chains, generator, self.few_step)
+            end = follow_flow(path, denoiser, start, forwards=self.ode_steps, step="ode", on_step=intervals)
             endpoint = torch.where(masked, end, endpoint)
         kept = {"input_ids": endpoint, "attention_mask": batch["attention_mask"], "response_mask": masked}
-        return {"seed": seed, **{name: column.cpu() for name, column in kept.items()}}, path and path.result
+        entry = {"seed": seed, **{name: column.cpu() for name, column in kept.items()}}
+        return entry, None if intervals is None else intervals.result
 
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn, "pool": list(self.pool)}

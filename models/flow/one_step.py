@@ -1,4 +1,4 @@
-"""A whole response in one forward of the student: r = 0, t = 1, every response token masked."""
+"""A whole response in one forward pass of the student: r = 0, t = 1, every response token masked."""
 
 import torch
 from torch import Generator, Tensor

@@ -1,4 +1,4 @@
-"""The one-step student: a frozen masked diffusion LM and the soft prompt that tells it which interval to jump over.
+"""The one-step student: a frozen masked diffusion LM with a soft prompt that is a function of the interval (r, t).
 
 The frozen base is the teacher itself, one copy in memory.
 """
@@ -28,5 +28,5 @@ class PrefixStudent(Student):
         check_interval(r, t)
         return self.base.lm_head(self.hidden(self.base.embed(input_ids), attention_mask, r, t))
 
-    def project_(self) -> None:
-        self.soft_prompt.project_()
+    def project_weights(self) -> None:
+        self.soft_prompt.project_weights()

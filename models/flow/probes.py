@@ -1,15 +1,19 @@
-"""What a noisy-mask flow shows to monitors (the protocols of models/interfaces/probes.py): is its noise used?
+"""What a noisy-mask flow offers to monitors (the protocols of models/interfaces/probes.py).
 
-Legend: B batch, L length, R response columns, D width, V vocabulary.
+Legend: B batch, L length, R response columns, M masked positions, D width, V vocabulary.
 """
 
 import torch
 from torch import Generator, Tensor
 
+from models.flow.losses import consistency_gap
 from models.flow.noisy_mask_student import NoisyMaskStudent
+from models.flow.path import PathSample
+from models.flow.solver import NoisyMaskDecoder
 from models.functional.bits_per_byte import token_nll
 from models.functional.rows import response_columns
 from models.interfaces.probe_batch import Choices, ProbeBatch
+from models.interfaces.probes import Denoised
 
 
 class NoiseProbe:
@@ -19,8 +23,8 @@ class NoiseProbe:
         self.student = student
 
     def probe_batch(self, rows: dict[str, Tensor], generator: Generator) -> ProbeBatch:
-        """One forward's most probable text of fresh noise."""
-        noise = self._response(rows, self.student.start(rows, rows["response_mask"], generator))
+        """The most probable text of fresh noise, in one forward pass."""
+        noise = self._response(rows, self.student.path.start_sample(rows, generator).z)
         text = self._logits(rows, noise).argmax(-1)
         return ProbeBatch(text, torch.ones_like(text, dtype=torch.bool), {"noise": noise})
 
@@ -31,16 +35,16 @@ class NoiseProbe:
         """Masks without noise, or fresh noise."""
         noise = batch.condition["noise"]
         if how == "blank":
-            return {"noise": self.student.mask_embedding.expand_as(noise)}
+            return {"noise": self.student.path.mask_embedding.expand_as(noise)}
         masked = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
-        return {"noise": self.student.start({"input_ids": batch.text}, masked, generator)}
+        return {"noise": self.student.path.start(batch.text, masked, generator)}
 
     def condition_features(self, batch: ProbeBatch) -> Tensor:
         return batch.condition["noise"].flatten(1)
 
     def choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
-        """Words in one forward of fresh noise."""
-        noise = self._response(rows, self.student.start(rows, rows["response_mask"], generator))
+        """Words of fresh noise, in one forward pass."""
+        noise = self._response(rows, self.student.path.start_sample(rows, generator).z)
         log_p = self._logits(rows, noise).log_softmax(-1)
         return {"student": Choices(log_p, torch.ones_like(log_p[..., 0], dtype=torch.bool))}
 
@@ -49,8 +53,31 @@ class NoiseProbe:
 
     def _logits(self, rows: dict[str, Tensor], noise: Tensor) -> Tensor:
         """Logits (B, R, V) of the jump from noise to text."""
-        masked = rows["response_mask"]
-        z = self.student.base.embed(rows["input_ids"])
+        z = self.student.path.embed(rows["input_ids"])
         z = torch.cat([z[:, : -noise.shape[1]], noise.to(z.dtype)], 1)
         zero = torch.zeros(len(z), device=z.device)
-        return self.student(z, masked, rows["attention_mask"], zero, zero + 1).view(*noise.shape[:2], -1)
+        sample = PathSample(z, rows["response_mask"], rows["attention_mask"], zero, rows["input_ids"])
+        return self.student(sample, zero + 1).view(*noise.shape[:2], -1)
+
+
+class FlowProbe:
+    """A `FlowMapProbe` of a noisy-mask student: its answers, its denoiser and the consistency of its jumps."""
+
+    def __init__(self, student: NoisyMaskStudent) -> None:
+        self.student = student
+
+    def answer(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        return NoisyMaskDecoder(self.student, 1)(rows, generator)
+
+    def denoised(self, rows: dict[str, Tensor], time: float, generator: Generator) -> Denoised:
+        s = torch.full((len(rows["input_ids"]),), time, device=rows["input_ids"].device)
+        sample = self.student.path.sample(rows, rows["response_mask"], s, generator)
+        points = sample.z[:, -response_columns(rows["response_mask"]) :]
+        return Denoised(points, self.student(sample, s), sample.x0[sample.masked])
+
+    def evidence(self, points: Tensor, time: float) -> Tensor:
+        s = torch.full((len(points), 1), time, device=points.device)
+        return self.student.path.evidence(points, s)
+
+    def consistency_gap(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        return consistency_gap(self.student, rows, generator)

@@ -1,4 +1,4 @@
-"""The texts of the last batches: more draws of the same law, for targets that are averaged over texts (`text_posterior`)."""
+"""The texts of the last batches: more draws of the same distribution, for targets averaged over texts (`text_posterior`)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RecentTexts:
-    """size: texts that are kept, a batch at least. They are of one epoch, so that no row meets itself again."""
+    """size: texts in memory, at least a batch. They are of one epoch, so that no text is in memory twice."""
 
     def __init__(self, size: int) -> None:
         self.size = size

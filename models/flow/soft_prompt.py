@@ -14,7 +14,7 @@ from models.backbones.llada import LladaConfig, Prefix
 def sinusoidal_embedding(time: Tensor, width: int, max_frequency: float = 4.0) -> Tensor:
     """(B,) times in [0, 1] -> (B, width): sines and cosines of 1 to `max_frequency` radians per unit of time.
 
-    The usual 1000 radians would make d/dt of the embedding, and with it du/dt, up to 1000 times the embedding itself.
+    With the usual 1000 radians d/dt of the embedding, and with it du/dt, could be 1000 times the embedding itself.
     """
     steps = torch.arange(width // 2, device=time.device, dtype=time.dtype) / (width // 2)
     angles = time.unsqueeze(-1) * max_frequency**steps
@@ -24,8 +24,8 @@ def sinusoidal_embedding(time: Tensor, width: int, max_frequency: float = 4.0) -
 class SoftPrompt(nn.Module):
     """(r, t) -> time embedding -> MLP -> prefix K/V of shape (layers, 2, H, K, d) for each row, and a gate per head.
 
-    The MLP's last layer would hold hidden x (layers·2·H·K·d) weights (1.07 B at LLaDA-8B); it is a product of rank
-    `rank`. The gate starts at 0, where the student is exactly its frozen base; `project_` keeps it >= 0 after a step.
+    The MLP's last layer would hold hidden x (layers·2·H·K·d) weights (1.07 B at LLaDA-8B); it is a product of rank `rank`.
+    The gate starts at 0, where the student is exactly its frozen base. `project_weights` keeps it >= 0 after each step.
     """
 
     def __init__(self, config: LladaConfig, *, prompt_length: int = 16, hidden_size: int = 256, rank: int = 32) -> None:
@@ -51,6 +51,6 @@ class SoftPrompt(nn.Module):
         return Prefix(keys, values, self.gate.clamp(min=0.0))
 
     @torch.no_grad()
-    def project_(self) -> None:
-        """Put gates that a step made negative back to 0: softmax mass cannot be negative."""
+    def project_weights(self) -> None:
+        """Set gates that a step made negative to 0: softmax mass cannot be negative."""
         self.gate.clamp_(min=0.0)

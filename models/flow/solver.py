@@ -1,4 +1,4 @@
-"""Generation along the noisy-mask flow: fresh noise, N forwards, a text.
+"""Generation along the noisy-mask flow: fresh noise, N forward passes, a text.
 
 Legend: B batch, L length, M masked positions, R response columns, V vocabulary. Times are data times, 1 = clean text.
 """
@@ -11,104 +11,83 @@ from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
 from models.flow.noisy_mask_student import NoisyMaskStudent
+from models.flow.path import NoisyMaskPath, PathSample
 from models.functional.errors import UsageError, require_choice
-from models.functional.noisy_mask import line_point, second_order_step
+from models.functional.noisy_mask import second_order_step
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 
-FewStep = Literal["chain", "renoise"]  # how a student answers; the flow itself is the denoiser's
+FewStep = Literal["chain", "renoise"]  # how a student generates; `ode` is the denoiser's own flow
 Step = Literal[FewStep, "ode"]
-Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class NoisyRows(NamedTuple):
-    """What a network of the flow reads: points z (B, L, D), masked (B, L) bool, attention_mask (B, L) bool."""
-
-    z: Tensor
-    masked: Tensor
-    attention_mask: Tensor
+Network = Callable[[PathSample, Tensor], Tensor]  # a sample at s and a time t -> logits of ψ_{s,t} (M, V)
 
 
 class FlowStep(NamedTuple):
-    """One step of a flow: from z (B, L, D) at s to t (1,), with D_s and the step's ψ_{s,t} (M, V)."""
+    """One step of a flow: from a sample at s to t (1,), with D_s and the step's ψ_{s,t} (M, V)."""
 
-    z: Tensor
-    s: Tensor
+    sample: PathSample
     t: Tensor
     d: Tensor
     psi: Tensor
 
 
-def start_rows(student: NoisyMaskStudent, rows: dict[str, Tensor], generator: Generator) -> NoisyRows:
-    """Rows at s = 0: every response position a noisy mask, prompts as they are."""
-    masked = rows["response_mask"]
-    return NoisyRows(student.start(rows, masked, generator), masked, rows["attention_mask"])
-
-
 @torch.no_grad()
 def follow_flow(
-    student: NoisyMaskStudent,
-    begin: NoisyRows,
+    path: NoisyMaskPath,
+    network: Network,
+    start: PathSample,
     *,
     forwards: int,
     step: Step = "chain",
     promote: float | None = None,
     generator: Generator | None = None,
-    network: Network | None = None,
     on_tokens: TokenCallback | None = None,
-    path: Callable[[FlowStep], None] | None = None,
+    on_step: Callable[[FlowStep], None] | None = None,
 ) -> Tensor:
-    """Token ids (B, L) at the masked positions after `forwards` evaluations, 0 elsewhere; prompts are never touched.
+    """Token ids (B, L) at the masked positions after `forwards` evaluations, 0 elsewhere; prompts do not change.
 
-    step:
+    start: a sample at s = 0. step:
       `chain`: X_{s,t} from each time of the grid to the next, then argmax ψ_{s,1}.
       `renoise`: the endpoint's expectation at every time of the grid, put back on the line with fresh noise.
-      `ode`: second-order steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward is trained to reproduce.
-    promote: positions whose distribution has this much on one token become clean text for the forwards that follow.
-    network: another evaluation than `student` itself, such as a snapshot of its weights. on_tokens: called with the tokens
-    (B, L) after each of them. path: with step=ode, called with every step on the way; the last one's ψ_{s,1} is its tokens.
+      `ode`: second-order steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward pass learns to reproduce.
+    promote: positions with this much probability on one token become clean text for the following forward passes.
+    on_tokens: called with the tokens (B, L) after each forward pass. on_step: with step=ode, called with every step; the ψ
+    of the last one is the distribution that has all its mass on the tokens.
     """
     require_flow_options(step, promote, (forwards,))
-    if path is not None and (step != "ode" or promote is not None):
-        raise ValueError("a path is that of step=ode, with the same positions masked all along")
-    network = network or student
-    z, masked, attention_mask = begin
-    tokens = torch.zeros(masked.shape, dtype=torch.long, device=z.device)
-    grid = student.warp(torch.linspace(0, 1, forwards + 1, device=z.device))
-    before = None  # D one step back
+    if on_step is not None and (step != "ode" or promote is not None):
+        raise ValueError("on_step needs step=ode without promote: the same positions have to stay masked")
+    grid = path.warp(torch.linspace(0, 1, forwards + 1, device=start.z.device))
+    sample = start._replace(s=grid[:1])  # (1,): all rows are at the same time, and share one prefix
+    tokens = torch.zeros(sample.masked.shape, dtype=torch.long, device=start.z.device)
+    before = None  # (time, D) one step back
     for k in range(forwards):
-        s, t = grid[k : k + 1], grid[k + 1 : k + 2]  # (1,): all rows are at the same time, and share one prefix
-        target = {"chain": t, "renoise": torch.ones_like(t), "ode": s}[step]
-        # 1. what every masked position becomes; the mask itself is never an answer
-        logits = network(z, masked, attention_mask, s, target)
-        logits[:, student.base.mask_id] = float("-inf")
+        s, t, last = sample.s, grid[k + 1 : k + 2], k + 1 == forwards
+        # 1. the distribution of every masked token; the mask itself is never generated
+        logits = network(sample, {"chain": t, "renoise": torch.ones_like(t), "ode": s}[step])
+        logits[:, path.mask_id] = float("-inf")
         psi = torch.softmax(logits, -1)  # (M, V)
-        tokens[masked] = psi.argmax(-1)
+        tokens[sample.masked] = psi.argmax(-1)
         if on_tokens is not None:
             on_tokens(tokens.clone())
-        last, jump = k + 1 == forwards, psi
-        if before is not None and not last:
-            jump = second_order_step(psi, before, grid[k - 1 : k], s, t)
-        if path is not None:
-            path(FlowStep(z, s, t, psi, one_hot(tokens[masked], psi.shape[-1]).to(psi.dtype) if last else jump))
+        # 2. the step's ψ_{s,t}
+        jump = psi if before is None or last else second_order_step(psi, before[1], before[0], s, t)
+        if on_step is not None:
+            decided = one_hot(tokens[sample.masked], psi.shape[-1]).to(psi.dtype)
+            on_step(FlowStep(sample, t, psi, decided if last else jump))
         if last:
             break
-        # 2. move the masked positions to t
-        if step == "renoise":
-            fresh = student.start({"input_ids": tokens}, masked, generator)[masked]
-            moved = z.clone()
-            moved[masked] = line_point(fresh, student.expected(psi), t).to(z.dtype)
-        else:
-            moved = student.move(z, masked, jump, s, t)
-        before = psi if step == "ode" else None
-        # 3. sure positions become text
+        # 3. the masked positions move to t
+        moved = path.renoise(sample, psi, t, generator) if step == "renoise" else path.move(sample, jump, t)
+        before = (s, psi) if step == "ode" else None
+        # 4. positions that are nearly certain become text
         if promote is not None:
-            sure = torch.zeros_like(masked)
-            sure[masked] = psi.max(-1).values >= promote
-            moved = torch.where(sure.unsqueeze(-1), student.base.embed(tokens), moved)
-            before = None if bool(sure.any()) else before  # D has changed for another reason than the flow
-            masked = masked & ~sure
-        z = moved
+            certain = torch.zeros_like(moved.masked)
+            certain[moved.masked] = psi.max(-1).values >= promote
+            z = torch.where(certain.unsqueeze(-1), path.embed(tokens), moved.z)
+            moved = moved._replace(z=z, masked=moved.masked & ~certain)
+            before = None if bool(certain.any()) else before  # D has changed for another reason than the flow
+        sample = moved
     return tokens
 
 
@@ -122,7 +101,10 @@ def require_flow_options(step: str, promote: float | None, forwards: tuple[int, 
 
 
 class NoisyMaskDecoder:
-    """`follow_flow` from fresh noise, as a `Decoder`; the same seed gives the same texts."""
+    """`follow_flow` from fresh noise, as a `Decoder`; the same seed gives the same texts.
+
+    network: another evaluation than `student` itself, such as a snapshot of its weights.
+    """
 
     method = "student"
     refines = True
@@ -136,12 +118,12 @@ class NoisyMaskDecoder:
         promote: float | None = None,
         network: Network | None = None,
     ) -> None:
-        self.student, self.forwards = student, forwards
-        self.options = {"step": step, "promote": promote, "network": network}
+        self.path, self.network, self.forwards = student.path, network or student, forwards
+        self.options = {"step": step, "promote": promote}
         self.name = {"chain": "student", "renoise": "student, re-noised", "ode": "denoiser's flow"}[step]
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
-        begin, columns = start_rows(self.student, rows, generator), response_columns(rows["response_mask"])
+        start, columns = self.path.start_sample(rows, generator), response_columns(rows["response_mask"])
         options = self.options | {"on_tokens": on_tokens and (lambda tokens: on_tokens(tokens[:, -columns:]))}
-        tokens = follow_flow(self.student, begin, forwards=self.forwards, generator=generator, **options)
+        tokens = follow_flow(self.path, self.network, start, forwards=self.forwards, generator=generator, **options)
         return tokens[:, -columns:]

@@ -1,7 +1,7 @@
 """Self-distillation through time: one step of the student does what two steps of its teacher do.
 
 Deschenaux and Gulcehre, Beyond Autoregression: Fast LLMs via Self-Distillation Through Time (2024). The targets still
-factorise over positions, so halving cannot carry one forward past the product of marginals: a baseline.
+factorise over positions, so one forward pass cannot be better than the product of marginals: a baseline.
 Legend: B batch, L length, M masked positions, V vocabulary. Times: t = 1 all masked.
 """
 
@@ -32,8 +32,8 @@ def two_step_target(
 ) -> Tensor:
     """Distributions (M, V) at the masked positions of x_t after two steps of the teacher's sampler.
 
-    A token's is the teacher's at the step that reveals it, or the last one where both steps leave it masked. At time t a
-    masked token is revealed with probability step / t. t (B,).
+    A token's target is the teacher's distribution at the step that reveals it, or at the second step if neither does. At
+    time t a masked token is revealed with probability step / t. t (B,).
     """
     pending, current, collected = masked, xt, None
     for k in range(2):
@@ -56,14 +56,14 @@ def two_step_target(
 def halve_steps(
     student: MaskedStudent, teacher: MaskedNetwork, batch: dict[str, Tensor], step: float, generator: Generator
 ) -> Terms:
-    """KL(two steps of size `step` || one forward of the student) at times on the student's grid 2 step, 4 step, ..., 1."""
+    """KL(two steps of size `step` || one forward pass of the student) at times 2 step, 4 step, ..., 1: the student's grid."""
     x0, attention_mask, mask_id = batch["input_ids"], batch["attention_mask"], student.base.mask_id
     # 1. a time at which the student takes a step, and the text there
-    most = round(1 / (2 * step))
-    t = torch.randint(1, most + 1, (len(x0),), generator=generator, device=x0.device) * (2 * step)
+    student_steps = round(1 / (2 * step))
+    t = torch.randint(1, student_steps + 1, (len(x0),), generator=generator, device=x0.device) * (2 * step)
     xt, masked = mask_tokens(x0, batch["response_mask"], t, mask_id, generator)
-    # 2. where two of the teacher's steps lead
+    # 2. the distributions after two of the teacher's steps
     target = two_step_target(teacher, xt, masked, attention_mask, t, step, mask_id, generator)
-    # 3. the divergence of one forward from it
+    # 3. the divergence of one forward pass from them
     gap = mean_of(distribution_divergence(target, student(xt, masked, attention_mask)))
     return Terms(gap, {"halving_gap": gap})

@@ -1,4 +1,4 @@
-"""What every student has: a frozen base, which is its teacher, and something on it that trains."""
+"""What every student has: a frozen base, which is its teacher, and an adapter that trains."""
 
 from typing import Any
 
@@ -11,22 +11,25 @@ from models.functional.weights import snapshot
 
 
 class Student(nn.Module):
-    """base: one frozen copy in memory, teacher and base at once. options: what it is built again from, plain types."""
+    """A frozen base with weights that train beside it. The base is also the teacher: one copy is in memory.
+
+    options: arguments of the constructor, plain types. A saved student is built from them again.
+    """
 
     def __init__(self, base: LladaModel, **options: Any) -> None:
         super().__init__()
         self.options = options
         self.base = freeze(base)
 
-    def project_(self) -> None:
-        """Called after every optimizer step: put weights back into the range that they must keep."""
+    def project_weights(self) -> None:
+        """Called after every optimizer step: weights with a limited range are put back into it."""
 
     def trainable(self) -> dict[str, Tensor]:
-        """Copies of the weights that train, by name: a snapshot for `with_weights`."""
+        """Copies of the weights that train, by name. `with_weights` takes them."""
         return snapshot(self)
 
-    def with_weights(self, weights: dict[str, Tensor], *args: Tensor) -> Tensor:
-        """`forward(*args)` with other trainable weights, such as an average or an earlier snapshot; nothing is changed."""
+    def with_weights(self, weights: dict[str, Tensor], *args: Any) -> Tensor:
+        """`forward(*args)` with other values of the trainable weights, such as an average; the student does not change."""
         return functional_call(self, weights, args)
 
     def train(self, mode: bool = True) -> "Student":

@@ -1,4 +1,4 @@
-"""Students on disk: the trained part alone (safetensors), beside a small JSON file that says which base it fits."""
+"""Students on disk: the trained part alone (safetensors), beside a small JSON file with the fingerprint of its base."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from models.functional.errors import UsageError
 from models.functional.weights import trainable_weights, whole
 
 FORMAT = "leap-student-3"
-TEACHER = "teacher"  # folder of the base, where it lies beside the student
+TEACHER = "teacher"  # folder of the base inside the student's folder
 KINDS = {"logit": PrefixStudent, "noisy_mask": NoisyMaskStudent, "masked": MaskedStudent}
 
 
 def base_fingerprint(base: LladaModel) -> str:
-    """sha256 over every weight's name, shape and up to 1024 evenly spaced values: quick at 8B, different after training.
+    """sha256 over every weight's name, shape and up to 1024 evenly spaced values: fast at 8B, and different after training.
 
-    Of weights that are split over ranks every rank has to ask.
+    Where weights are split over ranks, every rank has to call it.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(base.state_dict().items()):
@@ -45,7 +45,7 @@ def save_student(student: Student, folder: str | Path, notes: dict | None = None
 
 
 def save_whole_student(student: Student, folder: str | Path, tokenizer=None) -> Path:
-    """The same with its base beside it, so that one folder is enough for `load_whole_student`."""
+    """The same with its base in the folder, so that `load_whole_student` needs nothing else."""
     folder = Path(folder)
     with written_whole(folder) as staging:
         student.base.save_pretrained(staging / TEACHER)
@@ -82,11 +82,11 @@ def read_student(folder: str | Path) -> dict:
 
 
 def load_whole_student(folder: str | Path) -> Student:
-    """A student with the base that lies beside it, or else where its notes say. Errors: UsageError as in `load_student`."""
+    """A student with the base of its folder, or else the one that its notes name. Errors: UsageError as in `load_student`."""
     beside = Path(folder) / TEACHER
     base = beside if beside.is_dir() else read_student(folder)["notes"].get("teacher")
     if base is None:
-        raise UsageError(f"{folder} does not say where its teacher is; read both with load_student(folder, teacher)")
+        raise UsageError(f"{folder} does not name its teacher's folder; read both with load_student(folder, teacher)")
     return load_student(folder, load_llada(base))
 
 
@@ -96,7 +96,7 @@ def load_student(folder: str | Path, base: LladaModel) -> Student:
     if description["base"] != base_fingerprint(base):
         raise UsageError(
             f"the student in {folder} was trained on another base model than the one given; "
-            f"type teacher.path=<the folder of its teacher>, which its notes say is {description['notes'].get('teacher')}"
+            f"type teacher.path=<the folder of its teacher>; its notes name {description['notes'].get('teacher')}"
         )
     student = KINDS[description["kind"]](base, **description["options"])
     weights = Path(folder) / "student.safetensors"

@@ -24,8 +24,8 @@ def sample_interval(
     """n pairs (r, t): the first `n_equal` rows have r = t, the last `endpoint_share` of the rows have (r, t) = (0, 1).
 
     Two independent draws of the law are sorted into r <= t (MeanFlow, Geng et al. 2025). `logit_normal` is
-    sigmoid(N(logit_mean, logit_std)). Returns r (n,), t (n,) and n_equal: the rows that need no derivative come first, so
-    that they can be split off. Counts are share x n, a fractional part decided by a draw.
+    sigmoid(N(logit_mean, logit_std)). Returns r (n,), t (n,) and n_equal: the rows that need no derivative come first.
+    Counts are share x n, rounded up or down at random so that their mean is exact.
     """
     if law == "uniform":
         draws = torch.rand(2, n, generator=generator, device=device)
@@ -53,7 +53,7 @@ def require_shares(*, together: bool = False, **shares: float) -> None:
 
 
 def _count(expected: float, generator: Generator, device: torch.device) -> int:
-    """An integer with this mean: small batches must not lose a share to rounding."""
+    """A random integer with this mean: in small batches plain rounding would change a share."""
     whole, rest = divmod(expected, 1)
     if rest < 1e-9:
         return int(whole)
@@ -82,14 +82,14 @@ def sample_data_interval(
 
     Widths are U(0, widest) and the interval lies uniformly in [0, 1]; `endpoint_share` of the rows have
     (s, t) = (0, widest), which is (0, 1) once `widest` has grown to 1. u is uniform in between. Returns s, u, t (n,) and
-    n_diagonal. Warp them where even times are not what is wanted (`noisy_mask.warp_time`).
+    n_diagonal. `noisy_mask.warp_time` maps them to uneven times.
     """
     require_shares(diagonal_share=diagonal_share, endpoint_share=endpoint_share, together=True)
     n_diagonal = _count(diagonal_share * n, generator, device)
     n_endpoint = min(n - n_diagonal, _count(endpoint_share * n, generator, device))
-    width, place, cut = torch.rand(3, n, generator=generator, device=device)
+    width, position, cut = torch.rand(3, n, generator=generator, device=device)
     width = width * widest
-    s = place * (1 - width)
+    s = position * (1 - width)
     s[n - n_endpoint :], width[n - n_endpoint :] = 0.0, widest
-    s[:n_diagonal], width[:n_diagonal] = place[:n_diagonal], 0.0
+    s[:n_diagonal], width[:n_diagonal] = position[:n_diagonal], 0.0
     return s, s + cut * width, (s + width).clamp(max=1.0), n_diagonal

@@ -24,11 +24,11 @@ def value_and_jvp(
     """fn(*primals), differentiable in fn's parameters, and its derivative along `tangents`, detached.
 
     `forward_ad` is exact: what `torch.func.jvp` computes, without its wrapping of every operation. Every operation of fn
-    needs a forward-mode formula (flash attention has none, compiled layers have none). `finite_difference` is
-    (fn(x + h v) - fn(x - h v)) / 2h under no_grad with error O(h²): any kernel will do, at three forwards. h must not be so
-    small that float32 rounding wins: 1e-2 suits logits of order 1-10.
+    needs a forward-mode formula: flash attention and compiled layers have none. `finite_difference` is
+    (fn(x + h v) - fn(x - h v)) / 2h under no_grad with error O(h²). It works with any kernel and takes three forward
+    passes. If h is too small, float32 rounding dominates: 1e-2 suits logits of order 1-10.
 
-    Both are worked out in the precision of the primals: half precision would lose most digits of a derivative.
+    Both are computed in the precision of the primals: half precision would lose most digits of a derivative.
     """
     with in_full(primals[0]):
         return _value_and_jvp(fn, primals, tangents, backend, step)

@@ -35,7 +35,7 @@ def masking_path_tangent(z: Tensor, expected: Tensor, p: Tensor, eps: float, kin
     `path`: (1-eps)/p(t) (z - softmax(v) E), the mean reverse drift of the masking process; exact as the derivative of a
     path for z on the line z = (1-t) E_x + t m with the exact posterior.
     `source`: softmax(v) E - z, as the method was first written down. It has the opposite sign against t = 1 noise and
-    lacks 1/t, so the identity above does not hold along it; kept to be compared with.
+    lacks 1/t, so the identity above does not hold along it; kept for comparison.
     z, expected (M, D); p (M,) the mask probability of each position's row.
     """
     if kind == "path":
@@ -48,9 +48,9 @@ def masking_path_tangent(z: Tensor, expected: Tensor, p: Tensor, eps: float, kin
 def meanflow_target(v: Tensor, du_dt: Tensor, r: Tensor, t: Tensor, limit: float | None = None) -> Tensor:
     """u_tgt = sg[v - (t - r) du/dt]. v, du_dt (M, V); r, t (M,).
 
-    The derivative is the student's own, so an error in it feeds on itself. `limit` bounds the correction of each position:
-    its root mean square over the vocabulary, without the part that is constant there (which no softmax sees), is scaled
-    down to at most `limit` logits. None leaves the identity as it is.
+    The derivative is the student's own, so an error in it enters the student's next target. `limit` bounds the correction
+    of each position: its root mean square over the vocabulary, without the part that is constant there (a softmax ignores
+    it), is scaled down to at most `limit` logits. None leaves the identity as it is.
     """
     if limit is not None and limit <= 0:
         raise UsageError(f"module.correction_limit={limit} must be above 0; type null for no limit")
@@ -83,5 +83,5 @@ def flow_loss(u: Tensor, target: Tensor, kind: FlowLoss, tokens: Tensor | None =
 
 
 def adaptive_weight(loss: Tensor, floor: float = 1e-3, power: float = 1.0) -> Tensor:
-    """sg[(loss + floor)^(-power)]: evens out the scale of easy and hard positions. It hides the raw loss: log both."""
+    """sg[(loss + floor)^(-power)]: easy and hard positions get similar weight. Log the raw loss too."""
     return (loss.detach() + floor).pow(-power)

@@ -1,8 +1,8 @@
 r"""The noisy-mask flow: masks carry noise, and a flow map carries each noise to a text of its own.
 
-From one fixed all-mask response a single forward can only factorise over positions. Here a masked position starts at
-z_0 = m + σ ε, ε ~ N(0, I), and moves on the line z_s = (1 - s) z_0 + s E_x to the embedding of its token. The noise is what
-the positions of a text agree through: a deterministic map of it can be coherent *and* diverse.
+From one fixed all-mask response a single forward pass can only factorise over positions. Here a masked position starts at
+z_0 = m + σ ε, ε ~ N(0, I), and moves on the line z_s = (1 - s) z_0 + s E_x to the embedding of its token. Every
+position reads the noise of all the others: a deterministic map of it can give texts that are coherent *and* diverse.
 
 With D_s(z) = P(x_l | z, c), the flow's velocity is (D_s E - z) / (1 - s), and its solution from s to t is
 
@@ -40,16 +40,16 @@ def wiener_gain(s: Tensor, sigma: float, spread: float) -> Tensor:
     """c_s = v² s / (v² s² + (1 - s)² σ²): no multiple of z_s - m is nearer to E_x - m than c_s (z_s - m) in mean square.
 
     spread v: root mean square of E_x - m over tokens and coordinates, in the unit of σ. c_0 = 0: the mask; c_1 = 1: the token.
-    It is how much z_s tells at its time, which a network that is given z_s alone has to multiply by. s (...) in [0, 1].
+    A network that reads z_s without its time cannot know this factor. s (...) in [0, 1].
     """
     return s / (s.square() + ((1 - s) * sigma / spread).square())
 
 
 def token_evidence(z: Tensor, mask_embedding: Tensor, embedding: Tensor, s: Tensor, sigma: float) -> Tensor:
-    """log N(z_s; (1 - s) m + s E_x, (1 - s)² σ²) for every token x, up to a constant: what z_s itself tells of its token.
+    """log N(z_s; (1 - s) m + s E_x, (1 - s)² σ²) for every token x, up to a constant: the likelihood of each token.
 
     z (..., D), embedding (V, D), s (...) < 1, σ in the units of the embedding's coordinates -> (..., V) nats; 0 at s = 0.
-    With a prior of texts these are all that an exact D_s needs.
+    An exact D_s needs these and a prior of texts.
     """
     s = s.unsqueeze(-1)
     signal = (z - (1 - s) * mask_embedding) @ embedding.T - s * embedding.square().sum(-1) / 2
@@ -86,12 +86,12 @@ def psd_target(psi_su: Tensor, psi_ut: Tensor, s: Tensor, u: Tensor, t: Tensor) 
 
 
 def second_order_step(d_s: Tensor, d_r: Tensor, r: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """ψ_{s,t} from D at two times of the flow, r < s < t: the Euler step takes D_s, this one also how D has moved.
+    """ψ_{s,t} from D at two times of the flow, r < s < t: the Euler step takes D_s, this one extrapolates D as well.
 
     With D_u = D_s + (u - s)(D_s - D_r)/(s - r) the integral of ψ is D_s + c (D_s - D_r),
     c = (1 - s) [(t - s) + (1 - t) log((1 - t)/(1 - s))] / ((t - s)(s - r)).
-    d_s, d_r (..., V) distributions; times (...). Where the line leaves the simplex the result is put back on it: words that
-    D has given up would go on to less than nothing. An Adams-Bashforth method for the exponential integrator that `flow_map`
+    d_s, d_r (..., V) distributions; times (...). Where the line leaves the simplex, negative probabilities are set to 0 and
+    the others are scaled to a sum of 1. An Adams-Bashforth method for the exponential integrator that `flow_map`
     is (Zhang & Chen, Fast sampling of diffusion models with exponential integrator, 2023; Lu et al., DPM-Solver++, 2022).
     """
     rest = torch.where(t < 1, (1 - t) * torch.log1p(-((t - s) / (1 - s)).clamp(max=1 - torch.finfo(t.dtype).eps)), 0.0)
@@ -116,8 +116,8 @@ def noisy_meanflow_target(
     """The corrected mean-flow identity as a distribution: softmax(log D_s - log max(ρ, ρ_min)), (..., V), t < 1.
 
     From d/ds X_{s,t}(z_s) = 0 follows ψ = D_s + κ dψ/ds, hence D_s = ψ ρ. Dividing keeps the target on the simplex, where
-    the sum D_s + κ dψ/ds would leave it. No token can rise above D_s / ρ_min: keep ρ_min below the D_s of tokens that must
-    win. Early in training many ρ are <= 0 for wide intervals, so intervals must grow.
+    the sum D_s + κ dψ/ds would leave it. No token can rise above D_s / ρ_min: choose ρ_min below the D_s of tokens that should
+    become probable. Early in training many ρ are <= 0 for wide intervals, so intervals must grow.
     """
     psi = torch.softmax(logits.detach(), dim=-1)
     rho = recovery_ratio(psi, logit_derivative, s, t)
@@ -127,7 +127,7 @@ def noisy_meanflow_target(
 def warp_time(q: Tensor, center: float = 0.5) -> Tensor:
     """s(q) = k q / (1 + (k - 1) q), k = center / (1 - center): a uniform q spends half of its mass below `center`.
 
-    Put it where tokens become decodable. Changing the centre is the same as changing σ up to the scale of z.
+    Choose it where tokens become decodable. Changing the centre is the same as changing σ, up to the scale of z.
     """
     if not 0 < center < 1:
         raise UsageError(f"module.time_center={center} must lie between 0 and 1; 0.5 leaves times as they are")
@@ -141,6 +141,6 @@ def distribution_divergence(target: Tensor, logits: Tensor) -> Tensor:
 
 
 def gap_weight(target: Tensor, logits: Tensor, floor: float = 1e-6) -> Tensor:
-    """sg(||ψ - target||² + floor)^(-1/2): evens out easy and hard positions. It hides the raw loss: log both."""
+    """sg(||ψ - target||² + floor)^(-1/2): easy and hard positions get similar weight. Log the raw loss too."""
     difference = torch.softmax(logits.detach(), dim=-1) - target
     return (difference.square().sum(-1) + floor).rsqrt()

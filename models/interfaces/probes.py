@@ -6,7 +6,7 @@ Rows are prompt -> response rows. Every draw comes from the generator that is gi
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Generator, Tensor
 from torch.nn import Parameter
@@ -97,3 +97,28 @@ class RebuildProbe(TextProbe, Protocol):
 
     def drop_concepts(self, batch: ProbeBatch, order: Tensor, share: float) -> dict[str, Tensor]:
         """The condition without the concepts whose order (B, S), uniform in [0, 1), lies below the share."""
+
+
+class Denoised(NamedTuple):
+    """A denoiser at noisy points of known texts: points (B, R, D) of the responses, logits (M, V), tokens (M,) of the texts."""
+
+    points: Tensor
+    logits: Tensor
+    tokens: Tensor
+
+
+@runtime_checkable
+class FlowMapProbe(Protocol):
+    """Generates texts from noise by a flow map. Times are data times, 1 = clean text."""
+
+    def answer(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        """Responses (B, R) of fresh noise, in one forward pass."""
+
+    def denoised(self, rows: dict[str, Tensor], time: float, generator: Generator) -> Denoised:
+        """The denoiser at points of the rows' responses, all at one time."""
+
+    def evidence(self, points: Tensor, time: float) -> Tensor:
+        """log p(point | token) up to a constant, (B, R, D) -> (B, R, V) float64; time < 1. With the corpus this gives D."""
+
+    def consistency_gap(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
+        """KL(two jumps by way of time 1/2 || one jump) from fresh noise to text, nats per position."""

@@ -8,6 +8,7 @@ from helpers.noisy_mask import build, exact_denoiser
 from helpers.trainer import quiet_trainer
 
 from callbacks.flow_monitor import FlowMonitor
+from models.interfaces.probes import FlowMapProbe, find_probe
 
 STAGES = {"adapt": {"share": 0.5, "lr": 1e-3}, "flow": {"share": 0.5, "lr": 1e-3}}
 SLOW = {name: stage | {"lr": 1e-6} for name, stage in STAGES.items()}
@@ -30,30 +31,30 @@ def test_all_figures_are_there_and_a_student_that_ignores_the_noise_shows_it(tin
     assert min(seen[f"denoiser_gap_at_{s}"] for s in ("0", "0.25", "0.5")) > 1  # nats a text: it has learned nothing
 
 
-@pytest.mark.parametrize("loud", [1.0, 1e-2])
-def test_a_student_that_hardly_says_anything_jumps_consistently(tiny_llada, tiny_oracle, loud):
-    """The control speaks up: two jumps see half way what one does not see."""
+@pytest.mark.parametrize("scale", [1.0, 1e-2])
+def test_a_student_of_flat_distributions_jumps_consistently(tiny_llada, tiny_oracle, scale):
+    """The control has sharp distributions: the second of two jumps sees what one jump does not."""
     module = build(tiny_llada, tiny_oracle)
-    module.student.body.lm_head.weight.data.mul_(loud)
+    module.student.body.lm_head.weight.data.mul_(scale)
     rows = tiny_oracle.rows["val"].columns
-    gap = module.consistency_gap(rows, torch.Generator().manual_seed(0))
-    assert gap > 0.1 if loud == 1 else gap < 1e-3
+    gap = find_probe(module, FlowMapProbe).consistency_gap(rows, torch.Generator().manual_seed(0))
+    assert gap > 0.1 if scale == 1 else gap < 1e-3
 
 
 @pytest.mark.parametrize("spoiled", [0.0, 0.1])
-def test_a_student_that_says_what_the_corpus_says_is_at_no_distance_from_it(tiny_llada, tiny_oracle, spoiled):
+def test_the_denoiser_of_the_corpus_has_no_gap(tiny_llada, tiny_oracle, spoiled):
     """The control has a tenth of its mass anywhere."""
     module = build(tiny_llada, tiny_oracle)
     rows, student = tiny_oracle.rows["val"].columns, module.student
 
-    def denoiser(z, masked, attention_mask, s, t):
-        p = exact_denoiser(student, tiny_oracle, rows, z, s)
+    def denoiser(sample, t):
+        p = exact_denoiser(student, tiny_oracle, rows, sample.z, sample.s)
         return ((1 - spoiled) * p + spoiled / p.shape[-1]).clamp(min=1e-30).log().flatten(0, 1)
 
     student.forward = denoiser
     trainer = quiet_trainer(2)
     trainer.datamodule = tiny_oracle
-    seen = FlowMonitor()._denoiser(trainer, module, rows, torch.Generator().manual_seed(0))
+    seen = FlowMonitor()._denoiser(trainer, find_probe(module, FlowMapProbe), rows, torch.Generator().manual_seed(0))
     gaps = [value for name, value in seen.items() if name.startswith("denoiser_gap")]
     assert len(gaps) == 5
     assert min(gaps) > 0.1 if spoiled else max(map(abs, gaps)) < 1e-6

@@ -18,15 +18,15 @@ def build(tiny_llada, data, **options):
     return NoisyMaskFlowModule(teacher, **(settings | options))
 
 
-def stir(module, size=0.3):
+def perturb(module, size=0.3):
     """Move the student away from its start, where much is zero."""
     with torch.no_grad():
         for p in module.student.parameters():
             if p.requires_grad:
                 p.add_(size * torch.randn_like(p))
-    module.student.soft_prompt.project_()
+    module.student.soft_prompt.project_weights()
 
 
 def exact_denoiser(student, data, rows, z, s):
     """D_s (B, R, V) of the corpus itself at points z of rows' responses, float64."""
-    return data.seen_marginals(rows, student.evidence(z[:, data.prompt_length :], s.unsqueeze(-1)))
+    return data.seen_marginals(rows, student.path.evidence(z[:, data.prompt_length :], s.unsqueeze(-1)))

@@ -6,7 +6,7 @@ from helpers.trainer import Losses, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.ema import TrainableEMA
-from lightning_modules.logit_flow import LogitFlowModule
+from lightning_modules.logit_flow import LogitFlowModule, MaskingSample
 from models.flow.student_files import load_student, save_student
 from models.functional.errors import UsageError
 from models.functional.meanflow import meanflow_target
@@ -61,9 +61,9 @@ def test_rows_split_off_give_what_the_whole_batch_would(tiny_llada, tiny_oracle)
     r, t = torch.tensor([0.4] * 4 + [0.1] * 4), torch.tensor([0.4] * 4 + [0.7] * 4)
     p = 0.999 * t + 1e-3
     v = module.teacher.lm_head(module.teacher.hidden(embeds, batch["attention_mask"])[masked]).detach()
-    arguments = (embeds, v, masked, batch["attention_mask"], r, t, p)
-    u, du = module._student_logits_and_derivative(*arguments, 4)
-    whole_u, whole_du = module._student_logits_and_derivative(*arguments, 0)
+    sample = MaskingSample(embeds, masked, batch["attention_mask"], r, t, p, n_equal=4)
+    u, du = module.student_logits_and_derivative(sample, v)
+    whole_u, whole_du = module.student_logits_and_derivative(sample._replace(n_equal=0), v)
     torch.testing.assert_close(u, whole_u, atol=1e-5, rtol=1e-5)
     half = int(masked[:4].sum())
     assert du[:half].eq(0).all()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.noisy_mask import ALL, build, stir
+from helpers.noisy_mask import ALL, build, perturb
 from helpers.trainer import Losses, quiet_trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules.noisy_mask_flow import STAGES, NoisyMaskFlowModule
 from lightning_modules.training.stages import Stages
 from models.flow.losses import match_flow_map
+from models.flow.options import NoisyMaskFlowOptions
+from models.flow.solver import follow_flow
 from models.functional.errors import UsageError
 
 
@@ -74,14 +76,14 @@ def test_every_adapter_and_target_trains_through_all_stages_and_the_teacher_stay
 def test_the_denoiser_is_what_adapt_left_and_stays(tiny_llada, tiny_oracle):
     module, seen = build(tiny_llada, tiny_oracle), {}
 
-    class TokenCallback(Callback):
+    class Recorder(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             if trainer.global_step == 4:
                 seen["average"] = {name: w.clone() for name, w in pl_module.average.items()}
             if trainer.global_step == 5:
                 seen["denoiser"] = {name: w.clone() for name, w in pl_module.denoiser.items()}
 
-    quiet_trainer(10, callbacks=[TokenCallback()]).fit(module, tiny_oracle)
+    quiet_trainer(10, callbacks=[Recorder()]).fit(module, tiny_oracle)
     for name, weight in seen["average"].items():
         assert torch.equal(weight, seen["denoiser"][name]), name
         assert torch.equal(weight, module.denoiser[name]), name
@@ -128,36 +130,85 @@ def test_a_run_is_resumed_with_its_own_optimizer_or_refused(tiny_llada, tiny_ora
 def test_targets_of_the_flow_stage_do_not_move_with_the_student(tiny_llada, tiny_oracle, weighted):
     """With ψ^- and D from the same weights as the student the diagonal is at its optimum; with others it is not."""
     module = build(tiny_llada, tiny_oracle)
-    stir(module)
+    perturb(module)
     student, batch = module.student, next(iter(tiny_oracle.train_dataloader()))
     own, other = student.trainable(), {name: w + 0.1 for name, w in student.trainable().items()}
-    options = {"widest": 1.0, "diagonal_share": 1.0, "endpoint_share": 0.0, "observed_share": 0.0, "weighted": weighted}
+    shares = {"diagonal_share": 1.0, "endpoint_share": 0.0, "observed_share": 0.0}
+    options = NoisyMaskFlowOptions(target="psd", weighted=weighted, **shares)
 
     def gap(weights):
-        networks = (module.network(weights), module.network(weights))
-        return match_flow_map(student, *networks, batch, torch.Generator().manual_seed(0), **options).raw[
-            "diagonal_gap"
-        ]
+        networks, draw = (module.network(weights), module.network(weights)), torch.Generator().manual_seed(0)
+        return match_flow_map(student, *networks, batch, draw, options, widest=1.0).raw["diagonal_gap"]
 
     assert gap(own).item() == pytest.approx(0.0, abs=1e-6)
     assert gap(other).item() > 1e-3
 
 
+def moved(weights, size):
+    draw = torch.Generator().manual_seed(7)
+    return {name: w + size * torch.randn(w.shape, generator=draw) for name, w in weights.items()}
+
+
+def flow_gaps(module, batch, **weights):
+    """The gaps of a step of the flow stage, at intervals of every length, with other weights of its networks."""
+    before = {name: getattr(module, name) for name in weights}
+    for name, value in weights.items():
+        setattr(module, name, value)
+    raw = module.stage_terms("flow", batch, 1.0, torch.Generator().manual_seed(0)).raw
+    for name, value in before.items():
+        setattr(module, name, value)
+    return raw["diagonal_gap"].item(), raw["flow_gap"].item()
+
+
+@pytest.mark.parametrize("target", ["psd", "meanflow"])
+def test_the_diagonal_is_the_denoisers_and_jumps_are_the_averages(tiny_llada, tiny_oracle, target):
+    """Neither is the student's: with its own weights as targets the identities would hold for any student."""
+    module, batch = build(tiny_llada, tiny_oracle, target=target), next(iter(tiny_oracle.train_dataloader()))
+    perturb(module)
+    own = module.student.trainable()
+    module.average, module.denoiser = own, own
+    diagonal, flow = flow_gaps(module, batch)
+    assert diagonal == pytest.approx(0.0, abs=1e-6)  # the same weights
+    other_diagonal, other_flow = flow_gaps(module, batch, denoiser=moved(own, 0.1))
+    assert other_diagonal > 1e-3
+    assert (abs(other_flow - flow) > 1e-4) == (target == "meanflow")  # whose identity is that of D
+    same_diagonal, other_flow = flow_gaps(module, batch, average=moved(own, 0.1))
+    assert same_diagonal == diagonal
+    assert abs(other_flow - flow) > 1e-4
+
+
+def test_pairs_are_made_with_the_denoiser(tiny_llada, tiny_oracle):
+    module, batch = build(tiny_llada, tiny_oracle, observed_share=0.0), next(iter(tiny_oracle.train_dataloader()))
+    perturb(module)
+    module.denoiser = moved(module.student.trainable(), 0.3)
+    module.stage_terms("polish", batch, 0.0, torch.Generator().manual_seed(0))
+    (entry,), path = module.pairs.pool, module.student.path
+    start = path.start_sample(entry, torch.Generator().manual_seed(entry["seed"]))
+    ends = [
+        follow_flow(path, net, start, forwards=4, step="ode")
+        for net in (module.network(module.denoiser), module.student)
+    ]
+    same = [torch.equal(end[start.masked], entry["input_ids"][start.masked]) for end in ends]
+    assert same == [True, False]
+
+
 def test_derivatives_by_forward_ad_and_by_differences_give_the_same_loss(tiny_llada, tiny_oracle):
     module = build(tiny_llada, tiny_oracle, adapter="lora", lora_rank=2)  # its frozen norms stay in float64
-    stir(module, 0.1)
+    perturb(module, 0.1)
     module.double()
     student, batch = module.student, next(iter(tiny_oracle.train_dataloader()))
     networks = (module.network(student.trainable()), module.network(student.trainable()))
-    options = {"widest": 0.9, "diagonal_share": 0.0, "endpoint_share": 0.0, "observed_share": 0.0, "weighted": False}
-    losses = []
+    shares = {"diagonal_share": 0.0, "endpoint_share": 0.0, "observed_share": 0.0}
+
+    def loss(**changes):
+        options = NoisyMaskFlowOptions(meanflow_until=0.97, jvp_step=1e-5, **shares, **changes)
+        draw = torch.Generator().manual_seed(1)
+        return match_flow_map(student, *networks, batch, draw, options, widest=0.9).loss.item()
+
     torch.set_default_dtype(torch.float64)
     try:
-        for backend in ("forward_ad", "finite_difference"):
-            more = {"target": "meanflow", "meanflow_until": 0.97, "jvp_backend": backend, "jvp_step": 1e-5}
-            draw = torch.Generator().manual_seed(1)
-            losses.append(match_flow_map(student, *networks, batch, draw, **options, **more).loss.item())
-        psd = match_flow_map(student, *networks, batch, torch.Generator().manual_seed(1), **options).loss.item()
+        losses = [loss(jvp_backend=backend) for backend in ("forward_ad", "finite_difference")]
+        psd = loss(target="psd")
     finally:
         torch.set_default_dtype(torch.float32)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -169,7 +220,7 @@ def test_the_denoisers_row_is_the_frozen_denoiser_and_not_the_student(tiny_llada
     quiet_trainer(10).fit(module, tiny_oracle)
     rows, draw = tiny_oracle.rows["test"].columns, lambda: torch.Generator().manual_seed(0)
     before = module.decoders()[-1](rows, draw())
-    stir(module, 2.0)
+    perturb(module, 2.0)
     assert torch.equal(module.decoders()[-1](rows, draw()), before)
     assert not torch.equal(module.decoders()[-2](rows, draw())[:, :1].expand_as(before), before)
 

@@ -67,17 +67,31 @@ def test_at_its_own_optimum_the_loss_is_the_spread_of_the_targets_and_other_weig
     assert 0 <= same < moved
 
 
+def test_a_round_learns_from_its_own_teacher_and_not_from_the_student(tiny_llada, tiny_oracle):
+    module, batch = build(tiny_llada, tiny_oracle), next(iter(tiny_oracle.train_dataloader()))
+
+    def loss():
+        return module.stage_terms("to_2", batch, 0.0, torch.Generator().manual_seed(0)).loss.item()
+
+    own = module.student.trainable()
+    module.round_teacher = own
+    before = loss()
+    draw = torch.Generator().manual_seed(7)
+    module.round_teacher = {name: w + 0.3 * torch.randn(w.shape, generator=draw) for name, w in own.items()}
+    assert loss() > before + 1e-2
+
+
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_rounds_hand_over_and_the_first_teacher_stays(tiny_llada, tiny_oracle, adapter):
     module = build(tiny_llada, tiny_oracle, adapter=adapter, lora_rank=2)
     before = {name: p.detach().clone() for name, p in module.teacher.named_parameters()}
     seen = []
 
-    class TokenCallback(Callback):
+    class Recorder(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             seen.append(pl_module.stage_begun)
 
-    quiet_trainer(6, callbacks=[TokenCallback()]).fit(module, tiny_oracle)
+    quiet_trainer(6, callbacks=[Recorder()]).fit(module, tiny_oracle)
     assert seen == ["to_2"] * 3 + ["to_1"] * 3
     assert all(torch.equal(p, before[name]) for name, p in module.teacher.named_parameters())
     names = [(decoder.name, decoder.forwards) for decoder in module.decoders()]

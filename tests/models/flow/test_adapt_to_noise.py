@@ -2,40 +2,43 @@
 
 import pytest
 import torch
-from helpers.noisy_mask import build, stir
+from helpers.noisy_mask import build, perturb
 
 from datamodules.oracle.datamodule import OracleDataModule
-from models.flow.losses import adapt_to_noise, hide_response, noisy_point
+from models.flow.losses import adapt_to_noise
+from models.flow.path import PathSample, hide_response
 
 
 def drawn_again(student, batch):
-    """What `adapt_to_noise` draws first for 8 rows from seed 5: (generator, masked places, times, points)."""
+    """What `adapt_to_noise` draws first for 8 rows from seed 5: (generator, samples)."""
     draw = torch.Generator().manual_seed(5)
     masked = hide_response(batch, 0.5, draw)
     s = (torch.arange(8) / 8 + torch.rand(1, generator=draw)) % 1
-    return draw, masked, s, noisy_point(student, batch, masked, s, draw)
+    return draw, student.path.sample(batch, masked, s, draw)
 
 
 def test_adapting_by_hand(tiny_llada, tiny_oracle):
-    """CE at every masked place of the line, plus the weighted divergence from the masked teacher at s = 0."""
+    """CE at every masked position of the line, plus the weighted divergence from the masked teacher at s = 0."""
     module = build(tiny_llada, tiny_oracle, adapter="prefix+mask_noise")
-    stir(module)
+    perturb(module)
     student, teacher, batch = module.student, module.teacher, next(iter(tiny_oracle.train_dataloader()))
     options = {"teacher_weight": 0.5, "observed_share": 0.5}
     terms = adapt_to_noise(student, teacher, batch, torch.Generator().manual_seed(5), **options)
 
-    draw, masked, s, z = drawn_again(student, batch)
-    start = student.start({n: c[::8] for n, c in batch.items()}, masked[::8], draw)
+    draw, sample = drawn_again(student, batch)
+    masked = sample.masked
+    start = student.path.start(batch["input_ids"][::8], masked[::8], draw)
     nll, gap = [], []
     for row in range(8):
         one = slice(row, row + 1)
-        logits = student(z[one], masked[one], batch["attention_mask"][one], s[one], s[one])
+        logits = student(sample.rows(one), sample.s[one])
         nll.append(-logits.log_softmax(-1)[range(len(logits)), batch["input_ids"][row][masked[row]]])
         if row % 8 == 0:
             xt = batch["input_ids"][one].masked_fill(masked[one], teacher.mask_id)
             p = teacher(xt)[masked[one]].softmax(-1)
             zero, mine = torch.zeros(1), start[row // 8 : row // 8 + 1]
-            q = student(mine, masked[one], batch["attention_mask"][one], zero, zero).log_softmax(-1)
+            noise = PathSample(mine, masked[one], batch["attention_mask"][one], zero, batch["input_ids"][one])
+            q = student(noise, zero).log_softmax(-1)
             gap.append((p * (p.log() - q)).sum(-1))
     expected = torch.cat(nll).mean() + 0.5 * torch.cat(gap).mean()
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -43,9 +46,9 @@ def test_adapting_by_hand(tiny_llada, tiny_oracle):
 
 
 def test_adapting_to_texts_that_could_lie_behind_a_point_by_hand(tiny_llada, tiny_oracle):
-    """Each text of the prompt counts by the density of the point on its line, place by place."""
+    """Each text of the prompt counts by the density of the point on its line, position by position."""
     module = build(tiny_llada, tiny_oracle)
-    stir(module)
+    perturb(module)
     student, batch = module.student, next(iter(tiny_oracle.train_dataloader()))
     texts = torch.cat([batch["input_ids"], tiny_oracle.rows["train"].columns["input_ids"][:40]])
     options = {"teacher_weight": 0.0, "observed_share": 0.5}
@@ -55,17 +58,18 @@ def test_adapting_to_texts_that_could_lie_behind_a_point_by_hand(tiny_llada, tin
             student, module.teacher, rows, torch.Generator().manual_seed(5), **options, **more
         ).loss.item()
 
-    _, masked, s, z = drawn_again(student, batch)
+    _, sample = drawn_again(student, batch)
+    z, masked, _, s, _ = sample
     nll, shared = [], 0
     for row in range(8):
         one, hidden = slice(row, row + 1), masked[row]
-        logits = student(z[one], masked[one], batch["attention_mask"][one], s[one], s[one])
+        logits = student(sample.rows(one), sample.s[one])
         allowed = texts[(texts == batch["input_ids"][row])[:, ~hidden].all(1)]
-        means = (1 - s[row]) * student.mask_embedding + s[row] * student.base.embed(allowed[:, hidden])
-        spread = (1 - s[row]).double() * student.noise_scale
+        means = (1 - s[row]) * student.path.mask_embedding + s[row] * student.base.embed(allowed[:, hidden])
+        spread = (1 - s[row]).double() * student.path.noise_scale
         density = torch.distributions.Normal(means.double(), spread).log_prob(z[row, hidden].double()).sum((1, 2))
         share, words = density.softmax(0), allowed[:, hidden]
-        nll += [-(share * logits.log_softmax(-1)[place, words[:, place]]).sum() for place in range(len(logits))]
+        nll += [-(share * logits.log_softmax(-1)[k, words[:, k]]).sum() for k in range(len(logits))]
         shared += len(allowed) > 1 and share.max() < 0.99
     assert shared > 0
     assert loss(batch, texts=texts) == pytest.approx(torch.stack(nll).mean().item(), rel=1e-5)
@@ -79,7 +83,7 @@ def test_targets_averaged_over_texts_have_the_same_gradient_on_average_and_less_
     data = OracleDataModule(size="tiny", train_rows=4096, val_rows=16, test_rows=16, reveal_all=0, reveal_part=0)
     data.setup()
     module = build(tiny_llada, data)
-    stir(module)
+    perturb(module)
     student, corpus = module.student, data.rows["train"].columns
     weight = student.body.lm_head.weight
     varied = next(

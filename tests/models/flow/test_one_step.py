@@ -12,7 +12,7 @@ MASK, VOCABULARY, PROMPT, RESPONSE = 2, 11, 2, 3
 
 @pytest.fixture
 def student(tiny_llada) -> PrefixStudent:
-    """A student whose prefix speaks loudly and listens to its times: another interval gives another answer."""
+    """A student with a strong prefix that depends on its times: another interval gives another answer."""
     torch.manual_seed(0)
     made = PrefixStudent(tiny_llada(VOCABULARY), prompt_length=3, hidden_size=8, rank=4).eval()
     made.soft_prompt.gate.data.fill_(2.0)
@@ -73,25 +73,25 @@ def g_statistic(counts: torch.Tensor, probabilities: torch.Tensor) -> tuple[floa
     return float(2 * torch.xlogy(observed, observed / expected).sum()), float(chi2.ppf(0.999, len(observed) - 1))
 
 
-def test_temperature_one_draws_from_the_softmax_and_places_are_independent(student):
-    """G-tests of each place and of a pair of places; another temperature and another interval fail them."""
+def test_temperature_one_draws_from_the_softmax_and_positions_are_independent(student):
+    """G-tests of each position and of a pair of positions; another temperature and another interval fail them."""
     rows = make_rows(20_000, same_prompt=True)
     drawn = OneStepDecoder(student, temperature=1.0)(rows, torch.Generator().manual_seed(0))
     few = {name: column[:1] for name, column in rows.items()}
     logits = logits_by_hand(student, few)[0]
     others = (logits / 0.8, logits_by_hand(student, few, 1.0, 1.0)[0])
-    for place in range(RESPONSE):
-        counts = torch.bincount(drawn[:, place], minlength=VOCABULARY)
-        statistic, limit = g_statistic(counts, logits[place].softmax(-1))
+    for position in range(RESPONSE):
+        counts = torch.bincount(drawn[:, position], minlength=VOCABULARY)
+        statistic, limit = g_statistic(counts, logits[position].softmax(-1))
         assert statistic < limit
         for other in others:
-            statistic, limit = g_statistic(counts, other[place].softmax(-1))
+            statistic, limit = g_statistic(counts, other[position].softmax(-1))
             assert statistic > 2 * limit
     joint = torch.bincount(drawn[:, 0] * VOCABULARY + drawn[:, 1], minlength=VOCABULARY**2)
     product = torch.outer(*logits[:2].softmax(-1)).flatten()
     statistic, limit = g_statistic(joint, product)
     assert statistic < limit
-    together = drawn.sort(0).values  # the same counts at each place, paired off in order
+    together = drawn.sort(0).values  # the same counts at each position, paired in order
     tied = torch.bincount(together[:, 0] * VOCABULARY + together[:, 1], minlength=VOCABULARY**2)
     assert g_statistic(tied, product)[0] > 2 * limit
 

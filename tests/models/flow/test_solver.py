@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.flow.noisy_mask_student import NoisyMaskStudent
-from models.flow.solver import NoisyMaskDecoder, follow_flow, start_rows
+from models.flow.solver import NoisyMaskDecoder, follow_flow
 from models.functional.errors import UsageError
 from models.functional.noisy_mask import second_order_step
 
@@ -31,15 +31,15 @@ def draw(seed=0):
 
 @pytest.mark.parametrize("step", ["chain", "renoise", "ode"])
 @pytest.mark.parametrize("forwards", [1, 3])
-def test_prompts_never_move_and_the_mask_is_never_said(student, rows, step, forwards):
+def test_prompts_never_move_and_the_mask_is_never_generated(student, rows, step, forwards):
     seen = []
 
-    def network(z, masked, attention_mask, s, t):
-        seen.append((z.clone(), s[0].item(), t[0].item()))
-        return student(z, masked, attention_mask, s, t)
+    def network(sample, t):
+        seen.append((sample.z.clone(), sample.s[0].item(), t[0].item()))
+        return student(sample, t)
 
-    begin = start_rows(student, rows, draw())
-    tokens = follow_flow(student, begin, forwards=forwards, step=step, network=network, generator=draw(1))
+    start = student.path.start_sample(rows, draw())
+    tokens = follow_flow(student.path, network, start, forwards=forwards, step=step, generator=draw(1))
     prompt = student.base.embed(rows["input_ids"])[:, :2]
     assert all(torch.equal(z[:, :2], prompt) for z, _, _ in seen)
     assert len(seen) == forwards
@@ -51,75 +51,77 @@ def test_prompts_never_move_and_the_mask_is_never_said(student, rows, step, forw
 
 
 def test_two_steps_of_the_chain_by_hand(student, rows):
-    begin = start_rows(student, rows, draw())
-    z, masked, attention_mask = begin
-    s, half, one = torch.zeros(5), torch.full((5,), 0.5), torch.ones(5)
+    start = student.path.start_sample(rows, draw())
+    z, masked, half, one = start.z, start.masked, torch.full((5,), 0.5), torch.ones(5)
     with torch.no_grad():
-        logits = student(z, masked, attention_mask, s, half)
+        logits = student(start, half)
         logits[:, student.base.mask_id] = -1e9
         middle = z.clone()
         middle[masked] = 0.5 * z[masked] + 0.5 * logits.softmax(-1) @ student.base.embedding
-        last = student(middle, masked, attention_mask, half, one)
+        last = student(start._replace(z=middle, s=half), one)
         last[:, student.base.mask_id] = -1e9
-    tokens = follow_flow(student, begin, forwards=2)
+    tokens = follow_flow(student.path, student, start, forwards=2)
     assert torch.equal(tokens[masked], last.argmax(-1))
 
 
 def test_many_small_steps_of_a_constant_denoiser_end_where_one_step_does(student, rows):
-    """If D never changes, every step lies on the same straight line, and N forwards say what one says."""
-    begin = start_rows(student, rows, draw())
-    fixed = torch.randn(int(begin.masked.sum()), 11, generator=draw(3))
-    network = lambda z, masked, attention_mask, s, t: fixed.clone()  # noqa: E731
-    once = follow_flow(student, begin, forwards=1, network=network)
-    assert torch.equal(follow_flow(student, begin, forwards=7, step="ode", network=network), once)
+    """If D never changes, every step lies on the same straight line, and N forward passes give the text of one."""
+    start = student.path.start_sample(rows, draw())
+    fixed = torch.randn(int(start.masked.sum()), 11, generator=draw(3))
+    network = lambda sample, t: fixed.clone()  # noqa: E731
+    once = follow_flow(student.path, network, start, forwards=1)
+    assert torch.equal(follow_flow(student.path, network, start, forwards=7, step="ode"), once)
 
 
 def test_five_steps_of_the_flow_by_hand(tiny_llada, rows):
-    """The first is Euler's, the others know how D has moved since the step before; times are not even."""
+    """The first is Euler's, the others are of second order; times are not even."""
     torch.manual_seed(0)
     student = NoisyMaskStudent(tiny_llada(), time_center=0.3, prompt_length=3, hidden_size=8, rank=4).eval()
     torch.nn.init.eye_(student.mask_noise.weight)
-    begin, seen = start_rows(student, rows, draw()), []
-    tokens = follow_flow(student, begin, forwards=5, step="ode", path=seen.append)
-    z, masked, attention_mask = begin
-    grid = student.warp(torch.linspace(0, 1, 6))
+    path, seen = student.path, []
+    now = path.start_sample(rows, draw())
+    tokens = follow_flow(path, student, now, forwards=5, step="ode", on_step=seen.append)
+    grid = path.warp(torch.linspace(0, 1, 6))
     with torch.no_grad():
         before = None
-        for k, now in enumerate(seen):
-            torch.testing.assert_close(now.z, z, atol=1e-6, rtol=0)
+        for k, step in enumerate(seen):
+            torch.testing.assert_close(step.sample.z, now.z, atol=1e-6, rtol=0)
             here, then = grid[k : k + 1], grid[k + 1 : k + 2]
-            logits = student(z, masked, attention_mask, here, here)
+            assert (step.sample.s, step.t) == (here, then)
+            now = now._replace(s=here)
+            logits = student(now, here)
             logits[:, student.base.mask_id] = -1e9
             psi = d = logits.softmax(-1)
             if 0 < k < 4:
                 psi = second_order_step(d, before, grid[k - 1 : k], here, then)
                 assert (psi - d).abs().max() > 1e-4
-            z, before = student.move(z, masked, psi, here, then), d
-    assert torch.equal(tokens[masked], d.argmax(-1))
+            now, before = path.move(now, psi, then), d
+    assert torch.equal(tokens[now.masked], d.argmax(-1))
     assert torch.equal(seen[-1].psi.argmax(-1), d.argmax(-1))
     assert seen[-1].psi.max(-1).values.eq(1).all()
 
 
-def test_only_the_flow_itself_has_a_path(student, rows):
-    begin = start_rows(student, rows, draw())
+def test_only_the_steps_of_the_flow_itself_are_shown(student, rows):
+    start = student.path.start_sample(rows, draw())
     for options in ({"step": "chain"}, {"step": "ode", "promote": 0.9}):
-        with pytest.raises(ValueError, match="a path is that of step=ode"):
-            follow_flow(student, begin, forwards=2, path=lambda step: None, **options)
+        with pytest.raises(ValueError, match="on_step needs step=ode without promote"):
+            follow_flow(student.path, student, start, forwards=2, on_step=lambda step: None, **options)
 
 
 @pytest.mark.parametrize("step", ["chain", "ode"])
-def test_sure_positions_become_text_for_the_forwards_that_follow(student, rows, step):
+def test_certain_positions_become_text_for_the_following_forward_passes(student, rows, step):
     seen = []
 
-    def network(z, masked, attention_mask, s, t):
-        seen.append((z.clone(), masked.clone()))
+    def network(sample, t):
+        masked = sample.masked
+        seen.append((sample.z.clone(), masked.clone()))
         logits = torch.zeros(int(masked.sum()), 11)
-        first = masked.cumsum(-1).eq(1)  # the first masked position of each row is sure of token 7
+        first = masked.cumsum(-1).eq(1)  # token 7 is certain at the first masked position of each row
         logits[first[masked], 7] = 50.0
         return logits
 
-    begin = start_rows(student, rows, draw())
-    tokens = follow_flow(student, begin, forwards=3, step=step, network=network, promote=0.9)
+    start = student.path.start_sample(rows, draw())
+    tokens = follow_flow(student.path, network, start, forwards=3, step=step, promote=0.9)
     assert [int(masked.sum()) for _, masked in seen] == [20, 15, 10]
     assert torch.equal(seen[1][0][:, 2], student.base.embedding[7].expand(5, -1))
     assert tokens[:, 2:5].eq(7).all()
@@ -142,4 +144,4 @@ def test_the_same_seed_gives_the_same_texts_and_another_one_others(student, rows
 )
 def test_wrong_options_are_named(student, rows, options, message):
     with pytest.raises(UsageError, match=message):
-        follow_flow(student, start_rows(student, rows, draw()), **options)
+        follow_flow(student.path, student, student.path.start_sample(rows, draw()), **options)

@@ -104,8 +104,8 @@ def test_evidence_is_the_noise_s_density_up_to_a_constant_and_all_that_the_poste
     density = torch.distributions.Normal(mean, spread).log_prob(z.unsqueeze(2)).sum(-1)
     torch.testing.assert_close(evidence.diff(dim=-1), density.diff(dim=-1))
     assert torch.equal(evidence[s == 0], torch.zeros_like(evidence[s == 0]))
-    told = sum(evidence[:, place, TEXTS[:, place]] for place in range(2))
-    weight = torch.softmax(PRIOR.log() + told, -1)
+    likelihood = sum(evidence[:, k, TEXTS[:, k]] for k in range(2))
+    weight = torch.softmax(PRIOR.log() + likelihood, -1)
     word = torch.nn.functional.one_hot(TEXTS, 3).double()
     torch.testing.assert_close(torch.einsum("bn,nlv->blv", weight, word), posterior(z, s))
 
@@ -235,9 +235,9 @@ def test_the_flow_makes_whole_texts_with_the_right_frequencies_and_one_forward_o
     words = posterior(end, zero + 0.998).argmax(-1)
     code = words[:, 0] * 3 + words[:, 1]
     counts = torch.stack([(code == a * 3 + b).sum() for a, b in TEXTS.tolist()])
-    assert counts.sum() == n  # coherent: nothing else is ever said
+    assert counts.sum() == n  # coherent: no other text occurs
     assert chisquare(counts.numpy(), (PRIOR * n).numpy()).pvalue > 1e-3
-    marginals = posterior(z, zero)  # at s = 0 the noise says nothing
+    marginals = posterior(z, zero)  # at s = 0 the noise is independent of the text
     torch.testing.assert_close(marginals[0], marginals[-1], atol=1e-12, rtol=0)
     drawn = torch.multinomial(marginals.flatten(0, 1), 1, generator=generator).view(n, 2)
     valid = (drawn.unsqueeze(1) == TEXTS).all(-1).any(-1).double().mean()

@@ -55,8 +55,8 @@ def averaged_target(embedding, apart, s, n, own_law):
     for drawn in product(range(3), repeat=n):
         w = shares(embedding, apart, s, TEXTS[list(drawn)])
         target = torch.zeros(len(apart), 3).double()
-        for place, text in enumerate(drawn):
-            target[:, text] += w[:, place]
+        for k, text in enumerate(drawn):
+            target[:, text] += w[:, k]
         mean += own_law[:, drawn[0]].unsqueeze(1) * PRIOR[list(drawn[1:])].prod() * target
     return mean
 
@@ -100,7 +100,7 @@ def test_a_text_of_another_prompt_has_no_share(embedding):
     w = text_posterior(text_evidence(apart, masked, embedding[texts] - embedding[-1], s, SIGMA), alike)
     assert w[0, 1] == 0
     assert w[1].tolist() == [0, 1, 0]
-    # what stands in a place that is given does not count
+    # points at positions that are given do not count
     apart[:, 0] += 10
     again = text_posterior(text_evidence(apart, masked, embedding[texts] - embedding[-1], s, SIGMA), alike)
     torch.testing.assert_close(again, w, rtol=0, atol=0)
@@ -119,12 +119,12 @@ def test_far_from_the_texts_and_at_the_end_it_stays_finite(embedding, time, dtyp
 def test_what_texts_say_at_masked_places_is_the_sum_of_their_shares():
     shares = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]]).double()
     masked = torch.tensor([[True, False, True], [False, True, True]])
-    said = token_posterior(shares, TEXTS, masked, 5)
+    posterior = token_posterior(shares, TEXTS, masked, 5)
     expected = torch.zeros(4, 5).double()
-    expected[0, 0], expected[0, 3] = 0.2, 0.8  # the first row's first place
+    expected[0, 0], expected[0, 3] = 0.2, 0.8  # the first row's first position
     expected[1, 2], expected[1, 0] = 0.5, 0.5  # its last
     expected[2, 2] = expected[3, 2] = 1  # of the second row the last two
-    torch.testing.assert_close(said, expected)
+    torch.testing.assert_close(posterior, expected)
 
 
 def test_single_precision_tells_the_same_shares_as_double(embedding):
