@@ -1,4 +1,4 @@
-"""q* of two small random models on the tiny corpus: the loss, comparison, training, resume, files."""
+"""q* of two small random models on the tiny corpus: comparison, training, resume, files."""
 
 import pytest
 import torch
@@ -11,11 +11,8 @@ from callbacks.frontier import FrontierReport
 from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.qstar_decoding import QStarDecodingModule
 from models.backbones.causal import build_causal
-from models.functional.divergence import kl_divergence
 from models.functional.errors import UsageError
 from models.functional.next_token import causal_text, until_end
-from models.speculative.distribution import MixtureDist
-from models.speculative.loss import qstar_terms
 from models.speculative.options import QStarOptions
 
 
@@ -53,53 +50,6 @@ def attach(module, data):
     module.trainer = trainer
     module.setup("test")
     return module
-
-
-# -- objective -------------------------------------------------------------------------------------------------------
-
-
-def pair(positions=5, words=6):
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(2, positions, words, generator=draw, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("loss", ["kl", "acceptance"])
-def test_the_loss_and_its_gradient_by_finite_differences(loss):
-    """q* is held fixed: differences are taken with q* from the unperturbed logits."""
-    theta, target = pair()
-    mixture = MixtureDist()
-    fixed = mixture(theta.log_softmax(-1), target.log_softmax(-1)).log_q
-
-    def value(logits):
-        logp = logits.log_softmax(-1)
-        if loss == "kl":
-            return (fixed.exp() * (fixed - logp)).sum(-1).mean()
-        return (1 - torch.minimum(fixed.exp(), logp.exp()).sum(-1)).mean()
-
-    logits = theta.clone().requires_grad_()
-    terms = qstar_terms(logits.log_softmax(-1), target.log_softmax(-1), mixture, loss)
-    assert terms.loss.item() == pytest.approx(value(theta).item(), abs=1e-12)
-    terms.loss.backward()
-    for position, word in [(0, 0), (2, 3), (4, 5)]:
-        step = torch.zeros_like(theta)
-        step[position, word] = 1e-6
-        slope = (value(theta + step) - value(theta - step)) / 2e-6
-        assert logits.grad[position, word].item() == pytest.approx(slope.item(), abs=1e-7)
-
-
-def test_the_figures_of_a_position_satisfy_known_relations():
-    theta, target = (part.log_softmax(-1) for part in pair())
-    raw = qstar_terms(theta, target, MixtureDist(), "kl").raw
-    assert raw["kl_theta"].item() == pytest.approx(raw["chernoff"].item(), abs=1e-5)
-    assert raw["kl_target"].item() == pytest.approx(raw["chernoff"].item(), abs=1e-5)
-    assert raw["kl_theta_target"].item() == pytest.approx(kl_divergence(theta, target).mean().item(), abs=1e-6)
-    assert raw["overlap"] <= min(raw["beta_theta"], raw["beta_target"])
-    half = qstar_terms(theta, target, MixtureDist(0.5), "kl").raw
-    assert half["alpha"] == 0.5
-    assert abs(half["kl_theta"] - half["kl_target"]) > 1e-3  # the negative control: equal weights are not equally far
-
-
-# -- runs ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_test_run_records_that_q_lies_between_the_models(data, tmp_path):
