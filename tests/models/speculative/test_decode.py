@@ -183,6 +183,33 @@ def test_a_bonus_token_of_the_verifier_fails(monkeypatch):
     assert worst(generated_dist(2, draft="alternate", gamma=1), exact_dist(2)) > 1e-3
 
 
+@pytest.mark.parametrize(("candidates", "expected"), [(1, 0.70), (5, 0.83)])
+def test_several_candidates_and_then_q_fail(candidates, expected, monkeypatch):
+    """k candidates, each accepted with min(1, q/p), then q: min(p, q) (1 - R^k)/(1 - R) + R^k q, R = 1 - overlap."""
+
+    class Candidates(decoding.QStarRun):
+        def verify(self, rows, tokens, dist, proposer, proposal):
+            for _ in range(candidates):
+                if self.rng.accept((dist.log_q - proposal)[:, int(tokens)]):
+                    break
+                tokens = self.rng.choose(proposal.exp())
+            else:
+                tokens = self.rng.choose(dist.log_q.exp())
+            self.commit(rows, tokens, dist)
+            return rows
+
+    p, q = torch.tensor([0.9, 0.1]).double(), torch.tensor([0.5, 0.5]).double()  # q* of p and its mirror image
+    models = [lambda ids, lengths, count, p=p: p.log().expand(len(ids), count, -1) for p in (p, p.flip(0))]
+    options = {"models": models, "words": 2, "draft": "theta", "gamma": 1}
+    assert list(generated_dist(1, **options).values()) == pytest.approx(q.tolist())
+    monkeypatch.setattr(decoding, "QStarRun", Candidates)
+    least, rejected = torch.minimum(p, q), 1 - float(torch.minimum(p, q).sum())
+    formula = least * (1 - rejected**candidates) / (1 - rejected) + rejected**candidates * q
+    found = generated_dist(1, **options)
+    assert list(found.values()) == pytest.approx(formula.tolist())
+    assert found[(0,)] == pytest.approx(expected, abs=0.005)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES[::5], ids=str)
 def test_samples_have_the_distribution_and_those_of_the_control_have_not(scheme, monkeypatch):
     """Chi-square on 9 texts of a batch of 8 000, drawn together: ragged rows do not disturb each other."""
