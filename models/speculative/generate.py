@@ -87,27 +87,37 @@ def qstar_generate(
     mixture, processors = _mixture_and_processors(generation_config, logits_processor, theta_weight)
     if draft_model is not None:
         _require_vocabulary(draft_model, vocabulary)
-    scores = CachedScores if generation_config.use_cache else CausalScores
-    assistant = scores(draft_model, vocabulary) if isinstance(draft_model, nn.Module) else draft_model
     # 2. how texts are drafted, and what ends them
     if draft == "auto":
         draft = "alternate" if draft_model is None else "assistant"
     cost = parameter_cost(model, target_model, draft, draft_model) if cost is None else cost
     eos_ids = _eos_ids(generation_config)
+    drafting = DraftOptions(draft, gamma, verify, cost, position_cost)
     rules = TextRules(
-        generation_config.max_length - input_ids.shape[1], eos_ids, _stop(stopping_criteria), processors, input_ids
+        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+        eos_ids=eos_ids,
+        stop=_stop(stopping_criteria),
+        processors=processors,
+        padded_prompts=input_ids,
     )
     # 3. texts
     prompts, lengths = right_padded(input_ids, model_kwargs.get("attention_mask"))
     if generator is None:
         generator = Generator(device=input_ids.device).manual_seed(int(torch.randint(2**62, ())))
     with _in_eval_mode(model, target_model, draft_model):
+        scores = CachedScores if generation_config.use_cache else CausalScores
         out = decode_qstar(
-            scores(model, vocabulary), scores(target_model, vocabulary), prompts,
-            DraftOptions(draft, gamma, verify, cost, position_cost), rules,
-            rng=TorchRandomSource(generator), lengths=lengths, assistant=assistant, mixture=mixture,
+            scores(model, vocabulary),
+            scores(target_model, vocabulary),
+            prompts,
+            drafting,
+            rules,
+            rng=TorchRandomSource(generator),
+            lengths=lengths,
+            assistant=scores(draft_model, vocabulary) if isinstance(draft_model, nn.Module) else draft_model,
+            mixture=mixture,
             on_tokens=None if stream is None else _NewTokens(stream),
-        )  # fmt: skip
+        )
     # 4. padded as `generate` pads
     pad = generation_config.pad_token_id
     pad = eos_ids[0] if pad is None and eos_ids else pad or 0

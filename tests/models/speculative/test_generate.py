@@ -214,10 +214,11 @@ def test_an_adapted_model_drafts_and_end_tokens_may_be_a_tensor():
     assert torch.equal(ends, generate(do_sample=False, eos_token_id=[3, 7]))
 
 
-def test_a_model_in_training_is_in_training_again_afterwards():
-    model = tiny_qwen(0).train()
-    generate(model=model, max_new_tokens=2)
+def test_models_in_training_are_in_training_again_afterwards():
+    model, third = tiny_qwen(0).train(), tiny_qwen(1).train()
+    generate(model=model, draft_model=third, max_new_tokens=2)
     assert model.training
+    assert third.training
     assert not TARGET.training
 
 
