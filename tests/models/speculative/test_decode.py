@@ -156,8 +156,11 @@ def test_options_keep_the_distribution(options, scheme):
     assert worst(generated_dist(2, **third(scheme), **options), exact_dist(2, **options)) < 1e-12
 
 
-def test_three_tokens_cross_two_rounds():
-    assert worst(generated_dist(3, draft="alternate", gamma=1), exact_dist(3)) < 1e-12
+@pytest.mark.parametrize("draft", ["theta", "target", "alternate", "assistant"])
+def test_a_draft_that_follows_a_draft_accepted_whole(draft):
+    """Four tokens: a draft of one, the token after it, and the next draft with the token after that."""
+    options = third({"draft": draft, "gamma": 1}, small=True) | {"models": SMALL, "words": 2}
+    assert worst(generated_dist(4, **options), exact_dist(4, models=SMALL, words=2)) < 1e-12
 
 
 def resample_q(log_q, _):
