@@ -1,10 +1,11 @@
-"""What drafts save: q* decoding against evaluating both models at every token, and against transformers' assisted generation.
+"""Speed-ups of q* decoding over running both models for every token, and beside transformers' assisted generation.
 
 python benchmarks/qstar_decoding.py --batch 1 8 32
-Legend: B batch, N new tokens, gamma drafted tokens, c time of a drafter's forward over the checker's (or both checkers').
+Legend: B batch, N new tokens, gamma drafted tokens, c time of a forward pass of the drafter over one of all its verifiers.
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 from timing import (
@@ -24,25 +25,26 @@ from timing import (
 from torch import Generator, Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from models.functional.qstar_speed import SPEEDUPS, best_gamma, wait_for_the_slowest
+from models.functional.qstar_speed import SPEEDUPS, best_gamma, slowest_row_rounds
 from models.speculative.cached_scores import CachedScores
 from models.speculative.decode import decode_qstar
 from models.speculative.distribution import MixtureDist
+from models.speculative.options import Draft, DraftOptions
 from models.speculative.random_source import TorchRandomSource
 from models.speculative.roles import roles
-from models.speculative.state import QStarOutput
+from models.speculative.state import QStarOutput, TextRules
 from reporting.console import report_console
 
 NAIVE = "both models at every token"
-PLACES = 5  # of the longer of the two forwards whose times give w
+POSITIONS = 5  # of the longer of the two forward passes whose times give w
 
 READING = """
-All models have random weights, one trunk of layers and layers of their own whose output is scaled by --apart; that sets beta,
-the share of drafted tokens kept. A ratio is the time over that of evaluating both models at every token (with caches, the same
-batch and round), median [first, third quartile]. w: what each further place adds to a checker's forward, as a share of it.
-formula: the expected speed-up at the measured beta, c and gamma, were w = 0; wide: the same with w; slowest: with w, until the
-last row of the batch is done, as if rows that are done cost as before. gamma is the best for wide; 0 drafts nothing, as nothing
-would pay. alpha = 0 is ordinary speculative sampling of pi_t by pi_theta, which transformers' assisted generation does too;
+All models have random weights: a common trunk of layers, and layers of their own whose output is scaled by --apart. That sets
+beta, the acceptance rate. Ratio: the time over that of running both models for every token (with caches, the same batch and
+round), median [first, third quartile]. w: what each further position adds to a verifier's forward pass, as a fraction of it.
+formula: the expected speed-up at the measured beta, c and gamma, for w = 0. wide: the same with w. slowest: with w, until the
+last row of the batch is done, as if rows that are done cost as before. gamma is the best one for wide; 0 where no draft is
+expected to save time. alpha = 0 is speculative sampling of pi_t by pi_theta, as in transformers' assisted generation;
 there a ratio is to pi_t alone, token by token.
 """
 
@@ -81,15 +83,15 @@ def draw_weights(module: torch.nn.Module, width: int) -> None:
 def forward_seconds(
     model: Qwen3ForCausalLM, batch: int, tokens: int, args: argparse.Namespace, device: torch.device
 ) -> float:
-    """Median seconds of a forward that reads `tokens` new ones behind a cached prompt."""
+    """Median seconds of a forward pass that reads `tokens` new ones behind a cached prompt."""
     seconds = []
     for _ in range(args.warmup + args.repeats):
         scores = CachedScores(model)
         ids = torch.randint(0, args.vocabulary, (batch, args.prompt + 32), device=device)
-        place = torch.full((batch,), args.prompt, device=device)
-        scores(ids, place, 1)
+        lengths = torch.full((batch,), args.prompt, device=device)
+        scores(ids, lengths, 1)
         watch = Stopwatch(device, args.clock)
-        scores(ids, place + 1, tokens)
+        scores(ids, lengths + 1, tokens)
         seconds.append(watch.seconds())
     return sorted(seconds[args.warmup :])[args.repeats // 2]
 
@@ -103,13 +105,15 @@ class Pair:
             self.models["assistant"] = assistant
         self.args, self.device = args, device
 
-    def decode(self, prompts: Tensor, **options) -> QStarOutput:
+    def decode(self, prompts: Tensor, drafting: DraftOptions, mixture: MixtureDist | None = None) -> QStarOutput:
         scores = {name: CachedScores(model) for name, model in self.models.items()}
-        if options.get("draft") != "assistant":
+        if drafting.draft != "assistant":
             scores.pop("assistant", None)
         theta, target = scores.pop("theta"), scores.pop("target")
         rng = TorchRandomSource(Generator(device=self.device).manual_seed(self.args.seed))
-        return decode_qstar(theta, target, prompts, max_new_tokens=self.args.new, rng=rng, **scores, **options)
+        return decode_qstar(
+            theta, target, prompts, drafting, TextRules(self.args.new), rng=rng, mixture=mixture, **scores
+        )
 
 
 def measure_pair(pair: Pair, batch: int) -> list[Row]:
@@ -117,34 +121,40 @@ def measure_pair(pair: Pair, batch: int) -> list[Row]:
     args, device = pair.args, pair.device
     prompts = torch.randint(0, args.vocabulary, (batch, args.prompt), device=device)
     one, more = (
-        {name: forward_seconds(model, batch, places, args, device) for name, model in pair.models.items()}
-        for places in (1, PLACES)
+        {name: forward_seconds(model, batch, positions, args, device) for name, model in pair.models.items()}
+        for positions in (1, POSITIONS)
     )
-    schemes, runs = {}, {NAIVE: lambda: pair.decode(prompts, gamma=0)}
-    for draft in ("theta", "alternate", *(["assistant"] if "assistant" in pair.models else [])):
-        drafter, checkers, _, formula = roles(draft, 1.0)
-        checking = sum(one[name] for name in checkers)
-        cost = one[drafter] / checking
-        wide = max(0.0, sum(more[name] for name in checkers) / checking - 1) / (PLACES - 1)
-        options = {"draft": draft, "cost": min(cost, 1.0)}
-        beta = pair.decode(prompts, gamma=4, **options).acceptance[drafter]
-        options["gamma"] = best_gamma(beta, cost, formula, wide=wide) if args.gamma is None else args.gamma
-        schemes[f"draft={draft}"] = expectation(formula, options["gamma"], beta, cost, wide, args.new, batch)
-        runs[f"draft={draft}"] = lambda options=options: pair.decode(prompts, **options)
+    schemes, runs = {}, {NAIVE: lambda: pair.decode(prompts, DraftOptions(gamma=0))}
+    drafts: list[Draft] = ["theta", "alternate", *(["assistant"] if "assistant" in pair.models else [])]
+    for draft in drafts:
+        drafter, verifiers, _, formula = roles(DraftOptions(draft))
+        verifying = sum(one[name] for name in verifiers)
+        cost = one[drafter] / verifying
+        position_cost = max(0.0, sum(more[name] for name in verifiers) / verifying - 1) / (POSITIONS - 1)
+        drafting = DraftOptions(draft, gamma=4, cost=min(cost, 1.0))
+        beta = pair.decode(prompts, drafting).acceptance[drafter]
+        gamma = args.gamma
+        if gamma is None:
+            gamma = best_gamma(beta, cost, formula, position_cost=position_cost)
+        schemes[f"draft={draft}"] = expectation(formula, gamma, beta, cost, position_cost, args.new, batch)
+        drafting = replace(drafting, gamma=gamma)
+        runs[f"draft={draft}"] = lambda drafting=drafting: pair.decode(prompts, drafting)
     times = interleave(
         {name: timed(run, device, args.clock) for name, run in runs.items()}, repeats=args.repeats, warmup=args.warmup
     )
     return [build_row(name, times, NAIVE, pair=pair.name, batch=batch, **schemes.get(name, {})) for name in runs]
 
 
-def expectation(formula: str, gamma: int, beta: float, cost: float, wide: float, tokens: int, batch: int) -> Row:
-    """What is put into the formula, and what comes out: as it stands, with w, and with w for the slowest row of a batch."""
-    said = {"beta": beta, "cost": cost, "w": wide, "gamma": gamma}
+def expectation(
+    formula: str, gamma: int, beta: float, cost: float, position_cost: float, tokens: int, batch: int
+) -> Row:
+    """The inputs of the formula, and its results: without w, with w, and with w for the slowest row of a batch."""
+    inputs = {"beta": beta, "cost": cost, "w": position_cost, "gamma": gamma}
     if gamma == 0:
-        return said | dict.fromkeys(("formula", "wide", "slowest"), 1.0)
-    with_w = SPEEDUPS[formula](gamma, beta, cost, wide)
-    slowest = with_w / wait_for_the_slowest(gamma, beta, tokens, batch)
-    return said | {"formula": SPEEDUPS[formula](gamma, beta, cost), "wide": with_w, "slowest": slowest}
+        return inputs | dict.fromkeys(("formula", "wide", "slowest"), 1.0)
+    with_w = SPEEDUPS[formula](gamma, beta, cost, position_cost)
+    slowest = with_w / slowest_row_rounds(gamma, beta, tokens, batch)
+    return inputs | {"formula": SPEEDUPS[formula](gamma, beta, cost), "wide": with_w, "slowest": slowest}
 
 
 def measure_peer(pair: Pair, gamma: int = 4) -> list[Row]:
@@ -156,10 +166,10 @@ def measure_peer(pair: Pair, gamma: int = 4) -> list[Row]:
     theta.generation_config.num_assistant_tokens = gamma
     theta.generation_config.num_assistant_tokens_schedule = "constant"
     theta.generation_config.assistant_confidence_threshold = 0.0
-    options = {"mixture": MixtureDist(theta_weight=0.0), "draft": "theta", "gamma": gamma}
+    drafting, mixture = DraftOptions("theta", gamma=gamma), MixtureDist(theta_weight=0.0)
     runs = {
         "pi_t alone (transformers)": lambda: target.generate(prompts, **plain),
-        "alpha = 0, draft=theta": lambda: pair.decode(prompts, **options),
+        "alpha = 0, draft=theta": lambda: pair.decode(prompts, drafting, mixture),
         "assisted generation (transformers)": lambda: target.generate(prompts, assistant_model=theta, **plain),
     }
     per_forward = {name: args.new / count_forwards(target, run) for name, run in runs.items()}

@@ -30,12 +30,12 @@ SOLVER = "solve_alpha"
 READING = """
 A ratio is the time over the solver's on the same pair, in the same round, median [first, third quartile]. gap: the largest
 |KL(q, theta) - KL(q, t)| over the rows, computed in float64 from the same float32 log-probabilities. Bisection mixes,
-normalises and computes both divergences at every step. one read: summing both inputs once, the floor of anything that looks.
+normalises and computes both divergences at every step. one read: the sum of both inputs, the least that a pass can take.
 """
 
 
 def pair(kind: str, rows: int, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two rows' worth of float32 log-probabilities (N, V): a fine-tuned model, an unrelated one, a spike."""
+    """float32 log-probabilities (N, V) of two models: near, as of a fine-tuned one; far, unrelated; a spike at one token."""
     logits = 3 * torch.randn(rows, vocabulary, device=device)
     if kind == "near":
         other = logits + 0.3 * torch.randn_like(logits)
@@ -86,7 +86,7 @@ def measure(kind: str, rows: int, args: argparse.Namespace, device: torch.device
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__.splitlines()[0], repeats=9)
     parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--rows", type=int, nargs="+", default=[5, 40], help="places solved together")
+    parser.add_argument("--rows", type=int, nargs="+", default=[5, 40], help="positions solved together")
     args = parser.parse_args(argv)
     device, console = prepare(args), report_console()
     rows = [row for n in args.rows for kind in ("near", "far", "spike") for row in measure(kind, n, args, device)]

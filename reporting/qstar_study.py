@@ -1,7 +1,7 @@
-"""The q* study: where the geometric mixture of two distributions lies, beside two common statements about it that are wrong.
+"""A study of q* of known distributions: its weight, its divergences, and two common statements about it that are wrong.
 
-Gaussian pairs have closed forms; all pairs are also solved on a grid, as a vocabulary of points, with the solver that decoding
-uses. Ends with a table, nine panels and the curves of both divergences over alpha, in study.json, PNG files and TensorBoard.
+Gaussian pairs have closed forms. The solver of decoding also solves all pairs on a grid, whose points are its vocabulary.
+Results: a table, nine panels, and both divergences over alpha; in study.json, PNG files and TensorBoard.
 """
 
 import json
@@ -41,7 +41,7 @@ PAIRS: dict[str, tuple[Gaussian, Gaussian]] = {
 
 
 class GaussianStudy:
-    """size: half-width of the square that is cut into `points` x `points` cells; they are the vocabulary of the solver."""
+    """size: half-width of the square with points x points grid points, the vocabulary of the solver. folder: of the results."""
 
     def __init__(self, folder: str, size: float = 10.0, points: int = 401) -> None:
         self.folder = Path(folder)
@@ -135,7 +135,7 @@ class GaussianStudy:
 
 
 def wrong_statements() -> list[str]:
-    """Two statements that are often made of q*, and the numbers against them."""
+    """Two common statements about q* that are wrong, each with a counterexample in numbers."""
     theta, target = PAIRS["theta narrow, t wide"]
     alpha, _ = gaussian_alpha(theta, target)
     narrow = "“The narrower distribution gets the larger weight.” Not so: with variances 0.5 and 2 the narrow one gets "

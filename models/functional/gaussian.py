@@ -1,4 +1,4 @@
-r"""Geometric mixtures of two Gaussians in closed form: the study where q* can be drawn and checked by hand.
+r"""Geometric mixtures of two Gaussians in closed form.
 
 Λ = Σ^-1; q_α has Λ_q = α Λ_θ + (1 - α) Λ_t and Λ_q μ_q = α Λ_θ μ_θ + (1 - α) Λ_t μ_t.
 Legend: D dimensions; all in float64.
@@ -11,11 +11,13 @@ from torch import Tensor
 
 
 class Gaussian(NamedTuple):
-    mean: Tensor  # (D,)
-    cov: Tensor  # (D, D)
+    """mean (D,), cov (D, D)."""
+
+    mean: Tensor
+    cov: Tensor
 
     def log_density(self, x: Tensor) -> Tensor:
-        """(..., D) -> (...), nats."""
+        """log density (...) at x (..., D), nats."""
         return torch.distributions.MultivariateNormal(self.mean, self.cov).log_prob(x)
 
 
@@ -33,7 +35,7 @@ def geometric_mixture(theta: Gaussian, target: Gaussian, alpha: float) -> Gaussi
 
 
 def gaussian_alpha(theta: Gaussian, target: Gaussian) -> tuple[float, float]:
-    """(α*, C): where KL(q‖π_θ) = KL(q‖π_t), and that value in nats; by bisection, since the difference falls with α."""
+    """(α*, C): KL(q‖π_θ) = KL(q‖π_t) = C nats at α*. By bisection, as KL(q‖π_θ) - KL(q‖π_t) falls with α."""
     low, high = 0.0, 1.0
     for _ in range(50):
         alpha = (low + high) / 2

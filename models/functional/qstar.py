@@ -1,4 +1,4 @@
-r"""q*: the geometric mixture of two models that is equally far, in KL, from both.
+r"""q*: the geometric mixture of two models at equal KL divergence from both.
 
 .. math:: q_\alpha(y) = \frac{\pi_\theta(y)^\alpha \pi_t(y)^{1-\alpha}}{Z(\alpha)}
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.functional.errors import UsageError
 
-CACHED_NUMBERS = 2**18
+CACHED_NUMBERS = 2**18  # log-probabilities of a model that stay in a CPU's cache
 
 
 class Alpha(NamedTuple):
@@ -43,7 +43,7 @@ class _Tilted(NamedTuple):
 
 
 def no_common_token(logp_theta: Tensor, logp_t: Tensor) -> UsageError:
-    """What to say where q* does not exist."""
+    """The error where q* does not exist."""
     if bool((logp_theta.isnan() | logp_t.isnan()).any()):
         return UsageError("a model gives NaN: load it in float32 or bfloat16, or go back to a good checkpoint of it")
     return UsageError(
@@ -75,7 +75,7 @@ def _tilt(logp_theta: Tensor, d: Tensor, b: Tensor) -> _Tilted:
 
 
 def _halley_step(weight: Tensor, d: Tensor) -> Tensor:
-    """How far b (N,) has to go back, by Halley's method on h = log A - log B.
+    """What Halley's method on h = log A - log B subtracts from b (N,).
 
     K' = (A - B)/Z with A = Σ π_θ e^{b d} d+ and B = Σ π_θ e^{b d} d-, so K' = 0 where h = 0. NaN where A or B underflows.
     """
@@ -93,7 +93,7 @@ def _halley_step(weight: Tensor, d: Tensor) -> Tensor:
 
 
 def _tilt_and_step(logp_theta: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_z, mean, spread and the Halley step, (N,) each: what a compiler makes one pass of, with nothing of (N, V) written."""
+    """log_z, mean, spread and the Halley step, (N,) each; compiled, it is one pass that writes no tensor of (N, V)."""
     here = _tilt(logp_theta, d, b)
     return here.log_z, here.mean, here.spread, _halley_step(here.weight, d)
 
@@ -108,19 +108,20 @@ def solve_alpha(
 ) -> Alpha:
     """The α at which KL(q‖π_θ) = KL(q‖π_t), for every row: Halley's method on h = log A - log B (`_halley_step`).
 
-    h increases with b and is nearly straight, even where one token is far more probable under one model than under the other
-    and K' itself jumps; a shrinking bracket catches every step that leaves it.
-    logp_theta, logp_t (..., V): log-probabilities, -inf where a token is not allowed; any float type. Passes are made in
-    float32 until |K'| <= 1e-5 (1 + sqrt E d²), then in float64 until |K'| <= tolerance: the KL gap, not α, is
-    what matters, and float32 sums alone leave gaps up to 2e-5. Both are the divergences of the models normalised.
-    With truncated supports (S the common one) an interior root exists iff Σ_S π_θ d < 0 < Σ_S π_t d; otherwise α = 1 or 0,
-    q is that model restricted to S, and the two KLs differ while C = -log Z still holds. d = 0 on S gives 1/2.
-    fused: passes compiled by torch, which pays on a GPU; None is wherever the tensors are on one.
+    logp_theta, logp_t (..., V): log-probabilities, -inf where a token is not allowed; any float type.
+    h increases with b and is nearly straight, even where a token is far more probable under one model and K' jumps. A step
+    that leaves the shrinking bracket is replaced by bisection.
+    Precision: float32 until |K'| <= 1e-5 (1 + sqrt E d²), then float64 until |K'| <= tolerance. The KL gap K' is what
+    converges, not α; float32 sums alone leave gaps up to 2e-5. Both divergences are those of the normalised models.
+    Truncated supports (S the common one): an interior root exists iff Σ_S π_θ d < 0 < Σ_S π_t d. Otherwise α = 1 or 0, q is
+    that model restricted to S, and the two KLs differ while C = -log Z still holds. d = 0 on S gives 1/2.
+    fused: passes compiled by torch, which is faster on a GPU; None compiles where the tensors are on one.
+    Raises UsageError where a row has no common token.
     """
     shape, vocabulary = logp_theta.shape[:-1], logp_theta.shape[-1]
     theta, target = (logp.reshape(-1, vocabulary) for logp in (logp_theta, logp_t))
     on_cpu = theta.device.type == "cpu"
-    # a few rows at a time stay in a CPU's cache through all passes
+    # on a CPU, so few rows at a time that they stay in its cache through all passes
     rows = max(1, CACHED_NUMBERS // vocabulary) if on_cpu else max(1, len(theta))
     blocks = zip(theta.split(rows), target.split(rows), strict=True)
     fused = theta.device.type == "cuda" if fused is None else fused
@@ -130,13 +131,13 @@ def solve_alpha(
 
 
 def _solve(logp_theta: Tensor, logp_t: Tensor, tolerance: float, most: int, fused: bool) -> tuple[Tensor, Tensor, int]:
-    """alpha (N,), log Z (N,) and the passes that the slowest of the rows (N, V) took."""
+    """alpha (N,), log Z (N,) and the passes of the slowest of the rows (N, V)."""
     dtype = torch.float64 if logp_theta.dtype == torch.float64 else torch.float32
     logp_theta, logp_t = logp_theta.to(dtype), logp_t.to(dtype)
     d, support = log_ratio(logp_theta, logp_t)
     zero = torch.zeros(d.shape[:-1], dtype=torch.float64, device=d.device)
     b, done = zero + 0.5, (d == 0).all(-1)
-    # a log-softmax of few digits sums to 1 only nearly, which moves the root of two nearly equal models out of [0, 1]
+    # in low precision a softmax does not sum to 1; for two nearly equal models that moves the root out of [0, 1]
     scale_theta, scale_t = (zero, zero) if dtype == torch.float64 else (_log_mass(logp_theta), _log_mass(logp_t))
     d = torch.where(support, d - (scale_t - scale_theta).unsqueeze(-1).to(dtype), 0.0)
     # 1. rows without an interior root: some token is forbidden by one model only, and K' >= 0 at b = 0 or <= 0 at b = 1
@@ -167,7 +168,7 @@ def _balance(
 ) -> tuple[Tensor, Tensor, int]:
     """Halley's method from b (N,) inside a shrinking bracket, until |K'| <= goal (1 + sqrt E d² if relative).
 
-    A row that has got there stays: its result does not depend on the rows beside it. Returns b, log Z at b, passes.
+    A row that has converged stays, so its result does not depend on the other rows. Returns b, log Z at b, passes.
     """
     low, high = torch.zeros_like(b), torch.ones_like(b)
     for passes in range(1, most + 1):
@@ -190,29 +191,16 @@ def mix(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor | float) -> tuple[Tens
     _, support = log_ratio(logp_theta, logp_t)
     alpha = torch.as_tensor(alpha, dtype=logp_theta.dtype, device=logp_theta.device)
     alpha = alpha.expand(logp_theta.shape[:-1]).unsqueeze(-1)
-    # not log pi_theta + b d: a small alpha is lost in b = 1 - alpha, and with it a token that pi_theta all but forbids
+    # not log pi_theta + b d: b = 1 - alpha loses a small alpha, which matters for tokens that pi_theta all but forbids
     logits = torch.where(support, alpha * logp_theta + (1 - alpha) * logp_t, -torch.inf)
     log_z = logits.logsumexp(-1)
     return logits - log_z.unsqueeze(-1), log_z
 
 
-def accept_log_ratio(logp_theta: Tensor, logp_t: Tensor, alpha: Tensor, log_z: Tensor, drafter: str) -> Tensor:
-    """log(q(x) / p_drafter(x)) of drafted tokens from two gathered log-probabilities each: accept iff log u is below it.
-
-    θ drafted: b d - log Z; t drafted: -α d - log Z. All arguments (...); untruncated q* only.
-    """
-    d = logp_t - logp_theta
-    if drafter == "theta":
-        return (1 - alpha) * d - log_z
-    if drafter == "target":
-        return -alpha * d - log_z
-    raise UsageError(f"draft={drafter} is not known; type theta or target")
-
-
 def residual(log_q: Tensor, logp_drafter: Tensor) -> Tensor:
-    """norm((q - p)+) (..., V): what to draw from after a rejection, so that the output has law q exactly.
+    """norm((q - p)+) (..., V): drawn from after a rejection, it makes the distribution of the output exactly q.
 
-    Where q = p nothing is ever rejected, and the residual is q itself (never drawn from).
+    Where q = p nothing is rejected, and q itself is returned.
     """
     excess = (log_q.exp() - logp_drafter.exp()).clamp(min=0)
     mass = excess.sum(-1, keepdim=True)
@@ -220,14 +208,14 @@ def residual(log_q: Tensor, logp_drafter: Tensor) -> Tensor:
 
 
 def overlap(logp: Tensor, logq: Tensor) -> Tensor:
-    """Σ min(p, q) (...): the chance that a token drawn from one is accepted for the other."""
+    """Σ min(p, q) (...): the acceptance rate of tokens drawn from one where the other is the target."""
     return torch.minimum(logp.exp(), logq.exp()).sum(-1)
 
 
 def truncate(log_q: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Keep the top_k most probable tokens, then the fewest whose mass reaches top_p; renormalised, (..., V).
+    """Only the top_k most probable tokens, then the fewest whose mass reaches top_p; renormalised, (..., V).
 
-    Tokens as probable as the last one kept stay too, but top_k=1 is the first of the most probable: one text.
+    Tokens that tie with the last one stay too. top_k=1 is the first of the most probable tokens alone.
     """
     if top_k == 1:
         first = torch.zeros_like(log_q, dtype=torch.bool).scatter(-1, log_q.argmax(-1, keepdim=True), True)

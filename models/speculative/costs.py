@@ -1,4 +1,4 @@
-"""What forwards of two models, and of a third that drafts, really cost here: what the best draft length depends on.
+"""What forward passes of two models, and of a third that drafts, cost: the best draft length depends on it.
 
 Legend: B batch, L columns.
 """
@@ -12,46 +12,58 @@ import torch
 from torch import Tensor, nn
 
 from models.speculative.cached_scores import CachedScores
+from models.speculative.options import Draft
 
-# places of the longer of the two forwards that are timed
-PLACES = 5
+POSITIONS = 5  # of the longer of the two forward passes that are timed
 
 
 class ForwardCosts(NamedTuple):
-    """cost: seconds of a forward of theta over one of target, or of a third model's over both. wide: what each further place
-    adds to a forward of the slower model, as a share of it."""
+    """The two costs of `DraftOptions`."""
 
     cost: float
-    wide: float
+    position_cost: float
+
+
+def parameter_cost(theta: nn.Module, target: nn.Module, draft: Draft, assistant: Any = None) -> float:
+    """The cost of `DraftOptions` if the time of a forward pass were that of its parameters: the same in every run.
+
+    assistant: a third model, or any source of scores, which then counts as one parameter.
+    """
+    ours, theirs = _parameters(theta), _parameters(target)
+    return max(1, _parameters(assistant)) / (ours + theirs) if draft == "assistant" else ours / theirs
+
+
+def _parameters(model: Any) -> int:
+    return sum(weight.numel() for weight in model.parameters()) if isinstance(model, nn.Module) else 0
 
 
 def forward_costs(
     theta: nn.Module, target: nn.Module, input_ids: Tensor, assistant: Any = None, repeats: int = 5
 ) -> ForwardCosts:
-    """Times one-place and five-place forwards behind cached prompts input_ids (B, L), the batch that is to be decoded.
+    """Times forward passes of one and of five positions behind cached prompts input_ids (B, L), the batch to be decoded.
 
-    assistant: a third model, or any source of scores. Figures of a clock: draft lengths that follow them differ from run to
-    run, and with them the texts of a seed, but never their law.
+    position_cost is that of the slower of theta and target. assistant: a third model, or any source of scores.
+    Measured times differ from run to run. Draft lengths that follow them change the texts of a seed, never their distribution.
     """
     one = {name: _seconds(model, input_ids, 1, repeats) for name, model in (("theta", theta), ("target", target))}
     cost = one["theta"] / one["target"]
     if assistant is not None:
         cost = _seconds(assistant, input_ids, 1, repeats) / sum(one.values())
     slower = max(one, key=one.get)
-    more = _seconds({"theta": theta, "target": target}[slower], input_ids, PLACES, repeats)
-    return ForwardCosts(cost, max(0.0, more / one[slower] - 1) / (PLACES - 1))
+    more = _seconds({"theta": theta, "target": target}[slower], input_ids, POSITIONS, repeats)
+    return ForwardCosts(cost, max(0.0, more / one[slower] - 1) / (POSITIONS - 1))
 
 
-def _seconds(model: Any, input_ids: Tensor, places: int, repeats: int) -> float:
-    """Median seconds of a call that reads `places` new ones."""
-    ids = torch.cat([input_ids, input_ids[:, -1:].repeat(1, PLACES)], -1)
+def _seconds(model: Any, input_ids: Tensor, positions: int, repeats: int) -> float:
+    """Median seconds of a call that reads `positions` new tokens."""
+    ids = torch.cat([input_ids, input_ids[:, -1:].repeat(1, POSITIONS)], -1)
     length = torch.full((len(ids),), input_ids.shape[1], device=ids.device)
     seconds = []
     for _ in range(repeats + 1):
         scores: Callable = CachedScores(model) if isinstance(model, nn.Module) else model
         scores(ids, length, 1)
         start = _now(ids.device)
-        scores(ids, length + 1, places)
+        scores(ids, length + 1, positions)
         seconds.append(_now(ids.device) - start)
     return median(seconds[1:])
 

@@ -1,29 +1,24 @@
-"""q* of two causal models as a `Decoder`: one scheme of drafting and checking, compared with others in the final table."""
-
-from collections.abc import Callable
-from typing import Literal
+"""q* of two causal models as a `Decoder`: one way of drafting, a row of the final table."""
 
 import torch
 from torch import Generator, Tensor, nn
 
-from models.functional.errors import require_choice
 from models.functional.next_token import read_columns
 from models.functional.qstar_speed import SPEEDUPS
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 from models.speculative.cached_scores import CachedScores
-from models.speculative.costs import ForwardCosts, forward_costs
+from models.speculative.costs import ForwardCosts, forward_costs, parameter_cost
 from models.speculative.decode import decode_qstar
-from models.speculative.distribution import MixtureDist
 from models.speculative.ngram import NgramScores
+from models.speculative.options import Draft, DraftOptions, QStarOptions, Scheme
 from models.speculative.random_source import RandomSource, TorchRandomSource
-from models.speculative.roles import Draft, parameter_cost, roles
+from models.speculative.roles import roles
 from models.speculative.scores import CausalScores
-from models.speculative.state import QStarOutput
+from models.speculative.state import QStarOutput, TextRules
 
-Scheme = Literal["naive", "theta", "target", "alternate", "ngram", "assistant"]
-Costs = Literal["parameters", "measured"]
-NAMES = {
+# the row of each scheme in tables
+TITLES: dict[Scheme, str] = {
     "naive": "q*, both at every token",
     "theta": "q*, π_θ drafts",
     "target": "q*, π_t drafts",
@@ -34,11 +29,10 @@ NAMES = {
 
 
 class QStarDecoder:
-    """theta, target: causal models of one vocabulary; assistant: a third one, for the scheme that names it.
+    """theta, target: causal models of one vocabulary. assistant: a third one, for the scheme of that name.
 
-    vocab_size: ids from there on are never said. eos_id ends a text, and fills what is beyond. costs: what a draft is thought
-    to cost, by the models' `parameters`, or `measured` once for each size of batch; then the texts of a seed depend on the
-    machine, but never their law. outputs: what each call found, oldest first; whoever reads them clears them.
+    options: the mixture, gamma, verify, cache and costs. vocab_size: ids from there on are never generated. eos_id ends a
+    text, and fills what is beyond. outputs: of each call, oldest first; whoever reads them clears them.
     """
 
     method = "student"
@@ -49,94 +43,85 @@ class QStarDecoder:
         theta: nn.Module,
         target: nn.Module,
         scheme: Scheme,
+        options: QStarOptions,
         *,
         response_length: int,
         vocab_size: int,
         eos_id: int | None,
-        mixture: MixtureDist,
-        gamma: int | Literal["auto"] = "auto",
-        verify: Literal["token", "block"] = "token",
-        cache: bool = True,
         assistant: nn.Module | None = None,
-        costs: Costs = "parameters",
     ) -> None:
-        require_choice("module.schemes", scheme, NAMES)
         self.theta, self.target, self.assistant = theta, target, assistant
-        self.scheme, self.name, self.response_length = scheme, NAMES[scheme], response_length
-        self.vocab_size, self.eos_id, self.mixture, self.verify = vocab_size, eos_id, mixture, verify
-        self.gamma = 0 if scheme == "naive" else gamma
-        self.kind, self.costs = CachedScores if cache else CausalScores, costs
-        self._measured: dict[int, ForwardCosts] = {}  # by the texts of a batch
+        self.scheme, self.name, self.options, self.mixture = scheme, TITLES[scheme], options, options.mixture
+        self.gamma = 0 if scheme == "naive" else options.gamma
+        self.response_length, self.vocab_size, self.eos_id = response_length, vocab_size, eos_id
+        self.make_scores = CachedScores if options.cache else CausalScores
+        self._measured: dict[int, ForwardCosts] = {}  # by the number of texts of a batch
         self.outputs: list[QStarOutput] = []
 
     @property
     def draft(self) -> Draft:
         return {"naive": "theta", "ngram": "assistant"}.get(self.scheme, self.scheme)
 
-    def forward_costs(self, prompts: Tensor) -> ForwardCosts:
-        """A forward of the drafter over one of its checkers (of θ over t where one of them drafts), and of a further place."""
-        if self.costs == "parameters":
-            return ForwardCosts(parameter_cost(self.theta, self.target, self.draft, self.assistant), 0.0)
-        if len(prompts) not in self._measured:
-            self._measured[len(prompts)] = forward_costs(self.theta, self.target, prompts, self._third)
-        return self._measured[len(prompts)]
-
     @property
-    def _third(self) -> nn.Module | NgramScores | None:
+    def drafter(self) -> nn.Module | NgramScores | None:
+        """The third model, or the n-grams, that the scheme drafts with; None where theta or target draft."""
         return {"ngram": NgramScores(self.vocab_size), "assistant": self.assistant}.get(self.scheme)
 
     @property
     def forwards(self) -> int:
-        """Evaluations of both models for a batch, in the oldest call of `outputs`; both at every token without one."""
+        """Forward passes of both models for a batch, in the oldest call of `outputs`; two a token where there is none."""
         if not self.outputs:
             return 2 * self.response_length
         return self.outputs[0].forwards["theta"] + self.outputs[0].forwards["target"]
+
+    def draft_options(self, prompts: Tensor) -> DraftOptions:
+        """How a batch after these prompts (B, L) is drafted."""
+        if self.options.costs == "parameters":
+            costs = ForwardCosts(parameter_cost(self.theta, self.target, self.draft, self.assistant), 0.0)
+        elif (known := self._measured.get(len(prompts))) is not None:
+            costs = known
+        else:
+            costs = forward_costs(self.theta, self.target, prompts, self.drafter)
+            self._measured[len(prompts)] = costs
+        return DraftOptions(self.draft, self.gamma, self.options.verify, *costs)
 
     def decode(
         self,
         prompts: Tensor,
         lengths: Tensor,
-        most: int,
+        max_new_tokens: int,
         rng: RandomSource,
-        settled: Callable[[Tensor], None] | None = None,
+        on_tokens: TokenCallback | None = None,
     ) -> QStarOutput:
-        """At most `most` tokens after right-padded prompts (B, L), of which lengths (B,) are real; settled: of one text."""
-        third = self._third
-        if isinstance(third, nn.Module):
-            third = self.kind(third, self.vocab_size)
-        cost, wide = self.forward_costs(prompts)
+        """Texts after right-padded prompts (B, L), of which lengths (B,) count. on_tokens: see `decode_qstar`."""
+        theta, target = (self.make_scores(model, self.vocab_size) for model in (self.theta, self.target))
+        drafter = self.drafter
+        assistant = self.make_scores(drafter, self.vocab_size) if isinstance(drafter, nn.Module) else drafter
+        rules = TextRules(max_new_tokens, eos_ids=() if self.eos_id is None else (self.eos_id,))
         return decode_qstar(
-            self.kind(self.theta, self.vocab_size), self.kind(self.target, self.vocab_size), prompts, lengths=lengths,
-            assistant=third, max_new_tokens=most, mixture=self.mixture, gamma=self.gamma, draft=self.draft, verify=self.verify,
-            cost=cost, wide=wide, eos_ids=() if self.eos_id is None else (self.eos_id,), rng=rng, settled=settled,
+            theta, target, prompts, self.draft_options(prompts), rules,
+            rng=rng, lengths=lengths, assistant=assistant, mixture=self.mixture, on_tokens=on_tokens,
         )  # fmt: skip
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
-        """on_tokens: of a batch of one, called after every round."""
-        said: list[Tensor] = []
-
-        def settled(new: Tensor) -> None:
-            said.append(new)
-            on_tokens(torch.cat(said).unsqueeze(0))
-
-        rng = TorchRandomSource(generator)
-        out = self.decode(*prompts_of(rows), self.response_length, rng, settled if on_tokens else None)
+        """on_tokens: for a batch of one, called after every round."""
+        out = self.decode(*prompts_of(rows), self.response_length, TorchRandomSource(generator), on_tokens)
         self.outputs.append(out)
         if on_tokens is not None:
             on_tokens(out.tokens)
         return out.tokens
 
     def expected_speedup(self, out: QStarOutput) -> float | None:
-        """The formula's speed-up at the acceptance that `out` had; None where nothing was drafted."""
+        """The formula's speed-up at the acceptance rate of `out`; None where nothing was drafted."""
         if not out.drafts:
             return None
-        cost, wide = self.forward_costs(out.tokens)
-        who, gamma = roles(self.draft, cost), max(1, round(out.drafted / out.drafts))
-        return SPEEDUPS[who.formula](gamma, out.acceptance.get(who.drafter, 0.0), who.cost, wide)
+        drafting = self.draft_options(out.tokens)
+        who, gamma = roles(drafting), max(1, round(out.drafted_tokens / out.drafts))
+        return SPEEDUPS[who.formula](gamma, out.acceptance.get(who.drafter, 0.0), who.cost, drafting.position_cost)
 
 
 def prompts_of(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What stands before the response, right-padded (B, P), and its lengths (B,)."""
+    """What precedes the responses, right-padded (B, P), and its lengths (B,)."""
     columns = response_columns(rows["response_mask"])
     seen = read_columns(rows)[:, :-columns]
     return right_padded(rows["input_ids"][:, :-columns], seen)

@@ -1,4 +1,4 @@
-"""q* at a place, as decoding asks for it: both models' log-probabilities in, the law of the next token out."""
+"""q* of the next token, from the log-probabilities of both models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ Weight = Callable[[Tensor, Tensor], Tensor]
 
 
 class NextTokenDist(NamedTuple):
-    """log_q, theta, target (..., V): q* after top-k and top-p, and both models. alpha, chernoff (...): C = -log Z there."""
+    """log_q, theta, target (..., V): q* after top-k and top-p, and both models. alpha (...): the weight of π_θ.
+
+    chernoff (...): C = -log Z(alpha), nats.
+    """
 
     log_q: Tensor
     theta: Tensor
@@ -24,14 +27,15 @@ class NextTokenDist(NamedTuple):
     chernoff: Tensor
 
     def at(self, k: int | slice) -> "NextTokenDist":
-        """The place(s) k of the second dimension."""
+        """Position(s) k of the second dimension."""
         return NextTokenDist(*(part[:, k] for part in self))
 
 
 @dataclass(frozen=True)
 class MixtureDist:
-    """theta_weight: None solves for equal divergences at every place; a number or a function of both models fixes alpha.
+    """(theta (..., V), target (..., V)) -> `NextTokenDist`.
 
+    theta_weight: α as a number, or as a function of both models; None solves for equal divergences at every position.
     temperature acts on both models before mixing (see `tempered`), top_k and top_p on q* after it.
     """
 
@@ -56,7 +60,7 @@ class MixtureDist:
         return logp if self.temperature == 1.0 else (logp / self.temperature).log_softmax(-1)
 
     def __call__(self, theta: Tensor, target: Tensor) -> NextTokenDist:
-        """theta, target (..., V): tempered log-probabilities of one place or many."""
+        """theta, target (..., V): log-probabilities at the temperature. Raises UsageError where they share no token."""
         if self.theta_weight is None:
             alpha = solve_alpha(theta, target).alpha
         elif callable(self.theta_weight):

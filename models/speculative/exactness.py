@@ -1,11 +1,12 @@
-"""Is a q* decoder exact? By enumerating all that its draws can do, and by a G-test of many of its texts.
+"""Is a q* decoder exact? By enumerating all outcomes of its draws, and by a G-test of many of its texts.
 
-Legend: T texts that can be said, P prompt columns, R response columns, n samples, V vocabulary.
+Legend: T texts of a list, P prompt columns, R response columns, V vocabulary.
 """
 
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,22 +19,22 @@ from models.speculative.random_source import TorchRandomSource, enumerate_outcom
 from models.speculative.scores import CausalScores
 from models.speculative.state import Scores
 
-LEAST_EXPECTED = 5.0
+MIN_EXPECTED = 5.0
 
 
 def g_test(counts: Tensor, probability: Tensor) -> float:
     """p-value of counts (T,) of n samples under probability (T,); what is left of both to 1 and n is one more cell.
 
-    Cells that expect fewer than 5 are counted as one.
+    Cells with an expected count below 5 are pooled.
     """
     n = int(counts.sum())
     expected = n * probability.double().numpy()
     seen = counts.double().numpy()
-    rare = expected < LEAST_EXPECTED
+    rare = expected < MIN_EXPECTED
     expected = np.append(expected[~rare], expected[rare].sum())
     seen = np.append(seen[~rare], seen[rare].sum())
     if expected[-1] <= 0:
-        if seen[-1] > 0:  # said what can never be said
+        if seen[-1] > 0:  # a text of probability 0 was generated
             return 0.0
         expected, seen = expected[:-1], seen[:-1]
     if len(expected) < 2:
@@ -42,16 +43,18 @@ def g_test(counts: Tensor, probability: Tensor) -> float:
 
 
 @torch.no_grad()
-def law_of_texts(
-    theta: nn.Module, target: nn.Module, mixture: MixtureDist, prompt: Tensor, texts: Tensor, words: int
+def text_log_probs(
+    theta: nn.Module, target: nn.Module, mixture: MixtureDist, prompt: Tensor, texts: Tensor, vocab_size: int
 ) -> Tensor:
-    """log q*(text | prompt) (T,) of texts (T, R) after one prompt (P,), token by token from both models' own numbers.
+    """log q*(text | prompt) (T,) of texts (T, R) after one prompt (P,), token by token from both models' logits.
 
-    words: the vocabulary; ids from there on are never said.
+    vocab_size: ids from there on are never generated.
     """
     ids = torch.cat([prompt.expand(len(texts), -1), texts], -1)
     lengths = torch.full((len(ids),), len(prompt), device=ids.device)
-    both = [mixture.tempered(CausalScores(model, words)(ids, lengths, texts.shape[1])) for model in (theta, target)]
+    both = [
+        mixture.tempered(CausalScores(model, vocab_size)(ids, lengths, texts.shape[1])) for model in (theta, target)
+    ]
     return mixture(*both).log_q.gather(-1, texts.unsqueeze(-1)).squeeze(-1).double().sum(-1)
 
 
@@ -59,62 +62,69 @@ def law_of_texts(
 def g_test_of(
     decoder: QStarDecoder, prompt: Tensor, texts: Tensor, n: int, generator: Generator, batch: int = 1024
 ) -> float:
-    """p-value of n texts that the decoder says after a prompt (P,) against the law of all `texts` (T, R) and of the rest."""
-    log_q = law_of_texts(decoder.theta, decoder.target, decoder.mixture, prompt, texts, decoder.vocab_size)
-    place = {tuple(text): k for k, text in enumerate(texts.tolist())}
+    """p-value of n generated texts after a prompt (P,) under q* of the listed texts (T, R); all others are one cell."""
+    log_q = text_log_probs(decoder.theta, decoder.target, decoder.mixture, prompt, texts, decoder.vocab_size)
+    cell = {tuple(text): k for k, text in enumerate(texts.tolist())}
     counts = torch.zeros(len(texts) + 1)
     for start in range(0, n, batch):
         rows = min(batch, n - start)
         prompts = prompt.expand(rows, -1)
         lengths = torch.full((rows,), len(prompt), device=prompt.device)
-        said = decoder.decode(prompts, lengths, texts.shape[1], TorchRandomSource(generator)).tokens
-        for text in said.tolist():
-            counts[place.get(tuple(text), len(texts))] += 1
+        generated = decoder.decode(prompts, lengths, texts.shape[1], TorchRandomSource(generator)).tokens
+        for text in generated.tolist():
+            counts[cell.get(tuple(text), len(texts))] += 1
     rest = max(0.0, 1.0 - float(log_q.exp().sum()))
     return g_test(counts, torch.cat([log_q.exp().cpu(), torch.tensor([rest], dtype=torch.float64)]))
 
 
-class _Among:
-    """Scores of a model that may say a few words only."""
+class _Restricted:
+    """Scores of a model that may generate some tokens only, renormalised."""
 
-    def __init__(self, scores: Scores, words: Tensor) -> None:
-        self.scores, self.words = scores, words
+    def __init__(self, scores: Scores, tokens: Tensor) -> None:
+        self.scores, self.tokens = scores, tokens
 
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
         logp = self.scores(ids, lengths, count)
-        kept = torch.full_like(logp, -torch.inf)
-        kept[..., self.words] = logp[..., self.words]
-        return kept.log_softmax(-1)
+        allowed = torch.full_like(logp, -torch.inf)
+        allowed[..., self.tokens] = logp[..., self.tokens]
+        return allowed.log_softmax(-1)
 
 
 @torch.no_grad()
-def enumeration_error(decoder: QStarDecoder, prompt: Tensor, words: int = 2, length: int = 2, gamma: int = 2) -> float:
-    """Largest |P(text) - Π q*| over the texts of `length` tokens from the `words` most probable ones, in float64.
+def enumeration_error(decoder: QStarDecoder, prompt: Tensor, vocabulary: int = 2, gamma: int = 2) -> float:
+    """Largest |P(text) - Π q*| over all texts of gamma + 1 of the `vocabulary` most probable tokens, in float64.
 
-    The decoder's own loop is run once for every way that its draws can fall.
+    The decoder's own loop runs once for every outcome of its draws. Texts are one token longer than drafts, to include the rule
+    for the position after a draft that is accepted whole. A decoder that drafts less than gamma tokens is taken as it is.
     """
+    # 1. the decoder in float64, restricted to a few tokens
     exact = copy.copy(decoder)
     exact.theta, exact.target = (copy.deepcopy(model).double() for model in (decoder.theta, decoder.target))
     exact.assistant = None if decoder.assistant is None else copy.deepcopy(decoder.assistant).double()
-    exact.eos_id, exact.gamma = None, min(gamma, decoder.gamma) if decoder.gamma != "auto" else gamma
-    ids, lengths = prompt.unsqueeze(0), torch.tensor([len(prompt)], device=prompt.device)
-    plain = [CausalScores(model, decoder.vocab_size) for model in (exact.theta, exact.target)]
-    first = decoder.mixture(*(decoder.mixture.tempered(scores(ids, lengths, 1)) for scores in plain)).log_q[0, 0]
-    some = first.topk(words).indices
-    kind = decoder.kind
-    exact.kind = lambda model, size: _Among(kind(model, size), some)
-    found = dict.fromkeys(itertools.product(some.tolist(), repeat=length), 0.0)
-    for probability, out in enumerate_outcomes(lambda rng: exact.decode(ids, lengths, length, rng)):
+    exact.eos_id, exact.gamma = None, gamma if decoder.gamma == "auto" else min(gamma, decoder.gamma)
+    exact.options = replace(decoder.options, costs="parameters")
+    models = [CausalScores(model, decoder.vocab_size) for model in (exact.theta, exact.target)]
+    tokens = _next_token_log_q(decoder.mixture, models, prompt).topk(vocabulary).indices
+    exact.make_scores = lambda model, vocab_size: _Restricted(decoder.make_scores(model, vocab_size), tokens)
+    # 2. the distribution of what it generates; n-grams propose the token that ends the prompt twice
+    prompt = torch.cat([prompt, tokens[:1].expand(2)])
+    length, lengths = gamma + 1, torch.tensor([len(prompt)], device=prompt.device)
+    found = dict.fromkeys(itertools.product(tokens.tolist(), repeat=length), 0.0)
+    for probability, out in enumerate_outcomes(lambda source: exact.decode(prompt[None], lengths, length, source)):
         found[tuple(out.tokens[0].tolist())] += probability
-    few = [_Among(scores, some) for scores in plain]
+    # 3. the distribution q*, token by token
+    restricted = [_Restricted(scores, tokens) for scores in models]
     worst = 0.0
     for text, probability in found.items():
-        said, total = prompt.tolist(), 0.0
+        prefix, log_q = prompt, 0.0
         for token in text:
-            here = torch.tensor([said], device=prompt.device)
-            n = torch.tensor([len(said)], device=prompt.device)
-            mixture = decoder.mixture(*(decoder.mixture.tempered(scores(here, n, 1)) for scores in few))
-            total += mixture.log_q[0, 0, token].item()
-            said.append(token)
-        worst = max(worst, abs(probability - math.exp(total)))
+            log_q += _next_token_log_q(decoder.mixture, restricted, prefix)[token].item()
+            prefix = torch.cat([prefix, prefix.new_tensor([token])])
+        worst = max(worst, abs(probability - math.exp(log_q)))
     return worst
+
+
+def _next_token_log_q(mixture: MixtureDist, models: list[Scores], prefix: Tensor) -> Tensor:
+    """log q* (V,) of the token after a prefix (P,), from the scores of theta and target."""
+    ids, lengths = prefix.unsqueeze(0), torch.tensor([len(prefix)], device=prefix.device)
+    return mixture(*(mixture.tempered(scores(ids, lengths, 1)) for scores in models)).log_q[0, 0]

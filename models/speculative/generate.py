@@ -26,16 +26,17 @@ from transformers.utils import ModelOutput
 
 from models.functional.errors import UsageError
 from models.speculative.cached_scores import CachedScores
+from models.speculative.costs import parameter_cost
 from models.speculative.decode import decode_qstar
 from models.speculative.decoder import right_padded
 from models.speculative.distribution import MixtureDist, Weight
+from models.speculative.options import Draft, DraftOptions, Verify
 from models.speculative.random_source import TorchRandomSource
-from models.speculative.roles import parameter_cost
 from models.speculative.scores import CausalScores, require_same_vocabulary
-from models.speculative.state import QStarOutput, Scores
+from models.speculative.state import QStarOutput, Scores, TextRules
 
-# processors that look at which row of a batch they are asked for
-ROW_BY_ROW_REFUSED = (PrefixConstrainedLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
+# processors that look at the index of a row in its batch
+ONE_ROW_PROCESSORS = (PrefixConstrainedLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
 
 
 @dataclass
@@ -57,52 +58,67 @@ def qstar_generate(
     draft_model: PreTrainedModel | Scores | None = None,
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
     theta_weight: Literal["kl_symmetry"] | float | Weight = "kl_symmetry",
-    draft: str = "auto",
+    draft: Draft | Literal["auto"] = "auto",
     gamma: int | Literal["auto"] = "auto",
-    verify: Literal["token", "block"] = "token",
+    verify: Verify = "token",
     cost: float | None = None,
-    wide: float = 0.0,
+    position_cost: float = 0.0,
     generator: Generator | None = None,
     stream: Callable[[Tensor], None] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | QStarGenerateOutput:
-    """Texts with the law of q* ∝ model^α target_model^(1-α); the arguments of `generate` mean what they always mean.
+    """Texts with distribution q* ∝ model^α target_model^(1-α); arguments of `generate` keep their meaning.
 
-    model, target_model: π_θ and π_t, of one vocabulary (tokenizers: theirs, where the sizes of their output layers differ).
+    model, target_model: π_θ and π_t, of one vocabulary. tokenizers: theirs, where the sizes of their output layers differ.
     draft_model: a third model, or any scores such as `NgramScores`. theta_weight: α; `kl_symmetry` is equally far from both.
-    draft: `theta`, `target`, `alternate`, `assistant` or `auto`: the third model where there is one, else `alternate`.
-    gamma: drafted tokens; `auto` follows the acceptance. cost, wide: what forwards cost, see `decode_qstar`; the ratio of
-    parameters and 0 unless given, `**forward_costs(model, target_model, input_ids, draft_model)._asdict()` measures them.
+    draft: see `DraftOptions`; `auto` is the third model where there is one, else `alternate`. gamma, verify, cost,
+    position_cost: see `DraftOptions`. cost=None is the ratio of parameters;
+    `**forward_costs(model, target_model, input_ids, draft_model)._asdict()` measures both costs.
     stream: called with the new tokens (n,) of a single text after every round. generator: of all draws; torch's own seed
     where none is given.
     Temperature acts on both models, other processors, top-k and top-p on q*. do_sample=False takes q*'s most probable token.
     """
-    if len(input_ids) > 1 and any(isinstance(p, ROW_BY_ROW_REFUSED) for p in logits_processor):
+    if len(input_ids) > 1 and any(isinstance(p, ONE_ROW_PROCESSORS) for p in logits_processor):
         raise UsageError("prefix_allowed_tokens_fn and encoder_repetition_penalty need a batch of one text with q*")
     if generation_config.num_beams > 1:
         raise UsageError(f"num_beams={generation_config.num_beams}: q* is sampled, not searched; leave num_beams out")
+    # 1. q* and the models
     vocabulary = _shared_vocabulary(model, target_model, tokenizers)
-    mixture, processors = _law(generation_config, logits_processor, theta_weight)
-    kind = CachedScores if generation_config.use_cache else CausalScores
+    mixture, processors = _mixture_and_processors(generation_config, logits_processor, theta_weight)
     if draft_model is not None:
-        _require_words(draft_model, vocabulary)
-    assistant = kind(draft_model, vocabulary) if isinstance(draft_model, nn.Module) else draft_model
+        _require_vocabulary(draft_model, vocabulary)
+    # 2. how texts are drafted, and what ends them
     if draft == "auto":
-        draft = "alternate" if assistant is None else "assistant"
+        draft = "alternate" if draft_model is None else "assistant"
+    cost = parameter_cost(model, target_model, draft, draft_model) if cost is None else cost
+    eos_ids = _eos_ids(generation_config)
+    drafting = DraftOptions(draft, gamma, verify, cost, position_cost)
+    rules = TextRules(
+        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+        eos_ids=eos_ids,
+        stop=_stop(stopping_criteria),
+        processors=processors,
+        padded_prompts=input_ids,
+    )
+    # 3. texts
+    prompts, lengths = right_padded(input_ids, model_kwargs.get("attention_mask"))
     if generator is None:
         generator = Generator(device=input_ids.device).manual_seed(int(torch.randint(2**62, ())))
-    prompts, lengths = right_padded(input_ids, model_kwargs.get("attention_mask"))
-    ends = generation_config.eos_token_id
-    eos_ids = () if ends is None else tuple(torch.as_tensor(ends).flatten().tolist())
     with _in_eval_mode(model, target_model, draft_model):
+        scores = CachedScores if generation_config.use_cache else CausalScores
         out = decode_qstar(
-            kind(model, vocabulary), kind(target_model, vocabulary), prompts, lengths=lengths, assistant=assistant,
-            max_new_tokens=generation_config.max_length - input_ids.shape[1], mixture=mixture, gamma=gamma, draft=draft,
-            verify=verify, cost=parameter_cost(model, target_model, draft, draft_model) if cost is None else cost,
-            wide=wide,
-            eos_ids=eos_ids, stop=_stop(stopping_criteria), processors=processors, settled=stream,
-            rng=TorchRandomSource(generator), shown=input_ids,
-        )  # fmt: skip
+            scores(model, vocabulary),
+            scores(target_model, vocabulary),
+            prompts,
+            drafting,
+            rules,
+            rng=TorchRandomSource(generator),
+            lengths=lengths,
+            assistant=scores(draft_model, vocabulary) if isinstance(draft_model, nn.Module) else draft_model,
+            mixture=mixture,
+            on_tokens=None if stream is None else _NewTokens(stream),
+        )
+    # 4. padded as `generate` pads
     pad = generation_config.pad_token_id
     pad = eos_ids[0] if pad is None and eos_ids else pad or 0
     longest = int(out.lengths.max())
@@ -111,10 +127,21 @@ def qstar_generate(
     return QStarGenerateOutput(sequences, out) if generation_config.return_dict_in_generate else sequences
 
 
-class QStarLogitsProcessor(LogitsProcessor):
-    """The plain reference: `model.generate(logits_processor=[QStarLogitsProcessor(target)])` evaluates both at every token.
+class _NewTokens:
+    """A `TokenCallback` that passes on only what is new, (n,)."""
 
-    Whole prefixes are read by the target each time, and prompts must not be padded.
+    def __init__(self, stream: Callable[[Tensor], None]) -> None:
+        self.stream, self.sent = stream, 0
+
+    def __call__(self, tokens: Tensor) -> None:
+        self.stream(tokens[0, self.sent :])
+        self.sent = tokens.shape[1]
+
+
+class QStarLogitsProcessor(LogitsProcessor):
+    """The plain reference: `model.generate(logits_processor=[QStarLogitsProcessor(target)])` runs both models for every token.
+
+    The target reads whole prefixes each time. Prompts must not be padded.
     """
 
     def __init__(self, target_model: PreTrainedModel, mixture: MixtureDist | None = None) -> None:
@@ -128,7 +155,7 @@ class QStarLogitsProcessor(LogitsProcessor):
 
 @contextmanager
 def _in_eval_mode(*models: Any) -> Iterator[None]:
-    """Every network without dropout, and back as it was."""
+    """Without dropout; afterwards every network is in its former mode."""
     training = [model for model in models if isinstance(model, nn.Module) and model.training]
     for model in training:
         model.eval()
@@ -139,10 +166,10 @@ def _in_eval_mode(*models: Any) -> Iterator[None]:
             model.train()
 
 
-def _law(
+def _mixture_and_processors(
     config: GenerationConfig, processors: LogitsProcessorList, theta_weight: Any
 ) -> tuple[MixtureDist, tuple[LogitsProcessor, ...]]:
-    """The law that the generation's options ask for, and the processors that are left for q*."""
+    """q* as the options of `generate` define it, and the processors that act on it."""
     weight = None if isinstance(theta_weight, str) and theta_weight == "kl_symmetry" else theta_weight
     if isinstance(weight, str):
         raise UsageError(f"theta_weight={weight} is not known; type kl_symmetry, a number from 0 to 1, or a function")
@@ -155,11 +182,16 @@ def _law(
 
 
 def _stop(criteria: StoppingCriteriaList) -> Callable[[Tensor], bool] | None:
-    """The criteria that look at more than the length and the end token, as a question about one text."""
+    """The criteria beside length and end token, as a function of the ids (n,) of one text."""
     own = [rule for rule in criteria if not isinstance(rule, MaxLengthCriteria | EosTokenCriteria)]
     if not own:
         return None
     return lambda ids: any(bool(torch.as_tensor(rule(ids.unsqueeze(0), None)).any()) for rule in own)
+
+
+def _eos_ids(config: GenerationConfig) -> tuple[int, ...]:
+    ids = config.eos_token_id
+    return () if ids is None else tuple(torch.as_tensor(ids).flatten().tolist())
 
 
 def _shared_vocabulary(model: PreTrainedModel, target: PreTrainedModel, tokenizers: Any) -> int:
@@ -169,15 +201,15 @@ def _shared_vocabulary(model: PreTrainedModel, target: PreTrainedModel, tokenize
     if sizes[0] != sizes[1]:
         names = [m.config.name_or_path or m.config.model_type for m in (model, target)]
         raise UsageError(
-            f"{names[0]} has {sizes[0]} words and {names[1]} has {sizes[1]}; where only the padding of their output layers "
+            f"{names[0]} has {sizes[0]} tokens and {names[1]} has {sizes[1]}; where only the padding of their output layers "
             "differs, give tokenizers=(its tokenizer, the target's tokenizer); q* needs two models of one vocabulary"
         )
     return sizes[0]
 
 
-def _require_words(draft_model: Any, vocabulary: int) -> None:
-    """Raise UsageError for a third model of fewer words than the other two have."""
+def _require_vocabulary(draft_model: Any, vocabulary: int) -> None:
+    """Raise UsageError for a third model of fewer tokens than the other two have."""
     config = getattr(draft_model, "config", None)
-    words = getattr(draft_model, "vocab_size", None) if config is None else config.get_text_config().vocab_size
-    if words is not None and words < vocabulary:
-        raise UsageError(f"draft_model has {words} words and the other two have {vocabulary}; q* needs one vocabulary")
+    size = getattr(draft_model, "vocab_size", None) if config is None else config.get_text_config().vocab_size
+    if size is not None and size < vocabulary:
+        raise UsageError(f"draft_model has {size} tokens and the other two have {vocabulary}; q* needs one vocabulary")

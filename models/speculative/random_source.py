@@ -1,4 +1,4 @@
-"""Where a decoder's randomness comes from: a seeded generator, or an enumeration of every way that its draws can fall."""
+"""The random draws of a decoder: from a seeded generator, or an enumeration of all their outcomes."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 
 class RandomSource(Protocol):
-    """Two kinds of draws are all that speculative decoding needs."""
+    """The two kinds of draws that speculative decoding makes."""
 
     def choose(self, p: Tensor) -> Tensor:
         """(B, V) probabilities -> (B,) indices."""
@@ -33,26 +33,29 @@ class TorchRandomSource:
         return u.log() < log_ratio
 
 
-class EnumeratedChance:
-    """A `RandomSource` for one row that follows a script of outcomes and notes what else could have happened."""
+class EnumeratedSource:
+    """A `RandomSource` for a batch of one: it follows a script of outcomes and records which others were possible.
+
+    probability: of all outcomes so far together.
+    """
 
     def __init__(self, script: list[int]) -> None:
         self.script, self.probability = script, 1.0
-        self.made: list[tuple[int, list[int]]] = []  # the outcome taken, and all that have a probability
+        self.draws: list[tuple[int, list[int]]] = []  # the outcome taken, and all that have a probability
 
     def choose(self, p: Tensor) -> Tensor:
         row = p[0].double()
         return torch.tensor([self._take((row / row.sum()).tolist())], device=p.device)
 
     def accept(self, log_ratio: Tensor) -> Tensor:
-        rng = min(1.0, log_ratio[0].double().exp().item())
-        return torch.tensor([self._take([1 - rng, rng]) == 1], device=log_ratio.device)
+        yes = min(1.0, log_ratio[0].double().exp().item())
+        return torch.tensor([self._take([1 - yes, yes]) == 1], device=log_ratio.device)
 
-    def _take(self, chances: list[float]) -> int:
-        possible = [k for k, rng in enumerate(chances) if rng > 0]
-        taken = self.script[len(self.made)] if len(self.made) < len(self.script) else possible[0]
-        self.made.append((taken, possible))
-        self.probability *= chances[taken]
+    def _take(self, probabilities: list[float]) -> int:
+        possible = [k for k, p in enumerate(probabilities) if p > 0]
+        taken = self.script[len(self.draws)] if len(self.draws) < len(self.script) else possible[0]
+        self.draws.append((taken, possible))
+        self.probability *= probabilities[taken]
         return taken
 
 
@@ -60,16 +63,17 @@ Result = TypeVar("Result")
 
 
 def enumerate_outcomes(run: Callable[[RandomSource], Result]) -> Iterator[tuple[float, Result]]:
-    """(probability, result) of `run(chance)` for every way that its draws can fall: the code that samples, run once each."""
+    """(probability, result) of `run(source)`, called once for every combination of outcomes of its draws."""
     script: list[int] = []
     while True:
-        rng = EnumeratedChance(script)
-        result = run(rng)
-        yield rng.probability, result
-        made = rng.made
-        while made and made[-1][0] == made[-1][1][-1]:
-            made = made[:-1]
-        if not made:
+        source = EnumeratedSource(script)
+        result = run(source)
+        yield source.probability, result
+        # the next script: the last draw that has a further outcome takes it, as an odometer counts
+        draws = source.draws
+        while draws and draws[-1][0] == draws[-1][1][-1]:
+            draws = draws[:-1]
+        if not draws:
             return
-        taken, possible = made[-1]
-        script = [k for k, _ in made[:-1]] + [possible[possible.index(taken) + 1]]
+        taken, possible = draws[-1]
+        script = [k for k, _ in draws[:-1]] + [possible[possible.index(taken) + 1]]

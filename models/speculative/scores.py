@@ -1,4 +1,7 @@
-"""A Hugging Face causal LM as the scores that q* decoding asks for."""
+"""A Hugging Face causal LM as the scores that q* decoding calls.
+
+Legend: B batch, L columns of the buffer, W columns that are read, V vocabulary.
+"""
 
 from pathlib import Path
 
@@ -11,26 +14,26 @@ from models.functional.precision import at_least_float32
 
 
 class CausalScores:
-    """(ids (B, L) right-padded, lengths (B,), count) -> log p (B, count, V) of the tokens at places lengths, lengths + 1, ...
+    """(ids (B, L) right-padded, lengths (B,), count) -> log p (B, count, V) of positions lengths, lengths + 1, ...
 
-    Every call evaluates whole prefixes: exact and simple, without a key-value cache. What stands beyond a place cannot be
-    seen by a causal model, so padding needs no mask.
+    Every call reads whole prefixes, without a key-value cache. A causal model does not see what is behind a position, so
+    padding needs no mask.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
-        """vocab_size: ids from there on are padding of the output layer and never said."""
+        """vocab_size: ids from there on are padding of the output layer and never generated."""
         self.model, self.vocab_size = model.eval(), vocab_size
         self.context = context_of(model)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
         width = int(lengths.max()) + count - 1
-        logits = self.model(input_ids=ids[:, :width]).logits[..., : self.vocab_size]  # (B, width, V)
+        logits = self.model(input_ids=ids[:, :width]).logits[..., : self.vocab_size]  # (B, W, V)
         return log_probabilities_from(logits, lengths - 1, count)
 
 
 def context_of(model: PreTrainedModel) -> int | None:
-    """How many places a model can read; None where its configuration sets no limit."""
+    """How many positions a model can read; None where its configuration sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -42,25 +45,25 @@ def log_probabilities_from(logits: Tensor, first: Tensor, count: int) -> Tensor:
 
 
 def require_same_vocabulary(theta: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> int:
-    """The size of the vocabulary that two tokenizers share. Raises UsageError, naming both and a difference, for others.
+    """The size of the vocabulary of two tokenizers. Raises UsageError, naming both and a difference, where they have two.
 
-    q* multiplies the probabilities of the same token, so every id has to mean the same; equal sizes are not enough.
+    q* multiplies the probabilities of the same token, so every id must stand for the same token in both.
     """
     ours, theirs = theta.get_vocab(), target.get_vocab()
     if ours == theirs:
         return max(ours.values()) + 1
     in_order = sorted(ours, key=ours.get)
-    word = next((word for word in in_order if theirs.get(word) != ours[word]), None)
-    word = next(iter(theirs.keys() - ours.keys())) if word is None else word
+    token = next((token for token in in_order if theirs.get(token) != ours[token]), None)
+    token = next(iter(theirs.keys() - ours.keys())) if token is None else token
     names = [tokenizer.name_or_path or type(tokenizer).__name__ for tokenizer in (theta, target)]
     raise UsageError(
-        f"{names[0]} and {names[1]} have different vocabularies: {word!r} is {ours.get(word)} in one and {theirs.get(word)} in "
-        "the other; q* needs two models of one vocabulary, such as two of the same family"
+        f"{names[0]} and {names[1]} have different vocabularies: {token!r} is {ours.get(token)} in one and {theirs.get(token)} "
+        "in the other; q* needs two models of one vocabulary, such as two of the same family"
     )
 
 
 def require_one_vocabulary(theta: str | Path | None, target: str | Path | None) -> None:
-    """Raise UsageError unless the tokenizers kept with both models, where there are any, have one vocabulary."""
+    """Raise UsageError unless the tokenizers in the folders of both models have one vocabulary; a folder may have none."""
     tokenizers = [_tokenizer_of(path) for path in (theta, target)]
     if None not in tokenizers:
         require_same_vocabulary(*tokenizers)

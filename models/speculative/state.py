@@ -1,6 +1,6 @@
-"""A batch that is being decoded from q*: what is settled, what has ended, and what each model has been asked and has proposed.
+"""A batch while it is sampled from q*: its committed tokens, the rows that have ended, and what each model has done.
 
-Legend: B batch, L columns of the buffer, N new tokens, G drafted tokens, V vocabulary.
+Legend: B rows that go on, R rows of the request, L columns of the buffer, N new tokens, G drafted tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -9,26 +9,47 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from models.functional.errors import require_at_least
 from models.functional.qstar import no_common_token, residual
 from models.speculative.distribution import MixtureDist, NextTokenDist
 from models.speculative.random_source import RandomSource
 
-# (ids (B, L), lengths (B,), count) -> log-probabilities (B, count, V) of the tokens at places lengths, lengths + 1, ...
+# (ids (B, L), lengths (B,), count) -> log-probabilities (B, count, V) of the tokens at positions lengths, lengths + 1, ...
 Scores = Callable[[Tensor, Tensor, int], Tensor]
 # (ids (1, n), log q (1, V)) -> scores (1, V), as a Hugging Face logits processor
 Processor = Callable[[Tensor, Tensor], Tensor]
 
-NOTES = ("alpha", "chernoff", "theta", "target", "log_q")
+# what is recorded of every committed token, by its name in `NextTokenDist`
+TOKEN_FIGURES = ("alpha", "chernoff", "theta", "target", "log_q")
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """What ends a text, and what changes q* on the way.
+
+    max_new_tokens: of every row. eos_ids: tokens that end a row. stop: called with the ids (n,) of a row after each of its
+    tokens; True ends the row. processors: act on log q* before top-k and top-p.
+    padded_prompts (R, P): the prompts as `stop` and `processors` see them; None shows them without padding.
+    """
+
+    max_new_tokens: int
+    eos_ids: tuple[int, ...] = ()
+    stop: Callable[[Tensor], bool] | None = None
+    processors: tuple[Processor, ...] = ()
+    padded_prompts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(1, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass
 class QStarOutput:
-    """tokens (B, N) after the prompts, of which lengths (B,) are real; beyond them the end token, or 0, is repeated.
+    """tokens (R, N) after the prompts, of which lengths (R,) count; the first end token, or 0, fills the rest.
 
-    alpha, chernoff, logp_theta, logp_t, log_q (B, N): of each token at its place, NaN beyond the end.
-    drafts, drafted: how many drafts were made, each row's counted, and their tokens. examined, kept: each model's proposals
-    that were looked at (those after a rejection are not) and that were kept. forwards: evaluations of each model, for the
-    whole batch.
+    alpha, chernoff, logp_theta, logp_t, log_q (R, N): of each token at its position, NaN beyond the end.
+    drafts: of each row counted alone. drafted_tokens: in all of them.
+    verified, accepted: by model, its proposed tokens that were verified (none after a rejection), and those accepted.
+    forwards: by model, its forward passes for the whole batch.
     """
 
     tokens: Tensor
@@ -39,24 +60,23 @@ class QStarOutput:
     logp_t: Tensor
     log_q: Tensor
     drafts: int
-    drafted: int
-    examined: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, int] = field(default_factory=dict)
+    drafted_tokens: int
+    verified: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
     forwards: dict[str, int] = field(default_factory=dict)
 
     @property
     def acceptance(self) -> dict[str, float]:
-        """beta of each model's proposals: the share of the examined ones that were kept."""
-        return {name: self.kept[name] / count for name, count in self.examined.items() if count}
+        """The acceptance rate β of each model's proposals."""
+        return {name: self.accepted[name] / count for name, count in self.verified.items() if count}
 
 
 class QStarRun:
     """The state of a batch, and the steps that change it.
 
-    models: {"theta", "target", and "assistant" where a third one drafts}. eos_ids, stop: what ends a row; stop sees the ids
-    (n,) of one row after each of its tokens. processors act on log q* before top-k and top-p. shown (B, P): the prompts as
-    processors and stop are to see them, padding and all; None shows what the models read.
-    rows (B,): which rows of the request are still here; `drop_ended` lets the others go. said, notes, counts keep them all.
+    models: {"theta", "target", and "assistant" where a third one drafts}. draft_columns: how far drafts may reach beyond the
+    last token of a text. rows (B,): the rows of the request that go on; `drop_ended` removes the others. What is returned of
+    all R rows is kept apart: new_tokens, new_lengths, figures.
     """
 
     def __init__(
@@ -65,43 +85,45 @@ class QStarRun:
         input_ids: Tensor,
         lengths: Tensor,
         *,
-        max_new_tokens: int,
-        spare: int,
+        rules: TextRules,
+        draft_columns: int,
         mixture: MixtureDist,
-        eos_ids: tuple[int, ...],
-        stop: Callable[[Tensor], bool] | None,
-        processors: tuple[Processor, ...],
         rng: RandomSource,
-        shown: Tensor | None = None,
     ) -> None:
-        self.models, self.mixture, self.rng = models, mixture, rng
-        self.most, self.stop, self.processors, self.shown = max_new_tokens, stop, processors, shown
-        batch, device = len(input_ids), input_ids.device
-        self.eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=device)
-        self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, max_new_tokens + spare)], -1)
+        self.models, self.rules, self.mixture, self.rng = models, rules, mixture, rng
+        batch, device, longest = len(input_ids), input_ids.device, rules.max_new_tokens
+        self.eos_ids = torch.tensor(rules.eos_ids, dtype=torch.long, device=device)
+        self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, longest + draft_columns)], -1)
         self.rows, self.lengths, self.start = torch.arange(batch, device=device), lengths.clone(), lengths.clone()
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.said, self.counts = input_ids.new_zeros(batch, max_new_tokens), torch.zeros_like(lengths)
-        self.notes = {
-            name: torch.full((batch, max_new_tokens), torch.nan, dtype=torch.float64, device=device) for name in NOTES
+        self.new_tokens, self.new_lengths = input_ids.new_zeros(batch, longest), torch.zeros_like(lengths)
+        self.figures = {
+            name: torch.full((batch, longest), torch.nan, dtype=torch.float64, device=device) for name in TOKEN_FIGURES
         }
-        # places that every model can read; a request that fits is never drafted beyond them
+        # positions that every model can read; a request that fits is never drafted beyond them
         self.context = min(getattr(model, "context", None) or self.ids.shape[1] for model in models.values())
-        self.drafts, self.drafted = 0, 0
-        self.examined, self.kept, self.forwards = (dict.fromkeys(models, 0) for _ in range(3))
+        self.drafts, self.drafted_tokens = 0, 0
+        self.verified, self.accepted, self.forwards = (dict.fromkeys(models, 0) for _ in range(3))
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
 
     @property
-    def made(self) -> Tensor:
+    def generated(self) -> Tensor:
         """New tokens of each row, (B,)."""
         return self.lengths - self.start
 
     @property
+    def remaining(self) -> Tensor:
+        """Tokens that each row may still get, (B,)."""
+        return self.rules.max_new_tokens - self.generated
+
+    @property
     def active(self) -> Tensor:
-        """Rows that still want tokens, (B,) bool."""
-        return ~self.ended & (self.made < self.most)
+        """Rows that go on, (B,) bool."""
+        return ~self.ended & (self.remaining > 0)
 
     def drop_ended(self) -> Tensor:
-        """Let the rows go that want no more tokens, so that nobody reads them again. Returns which stay, (B,) bool."""
+        """Remove the rows that have ended from the batch and from the caches. Returns which stay, (B,) bool."""
         stay = self.active
         self.rows, self.ids, self.lengths, self.start, self.ended = (
             part[stay] for part in (self.rows, self.ids, self.lengths, self.start, self.ended)
@@ -111,95 +133,105 @@ class QStarRun:
                 model.keep_rows(stay)
         return stay
 
-    def score(self, name: str, offset: int | Tensor, count: int) -> Tensor:
-        """One forward: (B, count, V) tempered log-probabilities at `offset`, perhaps by row, beyond what is settled.
+    # -- models -------------------------------------------------------------------------------------------------------
 
-        Anything for ended rows.
+    def score(self, name: str, offset: int | Tensor, count: int) -> Tensor:
+        """One forward pass: tempered log-probabilities (B, count, V) from `offset` positions beyond the committed tokens on.
+
+        offset: a number, or one of each row (B,). Rows that have ended get arbitrary values.
         """
         self.forwards[name] += 1
         active, wanted = self.active, self.lengths + offset
-        # ended rows must not widen the forward
+        # ended rows must not widen the forward pass
         within = torch.where(active, wanted, wanted[active].min())
         return self.mixture.tempered(self.models[name](self.ids, within, count))
 
     def write(self, tokens: Tensor, offset: int | Tensor) -> None:
-        """Put tokens (B,) at `offset`, perhaps by row, beyond what is settled."""
+        """Put drafted tokens (B,) at `offset` positions beyond the committed tokens."""
         self.ids.scatter_(1, (self.lengths + offset).unsqueeze(-1), tokens.unsqueeze(-1))
 
-    def text(self, row: int, length: int) -> Tensor:
-        """The ids (n,) of a row as processors and stop see them, of which the models read the first `length`."""
-        if self.shown is None:
-            return self.ids[row, :length]
-        return torch.cat([self.shown[self.rows[row]], self.ids[row, int(self.start[row]) : length]])
+    def next_token_dist(self, theta: Tensor, target: Tensor) -> NextTokenDist:
+        """q* at the next positions, from both models' (B, G, V).
 
-    def target_law(self, theta: Tensor, target: Tensor) -> NextTokenDist:
-        """q* at the next places, from both models' (B, G, V).
-
-        Behind a draft that is certain to be refused there may be no q*; such a place has weight NaN and is never settled.
+        Behind a drafted token that q* never has, q* may not exist. Such a position has weight NaN and is never committed.
         """
-        dead = ~(theta.isfinite() & target.isfinite()).any(-1)
-        if not bool(dead.any()):
-            return self._law(theta, target)
-        even = torch.zeros_like(theta).log_softmax(-1)
-        mixture = self._law(*(torch.where(dead.unsqueeze(-1), even, part) for part in (theta, target)))
-        return mixture._replace(alpha=mixture.alpha.masked_fill(dead, torch.nan), theta=theta, target=target)
+        undefined = ~(theta.isfinite() & target.isfinite()).any(-1)
+        if not bool(undefined.any()):
+            return self._mix(theta, target)
+        uniform = torch.zeros_like(theta).log_softmax(-1)
+        dist = self._mix(*(torch.where(undefined.unsqueeze(-1), uniform, part) for part in (theta, target)))
+        return dist._replace(alpha=dist.alpha.masked_fill(undefined, torch.nan), theta=theta, target=target)
 
-    def _law(self, theta: Tensor, target: Tensor) -> NextTokenDist:
-        if not self.processors:
+    def _mix(self, theta: Tensor, target: Tensor) -> NextTokenDist:
+        if not self.rules.processors:
             return self.mixture(theta, target)
         whole = MixtureDist(self.mixture.theta_weight)(theta, target)
         log_q = whole.log_q.clone()
         for row, length in enumerate(self.lengths.tolist()):
             for k in range(log_q.shape[1]):
-                for process in self.processors:
-                    log_q[row, k] = process(self.text(row, length + k).unsqueeze(0), log_q[row : row + 1, k])[0]
+                for process in self.rules.processors:
+                    log_q[row, k] = process(self._text(row, length + k).unsqueeze(0), log_q[row : row + 1, k])[0]
         return whole._replace(log_q=self.mixture.truncated(log_q.log_softmax(-1)))
 
-    def append(self, rows: Tensor, tokens: Tensor, mixture: NextTokenDist) -> None:
-        """Put tokens (B,) at the end of the rows (B,) bool that have not ended; law is that of the place, (B, V)."""
+    def _text(self, row: int, length: int) -> Tensor:
+        """The ids (n,) of a row as `stop` and `processors` see them; the models read the first `length`."""
+        if self.rules.padded_prompts is None:
+            return self.ids[row, :length]
+        return torch.cat([self.rules.padded_prompts[self.rows[row]], self.ids[row, int(self.start[row]) : length]])
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    def commit(self, rows: Tensor, tokens: Tensor, dist: NextTokenDist) -> None:
+        """Append tokens (B,) to those of the rows (B,) bool that go on. dist: q* at that position, (B, V).
+
+        Raises UsageError where q* does not exist.
+        """
         rows = rows & self.active
         row = rows.nonzero().squeeze(-1)
-        if bool(mixture.alpha[row].isnan().any()):
-            raise no_common_token(mixture.theta[row], mixture.target[row])
+        if bool(dist.alpha[row].isnan().any()):
+            raise no_common_token(dist.theta[row], dist.target[row])
         self.ids[row, self.lengths[row]] = tokens[row]
-        request, place = self.rows[row], self.made[row]
-        self.said[request, place] = tokens[row]
-        self.counts[request] += 1
-        for name in NOTES:
-            value = getattr(mixture, name)
+        request, position = self.rows[row], self.generated[row]
+        self.new_tokens[request, position] = tokens[row]
+        self.new_lengths[request] += 1
+        for name in TOKEN_FIGURES:
+            value = getattr(dist, name)
             figure = value[row] if value.ndim == 1 else value[row, tokens[row]]
-            self.notes[name][request, place] = figure.double()
+            self.figures[name][request, position] = figure.double()
         self.lengths = self.lengths + rows.long()
         self.ended = self.ended | (rows & torch.isin(tokens, self.eos_ids))
-        if self.stop is not None:
+        if self.rules.stop is not None:
             for k in row.tolist():
-                self.ended[k] |= bool(self.stop(self.text(k, int(self.lengths[k]))))
+                self.ended[k] |= bool(self.rules.stop(self._text(k, int(self.lengths[k]))))
 
-    def settle(self, rows: Tensor, tokens: Tensor, mixture: NextTokenDist, proposer: str, proposal: Tensor) -> Tensor:
-        """Keep or replace one token of each of the rows, proposed with log-probabilities `proposal` (B, V).
+    def sample(self, rows: Tensor, dist: NextTokenDist) -> None:
+        """Commit a token of q* itself to each of the rows (B,) bool."""
+        self.commit(rows, self.rng.choose(dist.log_q.exp()), dist)
 
-        Returns which were kept, (B,) bool.
+    def verify(self, rows: Tensor, tokens: Tensor, dist: NextTokenDist, proposer: str, proposal: Tensor) -> Tensor:
+        """Accept tokens (B,) of the rows (B,) bool, drawn from log-probabilities proposal (B, V), or replace them; commit.
+
+        Accept iff log u < log q(x) - log p(x); a replacement is drawn from norm((q - p)+). Returns the accepted, (B,) bool.
         """
-        own = proposal.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        wanted = mixture.log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        kept = self.rng.accept(wanted - own) & rows
-        refused = rows & ~kept
-        self.count(proposer, int(rows.sum()), int(kept.sum()))
-        if bool(refused.any()):
-            other = self.rng.choose(residual(mixture.log_q, proposal))
-            tokens = torch.where(refused, other, tokens)
-        self.append(rows, tokens, mixture)
-        return kept
+        log_p = proposal.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        log_q = dist.log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        accepted = self.rng.accept(log_q - log_p) & rows
+        rejected = rows & ~accepted
+        self.count(proposer, int(rows.sum()), int(accepted.sum()))
+        if bool(rejected.any()):
+            tokens = torch.where(rejected, self.rng.choose(residual(dist.log_q, proposal)), tokens)
+        self.commit(rows, tokens, dist)
+        return accepted
 
-    def count(self, proposer: str, examined: int, kept: int) -> None:
-        self.examined[proposer] += examined
-        self.kept[proposer] += kept
+    def count(self, proposer: str, verified: int, accepted: int) -> None:
+        self.verified[proposer] += verified
+        self.accepted[proposer] += accepted
 
     def output(self) -> QStarOutput:
-        beyond = torch.arange(self.most, device=self.ids.device) >= self.counts.unsqueeze(-1)
-        tokens = self.said.masked_fill(beyond, int(self.eos_ids[0]) if len(self.eos_ids) else 0)
-        n = self.notes
+        beyond = torch.arange(self.rules.max_new_tokens, device=self.ids.device) >= self.new_lengths.unsqueeze(-1)
+        tokens = self.new_tokens.masked_fill(beyond, int(self.eos_ids[0]) if len(self.eos_ids) else 0)
+        f = self.figures
         return QStarOutput(
-            tokens, self.counts, n["alpha"], n["chernoff"], n["theta"], n["target"], n["log_q"],
-            self.drafts, self.drafted, self.examined, self.kept, self.forwards,
+            tokens, self.new_lengths, f["alpha"], f["chernoff"], f["theta"], f["target"], f["log_q"],
+            self.drafts, self.drafted_tokens, self.verified, self.accepted, self.forwards,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How much of a draft is kept: token by token (Leviathan et al., 2023) or as a block (Sun et al., 2403.10444).
+"""How much of a draft is accepted: token by token (Leviathan et al., 2023) or as a block (Sun et al., 2403.10444).
 
 Rows of a batch may have drafts of different lengths.
 Legend: B batch, G tokens of the longest draft, V vocabulary.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.speculative.distribution import NextTokenDist
+from models.speculative.options import Verify
 from models.speculative.state import QStarRun
 
 
@@ -23,54 +24,59 @@ class Drafted(NamedTuple):
     logp: Tensor
 
 
-# (run, the draft, the law at its places) -> rows kept whole (B,) bool; a row without a draft is
+# (run, the draft, q* at its positions) -> rows whose draft was accepted whole (B,) bool; an empty draft is
 Verification = Callable[[QStarRun, Drafted, NextTokenDist], Tensor]
 
 
-def verify_tokens(run: QStarRun, draft: Drafted, mixture: NextTokenDist) -> Tensor:
-    """Each token is kept on its own with min(1, q/p), until one is not."""
-    alive = run.active
+def verify_tokens(run: QStarRun, draft: Drafted, dist: NextTokenDist) -> Tensor:
+    """Each token is accepted with probability min(1, q/p), until one is rejected and replaced."""
+    unrejected = run.active
     for k in range(draft.tokens.shape[1]):
-        rows = alive & (draft.lengths > k)
+        rows = unrejected & (draft.lengths > k)
         if not bool(rows.any()):
             break
-        kept = run.settle(rows, draft.tokens[:, k], mixture.at(k), draft.drafter, draft.logp[:, k])
-        alive = (alive & ~rows) | (kept & run.active)
-    return alive
+        accepted = run.verify(rows, draft.tokens[:, k], dist.at(k), draft.drafter, draft.logp[:, k])
+        unrejected = (unrejected & ~rows) | (accepted & run.active)
+    return unrejected
 
 
-def verify_block(run: QStarRun, draft: Drafted, mixture: NextTokenDist) -> Tensor:
-    """The longest prefix that joint verification keeps.
+def verify_block(run: QStarRun, draft: Drafted, dist: NextTokenDist) -> Tensor:
+    """The longest prefix that joint verification accepts.
 
-    p_i = min(1, p_{i-1} q(x_i)/p(x_i)); prefix i is kept with h_i = S_i / (S_i + 1 - p_i), S_i = Σ (p_i q - p)+ at the next
-    place, and h_G = p_G. After prefix i < G the next token is drawn from norm((p_i q - p)+).
+    p_i = min(1, p_{i-1} q(x_i)/p(x_i)), p_0 = 1. S_i = Σ (p_i q - p)+ at the position after prefix i. Prefix i is accepted
+    with probability h_i = S_i / (S_i + 1 - p_i), the whole draft with h_G = p_G. After prefix i < G the next token is drawn
+    from norm((p_i q - p)+).
     """
-    drafter, drafts, lengths, proposal = draft
-    active, gamma = run.active, drafts.shape[1]
-    q, p = mixture.log_q.exp(), proposal.exp()
-    ratio = (mixture.log_q - proposal).gather(-1, drafts.unsqueeze(-1)).squeeze(-1).exp()  # (B, G)
-    weight, best, rest = torch.ones_like(ratio[:, 0]), torch.zeros_like(run.lengths), []
+    drafter, tokens, lengths, proposal = draft
+    active, gamma = run.active, tokens.shape[1]
+    q, p = dist.log_q.exp(), proposal.exp()
+    ratio = (dist.log_q - proposal).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).exp()  # (B, G)
+    # 1. the length of the longest accepted prefix
+    weight, accepted, residuals = torch.ones_like(ratio[:, 0]), torch.zeros_like(run.lengths), []
     for k in range(gamma + 1):
         if k > 0:
-            weight = (weight * ratio[:, k - 1]).clamp(max=1.0)
-        rng = weight
+            weight = (weight * ratio[:, k - 1]).clamp(max=1.0)  # p_k
+        probability = weight
         if k < gamma:
-            rest.append((weight.unsqueeze(-1) * q[:, k] - p[:, k]).clamp(min=0))
-            total = rest[-1].sum(-1)
-            within = torch.where(weight < 1, total / (total + 1 - weight).clamp(min=1e-300), 1.0)
-            rng = torch.where(lengths > k, within, weight)
+            residuals.append((weight.unsqueeze(-1) * q[:, k] - p[:, k]).clamp(min=0))
+            total = residuals[-1].sum(-1)  # S_k
+            within = torch.where(weight < 1, total / (total + 1 - weight).clamp(min=1e-300), 1.0)  # h_k
+            probability = torch.where(lengths > k, within, weight)
         if k > 0:
-            best = torch.where(run.rng.accept(rng.log()) & (lengths >= k), k, best)
-    room = torch.minimum(run.most - run.made, lengths)[active]
-    run.count(drafter, int(torch.minimum(best[active] + 1, room).sum()), int(torch.minimum(best[active], room).sum()))
+            accepted = torch.where(run.rng.accept(probability.log()) & (lengths >= k), k, accepted)
+    # 2. acceptance, of the tokens that a row has room for
+    room = torch.minimum(run.remaining, lengths)[active]
+    verified = torch.minimum(accepted[active] + 1, room).sum()
+    run.count(drafter, int(verified), int(torch.minimum(accepted[active], room).sum()))
+    # 3. the prefix, then one token from the residual where the draft was not accepted whole
     for k in range(gamma):
-        run.append(active & (best > k), drafts[:, k], mixture.at(k))
+        run.commit(active & (accepted > k), tokens[:, k], dist.at(k))
     for k in range(gamma):
-        rows = active & (best == k) & (lengths > k)
+        rows = active & (accepted == k) & (lengths > k)
         if bool(rows.any()):
-            mass = rest[k].sum(-1, keepdim=True)
-            run.append(rows, run.rng.choose(torch.where(mass > 0, rest[k], q[:, k])), mixture.at(k))
-    return active & (best == lengths) & run.active
+            mass = residuals[k].sum(-1, keepdim=True)
+            run.commit(rows, run.rng.choose(torch.where(mass > 0, residuals[k], q[:, k])), dist.at(k))
+    return active & (accepted == lengths) & run.active
 
 
-VERIFICATIONS: dict[str, Verification] = {"token": verify_tokens, "block": verify_block}
+VERIFICATIONS: dict[Verify, Verification] = {"token": verify_tokens, "block": verify_block}

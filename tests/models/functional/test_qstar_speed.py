@@ -8,10 +8,10 @@ from models.functional.errors import UsageError
 from models.functional.qstar_speed import (
     SPEEDUPS,
     best_gamma,
+    slowest_row_rounds,
     speedup_alternate,
     speedup_carry,
     speedup_third_drafter,
-    wait_for_the_slowest,
 )
 
 
@@ -24,7 +24,7 @@ def test_one_token_drafts_of_equal_models(beta):
     ("cost", "published"), [(1.0, [1.43, 1.54, 1.67, 1.82]), (0.1, [1.83, 2.17, 2.71, 3.77])], ids=["1:1", "1:10"]
 )
 def test_optimal_drafts(cost, published):
-    found = [speedup_alternate(best_gamma(beta, cost, most=40), beta, cost) for beta in (0.6, 0.7, 0.8, 0.9)]
+    found = [speedup_alternate(best_gamma(beta, cost, longest=40), beta, cost) for beta in (0.6, 0.7, 0.8, 0.9)]
     assert [round(speed, 2) for speed in found] == published
 
 
@@ -35,41 +35,43 @@ def test_ceilings():
 
 
 @pytest.mark.parametrize("scheme", ["carry", "alternate"])
-@pytest.mark.parametrize("wide", [0.0, 0.2])
+@pytest.mark.parametrize("position_cost", [0.0, 0.2])
 @pytest.mark.parametrize(("gamma", "beta", "cost"), [(1, 0.5, 1.0), (3, 0.7, 0.3), (5, 0.9, 1.0)])
-def test_a_simulation_of_the_rounds_takes_as_long(scheme, gamma, beta, cost, wide):
+def test_a_simulation_of_the_rounds_takes_as_long(scheme, gamma, beta, cost, position_cost):
     """Count tokens and model time round by round, as the decoder spends them."""
     draw, tokens, time, pending = random.Random(0), 0, 0.0, False
     for _ in range(200_000):
         drafter_runs = gamma
-        if pending:  # the drafter's run that checks the proposal is the first run of its draft only where it is kept
+        if (
+            pending
+        ):  # the drafter's run that verifies the proposal is the first run of its draft only where it is accepted
             tokens += 1
-            time += cost * (1 + wide)
+            time += cost * (1 + position_cost)
             if draw.random() >= beta:
                 pending = False
                 continue
             drafter_runs = gamma - 1
-        kept = 0
-        while kept < gamma and draw.random() < beta:
-            kept += 1
-        time += drafter_runs * cost + 1 + gamma * wide
-        tokens += kept + (kept < gamma)
+        accepted = 0
+        while accepted < gamma and draw.random() < beta:
+            accepted += 1
+        time += drafter_runs * cost + 1 + gamma * position_cost
+        tokens += accepted + (accepted < gamma)
         pending = False
-        if kept == gamma:
+        if accepted == gamma:
             if scheme == "carry":
                 tokens += 1
                 time += cost
             else:
                 pending = True
-    formula = SPEEDUPS[scheme](gamma, beta, cost, wide)
+    formula = SPEEDUPS[scheme](gamma, beta, cost, position_cost)
     measured = tokens * (1 + cost) / time
     assert measured == pytest.approx(formula, rel=0.01)
 
 
 @pytest.mark.parametrize("scheme", SPEEDUPS)
 def test_drafts_are_as_long_as_they_pay(scheme):
-    """Shorter where further places cost, none where they cost as much as forwards of their own."""
-    lengths = [best_gamma(0.8, 0.1, scheme, wide=wide) for wide in (0.0, 0.1, 0.3, 1.0)]
+    """Shorter where further positions cost time, none where they cost as much as passes of their own."""
+    lengths = [best_gamma(0.8, 0.1, scheme, position_cost=position_cost) for position_cost in (0.0, 0.1, 0.3, 1.0)]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > lengths[2] > 0 == lengths[3]
     assert best_gamma(0.0, 0.1, scheme) == 0
@@ -82,16 +84,16 @@ def test_a_batch_waits_for_its_slowest_row(gamma, beta, tokens, batch):
     def rounds():
         made = count = 0
         while made < tokens:
-            kept = 0
-            while kept < gamma and draw.random() < beta:
-                kept += 1
-            made, count = made + kept + 1, count + 1
+            accepted = 0
+            while accepted < gamma and draw.random() < beta:
+                accepted += 1
+            made, count = made + accepted + 1, count + 1
         return count
 
     batches = [[rounds() for _ in range(batch)] for _ in range(4000)]
     ratio = sum(map(max, batches)) * batch / sum(map(sum, batches))
-    assert wait_for_the_slowest(gamma, beta, tokens, batch) == pytest.approx(ratio, rel=0.01)
-    assert wait_for_the_slowest(gamma, beta, tokens, 1) == pytest.approx(1)
+    assert slowest_row_rounds(gamma, beta, tokens, batch) == pytest.approx(ratio, rel=0.01)
+    assert slowest_row_rounds(gamma, beta, tokens, 1) == pytest.approx(1)
 
 
 def test_unknown_schemes_are_named():

@@ -1,4 +1,4 @@
-"""Whoever watches a decoder sees the text that is returned grow: token by token, or refinement by refinement."""
+"""A `TokenCallback` sees the returned text grow: token by token, or refinement by refinement."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from models.flow.solver import NoisyMaskDecoder
 from models.online.decoder import OnlineConceptDecoder
 from models.plans.decoder import PlannedDecoder
 from models.speculative.decoder import QStarDecoder
-from models.speculative.distribution import MixtureDist
+from models.speculative.options import QStarOptions
 
 RESPONSE = 6
 
@@ -29,8 +29,8 @@ def rows_of(batch: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(response), "response_mask": response}
 
 
-def watched(decoder, batch: int = 3) -> tuple[Tensor, list[Tensor]]:
-    """What is returned, the same without a watcher; and what was seen."""
+def called_back(decoder, batch: int = 3) -> tuple[Tensor, list[Tensor]]:
+    """The text that is returned, with and without a callback, and what the callback saw."""
     seen: list[Tensor] = []
     draw = lambda: torch.Generator().manual_seed(5)  # noqa: E731
     returned = decoder(rows_of(batch), draw(), seen.append)
@@ -54,7 +54,7 @@ def online():
 @pytest.mark.parametrize("build", [causal, lambda: causal(EOS), planned, online])
 def test_from_left_to_right_a_token_at_a_time(build):
     decoder = build()
-    returned, seen = watched(decoder)
+    returned, seen = called_back(decoder)
     assert not decoder.refines
     assert [part.shape[1] for part in seen] == list(range(1, RESPONSE + 1))
     assert all(torch.equal(part, returned[:, : part.shape[1]]) for part in seen)
@@ -66,10 +66,9 @@ def test_from_left_to_right_a_token_at_a_time(build):
 def test_q_star_a_round_at_a_time(scheme, eos_id):
     torch.manual_seed(0)
     pair = [tiny_causal(), tiny_causal()]
-    decoder = QStarDecoder(
-        *pair, scheme, response_length=RESPONSE, vocab_size=11, eos_id=eos_id, mixture=MixtureDist(), gamma=2
-    )
-    returned, seen = watched(decoder, batch=1)
+    options = QStarOptions(gamma=2)
+    decoder = QStarDecoder(*pair, scheme, options, response_length=RESPONSE, vocab_size=11, eos_id=eos_id)
+    returned, seen = called_back(decoder, batch=1)
     assert not decoder.refines
     lengths = [part.shape[1] for part in seen]
     assert lengths == sorted(lengths)
@@ -82,7 +81,7 @@ def test_q_star_a_round_at_a_time(scheme, eos_id):
 @pytest.mark.parametrize("remasking", ["random", "low_confidence"])
 def test_masks_are_filled_forward_by_forward(tiny_llada, forwards, remasking):
     decoder = MaskedDiffusionDecoder(tiny_llada(), forwards, remasking=remasking)
-    returned, seen = watched(decoder)
+    returned, seen = called_back(decoder)
     assert decoder.refines
     hidden = [(part == MASK).sum(1).tolist() for part in seen]
     assert hidden == [[RESPONSE - (k + 1) * RESPONSE // forwards] * 3 for k in range(forwards)]
@@ -95,7 +94,7 @@ def test_the_flow_shows_every_forward(tiny_llada, step):
     student = NoisyMaskStudent(tiny_llada(), adapter="prefix+mask_noise", prompt_length=3, hidden_size=8, rank=4).eval()
     torch.nn.init.eye_(student.mask_noise.weight)
     decoder = NoisyMaskDecoder(student, 4, step=step)
-    returned, seen = watched(decoder)
+    returned, seen = called_back(decoder)
     assert decoder.refines
     assert [part.shape for part in seen] == [returned.shape] * 4
     assert torch.equal(seen[-1], returned)
@@ -104,6 +103,6 @@ def test_the_flow_shows_every_forward(tiny_llada, step):
 
 def test_one_forward_is_one_refinement(tiny_llada):
     student = PrefixStudent(tiny_llada(), prompt_length=3, hidden_size=8, rank=4).eval()
-    returned, seen = watched(OneStepDecoder(student, temperature=1.0))
+    returned, seen = called_back(OneStepDecoder(student, temperature=1.0))
     assert len(seen) == 1
     assert torch.equal(seen[0], returned)

@@ -1,4 +1,4 @@
-"""Cached scores against whole prefixes: ragged rows, replaced tokens, holes."""
+"""Cached scores against whole prefixes: ragged rows, replaced tokens, masked slots."""
 
 import pytest
 import torch
@@ -21,8 +21,10 @@ from models.functional.errors import UsageError
 from models.speculative.cached_scores import CachedScores
 from models.speculative.decode import decode_qstar
 from models.speculative.distribution import MixtureDist
+from models.speculative.options import DraftOptions
 from models.speculative.random_source import TorchRandomSource
 from models.speculative.scores import CausalScores
+from models.speculative.state import TextRules
 
 
 def tiny_llama():
@@ -32,7 +34,7 @@ def tiny_llama():
 
 
 def conversation(rows, rounds, seed=0, length=160):
-    """Requests as decoding makes them: rows go on by different steps, and some of what was said is said otherwise."""
+    """Calls as decoding makes them: rows grow by different steps, and some tokens are replaced."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 50, (rows, length), generator=draw)
     lengths = torch.randint(1, 9, (rows,), generator=draw)
@@ -54,26 +56,26 @@ def test_a_cached_call_gives_what_reading_the_whole_prefix_gives(make, rows):
         torch.testing.assert_close(cached(ids, lengths, count), whole(ids, lengths, count), atol=2e-6, rtol=0)
 
 
-def test_holes_are_kept_within_bounds_and_squeezed_out_without_a_trace():
+def test_masked_slots_stay_within_bounds_and_are_removed():
     model = tiny_qwen(1)
-    cached, squeezed = CachedScores(model), 0
+    cached, removed = CachedScores(model), 0
     for ids, lengths, count in conversation(4, 50, seed=1):
         before = cached.tokens.shape[1]
         cached(ids, lengths, count)
-        squeezed += cached.tokens.shape[1] < before - 8
+        removed += cached.tokens.shape[1] < before - 8
         assert cached.tokens.shape[1] == cached.cache.get_seq_length() <= 1.5 * int(lengths.max()) + 24
-    assert squeezed >= 1
+    assert removed >= 1
 
 
-def test_holes_that_are_not_masked_are_seen():
-    """The control: a cache that forgets which slots are holes is wrong."""
+def test_slots_that_are_not_masked_give_other_scores():
+    """The negative control: a cache that forgets which slots are rejected is wrong."""
     model = tiny_qwen(0)
     cached, whole = CachedScores(model), CausalScores(model)
     worst = 0.0
     for ids, lengths, count in conversation(4, 10):
         worst = max(worst, float((cached(ids, lengths, count) - whole(ids, lengths, count)).abs().max()))
-        cached.real = torch.ones_like(cached.real)
-        cached._held = lambda ids, lengths, real=cached: torch.minimum(real.places.amax(-1) + 1, lengths - 1)
+        cached.valid = torch.ones_like(cached.valid)
+        cached._cached_lengths = lambda ids, lengths: torch.minimum(cached.positions.amax(-1) + 1, lengths - 1)
     assert worst > 0.1
 
 
@@ -98,17 +100,16 @@ SCHEMES = [
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_decoding_with_caches_is_decoding_without(scheme):
-    """float64: the same draws give the same texts, whatever has been rejected on the way."""
+    """float64: the same draws give the same texts, whatever was rejected."""
     models = [tiny_qwen(seed, dtype=torch.float64) for seed in range(3)]
     prompts, lengths = torch.randint(4, 50, (5, 6), generator=torch.Generator().manual_seed(0)), torch.arange(2, 7)
     outs = []
     for kind in (CausalScores, CachedScores):
         third = {"assistant": kind(models[2])} if scheme["draft"] == "assistant" else {}
         rng = TorchRandomSource(torch.Generator().manual_seed(1))
-        outs.append(
-            decode_qstar(kind(models[0]), kind(models[1]), prompts, lengths=lengths, max_new_tokens=24, eos_ids=(3,),
-                         rng=rng, **scheme, **third)
-        )  # fmt: skip
+        pair = kind(models[0]), kind(models[1])
+        rules = TextRules(24, eos_ids=(3,))
+        outs.append(decode_qstar(*pair, prompts, DraftOptions(**scheme), rules, lengths=lengths, rng=rng, **third))
     assert torch.equal(outs[0].tokens, outs[1].tokens)
     assert torch.equal(outs[0].lengths, outs[1].lengths)
     torch.testing.assert_close(outs[0].log_q, outs[1].log_q, atol=1e-10, rtol=0, equal_nan=True)
@@ -116,25 +117,23 @@ def test_decoding_with_caches_is_decoding_without(scheme):
 
 
 @pytest.mark.parametrize("draft", ["theta", "alternate"])
-def test_rows_that_have_ended_are_read_no_more_and_no_forward_is_for_a_few_rows(draft):
-    """Batches shrink to the rows that go on, and a round takes gamma forwards of the drafter whatever rows had open."""
+def test_rows_that_have_ended_are_read_no_more_and_no_forward_pass_is_for_a_few_rows(draft):
+    """Batches shrink to the rows that go on. A round takes gamma forward passes of the drafter, whatever rows are pending."""
     models, seen = [tiny_qwen(seed) for seed in range(2)], []
 
-    class Watched(CachedScores):
+    class Recorded(CachedScores):
         def __call__(self, ids, lengths, count):
             seen.append(len(ids))
             return super().__call__(ids, lengths, count)
 
     prompts = torch.randint(4, 50, (8, 4), generator=torch.Generator().manual_seed(0))
-    out = decode_qstar(
-        *(Watched(model) for model in models), prompts, max_new_tokens=30, eos_ids=(3, 4, 5), draft=draft, gamma=3,
-        rng=TorchRandomSource(torch.Generator().manual_seed(0)),
-    )  # fmt: skip
+    pair, rng = (Recorded(model) for model in models), TorchRandomSource(torch.Generator().manual_seed(0))
+    out = decode_qstar(*pair, prompts, DraftOptions(draft, gamma=3), TextRules(30, eos_ids=(3, 4, 5)), rng=rng)
     assert seen == sorted(seen, reverse=True)
     assert len(set(seen)) > 3
     assert seen[-1] == 1
     assert out.lengths.max() > out.lengths.min()
-    alone = 4  # rounds of one or two rows may all have a place open at once
+    alone = 4  # in rounds of one or two rows, all may be pending
     assert 3 * out.forwards["target"] <= out.forwards["theta"] + alone
     assert out.forwards["theta"] <= 3 * out.forwards["target"] + alone
     assert out.acceptance["theta"] < 0.95
@@ -142,7 +141,7 @@ def test_rows_that_have_ended_are_read_no_more_and_no_forward_is_for_a_few_rows(
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_ragged_batch_is_its_rows_one_by_one(scheme):
-    """With top_k=1 the text is determined, however the drafts fall: batch, row and plain decoding agree."""
+    """With top_k=1 the text is determined, whatever is drafted: batch, row and plain decoding agree."""
     models = [tiny_qwen(seed) for seed in range(3)]
     prompts, lengths = torch.randint(4, 50, (6, 8), generator=torch.Generator().manual_seed(2)), torch.arange(3, 9)
 
@@ -150,8 +149,8 @@ def test_a_ragged_batch_is_its_rows_one_by_one(scheme):
         third = {"assistant": CachedScores(models[2])} if options["draft"] == "assistant" else {}
         rng = TorchRandomSource(torch.Generator().manual_seed(0))
         return decode_qstar(
-            CachedScores(models[0]), CachedScores(models[1]), prompts[rows], lengths=lengths[rows], max_new_tokens=20,
-            mixture=MixtureDist(top_k=1), rng=rng, **third, **options,
+            CachedScores(models[0]), CachedScores(models[1]), prompts[rows], DraftOptions(**options), TextRules(20),
+            lengths=lengths[rows], mixture=MixtureDist(top_k=1), rng=rng, **third,
         ).tokens  # fmt: skip
 
     together = texts(slice(None), **scheme)
@@ -197,6 +196,6 @@ LOCAL = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local
     ],
     ids=["gemma3", "gpt_neo", "mpt", "rwkv", "openai-gpt"],
 )
-def test_models_that_would_count_holes_are_refused(make):
+def test_models_that_would_count_masked_slots_are_refused(make):
     with pytest.raises(UsageError, match="cache=false"):
         CachedScores(make())

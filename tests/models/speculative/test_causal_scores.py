@@ -8,8 +8,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from models.functional.errors import UsageError
 from models.functional.qstar import mix, solve_alpha
 from models.speculative.decode import decode_qstar
+from models.speculative.options import DraftOptions
 from models.speculative.random_source import TorchRandomSource
 from models.speculative.scores import CausalScores, require_same_vocabulary
+from models.speculative.state import TextRules
 
 
 def model(seed, vocabulary=7):
@@ -37,15 +39,8 @@ def test_scores_are_the_models_own_at_ragged_lengths():
 def test_the_figures_of_each_token_are_those_of_the_two_models(draft):
     theta, target = model(0), model(1)
     rng, prompt = TorchRandomSource(torch.Generator().manual_seed(0)), torch.tensor([[1, 2], [3, 4]])
-    out = decode_qstar(
-        CausalScores(theta),
-        CausalScores(target),
-        prompt,
-        max_new_tokens=5,
-        gamma=3,
-        draft=draft,
-        rng=rng,
-    )
+    pair = CausalScores(theta), CausalScores(target)
+    out = decode_qstar(*pair, prompt, DraftOptions(draft, gamma=3), TextRules(5), rng=rng)
     ids = torch.cat([prompt, out.tokens], -1)
     for k in range(5):
         a, b = (m(input_ids=ids[:, : 2 + k]).logits[:, -1].log_softmax(-1) for m in (theta, target))
@@ -56,18 +51,11 @@ def test_the_figures_of_each_token_are_those_of_the_two_models(draft):
 
 
 def test_with_one_model_twice_it_is_plain_sampling():
-    """alpha = 1/2 of equal models, every draft kept, and the forwards that the formula for beta = 1 says."""
+    """alpha = 1/2 of equal models, every draft accepted, and the forward passes of the formula at beta = 1."""
     scores = CausalScores(model(0))
     rng = TorchRandomSource(torch.Generator().manual_seed(0))
-    out = decode_qstar(
-        scores,
-        scores,
-        torch.tensor([[1, 2]]),
-        max_new_tokens=12,
-        gamma=3,
-        draft="alternate",
-        rng=rng,
-    )
+    prompt = torch.tensor([[1, 2]])
+    out = decode_qstar(scores, scores, prompt, DraftOptions("alternate", gamma=3), TextRules(12), rng=rng)
     assert out.acceptance == {"theta": 1.0, "target": 1.0}
     assert out.alpha.eq(0.5).all()
     assert out.forwards == {"theta": 10, "target": 3}  # 3, then 3, 3 and 1 that begin with the proposal
@@ -92,16 +80,8 @@ def test_two_vocabularies_are_refused_by_name_even_where_they_are_equally_large(
 def test_a_request_that_fits_the_context_never_reads_beyond_it(draft):
     small = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=10, n_embd=8, n_layer=1, n_head=1))
     scores, rng = CausalScores(small), TorchRandomSource(torch.Generator().manual_seed(0))
-    out = decode_qstar(
-        scores,
-        scores,
-        torch.ones(5, 3).long(),
-        max_new_tokens=7,
-        gamma=4,
-        eos_ids=(2,),
-        draft=draft,
-        rng=rng,
-    )
+    prompts = torch.ones(5, 3).long()
+    out = decode_qstar(scores, scores, prompts, DraftOptions(draft, gamma=4), TextRules(7, (2,)), rng=rng)
     assert out.tokens.shape == (5, 7)
 
 

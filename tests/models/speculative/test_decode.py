@@ -1,6 +1,6 @@
-"""The law of what q* decoding emits, by enumerating every outcome of every random draw, in float64.
+"""The distribution of what q* decoding generates, by enumerating every outcome of every random draw, in float64.
 
-The same code that samples is run once for each way its draws can fall; controls break one rule at a time and must be seen.
+The sampling code itself runs once for each outcome. Negative controls break one rule at a time and must fail.
 """
 
 import itertools
@@ -15,7 +15,9 @@ from models.functional.errors import UsageError
 from models.functional.qstar import mix, solve_alpha, truncate
 from models.speculative.decode import decode_qstar
 from models.speculative.distribution import MixtureDist
+from models.speculative.options import DraftOptions
 from models.speculative.random_source import TorchRandomSource, enumerate_outcomes
+from models.speculative.state import TextRules
 
 V = 3
 
@@ -28,8 +30,8 @@ def table_model(seed, vocabulary=V, sharp=1.0):
     )
 
     def scores(ids, lengths, count):
-        places = lengths.unsqueeze(-1) + torch.arange(count)
-        return table[ids.gather(1, places - 2), ids.gather(1, places - 1)]
+        positions = lengths.unsqueeze(-1) + torch.arange(count)
+        return table[ids.gather(1, positions - 2), ids.gather(1, positions - 1)]
 
     return scores
 
@@ -38,13 +40,13 @@ THETA, TARGET = table_model(0), table_model(1)
 SMALL = table_model(2, 2), table_model(3, 2)
 ASSISTANT, SMALL_ASSISTANT = table_model(4), table_model(5, 2)
 PROMPT = torch.tensor([[0, 1]])
-LAW_OPTIONS = ("theta_weight", "temperature", "top_k", "top_p")
+MIXTURE_OPTIONS = ("theta_weight", "temperature", "top_k", "top_p")
 
 
-def exact_law(
+def exact_dist(
     length, theta_weight=None, top_k=None, top_p=None, temperature=1.0, eos_id=None, models=(THETA, TARGET), words=V
 ):
-    mixture = {}
+    found = {}
     for text in itertools.product(range(words), repeat=length):
         probability, ids = 1.0, [0, 1]
         for token in text:
@@ -59,22 +61,29 @@ def exact_law(
             alpha = alpha(a, b) if callable(alpha) else alpha
             probability *= truncate(mix(a, b, alpha)[0], top_k, top_p)[0, token].exp().item()
             ids.append(token)
-        mixture[text] = probability
-    return mixture
+        found[text] = probability
+    return found
 
 
-def emitted_law(length, models=(THETA, TARGET), words=V, eos_id=None, **options):
-    """The law of what `decode_qstar` says; options of `MixtureDist` and of decoding alike."""
-    mixture = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
-    rule = MixtureDist(**{name: options.pop(name) for name in list(options) if name in LAW_OPTIONS})
-    options["eos_ids"] = () if eos_id is None else (eos_id,)
+def generated_dist(length, models=(THETA, TARGET), words=V, eos_id=None, assistant=None, **options):
+    """P(text) of `decode_qstar`; options of `MixtureDist` and of `DraftOptions` alike."""
+    found = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
+    mixture = MixtureDist(**{name: options.pop(name) for name in list(options) if name in MIXTURE_OPTIONS})
+    drafting, rules = DraftOptions(**options), TextRules(length, () if eos_id is None else (eos_id,))
 
     def run(rng):
-        return decode_qstar(*models, PROMPT, max_new_tokens=length, rng=rng, mixture=rule, **options)
+        return decode_qstar(*models, PROMPT, drafting, rules, rng=rng, assistant=assistant, mixture=mixture)
 
     for probability, out in enumerate_outcomes(run):
-        mixture[tuple(out.tokens[0].tolist())] += probability
-    return mixture
+        found[tuple(out.tokens[0].tolist())] += probability
+    return found
+
+
+def decode(theta, target, prompts, length, rng, assistant=None, **drafting):
+    """`decode_qstar` with the options of drafts as keywords."""
+    return decode_qstar(
+        theta, target, prompts, DraftOptions(**drafting), TextRules(length), rng=rng, assistant=assistant
+    )
 
 
 def worst(first, second):
@@ -97,28 +106,28 @@ def third(scheme, small=False):
 
 
 @pytest.mark.parametrize("options", [{"gamma": 0}, *SCHEMES], ids=str)
-def test_every_scheme_emits_q_star(options):
-    """Drafts, rejections at every place and the way on after a whole draft all occur; two words where drafts are longer."""
+def test_every_scheme_generates_q_star(options):
+    """Rejections at every position and drafts accepted whole all occur; two tokens where drafts are longer."""
     if options["gamma"] == 2:
         options = third(options, small=True) | {"models": SMALL, "words": 2}
-        assert worst(emitted_law(3, **options), exact_law(3, models=SMALL, words=2)) < 1e-12
+        assert worst(generated_dist(3, **options), exact_dist(3, models=SMALL, words=2)) < 1e-12
     else:
-        assert worst(emitted_law(2, **third(options)), exact_law(2)) < 1e-12
+        assert worst(generated_dist(2, **third(options)), exact_dist(2)) < 1e-12
 
 
 @pytest.mark.parametrize("cost", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("scheme", SCHEMES[2::4], ids=str)
-def test_a_draft_length_that_follows_the_acceptance_keeps_the_law(scheme, cost, monkeypatch):
-    """`auto` looks at what has happened only; every length from 0 to 3 occurs here."""
+def test_a_draft_length_that_follows_the_acceptance_rate_keeps_the_distribution(scheme, cost, monkeypatch):
+    """`auto` depends on past draws only; every length from 0 to 3 occurs here."""
     lengths = []
 
-    def watched(beta, cost, scheme, most, wide):
+    def varied(beta, cost, scheme, longest, position_cost):
         lengths.append(int(beta * 71) % 4)
         return lengths[-1]
 
-    monkeypatch.setattr(decoding, "best_gamma", watched)
+    monkeypatch.setattr(decoding, "best_gamma", varied)
     options = third(scheme, small=True) | {"models": SMALL, "words": 2, "gamma": "auto", "cost": cost}
-    assert worst(emitted_law(3, **options), exact_law(3, models=SMALL, words=2)) < 1e-12
+    assert worst(generated_dist(3, **options), exact_dist(3, models=SMALL, words=2)) < 1e-12
     assert set(lengths) == {0, 1, 2, 3}
 
 
@@ -126,7 +135,7 @@ def test_a_weight_may_be_a_function_of_both_models():
     weight = lambda theta, target: 0.25 + 0.5 * theta[..., 0].exp()  # noqa: E731
     alone = lambda a, b: weight(a, b)  # noqa: E731
     for scheme in SCHEMES[::5]:
-        assert worst(emitted_law(2, theta_weight=weight, **third(scheme)), exact_law(2, theta_weight=alone)) < 1e-12
+        assert worst(generated_dist(2, theta_weight=weight, **third(scheme)), exact_dist(2, theta_weight=alone)) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -143,49 +152,79 @@ def test_a_weight_may_be_a_function_of_both_models():
     ids=str,
 )
 @pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[5], SCHEMES[8], SCHEMES[12]], ids=str)
-def test_options_keep_the_law(options, scheme):
-    assert worst(emitted_law(2, **third(scheme), **options), exact_law(2, **options)) < 1e-12
+def test_options_keep_the_distribution(options, scheme):
+    assert worst(generated_dist(2, **third(scheme), **options), exact_dist(2, **options)) < 1e-12
 
 
-def test_three_tokens_cross_two_rounds():
-    assert worst(emitted_law(3, draft="alternate", gamma=1), exact_law(3)) < 1e-12
+@pytest.mark.parametrize("draft", ["theta", "target", "alternate", "assistant"])
+def test_a_draft_that_follows_a_draft_accepted_whole(draft):
+    """Four tokens: a draft of one, the token after it, and the next draft with the token after that."""
+    options = third({"draft": draft, "gamma": 1}, small=True) | {"models": SMALL, "words": 2}
+    assert worst(generated_dist(4, **options), exact_dist(4, models=SMALL, words=2)) < 1e-12
 
 
 def resample_q(log_q, _):
     return log_q.exp()
 
 
-def test_drawing_q_again_after_a_rejection_is_seen(monkeypatch):
+def test_sampling_q_again_after_a_rejection_fails(monkeypatch):
     monkeypatch.setattr(state, "residual", resample_q)
-    assert worst(emitted_law(2, draft="theta", gamma=1), exact_law(2)) > 1e-3
+    assert worst(generated_dist(2, draft="theta", gamma=1), exact_dist(2)) > 1e-3
 
 
-def test_a_bonus_token_of_the_checker_is_seen(monkeypatch):
-    """Taking the checker's proposal as it is: what ordinary speculative sampling does, where the checker is the target."""
+def test_a_bonus_token_of_the_verifier_fails(monkeypatch):
+    """The verifier's proposal is committed unverified, as in speculative sampling of the verifier itself."""
 
     class Trusting(decoding.QStarRun):
-        def settle(self, rows, tokens, mixture, proposer, proposal):
+        def verify(self, rows, tokens, dist, proposer, proposal):
             if proposer == "target":
-                self.append(rows, tokens, mixture)
+                self.commit(rows, tokens, dist)
                 return rows
-            return super().settle(rows, tokens, mixture, proposer, proposal)
+            return super().verify(rows, tokens, dist, proposer, proposal)
 
     monkeypatch.setattr(decoding, "QStarRun", Trusting)
-    assert worst(emitted_law(2, draft="alternate", gamma=1), exact_law(2)) > 1e-3
+    assert worst(generated_dist(2, draft="alternate", gamma=1), exact_dist(2)) > 1e-3
+
+
+@pytest.mark.parametrize(("candidates", "expected"), [(1, 0.70), (5, 0.83)])
+def test_several_candidates_and_then_q_fail(candidates, expected, monkeypatch):
+    """k candidates, each accepted with min(1, q/p), then q: min(p, q) (1 - R^k)/(1 - R) + R^k q, R = 1 - overlap."""
+
+    class Candidates(decoding.QStarRun):
+        def verify(self, rows, tokens, dist, proposer, proposal):
+            for _ in range(candidates):
+                if self.rng.accept((dist.log_q - proposal)[:, int(tokens)]):
+                    break
+                tokens = self.rng.choose(proposal.exp())
+            else:
+                tokens = self.rng.choose(dist.log_q.exp())
+            self.commit(rows, tokens, dist)
+            return rows
+
+    p, q = torch.tensor([0.9, 0.1]).double(), torch.tensor([0.5, 0.5]).double()  # q* of p and its mirror image
+    models = [lambda ids, lengths, count, p=p: p.log().expand(len(ids), count, -1) for p in (p, p.flip(0))]
+    options = {"models": models, "words": 2, "draft": "theta", "gamma": 1}
+    assert list(generated_dist(1, **options).values()) == pytest.approx(q.tolist())
+    monkeypatch.setattr(decoding, "QStarRun", Candidates)
+    least, rejected = torch.minimum(p, q), 1 - float(torch.minimum(p, q).sum())
+    formula = least * (1 - rejected**candidates) / (1 - rejected) + rejected**candidates * q
+    found = generated_dist(1, **options)
+    assert list(found.values()) == pytest.approx(formula.tolist())
+    assert found[(0,)] == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[::5], ids=str)
-def test_samples_have_the_law_too_and_the_control_has_not(scheme, monkeypatch):
+def test_samples_have_the_distribution_and_those_of_the_control_have_not(scheme, monkeypatch):
     """Chi-square on 9 texts of a batch of 8 000, drawn together: ragged rows do not disturb each other."""
-    n, mixture = 8_000, exact_law(2)
+    n, exact = 8_000, exact_dist(2)
     batch = PROMPT.expand(n, -1)
 
     def p_value():
         rng = TorchRandomSource(torch.Generator().manual_seed(0))
-        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=2, rng=rng, **third(scheme))
+        out = decode(THETA, TARGET, batch, 2, rng, **third(scheme))
         codes = (out.tokens * torch.tensor([V, 1])).sum(-1)
         counts = torch.bincount(codes, minlength=V * V).numpy()
-        return chisquare(counts, [n * mixture[text] for text in itertools.product(range(V), repeat=2)]).pvalue
+        return chisquare(counts, [n * exact[text] for text in itertools.product(range(V), repeat=2)]).pvalue
 
     assert p_value() > 1e-3
     if scheme["verify"] == "token":
@@ -197,7 +236,8 @@ def test_prompts_of_different_lengths_and_the_figures_of_each_token():
     ids = torch.tensor([[0, 1, 2, 0], [1, 2, 0, 0]])
     rng = TorchRandomSource(torch.Generator().manual_seed(3))
     lengths = torch.tensor([4, 2])
-    out = decode_qstar(THETA, TARGET, ids, lengths=lengths, max_new_tokens=6, gamma=3, draft="alternate", rng=rng)
+    drafting = DraftOptions("alternate", gamma=3)
+    out = decode_qstar(THETA, TARGET, ids, drafting, TextRules(6), lengths=lengths, rng=rng)
     assert out.tokens.shape == (2, 6)
     for row, length in enumerate(lengths.tolist()):
         text = ids[row, :length].tolist()
@@ -214,21 +254,21 @@ def test_prompts_of_different_lengths_and_the_figures_of_each_token():
     assert out.forwards["target"] < 6 < out.forwards["theta"] + out.forwards["target"]
 
 
-def test_equal_models_keep_every_draft_and_block_keeps_at_least_as_much():
+def test_drafts_of_equal_models_are_accepted_whole_and_blocks_accept_more():
     batch = PROMPT.expand(500, -1)
-    kept = {}
+    accepted = {}
     for verify in ("token", "block"):
         draw = lambda: TorchRandomSource(torch.Generator().manual_seed(0))  # noqa: E731
-        same = decode_qstar(THETA, THETA, batch, max_new_tokens=6, gamma=3, verify=verify, rng=draw())
+        same = decode(THETA, THETA, batch, 6, draw(), gamma=3, verify=verify)
         assert same.acceptance == {"theta": 1.0}
-        out = decode_qstar(THETA, TARGET, batch, max_new_tokens=12, gamma=4, verify=verify, rng=draw())
-        kept[verify] = out.kept["theta"] / out.drafted
-    assert kept["block"] > kept["token"]
+        out = decode(THETA, TARGET, batch, 12, draw(), gamma=4, verify=verify)
+        accepted[verify] = out.accepted["theta"] / out.drafted_tokens
+    assert accepted["block"] > accepted["token"]
 
 
 def test_texts_end_at_their_end_token():
     rng = TorchRandomSource(torch.Generator().manual_seed(0))
-    out = decode_qstar(THETA, TARGET, PROMPT.expand(50, -1), max_new_tokens=8, gamma=2, eos_ids=(2,), rng=rng)
+    out = decode_qstar(THETA, TARGET, PROMPT.expand(50, -1), DraftOptions(gamma=2), TextRules(8, (2,)), rng=rng)
     for tokens, figures in zip(out.tokens.tolist(), out.log_q, strict=True):
         end = tokens.index(2) if 2 in tokens else 7
         assert all(token == 2 for token in tokens[end + 1 :])
@@ -237,22 +277,22 @@ def test_texts_end_at_their_end_token():
 
 
 @pytest.mark.parametrize("verify", ["token", "block"])
-def test_a_draft_that_is_certain_to_be_refused_may_lead_where_q_does_not_exist(verify):
-    """After word 1, which π_t forbids, the models share no word; q* says word 0 for ever."""
+def test_q_need_not_exist_behind_a_token_that_is_certain_to_be_rejected(verify):
+    """After token 1, which π_t forbids, the models share no token; q* has token 0 alone."""
     theta = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]).double().log()
     target = torch.tensor([0.5, 0.0, 0.5]).double().log()
 
-    def last_word(ids, lengths, count):
+    def last_token(ids, lengths, count):
         return theta[ids.gather(1, lengths.unsqueeze(-1) + torch.arange(count) - 1)]
 
     def always(ids, lengths, count):
         return target.expand(len(ids), count, -1)
 
-    options = {"max_new_tokens": 4, "rng": TorchRandomSource(torch.Generator().manual_seed(0))}
-    out = decode_qstar(last_word, always, torch.zeros(20, 1).long(), gamma=2, verify=verify, **options)
+    rng = TorchRandomSource(torch.Generator().manual_seed(0))
+    out = decode(last_token, always, torch.zeros(20, 1).long(), 4, rng, gamma=2, verify=verify)
     assert (out.tokens == 0).all()
-    with pytest.raises(UsageError, match="no common token"):  # where it is asked for in earnest
-        decode_qstar(last_word, always, torch.ones(1, 1).long(), gamma=2, verify=verify, **options)
+    with pytest.raises(UsageError, match="no common token"):
+        decode(last_token, always, torch.ones(1, 1).long(), 4, rng, gamma=2, verify=verify)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +303,15 @@ def test_a_draft_that_is_certain_to_be_refused_may_lead_where_q_does_not_exist(v
         ({"gamma": -1}, "gamma=-1"),
         ({"gamma": "long"}, "gamma=long"),
         ({"cost": 0.0}, "cost=0.0"),
+        ({"position_cost": -0.1}, "position_cost=-0.1"),
+        ({"length": 0}, "max_new_tokens=0"),
         ({"draft": "assistant"}, "draft=assistant needs a third model"),
         ({"assistant": ASSISTANT}, "a third model needs draft=assistant"),
     ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(UsageError, match=message):
-        decode_qstar(THETA, TARGET, PROMPT, max_new_tokens=2, rng=TorchRandomSource(torch.Generator()), **options)
+        decode(THETA, TARGET, PROMPT, rng=TorchRandomSource(torch.Generator()), **({"length": 2} | options))
 
 
 @pytest.mark.parametrize(
@@ -281,21 +323,21 @@ def test_wrong_options_are_named(options, message):
         ({"top_p": 1.5}, "top_p=1.5"),
     ],
 )
-def test_wrong_options_of_the_law_are_named(options, message):
+def test_wrong_options_of_the_mixture_are_named(options, message):
     with pytest.raises(UsageError, match=message):
         MixtureDist(**options)
 
 
 def g_test_p(options, models, words, length, n, batch=20_000):
-    """p-value of n texts of `length` tokens against the exact law."""
-    mixture = exact_law(length, models=models, words=words)
-    places = torch.tensor([words**k for k in reversed(range(length))])
+    """p-value of n texts of `length` tokens under the exact distribution."""
+    exact = exact_dist(length, models=models, words=words)
+    weights = torch.tensor([words**k for k in reversed(range(length))])
     counts = torch.zeros(words**length)
     rng = TorchRandomSource(torch.Generator().manual_seed(0))
     for _ in range(n // batch):
-        out = decode_qstar(*models, PROMPT.expand(batch, -1), max_new_tokens=length, rng=rng, **options)
-        counts += torch.bincount((out.tokens * places).sum(-1), minlength=words**length)
-    expected = n * torch.tensor(list(mixture.values())).double()
+        out = decode(*models, PROMPT.expand(batch, -1), length, rng, **options)
+        counts += torch.bincount((out.tokens * weights).sum(-1), minlength=words**length)
+    expected = n * torch.tensor(list(exact.values())).double()
     return power_divergence(counts.double().numpy(), expected.numpy(), lambda_="log-likelihood").pvalue
 
 
@@ -311,7 +353,7 @@ LONG = [
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"gamma": 0}, *LONG], ids=str)
 def test_two_hundred_thousand_texts_pass_a_g_test_and_a_biased_rule_fails(options, monkeypatch):
-    """All 4^4 texts of four words, 200 000 samples: every scheme with drafts of 1, 2 and 3."""
+    """All 4^4 texts of four tokens, 200 000 samples: every scheme with drafts of 1 and 3."""
     options = options | ({"assistant": table_model(8, 4)} if options.get("draft") == "assistant" else {})
     assert g_test_p(options, FOUR, 4, 4, 200_000) > 1e-3
     if options.get("verify") == "token":

@@ -1,0 +1,87 @@
+"""Both exactness tests: q* decoders pass them, and decoders with one wrong rule fail."""
+
+import math
+
+import pytest
+import torch
+from helpers.qwen import tiny_qwen
+from scipy.stats import chi2
+
+import models.speculative.decode as decode
+import models.speculative.state as state
+from models.speculative.decoder import QStarDecoder
+from models.speculative.distribution import MixtureDist
+from models.speculative.exactness import enumeration_error, g_test, g_test_of, text_log_probs
+from models.speculative.options import QStarOptions
+
+V = 5
+THETA, TARGET, THIRD = (
+    tiny_qwen(seed, vocabulary=V, eos_token_id=None, pad_token_id=None, bos_token_id=None) for seed in (5, 6, 7)
+)
+PROMPT = torch.tensor([0, 4, 2])
+ALL_TEXTS = torch.cartesian_prod(*[torch.arange(V)] * 2)
+
+
+def build(scheme, **options):
+    """A decoder of texts of two tokens."""
+    sizes = {"response_length": 2, "vocab_size": V, "eos_id": None}
+    return QStarDecoder(THETA, TARGET, scheme, QStarOptions(**options), assistant=THIRD, **sizes)
+
+
+def g_test_p(decoder):
+    return g_test_of(decoder, PROMPT, ALL_TEXTS, 4000, torch.Generator().manual_seed(0))
+
+
+def test_a_g_test_by_hand():
+    """2 Σ O log(O/E) with k - 1 degrees of freedom; rare cells are pooled; a cell of probability 0 must stay empty."""
+    counts, expected = torch.tensor([30.0, 50.0, 20.0]), torch.tensor([0.25, 0.5, 0.25])
+    statistic = 2 * sum(o * math.log(o / e) for o, e in zip([30, 50, 20], [25, 50, 25], strict=True))
+    assert g_test(counts, expected) == pytest.approx(chi2.sf(statistic, 2))
+    rare = torch.tensor([0.01, 0.02, 0.97])
+    pooled = 2 * (4 * math.log(4 / 3) + 96 * math.log(96 / 97))
+    assert g_test(torch.tensor([1.0, 3.0, 96.0]), rare) == pytest.approx(chi2.sf(pooled, 1))
+    assert g_test(torch.tensor([99.0, 1.0]), torch.tensor([1.0, 0.0])) == 0.0
+
+
+def test_the_probabilities_of_all_texts_sum_to_one():
+    log_q = text_log_probs(THETA, TARGET, MixtureDist(), PROMPT, ALL_TEXTS, V)
+    assert log_q.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("verify", ["token", "block"])
+@pytest.mark.parametrize("scheme", ["naive", "theta", "target", "alternate", "ngram", "assistant"])
+def test_every_scheme_passes_both_tests(scheme, verify):
+    decoder = build(scheme, verify=verify)
+    assert enumeration_error(decoder, PROMPT) < 1e-12
+    assert g_test_p(decoder) > 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["theta", "alternate", "ngram"])
+def test_sampling_q_again_after_a_rejection_fails_both(scheme, monkeypatch):
+    monkeypatch.setattr(state, "residual", lambda log_q, _: log_q.exp())
+    assert enumeration_error(build(scheme), PROMPT) > 1e-3
+    assert g_test_p(build(scheme)) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["theta", "target", "alternate"])
+def test_a_token_of_the_verifier_after_a_draft_accepted_whole_fails(scheme, monkeypatch):
+    """The rule of ordinary speculative sampling, where the verifier is the target."""
+
+    def verifiers_token(run, pending, who):
+        tokens = run.rng.choose(pending.verifier.exp()) if pending.proposal is None else pending.proposal
+        rows, own = pending.rows & run.active, run.score(who.drafter, 0, 1)
+        dist = {who.drafter: own, who.verifiers[0]: pending.verifier.unsqueeze(1)}
+        run.commit(rows, tokens, run.next_token_dist(**dist).at(0))
+        return run.active & ~rows, own[:, 0]
+
+    monkeypatch.setattr(decode, "_resolve", verifiers_token)
+    assert enumeration_error(build(scheme), PROMPT) > 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["ngram", "assistant"])
+def test_a_token_of_one_verifier_after_a_third_models_draft_fails(scheme, monkeypatch):
+    def targets_token(run, rows, dist):
+        run.commit(rows, run.rng.choose(dist.target.exp()), dist)
+
+    monkeypatch.setattr(state.QStarRun, "sample", targets_token)
+    assert enumeration_error(build(scheme, gamma=2), PROMPT) > 1e-3
