@@ -185,7 +185,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         return self.planner.block(searched.choices), raw, searched.figures
 
     def _update_codes(self, points: Points) -> int:
-        """Move the codes after the points of all ranks; how many dead ones were reset.
+        """Move the codes to the points of all ranks; the number of dead codes that were reset.
 
         Codes begin anew (k-means) at the first step and at the step where points begin to move to their codes.
         """
@@ -220,7 +220,7 @@ class ConceptPlannerExecutorModule(LeapModule):
     # -- schedules ----------------------------------------------------------------------------------------------------
 
     def step_values(self) -> StepValues:
-        """What the schedules say at this step."""
+        """The values of all schedules at this step."""
         o = self.options
 
         def annealed(ends: tuple[float, float]) -> float:
@@ -232,7 +232,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         )
 
     def final_values(self) -> StepValues:
-        """What the schedules end with, and no token hidden: so texts are measured."""
+        """The last values of all schedules, and no token hidden: with these texts are measured."""
         o = self.options
         weights = {name: last for name, (_, last) in o.weight_ends.items()}
         return StepValues(o.temperatures[1], o.draw_noise[1], 1.0, 0.0, weights)

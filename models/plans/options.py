@@ -54,25 +54,32 @@ def _weights() -> dict[str, Weight]:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """types: {name: {"codes", "most", "least"}}, in planning order; a type of None is left out.
+    """A pair is the first and the last value, linear over the first `anneal_share` of the steps.
 
-    sampler: how the posterior chooses codes. planning: `layout.Planning` of prior and posterior. posterior_reads: `all`
-    (prompt and text) or `text`. signals: {type: signal of the corpus} that each type has to predict. signal_codes: whether
-    the type's codes are the signal's values, for `ema_vq` or `fsq` without search.
-    curriculum: share of the steps after which texts of all lengths count; shorter ones come first. quantise: shares of the
-    steps between which points move to their codes. code_decay: weight of the past in the codes' running means.
-    search: `SearchOptions` by name; None trains straight through to the end. weights: of the losses in `terms.NAMES`, a
-    number or its first and last value; one that is not named is 0. free_bits: nats of a slot's KL without a cost. quota:
-    concepts a text that the loss `quota` asks for.
-    temperatures, noise: of the relaxed draw; noise of 1 draws concepts, 0 takes the most probable. corruption: share of the
-    executor's tokens that are hidden in training. anneal_share: share of the steps over which all pairs go from first to last.
-    plan_temperature, temperature: of concepts and tokens in the sampled decoder. lora_rank: of adapters that are trained with
-    the new tables; None trains all weights.
+    types: {name: {"codes", "most", "least"}} in planning order; least of None is `most`; a type of None is left out.
+    sampler: how the posterior chooses codes.
+    planning: `layout.Planning` of prior and posterior; None: both sequential.
+    posterior_reads: `text` or `all`, prompt and text.
+    signals: {type: signal of the corpus} that types have to predict.
+    signal_codes: whether the codes of these types are the values of their signals; for `ema_vq` or `fsq` without search.
+    curriculum: share of the steps after which texts of all lengths count; shorter texts come first.
+    quantise: shares of the steps between which what is read moves from the points to their codes.
+    code_decay: weight of the past in the codes' running means.
+    search: `SearchOptions` by name; None trains straight through to the end.
+    weights: of the losses in `terms.NAMES`, a number or a pair. A loss that is not named has 0; None: the defaults.
+    free_bits: nats of a slot's KL without a cost.
+    quota: concepts a text that the loss `quota` asks for.
+    temperatures: of the relaxation, a pair.
+    noise: 1 draws concepts from the posterior, 0 takes the most probable ones; a pair.
+    corruption: share of the executor's tokens that are hidden in training, a pair.
+    anneal_share: share of the steps until pairs are at their last value.
+    plan_temperature, temperature: of concepts and of tokens in the sampled decoder.
+    lora_rank: of adapters that are trained with the new tables; None trains all weights.
     """
 
     types: Mapping[str, Mapping[str, int | None] | None] = field(default_factory=_types)
     sampler: Sampler = "ema_vq"
-    planning: Mapping[str, Planning] = field(default_factory=_planning)
+    planning: Mapping[str, Planning] | None = field(default_factory=_planning)
     posterior_reads: PosteriorReads = "text"
     signals: Mapping[str, str] | None = None
     signal_codes: bool = False
@@ -80,7 +87,7 @@ class PlanOptions:
     quantise: tuple[float, float] = (0.1, 0.4)
     code_decay: float = 0.99
     search: Mapping[str, float] | None = field(default_factory=lambda: asdict(SearchOptions()))
-    weights: Mapping[str, Weight] = field(default_factory=_weights)
+    weights: Mapping[str, Weight] | None = field(default_factory=_weights)
     free_bits: float = 0.0
     quota: float | None = None
     temperatures: tuple[float, float] = (1.0, 0.5)
@@ -98,8 +105,11 @@ class PlanOptions:
     def __post_init__(self) -> None:
         for name in ("quantise", "temperatures", "noise", "corruption"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "planning", _planning() | dict(self.planning))
-        weights = {name: tuple(w) if isinstance(w, Sequence) else w for name, w in self.weights.items()}
+        sequential = {"prior": "sequential", "posterior": "sequential"}
+        planning = sequential if self.planning is None else _planning() | dict(self.planning)
+        object.__setattr__(self, "planning", planning)
+        weights = _weights() if self.weights is None else self.weights
+        weights = {name: tuple(weight) if isinstance(weight, Sequence) else weight for name, weight in weights.items()}
         object.__setattr__(self, "weights", weights)
         self._check_choices()
         self._check_weights()

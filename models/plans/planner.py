@@ -57,7 +57,7 @@ class Rounds:
 class Coder:
     """Chooses each slot's code with a quantiser; share: how far the embedding has moved from the point to its code.
 
-    numbers: known codes (B,) of slots with `NamedCodes`, taken in place of the predicted ones; -1 where one is not known.
+    numbers: known codes (B,) of slots with `NamedCodes`, taken instead of the predicted ones; -1 where one is not known.
     points: of the slots chosen so far, (B, d) each, without a gradient.
     """
 
@@ -131,7 +131,7 @@ class Planner:
     """Plans with a shared `UnifiedModel`; it has no weights of its own.
 
     planning: what a slot's choice is conditioned on beside the text (`layout.Planning`). quantiser: gives the logits of the
-    choices in place of the concepts' head.
+    choices instead of the concepts' head.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class Quantiser(nn.Module):
         return any(isinstance(space, CodeSpace) and space.moving for space in self.spaces)
 
     def follow(self, points: Mapping[int, Tensor], decay: float, generator: Generator, *, begin: bool = False) -> int:
-        """Move the codes of every type after the points of its slots, of all ranks; returns how many dead codes were reset.
+        """Move the codes of every type after the points of its slots, of all ranks; the number of dead codes that were reset.
 
         begin: reset all codes to the centres of the points (k-means).
         """

@@ -70,8 +70,8 @@ class SampledPlans:
 class QuantisedPlans:
     """The codes of the posterior's points.
 
-    signal_codes: types whose codes are values of signals. A known value is taken in the place of what the posterior predicts,
-    so that executor and prior never learn from a wrong one.
+    signal_codes: types whose codes are values of signals. A known value is taken instead of the predicted one, so that
+    executor and prior never learn from a wrong one.
     """
 
     is_random = False

@@ -57,7 +57,7 @@ class UnifiedModel(nn.Module):
     # -- in -----------------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor, type_ids: Tensor) -> Tensor:
-        """Embeddings (B, L, D) of text and concepts alike."""
+        """Embeddings (B, L, D) of text and concepts."""
         base = self.vocabulary.base
         is_new = (ids >= base).unsqueeze(-1)
         text = self.backbone.get_input_embeddings()(ids.clamp(max=base - 1))
