@@ -48,7 +48,7 @@ def _planning() -> dict[str, Planning]:
 
 
 def _weights() -> dict[str, Weight]:
-    given = {"text": 1.0, "planner": 1.0, "bag": 1.0, "commitment": 0.25, "usage": (1.0, 0.0)}
+    given = {"text": 1.0, "planner": 1.0, "posterior": 1.0, "bag": 1.0, "commitment": 0.25, "usage": (1.0, 0.0)}
     return {name: given.get(name, 0.0) for name in NAMES}
 
 
