@@ -43,7 +43,7 @@ def trained_decoder(folder: Path, data: Any, temperature: float, device: torch.d
         module = load_planned(folder)
         _fitting(module.model.backbone, data)
         module.to(device)
-        options = {"plan_temperature": min(module.plan_temperature, temperature), "temperature": temperature}
+        options = {"plan_temperature": min(module.options.plan_temperature, temperature), "temperature": temperature}
         return PlannedDecoder(module.planner, module.executor, length, vocab_size=words, **options)
     model = _fitting(trained.load_trained(folder), data).to(device)
     return trained.trained_decoder(model, length, temperature, vocab_size=words)

@@ -1,4 +1,4 @@
-"""A training step of planner and executor with slots planned in sequence, types side by side, and all slots at once.
+"""Time of a training step of planner and executor with slots planned in sequence, types in parallel, or all slots at once.
 
 python benchmarks/concept_planning.py
 Legend: B batch, P prompt columns, R response columns, S slots.
@@ -35,10 +35,10 @@ SEQUENTIAL = "sequential"
 FORMS = (SEQUENTIAL, "types", "slots")
 
 READING = """
-A ratio is the time over that of planning in sequence, in the same round, median [first, third quartile]; times faster is one
-over it. Every row is forward and backward of the same model: the first draws plans from the posterior, which is all that
-the forms do differently; the whole step adds the executor's reading of the text and the prior's price, which are one forward
-each in every form. Before timing, plans of a single type were drawn alike in sequence and side by side, gradients included.
+A ratio is the time divided by that of sequential planning in the same round, median [first, third quartile]; times faster is
+its inverse. Every row is forward and backward of one model. The first rows draw plans from the posterior; only this differs
+between the forms. The whole step adds the executor's NLL of the text and the prior's NLL of the plan, one forward pass each in
+every form. Before timing it was checked that a single type has the same gradients in sequence and in parallel.
 """
 
 
@@ -65,11 +65,11 @@ def draw(model: UnifiedModel, form: str, text: Tensor, seed: int) -> Plan:
 
 
 def step(model: UnifiedModel, form: str, text: Tensor, args: argparse.Namespace) -> Tensor:
-    """Draw, write and price; the loss after its backward."""
+    """Draw plans, NLL of text and plans; the loss after its backward pass."""
     model.zero_grad(set_to_none=True)
-    plan, said, asked = draw(model, form, text, args.seed), text[:, args.prompt :], text[:, : args.prompt]
-    nll = token_nll(Executor(model).logits(plan.ids, plan.embeds, said), said).mean()
-    log_p = Planner(model).score(asked, torch.ones_like(asked, dtype=torch.bool), plan.choices).log_softmax(-1)
+    plan, response, prompt = draw(model, form, text, args.seed), text[:, args.prompt :], text[:, : args.prompt]
+    nll = token_nll(Executor(model).logits(plan.ids, plan.embeds, response), response).mean()
+    log_p = Planner(model).score(prompt, torch.ones_like(prompt, dtype=torch.bool), plan.choices).log_softmax(-1)
     loss = nll + plan_nll(log_p, plan.choices, plan.open_slots).mean()
     loss.backward()
     return loss.detach()
@@ -81,7 +81,7 @@ def draw_alone(model: UnifiedModel, form: str, text: Tensor, args: argparse.Name
 
 
 def check_equal(args: argparse.Namespace, text: Tensor) -> float:
-    """The largest difference of gradients between the forms that must agree, of one type; stops where they do not."""
+    """The largest difference of gradients between sequential and parallel planning of one type; stops where they differ."""
     model, found = build_model(args, 1, text.device), {}
     for form in (SEQUENTIAL, "types"):
         loss = step(model, form, text, args)

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from callbacks.monitors.rows import in_parts
 from models.functional.plan_information import code_ceiling, entropy
+from models.functional.rows import signal_columns
 from models.interfaces.probes import ConceptProbe, find_probe
 
 
@@ -30,7 +31,8 @@ class CodeCeiling(Callback):
         # 1. every text, its concepts and its probability with and without each prompt
         data, (prompt, texts) = trainer.datamodule, listed
         rows = rows_of(prompt, texts, pl_module.device)
-        codes = torch.unique(probe.concepts_of(rows).cpu(), dim=0, return_inverse=True)[1]
+        rows |= signal_columns(data.signals(rows))
+        codes = torch.unique(probe.concepts(rows).cpu(), dim=0, return_inverse=True)[1]
         reveals, counts = torch.unique(data.rows["test"].columns["reveal"], dim=0, return_counts=True)
         conditional = torch.stack(
             [data.distribution.log_prob(texts, one.expand(len(texts), -1)).exp() for one in reveals]

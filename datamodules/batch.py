@@ -5,6 +5,7 @@ Legend: B batch, P prompt columns, R response columns, L = P + R.
     input_ids      (B, L) int64  prompt left-padded to P columns, response padded with end-of-text to R columns
     attention_mask (B, L) bool   False only on the prompt's left padding (a response's trailing end-of-text is real text)
     response_mask  (B, L) bool   True on the R response columns
+    signal/<name>  (B,)   int64  known property of each row's text, of corpora with signals (`signal_sizes`)
 
 Because the response always fills the last R columns, `input_ids[:, -R:]` is the response of every row.
 """

@@ -21,6 +21,7 @@ from datamodules.sources import Source
 from datamodules.text_signals import TextSignals
 from datamodules.tokenizer import build_tokenizer
 from models.functional.errors import UsageError
+from models.functional.rows import signal_columns
 
 
 @dataclass
@@ -114,6 +115,8 @@ class PairsDataModule(PromptResponseDataModule):
         self.scorer = self._scorer(pairs)
         _print_statistics(self.name, splits, self.tokenizer.unk_token_id)
         self.rows = {name: self._rows(split) for name, split in splits.items()}
+        for rows in self.rows.values():
+            rows.columns |= signal_columns(self.signals(rows.columns))
 
     def facts(self) -> dict[str, str | float | None]:
         ids = self.rows["test"].columns["row_index"].tolist()

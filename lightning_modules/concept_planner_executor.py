@@ -1,182 +1,260 @@
 """ConceptPlannerExecutorModule: a prompt becomes a short plan of discrete concepts, and the plan alone becomes the text.
 
-u prompt, x text, z plan. Legend: B batch, R response columns, S concept slots.
+u prompt, x text, z plan. Legend: B batch, R response columns, S concept slots, C columns of a plan's block, D width.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from lightning_modules.base import LeapModule
 from models.backbones.causal_lm import require_causal, with_adapters
-from models.backbones.code_space import Sampler, require_whole_codes
+from models.backbones.code_space import require_whole_codes
 from models.functional.bag_of_words import bag_of_words_nll
 from models.functional.bits_per_byte import token_nll
-from models.functional.errors import require_choice
+from models.functional.curriculum import length_limit, mean_of_short, text_lengths
+from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
-from models.functional.rows import response_columns
+from models.functional.rows import signals_of
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
+from models.interfaces.probe_batch import EStep
 from models.plans.bag import BagOfWords
 from models.plans.decoder import PlannedDecoder
 from models.plans.executor import Executor
 from models.plans.files import save_plans
 from models.plans.hard_em import build_hard_em
-from models.plans.layout import Planning
+from models.plans.history import PlanHistory
 from models.plans.meter import PlanMeter
-from models.plans.options import check_options, check_signal_codes, pair
+from models.plans.options import PlanOptions, plain
 from models.plans.planner import Plan, Planner
-from models.plans.probes import PlanProbes
-from models.plans.terms import NAMES, plan_terms, slots_of
-from models.plans.training import PlanTraining
+from models.plans.probe import PlanProbe
+from models.plans.rows import posterior_input, prompt_of, response_of
+from models.plans.signals import SignalCodes, SignalHeads, log_prob_of_plans
+from models.plans.sources import PlanSource, Points, QuantisedPlans, SampledPlans, StepValues
+from models.plans.terms import plan_terms
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
 
-# in a checkpoint: earlier plans of validation texts, a quantiser's codes, the best plans of training rows
-BEFORE, CODES, FOUND = "concepts_before", "concepts_codes", "concepts_found"
+# keys of a checkpoint: plans of validation texts, a quantiser's codes, the best plans of training rows
+PREVIOUS, CODES, FOUND = "concepts_before", "concepts_codes", "concepts_found"
+
+Block = tuple[Tensor, Tensor]  # ids (B, C) and embeddings (B, C, D) of a plan, as the executor reads them
 
 
-class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
-    """model: a causal LM, shared by planner and executor. types: {name: {"codes", "most", "least"}}, in planning order.
+class ConceptPlannerExecutorModule(LeapModule):
+    """model: a causal LM, shared by prior, posterior and executor. options, changes: see `PlanOptions`.
 
-    weights: of each loss in `terms.NAMES`; 0 or none switches it off. free_bits: nats that each slot's KL may have for nothing.
-    quota: concepts a text that the quota loss asks for.
-    sampler: how the posterior chooses, `quantiser.Sampler`. planning: {"prior", "posterior"}: `layout.Planning` of each.
-    posterior_reads: `all` (prompt and text) or `text`. search: hard EM, `hard_em.OPTIONS`; None trains straight through.
-    signals: {type: signal of the corpus} that each type has to predict. signal_codes: whether the type's codes are the
-    signal's values (`signals.SignalCodes`), for `ema_vq` or `fsq` without search. curriculum: share of the steps after which
-    texts of all lengths count; shorter ones come first.
-    quantise: shares of the steps between which a quantiser's points move to their codes. code_decay: of the codes' means.
-    A weight is a number or a pair. Pairs go from their first to their second value, linearly over `anneal_share` of the
-    steps. temperatures: the relaxation's. noise: 1 draws concepts from the posterior, 0 takes the most probable ones.
-    corruption: share of the executor's words that are hidden from it in training.
-    lora_rank: adapters that train in the backbone's place, beside the new tables; None trains all.
+    source: where plans of texts come from. em: the search for better plans, None without one. probe: what monitors read.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        types: Mapping[str, Mapping[str, int | None] | None],
-        weights: Mapping[str, float | Sequence[float]],
-        sampler: Sampler = "gumbel_st",
-        planning: Mapping[str, Planning] | None = None,
-        posterior_reads: Literal["all", "text"] = "all",
-        search: Mapping[str, float] | None = None,
-        signals: Mapping[str, str] | None = None,
-        signal_codes: bool = False,
-        curriculum: float = 0.0,
-        quantise: tuple[float, float] = (0.1, 0.4),
-        code_decay: float = 0.99,
-        free_bits: float = 0.0,
-        quota: float | None = None,
-        temperatures: tuple[float, float] = (1.0, 0.5),
-        noise: tuple[float, float] = (1.0, 1.0),
-        corruption: tuple[float, float] = (1.0, 0.0),
-        anneal_share: float = 0.6,
-        plan_temperature: float = 1.0,
-        temperature: float = 1.0,
-        lora_rank: int | None = None,
-        lr: float = 2e-3,
-        weight_decay: float = 0.01,
-        warmup_steps: int = 100,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed)
+    options_class: ClassVar[type[PlanOptions]] = PlanOptions
+
+    def __init__(self, model: nn.Module, options: PlanOptions | None = None, **changes: Any) -> None:
+        options = replace(options or self.options_class(), **changes)
+        super().__init__(
+            lr=options.lr, weight_decay=options.weight_decay, warmup_steps=options.warmup_steps, seed=options.seed
+        )
         require_causal(model, "concepts")
-        check_options(weights, quota, temperatures, noise, corruption, anneal_share)
-        self.save_hyperparameters(ignore=["model"])
-        vocabulary = ConceptVocabulary(types, model.get_input_embeddings().num_embeddings)
-        if lora_rank is not None:
-            model = with_adapters(model, lora_rank)
-        self.named = tuple(signals or ()) if signal_codes else ()
-        self.model = UnifiedModel(model, vocabulary, sampler, self.named)
-        planning = {"prior": "sequential", "posterior": "sequential"} | dict(planning or {})
-        self.planner, self.executor = Planner(self.model, planning["prior"]), Executor(self.model)
-        self.posterior = Planner(self.model, planning["posterior"], self.model.quantiser)
-        require_choice("module.posterior_reads", posterior_reads, ("text", "all"))
-        self.posterior_reads = posterior_reads
-        self.em = build_hard_em(search, self.planner, self.posterior, self.executor)
+        self.options = options
+        self.save_hyperparameters(plain(options))
+        # 1. one network, which is planner and executor
+        vocabulary = ConceptVocabulary(options.types, model.get_input_embeddings().num_embeddings)
+        if options.lora_rank is not None:
+            model = with_adapters(model, options.lora_rank)
+        self.model = UnifiedModel(model, vocabulary, options.sampler, options.signal_types)
+        # 2. prior p(z | u), posterior q(z | u, x), executor p(x | z)
+        self.planner = Planner(self.model, options.planning["prior"])
+        self.posterior = Planner(self.model, options.planning["posterior"], self.model.quantiser)
+        self.executor = Executor(self.model)
+        # 3. where the plan of a training text comes from
+        self.signal_codes = SignalCodes(vocabulary, options.signals) if options.signal_codes else None
+        self.source = self.build_source()
+        self.em = build_hard_em(options.search_options, self.planner, self.posterior, self.executor)
         if self.em is not None:
             self.rank_dependent_reason = "a rank searches plans when its own rows are due; type module.search=null"
-        self.bag = BagOfWords(self.model) if weights.get("bag") else None
-        check_signal_codes(signal_codes, signals, sampler, search, weights.get("signals", 0.0))
-        self.wanted_signals, self.signal_codes = signals, signal_codes
-        self.signals = None  # the corpus knows their sizes
-        self.curriculum = curriculum
-        self.quantise, self.code_decay = tuple(quantise), code_decay
-        self.weights = {name: pair(weights.get(name, 0.0)) for name in NAMES}
-        self.free_bits, self.quota = free_bits, quota
-        noise = noise if self.model.quantiser is None else (0.0, 0.0)  # a quantiser's plan is no draw
-        self.temperatures, self.noise, self.corruption = tuple(temperatures), tuple(noise), tuple(corruption)
-        self.anneal_share = anneal_share
-        self.plan_temperature, self.temperature = plan_temperature, temperature
+        # 4. what else a plan has to predict; the heads of signals are made once the corpus is known
+        self.bag = BagOfWords(self.model) if options.weights.get("bag") else None
+        self.signals: SignalHeads | None = None
+        # 5. figures
+        self.probe = PlanProbe(self.planner, self.executor, self.source, options.posterior_reads)
         names = [t.name for t in vocabulary.types]
-        self.meter = PlanMeter(dict(zip(names, slots_of(vocabulary), strict=True)))
+        self.meter = PlanMeter(dict(zip(names, vocabulary.type_slots, strict=True)))
         self.figures = ModelFigures()
-        self._before: dict[int, Tensor] = {}
+        self.history = PlanHistory()
+
+    def build_source(self) -> PlanSource:
+        reads = self.options.posterior_reads
+        if self.model.quantiser is None:
+            return SampledPlans(self.posterior, reads)
+        return QuantisedPlans(self.posterior, reads, self.model.quantiser, self.signal_codes)
 
     @property
     def probes(self) -> tuple[Any, ...]:
-        return (self,)
+        return (self.probe,)
 
     def require_precision(self, precision: str) -> None:
         require_whole_codes(self.model, precision)
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = self.trainer.datamodule
+        self.probe.tokenizer = data.tokenizer
+        if not self.options.signals or self.signals is not None:
+            return
+        if not hasattr(data, "signal_sizes"):
+            raise UsageError(f"module.signals needs a corpus with signals; {type(data).__name__} has none")
+        if self.signal_codes is not None:
+            self.signal_codes.require(data.signal_sizes)
+        else:
+            self.signals = SignalHeads(self.model, self.options.signals, data.signal_sizes).to(self.device)
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        generator = self.step_generator(batch_idx)
-        hidden = self.annealed(self.corruption, self.anneal_share)
-        # 1. a plan of each text: drawn from q(z | u, x) with a gradient to it, or the best one found
+        generator, now, text = self.step_generator(batch_idx), self.step_values(), response_of(batch)
+        # 1. a plan of each text and its losses: drawn with a gradient to the posterior, or the best one found by search
         searching = self.em is not None and self.em.active(self.progress())
-        prepare = self._searched if searching else self._straight_through
-        (ids, embeds), raw = prepare(batch, generator)
-        # 2. what the text costs given the plan alone, some of its own words hidden; (B, R) nats
-        text = self._text(batch)
-        blank = torch.rand(text.shape, generator=generator, device=self.device) < hidden
-        raw["text"] = self._of_short(token_nll(self.executor.logits(ids, embeds, text, blank), text).mean(-1), text)
+        make_plan = self._searched_plan if searching else self._drawn_plan
+        (ids, embeds), raw, monitors = make_plan(batch, now, generator)
+        # 2. NLL of the text given the plan alone, some of its own tokens hidden; (B, R) nats
+        blank = torch.rand(text.shape, generator=generator, device=self.device) < now.corruption
+        nll = token_nll(self.executor.logits(ids, embeds, text, blank), text)
+        raw["text"] = self._curriculum_mean(nll.mean(-1), text)
+        # 3. what else the plan has to predict: the text's tokens without their order, and its signals
         if self.bag is not None:
-            raw["bag"] = self._of_short(bag_of_words_nll(self.bag(embeds), text), text)
+            raw["bag"] = self._curriculum_mean(bag_of_words_nll(self.bag(embeds), text), text)
         if self.signals is not None:
-            raw["signals"] = -self.signals.log_prob(embeds, self.trainer.datamodule.signals(batch)).mean()
-        # 3. the weighted sum
-        loss = self._weighted(raw, {n: self.annealed(ends, self.anneal_share) for n, ends in self.weights.items()})
+            raw["signals"] = -self.signals.log_prob(embeds, signals_of(batch)).mean()
+        # 4. the weighted sum
+        loss = weighted_sum(raw, now.weights)
         self.log("train/loss", loss, prog_bar=True)
-        share = {} if self.em is None else {"search_share": self.em.share}
-        self.log_monitors(raw | share | {"corruption": hidden})
+        search_share = {} if self.em is None else {"search_share": self.em.share}
+        self.log_monitors(raw | monitors | search_share | {"corruption": now.corruption})
         return self.refuse_nan(loss)
 
+    def _drawn_plan(
+        self, batch: dict[str, Tensor], now: StepValues, generator: Generator
+    ) -> tuple[Block, dict[str, Tensor], dict[str, float]]:
+        """Plans with a gradient to the posterior, their losses, and figures for the log."""
+        # 1. z from q(z | u, x), straight through
+        plan, points = self.source.draw(batch, now, generator)
+        self.probe.relaxation, self.probe.e_step = plan.relaxation, None
+        monitors = {"temperature": now.temperature, "noise": now.noise}
+        # 2. a quantiser's codes follow their points
+        if points:
+            monitors["dead_codes"] = float(self._update_codes(points))
+        # 3. losses of the plan: NLL under the prior p(z | u), rate, usage ...
+        prior = self.planner.score(*prompt_of(batch), plan.choices)
+        raw = self._plan_terms(plan, prior, response_of(batch))
+        if self.signal_codes is not None:
+            log_q = plan.logits.log_softmax(-1)
+            raw["signals"] = -self.signal_codes.log_prob(log_q, signals_of(batch)).mean()
+        return (plan.ids, plan.embeds), raw, monitors
+
+    def _searched_plan(
+        self, batch: dict[str, Tensor], now: StepValues, generator: Generator
+    ) -> tuple[Block, dict[str, Tensor], dict[str, float]]:
+        """The best plans found, their NLL under prior and posterior, and figures for the log."""
+        text, prompt, whole = response_of(batch), prompt_of(batch), self._posterior_input(batch)
+
+        def log_prob_of_signals(due: Tensor, plans: Tensor) -> Tensor:
+            """log p(y | z) of plans (n, K, S) of the due rows, (n, K): a good plan predicts its text's signals."""
+            own = {name: values[due] for name, values in signals_of(batch).items()}
+            embeds = self.planner.block(plans.flatten(0, 1))[1]
+            return log_prob_of_plans(self.signals, embeds.unflatten(0, plans.shape[:2]), own)
+
+        # 1. E-step: the cached plans, searched again where they are due
+        extra_score = None if self.signals is None else log_prob_of_signals
+        searched = self.em.plans(
+            batch["row"], prompt, whole, text, self.global_step, generator, self.gathered, extra_score
+        )
+        found = searched.found
+        self.probe.relaxation = None
+        self.probe.e_step = None if found is None else EStep(found.margins, found.gaps, found.flips)
+        # 2. M-step: prior and posterior learn the same plan as the executor, nats a token of text
+        is_open, raw = self.model.layout.open_slots(searched.choices), {}
+        for name, planner, read in (("planner", self.planner, prompt), ("posterior", self.posterior, whole)):
+            log_p = planner.score(*read, searched.choices).log_softmax(-1)
+            raw[name] = plan_nll(log_p, searched.choices, is_open).sum(-1).mean() / text.shape[1]
+        return self.planner.block(searched.choices), raw, searched.figures
+
+    def _update_codes(self, points: Points) -> int:
+        """Move the codes to the points of all ranks; the number of dead codes that were reset.
+
+        Codes begin anew (k-means) at the first step and at the step where points begin to move to their codes.
+        """
+        points = {slot: self.in_row_order(own) for slot, own in points.items()}
+        begins = round(self.options.quantise[0] * float(self.trainer.estimated_stepping_batches))
+        begin = self.global_step in (0, begins)
+        return self.model.quantiser.follow(points, self.options.code_decay, self.generator_of_all_ranks(), begin=begin)
+
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
-        options = {"tokens": text.shape[1], "floor": self.free_bits, "quota": self.quota, "named": self.named}
-        return plan_terms(plan, prior_logits, self.model.vocabulary, **options)
+        o = self.options
+        return plan_terms(
+            plan,
+            prior_logits,
+            self.model.vocabulary,
+            tokens=text.shape[1],
+            floor=o.free_bits,
+            quota=o.quota,
+            signal_types=o.signal_types,
+        )
 
-    def _prior_logits(self, batch: dict[str, Tensor], choices: Tensor) -> Tensor:
-        return self.planner.score(*self._prompt(batch), choices)
+    def _posterior_input(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return posterior_input(batch, self.options.posterior_reads)
 
-    @staticmethod
-    def _weighted(raw: dict[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-        return sum(weight * raw[name] for name, weight in weights.items() if weight and name in raw)
+    def _curriculum_mean(self, values: Tensor, text: Tensor) -> Tensor:
+        """Mean of values (B,) over the texts that are short enough for this step."""
+        if not self.options.curriculum:
+            return values.mean()
+        lengths = text_lengths(text, self.trainer.datamodule.tokenizer.eos_token_id)
+        limit = length_limit(self.progress(), self.options.curriculum, text.shape[1])
+        return mean_of_short(values, lengths, limit)
 
-    # -- batches ------------------------------------------------------------------------------------------------------
+    # -- schedules ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _text(batch: dict[str, Tensor]) -> Tensor:
-        return batch["input_ids"][:, -response_columns(batch["response_mask"]) :]
+    def step_values(self) -> StepValues:
+        """The values of all schedules at this step."""
+        o = self.options
 
-    def _whole(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the posterior reads."""
-        first = -response_columns(batch["response_mask"]) if self.posterior_reads == "text" else 0
-        return batch["input_ids"][:, first:], batch["attention_mask"][:, first:]
+        def annealed(ends: tuple[float, float]) -> float:
+            return self.annealed(ends, o.anneal_share)
 
-    @staticmethod
-    def _prompt(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        columns = response_columns(batch["response_mask"])
-        return batch["input_ids"][:, :-columns], batch["attention_mask"][:, :-columns]
+        weights = {name: annealed(ends) for name, ends in o.weight_ends.items()}
+        return StepValues(
+            annealed(o.temperatures), annealed(o.draw_noise), self._code_share(), annealed(o.corruption), weights
+        )
+
+    def final_values(self) -> StepValues:
+        """The last values of all schedules, and no token hidden: with these texts are measured."""
+        o = self.options
+        weights = {name: last for name, (_, last) in o.weight_ends.items()}
+        return StepValues(o.temperatures[1], o.draw_noise[1], 1.0, 0.0, weights)
+
+    def _code_share(self) -> float:
+        """0 until the first of `quantise`, 1 from the second on, linear between; shares of the steps."""
+        first, last = (share * float(self.trainer.estimated_stepping_batches) for share in self.options.quantise)
+        return min(1.0, max(0.0, (self.global_step - first) / max(1.0, last - first)))
+
+    # -- search -------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        if self.em is not None:
+            self.em.prepare(len(self.trainer.datamodule.rows["train"]))
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if self.em is not None:
+            self.em.step_begins()
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if self.em is not None:
+            self.em.step_ends()
 
     # -- figures ------------------------------------------------------------------------------------------------------
 
@@ -184,66 +262,77 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         self.meter.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._measure(batch, batch_idx, self._before.get(batch_idx))
+        loss, choices = self._measure(batch, batch_idx, self.history.previous(batch["row"]))
+        self.history.add(batch["row"], choices)
         self.log("val/loss", loss, batch_size=len(batch["input_ids"]), sync_dist=True)
         return loss
 
     def on_validation_epoch_end(self) -> None:
+        self.history.close(len(self.model.layout.slot_columns))
         for name, value in self.meter.compute().items():
             self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meter sums over them
 
     @torch.no_grad()
-    def _measure(self, batch: dict[str, Tensor], batch_idx: int, before: Tensor | None) -> Tensor:
-        """Add the batch to the meter, with the same draws whenever it is measured; the loss without hidden words."""
-        generator = self.step_generator(batch_idx, stream=1, epoch=0)
-        text, data = self._text(batch), self.trainer.datamodule
-        # 1. a drawn plan: its prices under posterior and prior, and the text's given it
-        plan = self._drawn(batch, generator, self.temperatures[1], self.noise[1])
-        prior = self._prior_logits(batch, plan.choices)
+    def _measure(
+        self, batch: dict[str, Tensor], batch_idx: int, previous: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add the batch to the meter, with the same draws at every call; the loss and the most probable plans (B, S)."""
+        generator, final = self.step_generator(batch_idx, stream=1, epoch=0), self.final_values()
+        text, data = response_of(batch), self.trainer.datamodule
+        # 1. a plan: its NLL under posterior and prior, and the text's given the plan
+        best = self.source.most_probable(batch)
+        plan = self.source.draw(batch, final, generator)[0] if self.source.is_random else best
+        prior = self.planner.score(*prompt_of(batch), plan.choices)
         nll = token_nll(self.executor.logits(plan.ids, plan.embeds, text), text)
         log_p, log_q = prior.log_softmax(-1), plan.logits.log_softmax(-1)
-        prices = [plan_nll(logs, plan.choices, plan.open_slots) for logs in (log_p, log_q * self.noise[1])]
+        prior_nll, posterior_nll = (
+            plan_nll(logs, plan.choices, plan.open_slots).sum(-1) for logs in (log_p, log_q * final.noise)
+        )
         # 2. the text given another text's plan
-        other = token_nll(self.executor.logits(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text), text)
-        # 3. the most probable plan, and the text that it is turned back into
-        told = self.model.quantiser is not None and not self.training  # a quantiser's plan is no draw
-        best = plan if told else self._most_probable(batch)
-        again = self._written((best.ids, best.embeds), text.shape[1])
+        shuffled = token_nll(self.executor.logits(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text), text)
+        # 3. the most probable plan, and the text written from it
+        written = self._greedy_text((best.ids, best.embeds), text.shape[1])
+        sums = {"text": nll.sum(-1), "shuffled": shuffled.sum(-1), "rebuilt": (written == text).all(-1)}
+        sums |= {"prior": prior_nll, "posterior": posterior_nll}
         # 4. what the corpus knows
-        sums = {"text": nll.sum(-1), "shuffled": other.sum(-1), "rebuilt": (again == text).all(-1)}
-        sums |= {name: price.sum(-1) for name, price in zip(("prior", "posterior"), prices, strict=True)}
         if hasattr(data, "true_nll"):
             sums["truth"] = data.true_nll(batch)
-        plans = data.hidden_plans(batch) if hasattr(data, "hidden_plans") else None
-        self.meter.update(sums, text.shape[1], best.choices, plans, before)
-        if not self.trainer.testing:
-            self._before[batch_idx] = best.choices
-        elif plans is not None:
-            self.meter.update_swaps(plans.roll(1, 0), self._swapped(batch, best.choices))
+        hidden = data.hidden_plans(batch) if hasattr(data, "hidden_plans") else None
+        self.meter.update(sums, text.shape[1], best.choices, hidden, previous)
+        if self.trainer.testing and hidden is not None:
+            self.meter.update_swaps(hidden.roll(1, 0), self._swapped(batch, best.choices))
         raw = {"text": nll.mean(), **self._plan_terms(plan, prior, text)}
-        return self._weighted(raw, {name: last for name, (_, last) in self.weights.items()})
+        return weighted_sum(raw, final.weights), best.choices
 
     def _swapped(self, batch: dict[str, Tensor], choices: Tensor) -> Tensor:
-        """Hidden plans (B, K, A) of the texts written with one type's concepts of the text before it in the batch."""
-        told, length = [], response_columns(batch["response_mask"])
-        for own in slots_of(self.model.vocabulary):
+        """Hidden plans (B, K, A) of the texts written with one type's concepts of the previous text in the batch."""
+        found, prompt = [], prompt_of(batch)[0]
+        for own in self.model.vocabulary.type_slots:
             mixed = choices.clone()
             mixed[:, own] = choices.roll(1, 0)[:, own]
-            ids = torch.cat([batch["input_ids"][:, :-length], self._written(self.planner.block(mixed), length)], -1)
-            told.append(self.trainer.datamodule.hidden_plans(batch | {"input_ids": ids}))
-        return torch.stack(told, 1)
+            text = self._greedy_text(self.planner.block(mixed), response_of(batch).shape[1])
+            rows = batch | {"input_ids": torch.cat([prompt, text], -1)}
+            found.append(self.trainer.datamodule.hidden_plans(rows))
+        return torch.stack(found, 1)
+
+    def _greedy_text(self, block: Block, length: int) -> Tensor:
+        return self.executor.generate_greedily(*block, length, len(self.trainer.datamodule.tokenizer))
 
     # -- comparison ---------------------------------------------------------------------------------------------------
 
     def decoders(self) -> list[Decoder]:
         """Greedy plan and text, then both sampled."""
-        length = self.trainer.datamodule.response_length
-        settings = [(0.0, 0.0), (self.plan_temperature, self.temperature)]
+        data, o = self.trainer.datamodule, self.options
         return [
             PlannedDecoder(
-                self.planner, self.executor, length, plan_temperature=plan, temperature=text, vocab_size=self.words
+                self.planner,
+                self.executor,
+                data.response_length,
+                plan_temperature=plan,
+                temperature=text,
+                vocab_size=len(data.tokenizer),
             )
-            for plan, text in settings
+            for plan, text in ((0.0, 0.0), (o.plan_temperature, o.temperature))
         ]
 
     def on_test_epoch_start(self) -> None:
@@ -251,7 +340,7 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's responses, and the figures of the batch's own texts."""
-        self._measure(batch, batch_idx, None)
+        self._measure(batch, batch_idx)
         return super().test_step(batch, batch_idx)
 
     def model_figures(self) -> dict[str, float]:
@@ -259,11 +348,11 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         if "nll_truth" in figures:
             # most probable plans are a function of the text, so that H(x | z) = H(x) - H(z)
             data = self.trainer.datamodule
-            told = figures["concept_bits"] * math.log(2) / data.response_length
-            figures["nll_floor"] = data.facts()["entropy_nats_per_token"] - told
+            plan_nats = figures["concept_bits"] * math.log(2) / data.response_length
+            figures["nll_floor"] = data.facts()["entropy_nats_per_token"] - plan_nats
         if self.em is not None and self.em.share:
             figures["search_share"] = self.em.share
-        # given its plan a text costs less than it does: not to be compared with what other models call their NLL
+        # the plan was made from the text: this NLL cannot be compared with the NLL of other models
         return {"nll_given_plan": figures.pop("nll"), **figures, **self.figures.values} if figures else {}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -271,15 +360,16 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
         return self.decoders()[-1](batch, self.step_generator(batch_idx, stream=2, epoch=0))
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
-        """Write the model as a folder, adapters added in; `app.trained.load_planned` reads it."""
-        options = dict(self.hparams) | {"module": type(self).__name__, "lora_rank": None}
+        """Write the model as a folder, adapters merged; `app.trained.load_planned` reads it."""
+        options = plain(self.options) | {"module": type(self).__name__, "lora_rank": None}
         return save_plans(self.model, folder, options, tokenizer)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[BEFORE] = dict(self._before)
+        if self.history.choices is not None:
+            checkpoint[PREVIOUS] = self.history.choices
         if self.model.quantiser is not None:  # its codes are no parameters
             checkpoint[CODES] = dict(self.model.quantiser.named_buffers())
         if self.em is not None:
@@ -287,8 +377,15 @@ class ConceptPlannerExecutorModule(PlanTraining, PlanProbes, LeapModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._before = {k: concepts.to(self.device) for k, concepts in checkpoint.get(BEFORE, {}).items()}
+        previous = checkpoint.get(PREVIOUS)
+        # older checkpoints hold the batches of one rank: the first validation then has no flip rate
+        self.history.choices = previous if isinstance(previous, Tensor) else None
         if self.model.quantiser is not None:
             self.model.quantiser.load_state_dict(checkpoint[CODES], strict=False)
         if self.em is not None:
             self.em.load_state_dict(checkpoint.get(FOUND, {}))
+
+
+def weighted_sum(raw: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum of the losses that have a weight and are there."""
+    return sum(weight * raw[name] for name, weight in weights.items() if weight and name in raw)

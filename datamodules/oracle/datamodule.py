@@ -18,6 +18,7 @@ from datamodules.oracle.grammar import SIZES, Grammar, choices, with_style
 from datamodules.oracle.score import OracleScorer
 from datamodules.prompt_response import PromptResponseDataModule
 from models.functional.errors import UsageError, require_at_least
+from models.functional.rows import signal_columns
 
 SPECIAL = ("<pad>", "<eos>", "<mask>", "<unk>")
 
@@ -160,7 +161,8 @@ class OracleDataModule(PromptResponseDataModule):
     def _draw(self, rows: int, generator: Generator) -> TensorRows:
         plans = self.distribution.sample_plans(rows, generator)
         texts = self.distribution.sample_texts(plans, generator)
-        return self._rows(self._hide(plans, generator), texts)
+        drawn = self._rows(self._hide(plans, generator), texts)
+        return TensorRows(drawn.columns | signal_columns(self.signals(drawn.columns)))
 
     def _hide(self, plans: Tensor, generator: Generator) -> Tensor:
         """What each row's prompt reveals: fixed shares of all, part and none, in a fixed interleaving."""

@@ -194,7 +194,7 @@ class OracleDistribution:
             valid = (texts[:, len(template.slots) :] == self.eos_id).all(-1)
             mentioned = {self.index[s.attribute] for s in template.slots if s.attribute is not None}
             for place, slot in enumerate(template.slots):
-                can_say = self.emission[tau][place][:, texts[:, place]].T > 0
+                can_say = (self.emission[tau][place] > 0).T.contiguous()[texts[:, place]]
                 if slot.attribute is None:
                     valid = valid & can_say[:, 0]
                 else:

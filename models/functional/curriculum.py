@@ -1,4 +1,4 @@
-"""From short to long: which texts count at a moment of a training.
+"""A curriculum by length: short texts first.
 
 Legend: B texts, R tokens.
 """
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def text_lengths(text: Tensor, end: int) -> Tensor:
-    """Tokens of each text (B, R) before the ends that fill it up, (B,)."""
+    """Tokens of each text (B, R) before the end tokens that fill it up, (B,)."""
     return text.shape[1] - (text == end).long().flip(-1).cumprod(-1).sum(-1)
 
 
 def length_limit(progress: float, share: float, longest: int) -> float:
-    """The longest text that counts: a quarter of `longest` at first, all after `share` of the steps, linear between."""
+    """The longest text that counts: a quarter of `longest` at first, `longest` after `share` of the steps, linear between."""
     return longest if share <= 0 or progress >= share else longest * (0.25 + 0.75 * progress / share)
 
 

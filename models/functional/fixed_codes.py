@@ -1,6 +1,6 @@
-r"""Codes of a text that nobody learns: what a plan of the same rate has to be better than.
+r"""Codes of a text that are not learned: baselines of learned plans at the same rate.
 
-Legend: B texts, R tokens, V vocabulary, S places of a code.
+Legend: B texts, R tokens, V vocabulary, S positions of a code.
 """
 
 import torch
@@ -16,18 +16,18 @@ def leading_tokens(text: Tensor, count: int) -> Tensor:
 
 
 def surprising_tokens(text: Tensor, surprisal: Tensor, count: int) -> Tensor:
-    """The `count` tokens of each text (B, R) that surprise most, by nats (V,) of each word, in reading order: (B, count).
+    """The `count` tokens of each text (B, R) with the largest surprisal (V,), in reading order: (B, count).
 
-    Of equals the earlier ones.
+    Among equal ones the earlier tokens.
     """
-    places = surprisal[text].argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
-    return text.gather(-1, places)
+    positions = surprisal[text].argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+    return text.gather(-1, positions)
 
 
 def random_hash(text: Tensor, sizes: Tensor) -> Tensor:
-    """A pseudo-random code of each text (B, R), place s below sizes[s]: (B, S), the same for equal texts.
+    """A pseudo-random code of each text (B, R), position s below sizes[s]: (B, S), the same for equal texts.
 
-    Bits are mixed after every token as in SplitMix64 (Steele et al., 2014); each place begins from a number of its own.
+    Bits are mixed after every token as in SplitMix64 (Steele et al., 2014); each position starts from another number.
     """
     state = torch.arange(1, 1 + len(sizes), device=text.device).expand(len(text), -1)
     for token in text.unbind(-1):
@@ -36,13 +36,13 @@ def random_hash(text: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _mixed(state: Tensor) -> Tensor:
-    """Of int64, whose products wrap around."""
+    """SplitMix64 of int64; products wrap around."""
     for shift, factor in MIXING:
         state = (state ^ ((state >> shift) & (LARGEST >> (shift - 1)))) * factor
     return state ^ ((state >> 31) & (LARGEST >> 30))
 
 
 def unigram_surprisal(tokens: Tensor, vocab_size: int) -> Tensor:
-    """-log of each word's share of tokens (...), one added to each count, nats: (V,)."""
+    """-log of each token's share of tokens (...), with one added to each count, nats: (V,)."""
     counts = torch.bincount(tokens.flatten(), minlength=vocab_size).double() + 1
     return counts.sum().log() - counts.log()

@@ -1,7 +1,7 @@
-r"""How long a planned sequence is, when each slot may end it.
+r"""The length of a sequence of concepts that any slot may end.
 
-stop (..., K) holds for each of K slots the chance to end there rather than to name a concept: a probability, or the 0 and 1 of
-a choice with a straight-through gradient. Slots after the end count as stopped (1).
+stop (..., K): for each of K slots the probability that it ends the sequence, or 0 and 1 with a straight-through gradient. Slots
+after the end count as stopped (1).
 
 .. math:: E[n] = \sum_k \prod_{j \le k} (1 - s_j)
 """
@@ -16,11 +16,11 @@ def expected_length(stop: Tensor) -> Tensor:
 
 
 def eos_loss(stop: Tensor) -> Tensor:
-    """-log P(the sequence ends by itself within its K slots) in nats, (..., K) -> (...): what having to cut it costs."""
+    """-log P(the sequence ends by itself within its K slots) in nats, (..., K) -> (...)."""
     never = torch.log1p(-stop.clamp(max=1 - torch.finfo(stop.dtype).eps)).sum(-1)
     return -torch.log(-torch.expm1(never.clamp(max=-torch.finfo(stop.dtype).eps)))
 
 
 def quota_loss(lengths: Tensor, quota: float) -> Tensor:
-    """(mean length - quota)² over a batch of lengths (B,): single texts may spend more where others spend less."""
+    """(mean length - quota)² over a batch of lengths (B,). Only the mean is bound, not single texts."""
     return (lengths.mean() - quota).square()

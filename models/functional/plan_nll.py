@@ -1,4 +1,4 @@
-r"""The price of a plan under a distribution over plans, slot by slot.
+r"""NLL of a plan and KL of two distributions over plans, slot by slot.
 
 .. math:: -\log p(z \mid u) = -\sum_s \log p(z_s \mid z_{<s}, u) \qquad
           \mathrm{KL}(q \| p) = \sum_s \mathrm{KL}\big(q(z_s \mid z_{<s}) \,\|\, p(z_s \mid z_{<s})\big)
@@ -24,5 +24,5 @@ def slot_kl(log_q: Tensor, log_p: Tensor, open_slots: Tensor) -> Tensor:
 
 
 def free_bits(kl: Tensor, floor: float) -> Tensor:
-    """max(kl, floor) of each slot's mean KL (S,), nats: below the floor nothing is asked (Kingma et al., 1606.04934)."""
+    """max(kl, floor) of each slot's mean KL (S,), nats: below the floor there is no gradient (Kingma et al., 1606.04934)."""
     return kl.clamp(min=floor)

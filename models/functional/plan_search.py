@@ -1,9 +1,9 @@
-r"""Which of several plans is best for a text, and how sure, how fresh that choice is.
+r"""Scores of candidate plans of a text, margin of the best, and staleness of an earlier choice.
 
 .. math:: S(z) = \log p(x \mid z) + \lambda \log p(z \mid u)
 
-lambda = 1 finds the most probable plan given text and prompt. log p(x | z) sums over a text's tokens and swamps the prior
-where texts are long: other values temper that.
+lambda = 1 finds the most probable plan given text and prompt. log p(x | z) is a sum over tokens, so that it outweighs the prior
+where texts are long; a larger lambda balances that.
 Legend: B texts, K candidates, S slots.
 """
 
@@ -17,7 +17,7 @@ def plan_score(log_text: Tensor, log_plan: Tensor, prior_weight: float) -> Tenso
 
 
 def repeats(candidates: Tensor) -> Tensor:
-    """Whether a candidate (B, K, S) is the same as one before it, (B, K) bool."""
+    """Which candidates (B, K, S) equal an earlier one of the same text, (B, K) bool."""
     same = (candidates.unsqueeze(2) == candidates.unsqueeze(1)).all(-1)  # (B, K, K)
     return same.tril(-1).any(-1)
 
@@ -31,12 +31,12 @@ def margin(scores: Tensor) -> Tensor:
 
 
 def staleness(new: Tensor, old: Tensor) -> Tensor:
-    """S(z_new) - S(z_old) in nats, both under today's weights: what the plan of before has come to cost; at least 0."""
+    """S(z_new) - S(z_old) in nats, both under the current weights; at least 0."""
     return new - old
 
 
 def next_interval(interval: int, gap: float, tolerance: float, least: int, most: int) -> int:
-    """Steps until plans are searched again: halved where the mean staleness is above `tolerance`, one and a half below half."""
+    """Steps until plans are searched again: halved where mean staleness is above `tolerance`, times 1.5 below half of it."""
     if gap > tolerance:
         interval = interval // 2
     elif gap < tolerance / 2:

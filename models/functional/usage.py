@@ -1,4 +1,4 @@
-r"""Are all codes used? The batch's marginal over codes against the uniform distribution.
+r"""Use of codes: the batch's marginal over codes against the uniform distribution.
 
 Legend: N choices, V codes.
 """
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def usage_kl(probabilities: Tensor, weights: Tensor | None = None) -> Tensor:
-    r"""KL(p̄ || uniform) = ln V - H(p̄) in nats of the mean p̄ of (N, V) rows; 0 when all codes are used alike.
+    r"""KL(p̄ || uniform) = ln V - H(p̄) in nats of the mean p̄ of (N, V) rows; 0 where all codes are equally frequent.
 
-    Each row may be as sharp as it likes: the mean alone is measured. It carries a gradient to every row. weights (N,): how
-    much each row counts; rows that sum to less than 1, such as those that left something out, count that much less.
+    Only the mean is measured; single rows may be sharp. Every row gets a gradient. weights (N,): of each row. A row that sums
+    to less than 1 counts less.
     """
     if weights is not None:
         probabilities = probabilities * weights.unsqueeze(-1)
@@ -24,5 +24,5 @@ def usage_kl(probabilities: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def code_perplexity(probabilities: Tensor) -> Tensor:
-    """exp H(p̄): how many codes are in use, counted by how much; between 1 and V."""
+    """exp H(p̄): the effective number of codes in use, between 1 and V."""
     return probabilities.shape[-1] * torch.exp(-usage_kl(probabilities))

@@ -78,7 +78,7 @@ class ConceptProbe(TextProbe, Protocol):
     posterior_reads: str
     slot_names: list[str]
 
-    def concepts_of(self, rows: dict[str, Tensor]) -> Tensor:
+    def concepts(self, rows: dict[str, Tensor]) -> Tensor:
         """The most probable choices (B, S), as the executor reads them."""
 
     def posterior_concepts(self, rows: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Words from concepts without an executor in between: a short way for the gradient in training, no part of any answer."""
+"""Tokens predicted from concepts without an executor: a short path for the gradient in training, not used to generate."""
 
 import torch
 from torch import Tensor, nn
@@ -7,13 +7,13 @@ from models.plans.unified import UnifiedModel
 
 
 class BagOfWords(nn.Module):
-    """Logits (B, V) of a text's words from its plan's embeddings (B, C, D), each slot with a table of its own."""
+    """Logits (B, V) of a text's tokens from its plan's embeddings (B, C, D), one linear layer over all slots."""
 
     def __init__(self, model: UnifiedModel) -> None:
         super().__init__()
         table = model.backbone.get_input_embeddings().weight
         self.slots = model.layout.slot_columns
-        with torch.random.fork_rng(devices=[]):  # what else is drawn does not depend on it
+        with torch.random.fork_rng(devices=[]):  # other draws of the run do not depend on this layer
             self.head = nn.Linear(len(self.slots) * table.shape[1], len(table), device=table.device, dtype=table.dtype)
 
     def forward(self, embeds: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The best plan found so far of every training row, the same on all ranks, and when it is worth looking again.
+"""The best plan found so far of every training row, the same on all ranks, and when to search again.
 
 Legend: N training rows, B rows of a batch, S slots.
 """
@@ -16,13 +16,13 @@ NEVER = -1
 
 @dataclass
 class Refresh:
-    """A plan is searched again after `interval` steps: fewer where plans were stale by more than `tolerance` nats.
+    """A plan is searched again after `interval` steps; the interval shrinks where staleness is above `tolerance` nats.
 
-    enough: rows searched again (or all, if fewer) without which nothing is said of the mean staleness: it differs much from
-    row to row.
+    enough: rows searched again (or all, if fewer) before the mean staleness counts, because it varies much between rows.
+    least, most: limits of the interval.
     """
 
-    interval: int = 500
+    interval: int = 250
     tolerance: float = 0.5
     enough: int = 256
     least: int = 50
@@ -32,11 +32,11 @@ class Refresh:
 class PlanCache:
     """Dense tensors by row number, on the CPU: choices (N, S), scores (N,) nats, and the step (N,) at which they were found.
 
-    It knows nothing of ranks or batches. A run that goes on with another number of either reads the same cache.
+    Its content does not depend on ranks or batches. A run resumed with another number of ranks reads the same cache.
     """
 
     def __init__(self, rows: int, slots: int, refresh: Refresh) -> None:
-        self.choices = torch.zeros(rows, slots, dtype=torch.int16)
+        self.choices = torch.zeros(rows, slots, dtype=torch.int32)
         self.scores = torch.full((rows,), -torch.inf)
         self.found = torch.full((rows,), NEVER)
         self.refresh, self.interval = refresh, refresh.interval
@@ -44,16 +44,16 @@ class PlanCache:
         self.gaps, self.adapted = torch.zeros(2, dtype=torch.float64), 0
 
     def known(self, rows: Tensor) -> Tensor:
-        """(B,) bool: rows (B,) that have a plan."""
+        """Which of the rows (B,) have a plan, (B,) bool."""
         return self.found[rows.cpu()].ne(NEVER).to(rows.device)
 
     def due(self, rows: Tensor, step: int) -> Tensor:
-        """(B,) bool: rows without a plan, or whose plan is older than the interval."""
+        """Which of the rows (B,) have no plan, or one that is at least `interval` steps old, (B,) bool."""
         found = self.found[rows.cpu()]
         return ((found == NEVER) | (step - found >= self.interval)).to(rows.device)
 
     def get(self, rows: Tensor) -> Tensor:
-        """Choices (B, S) of rows (B,)."""
+        """The plans (B, S) of rows (B,)."""
         return self.choices[rows.cpu()].long().to(rows.device)
 
     def put(self, rows: Tensor, choices: Tensor, scores: Tensor, step: int) -> None:
@@ -63,9 +63,9 @@ class PlanCache:
         self.found[rows] = step
 
     def adapt(self, gaps: Tensor, step: int) -> None:
-        """Once an interval, set the next by the mean staleness (B,) of plans that were searched again since, NaN for others.
+        """Adapt the interval, at most once an interval, to the mean staleness of plans that were searched again since.
 
-        It waits until these are `enough`.
+        gaps (B,): staleness in nats, NaN for rows that were not searched again. Nothing changes before there are `enough`.
         """
         again = gaps[~gaps.isnan()].double()
         self.gaps += torch.tensor([again.sum(), len(again)], dtype=torch.float64)
@@ -83,4 +83,5 @@ class PlanCache:
         self.choices, self.scores, self.found, self.gaps = (
             state[name].clone() for name in ("choices", "scores", "found", "gaps")
         )
+        self.choices = self.choices.int()  # older checkpoints hold 16 bits
         self.interval, self.adapted = int(state["interval"]), int(state["adapted"])

@@ -1,4 +1,4 @@
-"""Prompt -> plan -> text as a `Decoder`: the plan is the prior's, the text is written from it alone.
+"""Prompt -> plan -> text as a `Decoder`: the prior writes the plan, the executor writes the text from the plan alone.
 
 Legend: B batch, L columns of a row, R response columns.
 """
@@ -12,9 +12,9 @@ from models.plans.planner import Planner, sampled
 
 
 class PlannedDecoder:
-    """plan_temperature, temperature: of the concepts and of the words; 0 takes the most probable everywhere.
+    """plan_temperature, temperature: of concepts and tokens; 0 takes the most probable.
 
-    forwards: one for each slot of a plan and each token of a response, all with key-value caches.
+    forwards: forward passes, one for each slot of a plan and each token of a response, all with key-value caches.
     """
 
     method = "student"

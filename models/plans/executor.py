@@ -1,4 +1,4 @@
-"""The executor: concepts in, text out. It reads [<BOS>, plan, <TEXT>] and its own words, never the prompt.
+"""The executor p(x | z): concepts in, text out. It reads [<BOS>, plan, <TEXT>] and the text so far, never the prompt.
 
 Legend: B batch, C columns of a plan's block, R text columns, D width, V text vocabulary.
 """
@@ -13,7 +13,7 @@ from models.plans.unified import Reading, UnifiedModel
 
 
 class Executor:
-    """Scores and says text given a plan, with a shared `UnifiedModel`; it has no weights of its own."""
+    """Scores and generates text given a plan, with a shared `UnifiedModel`; it has no weights of its own."""
 
     def __init__(self, model: UnifiedModel) -> None:
         self.model, self.layout = model, model.layout
@@ -21,15 +21,15 @@ class Executor:
     def logits(self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, blank: Tensor | None = None) -> Tensor:
         """Logits (B, R, V) of each token of text (B, R) given the plan and the tokens before it.
 
-        blank (B, R) bool: tokens that are read as <BLANK>, so that what follows has to come from the plan.
+        blank (B, R) bool: tokens that are read as <BLANK>, so that the tokens after them have to come from the plan.
         """
         # 1. the plan
         embeds, columns = self._opening(plan_ids, plan_embeds)
-        # 2. all words but the last, some of them blank
+        # 2. all tokens but the last, some of them blank
         read = text if blank is None else text.masked_fill(blank, self.layout.vocabulary.blank)
-        words = self._words(read[:, :-1], 0)
-        # 3. each word from the column before it
-        states = self.model.states(torch.cat([embeds, words[0]], 1), joined(columns, words[1]))
+        tokens = self._tokens(read[:, :-1], 0)
+        # 3. each token from the column before it
+        states = self.model.states(torch.cat([embeds, tokens[0]], 1), joined(columns, tokens[1]))
         return self.model.text_logits(states[:, embeds.shape[1] - 1 :])
 
     @torch.no_grad()
@@ -44,20 +44,25 @@ class Executor:
         vocab_size: int | None = None,
         on_tokens: TokenCallback | None = None,
     ) -> Tensor:
-        """Texts (B, length) of plans, one forward a word, the most probable words at temperature 0.
+        """Texts (B, length) of plans, one forward pass a token; greedy at temperature 0.
 
-        vocab_size: ids from there on are padding of the output layer and never said. on_tokens: see `Decoder`.
+        vocab_size: ids from there on are padding of the output layer and never generated. on_tokens: see `Decoder`.
         """
-        reading, said = Reading(self.model), []
+        reading, tokens = Reading(self.model), []
         states = reading.read(*self._opening(plan_ids, plan_embeds))
-        for place in range(length):
+        for position in range(length):
             logits = self.model.text_logits(states[:, -1])[:, :vocab_size]
-            said.append(gumbel_argmax(logits, temperature, generator))
+            tokens.append(gumbel_argmax(logits, temperature, generator))
             if on_tokens is not None:
-                on_tokens(torch.stack(said, -1))
-            if place + 1 < length:
-                states = reading.read(*self._words(said[-1].unsqueeze(-1), place))
-        return torch.stack(said, -1)
+                on_tokens(torch.stack(tokens, -1))
+            if position + 1 < length:
+                states = reading.read(*self._tokens(tokens[-1].unsqueeze(-1), position))
+        return torch.stack(tokens, -1)
+
+    def generate_greedily(self, ids: Tensor, embeds: Tensor, length: int, vocab_size: int) -> Tensor:
+        """The greedy texts (B, length) of plans."""
+        unused = Generator(device=ids.device)
+        return self.generate(ids, embeds, length, unused, temperature=0.0, vocab_size=vocab_size)
 
     def _opening(self, ids: Tensor, embeds: Tensor) -> tuple[Tensor, Columns]:
         """[<BOS>, plan, <TEXT>]"""
@@ -70,8 +75,8 @@ class Executor:
         first, last = ends
         return torch.cat([first, embeds, last], 1), joined(bos, layout.of_block(ids), text)
 
-    def _words(self, ids: Tensor, place: int) -> tuple[Tensor, Columns]:
-        """Text from its word number `place` on."""
+    def _tokens(self, ids: Tensor, first: int) -> tuple[Tensor, Columns]:
+        """Text (B, T) whose first token is number `first`."""
         columns = self.layout.of_text(torch.ones_like(ids, dtype=torch.bool))
-        columns = columns._replace(position_ids=columns.position_ids + place)
+        columns = columns._replace(position_ids=columns.position_ids + first)
         return self.model.embed(ids, columns.type_ids), columns

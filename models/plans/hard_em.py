@@ -1,32 +1,35 @@
-"""Hard EM as part of a training: which plan a batch's rows are trained on, searched now and then and kept between.
+"""Hard EM in a training: the plan that each row of a batch is trained on, searched at intervals and cached in between.
 
 Legend: B rows of a batch on this rank, S slots.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from models.functional.errors import UsageError
 from models.plans.cache import PlanCache, Refresh
-from models.plans.search import ExtraScore, Found, PlanSearch, Read
+from models.plans.executor import Executor
+from models.plans.options import SearchOptions
+from models.plans.planner import Planner
+from models.plans.rows import Tokens
+from models.plans.search import Found, PlanSearch
 
-OPTIONS = {
-    "begin": 0.6,
-    "end": 1.0,
-    "candidates": 4,
-    "explore": 0.25,
-    "prior_weight": 1.0,
-    "interval": 500,
-    "tolerance": 0.5,
-}
+
+class SearchedPlans(NamedTuple):
+    """choices (B, S); found: what this rank searched, None where no row was due; figures: of the search on all ranks."""
+
+    choices: Tensor
+    found: Found | None
+    figures: dict[str, float]
 
 
 class HardEM:
-    """search: finds plans. begin, end: the shares of the steps between which a text is trained on its kept plan.
+    """search: finds plans. begin, end: the shares of the steps between which a text is trained on its cached plan.
 
     interval, tolerance: as in `Refresh`.
     """
@@ -36,7 +39,6 @@ class HardEM:
         self.refresh = Refresh(interval, tolerance)
         self.cache: PlanCache | None = None
         self.seconds = {"search": 0.0, "step": 0.0}
-        self.found: Found | None = None  # by the last search of this rank
         self._waiting: dict[str, Any] | None = None
         self._started = 0.0
 
@@ -60,42 +62,42 @@ class HardEM:
     def plans(
         self,
         rows: Tensor,
-        prompt: Read,
-        seen: Read,
+        prompt: Tokens,
+        posterior_input: Tokens,
         text: Tensor,
         step: int,
         generator: Generator,
         gather: Callable[[Tensor], Tensor],
-        extra_score: Callable[[Tensor], ExtraScore] | None = None,
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The kept plans (B, S) of rows (B,), searched where they are due, and figures of that search.
+        extra_score: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> SearchedPlans:
+        """The cached plans of rows (B,), searched again where they are due.
 
-        gather: stacks a tensor of all ranks, (ranks, ...), so that every rank keeps the whole cache. further: of the rows
-        (B,) bool that are searched, what is added to their score.
+        posterior_input: what the posterior reads. gather: stacks a tensor of all ranks, (ranks, ...), so that every rank has
+        the whole cache. extra_score: due rows (B,) bool, n of them true, and plans (n, K, S) -> nats (n, K), added to
+        the score.
         """
         start = time.perf_counter()
-        # 1. what is kept
-        kept, known, due = self.cache.get(rows), self.cache.known(rows), self.cache.due(rows, step)
+        # 1. the cached plans
+        cached, known, due = self.cache.get(rows), self.cache.known(rows), self.cache.due(rows, step)
         scores, gaps = (torch.full(rows.shape, torch.nan, device=rows.device) for _ in range(2))
-        chosen, self.found = kept, None
+        chosen, found = cached, None
         # 2. the E-step of the rows that are due
         if due.any():
-            mine = [tuple(part[due] for part in read) for read in (prompt, seen)]
-            more = None if extra_score is None else extra_score(due)
-            found = self.search(*mine, text[due], kept[due], known[due], generator, more)
-            chosen = kept.index_put((due,), found.choices)
-            self.found = found
+            read = [tuple(part[due] for part in tokens) for tokens in (prompt, posterior_input)]
+            added = None if extra_score is None else partial(extra_score, due)
+            found = self.search(*read, text[due], cached[due], known[due], generator, added)
+            chosen = cached.index_put((due,), found.choices)
             scores[due], gaps[due] = (values.to(scores.dtype) for values in (found.scores, found.gaps))
         # 3. the same cache on every rank
-        everyone = [gather(part).flatten(0, 1) for part in (rows, chosen, scores, gaps, due)]
-        rows, everyones, scores, gaps, due = everyone
-        self.cache.put(rows[due], everyones[due], scores[due], step)
+        of_all_ranks = [gather(part).flatten(0, 1) for part in (rows, chosen, scores, gaps, due)]
+        rows, choices, scores, gaps, due = of_all_ranks
+        self.cache.put(rows[due], choices[due], scores[due], step)
         self.cache.adapt(gaps, step)
         self.seconds["search"] += time.perf_counter() - start
         figures = {"searched": float(due.float().mean()), "search_interval": float(self.cache.interval)}
-        return chosen, figures
+        return SearchedPlans(chosen, found, figures)
 
-    # -- what it costs ------------------------------------------------------------------------------------------------
+    # -- time ---------------------------------------------------------------------------------------------------------
 
     def step_begins(self) -> None:
         self._started = time.perf_counter()
@@ -105,34 +107,24 @@ class HardEM:
 
     @property
     def share(self) -> float:
-        """Seconds of searching as a share of those of all training steps so far."""
+        """Seconds of searching as a share of the seconds of all training steps so far, those before a checkpoint included."""
         return self.seconds["search"] / self.seconds["step"] if self.seconds["step"] else 0.0
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.cache is None else self.cache.state_dict()
+        return {} if self.cache is None else self.cache.state_dict() | {"seconds": dict(self.seconds)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._waiting, self.cache = state or None, None
+        self.seconds |= state.get("seconds", {})
 
 
-def build_hard_em(options: Mapping[str, float] | None, prior, posterior, executor) -> HardEM | None:
-    """None without options. Errors: UsageError that names module.search.<option>."""
+def build_hard_em(
+    options: SearchOptions | None, prior: Planner, posterior: Planner, executor: Executor
+) -> HardEM | None:
+    """None without options."""
     if options is None:
         return None
-    for name in options:
-        if name not in OPTIONS:
-            raise UsageError(f"module.search.{name} is not known; the options are {', '.join(OPTIONS)}")
-    wanted = OPTIONS | dict(options)
-    if not 0 <= wanted["begin"] <= wanted["end"] <= 1:
-        raise UsageError(
-            f"module.search.begin={wanted['begin']} and end={wanted['end']} must be shares of the steps in this order"
-        )
-    if wanted["candidates"] < 1 or wanted["interval"] < 1 or not 0 <= wanted["explore"] <= 1:
-        raise UsageError("module.search needs candidates and interval of at least 1 and explore from 0 to 1")
-    search = PlanSearch(
-        prior, posterior, executor, int(wanted["candidates"]), wanted["explore"], wanted["prior_weight"]
-    )
-    options = {name: wanted[name] for name in ("begin", "end", "interval", "tolerance")}
-    return HardEM(search, **options)
+    search = PlanSearch(prior, posterior, executor, options.candidates, options.explore, options.prior_weight)
+    return HardEM(search, begin=options.begin, end=options.end, interval=options.interval, tolerance=options.tolerance)

@@ -1,8 +1,8 @@
-"""Where concepts and text stand: columns, positions and types of what planner and executor read.
+"""The layout of plans and text: columns, position ids and type ids of what planner and executor read.
 
-A plan is one block of columns, for each type <SEP_i>, its slots, and one more for an <EOS> after the last slot. Positions start
-again with each type: separator 0, concepts from 1. Text starts at a constant position past the longest type, wherever its
-columns are, so that neither the lengths of a plan nor padding move it.
+A plan is one block of columns. Each type has <SEP_i>, its slots, and one column for an <EOS> after the last slot. Positions
+start again with each type: separator 0, concepts from 1. Text starts at a constant position past the longest type, so that its
+positions depend neither on the length of the plan nor on padding.
 Legend: B batch, T text columns, C columns of a plan's block, S slots.
 """
 
@@ -26,38 +26,38 @@ class Columns(NamedTuple):
     position_ids: Tensor
     type_ids: Tensor
 
-    def take(self, places: Tensor) -> "Columns":
-        """The columns at these places (n,)."""
-        return Columns(*(field[:, places] for field in self))
+    def take(self, index: Tensor) -> "Columns":
+        """The columns of an index (n,)."""
+        return Columns(*(field[:, index] for field in self))
 
 
 def joined(*parts: Columns) -> Columns:
-    """One after the other."""
+    """Columns one after the other."""
     return Columns(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
 
 
 class Round(NamedTuple):
-    """What is decided together: columns of the block that are read first, and the slots chosen from the last of them."""
+    """Slots that are chosen together, from the last of the block's columns that are read before."""
 
     columns: Tensor
     slots: list[int]
 
 
 def types_apart(columns: Columns, asking: int) -> Tensor:
-    """Who sees whom where types do not see each other, (B, 1, asking, L) bool for the last `asking` of L columns.
+    """The attention mask where types do not attend to each other, (B, 1, asking, L) bool, for the last `asking` of L columns.
 
-    A column sees the real ones before it that belong to no type or to its own: one prefix serves all types.
+    A column attends to earlier real columns that belong to no type or to its own.
     """
     length = columns.mask.shape[1]
-    place = torch.arange(length, device=columns.mask.device)
-    earlier = place <= place[length - asking :].unsqueeze(-1)
+    column = torch.arange(length, device=columns.mask.device)
+    earlier = column <= column[length - asking :].unsqueeze(-1)
     kind = columns.type_ids.unsqueeze(1)
     own = (kind == 0) | (kind == kind[..., length - asking :].transpose(1, 2))
     return (earlier & own & columns.mask.unsqueeze(1)).unsqueeze(1)
 
 
 class PlanLayout:
-    """Columns of a vocabulary's plans. slot_columns (S,): where in the block each slot stands."""
+    """Columns of a vocabulary's plans. slot_columns (S,): the column of each slot in the block."""
 
     def __init__(self, vocabulary: ConceptVocabulary) -> None:
         self.vocabulary = vocabulary
@@ -76,25 +76,25 @@ class PlanLayout:
         return len(self.skeleton)
 
     def rounds(self, planning: Planning) -> list[Round]:
-        """In which order slots are chosen. Before each stands the column whose state it is chosen from."""
+        """The order in which slots are chosen, each from the hidden state of the column before it."""
         before = self.slot_columns - 1
         if planning == "slots":
             return [Round(before, list(range(len(before))))]
         if planning == "types":
-            place = self.position_ids[before]
-            rounds = [(place == p).nonzero().flatten() for p in place.unique()]
+            position = self.position_ids[before]
+            rounds = [(position == p).nonzero().flatten() for p in position.unique()]
             return [Round(before[slots], slots.tolist()) for slots in rounds]
         first = [0, *(before[:-1] + 1).tolist()]
         return [Round(torch.arange(f, b + 1), [s]) for s, (f, b) in enumerate(zip(first, before.tolist(), strict=True))]
 
     def unwritten(self, rows: int) -> Tensor:
-        """Ids (rows, C) of a block whose concepts cannot be read: <BLANK> at every slot."""
+        """Ids (rows, C) of a block with <BLANK> at every slot."""
         ids = self.skeleton.clone()
         ids[self.slot_columns] = self.vocabulary.blank
         return ids.expand(rows, -1)
 
     def open_slots(self, choices: Tensor) -> Tensor:
-        """(B, S) bool: slots at which something was chosen, those up to and with the first end of their type."""
+        """Slots up to and including the first end of their type, (B, S) bool."""
         parts = [until_end(own, END) for own in self._by_type(choices)]
         return torch.cat(parts, -1)
 
@@ -112,12 +112,12 @@ class PlanLayout:
         return torch.cat(parts, -1)
 
     def of_block(self, ids: Tensor) -> Columns:
-        """Columns of a block (B, C); <PAD> is not looked at."""
-        place, kind = (part.to(ids.device).expand_as(ids) for part in (self.position_ids, self.type_ids))
-        return Columns(ids != self.vocabulary.pad, place, kind)
+        """Columns of a block (B, C); <PAD> is masked."""
+        position, kind = (part.to(ids.device).expand_as(ids) for part in (self.position_ids, self.type_ids))
+        return Columns(ids != self.vocabulary.pad, position, kind)
 
     def of_text(self, mask: Tensor) -> Columns:
-        """Columns of text (B, T), padded on any side: the first real token stands just past <TEXT>'s position."""
+        """Columns of text (B, T), padded on any side: the first real token comes just past <TEXT>'s position."""
         return Columns(mask, positions_from_mask(mask) + self.text_start + 1, torch.zeros_like(mask, dtype=torch.long))
 
     def of_special(self, like: Tensor, position: int = 0) -> Columns:

@@ -1,4 +1,4 @@
-"""Which type of concepts holds which attribute of a hidden plan, how well, and whether swapping one moves only that.
+"""Which type of concepts encodes which attribute of a hidden plan, how well, and whether swapping a type changes that alone.
 
 Types are matched to attributes one to one (Hungarian). Legend: N texts, K types, A attributes.
 """
@@ -37,16 +37,16 @@ def hungarian_accuracy(codes: Tensor, values: Tensor) -> float:
 
 
 def swap_locality(plans: Tensor, donors: Tensor, swapped: Tensor, pairs: Pairs) -> float:
-    """Share of swaps that moved the matched attribute to the donor's value and left all others, over matched types.
+    """Share of swaps that gave the matched attribute the donor's value and changed no other, over matched types.
 
-    plans, donors (N, A): of the text and of the one whose concepts were put in; swapped (N, K, A): of the text written with
-    type k's concepts of the donor. Only swaps that should change something count; nan where none should.
+    plans, donors (N, A): of the text and of its donor; swapped (N, K, A): of the text written with the donor's concepts of type
+    k. Only swaps that should change an attribute count; nan where there is none.
     """
-    right, asked = 0, 0
+    right, counted = 0, 0
     for kind, attribute in pairs:
         expected = plans.clone()
         expected[:, attribute] = donors[:, attribute]
         counts = (expected != plans).any(-1)
         right += int(((swapped[:, kind] == expected).all(-1) & counts).sum())
-        asked += int(counts.sum())
-    return right / asked if asked else float("nan")
+        counted += int(counts.sum())
+    return right / counted if counted else float("nan")

@@ -1,4 +1,4 @@
-"""Sums and plans collected over batches and ranks, and what is read off them: likelihood, information, stability.
+"""Sums and plans collected over batches and ranks, and their figures: likelihood, information, stability.
 
 Legend: B texts, S concept slots, A attributes of the hidden plan, R tokens of a text.
 """
@@ -20,7 +20,7 @@ SUMS = ("text", "shuffled", "prior", "posterior", "truth", "rebuilt", "texts", "
 
 
 class PlanMeter(Metric):
-    """Nats of whole texts and plans by name; concepts, and hidden plans where the corpus knows them.
+    """NLL of texts and plans; concepts, and hidden plans where the corpus knows them.
 
     types: {name: its slots}; each is matched to one attribute.
     """
@@ -55,12 +55,12 @@ class PlanMeter(Metric):
             self.before.append(before)
 
     def update_swaps(self, donors: Tensor, swapped: Tensor) -> None:
-        """After `update` of the same texts: plans (B, A) of their donors, (B, K, A) of texts with a type's concepts theirs."""
+        """After `update` of the same texts: hidden plans of donors (B, A), and of texts with one type swapped (B, K, A)."""
         self.donors.append(donors)
         self.swapped.append(swapped)
 
     def compute(self) -> dict[str, float]:
-        """Figures by name; {} where nothing was seen. Nats a token, but for rates, which are bits a text."""
+        """Figures by name, {} without texts. Nats a token; rates are bits a text."""
         if self.texts == 0:
             return {}
         nats = {name: float(getattr(self, name)) for name in SUMS}
@@ -89,7 +89,7 @@ class PlanMeter(Metric):
         return figures
 
     def _by_type(self, concepts: Tensor, plans: Tensor) -> dict[str, float]:
-        """NMI and accuracy of each type's attribute, and how local swaps are where some were made."""
+        """NMI and accuracy of each type's attribute, and the locality of swaps where there are some."""
         codes = torch.stack([as_numbers(concepts[:, own]) for own in self.types.values()], -1)
         pairs, shared = match_types(codes, plans)
         names = list(self.types)
@@ -104,14 +104,14 @@ class PlanMeter(Metric):
 
 def _information(concepts: Tensor, plans: Tensor) -> dict[str, float]:
     """Joint information as a share of H(plan), its shuffled control, and slots matched to attributes one to one."""
-    told, of_plan = joint_information(concepts, plans)
+    shared, of_plan = joint_information(concepts, plans)
     if of_plan == 0:
         return {}
     figures = {
-        "joint_information": told / of_plan,
+        "joint_information": shared / of_plan,
         "joint_information_shuffled": shuffled_information(concepts, plans)[0] / of_plan,
     }
     for name, score in (("nmi", normalized_mutual_info_score), ("ami", adjusted_mutual_info_score)):
-        shared = match_types(concepts, plans, score)[1]
-        figures[name] = sum(shared) / len(shared)
+        matched = match_types(concepts, plans, score)[1]
+        figures[name] = sum(matched) / len(matched)
     return figures

@@ -1,56 +1,230 @@
-"""What the options of a planner-executor have to satisfy, one sentence a mistake."""
+"""Options of a planner-executor with all their defaults. Each dataclass checks itself."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args
 
-from models.functional.errors import UsageError
+from models.backbones.code_space import Sampler
+from models.functional.errors import UsageError, require_at_least, require_choice
+from models.plans.layout import Planning
+from models.plans.rows import PosteriorReads
+from models.plans.sources import Code
 from models.plans.terms import NAMES
 
+Weight = float | Sequence[float]
 
-def pair(weight: float | Sequence[float]) -> tuple[float, float]:
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Hard EM.
+
+    begin, end: shares of the steps between which a text is trained on the best plan found for it. candidates, explore,
+    prior_weight: see `PlanSearch`. interval, tolerance: see `Refresh`.
+    """
+
+    begin: float = 0.6
+    end: float = 1.0
+    candidates: int = 4
+    explore: float = 0.25
+    prior_weight: float = 1.0
+    interval: int = 250
+    tolerance: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin <= self.end <= 1:
+            raise UsageError(
+                f"module.search.begin={self.begin} and end={self.end} must be shares of the steps in this order"
+            )
+        if self.candidates < 1 or self.interval < 1 or not 0 <= self.explore <= 1:
+            raise UsageError("module.search needs candidates and interval of at least 1 and explore from 0 to 1")
+
+
+def _types() -> dict[str, dict[str, int | None]]:
+    return {name: {"codes": 8, "most": 1, "least": None} for name in "abcd"}
+
+
+def _planning() -> dict[str, Planning]:
+    return {"prior": "sequential", "posterior": "slots"}
+
+
+def _weights() -> dict[str, Weight]:
+    given = {"text": 1.0, "planner": 1.0, "posterior": 1.0, "bag": 1.0, "commitment": 0.25, "usage": (1.0, 0.0)}
+    return {name: given.get(name, 0.0) for name in NAMES}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """A pair is the first and the last value, linear over the first `anneal_share` of the steps.
+
+    types: {name: {"codes", "most", "least"}} in planning order; least of None is `most`; a type of None is left out.
+    sampler: how the posterior chooses codes.
+    planning: `layout.Planning` of prior and posterior; None: both sequential.
+    posterior_reads: `text` or `all`, prompt and text.
+    signals: {type: signal of the corpus} that types have to predict.
+    signal_codes: whether the codes of these types are the values of their signals; for `ema_vq` or `fsq` without search.
+    curriculum: share of the steps after which texts of all lengths count; shorter texts come first.
+    quantise: shares of the steps between which what is read moves from the points to their codes.
+    code_decay: weight of the past in the codes' running means.
+    search: `SearchOptions` by name; None trains straight through to the end.
+    weights: of the losses in `terms.NAMES`, a number or a pair. A loss that is not named has 0; None: the defaults.
+    free_bits: nats of a slot's KL without a cost.
+    quota: concepts a text that the loss `quota` asks for.
+    temperatures: of the relaxation, a pair.
+    noise: 1 draws concepts from the posterior, 0 takes the most probable ones; a pair.
+    corruption: share of the executor's tokens that are hidden in training, a pair.
+    anneal_share: share of the steps until pairs are at their last value.
+    plan_temperature, temperature: of concepts and of tokens in the sampled decoder.
+    lora_rank: of adapters that are trained with the new tables; None trains all weights.
+    """
+
+    types: Mapping[str, Mapping[str, int | None] | None] = field(default_factory=_types)
+    sampler: Sampler = "ema_vq"
+    planning: Mapping[str, Planning] | None = field(default_factory=_planning)
+    posterior_reads: PosteriorReads = "text"
+    signals: Mapping[str, str] | None = None
+    signal_codes: bool = False
+    curriculum: float = 0.0
+    quantise: tuple[float, float] = (0.1, 0.4)
+    code_decay: float = 0.99
+    search: Mapping[str, float] | None = field(default_factory=lambda: asdict(SearchOptions()))
+    weights: Mapping[str, Weight] | None = field(default_factory=_weights)
+    free_bits: float = 0.0
+    quota: float | None = None
+    temperatures: tuple[float, float] = (1.0, 0.5)
+    noise: tuple[float, float] = (1.0, 1.0)
+    corruption: tuple[float, float] = (1.0, 0.0)
+    anneal_share: float = 0.6
+    plan_temperature: float = 1.0
+    temperature: float = 1.0
+    lora_rank: int | None = None
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("quantise", "temperatures", "noise", "corruption"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        sequential = {"prior": "sequential", "posterior": "sequential"}
+        planning = sequential if self.planning is None else _planning() | dict(self.planning)
+        object.__setattr__(self, "planning", planning)
+        weights = _weights() if self.weights is None else self.weights
+        weights = {name: tuple(weight) if isinstance(weight, Sequence) else weight for name, weight in weights.items()}
+        object.__setattr__(self, "weights", weights)
+        self._check_choices()
+        self._check_weights()
+        self._check_schedules()
+        self._check_signal_codes()
+        _ = self.search_options
+
+    @property
+    def search_options(self) -> SearchOptions | None:
+        """Errors: UsageError that names module.search.<option>."""
+        if self.search is None:
+            return None
+        known = [option.name for option in fields(SearchOptions)]
+        for name in self.search:
+            if name not in known:
+                raise UsageError(f"module.search.{name} is not known; the options are {', '.join(known)}")
+        return SearchOptions(**self.search)
+
+    @property
+    def signal_types(self) -> tuple[str, ...]:
+        """The types whose codes are the values of a signal."""
+        return tuple(self.signals) if self.signal_codes else ()
+
+    @property
+    def weight_ends(self) -> dict[str, tuple[float, float]]:
+        """The first and the last weight of every loss."""
+        return {name: pair(self.weights.get(name, 0.0)) for name in NAMES}
+
+    @property
+    def draw_noise(self) -> tuple[float, float]:
+        """`noise`, which a quantiser has none of."""
+        return self.noise if self.sampler == "gumbel_st" else (0.0, 0.0)
+
+    def _check_choices(self) -> None:
+        require_choice("module.sampler", self.sampler, get_args(Sampler))
+        require_choice("module.posterior_reads", self.posterior_reads, get_args(PosteriorReads))
+        for who, planning in self.planning.items():
+            require_choice("module.planning", who, _planning())
+            require_choice(f"module.planning.{who}", planning, get_args(Planning))
+
+    def _check_weights(self) -> None:
+        for name, weight in self.weights.items():
+            if name not in NAMES:
+                raise UsageError(f"module.weights.{name} is not known; the losses are {', '.join(NAMES)}")
+            if min(pair(weight)) < 0:
+                raise UsageError(f"module.weights.{name}={weight} must be at least 0; 0 switches it off")
+        if not any(map(any, map(pair, self.weights.values()))):
+            raise UsageError(
+                "module.weights are all 0; type for example module.weights.text=1 module.weights.planner=1"
+            )
+        if self.weights.get("quota") and self.quota is None:
+            raise UsageError("module.weights.quota needs a number of concepts a text; type for example module.quota=3")
+        require_at_least(0, module__free_bits=self.free_bits)
+
+    def _check_schedules(self) -> None:
+        ends = {name: list(getattr(self, name)) for name in ("temperatures", "noise", "corruption", "quantise")}
+        temperatures, noise, hidden, moved = ends.values()
+        if len(temperatures) != 2 or min(temperatures) <= 0:
+            raise UsageError(f"module.temperatures={temperatures} must be two numbers above 0, such as [1.0, 0.5]")
+        if len(noise) != 2 or not 0 <= noise[0] <= 1 or noise[1] not in (0, 1):
+            raise UsageError(f"module.noise={noise} must begin between 0 and 1 and end in 0 or 1, such as [0.0, 1.0]")
+        if len(hidden) != 2 or min(hidden) < 0 or max(hidden) > 1:
+            raise UsageError(f"module.corruption={hidden} must be two shares from 0 to 1, such as [0.5, 0.0]")
+        if len(moved) != 2 or not 0 <= moved[0] <= moved[1]:
+            raise UsageError(f"module.quantise={moved} must be two shares in this order, such as [0.1, 0.4]")
+        for name in ("anneal_share", "curriculum", "code_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"module.{name}={getattr(self, name)} must lie between 0 and 1")
+
+    def _check_signal_codes(self) -> None:
+        if not self.signal_codes:
+            return
+        if not self.signals:
+            raise UsageError("module.signal_codes=true needs signals; type for example module.signals={a: who}")
+        if self.sampler == "gumbel_st":
+            raise UsageError(
+                "module.signal_codes=true draws no codes; type module.sampler=ema_vq or module.sampler=fsq"
+            )
+        if self.search is not None:
+            raise UsageError(
+                "module.signal_codes=true leaves nothing to search for in those types; type module.search=null"
+            )
+        if not max(self.weight_ends["signals"]):
+            raise UsageError(
+                "module.signal_codes=true trains the posterior by the loss signals alone; "
+                "type for example module.weights.signals=0.1"
+            )
+
+
+@dataclass(frozen=True)
+class FixedPlanOptions(PlanOptions):
+    """Options of a planner-executor whose plans are not learned: code, tokens as of `FixedPlans`.
+
+    types are used by code=hash alone. Options that say how a plan is learned have no effect.
+    """
+
+    code: Code = "leading"
+    tokens: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("module.code", self.code, get_args(Code))
+        require_at_least(1, module__tokens=self.tokens)
+
+
+def pair(weight: Weight) -> tuple[float, float]:
     """A weight's first and last value; a single number is both."""
     first, last = weight if isinstance(weight, Sequence) else (weight, weight)
     return float(first), float(last)
 
 
-def check_options(
-    weights: Mapping[str, float],
-    quota: float | None,
-    temperatures: tuple[float, float],
-    noise: tuple[float, float],
-    corruption: tuple[float, float],
-    share: float,
-) -> None:
-    for name, weight in weights.items():
-        if name not in NAMES:
-            raise UsageError(f"module.weights.{name} is not known; the losses are {', '.join(NAMES)}")
-        if min(pair(weight)) < 0:
-            raise UsageError(f"module.weights.{name}={weight} must be at least 0; 0 switches it off")
-    if not any(map(any, map(pair, weights.values()))):
-        raise UsageError("module.weights are all 0; type for example module.weights.text=1 module.weights.planner=1")
-    if weights.get("quota") and quota is None:
-        raise UsageError("module.weights.quota needs a number of concepts a text; type for example module.quota=3")
-    if len(temperatures) != 2 or min(temperatures) <= 0:
-        raise UsageError(f"module.temperatures={list(temperatures)} must be two numbers above 0, such as [1.0, 0.5]")
-    if len(noise) != 2 or not 0 <= noise[0] <= 1 or noise[1] not in (0, 1):
-        raise UsageError(f"module.noise={list(noise)} must begin between 0 and 1 and end in 0 or 1, such as [0.0, 1.0]")
-    if len(corruption) != 2 or min(corruption) < 0 or max(corruption) > 1:
-        raise UsageError(f"module.corruption={list(corruption)} must be two shares from 0 to 1, such as [0.5, 0.0]")
-    if not 0 <= share <= 1:
-        raise UsageError(f"module.anneal_share={share} must lie between 0 and 1")
+def plain(options: PlanOptions) -> dict[str, Any]:
+    """Options by name, of types that a checkpoint and JSON can hold."""
+    return _plain(asdict(options))
 
 
-def check_signal_codes(wanted: bool, signals: Any, sampler: str, search: Any, weight: float | Sequence[float]) -> None:
-    """weight: of the loss `signals`."""
-    if wanted and not signals:
-        raise UsageError("module.signal_codes=true needs signals; type for example module.signals={a: who}")
-    if wanted and sampler == "gumbel_st":
-        raise UsageError("module.signal_codes=true draws no codes; type module.sampler=ema_vq or module.sampler=fsq")
-    if wanted and search is not None:
-        raise UsageError(
-            "module.signal_codes=true leaves nothing to search for in those types; type module.search=null"
-        )
-    if wanted and not max(pair(weight)):
-        raise UsageError(
-            "module.signal_codes=true leaves the posterior to the loss signals; type for example module.weights.signals=0.1"
-        )
+def _plain(value: Any) -> Any:
+    return {name: _plain(part) for name, part in value.items()} if isinstance(value, Mapping) else value

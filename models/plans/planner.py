@@ -1,7 +1,7 @@
-r"""The planner: text in, concepts out: type after type, types side by side, or all slots at once.
+r"""The planner: text in, concepts out: type after type, types in parallel, or all slots at once.
 
-Reads [<BOS>, text, <PLAN>] and then its own plan. Given the prompt alone it is the prior p(z | u); given prompt and response
-the posterior q(z | u, x): one network, told apart by what it reads.
+It reads [<BOS>, text, <PLAN>] and then its own plan. The same network is the prior p(z | u) where it reads the prompt alone,
+and the posterior q(z | u, x) where it reads the response.
 Legend: B batch, T text columns, C columns of a plan's block, S slots, W choices of a slot, D width.
 """
 
@@ -18,15 +18,15 @@ from models.plans.quantiser import Quantiser
 from models.plans.unified import Reading, UnifiedModel
 from models.plans.vocabulary import END, IMPOSSIBLE
 
-Chooser = Callable[[Tensor], Choice]  # logits (B, n, W) of a round's n slots -> what is chosen
+Chooser = Callable[[Tensor], Choice]  # logits (B, n, W) of a round's n slots -> choices
 
 
 class Made(NamedTuple):
     """The choices of a round's n slots: logits (B, n, W), weights (B, n, W) and embeddings (B, n, D).
 
-    weights_soft, weights_hard: of the relaxed choice and of the one made. moved: what is added to what the table says, a
-    gradient alone where choices are relaxed, the way back to the point where a quantiser made them.
-    soft, hard: embeddings of the relaxed choice and the one made, or of the point and its code.
+    weights_soft, weights_hard: of the relaxed and of the hard choice. soft, hard: embeddings of the two, or of a quantiser's
+    point and its code. moved: added to the embedding of the table; where choices are relaxed it is 0 and carries the gradient,
+    with a quantiser it is the difference between what is read and the code.
     """
 
     logits: Tensor
@@ -38,7 +38,7 @@ class Made(NamedTuple):
 
 
 class Rounds:
-    """What was made so far: slots in the order in which they were chosen, round by round."""
+    """The choices made so far, in the order of the rounds."""
 
     def __init__(self) -> None:
         self.slots: list[int] = []
@@ -49,16 +49,16 @@ class Rounds:
         self.rounds.append(made)
 
     def in_order(self) -> Made:
-        """Of all slots, (B, S, ...) each."""
+        """The choices of all slots in slot order, (B, S, ...) each."""
         order = torch.tensor(self.slots).argsort()
         return Made(*(torch.cat(part, 1)[:, order.to(part[0].device)] for part in zip(*self.rounds, strict=True)))
 
 
 class Coder:
-    """Chooses each slot's code by a quantiser; share: how far from the point to its code the embedding stands.
+    """Chooses each slot's code with a quantiser; share: how far the embedding has moved from the point to its code.
 
-    numbers: codes (B,) of slots of `NamedCodes` that are taken instead, -1 where one is not known. points: those of the slots
-    chosen so far, (B, d) each, held.
+    numbers: known codes (B,) of slots with `NamedCodes`, taken instead of the predicted ones; -1 where one is not known.
+    points: of the slots chosen so far, (B, d) each, without a gradient.
     """
 
     def __init__(self, quantiser: Quantiser, share: float = 1.0, numbers: Mapping[int, Tensor] | None = None) -> None:
@@ -66,20 +66,20 @@ class Coder:
         self.points: dict[int, Tensor] = {}
 
     def __call__(self, states: Tensor, slots: list[int]) -> Made:
-        """Of states (B, n, D) before these slots."""
+        """Choices of these slots from the states (B, n, D) before them."""
         pairs = zip(states.unbind(1), slots, strict=True)
         coded = [self.quantiser(state, slot, self.share, self.numbers.get(slot)) for state, slot in pairs]
-        placed = {slot: own.point for slot, own in zip(slots, coded, strict=True) if own.point is not None}
-        self.points |= {slot: point.detach() for slot, point in placed.items()}
+        found = {slot: own.point for slot, own in zip(slots, coded, strict=True) if own.point is not None}
+        self.points |= {slot: point.detach() for slot, point in found.items()}
         made = (Made(c.logits, *c.choice, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds) for c in coded)
         return Made(*(torch.stack(part, 1) for part in zip(*made, strict=True)))
 
 
 class Plan(NamedTuple):
-    """ids, embeds: the block that an executor reads, (B, C) and (B, C, D); mixed straight-through where choices are relaxed.
+    """ids, embeds: the block that an executor reads, (B, C) and (B, C, D); straight-through where choices are relaxed.
 
     choices (B, S), 0 for the end of a type; open_slots (B, S) bool; logits (B, S, W) that they were chosen from.
-    soft, hard (B, S, W): weights of the relaxed and the made choice. soft_embeds, hard_embeds (B, S, D): what these mix.
+    soft, hard (B, S, W): weights of the relaxed and the hard choice. soft_embeds, hard_embeds (B, S, D): their embeddings.
     """
 
     ids: Tensor
@@ -91,6 +91,11 @@ class Plan(NamedTuple):
     hard: Tensor
     soft_embeds: Tensor
     hard_embeds: Tensor
+
+    @property
+    def relaxation(self) -> tuple[Tensor, Tensor]:
+        """Embeddings of the relaxed and of the hard choices at open slots, (N, D) each, without a gradient."""
+        return self.soft_embeds[self.open_slots].detach(), self.hard_embeds[self.open_slots].detach()
 
     @property
     def stops(self) -> Tensor:
@@ -115,9 +120,9 @@ def sampled(generator: Generator, temperature: float = 1.0) -> Chooser:
 
 
 def relaxed(generator: Generator, temperature: float, noise: float = 1.0) -> Chooser:
-    """A draw from softmax(logits) whose gradient is that of the choice relaxed at `temperature`.
+    """A draw from softmax(logits) with the gradient of the choice relaxed at `temperature`.
 
-    noise scales what makes it a draw: 0 is the most probable choice, with the same kind of gradient.
+    noise: scale of the Gumbel noise; 0 takes the most probable choice, with the same kind of gradient.
     """
     return lambda logits: gumbel_st(logits, temperature, noise * gumbel_noise(logits, generator))
 
@@ -125,8 +130,8 @@ def relaxed(generator: Generator, temperature: float, noise: float = 1.0) -> Cho
 class Planner:
     """Plans with a shared `UnifiedModel`; it has no weights of its own.
 
-    planning: what a slot's choice may look at beside the text (`layout.Planning`). quantiser: whose codes it scores in place
-    of the concepts' heads.
+    planning: what a slot's choice is conditioned on beside the text (`layout.Planning`). quantiser: gives the logits of the
+    choices instead of the concepts' head.
     """
 
     def __init__(
@@ -138,7 +143,7 @@ class Planner:
     def draw(self, text: Tensor, mask: Tensor, choose: Chooser | Coder) -> Plan:
         """A plan for each text (B, T), real where mask (B, T) bool, round by round with a key-value cache.
 
-        choose: what is made of the slots' logits, or a `Coder`, what is made of the states before them.
+        choose: chooses from the slots' logits; a `Coder` chooses from the states before them.
         """
         model, layout = self.model, self.layout
         choices = torch.full((len(text), len(layout.slot_columns)), END, device=text.device)
@@ -146,7 +151,7 @@ class Planner:
         # 1. the text and <PLAN>
         opening = self._opening(text, mask)
         for k, (columns, slots) in enumerate(layout.rounds(self.planning)):
-            # 2. what stands before the slots of this round
+            # 2. the columns before the slots of this round
             block = self._read(choices, made)
             part = block[0][:, columns], block[1].take(columns)
             if k == 0:
@@ -157,14 +162,14 @@ class Planner:
             made.add(slots, own)
             numbers = own.weights_hard.argmax(-1)
             choices = self._closed(choices.index_copy(1, torch.tensor(slots, device=text.device), numbers))
-        # 4. the whole
+        # 4. the whole block
         ids = layout.block(choices)
         embeds = self._mixed(ids, made)[0]
         logits, soft, hard, soft_embeds, hard_embeds, _ = made.in_order()
         return Plan(ids, embeds, choices, layout.open_slots(choices), logits, soft, hard, soft_embeds, hard_embeds)
 
     def score(self, text: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
-        """Logits (B, S, W) of given choices (B, S), all slots in one forward."""
+        """Logits (B, S, W) of given choices (B, S), all slots in one forward pass."""
         opening, block = self._opening(text, mask), self._read(choices, Rounds())
         embeds, columns = torch.cat([opening[0], block[0]], 1), joined(opening[1], block[1])
         states = self.model.states(embeds, columns, apart=self.planning != "sequential")
@@ -179,7 +184,7 @@ class Planner:
         return self._logits_of_block(states).unflatten(0, plans.shape[:2])
 
     def certain(self, choices: Tensor) -> Plan:
-        """The plan of given choices (B, S), as if nothing else had been possible; no text is read for it."""
+        """The plan of given choices (B, S) with probability 1; no text is read."""
         numbers = self.model.choices  # (S, W)
         embeds = self.model.new_table()[numbers[torch.arange(len(numbers), device=choices.device), choices]]
         hard = torch.nn.functional.one_hot(choices, numbers.shape[1]).to(embeds.dtype)
@@ -200,7 +205,7 @@ class Planner:
         return torch.stack([self.quantiser.logits(state, slot) for slot, state in enumerate(states.unbind(1))], 1)
 
     def _opening(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Columns]:
-        """[<BOS>, text, <PLAN>]: <BOS> stands before all padding, so that every column sees something."""
+        """[<BOS>, text, <PLAN>]; <BOS> comes before the padding, so that every column has something to attend to."""
         v = self.layout.vocabulary
         ids = torch.cat([_column(v.bos, text), text, _column(v.plan, text)], 1)
         special = self.layout.of_special(text)
@@ -208,13 +213,13 @@ class Planner:
         return self.model.embed(ids, columns.type_ids), columns
 
     def _read(self, choices: Tensor, made: Rounds) -> tuple[Tensor, Columns]:
-        """The block as the planner itself reads it: without the concepts where all are chosen at once."""
+        """The block as the planner reads it: without concepts where all slots are chosen at once."""
         if self.planning == "slots":
             return self._embedded(self.layout.unwritten(len(choices)).to(choices.device))
         return self._mixed(self.layout.block(choices), made)
 
     def _mixed(self, ids: Tensor, made: Rounds) -> tuple[Tensor, Columns]:
-        """The block's columns, with the gradients of what was chosen at its slots."""
+        """The block's columns, with the gradients of the choices at its slots."""
         embeds, columns = self._embedded(ids)
         if not made.slots:
             return embeds, columns

@@ -17,13 +17,13 @@ from models.plans.vocabulary import IMPOSSIBLE, ConceptVocabulary
 
 
 class Quantiser(nn.Module):
-    """A `CodeSpace` a type, `NamedCodes` for those that are `named`.
+    """A `CodeSpace` a type; `NamedCodes` for the `signal_types`, whose codes are values of a signal.
 
-    Types have as many concepts as `most` says: no code stands for an end.
+    Every type has exactly `most` concepts: there is no code for an end.
     """
 
     def __init__(
-        self, sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float, named: Collection[str] = ()
+        self, sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float, signal_types: Collection[str] = ()
     ) -> None:
         super().__init__()
         for t in vocabulary.types:
@@ -34,7 +34,7 @@ class Quantiser(nn.Module):
                 )
         self.spaces = nn.ModuleList(
             NamedCodes(t.codes, width, spread)
-            if t.name in named
+            if t.name in signal_types
             else CodeSpace(t.codes, width, spread, sampler, f"module.types.{t.name}.codes")
             for t in vocabulary.types
         )
@@ -47,9 +47,9 @@ class Quantiser(nn.Module):
         return any(isinstance(space, CodeSpace) and space.moving for space in self.spaces)
 
     def follow(self, points: Mapping[int, Tensor], decay: float, generator: Generator, *, begin: bool = False) -> int:
-        """Move the codes of every type after the points of its slots, of all ranks; how many dead ones were set anew.
+        """Move the codes of every type after the points of its slots, of all ranks; the number of dead codes that were reset.
 
-        begin: set them all anew, at the centres of the points.
+        begin: reset all codes to the centres of the points (k-means).
         """
         dead = 0
         for k, space in enumerate(self.spaces):
@@ -81,13 +81,13 @@ class Quantiser(nn.Module):
         return self._widened(self.spaces[self.slot_types[slot]].logits_of(state), IMPOSSIBLE)
 
     def _widened(self, weights: Tensor, value: float = 0.0) -> Tensor:
-        """(B, V) -> (B, W): no end before the codes, nothing behind them."""
+        """(B, V) -> (B, W): `value` for the end, which comes before the codes, and for the choices past them."""
         return F.pad(weights, (1, self.choices - 1 - weights.shape[-1]), value=value)
 
 
 def build_quantiser(
-    sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float, named: Collection[str] = ()
+    sampler: str, vocabulary: ConceptVocabulary, width: int, spread: float, signal_types: Collection[str] = ()
 ) -> Quantiser | None:
     """None for `gumbel_st`, whose codes are rows of a table."""
     require_choice("module.sampler", sampler, get_args(Sampler))
-    return None if sampler == "gumbel_st" else Quantiser(sampler, vocabulary, width, spread, named)
+    return None if sampler == "gumbel_st" else Quantiser(sampler, vocabulary, width, spread, signal_types)

@@ -1,7 +1,7 @@
 """The E-step of hard EM: the best of a few candidate plans of each text, S(z) = log p(x | z) + lambda log p(z | u).
 
-Candidates are the plan of before, the most probable ones under the posterior (a beam search, whose width is their number), and
-neighbours of these that differ in one slot, drawn at random: what the posterior would never think of.
+Candidates are the previous plan, the most probable plans under the posterior (a beam search), and random neighbours of these
+that differ in one slot. Neighbours reach plans to which the posterior gives almost no probability.
 Legend: B texts, T text columns, K candidates, S slots, W choices of a slot.
 """
 
@@ -17,16 +17,16 @@ from models.functional.plan_nll import plan_nll
 from models.functional.plan_search import margin, plan_score, repeats, staleness
 from models.plans.executor import Executor
 from models.plans.planner import Planner
+from models.plans.rows import Tokens
 from models.plans.vocabulary import END, IMPOSSIBLE
 
-Read = tuple[Tensor, Tensor]  # ids and mask (B, T)
 ExtraScore = Callable[[Tensor], Tensor]  # plans (B, K, S) -> nats (B, K)
 
 
 class Found(NamedTuple):
     """choices (B, S) of the best plans; scores, margins (B,) nats.
 
-    gaps, flips (B,): staleness, and 1 where the plan is another than before; NaN where there was none.
+    gaps, flips (B,): staleness, and 1 where the plan changed; NaN where there was no previous plan.
     """
 
     choices: Tensor
@@ -38,7 +38,10 @@ class Found(NamedTuple):
 
 @dataclass
 class PlanSearch:
-    """candidates: plans scored for each text, beside the one of before. explore: share of them that are drawn neighbours."""
+    """candidates: plans scored for each text, beside the previous one. explore: share of them that are random neighbours.
+
+    prior_weight: lambda of S(z).
+    """
 
     prior: Planner
     posterior: Planner
@@ -50,47 +53,49 @@ class PlanSearch:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: Read,
-        seen: Read,
+        prompt: Tokens,
+        posterior_input: Tokens,
         text: Tensor,
-        before: Tensor,
+        previous: Tensor,
         known: Tensor,
         generator: Generator,
         extra_score: ExtraScore | None = None,
     ) -> Found:
         """The best plans of texts (B, R).
 
-        seen: what the posterior reads. before (B, S): earlier plans, where known (B,) bool. further: added to S.
+        posterior_input: what the posterior reads. previous (B, S): earlier plans, where known (B,) bool. extra_score: added to
+        S.
         """
-        # 1. candidates, the plan of before in front
+        # 1. candidates, the previous plan first
         drawn = round(self.explore * self.candidates)
-        likely = beam(self.posterior, *seen, max(1, self.candidates - drawn))
+        likely = beam(self.posterior, *posterior_input, max(1, self.candidates - drawn))
         near = [self.neighbour(likely[:, k % likely.shape[1]], generator) for k in range(drawn)]
-        kept = [torch.where(known.unsqueeze(-1), before, likely[:, 0])] if known.any() else []
-        plans = torch.stack([*kept, *likely.unbind(1), *near], 1)
+        first = [torch.where(known.unsqueeze(-1), previous, likely[:, 0])] if known.any() else []
+        plans = torch.stack([*first, *likely.unbind(1), *near], 1)
         # 2. their scores, each plan once
         scores = self.scores(prompt, text, plans)
-        scores = (scores if extra_score is None else scores + extra_score(plans)).masked_fill(
-            repeats(plans), -torch.inf
-        )
+        if extra_score is not None:
+            scores = scores + extra_score(plans)
+        scores = scores.masked_fill(repeats(plans), -torch.inf)
+        # 3. the best
         best, which = scores.max(-1)
         chosen = plans[torch.arange(len(plans), device=plans.device), which]
         gaps = staleness(best, scores[:, 0]).masked_fill(~known, torch.nan)
-        flips = (chosen != before).any(-1).to(gaps.dtype).masked_fill(~known, torch.nan)
+        flips = (chosen != previous).any(-1).to(gaps.dtype).masked_fill(~known, torch.nan)
         return Found(chosen, best, margin(scores), gaps, flips)
 
     @torch.no_grad()
-    def scores(self, prompt: Read, text: Tensor, plans: Tensor) -> Tensor:
+    def scores(self, prompt: Tokens, text: Tensor, plans: Tensor) -> Tensor:
         """S of every plan (B, K, S) of its text (B, R), (B, K) nats; all candidates in one batch, the prompt read once."""
         count = plans.shape[1]
-        flat, said = plans.flatten(0, 1), text.repeat_interleave(count, 0)
-        log_text = -token_nll(self.executor.logits(*self.prior.block(flat), said), said).sum(-1)
+        flat, repeated = plans.flatten(0, 1), text.repeat_interleave(count, 0)
+        log_text = -token_nll(self.executor.logits(*self.prior.block(flat), repeated), repeated).sum(-1)
         logits = self.prior.score_many(*prompt, plans).flatten(0, 1)
         log_plan = -plan_nll(logits.log_softmax(-1), flat, self.prior.layout.open_slots(flat)).sum(-1)
         return plan_score(log_text, log_plan, self.prior_weight).view(-1, count)
 
     def neighbour(self, plans: Tensor, generator: Generator) -> Tensor:
-        """Plans (B, S) with one open slot each redrawn evenly among what is possible there; nothing follows an end."""
+        """Plans (B, S) in which one open slot was redrawn, uniformly among its possible choices; nothing follows an end."""
         layout = self.prior.layout
         where = torch.multinomial(layout.open_slots(plans).double(), 1, generator=generator)
         possible = layout.vocabulary.possible.to(plans.device)[where.squeeze(-1)]  # (B, W)
@@ -102,7 +107,7 @@ class PlanSearch:
 def beam(planner: Planner, text: Tensor, mask: Tensor, width: int) -> Tensor:
     """The most probable plans (B, width, S) of texts (B, T) that a beam search of that width finds, best first.
 
-    Exact where slots are chosen apart from each other and no type may end early. Rows that have fewer plans repeat their best.
+    Exact where slots are independent and no type may end early. Rows that have fewer plans repeat their best.
     """
     layout, rows = planner.layout, len(text)
     slots = len(layout.slot_columns)
@@ -114,7 +119,7 @@ def beam(planner: Planner, text: Tensor, mask: Tensor, width: int) -> Tensor:
         origin = torch.arange(many, device=text.device).expand(rows, -1)
         for slot in chosen:
             own = log_p[:, :, slot].gather(1, origin.unsqueeze(-1).expand(-1, -1, log_p.shape[-1]))
-            # what a type that has ended goes on with costs nothing and is no choice
+            # after its end a type continues with ends, which cost nothing
             is_open = layout.open_slots(plans.flatten(0, 1)).view(rows, -1, slots)[..., slot : slot + 1]
             ended = torch.full_like(own, -torch.inf)
             ended[..., END] = 0.0

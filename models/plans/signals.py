@@ -1,6 +1,6 @@
-"""What a text tells, read off its plan: each type has to predict a signal y(x) of its own, so that it is about something.
+"""Signals: known properties y(x) of a text that types of a plan have to predict, so that each type has a known meaning.
 
-Legend: B texts, C columns of a plan's block, D width, N texts of any arrangement.
+Legend: B texts, K plans of a text, C columns of a plan's block, D width, S slots, W choices of a slot.
 """
 
 from collections.abc import Mapping
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from models.functional.errors import UsageError
-from models.plans.terms import slots_of
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
 
-UNKNOWN = -1  # a signal that a text does not give
+UNKNOWN = -1  # the value of a signal that a text does not have
 
 
 class SignalHeads(nn.Module):
@@ -24,67 +23,82 @@ class SignalHeads(nn.Module):
 
     def __init__(self, model: UnifiedModel, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:
         super().__init__()
+        require_signals(model.vocabulary, wanted, sizes)
         columns = model.layout.slot_columns
-        self.columns = {kind: columns[own] for kind, own in _slots_of(model.vocabulary, wanted, sizes).items()}
+        self.columns = {name: columns[own] for name, own in _slots_of(model.vocabulary, wanted).items()}
         self.wanted = dict(wanted)
         table = model.new_embedding.weight
         make = {"device": table.device, "dtype": table.dtype}
-        with torch.random.fork_rng(devices=[]):  # what else is drawn does not depend on them
+        with torch.random.fork_rng(devices=[]):  # other draws of the run do not depend on these layers
             self.heads = nn.ModuleDict(
-                {kind: nn.Linear(table.shape[1], sizes[s], **make) for kind, s in wanted.items()}
+                {name: nn.Linear(table.shape[1], sizes[s], **make) for name, s in wanted.items()}
             )
 
     def log_prob(self, embeds: Tensor, signals: Mapping[str, Tensor]) -> Tensor:
-        """log p(y | z) in nats summed over types, (N,), from embedded blocks (N, C, D) and {signal: (N,)}; 0 where unknown."""
+        """log p(y | z) in nats summed over types, (B,), from embedded blocks (B, C, D) and {signal: (B,)}; 0 where unknown."""
         total = embeds.new_zeros(len(embeds))
-        for kind, signal in self.wanted.items():
-            logits = self.heads[kind](embeds[:, self.columns[kind]].mean(1)).log_softmax(-1)
-            value = signals[signal]
-            told = logits.gather(-1, value.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            total = total + told.masked_fill(value == UNKNOWN, 0.0)
+        for name, signal in self.wanted.items():
+            log_p = self.heads[name](embeds[:, self.columns[name]].mean(1)).log_softmax(-1)
+            total = total + _log_prob_of(log_p, signals[signal])
         return total
 
 
 class SignalCodes:
-    """A type's codes are the values of its signal: which concept a text has is known, and the posterior has to say it.
+    """Types whose codes are the values of their signal: the code of a text is known, and the posterior has to predict it.
 
-    Arguments as of `SignalHeads`; each type names one concept a text, of at least as many codes as its signal has values.
+    wanted: {type: signal}. Each type has one concept a text.
     """
 
-    def __init__(self, vocabulary: ConceptVocabulary, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:
-        slots = _slots_of(vocabulary, wanted, sizes)
-        for t in vocabulary.types:
-            if t.name in wanted and (t.most > 1 or t.codes < sizes[wanted[t.name]]):
+    def __init__(self, vocabulary: ConceptVocabulary, wanted: Mapping[str, str]) -> None:
+        self.vocabulary, self.wanted = vocabulary, dict(wanted)
+
+    def require(self, sizes: Mapping[str, int]) -> None:
+        """sizes: {signal: how many values}. Errors: UsageError where a type cannot hold the values of its signal."""
+        require_signals(self.vocabulary, self.wanted, sizes)
+        for t in self.vocabulary.types:
+            if t.name in self.wanted and (t.most > 1 or t.codes < sizes[self.wanted[t.name]]):
                 raise UsageError(
                     f"module.signal_codes needs module.types.{t.name}.most=1 and at least "
-                    f"module.types.{t.name}.codes={sizes[wanted[t.name]]}, the values of {wanted[t.name]}"
+                    f"module.types.{t.name}.codes={sizes[self.wanted[t.name]]}, the values of {self.wanted[t.name]}"
                 )
-        self.wanted = {own.start: wanted[kind] for kind, own in slots.items()}
 
-    def numbers(self, signals: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """The code (B,) of each slot that is told, UNKNOWN where its text does not give it."""
-        return {slot: signals[signal] for slot, signal in self.wanted.items()}
+    def codes(self, signals: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """The known code (B,) of each slot that has a signal, UNKNOWN where a text does not have it."""
+        slots = _slots_of(self.vocabulary, self.wanted)
+        return {own.start: signals[self.wanted[name]] for name, own in slots.items()}
 
     def log_prob(self, log_q: Tensor, signals: Mapping[str, Tensor]) -> Tensor:
-        """log q of these codes in nats summed over slots, (B,), from log-probabilities of choices (B, S, W)."""
+        """log q of the known codes in nats summed over slots, (B,), from log-probabilities of choices (B, S, W)."""
         total = log_q.new_zeros(len(log_q))
-        for slot, value in self.numbers(signals).items():
-            told = log_q[:, slot].gather(-1, 1 + value.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            total = total + told.masked_fill(value == UNKNOWN, 0.0)
+        for slot, value in self.codes(signals).items():
+            total = total + _log_prob_of(log_q[:, slot, 1:], value)
         return total
 
 
-def _slots_of(vocabulary: ConceptVocabulary, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, slice]:
-    """The slots of each type that has a signal."""
-    slots = dict(zip([t.name for t in vocabulary.types], slots_of(vocabulary), strict=True))
-    for kind, signal in wanted.items():
-        if kind not in slots:
-            raise UsageError(f"module.signals.{kind} is no type; the types are {', '.join(slots)}")
+def require_signals(vocabulary: ConceptVocabulary, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+    """Errors: UsageError that names module.signals.<type> where the type or its signal is not known."""
+    names = [t.name for t in vocabulary.types]
+    for name, signal in wanted.items():
+        if name not in names:
+            raise UsageError(f"module.signals.{name} is no type; the types are {', '.join(names)}")
         if signal not in sizes:
-            raise UsageError(f"module.signals.{kind}={signal} is not known; the corpus' signals are {', '.join(sizes)}")
-    return {kind: own for kind, own in slots.items() if kind in wanted}
+            raise UsageError(f"module.signals.{name}={signal} is not known; the corpus' signals are {', '.join(sizes)}")
 
 
-def repeated(signals: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Each text's signals `count` times, one after the other."""
-    return {name: torch.repeat_interleave(value, count, 0) for name, value in signals.items()}
+def _slots_of(vocabulary: ConceptVocabulary, wanted: Mapping[str, str]) -> dict[str, slice]:
+    """The slots of each type that has a signal."""
+    pairs = zip(vocabulary.types, vocabulary.type_slots, strict=True)
+    return {t.name: own for t, own in pairs if t.name in wanted}
+
+
+def _log_prob_of(log_p: Tensor, values: Tensor) -> Tensor:
+    """log p (B, V) of values (B,), 0 where one is UNKNOWN; (B,)."""
+    found = log_p.gather(-1, values.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return found.masked_fill(values == UNKNOWN, 0.0)
+
+
+def log_prob_of_plans(heads: SignalHeads, embeds: Tensor, signals: Mapping[str, Tensor]) -> Tensor:
+    """log p(y | z) of K plans of each text, (B, K), from embedded blocks (B, K, C, D) and {signal: (B,)}."""
+    count = embeds.shape[1]
+    repeated = {name: torch.repeat_interleave(value, count, 0) for name, value in signals.items()}
+    return heads.log_prob(embeds.flatten(0, 1), repeated).view(embeds.shape[:2])

@@ -1,4 +1,4 @@
-"""What a plan is trained for, each as one raw scalar: price under the prior, rate, commitment, usage, ends and quota.
+"""The losses of a plan, each as one raw scalar: NLL under the prior, rate, commitment, usage, ends and quota.
 
 Legend: B batch, S slots, W choices of a slot, R response tokens.
 """
@@ -26,30 +26,31 @@ def plan_terms(
     tokens: int,
     floor: float,
     quota: float | None,
-    named: Collection[str] = (),
+    signal_types: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Raw scalars by name. plan: drawn from the posterior; prior_logits (B, S, W) of the same choices.
 
-    planner: -log p(z | u), nats a token of text (R = tokens); the choices are held, so that it teaches the prior alone.
-    rate: KL(q || p), each slot at least `floor` nats, a token of text; the prior is held, so that it moves the posterior alone.
-    commitment: as `commitment`; usage: KL to uniform of each type's mean, averaged over types but the `named` ones, whose codes
-    are as frequent as what they stand for; eos: nats a type that may end early; quota: (mean concepts a text - quota)², 0
-    without one. Monitors: entropy of a choice (nats), relaxation's cosine, mean concepts a text, and the perplexity of codes.
+    planner: -log p(z | u), nats a token of text (R = tokens); choices are constants, so that only the prior gets a gradient.
+    rate: KL(q || p), each slot at least `floor` nats, a token of text; the prior is a constant, so that only the posterior gets
+    a gradient. commitment: as `commitment`. usage: KL to uniform of each type's mean, averaged over types; not over the
+    `signal_types`, whose codes are as frequent as the values of their signal. eos: nats a type that may end early. quota: (mean
+    concepts a text - quota)², 0 without one.
+    Monitors: entropy of a choice (nats), relaxation's cosine, mean concepts a text, and the perplexity of codes.
     """
     is_open = plan.open_slots
     log_q, log_p = plan.logits.log_softmax(-1), prior_logits.log_softmax(-1)
     kl = slot_kl(log_q, log_p.detach(), is_open).mean(0)  # (S,)
     usage, used, ends = [], [], []
-    for k, own in enumerate(slots_of(vocabulary)):
+    for k, own in enumerate(vocabulary.type_slots):
         t = vocabulary.types[k]
-        chances = log_q[:, own].exp()
-        codes = chances[..., 1 : 1 + t.codes].flatten(0, 1)
-        if t.name not in named:
+        probabilities = log_q[:, own].exp()
+        codes = probabilities[..., 1 : 1 + t.codes].flatten(0, 1)
+        if t.name not in signal_types:
             usage.append(usage_kl(codes, is_open[:, own].flatten().to(codes.dtype)))
         used.append(code_perplexity(codes.detach()))
         if t.least < t.most:
-            ends.append(eos_loss(chances[..., END].masked_fill(~is_open[:, own], 1.0)).mean())
-    lengths = sum(expected_length(plan.stops[:, own]) for own in slots_of(vocabulary))
+            ends.append(eos_loss(probabilities[..., END].masked_fill(~is_open[:, own], 1.0)).mean())
+    lengths = sum(expected_length(plan.stops[:, own]) for own in vocabulary.type_slots)
     none = kl.new_zeros(())
     soft, hard = plan.soft_embeds[is_open], plan.hard_embeds[is_open]
     return {
@@ -64,12 +65,3 @@ def plan_terms(
         "concepts": lengths.detach().mean(),
         "code_perplexity": torch.stack(used).mean(),
     }
-
-
-def slots_of(vocabulary: ConceptVocabulary) -> list[slice]:
-    """The slots of each type."""
-    first, found = 0, []
-    for t in vocabulary.types:
-        found.append(slice(first, first + t.most))
-        first += t.most
-    return found

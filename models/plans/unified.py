@@ -1,4 +1,4 @@
-"""One causal backbone that reads and says text and concepts: base + new embeddings, base + new heads, type embeddings.
+"""One causal backbone for text and concepts: base + new embeddings, base + new heads, type embeddings.
 
 Legend: B batch, L columns, D width, V text vocabulary, S slots, W choices of a slot.
 """
@@ -15,17 +15,17 @@ from models.plans.layout import Columns, PlanLayout, joined, types_apart
 from models.plans.quantiser import Quantiser, build_quantiser
 from models.plans.vocabulary import IMPOSSIBLE, ConceptVocabulary
 
-FIRST_LOGITS = 4.0  # spread of a slot's logits before training
-LOUDNESS = 5.0  # spread of new embeddings, in that of the backbone's
+INITIAL_LOGIT_STD = 4.0  # of a slot's logits before training
+EMBEDDING_STD = 5.0  # of new embeddings, in units of the backbone's
 
 
 class UnifiedModel(nn.Module):
     """backbone: a causal LM of transformers, whole or with adapters; its own tables stay as they are.
 
-    Text's type embedding starts at zero: without concepts the backbone says what it said before. Concepts start sharp and
-    loud. A posterior whose logits are nearly alike is drowned by the noise of its own draws, and an executor that hears
-    nothing in them teaches it nothing. named: types whose codes' meaning is known, so that a quantiser's codes of theirs
-    have embeddings of their own.
+    Text's type embedding starts at zero: without concepts the backbone gives the logits that it gave before. New logits and
+    new embeddings start large. With small logits the noise of a draw decides the plan; with small embeddings the executor
+    cannot tell plans apart, and the posterior gets no gradient. signal_types: types whose codes are values of a signal; a
+    quantiser's codes of these have an embedding table.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class UnifiedModel(nn.Module):
         backbone: nn.Module,
         vocabulary: ConceptVocabulary,
         sampler: str = "gumbel_st",
-        named: Collection[str] = (),
+        signal_types: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.backbone, self.vocabulary, self.layout = backbone, vocabulary, PlanLayout(vocabulary)
@@ -43,11 +43,13 @@ class UnifiedModel(nn.Module):
         self.new_head = nn.Linear(width, vocabulary.new, bias=False, **like)
         self.type_embedding = nn.Embedding(len(vocabulary.types) + 1, width, **like)
         spread = table.detach().float().std().item()
-        nn.init.normal_(self.new_embedding.weight, std=LOUDNESS * spread)
-        nn.init.normal_(self.new_head.weight, std=FIRST_LOGITS / width**0.5)
+        nn.init.normal_(self.new_embedding.weight, std=EMBEDDING_STD * spread)
+        nn.init.normal_(self.new_head.weight, std=INITIAL_LOGIT_STD / width**0.5)
         nn.init.normal_(self.type_embedding.weight, std=spread)
         nn.init.zeros_(self.type_embedding.weight[0])
-        self.quantiser: Quantiser | None = build_quantiser(sampler, vocabulary, width, LOUDNESS * spread, named)
+        self.quantiser: Quantiser | None = build_quantiser(
+            sampler, vocabulary, width, EMBEDDING_STD * spread, signal_types
+        )
         own = vocabulary.choices - vocabulary.base
         self.register_buffer("choices", own[vocabulary.slot_types], persistent=False)  # (S, W), among the new ids
         self.register_buffer("possible", vocabulary.possible, persistent=False)
@@ -55,7 +57,7 @@ class UnifiedModel(nn.Module):
     # -- in -----------------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor, type_ids: Tensor) -> Tensor:
-        """Embeddings (B, L, D) of text and concepts alike."""
+        """Embeddings (B, L, D) of text and concepts."""
         base = self.vocabulary.base
         is_new = (ids >= base).unsqueeze(-1)
         text = self.backbone.get_input_embeddings()(ids.clamp(max=base - 1))
@@ -63,25 +65,25 @@ class UnifiedModel(nn.Module):
         return torch.where(is_new, new, text) + self.type_embedding(type_ids)
 
     def new_table(self) -> Tensor:
-        """Embeddings (new ids, D) without their types'; a quantiser's codes are where it has them."""
+        """Embeddings (new ids, D) without their types'; those of codes come from the quantiser where there is one."""
         if self.quantiser is None:
             return self.new_embedding.weight
         own = self.quantiser.embeddings()
         return torch.cat([self.new_embedding.weight[: -len(own)], own])
 
     def choice_embeddings(self, slots: list[int]) -> Tensor:
-        """Embeddings (n, W, D) of what may be chosen at these slots, without their types'."""
+        """Embeddings (n, W, D) of the choices of these slots, without their types'."""
         return self.new_table()[self.choices[slots]]
 
     def states(
         self, embeds: Tensor, columns: Columns, cache: DynamicCache | None = None, *, apart: bool = False
     ) -> Tensor:
-        """States (B, L, D) of the last L columns, after the last norm.
+        """Hidden states (B, L, D) of the last L columns, after the last norm.
 
-        columns: all that are read, those in the cache first. apart: types do not see each other.
+        columns: all that are read, those in the cache first. apart: types do not attend to each other.
         """
         new = embeds.shape[1]
-        # a mask is always given: without one, positions that start again would be taken for another document
+        # always pass a mask: without one transformers takes positions that start again for another document
         return self.backbone.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=types_apart(columns, new) if apart else columns.mask.long(),
@@ -97,24 +99,24 @@ class UnifiedModel(nn.Module):
         return self.backbone.get_output_embeddings()(states)
 
     def choice_logits(self, states: Tensor, slots: list[int] | None = None) -> Tensor:
-        """Logits (B, n, W) of the choices of these slots, or all, from the states before them (B, n, D), at least float32."""
+        """Logits (B, n, W), at least float32, of these slots or all, from the states (B, n, D) before them."""
         own = slice(None) if slots is None else slots
         logits = torch.einsum("bsd,swd->bsw", states, self.new_head.weight[self.choices[own]])
         return at_least_float32(logits).masked_fill(~self.possible[own], IMPOSSIBLE)
 
 
 class Reading:
-    """What has been read so far, as keys and values that carry gradients; each `read` adds columns."""
+    """Columns that were read so far, as a key-value cache that carries gradients; each `read` adds columns."""
 
     def __init__(self, model: UnifiedModel, apart: bool = False) -> None:
         self.model, self.apart, self.cache, self.columns = model, apart, DynamicCache(), None
 
     def read(self, embeds: Tensor, columns: Columns) -> Tensor:
-        """States (B, L, D) of the new columns."""
+        """Hidden states (B, L, D) of the new columns."""
         self.columns = columns if self.columns is None else joined(self.columns, columns)
         return self.model.states(embeds, self.columns, self.cache, apart=self.apart)
 
     def repeat(self, count: int) -> None:
-        """Every row that was read stands `count` times from here on, one beside the other."""
+        """Repeat every row `count` times, the copies of a row one after the other."""
         self.cache.batch_repeat_interleave(count)
         self.columns = Columns(*(field.repeat_interleave(count, 0) for field in self.columns))

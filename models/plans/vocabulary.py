@@ -1,7 +1,7 @@
 """Typed vocabularies of concepts, beside the base vocabulary of the text: one space of ids for both.
 
 Ids below `base` are text. From there on: <BOS>, <PLAN>, <TEXT>, <BLANK>, <EOS>, <PAD>, one <SEP_i> a type, each type's codes.
-The output layer of the text ends before `base`, so that a concept can never be said.
+The output layer of the text ends before `base`, so that a concept can never be generated as text.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from models.functional.errors import UsageError
 from models.functional.plan_information import nominal_bits
 
 SPECIAL = ("<BOS>", "<PLAN>", "<TEXT>", "<BLANK>", "<EOS>", "<PAD>")
-IMPOSSIBLE = -1e9  # a logit that no draw takes; finite, so that differences of two are
+IMPOSSIBLE = -1e9  # a logit that no draw takes; finite, so that the difference of two is finite
 END = 0  # the choice that ends a type's sequence; choice k > 0 is code k - 1
 
 
 @dataclass(frozen=True)
 class ConceptType:
-    """A vocabulary of `codes` concepts of which a plan names at least `least` and at most `most`."""
+    """A vocabulary of `codes` concepts. A plan has at least `least` and at most `most` of them."""
 
     name: str
     codes: int
@@ -59,15 +59,29 @@ class ConceptVocabulary:
 
     @property
     def nominal_bits(self) -> float:
-        """R_nom: what the plan could hold if all plans were as likely."""
+        """R_nom: log2 of the number of plans."""
         return nominal_bits((t.codes, t.least, t.most) for t in self.types)
 
-    # -- slots: the places at which something is chosen, type after type ------------------------------------------------
+    # -- slots: the positions at which a concept is chosen, type after type ---------------------------------------------
 
     @cached_property
     def slot_types(self) -> Tensor:
         """The type of each slot, (S,)."""
         return torch.tensor([k for k, t in enumerate(self.types) for _ in range(t.most)])
+
+    @property
+    def slot_codes(self) -> Tensor:
+        """The number of codes of each slot, (S,)."""
+        return torch.tensor([self.types[k].codes for k in self.slot_types.tolist()])
+
+    @property
+    def type_slots(self) -> list[slice]:
+        """The slots of each type."""
+        first, found = 0, []
+        for t in self.types:
+            found.append(slice(first, first + t.most))
+            first += t.most
+        return found
 
     @cached_property
     def choices(self) -> Tensor:
@@ -79,14 +93,14 @@ class ConceptVocabulary:
 
     @cached_property
     def possible(self) -> Tensor:
-        """What may be chosen at each slot while its type is open, (S, W) bool: no <EOS> before `least` concepts."""
+        """Choices that each slot allows while its type is open, (S, W) bool: no <EOS> before `least` concepts."""
         rows = (self.choices != self.pad)[self.slot_types]
-        early = [place < t.least for t in self.types for place in range(t.most)]
+        early = [position < t.least for t in self.types for position in range(t.most)]
         rows[:, END] = ~torch.tensor(early)
         return rows
 
     def names(self) -> list[str]:
-        """What stands for each new id, in their order."""
+        """The names of the new ids, in their order."""
         separators = [f"<SEP_{k + 1}>" for k in range(len(self.types))]
         return [*SPECIAL, *separators, *(f"<{t.name}:{code}>" for t in self.types for code in range(t.codes))]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.causal import tiny_causal
+from helpers.concept import DRAWN
 from helpers.trainer import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,11 @@ def build(data, kind=ConceptPlannerExecutorModule, **options):
     torch.manual_seed(0)
     ids = data.special_ids()
     model = tiny_causal(ids.pop("vocab_size"), **ids)
-    own = {"types": TYPES, "weights": {"text": 1.0, "planner": 1.0}} if kind is ConceptPlannerExecutorModule else {}
+    own = (
+        {"types": TYPES, "weights": {"text": 1.0, "planner": 1.0}} | DRAWN
+        if kind is ConceptPlannerExecutorModule
+        else {}
+    )
     return kind(model, **own | {"warmup_steps": 1, "lr": 3e-3, "seed": 7} | options)
 
 

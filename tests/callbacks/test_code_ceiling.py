@@ -6,19 +6,17 @@ from helpers.concept import two_type_module as module_of
 from helpers.trainer import quiet_trainer
 
 from callbacks.code_ceiling import CodeCeiling
-from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
+from models.plans.rows import response_of
 
 
 def figures(data, most: int) -> dict[str, float]:
-    class Numbered(ConceptPlannerExecutorModule):
-        """Each text's number, or what is left of it below `most`."""
-
-        def concepts_of(self, rows):
-            weights = 7 ** torch.arange(self._text(rows).shape[1])
-            return ((self._text(rows) * weights).sum(-1, keepdim=True)) % most
+    def numbers(rows):
+        """Each text's number modulo `most`."""
+        text = response_of(rows)
+        return ((text * 7 ** torch.arange(text.shape[1])).sum(-1, keepdim=True)) % most
 
     module = module_of(data, 4)
-    module.__class__, module.posterior_reads = Numbered, "text"
+    module.probe.concepts, module.probe.posterior_reads = numbers, "text"
     quiet_trainer(1, callbacks=[CodeCeiling()]).test(module, data, verbose=False)
     return module.figures.values
 

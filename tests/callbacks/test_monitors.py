@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from helpers.causal import tiny_causal
-from helpers.concept import TYPES
+from helpers.concept import DRAWN, TYPES
 from helpers.monitors import SixRows, Watched
 from helpers.trainer import quiet_trainer
 from lightning import Callback, LightningModule
@@ -178,7 +178,7 @@ def concept_module(data, **options) -> ConceptPlannerExecutorModule:
     torch.manual_seed(0)
     ids = data.special_ids()
     model = tiny_causal(ids.pop("vocab_size"), **ids)
-    wanted = {"types": TYPES, "weights": {"text": 1.0, "planner": 1.0}, "warmup_steps": 1, "lr": 3e-3}
+    wanted = {"types": TYPES, "weights": {"text": 1.0, "planner": 1.0}, "warmup_steps": 1, "lr": 3e-3} | DRAWN
     return ConceptPlannerExecutorModule(model, **wanted | options)
 
 
@@ -213,20 +213,18 @@ def test_the_record_of_a_test_has_them(tiny_oracle):
 def test_hidden_concepts_are_not_there_and_random_ones_keep_the_length(tiny_oracle):
     """A plan of which nothing is seen gives all texts of its shape the same logits; one of which all is seen is the plan."""
     module = concept_module(tiny_oracle, types={"a": {"codes": 3, "most": 2}, "b": {"codes": 4, "most": 1}}).eval()
-    module.trainer = quiet_trainer(1)
-    module.trainer.datamodule = tiny_oracle
-    rows = {name: column[:8] for name, column in tiny_oracle.rows["val"].columns.items()}
+    probe, rows = module.probe, {name: column[:8] for name, column in tiny_oracle.rows["val"].columns.items()}
+    probe.tokenizer = tiny_oracle.tokenizer
     with torch.no_grad():
-        batch = module.probe_batch(rows, torch.Generator())
+        batch = probe.probe_batch(rows, torch.Generator())
         text = batch.text[:1].expand(8, -1)
-        blank = batch.under(module.corrupt_condition(batch, "blank", torch.Generator()))
-        logits = module.executor.logits(*module._block(blank), text)
+        blank = batch.under(probe.corrupt_condition(batch, "blank", torch.Generator()))
+        logits = module.executor.logits(*probe.block(blank), text)
         torch.testing.assert_close(logits, logits[:1].expand_as(logits))
-        told = module.executor.logits(*module._block(batch), text)
-        torch.testing.assert_close(
-            told, module.executor.logits(*module.planner.block(batch.condition["choices"]), text)
-        )
-    other = module.corrupt_condition(batch, "random", torch.Generator().manual_seed(0))["choices"]
+        seen_all = module.executor.logits(*probe.block(batch), text)
+        whole = module.planner.block(batch.condition["choices"])
+        torch.testing.assert_close(seen_all, module.executor.logits(*whole, text))
+    other = probe.corrupt_condition(batch, "random", torch.Generator().manual_seed(0))["choices"]
     choices = batch.condition["choices"]
     assert (other != choices).any()
     assert torch.equal(other == 0, choices == 0)

@@ -7,7 +7,6 @@ from helpers.concept import two_type_module as module_of
 from helpers.trainer import quiet_trainer
 
 from callbacks.rebuilt import Rebuilt
-from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
 
 
 def measured(module, data) -> dict[str, float]:
@@ -31,17 +30,15 @@ def test_learnt_texts_are_rebuilt_in_both_ways_and_fresh_ones_in_neither(tiny_or
 
 
 def test_words_are_counted_up_to_the_first_end(tiny_oracle):
-    class Once(ConceptPlannerExecutorModule):
-        """Right but for the first word when forced, wrong everywhere when free."""
-
-        def predictions(self, rows, given):
-            given.counts[:, 4:] = False
-            forced, wrong = given.text.clone(), (given.text + 1) % 4
-            forced[:, 0], forced[:, 5] = wrong[:, 0], wrong[:, 5]
-            return torch.stack([forced, wrong], 1)
+    def predictions(rows, batch):
+        """Right but for the first token when forced, wrong everywhere when free."""
+        batch.counts[:, 4:] = False
+        forced, wrong = batch.text.clone(), (batch.text + 1) % 4
+        forced[:, 0], forced[:, 5] = wrong[:, 0], wrong[:, 5]
+        return torch.stack([forced, wrong], 1)
 
     module = module_of(tiny_oracle, 4)
-    module.__class__, module.lr = Once, 0.0
+    module.probe.predictions, module.lr = predictions, 0.0
     found = measured(module, tiny_oracle)
     assert found["token_accuracy_teacher_forced"] == pytest.approx(3 / 4)
     assert found["token_accuracy_free_running"] == 0

@@ -21,7 +21,7 @@ class FixedConcepts:
     def unused(self, *_):
         raise AssertionError
 
-    probe_batch = nll = corrupt_condition = condition_features = concepts_of = posterior_concepts = unused
+    probe_batch = nll = corrupt_condition = condition_features = concepts = posterior_concepts = unused
 
 
 class Slots(LightningModule):

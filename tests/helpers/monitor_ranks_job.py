@@ -17,7 +17,7 @@ from callbacks.monitors.sharpness import SharpnessMonitor
 from callbacks.monitors.staleness import StalenessMonitor
 from datamodules.oracle.datamodule import OracleDataModule
 from helpers.causal import tiny_causal
-from helpers.concept import TYPES
+from helpers.concept import DRAWN, TYPES
 from helpers.trainer import quiet_trainer
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
 from models.interfaces.probe_batch import EStep
@@ -31,8 +31,9 @@ class Searching(ConceptPlannerExecutorModule):
         value = ids.float().std(-1)
         none = ids.sum(-1) % 3 == 0
         flips = (ids[:, -1] % 2).float().masked_fill(none, torch.nan)
-        self.e_step = EStep(value, value.square().masked_fill(none, torch.nan), flips)
-        return super().training_step(batch, batch_idx)
+        loss = super().training_step(batch, batch_idx)
+        self.probe.e_step = EStep(value, value.square().masked_fill(none, torch.nan), flips)
+        return loss
 
 
 def main(ranks: int, out: Path, resume: str | None = None) -> None:
@@ -44,7 +45,7 @@ def main(ranks: int, out: Path, resume: str | None = None) -> None:
     ids = data.special_ids()
     torch.manual_seed(0)
     model = tiny_causal(ids.pop("vocab_size"), **ids)
-    options = {"noise": (0.0, 0.0), "corruption": (0.0, 0.0), "warmup_steps": 1, "lr": 3e-3}
+    options = {"noise": (0.0, 0.0), "corruption": (0.0, 0.0), "warmup_steps": 1, "lr": 3e-3} | DRAWN
     module = Searching(model, types=TYPES, weights={"text": 1.0, "planner": 1.0}, **options)
     monitors = [
         ExchangeMonitor(width=3),

@@ -25,6 +25,7 @@ from callbacks.plan_probe import PlanProbe
 from datamodules.oracle.datamodule import OracleDataModule
 from datamodules.packed_text import PackedTextDataModule
 from helpers.causal import TINY_SHAPE, tiny_causal
+from helpers.concept import DRAWN
 from helpers.trainer import quiet_trainer
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
 from lightning_modules.logit_flow import LogitFlowModule
@@ -107,7 +108,7 @@ def online_codes(data: Any) -> LightningModule:
 
 def plans(data: Any, **options: Any) -> LightningModule:
     weights = {"text": 1.0, "planner": 1.0, "posterior": 1.0, "usage": 0.1}
-    options = {"weights": weights, "warmup_steps": 0, "lr": 1e-2, **options}
+    options = {"weights": weights, "warmup_steps": 0, "lr": 1e-2, **DRAWN, **options}
     return ConceptPlannerExecutorModule(causal(data), types=TYPES, **options)
 
 

@@ -1,4 +1,4 @@
-"""Plans that nobody learns: the executor reads them alone, the prior learns their price, and they are what they claim to be."""
+"""Plans that are not learned: each is the right code, the executor reads it alone, the prior learns it."""
 
 import pytest
 import torch
@@ -28,16 +28,16 @@ def test_the_plan_is_the_code(tiny_oracle):
     rows = {name: column[:8] for name, column in tiny_oracle.rows["val"].columns.items()}
     text = rows["input_ids"][:, -6:]
     module = prepared(tiny_oracle, "leading", tokens=2)
-    plan = module._drawn(rows, torch.Generator(), 1.0, 1.0)
+    plan = module.source.most_probable(rows)
     assert torch.equal(plan.choices - 1, text[:, :2])
     assert plan.open_slots.all()
-    # what the executor reads says which words: a code's id for each
+    # the executor reads the id of each token's code
     first = module.model.vocabulary.codes(0).start
     assert torch.equal(plan.ids[:, 1:3] - first, text[:, :2])
     surprising = prepared(tiny_oracle, "surprisal", tokens=3)
-    words = surprising.codes_of(rows) - 1
+    words = surprising.source.choices(rows) - 1
     for row, chosen in zip(text.tolist(), words.tolist(), strict=True):
-        best = sorted(sorted(range(6), key=lambda j, row=row: (-surprising.surprisal[row[j]].item(), j))[:3])
+        best = sorted(sorted(range(6), key=lambda j, row=row: (-surprising.source.surprisal[row[j]].item(), j))[:3])
         assert chosen == [row[j] for j in best]
 
 
@@ -45,15 +45,15 @@ def test_a_hash_has_the_sizes_of_the_plan_that_it_stands_for(tiny_oracle):
     module = prepared(
         tiny_oracle, "hash", types={"a": {"codes": 3, "most": 2}, "b": {"codes": 5, "most": 1}, "c": None}
     )
-    choices = module.codes_of(tiny_oracle.rows["train"].columns)
+    choices = module.source.choices(tiny_oracle.rows["train"].columns)
     assert choices.shape[1] == 3
     assert choices.min() == 1
     assert choices.amax(0).tolist() == [3, 3, 5]
 
 
-def test_words_that_are_told_are_rebuilt_and_their_price_is_learnt(tiny_oracle):
-    """On a handful of texts, told by two words each; figures hang together."""
-    few = {name: column[:4].repeat(16, 1) for name, column in tiny_oracle.rows["train"].columns.items()}
+def test_texts_are_reconstructed_from_their_code_and_the_prior_learns_it(tiny_oracle):
+    """On four texts with two tokens each as code; figures agree with each other."""
+    few = {name: column[torch.arange(64) % 4] for name, column in tiny_oracle.rows["train"].columns.items()}
     for split in ("train", "val"):
         tiny_oracle.rows[split].columns = few
     module = build(tiny_oracle, "surprisal", tokens=2)
@@ -71,7 +71,7 @@ def test_words_that_are_told_are_rebuilt_and_their_price_is_learnt(tiny_oracle):
     [
         ("middle", {}, "module.code=middle is not known; type one of leading, surprisal, hash"),
         ("leading", {"tokens": 0}, "module.tokens=0 must be at least 1"),
-        ("hash", {}, "module.types names no type"),
+        ("hash", {"types": {"a": None}}, "module.types names no type"),
     ],
 )
 def test_mistakes_are_named(tiny_oracle, code, options, sentence):
@@ -79,13 +79,17 @@ def test_mistakes_are_named(tiny_oracle, code, options, sentence):
         build(tiny_oracle, code, **options)
 
 
-def test_options_of_learning_are_passed_over_and_unknown_ones_are_not(tiny_oracle):
+def test_options_of_learning_have_no_effect_and_unknown_ones_are_refused(tiny_oracle):
     module = build(
         tiny_oracle, "leading", free_bits=1.0, noise=(1.0, 1.0), weights={"text": 2.0, "usage": 1.0}, quota=3.0
     )
-    assert (module.free_bits, module.noise, module.quota) == (0.0, (0.0, 0.0), None)
+    options = module.options
+    assert (options.free_bits, options.noise, options.quota) == (0.0, (0.0, 0.0), None)
+    assert options.weights == {"text": 2.0, "planner": 1.0}
     batch = {name: column[:8] for name, column in tiny_oracle.rows["train"].columns.items()}
-    assert torch.equal(module._drawn(batch, torch.Generator(), 1.0, 1.0).choices, module.codes_of(batch))
+    plan, points = module.source.draw(batch, module.final_values(), torch.Generator())
+    assert torch.equal(plan.choices, batch["input_ids"][:, -6:-4] + 1)
+    assert points == {}
     with pytest.raises(TypeError, match="unexpected keyword argument 'fre_bits'"):
         build(tiny_oracle, "leading", fre_bits=1.0)
 

@@ -202,7 +202,7 @@ def test_two_half_batches_make_one_step_of_the_whole(tiny_llada, tiny_oracle):
 
 def test_a_tiny_model_learns_one_text_by_heart(tiny_llada, tiny_oracle):
     rows = tiny_oracle.rows["train"].columns
-    tiny_oracle.rows["train"] = TensorRows({name: column[:1].repeat(64, 1) for name, column in rows.items()})
+    tiny_oracle.rows["train"] = TensorRows({name: column[:1].repeat_interleave(64, 0) for name, column in rows.items()})
     module, seen = build(tiny_llada, tiny_oracle, warmup_steps=5), Recorder()
     del module.log
     quiet_trainer(120, callbacks=[seen]).fit(module, tiny_oracle)

@@ -32,7 +32,7 @@ def test_a_run_that_would_split_nothing_is_refused_by_name():
     ):
         planner(search=search, lora_rank=2).require_splittable()
     planner(search=search).require_splittable()
-    planner(lora_rank=2).require_splittable()
+    planner(lora_rank=2, search=None).require_splittable()
 
 
 def test_the_option_builds_the_strategy(request):

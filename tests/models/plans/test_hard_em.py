@@ -1,4 +1,4 @@
-"""Kept plans: by hand, alike on any number of ranks, kept through resuming, and what EM's steps train."""
+"""Cached plans: by hand, the same on any number of ranks and after resuming, and what the steps of hard EM train."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from models.functional.errors import UsageError
+from models.functional.rows import response_columns
 from models.plans.cache import PlanCache, Refresh
 from models.plans.hard_em import HardEM
 from models.plans.planner import Planner
@@ -68,7 +69,7 @@ class ByHand:
     def __init__(self, prior) -> None:
         self.prior = prior
 
-    def __call__(self, prompt, seen, text, before, known, generator, extra_score) -> Found:
+    def __call__(self, prompt, posterior_input, text, previous, known, generator, extra_score) -> Found:
         choices = torch.stack([1 + text.sum(-1) % 3, 1 + text[:, 0] % 4], -1)
         gaps = torch.where(known, text[:, 0].float(), torch.nan)
         return Found(choices, -text.sum(-1).float(), text[:, 1].float(), gaps, gaps)
@@ -92,7 +93,7 @@ def test_ranks_keep_what_one_rank_keeps(tiny_oracle):
     for step, rows in enumerate(
         (torch.arange(8), torch.arange(4, 12), torch.arange(8), torch.arange(3, 11), torch.arange(8))
     ):
-        chosen, figures = visit(whole, rows, step, lambda own: own.unsqueeze(0))
+        chosen, _, figures = visit(whole, rows, step, lambda own: own.unsqueeze(0))
         shares = [rows[rank::2] for rank in range(2)]
         sent = []
         for em, share in zip(ranks, shares, strict=True):
@@ -103,7 +104,7 @@ def test_ranks_keep_what_one_rank_keeps(tiny_oracle):
             sent.append(own)
         for rank, (em, share) in enumerate(zip(ranks, shares, strict=True)):
             parts = iter(zip(*sent, strict=True))
-            own, own_figures = visit(em, share, step, lambda _, parts=parts: torch.stack(next(parts)))
+            own, _, own_figures = visit(em, share, step, lambda _, parts=parts: torch.stack(next(parts)))
             assert torch.equal(own, chosen[rank::2])
             assert own_figures == pytest.approx(figures)
             for mine, all_of_it in zip(em.cache.state_dict().values(), whole.cache.state_dict().values(), strict=True):
@@ -131,6 +132,7 @@ def test_resumed_in_the_midst_of_searching_is_uninterrupted(tmp_path, tiny_oracl
     assert second.seen == first.seen[14:]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    assert resumed.em.seconds["step"] > torch.load(path, weights_only=True)["concepts_found"]["seconds"]["step"] > 0
     for kept, again in zip(whole.em.cache.state_dict().values(), resumed.em.cache.state_dict().values(), strict=True):
         assert torch.equal(torch.as_tensor(kept), torch.as_tensor(again))
     assert torch.load(path, weights_only=True)["concepts_found"]["found"].max() > 0
@@ -167,16 +169,26 @@ def test_plans_are_searched_again_in_time_and_what_that_costs_is_known(tiny_orac
     assert 0 < module.em.share < 1
 
 
-def test_a_step_of_em_teaches_all_three_the_same_plan(tiny_oracle):
-    """Executor, prior and posterior each get a gradient, and codes stay where they are."""
-    module, batch = searching(tiny_oracle), batch_of(tiny_oracle)
+def prepared(data):
+    """A module that is ready to search, and a batch for it."""
+    module = searching(data)
     module.em.prepare(64)
-    batch["row"] = torch.arange(8)
-    module.log_dict, module.all_gather = (lambda *_, **__: None), lambda own: own
-    module.trainer = quiet_trainer(1)
-    generator = torch.Generator().manual_seed(0)
+    for space in module.model.quantiser.spaces:  # codes at one point would make all plans equally probable
+        torch.nn.init.normal_(space.codes, generator=torch.Generator().manual_seed(0))
+    module.all_gather, module.trainer = (lambda own: own), quiet_trainer(1)
+    return module, batch_of(data) | {"row": torch.arange(8)}
+
+
+def losses_of_em(module, batch) -> dict[str, torch.Tensor]:
+    """The losses of the plans in a step of hard EM."""
+    return module._searched_plan(batch, module.final_values(), torch.Generator().manual_seed(0))[1]
+
+
+def test_a_step_of_em_trains_prior_and_posterior_on_the_same_plan(tiny_oracle):
+    """Each gets a gradient from its own loss alone, and codes stay where they are."""
+    module, batch = prepared(tiny_oracle)
     codes = [space.codes.clone() for space in module.model.quantiser.spaces]
-    _, raw = module._searched(batch, generator)
+    raw = losses_of_em(module, batch)
     heads = {"planner": module.model.new_head.weight, "posterior": module.model.quantiser.spaces[0].to_point.weight}
     for name, own in heads.items():
         for other, weight in heads.items():
@@ -185,6 +197,38 @@ def test_a_step_of_em_teaches_all_three_the_same_plan(tiny_oracle):
         assert own.requires_grad
     for before, space in zip(codes, module.model.quantiser.spaces, strict=True):
         assert torch.equal(before, space.codes)
+
+
+def test_a_step_of_em_trains_the_prior_on_the_prompt_alone(tiny_oracle):
+    """The plans are cached: other responses change the posterior's loss and nothing that the prior reads."""
+    module, batch = prepared(tiny_oracle)
+    module.em.cache.put(batch["row"], torch.ones(8, 2, dtype=torch.long), torch.zeros(8), 0)
+    ids, length = batch["input_ids"].clone(), response_columns(batch["response_mask"])
+    ids[:, -length:] = ids[:, -length:].roll(1, 0)
+    raw, other = (losses_of_em(module, rows) for rows in (batch, batch | {"input_ids": ids}))
+    assert raw["planner"] == other["planner"]
+    assert raw["posterior"] != other["posterior"]
+
+
+def test_a_search_scores_plans_under_the_prior_of_the_prompt_alone(tiny_oracle):
+    module, batch = prepared(tiny_oracle)
+    search, calls = module.em.search, []
+    module.em.search = lambda *arguments: calls.append(arguments) or search(*arguments)
+    losses_of_em(module, batch)
+    (prompt, posterior_input, text, *_), length = calls[0], response_columns(batch["response_mask"])
+    assert torch.equal(prompt[0], batch["input_ids"][:, :-length])
+    assert torch.equal(posterior_input[0], batch["input_ids"])
+    assert torch.equal(text, batch["input_ids"][:, -length:])
+
+
+@pytest.mark.parametrize("old", [torch.int16, torch.int32])
+def test_large_codes_are_cached_as_they_are(old):
+    """Also after a checkpoint that holds 16 bits."""
+    cache, row = PlanCache(1, 1, Refresh()), torch.tensor([0])
+    cache.load_state_dict(cache.state_dict() | {"choices": torch.tensor([[7]], dtype=old)})
+    assert cache.get(row).tolist() == [[7]]
+    cache.put(row, torch.tensor([[40_000]]), torch.zeros(1), 0)
+    assert cache.get(row).tolist() == [[40_000]]
 
 
 @pytest.mark.parametrize(

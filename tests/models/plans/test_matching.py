@@ -11,6 +11,7 @@ from models.backbones.code_space import NamedCodes
 from models.functional.errors import UsageError
 from models.plans.matching import as_numbers, hungarian_accuracy, match_types, swap_locality
 from models.plans.meter import PlanMeter
+from models.plans.rows import prompt_of, response_of
 from models.plans.signals import SignalCodes
 from models.plans.vocabulary import ConceptVocabulary
 
@@ -84,14 +85,14 @@ SIGNALLED = {
 }
 
 
-TOLD = {"signal_codes": True, "weights": {"text": 1.0, "signals": 1.0}}
+CODED = {"signal_codes": True, "weights": {"text": 1.0, "signals": 1.0}}
 
 
 @pytest.fixture
 def few_texts(tiny_oracle):
     rows = tiny_oracle.rows["train"].columns
     for split in ("train", "val"):
-        tiny_oracle.rows[split].columns = {name: column[:12].repeat(4, 1) for name, column in rows.items()}
+        tiny_oracle.rows[split].columns = {name: column[torch.arange(48) % 12] for name, column in rows.items()}
     return tiny_oracle
 
 
@@ -120,17 +121,17 @@ def test_mistakes_get_a_sentence(tiny_oracle, signals, sentence):
         quiet_trainer(1).fit(build(tiny_oracle, signals=signals), tiny_oracle)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_codes_are_the_values_of_their_signals(few_texts, told):
-    """The posterior comes to say each text's values; without it concepts have numbers of their own."""
+@pytest.mark.parametrize("signal_codes", [True, False])
+def test_codes_are_the_values_of_their_signals(few_texts, signal_codes):
+    """The posterior learns to predict each text's values; without signal codes the numbers of codes are arbitrary."""
     weights = {"text": 1.0, "signals": 1.0}
-    module = build(few_texts, weights=weights, signal_codes=told, **SIGNALLED)
+    module = build(few_texts, weights=weights, signal_codes=signal_codes, **SIGNALLED)
     quiet_trainer(60).fit(module, few_texts)
     rows = few_texts.rows["train"].columns
     values = few_texts.signals(rows)
     values = torch.stack([values[name] for name in ("who", "where", "events")], -1)
-    said = module.posterior_concepts(rows) - 1
-    assert (float((said == values)[values >= 0].float().mean()) > 0.95) is told
+    predicted = module.probe.posterior_concepts(rows) - 1
+    assert (float((predicted == values)[values >= 0].float().mean()) > 0.95) is signal_codes
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_codes_are_the_values_of_their_signals(few_texts, told):
         ({"search": {}}, r"nothing to search for in those types; type module\.search=null"),
         (
             {"weights": {"text": 1.0}},
-            r"leaves the posterior to the loss signals; type for example module\.weights\.signals=0\.1",
+            r"trains the posterior by the loss signals alone; type for example module\.weights\.signals=0\.1",
         ),
         (
             {"types": {"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 4}}},
@@ -151,30 +152,30 @@ def test_codes_are_the_values_of_their_signals(few_texts, told):
 )
 def test_what_signal_codes_need(tiny_oracle, options, sentence):
     with pytest.raises(UsageError, match=sentence):
-        quiet_trainer(1).fit(build(tiny_oracle, **(SIGNALLED | TOLD | options)), tiny_oracle)
+        quiet_trainer(1).fit(build(tiny_oracle, **(SIGNALLED | CODED | options)), tiny_oracle)
 
 
-def test_the_price_of_told_codes_by_hand():
-    """Slots a and c are told; the second text does not give c."""
+def test_the_log_probability_of_known_codes_by_hand():
+    """Slots a and c have signals; the second text has no value of c."""
     vocabulary = ConceptVocabulary({"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 2}}, 10)
-    told = SignalCodes(vocabulary, {"a": "x", "c": "y"}, {"x": 2, "y": 2})
+    known = SignalCodes(vocabulary, {"a": "x", "c": "y"})
     signals = {"x": torch.tensor([0, 1]), "y": torch.tensor([1, -1])}
     shares = torch.tensor([[[0.0, 0.5, 0.5], [0.0, 1.0, 0.0], [0.0, 0.75, 0.25]]]).expand(2, -1, -1)
-    assert told.log_prob(shares.log(), signals).exp().tolist() == pytest.approx([0.5 * 0.25, 0.5])
-    assert sorted(told.numbers(signals)) == [0, 2]
+    assert known.log_prob(shares.log(), signals).exp().tolist() == pytest.approx([0.5 * 0.25, 0.5])
+    assert sorted(known.codes(signals)) == [0, 2]
 
 
-def test_codes_that_are_known_are_taught_as_they_are(few_texts):
-    """In training the executor reads the signals' values, where a text gives them, before the posterior can say one of them."""
-    module, read = build(few_texts, **SIGNALLED, **TOLD), []
-    way = module._straight_through
+def test_the_executor_reads_known_codes(few_texts):
+    """In training it reads the signals' values, where a text has them, before the posterior can predict one of them."""
+    module, read = build(few_texts, **SIGNALLED, **CODED), []
+    draw = module.source.draw
 
-    def watched(batch, generator):
-        block, raw = way(batch, generator)
-        read.append((batch, block[0]))
-        return block, raw
+    def recorded(batch, now, generator):
+        plan, points = draw(batch, now, generator)
+        read.append((batch, plan.ids))
+        return plan, points
 
-    module._straight_through = watched
+    module.source.draw = recorded
     quiet_trainer(1).fit(module, few_texts)
     batch, ids = read[0]
     values, vocabulary = few_texts.signals(batch), module.model.vocabulary
@@ -186,32 +187,32 @@ def test_codes_that_are_known_are_taught_as_they_are(few_texts):
     module.eval()  # and so it is where texts are measured
     wanted = torch.stack([values[name] for name in ("who", "where", "events")], -1)
     given = wanted >= 0
-    assert torch.equal((module.concepts_of(batch) - 1)[given], wanted[given])
-    assert (module.posterior_concepts(batch) - 1 != wanted)[given].any()  # the posterior itself cannot say them yet
-    assert torch.equal(module.concepts_of(batch)[~given], module.posterior_concepts(batch)[~given])
+    read, predicted = module.probe.concepts(batch), module.probe.posterior_concepts(batch)
+    assert torch.equal((read - 1)[given], wanted[given])
+    assert (predicted - 1 != wanted)[given].any()  # the posterior cannot predict them yet
+    assert torch.equal(read[~given], predicted[~given])
 
 
-def test_codes_with_a_name_are_read_like_words():
-    """The head says code 0; told that it is code 1, its embedding is row 1, and row 1 alone learns from what is read."""
+def test_a_known_code_takes_the_place_of_the_predicted_one():
+    """The head predicts code 0. Where code 1 is known its embedding is row 1, and row 1 alone gets a gradient."""
     codes = NamedCodes(2, 3, 1.0)
     codes.head.weight = torch.nn.Parameter(torch.eye(2, 3))
     state = torch.tensor([[1.0, 0.0, 5.0]]).expand(3, -1)
     coded = codes(state, 1.0, torch.tensor([1, 0, -1]))
     assert torch.equal(coded.embeds, codes.table()[[1, 0, 0]])
-    assert torch.equal(coded.logits, torch.tensor([[1.0, 0.0]]).expand(3, -1))  # what the posterior says is its own
+    assert torch.equal(coded.logits, torch.tensor([[1.0, 0.0]]).expand(3, -1))  # the prediction stays
     coded.embeds[0].sum().backward()
     assert torch.equal(codes.rows.weight.grad, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
     assert codes.head.weight.grad is None or not codes.head.weight.grad.any()
 
 
-def test_codes_with_a_name_need_not_be_as_frequent_as_each_other(few_texts):
-    usage = {}
-    for told in (True, False):
-        module = build(few_texts, weights={"text": 1.0, "usage": 1.0, "signals": 1.0}, signal_codes=told, **SIGNALLED)
+def test_types_with_signal_codes_have_no_usage_loss(few_texts):
+    usage, weights = {}, {"text": 1.0, "usage": 1.0, "signals": 1.0}
+    for signal_codes in (True, False):
+        module = build(few_texts, weights=weights, signal_codes=signal_codes, **SIGNALLED)
         quiet_trainer(1).fit(module, few_texts)
         batch = {name: column[:8] for name, column in few_texts.rows["train"].columns.items()}
-        plan = module._most_probable(batch)
-        usage[told] = float(
-            module._plan_terms(plan, module._prior_logits(batch, plan.choices), module._text(batch))["usage"]
-        )
+        plan = module.source.most_probable(batch)
+        prior = module.planner.score(*prompt_of(batch), plan.choices)
+        usage[signal_codes] = float(module._plan_terms(plan, prior, response_of(batch))["usage"])
     assert usage[True] == 0 < usage[False]

@@ -1,4 +1,4 @@
-"""Plans that do not fit their text: random ones, and plans of which some concepts are hidden from the executor.
+"""Corrupted plans: random codes, and plans of which some concepts are hidden from the executor.
 
 Legend: B batch, S slots, C columns of a plan's block, D width.
 """
@@ -11,17 +11,16 @@ from models.plans.vocabulary import END, ConceptVocabulary
 
 
 def random_plan(vocabulary: ConceptVocabulary, choices: Tensor, generator: Generator) -> Tensor:
-    """Choices (B, S) with a random code of its type in the place of each code; ends stay where they are."""
-    codes = torch.tensor([t.codes for t in vocabulary.types], device=choices.device)
-    codes = codes[vocabulary.slot_types.to(choices.device)]
+    """Choices (B, S) with each code replaced by a random one of its type; ends stay where they are."""
+    codes = vocabulary.slot_codes.to(choices.device)
     drawn = torch.rand(choices.shape, generator=generator, device=choices.device)
     return torch.where(choices == END, choices, 1 + (drawn * codes).long())
 
 
 def block_without(planner: Planner, choices: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids (B, C) and embeddings (B, C, D) as an executor reads them; concepts that are not seen (B, S) bool are not there.
+    """Ids (B, C) and embeddings (B, C, D) as an executor reads them, without the concepts that are not seen (B, S) bool.
 
-    Separators, ends and positions stay: the plan's shape is told, not what it names.
+    Separators, ends and positions stay: the executor still reads how many concepts there are.
     """
     layout = planner.layout
     ids, embeds = planner.block(choices)
