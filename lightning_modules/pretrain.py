@@ -26,7 +26,7 @@ from models.functional.next_token import token_counts
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
-from models.interfaces.objective import Generation, Objective, TextObjective
+from models.interfaces.objective import Generation, Objective, Terms, TextObjective
 
 
 class PretrainModule(LeapModule):
@@ -73,8 +73,9 @@ class PretrainModule(LeapModule):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, tokens = self._loss(batch, batch_idx, "train")
-        return self.refuse_nan(loss) * self.token_weights.weight(tokens, self.device)
+        terms = self._terms(batch, batch_idx, stream=0)
+        self._log_loss(terms, "train")
+        return self.refuse_nan(terms.loss) * self.token_weights.weight(terms.weight, self.device)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.token_weights.finish(optimizer, self.trainer.accumulate_grad_batches, self.device)
@@ -88,25 +89,29 @@ class PretrainModule(LeapModule):
         self._start_measuring()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._loss(batch, batch_idx, "val")[0]
+        # 1. what is minimised
+        terms = self._terms(batch, batch_idx, stream=1)
+        self._log_loss(terms, "val")
+        # 2. the NLL of the batch's scored tokens: with the loss where it is that, in forward passes of its own otherwise
+        if self._likelihood is not None:
+            if self.objective.loss_is_nll(batch):
+                self.meter.update(terms.position_nll, terms.tokens, batch.get("target_bytes"))
+            else:
+                self._measure(batch, batch_idx)
+            # 3. the corpus' own NLL of the same tokens
+            self._measure_truth(batch)
+        return terms.loss
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self._likelihood_figures().items():
             self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meter sums over them
 
-    def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> tuple[Tensor, int]:
-        """The mean loss of a batch, and over how many tokens."""
-        stream = 0 if split == "train" else 1
-        out = self.objective(self.model, batch, self.step_generator(batch_idx, stream))
-        loss = out.loss_sum / max(1, out.tokens)
-        self.log(f"{split}/loss", loss, prog_bar=True, batch_size=max(1, out.tokens), sync_dist=split == "val")
-        if split == "val" and self._likelihood is not None:
-            if self.objective.loss_is_nll:
-                self.meter.update(out.position_nll, out.tokens, batch.get("target_bytes"))
-            else:
-                self._measure(batch, batch_idx)
-            self._measure_truth(batch)
-        return loss, out.tokens
+    def _terms(self, batch: dict[str, Tensor], batch_idx: int, stream: int) -> Terms:
+        return self.objective(self.model, batch, self.step_generator(batch_idx, stream))
+
+    def _log_loss(self, terms: Terms, split: str) -> None:
+        weight = max(1, terms.weight)
+        self.log(f"{split}/loss", terms.loss, prog_bar=True, batch_size=weight, sync_dist=split == "val")
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
@@ -190,7 +195,7 @@ class PretrainModule(LeapModule):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             for seed in range(draws):
                 out = self.objective(self.model, few, torch.Generator(device=self.device).manual_seed(seed))
-                out.loss_sum.backward()
+                out.loss.backward()
         self.zero_grad(set_to_none=True)
         return counter.get_total_flops() / draws * rows / min(2, rows)
 

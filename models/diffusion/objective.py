@@ -19,7 +19,7 @@ from models.functional.masked_diffusion import (
     random_length,
 )
 from models.functional.next_token import whole_text
-from models.interfaces.objective import ObjectiveOutput, TextObjective
+from models.interfaces.objective import Terms, TextObjective
 
 
 class MaskedDiffusion(TextObjective):
@@ -31,7 +31,6 @@ class MaskedDiffusion(TextObjective):
     """
 
     likelihood = "bound"
-    loss_is_nll = True
     generation = "masked"
 
     def __init__(
@@ -50,7 +49,10 @@ class MaskedDiffusion(TextObjective):
     def attach(self, model: LladaModel) -> None:
         require_bidirectional(model, "masked_diffusion")
 
-    def __call__(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
+    def loss_is_nll(self, batch: dict[str, Tensor]) -> bool:
+        return self.form == "sft" or "labels" in batch
+
+    def __call__(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> Terms:
         x0, attention_mask, maskable = whole_text(batch)
         if self.form == "pretrain" and "labels" not in batch:
             length = random_length(x0.shape[1], generator, self.random_length_probability)
@@ -68,7 +70,7 @@ class MaskedDiffusion(TextObjective):
         masked_logits = model.lm_head(model.hidden(model.embed(xt), attention_mask)[masked])
         # 4. their cross entropy, weighted by 1 / p
         nll = masked_diffusion_nll(masked_logits, x0, masked, p)
-        return ObjectiveOutput(nll.sum(), int(maskable.sum()), nll)
+        return Terms.over_tokens(nll.sum(), int(maskable.sum()), nll)
 
     def text_nll(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> Tensor:
         return any_order_nll(model, batch, generator)

@@ -13,7 +13,7 @@ from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.functional.masked_diffusion import antithetic_times
 from models.functional.next_token import whole_text
 from models.functional.nll import chosen_nll
-from models.interfaces.objective import ObjectiveOutput, TextObjective
+from models.interfaces.objective import Terms, TextObjective
 
 
 class ContinuousDiffusion(TextObjective, nn.Module):
@@ -39,7 +39,7 @@ class ContinuousDiffusion(TextObjective, nn.Module):
     def after_step(self, model: LladaModel) -> None:
         self.student.project_()
 
-    def forward(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
+    def forward(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> Terms:
         x0, attention_mask, maskable = whole_text(batch)
         rows = {"input_ids": x0, "attention_mask": attention_mask, "response_mask": maskable}
         # 1. a time for each row and its point on the line
@@ -48,4 +48,4 @@ class ContinuousDiffusion(TextObjective, nn.Module):
         z = noisy_point(self.student, rows, masked, s, generator)
         # 2. the denoiser's cross entropy
         nll = chosen_nll(self.student(z, masked, attention_mask, s, s), x0, masked)
-        return ObjectiveOutput(nll.sum(), int(masked.sum()), nll)
+        return Terms.over_tokens(nll.sum(), int(masked.sum()), nll)

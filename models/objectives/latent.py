@@ -15,7 +15,7 @@ from models.functional.errors import UsageError
 from models.functional.latent import covariance_penalty, next_span_mean, variance_penalty
 from models.functional.next_token import align_with_columns, causal_text, shifted_targets
 from models.functional.weights import trainable_weights, update_average
-from models.interfaces.objective import ObjectiveOutput, TextObjective
+from models.interfaces.objective import Terms, TextObjective
 
 
 class Latent(TextObjective, nn.Module):
@@ -50,7 +50,7 @@ class Latent(TextObjective, nn.Module):
         update_average({name: average[name] for name in trainable_weights(model)}, model, self.decay, int(self.steps))
         self.steps += 1
 
-    def forward(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
+    def forward(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Terms:
         text = causal_text(batch)
         # 1. where a whole span of states follows, of the same document
         _, counts = shifted_targets(text, self.span + 1)
@@ -65,7 +65,7 @@ class Latent(TextObjective, nn.Module):
         penalty = self.variance_weight * variance_penalty(z) + self.covariance_weight * covariance_penalty(z)
         tokens = int(counts.sum())
         errors = torch.zeros(counts.shape, dtype=error.dtype, device=error.device).masked_scatter(counts, error)
-        return ObjectiveOutput(error.sum() + tokens * penalty, tokens, align_with_columns(errors, batch))
+        return Terms.over_tokens(error.sum() + tokens * penalty, tokens, align_with_columns(errors, batch))
 
 
 def _normalised(states: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from models.functional.next_token import (
     whole_text,
 )
 from models.functional.span_corruption import question_and_answer, random_spans, span_counts
-from models.interfaces.objective import ObjectiveOutput, TextObjective
+from models.interfaces.objective import Terms, TextObjective
 
 
 class SpanCorruption(TextObjective):
@@ -49,7 +49,7 @@ class SpanCorruption(TextObjective):
         if "mask_token_id" not in model.config.to_dict() and set(self.mix) != {"prefix"}:
             raise UsageError("the model has no mask token to stand for a span; type module/objective=prefix_lm")
 
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Terms:
         x0, seen, asked = self._columns(batch)
         first = 0 if "labels" in batch else int((~asked[0]).sum())
         length, low = x0.shape[1] - first, int(first == 0)  # a packed row has no prompt: its first token is always read
@@ -70,7 +70,7 @@ class SpanCorruption(TextObjective):
         ids, read = torch.cat([question, answer], -1), question.shape[1]
         seen = F.pad(seen[:, :first], (0, ids.shape[1] - first), value=True)
         nll = prefix_nll(model, ids, seen, F.pad(counts, (read, 0)), read)
-        return ObjectiveOutput(nll.sum(), int(counts.sum()), nll)
+        return Terms.over_tokens(nll.sum(), int(counts.sum()), nll)
 
     def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:
         if "labels" in batch:  # nothing is prompted: from left to right
@@ -85,12 +85,12 @@ class SpanCorruption(TextObjective):
         return x0, attention_mask if "labels" in batch else read_columns(batch), asked
 
 
-def _nothing_asked(x0: Tensor) -> ObjectiveOutput:
+def _nothing_asked(x0: Tensor) -> Terms:
     """Of a packed row of one token, such as the last of a validation: nothing. Errors: UsageError in training."""
     if torch.is_grad_enabled():
         raise UsageError("data.length=1 leaves nothing to ask for; type data.length=2 or more")
     nll = torch.zeros(x0.shape, device=x0.device)
-    return ObjectiveOutput(nll.sum(), 0, nll)
+    return Terms.over_tokens(nll.sum(), 0, nll)
 
 
 def prefix_nll(model: nn.Module, ids: Tensor, seen: Tensor, counts: Tensor, prefix: int) -> Tensor:

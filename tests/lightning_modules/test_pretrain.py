@@ -108,7 +108,7 @@ def test_sft_never_hides_a_prompt_and_counts_the_response_with_its_end():
         assert torch.equal(xt[~batch["response_mask"]], batch["input_ids"][~batch["response_mask"]])
         assert out.tokens == 16
         assert out.position_nll.shape == xt.shape
-        torch.testing.assert_close(out.loss_sum, out.position_nll.sum())
+        torch.testing.assert_close(out.loss, out.position_nll.sum() / out.tokens)
         assert torch.equal(out.position_nll != 0, xt == MASK)
         was_hidden |= xt == MASK
     assert torch.equal(was_hidden, batch["response_mask"])  # the trailing end-of-text is learnt as well
@@ -194,8 +194,8 @@ def test_two_half_batches_make_one_step_of_the_whole(tiny_llada, tiny_oracle):
     assert all(torch.equal(p, before[name]) for name, p in twin.named_parameters())
     outs = [twin.objective(twin.model, half, twin.step_generator(n)) for n, half in enumerate(halves)]
     for loss, out in zip(seen.losses, outs, strict=True):
-        assert loss == pytest.approx(out.loss_sum.item() / out.tokens / 2, rel=1e-5)
-    (sum(out.loss_sum for out in outs) / sum(out.tokens for out in outs)).backward()
+        assert loss == pytest.approx(out.loss.item() / 2, rel=1e-5)
+    (sum(out.loss * out.tokens for out in outs) / sum(out.tokens for out in outs)).backward()
     for name, p in twin.named_parameters():
         torch.testing.assert_close(seen.gradients[0][name], p.grad, rtol=1e-4, atol=1e-6)
 
