@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.base import LeapModule
 from lightning_modules.training.compile import decoder_layers
 from lightning_modules.training.nll_meter import NllMeter
 from lightning_modules.training.optimizers import OptimizerName
+from lightning_modules.training.step_cost import flops_of_step
 from lightning_modules.training.token_weights import TokenWeights
 from models.backbones.autoregressive import AutoregressiveDecoder
 from models.backbones.causal_lm import save_causal, save_merged
@@ -189,15 +188,10 @@ class PretrainModule(LeapModule):
         return text_states(self.objective.trained(self.model), rows["input_ids"], rows["attention_mask"])
 
     def flops_of_step(self, batch: dict[str, Tensor]) -> float:
-        """Floating point operations of a forward and backward pass over the batch, counted on two of its rows."""
-        few = {name: column[:2] for name, column in batch.items()}
-        rows, draws = len(next(iter(batch.values()))), getattr(self.objective, "kinds_of_batch", 1)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            for seed in range(draws):
-                out = self.objective(self.model, few, torch.Generator(device=self.device).manual_seed(seed))
-                out.loss.backward()
+        """Model FLOPs of a forward and backward pass over the batch; see `step_cost.flops_of_step`."""
+        flops = flops_of_step(self.objective, self.model, batch)
         self.zero_grad(set_to_none=True)
-        return counter.get_total_flops() / draws * rows / min(2, rows)
+        return flops
 
     # -- files --------------------------------------------------------------------------------------------------------
 

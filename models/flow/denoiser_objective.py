@@ -39,6 +39,10 @@ class ContinuousDiffusion(TextObjective, nn.Module):
     def after_step(self, model: LladaModel) -> None:
         self.student.project_()
 
+    def expected_predictions(self, batch: dict[str, Tensor]) -> float:
+        # a partly observed row hides each token with a probability that is uniform
+        return (1 - self.observed_share / 2) * int(whole_text(batch)[2].sum())
+
     def forward(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> Terms:
         x0, attention_mask, maskable = whole_text(batch)
         rows = {"input_ids": x0, "attention_mask": attention_mask, "response_mask": maskable}
@@ -48,4 +52,4 @@ class ContinuousDiffusion(TextObjective, nn.Module):
         z = noisy_point(self.student, rows, masked, s, generator)
         # 2. the denoiser's cross entropy
         nll = chosen_nll(self.student(z, masked, attention_mask, s, s), x0, masked)
-        return Terms.over_tokens(nll.sum(), int(masked.sum()), nll)
+        return Terms.over_tokens(nll.sum(), int(masked.sum()), nll, predictions=masked.sum())

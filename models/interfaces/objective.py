@@ -52,7 +52,7 @@ class TextObjective:
 
     likelihood: what the model's NLL of a text is: `exact`, an upper `bound`, or None where the objective defines none.
     generation: how its model generates texts; None where it cannot.
-    kinds_of_batch: more than 1 where the cost of a step depends on a draw; FLOPs are then a mean over so many draws.
+    kinds_of_batch: over how many draws the cost of a step is averaged where `expected_predictions` is None.
     """
 
     likelihood: Likelihood | None = None
@@ -68,6 +68,13 @@ class TextObjective:
         Validation then needs no further forward passes.
         """
         return False
+
+    def expected_predictions(self, batch: dict[str, Tensor]) -> float | None:
+        """For how many positions of the batch the loss computes logits on average over draws; None where none are drawn.
+
+        A draw whose cost is otherwise that of every other has its own number as `raw["predictions"]`.
+        """
+        return None
 
     def trained(self, model: nn.Module) -> nn.Module:
         """The network whose hidden states are the result of the training."""

@@ -26,11 +26,14 @@ class MaskedLM(TextObjective):
     def attach(self, model: nn.Module) -> None:
         require_bidirectional(model, "masked_lm")
 
+    def expected_predictions(self, batch: dict[str, Tensor]) -> float:
+        return self.rate * int(whole_text(batch)[2].sum())
+
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Terms:
         x0, attention_mask, maskable = whole_text(batch)
         xt, chosen = bert_corrupt(x0, maskable, model.mask_id, len(model.embedding), generator, self.rate)
         nll = fill_nll(model, xt, x0, chosen, attention_mask)
-        return Terms.over_tokens(nll.sum(), int(chosen.sum()), nll)
+        return Terms.over_tokens(nll.sum(), int(chosen.sum()), nll, predictions=chosen.sum())
 
     def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:
         return any_order_nll(model, batch, generator)

@@ -163,6 +163,31 @@ def test_an_unknown_form_is_named():
         MaskedDiffusion("causal")
 
 
+# -- likelihood ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["sft", "pretrain"])
+def test_the_bound_and_the_truth_cover_the_same_tokens(tiny_llada, tiny_oracle, form):
+    """The response given the prompt, in both forms: a model whose logits are all alike needs ln V nats for each token."""
+    module = build(tiny_llada, tiny_oracle, MaskedDiffusion(form, random_length_probability=0.5))
+    del module.log
+    torch.nn.init.zeros_(module.model.lm_head.weight)
+    many = {name: column.repeat(8, 1) for name, column in tiny_oracle.rows["val"].columns.items()}
+    tiny_oracle.rows["val"] = TensorRows(many)
+    (found,) = quiet_trainer(1).validate(module, tiny_oracle, verbose=False)
+    tokens = int(many["response_mask"].sum())
+    assert module.meter.tokens == module.truth_meter.tokens == tokens
+    assert found["val/nll_truth"] == pytest.approx(tiny_oracle.true_nll(many).sum().item() / tokens)
+    if form == "pretrain":  # of random orders; the loss of sft is a draw of it
+        assert found["val/nll_bound"] == pytest.approx(math.log(len(tiny_oracle.tokenizer)), rel=1e-5)
+
+
+def test_the_loss_is_the_likelihood_of_packed_rows_and_of_responses():
+    rows, packed = ragged_batch(), {"labels": torch.zeros(1, 4)}
+    assert [MaskedDiffusion("sft").loss_is_nll(batch) for batch in (rows, packed)] == [True, True]
+    assert [MaskedDiffusion("pretrain").loss_is_nll(batch) for batch in (rows, packed)] == [False, True]
+
+
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
