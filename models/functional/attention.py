@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
-from models.functional.precision import as_autocast, in_full
+from models.functional.precision import as_autocast, at_least_float32, in_full
 
-MOST_OF_PREFIX = 30.0  # nats by which a prefix may outscore the text
+MOST_OF_PREFIX = 30.0  # nats by which a prefix may outscore the text in the derivative of its gate
 MOST_ABOVE = 10.0  # nats by which a hidden key may outscore the seen ones
 
 
@@ -31,11 +31,15 @@ def gated_prefix_attention(
     a -inf bias could never train); g = 1 is ordinary attention with the prefix put before every key and value.
 
     q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L); k_prefix, v_prefix (B, H, K, d); gate (H,). Returns (B, H, L, d).
-    A prefix that outscores the text by more than 30 nats counts as if by 30. There are first derivatives only, but in forward
-    mode too, which fused kernels lack; where no derivative is asked for, a fused kernel does the same.
+    Scores and their softmax are computed in float32 at least. A query that sees neither text nor prefix gets 0.
+
+    There are first derivatives only, but in forward mode too, which fused kernels lack. Without derivatives a fused kernel
+    computes the same. The derivative in g, which is unbounded at g = 0, counts a prefix that outscores the text by more than
+    30 nats as if by 30.
     """
-    differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
-    q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
+    inputs = (q, k, v, k_prefix, v_prefix, gate)
+    differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    q, k, v, k_prefix, v_prefix, gate = as_autocast(*inputs)
     if not differentiated:
         return _fused_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, scale)
     with in_full(q):
@@ -80,25 +84,38 @@ def _put_before(prefix: Tensor, text: Tensor) -> Tensor:
 class _GatedPrefixAttention(Function):
     """One softmax over prefix and text, in which each key of the prefix counts g times.
 
-    Its derivatives are a softmax', dw_j = w_j (ds_j - mean); the gate's needs the share of a key that counted once, which is
-    there at g = 0 too. The forward-mode derivative is not recorded for a later backward pass.
+    Its derivatives are those of a softmax, dw_j = w_j (ds_j - mean). The gate's needs the share of a key that counts once,
+    which is above 0 at g = 0 too. The forward-mode derivative is not recorded for a later backward pass.
     """
 
     @staticmethod
     def forward(q, k, v, mask, k_prefix, v_prefix, gate, scale):
-        places = k_prefix.shape[2]
+        # Sums over keys are (B, H, L, 1). A prefix further above the text than `MOST_OF_PREFIX` is `far`: its mass follows from
+        # the odds of prefix against text, which no exponential of a score can overflow.
+        prefix, text = slice(k_prefix.shape[2]), slice(k_prefix.shape[2], None)
         keys, values = _put_before(k_prefix, k), _put_before(v_prefix, v)
-        scores = q @ keys.mT * scale
+        gate = at_least_float32(gate).view(1, -1, 1, 1)
+        # 1. scores, and by how many nats the prefix outscores the text
+        scores = at_least_float32(q) @ at_least_float32(keys).mT * scale
+        lowest = torch.finfo(scores.dtype).min
         if mask is not None:
-            scores[..., places:].masked_fill_(~mask, torch.finfo(scores.dtype).min)
-        of_prefix, of_text = (part.logsumexp(-1, keepdim=True) for part in scores.tensor_split([places], -1))
-        scores[..., :places] += (of_prefix - of_text).clamp(max=MOST_OF_PREFIX) - of_prefix
-        scores[..., places:] -= of_text
+            scores[..., text].masked_fill_(~mask, lowest)
+        of_prefix, of_text = (scores[..., keys_of].logsumexp(-1, keepdim=True) for keys_of in (prefix, text))
+        above = of_prefix - of_text
+        far, log_odds = above > MOST_OF_PREFIX, above + gate.clamp(min=0).log()
+        # 2. the mass of every key beside a text of mass 1, those of the prefix counted once
+        scores[..., prefix] += above.clamp(max=MOST_OF_PREFIX) - of_prefix
+        scores[..., text] -= of_text
         weights = scores.exp()
-        counted_once, text = (part.sum(-1, keepdim=True) for part in weights.tensor_split([places], -1))
-        weights /= text + gate.view(1, -1, 1, 1) * counted_once
-        of_gate = weights[..., :places].clone()
-        weights[..., :places] *= gate.view(1, -1, 1, 1)
+        prefix_mass, text_mass = weights[..., prefix].sum(-1, keepdim=True), weights[..., text].sum(-1, keepdim=True)
+        total = text_mass + gate * prefix_mass
+        # 3. shares of the total; where all of the text is hidden it has none
+        shared = torch.where(far, text_mass * (1 + log_odds.exp()), total).masked_fill(of_text < lowest / 2, torch.inf)
+        weights[..., text] /= shared
+        weights[..., prefix] /= total
+        of_gate = weights[..., prefix].to(q.dtype, copy=True)
+        weights[..., prefix] *= torch.where(far, log_odds.sigmoid() * total / prefix_mass, gate)
+        weights = weights.to(q.dtype)
         return weights @ values, weights, of_gate, keys, values
 
     @staticmethod
