@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from models.functional.ranks import is_first, summed
+from models.functional.ranks import is_rank_zero, summed
 
 
 class StepMonitor(Callback):
@@ -45,4 +45,4 @@ class StepMonitor(Callback):
         return {"sums": summed(self.sums).cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums = state["sums"].clone() if is_first() else torch.zeros_like(state["sums"])
+        self.sums = state["sums"].clone() if is_rank_zero() else torch.zeros_like(state["sums"])

@@ -28,7 +28,7 @@ def make_optimizer(
     adamw = AdamW(groups, lr=lr, betas=(0.9, 0.98))
     if not matrices:
         return adamw
-    return Together(Muon(matrices.values(), lr=lr, weight_decay=weight_decay), adamw)
+    return CombinedOptimizer(Muon(matrices.values(), lr=lr, weight_decay=weight_decay), adamw)
 
 
 def used_optimizer(name: OptimizerName, weights: Mapping[str, nn.Parameter]) -> OptimizerName:
@@ -80,7 +80,7 @@ class Muon(Optimizer):
             p.mul_(1 - lr * weight_decay).add_(move, alpha=-lr * ROOT_MEAN_SQUARE * max(p.shape) ** 0.5)
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Optimisers of different weights as one: one list of groups, one state, one checkpoint."""
 
     def __init__(self, *parts: Optimizer) -> None:

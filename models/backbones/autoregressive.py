@@ -8,8 +8,8 @@ from torch import Generator, Tensor, nn
 
 from models.backbones.key_value_cache import cache_argument, cache_of
 from models.functional.attention import positions_from_mask
-from models.functional.gumbel import gumbel_argmax
-from models.functional.next_token import prefix_mask, read_columns, said_until_end
+from models.functional.gumbel import sample_categorical
+from models.functional.next_token import generated_until_end, prefix_mask, read_columns
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 
@@ -42,9 +42,9 @@ def generate_autoregressive(
     response = []
     for place in range(columns):
         # 2. a token from what has been read so far
-        response.append(gumbel_argmax(out.logits[:, -1, :vocab_size], temperature, generator))
+        response.append(sample_categorical(out.logits[:, -1, :vocab_size], temperature, generator))
         if on_tokens is not None:
-            on_tokens(said_until_end(response, eos_id))
+            on_tokens(generated_until_end(response, eos_id))
         if place + 1 == columns:
             break
         # 3. read it: its keys and values join the cache
@@ -57,7 +57,7 @@ def generate_autoregressive(
             **cache_argument(cache_of(out)),
             use_cache=True,
         )
-    return said_until_end(response, eos_id)
+    return generated_until_end(response, eos_id)
 
 
 class AutoregressiveDecoder:

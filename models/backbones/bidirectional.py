@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from models.functional.errors import UsageError
 from models.functional.masked_lm import any_order_weight, hide_exactly, stratified_count
-from models.functional.next_token import whole_text
+from models.functional.next_token import bidirectional_text
 from models.functional.nll import chosen_nll
 
 
@@ -31,7 +31,7 @@ def any_order_nll(model: nn.Module, batch: dict[str, Tensor], generator: Generat
     A forward with random hidden positions for every number of them, at most `most` numbers spread evenly over 1..R.
     Unbiased: its mean over draws is the bound.
     """
-    x0, attention_mask, maskable = whole_text(batch)
+    x0, attention_mask, maskable = bidirectional_text(batch)
     forwards = min(most, int(maskable.sum(-1).max()))
     total = torch.zeros(x0.shape, device=x0.device)
     for k in range(forwards):

@@ -125,7 +125,7 @@ def save_causal(model: PreTrainedModel | PeftModel, folder: str | Path, tokenize
     A half-written folder never appears.
     """
     folder = Path(folder)
-    with files.written_whole(folder) as staging:
+    with files.staging_folder(folder) as staging:
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

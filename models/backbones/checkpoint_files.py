@@ -87,7 +87,7 @@ def find_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def staging_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to that takes the place of `folder` once everything is in it: half of one never appears."""
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)

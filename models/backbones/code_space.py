@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from models.functional.errors import UsageError
 from models.functional.fsq import fsq_bound, fsq_lattice, fsq_levels
 from models.functional.gumbel import Choice, one_hot_argmax
-from models.functional.precision import at_least_float32, in_full
+from models.functional.precision import at_least_float32, without_autocast
 from models.functional.vector_quantisation import (
     Codebook,
     assignment_sums,
@@ -102,7 +102,7 @@ class CodeSpace(nn.Module):
     def begin(self, points: Tensor, generator: Generator) -> None:
         """Codes start at the centres of points (N, d)."""
         points = points.to(self.codes.dtype)
-        with in_full(points):
+        with without_autocast(points):
             centres = k_means(points, len(self.codes), generator)
             counts, _ = assignment_sums(points, centres)
         self._keep(Codebook(centres, counts, centres * counts.unsqueeze(-1)))
@@ -111,7 +111,7 @@ class CodeSpace(nn.Module):
     def follow(self, points: Tensor, decay: float, generator: Generator) -> int:
         """Move codes to their points (N, d); how many dead ones were set anew."""
         points = points.to(self.codes.dtype)
-        with in_full(points):
+        with without_autocast(points):
             book = ema_update(self.book, *assignment_sums(points, self.codes), decay)
         book, dead = reset_dead(book, points, len(points) / len(self.codes) / 50, generator)
         self._keep(book)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from models.backbones.frozen_layers import FrozenLinear
-from models.functional.weights import whole
+from models.functional.weights import full_tensor
 
 
 def shard_frozen(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
@@ -51,7 +51,7 @@ def gather_frozen(module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
         own = layer.weight
         if isinstance(own, DTensor):
             if id(own) not in found:
-                found[id(own)] = nn.Parameter(whole(own), requires_grad=False)
+                found[id(own)] = nn.Parameter(full_tensor(own), requires_grad=False)
             shares.append((layer, own))
             layer.weight = found[id(own)]
     return shares

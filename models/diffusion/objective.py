@@ -18,7 +18,7 @@ from models.functional.masked_diffusion import (
     masked_diffusion_nll,
     random_length,
 )
-from models.functional.next_token import whole_text
+from models.functional.next_token import bidirectional_text
 from models.interfaces.objective import Terms, TextObjective
 
 SELDOM = 0.05  # cuts of more of the batches matter for the mean cost of a step
@@ -92,5 +92,5 @@ class MaskedDiffusion(TextObjective):
 
     def _text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """ids, attention_mask and what can be masked, (B, L) each."""
-        x0, attention_mask, maskable = whole_text(batch)
+        x0, attention_mask, maskable = bidirectional_text(batch)
         return x0, attention_mask, attention_mask if self.masks_prompts(batch) else maskable

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
-from models.functional.gumbel import gumbel_argmax
+from models.functional.gumbel import sample_categorical
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 
@@ -81,7 +81,7 @@ def generate_masked_diffusion(
         for count in linear_transfer_counts(block_length, steps // blocks):
             # 1. a draw for every response position
             logits = guided_logits(model, xt, attention_mask, response_mask, guidance)
-            drawn = gumbel_argmax(logits, temperature, generator)  # (B, R)
+            drawn = sample_categorical(logits, temperature, generator)  # (B, R)
             # 2. how sure we are of each; only masked positions of this block compete
             if remasking == "low_confidence":
                 confidence = torch.softmax(logits.double(), -1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)

@@ -11,7 +11,7 @@ from models.backbones.llada import LladaModel
 from models.flow.losses import hide_response, noisy_point
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.functional.masked_diffusion import antithetic_times
-from models.functional.next_token import whole_text
+from models.functional.next_token import bidirectional_text
 from models.functional.nll import chosen_nll
 from models.interfaces.objective import Terms, TextObjective
 
@@ -41,10 +41,10 @@ class ContinuousDiffusion(TextObjective, nn.Module):
 
     def expected_predictions(self, batch: dict[str, Tensor]) -> float:
         # a partly observed row hides each token with a probability that is uniform
-        return (1 - self.observed_share / 2) * int(whole_text(batch)[2].sum())
+        return (1 - self.observed_share / 2) * int(bidirectional_text(batch)[2].sum())
 
     def forward(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> Terms:
-        x0, attention_mask, maskable = whole_text(batch)
+        x0, attention_mask, maskable = bidirectional_text(batch)
         rows = {"input_ids": x0, "attention_mask": attention_mask, "response_mask": maskable}
         # 1. a time for each row and its point on the line
         masked = hide_response(rows, self.observed_share, generator)

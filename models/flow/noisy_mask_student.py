@@ -14,7 +14,7 @@ from models.flow.soft_prompt import SoftPrompt
 from models.flow.student import Student
 from models.functional.errors import UsageError, require_choice
 from models.functional.noisy_mask import flow_map, noisy_mask, token_evidence, warp_time, wiener_gain
-from models.functional.precision import at_least_float32, in_full
+from models.functional.precision import at_least_float32, without_autocast
 from models.functional.text_posterior import same_prompt, text_evidence, text_posterior, token_posterior
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
@@ -108,7 +108,7 @@ class NoisyMaskStudent(Student):
         kept = alike.any(0)  # what no row could be needs no products, nor do prompts
         mask = at_least_float32(self.mask_embedding)
         apart = (z[:, used] - mask).to(mask.dtype)
-        with in_full(z):
+        with without_autocast(z):
             evidence = [
                 text_evidence(apart, masked[:, used], self.base.embed(few).to(mask.dtype) - mask, s, self.noise_scale)
                 for few in texts[kept][:, used].split(TEXTS_AT_ONCE)
@@ -118,7 +118,7 @@ class NoisyMaskStudent(Student):
 
     def expected(self, psi: Tensor) -> Tensor:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the base's precision."""
-        with in_full(psi):
+        with without_autocast(psi):
             return psi.to(self.base.embedding.dtype) @ self.base.embedding
 
     def project_(self) -> None:

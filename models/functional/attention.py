@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
-from models.functional.precision import as_autocast, at_least_float32, in_full
+from models.functional.precision import at_least_float32, to_autocast_dtype, without_autocast
 
 MOST_OF_PREFIX = 30.0  # nats by which a prefix may outscore the text in the derivative of its gate
 MOST_ABOVE = 10.0  # nats by which a hidden key may outscore the seen ones
@@ -39,10 +39,10 @@ def gated_prefix_attention(
     """
     inputs = (q, k, v, k_prefix, v_prefix, gate)
     differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
-    q, k, v, k_prefix, v_prefix, gate = as_autocast(*inputs)
+    q, k, v, k_prefix, v_prefix, gate = to_autocast_dtype(*inputs)
     if not differentiated:
         return _fused_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, scale)
-    with in_full(q):
+    with without_autocast(q):
         return _GatedPrefixAttention.apply(q, k, v, mask, k_prefix, v_prefix, gate, scale)[0]
 
 

@@ -42,7 +42,7 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def gumbel_argmax(logits: Tensor, temperature: float, generator: Generator) -> Tensor:
+def sample_categorical(logits: Tensor, temperature: float, generator: Generator) -> Tensor:
     """A draw from softmax(logits / temperature); the argmax at temperature 0. (..., V) -> (...).
 
     In float64: low-precision Gumbel noise is truncated and makes samples too probable (Zheng et al., 2024).

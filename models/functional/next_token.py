@@ -73,13 +73,13 @@ def until_end(said: Tensor, eos_id: int | None) -> Tensor:
     return end.cumsum(-1) - end.long() == 0
 
 
-def said_until_end(said: list[Tensor], eos_id: int | None) -> Tensor:
+def generated_until_end(said: list[Tensor], eos_id: int | None) -> Tensor:
     """Tokens (B,), one after the other, as (B, n); what follows a row's first end token is filled with it."""
     together = torch.stack(said, -1)
     return together if eos_id is None else together.masked_fill(~until_end(together, eos_id), eos_id)
 
 
-def whole_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def bidirectional_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """What a model that looks both ways reads: ids, attention_mask and which tokens may be hidden; (B, L) each.
 
     Packed rows are their labels, so that every token of the stream is read once and stands where `target_bytes` counts it.

@@ -35,7 +35,7 @@ def _random_parts(rows: int, total: int, parts: int, generator: Generator, devic
     return torch.cat(edges, -1).diff(dim=-1)
 
 
-def question_and_answer(x0: Tensor, cut: Tensor, sentinel: int) -> tuple[Tensor, Tensor]:
+def input_and_target(x0: Tensor, cut: Tensor, sentinel: int) -> tuple[Tensor, Tensor]:
     """The text with a sentinel for each span, (B, L - N + S), and each span behind its sentinel, (B, N + S).
 
     x0 (B, L) ids; cut (B, L) bool with the same N and S in every row.

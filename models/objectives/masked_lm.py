@@ -5,7 +5,7 @@ from torch import Generator, Tensor, nn
 from models.backbones.bidirectional import any_order_nll, fill_nll, require_bidirectional
 from models.functional.errors import UsageError
 from models.functional.masked_lm import bert_corrupt
-from models.functional.next_token import whole_text
+from models.functional.next_token import bidirectional_text
 from models.interfaces.objective import Terms, TextObjective
 
 
@@ -27,10 +27,10 @@ class MaskedLM(TextObjective):
         require_bidirectional(model, "masked_lm")
 
     def expected_predictions(self, batch: dict[str, Tensor]) -> float:
-        return self.rate * int(whole_text(batch)[2].sum())
+        return self.rate * int(bidirectional_text(batch)[2].sum())
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Terms:
-        x0, attention_mask, maskable = whole_text(batch)
+        x0, attention_mask, maskable = bidirectional_text(batch)
         xt, chosen = bert_corrupt(x0, maskable, model.mask_id, len(model.embedding), generator, self.rate)
         nll = fill_nll(model, xt, x0, chosen, attention_mask)
         return Terms.over_tokens(nll.sum(), int(chosen.sum()), nll, predictions=chosen.sum())

@@ -14,12 +14,12 @@ from models.functional.errors import UsageError
 from models.functional.next_token import (
     CausalText,
     align_with_columns,
+    bidirectional_text,
     causal_text,
     prefix_mask,
     read_columns,
-    whole_text,
 )
-from models.functional.span_corruption import question_and_answer, random_spans, span_counts
+from models.functional.span_corruption import input_and_target, random_spans, span_counts
 from models.interfaces.objective import Terms, TextObjective
 
 
@@ -64,7 +64,7 @@ class SpanCorruption(TextObjective):
             question, answer, counts = x0[:, :split], x0[:, split:], asked[:, split:]
         else:
             cut = random_spans(len(x0), length, *span_counts(length, *self.spans[kind]), generator, x0.device)
-            question, answer = question_and_answer(x0[:, first:], cut, model.config.mask_token_id)
+            question, answer = input_and_target(x0[:, first:], cut, model.config.mask_token_id)
             question, counts = torch.cat([x0[:, :first], question], -1), torch.ones_like(answer, dtype=torch.bool)
         # 3. the answer's cross entropy given the question
         ids, read = torch.cat([question, answer], -1), question.shape[1]
@@ -81,7 +81,7 @@ class SpanCorruption(TextObjective):
 
     def _columns(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """ids, what is read and what may be asked for, (B, L) each."""
-        x0, attention_mask, asked = whole_text(batch)
+        x0, attention_mask, asked = bidirectional_text(batch)
         return x0, attention_mask if "labels" in batch else read_columns(batch), asked
 
 
