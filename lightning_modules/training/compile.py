@@ -1,4 +1,4 @@
-"""How decoder layers are computed: compiled (compile=), or once more in the backward pass instead of kept (recompute=)."""
+"""How decoder layers are computed: compiled (compile=), or recomputed in the backward pass to save memory (recompute=)."""
 
 import os
 import shutil

@@ -96,7 +96,7 @@ class CombinedOptimizer(Optimizer):
                 loss = closure()
         first = 0
         for part in self.parts:
-            # schedules and checkpoints replace what is here, so each part is lent it anew
+            # schedules and checkpoints replace what is here, so each part gets it again
             last = first + len(part.param_groups)
             part.param_groups, part.state = self.param_groups[first:last], self.state
             part.step()

@@ -98,10 +98,10 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 class UnshardForEvaluation(Callback):
-    """The first of the callbacks.
+    """Makes the model whole for validation and at the end of training. It is the first of the callbacks.
 
-    It gathers when all others have set the weights that they validate, splits again before they take them back, and leaves the
-    model whole before any of them writes it.
+    It gathers after all others have set the weights that they validate, splits again before they restore theirs, and leaves
+    the model whole before any of them writes it.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ def shard_trained(module: LightningModule, mesh: DeviceMesh, blocks: list[nn.Mod
     frozen = {p for p in module.parameters() if not p.requires_grad}
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=frozen)
-    # kept whole from forward to backward; a step has one of each
+    # whole from the forward to the backward pass; a step has one of each
     fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
     for part in fsdp_modules(module):
         part.set_reduce_scatter_unused_params(True)
@@ -134,7 +134,7 @@ def shard_trained(module: LightningModule, mesh: DeviceMesh, blocks: list[nn.Mod
 
 @contextmanager
 def whole_weights(module: LightningModule) -> Iterator[None]:
-    """Within this context every rank has all of the weights, to read; every rank has to ask."""
+    """Within this context every rank has all of the weights, to read. Every rank has to enter it."""
     shares, parts = gather_frozen(module), fsdp_modules(module)
     if parts:
         fully_shard.state(module)._lazy_init()  # the root is the module, not the layer that happens to be called first

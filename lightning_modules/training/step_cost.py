@@ -17,8 +17,8 @@ def flops_of_step(objective: Objective, model: nn.Module, batch: dict[str, Tenso
     """Model FLOPs of a forward and backward pass over the batch, matrix products only. Gradients are left on the weights.
 
     Layers that are recomputed in the backward pass (recompute=true) count once, as in Model FLOPs Utilisation (Chowdhery et
-    al., PaLM, 2022). Two of the rows are counted and stand for all. Where an objective draws for how many positions it
-    computes logits, the result is that of the expected number: FLOPs are a line in that number, through two draws.
+    al., PaLM, 2022). Two of the rows are counted, and the others taken to cost as much. Where an objective draws for how many
+    positions it computes logits, the result is that of the expected number: FLOPs are a line in it, through two draws.
     """
     few = {name: column[:COUNTED_ROWS] for name, column in batch.items()}
     device = next(iter(batch.values())).device

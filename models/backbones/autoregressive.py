@@ -28,9 +28,9 @@ def generate_autoregressive(
 ) -> Tensor:
     """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
 
-    whole_prompt: prompt tokens see each other both ways, as a prefix language model was trained.
-    vocab_size: ids from there on are padding of the output layer and never said. eos_id: fills what stands beyond its
-    first place; None leaves what the model goes on to say. on_tokens: see `Decoder`.
+    whole_prompt: attention among prompt tokens is bidirectional, as a prefix language model was trained.
+    vocab_size: ids from there on are padding of the output layer and never generated. eos_id: fills the columns
+    after its first occurrence; None leaves what the model generates there. on_tokens: see `Decoder`.
     """
     columns = response_columns(rows["response_mask"])
     seen = read_columns(rows)
@@ -40,16 +40,16 @@ def generate_autoregressive(
     mask = prefix_mask(seen, seen.shape[1], next(model.parameters()).dtype) if whole_prompt else seen.long()
     out = model(**read, attention_mask=mask, use_cache=True, logits_to_keep=1)
     response = []
-    for place in range(columns):
+    for column in range(columns):
         # 2. a token from what has been read so far
         response.append(sample_categorical(out.logits[:, -1, :vocab_size], temperature, generator))
         if on_tokens is not None:
             on_tokens(generated_until_end(response, eos_id))
-        if place + 1 == columns:
+        if column + 1 == columns:
             break
         # 3. read it: its keys and values join the cache
         seen = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
-        position = positions[:, place - columns, None]
+        position = positions[:, column - columns, None]
         out = model(
             input_ids=response[-1].unsqueeze(-1),
             attention_mask=seen.long(),
@@ -61,7 +61,7 @@ def generate_autoregressive(
 
 
 class AutoregressiveDecoder:
-    """`generate_autoregressive` of one model, as a `Decoder`; response_length: R, its forwards."""
+    """`generate_autoregressive` of one model, as a `Decoder`; response_length: R, its number of forward passes."""
 
     method = "teacher"
     refines = False

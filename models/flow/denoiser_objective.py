@@ -1,4 +1,4 @@
-"""Continuous diffusion: masks carry noise, and a denoiser says which token stands behind each (the noisy-mask denoiser).
+"""Continuous diffusion: masks carry noise, and a denoiser predicts the token at each (the noisy-mask denoiser).
 
 Points move on a line from a noisy mask to the token's embedding; the embedding table is fixed and everything else trains.
 Legend: B batch, L length.
@@ -19,7 +19,7 @@ from models.interfaces.objective import Terms, TextObjective
 class ContinuousDiffusion(TextObjective, nn.Module):
     """Mean cross entropy of D_s(z_s) at the noisy positions, s uniform in warped time: `adapt_to_noise` without a teacher.
 
-    sigma, time_center: see `NoisyMaskStudent`. observed_share: rows with part of the response given.
+    sigma, time_center: see `NoisyMaskStudent`. observed_share: of the rows, those in which part of the response is observed.
     No bound on the likelihood is claimed: that of the flow would need its divergence along every path.
     """
 

@@ -1,4 +1,4 @@
-r"""Bidirectional attention, attention that also sees a gated prefix, and masks.
+r"""Bidirectional attention, attention over text and a gated prefix, and masks.
 
 Legend: B batch, H heads, L length, K prefix length, d head width.
 """
@@ -16,7 +16,7 @@ MOST_ABOVE = 10.0  # nats by which a hidden key may outscore the seen ones
 
 
 def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q kᵀ scale) v without a causal mask. q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L), True = may be seen."""
+    """softmax(q kᵀ scale) v without a causal mask. q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L), True = visible."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
@@ -51,27 +51,27 @@ def _fused_prefix_attention(
 ) -> Tensor:
     """The same without derivatives: a prefix whose scores are raised by log g, in one fused kernel."""
     batch, heads, length, _ = q.shape
-    places = k_prefix.shape[2]
-    bias = q.new_zeros(batch, heads, length, places + length)
-    bias[..., :places] = gate.clamp(min=0).log().view(1, heads, 1, 1)
+    width = k_prefix.shape[2]
+    bias = q.new_zeros(batch, heads, length, width + length)
+    bias[..., :width] = gate.clamp(min=0).log().view(1, heads, 1, 1)
     if mask is not None:
-        bias[..., places:] = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        bias[..., width:] = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     keys, values = _put_before(k_prefix, k), _put_before(v_prefix, v)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
 
 
 def visible_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    r"""Causal attention in which each key counts as much as it is visible, w >= 0: with 0 and 1 it is masked attention.
+    r"""Causal attention in which each key has a weight w >= 0; with weights of 0 and 1 it is masked attention.
 
     .. math:: o_q = \sum_{k \le q} w_{qk} e^{s_{qk}} v_k \Big/ \sum_{k \le q} w_{qk} e^{s_{qk}}
 
-    A mask of -inf could pass no gradient to what it hides; w can. q, k, v (B, H, L, d), w (B, 1, L, L).
+    A mask of -inf would pass no gradient to the keys that it hides; w does. q, k, v (B, H, L, d), w (B, 1, L, L).
     """
     scores = (q @ k.mT) * scale
     ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     scores = scores.masked_fill(ahead, -torch.inf)
     top = scores.masked_fill(visible == 0, -torch.inf).amax(-1, keepdim=True).detach()
-    # what is hidden may score higher by far than what is seen: its share is cut, and never infinite
+    # a hidden key may score far above the visible ones: its share is bounded, and never infinite
     weights = visible * (scores - top).clamp(max=MOST_ABOVE).exp()
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
@@ -120,7 +120,7 @@ class _GatedPrefixAttention(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, ctx.scale, ctx.places = inputs[0], inputs[-1], inputs[4].shape[2]
+        q, ctx.scale, ctx.prefix_length = inputs[0], inputs[-1], inputs[4].shape[2]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, *output)
@@ -133,17 +133,17 @@ class _GatedPrefixAttention(Function):
             return (None,) * 8
         q, out, weights, of_gate, keys, values = ctx.saved_tensors
         apart = grad @ values.mT - (grad * out).sum(-1, keepdim=True)  # d out / d (a key's share of mass)
-        gate = (of_gate * apart[..., : ctx.places]).sum((0, 2, 3))
+        gate = (of_gate * apart[..., : ctx.prefix_length]).sum((0, 2, 3))
         ds = apart * weights * ctx.scale
         dk, dv = ds.mT @ q, weights.mT @ grad
-        (dk_prefix, dk), (dv_prefix, dv) = (x.tensor_split([ctx.places], 2) for x in (dk, dv))
+        (dk_prefix, dk), (dv_prefix, dv) = (x.tensor_split([ctx.prefix_length], 2) for x in (dk, dv))
         return ds @ keys, dk, dv, None, dk_prefix, dv_prefix, gate, None
 
     @staticmethod
     @torch.no_grad()
     def jvp(ctx, dq, dk, dv, _mask, dk_prefix, dv_prefix, dgate, _scale):
         q, out, weights, of_gate, keys, values = ctx.saved_tensors
-        (k_prefix, k), (v_prefix, v) = (x.tensor_split([ctx.places], 2) for x in (keys, values))
+        (k_prefix, k), (v_prefix, v) = (x.tensor_split([ctx.prefix_length], 2) for x in (keys, values))
         given = zip((dq, dk, dv, dk_prefix, dv_prefix), (q, k, v, k_prefix, v_prefix), strict=True)
         dq, dk, dv, dk_prefix, dv_prefix = (torch.zeros_like(x) if dx is None else dx for dx, x in given)
         dkeys, dvalues = _put_before(dk_prefix, dk), _put_before(dv_prefix, dv)

@@ -1,9 +1,9 @@
-r"""Straight-through choices among codes: discrete forwards, with the gradient of a relaxed choice.
+r"""Draws from softmax(logits), and straight-through choices: discrete in the forward pass, relaxed in the gradient.
 
 .. math:: e = e_{hard} + e_{soft} - \mathrm{sg}(e_{soft})
 
-Jang et al. (1611.01144), Maddison et al. (1611.00712). One noise serves both halves: a soft half under another noise, or none,
-would be the gradient of a choice that was not made.
+Jang et al. (1611.01144), Maddison et al. (1611.00712). Hard and soft part share one noise: with
+another noise, or none, the soft part would have the gradient of a choice that was not made.
 Legend: V choices.
 """
 

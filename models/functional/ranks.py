@@ -1,4 +1,4 @@
-"""What several processes know together."""
+"""Tensors of all ranks."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def gathered(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns of all ranks, one after the other."""
+    """Columns (N, ...) of all ranks, concatenated in the order of ranks; every rank has to call this."""
     if not is_distributed():
         return columns
     every: list[Any] = [None] * dist.get_world_size()
@@ -17,7 +17,7 @@ def gathered(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all ranks; every rank has to ask."""
+    """The sum over all ranks; every rank has to call this."""
     total = values.clone()
     if is_distributed():
         dist.all_reduce(total)

@@ -1,6 +1,6 @@
-"""Latent prediction: from each position, what a slowly following copy of the body makes of the next span.
+"""Latent prediction: from each position, the hidden states of the next span in an averaged copy of the body.
 
-No token is predicted, so there is neither a likelihood nor generation; the states are what is trained.
+No token is predicted, so there is neither a likelihood nor generation; the hidden states are the result.
 Legend: B batch, T positions, D width, N positions that count.
 """
 
@@ -43,7 +43,7 @@ class Latent(TextObjective, nn.Module):
         self.predictor = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.predictor.to(head.weight)
         if head.weight is not model.get_input_embeddings().weight:
-            head.requires_grad_(False)  # nothing is said, so it would have no gradient
+            head.requires_grad_(False)  # no token is predicted, so it would have no gradient
 
     def after_step(self, model: nn.Module) -> None:
         average = dict(self.target.named_parameters())

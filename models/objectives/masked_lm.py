@@ -1,4 +1,4 @@
-"""Masked language modelling (BERT): a few tokens hidden, all others seen. Texts are filled in random order."""
+"""Masked language modelling (BERT): a few tokens are masked, all others visible. Texts are generated in random order."""
 
 from torch import Generator, Tensor, nn
 

@@ -1,7 +1,7 @@
 """Multi-token prediction: from each position the next n tokens at once (Gloeckle et al., 2404.19737).
 
 The first head is the model's own, so its likelihood and generation are those of next-token prediction. The others read the
-same states through a residual block each and share the output layer; they can draft tokens for the first to check.
+same hidden states through a residual block each and share the output layer; they can draft tokens for the first to check.
 Legend: B batch, T positions, D width, V vocabulary.
 """
 
@@ -17,7 +17,7 @@ from models.interfaces.objective import Terms, TextObjective
 
 
 class AheadHead(nn.Module):
-    """h + W silu(U norm(h)), (..., D) -> (..., D): the state that predicts a token further on. It starts as h."""
+    """h + W silu(U norm(h)), (..., D) -> (..., D): the hidden state that predicts a later token. It starts as h."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class MultiToken(TextObjective, nn.Module):
         return True
 
     def logits(self, model: nn.Module, hidden: Tensor, ahead: int) -> Tensor:
-        """What the head for the token `ahead` places on says of states (..., D): logits (..., V)."""
+        """Logits (..., V) of the token `ahead` positions later, from hidden states (..., D)."""
         if ahead > 1:
             head = self.heads[ahead - 2]
             hidden = head(hidden.to(head.up.weight.dtype)).to(hidden.dtype)
