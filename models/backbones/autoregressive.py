@@ -1,4 +1,4 @@
-"""Generation from left to right with a key-value cache: one forward for each token of the response.
+"""Generation from left to right with a key-value cache: one forward pass for each token of the response.
 
 Legend: B batch, P prompt columns, R response columns, V vocabulary.
 """

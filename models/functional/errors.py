@@ -6,7 +6,7 @@ from collections.abc import Iterable
 class UsageError(ValueError):
     """An option, a file or a checkpoint that cannot work.
 
-    The message names what was given and says what to type instead; `run.py` prints it without a traceback.
+    The message names what was given and what to type instead; `run.py` prints it without a traceback.
     """
 
 

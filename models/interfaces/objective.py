@@ -12,7 +12,7 @@ class Terms(NamedTuple):
     """What an objective makes of a batch. Legend: B batch, L columns.
 
     loss: scalar, what is minimised; a mean over the batch.
-    raw: named scalars before any weighting, in nats unless they say otherwise.
+    raw: named scalars before any weighting, in nats unless the objective documents another unit.
     tokens: over how many tokens `loss` is a mean. Micro-batches and ranks then weigh as many tokens as they have; None: all
         of them weigh alike.
     position_nll: the loss of each position, (B, L) nats, 0 where nothing is scored; None where there is no such thing.
