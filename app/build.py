@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 from app.model_cache import cache_key, partial_folder, train_or_load
 from app.run_files import find_checkpoint
 from callbacks.frontier import FrontierReport
-from lightning_modules.base import require_forwards
 from lightning_modules.training.compile import compute_layers
 from lightning_modules.training.sharding import ShardedStrategy
 from models.backbones.causal import build_causal
@@ -19,6 +18,7 @@ from models.backbones.causal_lm import load_causal
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.sizes import STAND_IN
 from models.flow.student_files import read_student
+from models.functional.errors import require_forward_passes
 from models.speculative.scores import require_one_vocabulary
 from reporting.console import report_console
 
@@ -73,7 +73,7 @@ def _data(cfg: DictConfig, **more: Any) -> Any:
 def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     """Refuse now what would otherwise fail after a teacher has been trained; the trainer that the options ask for."""
     for name in ("forwards", "student_forwards"):
-        require_forwards(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
+        require_forward_passes(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()

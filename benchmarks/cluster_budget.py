@@ -1,4 +1,4 @@
-"""What a large body asks of every rank, by `trainer=ddp` and `trainer=fsdp`: bytes and traffic, computed from the shapes.
+"""What a large body needs on every rank, by `trainer=ddp` and `trainer=fsdp`: bytes and traffic, computed from the shapes.
 
 Nothing is run or measured. Activations are the estimate of `models.backbones.memory`; what a framework adds, such as buffers of
 its collectives and fragments of its allocator, is not in it.
@@ -17,12 +17,12 @@ from models.backbones.memory import describe_footprint
 from models.flow.soft_prompt import SoftPrompt
 
 GB = 1e9
-# how often a step multiplies by the frozen linear layers: (forwards, tangents, backward passes), by what is trained
+# how often a step multiplies by the frozen linear layers: (forward passes, tangents, backward passes), by what is trained
 GATHERS = {
     "noisy mask, adapt": (2, 0, 1),
     "noisy mask, flow (psd)": (5, 0, 2),
     "noisy mask, flow (meanflow)": (7, 1, 3),
-    "noisy mask, polish": (3.25, 0, 1.25),  # every fourth step: 8 forwards for its pairs, and one more of its own
+    "noisy mask, polish": (3.25, 0, 1.25),  # every fourth step: 8 forward passes for its pairs, and one more of its own
     "logit flow": (3, 1, 2),
     "step halving": (3, 0, 1),
 }

@@ -80,7 +80,7 @@ SETTINGS = {
 }
 
 
-# -- the two ways of taking the same steps ---------------------------------------------------------------------------
+# -- the same steps, by Lightning and by hand ---------------------------------------------------------------------------
 
 
 def train_by_hand(module: LogitFlowModule, loader: DataLoader, steps: int, device: torch.device, pause: Pause) -> None:
@@ -136,7 +136,7 @@ def train_with_lightning(
 
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], dict[str, float]]:
-    """A row for each way, and the loss at which each arrived."""
+    """A row for each of the two, with its last loss."""
     steps = args.warmup + args.repeats
     data = OracleDataModule(
         size=args.size, train_rows=steps * args.batch, val_rows=1, test_rows=1, batch_size=args.batch, seed=args.seed

@@ -97,7 +97,7 @@ def training_step(batch: dict[str, torch.Tensor], vocab_size: int, device: torch
 
     def step() -> None:
         out = objective(model, batch, torch.Generator())
-        (out.loss_sum / out.tokens).backward()
+        out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

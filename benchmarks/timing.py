@@ -186,8 +186,8 @@ def show(result: dict[str, Any], columns: Columns, console: Console) -> None:
 
 def build_table(rows: list[Row], columns: Columns) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0))
-    for place, title in enumerate(columns):
-        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=place > 0)
+    for index, title in enumerate(columns):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index > 0)
     for row in rows:
         table.add_row(*(Text(write(row)) for write in columns.values()))
     return table

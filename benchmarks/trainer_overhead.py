@@ -133,9 +133,9 @@ def _validate(trainer: Trainer, module: LightningModule) -> None:
 
 def configured(method: str, folder: Path, more: list[str]) -> DictConfig:
     experiment, *options = METHODS[method]
-    places = [f"paths.output_dir={folder}", f"paths.run_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
+    folders = [f"paths.output_dir={folder}", f"paths.run_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = [f"experiment={experiment}", *options, *places, *more]
+        overrides = [f"experiment={experiment}", *options, *folders, *more]
         cfg = compose("config", overrides=overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     return cfg

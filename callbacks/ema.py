@@ -9,9 +9,9 @@ from torch import Tensor
 from models.functional.errors import UsageError
 from models.functional.weights import (
     copy_weights,
-    for_a_file,
-    laid_out_as,
+    distributed_like,
     snapshot,
+    tensor_to_save,
     trainable_weights,
     update_average,
 )
@@ -36,7 +36,7 @@ class TrainableEMA(Callback):
         live = trainable_weights(pl_module)
         if not self.average:
             self.average = snapshot(pl_module)
-        self.average = {name: laid_out_as(a.to(live[name].device), live[name]) for name, a in self.average.items()}
+        self.average = {name: distributed_like(a.to(live[name].device), live[name]) for name, a in self.average.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = trainer.global_step
@@ -66,7 +66,7 @@ class TrainableEMA(Callback):
         copy_weights(pl_module, self.average)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "average": {n: for_a_file(a) for n, a in self.average.items()}}
+        return {"steps": self.steps, "average": {n: tensor_to_save(a) for n, a in self.average.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.average = state["steps"], dict(state["average"])

@@ -1,4 +1,7 @@
-"""What every Leap method does alike: optimiser, seeded draws, small checkpoints and the comparison of decoders."""
+"""`LeapModule`, what every method's LightningModule shares: optimizer, seeded draws, small checkpoints, the comparison.
+
+A method adds `training_step`, `validation_step` and `decoders`. Everything else has a default.
+"""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -14,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
+from lightning_modules.training.checkpoints import kept_state, require_optimizer, require_weights
 from lightning_modules.training.decoder_cost import measure_decoder
 from lightning_modules.training.optimizers import OptimizerName, make_optimizer, used_optimizer
 from lightning_modules.training.sharding import shard_trained, whole_weights
@@ -23,20 +27,26 @@ from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
 
+COMPARISON_STREAM = 100  # of random draws; a decoder's own is this plus its index
+
 
 class LeapModule(LightningModule):
-    """One optimiser of the trainable parameters with linear warm-up and cosine decay over the trainer's steps.
+    """One optimizer of the trainable parameters with linear warm-up and cosine decay over the trainer's steps.
+
+    lr, weight_decay, warmup_steps: of the optimizer. optimizer: adamw | muon, see `make_optimizer`.
+    seed: every random draw of a step is a function of (seed, epoch, batch, rank), so a resumed run repeats the original's.
 
     probes: parts that monitors read (models/interfaces/probes.py).
     figures: what callbacks add to the row of the model itself in the final table; None for a module without such a row.
+    rank_dependent_reason: where ranks may take different forward passes in a step, why, and what to type instead. Frozen
+        layers are then left whole, because ranks gather a split layer together.
 
-    optimizer: adamw | muon, see `make_optimizer`.
     Checkpoints hold trainable parameters only: frozen bases come from their own files.
-    seed: every random draw of a step is a function of (seed, epoch, batch, rank), so a resumed run repeats the original's.
     """
 
     probes: tuple[Any, ...] = ()
     figures: ModelFigures | None = None
+    rank_dependent_reason: str | None = None
 
     def __init__(
         self, *, lr: float, weight_decay: float, warmup_steps: int, seed: int, optimizer: OptimizerName = "adamw"
@@ -50,18 +60,30 @@ class LeapModule(LightningModule):
         self.optimizer_name = optimizer
         self.strict_loading = False
 
-    # -- weights split over ranks (trainer=fsdp) ----------------------------------------------------------------------
+    # -- before training: precision, forward-mode derivatives ---------------------------------------------------------
 
-    # why ranks may take different forwards in a step, and what to type; frozen layers then cannot be gathered as they are used
-    rank_dependent_reason: str | None = None
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.require_precision(str(self.trainer.precision))
+
+    def require_precision(self, precision: str) -> None:
+        """Errors: UsageError where the module cannot train in this trainer.precision."""
+
+    def instead_of_forward_derivatives(self) -> str | None:
+        """What to type so that a training step has no forward-mode derivatives of the layers; None: it has none."""
+        return None
+
+    # -- before training: weights split over ranks (trainer=fsdp) -----------------------------------------------------
 
     def configure_model(self) -> None:
         if self.device_mesh is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         self.require_splittable()
         ranks = self.device_mesh["data_parallel"]
+        # 1. frozen layers: gathered for each product, which every rank has to take
         if self.rank_dependent_reason is None:
             shard_frozen(self, ranks, self.trainer.strategy.root_device)
+        # 2. what trains
         if not self.trains_additions():
             shard_trained(self, ranks, self.blocks())
 
@@ -75,25 +97,14 @@ class LeapModule(LightningModule):
         return any(isinstance(part, BaseTunerLayer) for part in self.modules())
 
     def blocks(self) -> list[nn.Module]:
-        """Trained modules of which one at a time is whole; called as such, and equally often on every rank."""
+        """Trained modules of which one at a time is whole. They are called as modules, equally often on every rank."""
         return []
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """A context in which every rank may take the forwards that it wants; every rank has to ask."""
+        """A context in which ranks may take different forward passes; every rank has to enter it."""
         return whole_weights(self)
 
-    def instead_of_forward_derivatives(self) -> str | None:
-        """What to type where a training step must not differentiate the layers in forward mode; None: it does not."""
-        return None
-
-    def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.require_precision(str(self.trainer.precision))
-
-    def require_precision(self, precision: str) -> None:
-        """Errors: UsageError where the module cannot train in this trainer.precision."""
-
-    # -- training ---------------------------------------------------------------------------------------------------
+    # -- the optimizer ------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
         weights = trainable_weights(self)
@@ -105,35 +116,44 @@ class LeapModule(LightningModule):
         """Linear warm-up and cosine decay over `steps`."""
         return get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, steps // 2), steps)
 
+    # -- a training step: random draws --------------------------------------------------------------------------------
+
     def step_generator(self, batch_idx: int, stream: int = 0, epoch: int | None = None) -> Generator:
-        """The source of every random draw of one step; of the current epoch where none is given."""
+        """The source of every random draw of one step.
+
+        stream: draws of different streams are independent. epoch: None is the current one.
+        """
         epoch = self.current_epoch if epoch is None else epoch
         entropy = np.random.SeedSequence([self.seed, stream, epoch, batch_idx, self.global_rank])
         return Generator(device=self.device).manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
     def generator_of_all_ranks(self) -> Generator:
-        """The source of this step's draws that every rank has to make alike."""
+        """The source of this step's draws that are the same on every rank."""
         return Generator(device=self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
+
+    # -- a training step: tensors of all ranks ------------------------------------------------------------------------
 
     def gathered(self, own: Tensor) -> Tensor:
         """A tensor of all ranks, (ranks, ...)."""
         return self.all_gather(own).reshape(-1, *own.shape)
 
     def in_row_order(self, own: Tensor) -> Tensor:
-        """(B, ...) of all ranks -> (ranks * B, ...), in the order of the rows, whatever the number of ranks."""
+        """(B, ...) of each rank -> (ranks * B, ...), in the order of the data's rows, whatever the number of ranks."""
         return self.gathered(own).transpose(0, 1).flatten(0, 1)
 
+    # -- a training step: schedules, the loss, monitors ---------------------------------------------------------------
+
     def progress(self) -> float:
-        """Share of the steps that are over."""
+        """Share of the training steps that are done, 0 to 1."""
         return self.global_step / max(1.0, float(self.trainer.estimated_stepping_batches))
 
     def annealed(self, ends: tuple[float, float], share: float) -> float:
-        """From the first to the second value over the first `share` of the steps."""
+        """From the first to the second value, linearly over the first `share` of the steps."""
         over = max(1.0, share * float(self.trainer.estimated_stepping_batches))
         return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
 
     def refuse_nan(self, loss: Tensor) -> Tensor:
-        """The loss, or an error before it can reach the weights: the last checkpoint stays good."""
+        """The loss. Errors: UsageError if it is not finite, before it reaches the weights: the last checkpoint stays good."""
         if not torch.isfinite(loss):
             raise UsageError(
                 f"the loss is {loss.item()} at step {self.global_step}: training diverged; go on from the last checkpoint "
@@ -150,71 +170,48 @@ class LeapModule(LightningModule):
         if every and (self.global_step + 1) % every == 0:
             self.log_dict({f"monitor/{name}": value for name, value in figures.items()})
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def trainable_names(self) -> set[str]:
+        """Names of the parameters that a checkpoint has to hold."""
         return set(trainable_weights(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep = self.trainable_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+        state, names = checkpoint["state_dict"], self.trainable_names()
+        checkpoint["state_dict"] = kept_state(state, names, step=self.global_step, lr=self.lr)
         checkpoint["optimizer_name"] = used_optimizer(self.optimizer_name, trainable_weights(self))
-        for name, weight in checkpoint["state_dict"].items():
-            if not torch.isfinite(weight).all():
-                raise UsageError(
-                    f"{name} is not finite after step {self.global_step}: training diverged, and the checkpoint before it is "
-                    f"kept; go on from there (ckpt_path=last) or start again with a learning rate below {self.lr:g}"
-                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint.get("optimizer_name", "adamw")
-        own = used_optimizer(self.optimizer_name, trainable_weights(self))
-        if kept != own and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            raise UsageError(
-                f"the checkpoint was trained with module.optimizer={kept}, whose state means nothing to {own}; "
-                f"type module.optimizer={kept} to go on"
-            )
-        held, wanted = checkpoint["state_dict"], dict(self.named_parameters())
-        for name in sorted(self.trainable_names()):
-            if name not in held:
-                raise UsageError(f"the checkpoint has no {name}: it was written by another module or architecture")
-            if held[name].shape != wanted[name].shape:
-                raise UsageError(
-                    f"the checkpoint's {name} has shape {tuple(held[name].shape)}, this model's {tuple(wanted[name].shape)}; "
-                    "use the model and module options it was trained with (its run folder holds them in .hydra/config.yaml)"
-                )
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            own = used_optimizer(self.optimizer_name, trainable_weights(self))
+            require_optimizer(checkpoint.get("optimizer_name", "adamw"), own)
+        require_weights(checkpoint["state_dict"], self, self.trainable_names())
 
-    # -- comparison of decoders -------------------------------------------------------------------------------------
+    # -- the comparison of decoders (trainer.test) --------------------------------------------------------------------
 
     def decoders(self) -> list[Decoder]:
-        """The ways of generating that `trainer.test` compares."""
+        """The ways of generating that are compared."""
         raise NotImplementedError
-
-    def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
-        """What the module knows of its k-th decoder beside the texts, as the record's `quality` and `cost`; every rank asks."""
-        return {"quality": {}, "cost": {}}
-
-    def model_figures(self) -> dict[str, float]:
-        """Figures of the model itself after a test; every rank asks."""
-        return {}
-
-    def model_cost(self) -> dict[str, float | None]:
-        """What the model itself costs, as the record's `cost` of its row; every rank asks."""
-        return {}
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's responses to the batch, and what each cost."""
         results = []
         for k, decoder in enumerate([*self.decoders(), *self.trainer.datamodule.controls()]):
-            generator = self.step_generator(batch_idx, stream=100 + k, epoch=0)  # alike whenever the comparison is made
+            # the same draws whenever the comparison is made
+            generator = self.step_generator(batch_idx, stream=COMPARISON_STREAM + k, epoch=0)
             results.append(measure_decoder(decoder, batch, generator, count_flops=batch_idx == 0))
         return {"results": results}
 
+    # what follows is asked for after a test, on every rank
 
-def require_forwards(option: str, given: list[int], most: int) -> None:
-    """Raise UsageError, naming the option, unless all numbers of forwards lie between 1 and the response length."""
-    if min(given) < 1 or max(given) > most:
-        raise UsageError(
-            f"{option}={given} must lie between 1 and the response length {most}; "
-            f"type for example {option}=[1,2,{min(4, most)}]"
-        )
+    def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
+        """Figures of the k-th decoder that its texts do not show, as the record's `quality` and `cost`."""
+        return {"quality": {}, "cost": {}}
+
+    def model_figures(self) -> dict[str, float]:
+        """Figures of the model itself."""
+        return {}
+
+    def model_cost(self) -> dict[str, float | None]:
+        """What the model itself costs, as the record's `cost` of its row."""
+        return {}

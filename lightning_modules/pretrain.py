@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.base import LeapModule
 from lightning_modules.training.compile import decoder_layers
 from lightning_modules.training.nll_meter import NllMeter
 from lightning_modules.training.optimizers import OptimizerName
+from lightning_modules.training.step_cost import flops_of_step
 from lightning_modules.training.token_weights import TokenWeights
 from models.backbones.autoregressive import AutoregressiveDecoder
 from models.backbones.causal_lm import save_causal, save_merged
@@ -26,19 +25,23 @@ from models.functional.next_token import token_counts
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
-from models.interfaces.objective import Generation, Objective, TextObjective
+from models.interfaces.objective import Generation, Likelihood, Objective, Terms, TextObjective
+
+# streams of random draws, see `step_generator`
+TRAINING_STREAM, VALIDATION_STREAM, LIKELIHOOD_STREAM = 0, 1, 2
 
 
 class PretrainModule(LeapModule):
-    """model: the network; objective: batch -> summed loss and token count.
+    """model: the network; objective: (model, batch, generator) -> `Terms`.
 
-    forwards, temperature, remasking: the sampler settings that `trainer.test` compares; of these a model that generates from
-    left to right uses the temperature alone.
+    forwards, temperature, remasking: the sampler settings that `trainer.test` compares. A model that generates from left to
+    right uses the temperature alone.
     A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
-    Validation logs `val/loss`, what is minimised, and `val/nll`, `val/perplexity`, `val/bits_per_byte` of the text; the names
-    of an objective with an upper bound end in `_bound`.
+    Validation logs `val/loss`, what is minimised, and `val/nll` (nats per token), `val/perplexity` and `val/bits_per_byte` of
+    the batch's scored tokens; the names of an objective with an upper bound end in `_bound`. `val/nll_truth` is the corpus'
+    own NLL of the same tokens, where it knows it.
     figures: what is known of the model itself, whatever it generates; callbacks add theirs, and the report shows all.
-    curve: how its validation likelihood came about, a list of values for each name; a callback fills it.
+    curve: the validation likelihood over time, a list of values for each name; a callback fills it.
     """
 
     def __init__(
@@ -62,19 +65,23 @@ class PretrainModule(LeapModule):
         self.figures = ModelFigures()
         self.curve: dict[str, list[float]] = {}
         self.meter, self.truth_meter, self.token_weights = NllMeter(), NllMeter(), TokenWeights()
-        # the corpus' own NLL of its texts, where it knows it
-        self._truth: Callable[[dict[str, Tensor]], Tensor] | None = None
+        # an objective that is no `TextObjective` is trained by its loss alone, and generates as masked diffusion does
+        self.likelihood: Likelihood | None = getattr(objective, "likelihood", None)
+        self.generation: Generation | None = getattr(objective, "generation", "masked")
+        # the corpus' own NLL of each text, where it knows it
+        self._true_nll: Callable[[dict[str, Tensor]], Tensor] | None = None
         if isinstance(objective, TextObjective):
             objective.attach(model)
 
     def blocks(self) -> list[nn.Module]:
         return [layer for layer in decoder_layers(self) if trainable_weights(layer)]
 
-    # -- steps --------------------------------------------------------------------------------------------------------
+    # -- training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, tokens = self._loss(batch, batch_idx, "train")
-        return self.refuse_nan(loss) * self.token_weights.weight(tokens, self.device)
+        terms = self._terms(batch, batch_idx, TRAINING_STREAM)
+        self._log_loss(terms, "train")
+        return self.refuse_nan(terms.loss) * self.token_weights.weight(terms.weight, self.device)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.token_weights.finish(optimizer, self.trainer.accumulate_grad_batches, self.device)
@@ -84,68 +91,74 @@ class PretrainModule(LeapModule):
         if isinstance(self.objective, TextObjective):
             self.objective.after_step(self.model)
 
+    def flops_of_step(self, batch: dict[str, Tensor]) -> float:
+        """Model FLOPs of a forward and backward pass over the batch; see `step_cost.flops_of_step`."""
+        flops = flops_of_step(self.objective, self.model, batch)
+        self.zero_grad(set_to_none=True)
+        return flops
+
+    def _terms(self, batch: dict[str, Tensor], batch_idx: int, stream: int) -> Terms:
+        return self.objective(self.model, batch, self.step_generator(batch_idx, stream))
+
+    def _log_loss(self, terms: Terms, split: str) -> None:
+        weight = max(1, terms.weight)
+        self.log(f"{split}/loss", terms.loss, prog_bar=True, batch_size=weight, sync_dist=split == "val")
+
+    # -- validation: the loss, and the likelihood of the texts --------------------------------------------------------
+
     def on_validation_epoch_start(self) -> None:
         self._start_measuring()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._loss(batch, batch_idx, "val")[0]
+        # 1. what is minimised
+        terms = self._terms(batch, batch_idx, VALIDATION_STREAM)
+        self._log_loss(terms, "val")
+        if self.likelihood is not None:
+            # 2. the NLL of the batch's scored tokens: the loss where it is that, else from forward passes of its own
+            if self.objective.loss_is_nll(batch):
+                self.meter.update(terms.position_nll, terms.tokens, batch.get("target_bytes"))
+            else:
+                self._measure(batch, batch_idx)
+            # 3. the corpus' own NLL of the same tokens
+            self._measure_truth(batch)
+        return terms.loss
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self._likelihood_figures().items():
             self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meter sums over them
 
-    def _loss(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> tuple[Tensor, int]:
-        """The mean loss of a batch, and over how many tokens."""
-        stream = 0 if split == "train" else 1
-        out = self.objective(self.model, batch, self.step_generator(batch_idx, stream))
-        loss = out.loss_sum / max(1, out.tokens)
-        self.log(f"{split}/loss", loss, prog_bar=True, batch_size=max(1, out.tokens), sync_dist=split == "val")
-        if split == "val" and self._likelihood is not None:
-            if self.objective.loss_is_nll:
-                self.meter.update(out.position_nll, out.tokens, batch.get("target_bytes"))
-            else:
-                self._measure(batch, batch_idx)
-            self._measure_truth(batch)
-        return loss, out.tokens
-
-    # -- likelihood ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _likelihood(self) -> str | None:
-        return getattr(self.objective, "likelihood", None)
-
     def _start_measuring(self) -> None:
         self.meter.reset()
         self.truth_meter.reset()
-        self._truth = getattr(self.trainer.datamodule, "true_nll", None)
+        self._true_nll = getattr(self.trainer.datamodule, "true_nll", None)
 
     def _measure(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add the NLL of the batch's texts to the meter, with the same draws whenever it is measured."""
-        nll = self.objective.text_nll(self.model, batch, self.step_generator(batch_idx, stream=2, epoch=0))
+        """Add the NLL of the batch's scored tokens to the meter, with the same draws whenever it is measured."""
+        nll = self.objective.text_nll(self.model, batch, self.step_generator(batch_idx, LIKELIHOOD_STREAM, epoch=0))
         self.meter.update(nll, token_counts(batch), batch.get("target_bytes"))
 
     def _measure_truth(self, batch: dict[str, Tensor]) -> None:
-        if self._truth is not None:
-            self.truth_meter.update(self._truth(batch), token_counts(batch))
+        if self._true_nll is not None:
+            self.truth_meter.update(self._true_nll(batch), token_counts(batch))
 
     def _likelihood_figures(self) -> dict[str, float]:
-        """What was measured, and the corpus' own NLL of the same texts where it knows it."""
-        if self._likelihood is None:
+        """What was measured, and the corpus' own NLL of the same tokens where it knows it."""
+        if self.likelihood is None:
             return {}
-        ending = "_bound" if self._likelihood == "bound" else ""
+        ending = "_bound" if self.likelihood == "bound" else ""
         figures = {name + ending: value for name, value in self.meter.compute().items()}
-        if self._truth is not None:
+        if self._true_nll is not None:
             figures["nll_truth"] = self.truth_meter.compute()["nll"]
         return figures
 
-    # -- comparison ---------------------------------------------------------------------------------------------------
+    # -- comparison: the decoders, and the model itself ---------------------------------------------------------------
 
     def on_test_epoch_start(self) -> None:
         self._start_measuring()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Every decoder's responses, where there is something to answer, and the NLL of the batch's own texts."""
-        if self._likelihood is not None:
+        """Every decoder's responses, where batches have prompts, and the NLL of the batch's own texts."""
+        if self.likelihood is not None:
             self._measure(batch, batch_idx)
             self._measure_truth(batch)
         return super().test_step(batch, batch_idx) if "response_mask" in batch else {"results": []}
@@ -154,45 +167,33 @@ class PretrainModule(LeapModule):
         return {**self.figures.values, **self._likelihood_figures()}
 
     def decoders(self) -> list[Decoder]:
-        if self._generation is None:
+        if self.generation is None:
             return []
-        one_by_one = self._generation in ("autoregressive", "prefix")
+        one_by_one = self.generation in ("autoregressive", "prefix")
         data, numbers = (self.trainer.datamodule, (1,)) if one_by_one else (None, self.forwards)
         return [self.decoder(data, n, self.temperature) for n in numbers]
 
     def decoder(self, data: Any, forwards: int, temperature: float) -> Decoder:
-        """How the model answers prompts; forwards: of one that does not write from left to right, data: of one that does."""
-        generation = self._generation
-        if generation is None:
-            raise UsageError(
-                f"{type(self.objective).__name__} predicts no tokens, so it cannot write; type module/objective=next_token"
-            )
-        if generation == "flow":
-            return NoisyMaskDecoder(self.objective.student, forwards, step="ode")
-        if generation == "masked":
-            return MaskedDiffusionDecoder(self.model, forwards, temperature=temperature, remasking=self.remasking)
-        how = {"whole_prompt": generation == "prefix", "vocab_size": len(data.tokenizer)}
-        return AutoregressiveDecoder(self.model, data.response_length, temperature=temperature, **how)
+        """How the model answers prompts.
 
-    @property
-    def _generation(self) -> Generation | None:
-        return getattr(self.objective, "generation", "masked")
+        data: the datamodule; only read for a model that generates from left to right. forwards: forward passes of any other.
+        Errors: UsageError for an objective that predicts no tokens.
+        """
+        if self.generation is None:
+            raise UsageError(
+                f"{type(self.objective).__name__} predicts no tokens, so it cannot generate; type module/objective=next_token"
+            )
+        if self.generation == "flow":
+            return NoisyMaskDecoder(self.objective.student, forwards, step="ode")
+        if self.generation == "masked":
+            return MaskedDiffusionDecoder(self.model, forwards, temperature=temperature, remasking=self.remasking)
+        how = {"whole_prompt": self.generation == "prefix", "vocab_size": len(data.tokenizer)}
+        return AutoregressiveDecoder(self.model, data.response_length, temperature=temperature, **how)
 
     @torch.no_grad()
     def states(self, rows: dict[str, Tensor]) -> Tensor:
-        """The last states of whole texts, (B, L, D)."""
+        """The hidden states of whole texts after the last layer, (B, L, D)."""
         return text_states(self.objective.trained(self.model), rows["input_ids"], rows["attention_mask"])
-
-    def flops_of_step(self, batch: dict[str, Tensor]) -> float:
-        """Floating point operations of a forward and backward pass over the batch, counted on two of its rows."""
-        few = {name: column[:2] for name, column in batch.items()}
-        rows, draws = len(next(iter(batch.values()))), getattr(self.objective, "kinds_of_batch", 1)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            for seed in range(draws):
-                out = self.objective(self.model, few, torch.Generator(device=self.device).manual_seed(seed))
-                out.loss_sum.backward()
-        self.zero_grad(set_to_none=True)
-        return counter.get_total_flops() / draws * rows / min(2, rows)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -204,6 +205,6 @@ class PretrainModule(LeapModule):
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the model as a plain folder: an adapter for peft, `merged` or whole for transformers; a flow as a student."""
-        if self._generation == "flow":  # the objective's student is what was trained
+        if self.generation == "flow":  # the objective's student is what was trained
             return save_whole_student(self.objective.student, folder, tokenizer)
         return (save_merged if merged else save_causal)(self.model, folder, tokenizer)

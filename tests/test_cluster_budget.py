@@ -59,8 +59,8 @@ def test_a_step_multiplies_by_frozen_weights_as_often_as_is_said(tiny_llada, tin
         module.denoiser = module.student.trainable()
         step = lambda: module.stage_terms(stage, batch, 1.0, torch.Generator().manual_seed(0)).loss  # noqa: E731
     linears = len({id(layer.weight) for layer in frozen_linears(module)})
-    uses, own = [], layers.whole
-    monkeypatch.setattr(layers, "whole", lambda weight: uses.append(1) or own(weight))
+    uses, own = [], layers.full_tensor
+    monkeypatch.setattr(layers, "full_tensor", lambda weight: uses.append(1) or own(weight))
     steps = 4 if stage == "polish" else 1
     for _ in range(steps):
         step().backward()

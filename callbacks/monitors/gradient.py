@@ -7,7 +7,7 @@ from lightning import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from callbacks.monitors.steps import StepMonitor
-from models.functional.weights import whole
+from models.functional.weights import full_tensor
 from models.interfaces.probes import PlannerProbe, find_probe
 
 
@@ -24,7 +24,7 @@ class GradientMonitor(StepMonitor):
         probe = find_probe(pl_module, PlannerProbe)
         if probe is None:
             return
-        gradients = [whole(p.grad.detach()).float() for p in probe.planner_parameters() if p.grad is not None]
+        gradients = [full_tensor(p.grad.detach()).float() for p in probe.planner_parameters() if p.grad is not None]
         norm = (
             torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros((), device=pl_module.device)
         )

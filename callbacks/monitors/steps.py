@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from models.functional.ranks import is_first, summed
+from models.functional.ranks import is_rank_zero, summed
 
 
 class StepMonitor(Callback):
@@ -61,4 +61,4 @@ class StepMonitor(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("sums", "recent"):
             saved = state.get(name, torch.zeros_like(self.sums))  # checkpoints once held `sums` alone
-            setattr(self, name, saved.clone() if is_first() else torch.zeros_like(saved))
+            setattr(self, name, saved.clone() if is_rank_zero() else torch.zeros_like(saved))

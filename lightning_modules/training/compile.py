@@ -1,7 +1,9 @@
-"""How decoder layers are computed: compiled (compile=), or once more in the backward pass instead of kept (recompute=)."""
+"""How decoder layers are computed: compiled (compile=), or recomputed in the backward pass to save memory (recompute=)."""
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +57,17 @@ def recompute_layer(layer: nn.Module) -> None:
         return forward(*inputs, **options)
 
     layer.forward = recomputed
+
+
+@contextmanager
+def without_recomputation(module: nn.Module) -> Iterator[None]:
+    """A context in which layers keep what their backward pass needs, so that each of their products is computed once."""
+    recomputed = {layer: vars(layer).pop("forward") for layer in decoder_layers(module) if "forward" in vars(layer)}
+    try:
+        yield
+    finally:
+        for layer, forward in recomputed.items():
+            layer.forward = forward
 
 
 def require_compiler(backend: str) -> None:

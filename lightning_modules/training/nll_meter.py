@@ -1,4 +1,4 @@
-"""Nats, tokens and bytes summed over batches and ranks, and what is read off them: NLL, perplexity, bits per byte."""
+"""Nats, tokens and bytes summed over batches and ranks, and the ratios of these sums: NLL, perplexity, bits per byte."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from models.functional.bits_per_byte import NllSums, bits_per_byte, nats_per_tok
 class NllMeter(Metric):
     """Sums first, ratios last, so that batches and ranks of different sizes weigh as many tokens as they have.
 
-    Bytes are counted where a batch has `target_bytes`; tokens that stand for none (special ones) lend it no nats.
+    Bytes are counted where a batch has `target_bytes`; special tokens, which have none, add no nats to it.
     """
 
     full_state_update = False
@@ -30,7 +30,7 @@ class NllMeter(Metric):
             self.text_bytes += target_bytes.sum()
 
     def compute(self) -> dict[str, float]:
-        """`nll` in nats a token, `perplexity`, and `bits_per_byte` where bytes were counted; {} where nothing was."""
+        """`nll` in nats per token, `perplexity`, and `bits_per_byte` where bytes were counted; {} where nothing was."""
         sums = NllSums(self.nats, self.tokens, self.text_nats, self.text_bytes)
         if sums.tokens == 0:
             return {}

@@ -28,7 +28,7 @@ def make_optimizer(
     adamw = AdamW(groups, lr=lr, betas=(0.9, 0.98))
     if not matrices:
         return adamw
-    return Together(Muon(matrices.values(), lr=lr, weight_decay=weight_decay), adamw)
+    return CombinedOptimizer(Muon(matrices.values(), lr=lr, weight_decay=weight_decay), adamw)
 
 
 def used_optimizer(name: OptimizerName, weights: Mapping[str, nn.Parameter]) -> OptimizerName:
@@ -80,7 +80,7 @@ class Muon(Optimizer):
             p.mul_(1 - lr * weight_decay).add_(move, alpha=-lr * ROOT_MEAN_SQUARE * max(p.shape) ** 0.5)
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Optimisers of different weights as one: one list of groups, one state, one checkpoint."""
 
     def __init__(self, *parts: Optimizer) -> None:
@@ -96,7 +96,7 @@ class Together(Optimizer):
                 loss = closure()
         first = 0
         for part in self.parts:
-            # schedules and checkpoints replace what is here, so each part is lent it anew
+            # schedules and checkpoints replace what is here, so each part gets it again
             last = first + len(part.param_groups)
             part.param_groups, part.state = self.param_groups[first:last], self.state
             part.step()

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from models.backbones.sharded_layers import gather_frozen, scatter_frozen
 from models.functional.errors import UsageError
-from models.functional.weights import for_a_file, laid_out_as, trainable_weights, whole
+from models.functional.weights import distributed_like, full_tensor, tensor_to_save, trainable_weights
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -51,8 +51,8 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        if not any(isinstance(callback, WholeWhenRead) for callback in trainer.callbacks):
-            trainer.callbacks.insert(0, WholeWhenRead())
+        if not any(isinstance(callback, UnshardForEvaluation) for callback in trainer.callbacks):
+            trainer.callbacks.insert(0, UnshardForEvaluation())
         super().setup(trainer)
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -72,10 +72,10 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         module = self.lightning_module
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-        return {name: for_a_file(value) for name, value in module.state_dict().items() if name not in frozen}
+        return {name: tensor_to_save(value) for name, value in module.state_dict().items() if name not in frozen}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return tree_map_only(Tensor, for_a_file, Strategy.optimizer_state(self, optimizer))
+        return tree_map_only(Tensor, tensor_to_save, Strategy.optimizer_state(self, optimizer))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
@@ -83,7 +83,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         own = self.lightning_module.state_dict()
         given = {
-            name: laid_out_as(value, own[name]) if name in own else value
+            name: distributed_like(value, own[name]) if name in own else value
             for name, value in checkpoint["state_dict"].items()
         }
         self.lightning_module.load_state_dict(given, strict=strict)
@@ -94,14 +94,14 @@ class ShardedStrategy(ModelParallelStrategy):
             for p, state in optimizer.state.items():
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.shape == p.shape:
-                        state[name] = laid_out_as(value, p)
+                        state[name] = distributed_like(value, p)
 
 
-class WholeWhenRead(Callback):
-    """The first of the callbacks.
+class UnshardForEvaluation(Callback):
+    """Makes the model whole for validation and at the end of training. It is the first of the callbacks.
 
-    It gathers when all others have set the weights that they validate, splits again before they take them back, and leaves the
-    model whole before any of them writes it.
+    It gathers after all others have set the weights that they validate, splits again before they restore theirs, and leaves
+    the model whole before any of them writes it.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ def shard_trained(module: LightningModule, mesh: DeviceMesh, blocks: list[nn.Mod
     frozen = {p for p in module.parameters() if not p.requires_grad}
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=frozen)
-    # kept whole from forward to backward; a step has one of each
+    # whole from the forward to the backward pass; a step has one of each
     fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
     for part in fsdp_modules(module):
         part.set_reduce_scatter_unused_params(True)
@@ -134,7 +134,7 @@ def shard_trained(module: LightningModule, mesh: DeviceMesh, blocks: list[nn.Mod
 
 @contextmanager
 def whole_weights(module: LightningModule) -> Iterator[None]:
-    """Within this context every rank has all of the weights, to read; every rank has to ask."""
+    """Within this context every rank has all of the weights, to read. Every rank has to enter it."""
     shares, parts = gather_frozen(module), fsdp_modules(module)
     if parts:
         fully_shard.state(module)._lazy_init()  # the root is the module, not the layer that happens to be called first
@@ -162,7 +162,7 @@ def make_whole(module: LightningModule) -> None:
         for name, p in part._parameters.items():
             if isinstance(p, DTensor):
                 if p not in found:
-                    found[p] = nn.Parameter(whole(p), requires_grad=p.requires_grad)
+                    found[p] = nn.Parameter(full_tensor(p), requires_grad=p.requires_grad)
                 part._parameters[name] = found[p]
     for part in fsdp_modules(module):
         state = fully_shard.state(part)

@@ -21,7 +21,7 @@ class TokenWeights:
         self.first, self.tokens = 0.0, 0
 
     def weight(self, tokens: int, device: torch.device) -> float:
-        """w_i of the next micro-batch; every rank has to ask."""
+        """w_i of the next micro-batch; every rank has to call this."""
         if not self.first:
             self.first = _over_ranks(tokens, device) / _ranks()
         self.tokens += tokens

@@ -1,4 +1,4 @@
-"""Generation from left to right with a key-value cache: one forward for each token of the response.
+"""Generation from left to right with a key-value cache: one forward pass for each token of the response.
 
 Legend: B batch, P prompt columns, R response columns, V vocabulary.
 """
@@ -8,8 +8,8 @@ from torch import Generator, Tensor, nn
 
 from models.backbones.key_value_cache import cache_argument, cache_of
 from models.functional.attention import positions_from_mask
-from models.functional.gumbel import gumbel_argmax
-from models.functional.next_token import prefix_mask, read_columns, said_until_end
+from models.functional.gumbel import sample_categorical
+from models.functional.next_token import generated_until_end, prefix_mask, read_columns
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 
@@ -28,9 +28,9 @@ def generate_autoregressive(
 ) -> Tensor:
     """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
 
-    whole_prompt: prompt tokens see each other both ways, as a prefix language model was trained.
-    vocab_size: ids from there on are padding of the output layer and never said. eos_id: fills what stands beyond its
-    first place; None leaves what the model goes on to say. on_tokens: see `Decoder`.
+    whole_prompt: attention among prompt tokens is bidirectional, as a prefix language model was trained.
+    vocab_size: ids from there on are padding of the output layer and never generated. eos_id: fills the columns
+    after its first occurrence; None leaves what the model generates there. on_tokens: see `Decoder`.
     """
     columns = response_columns(rows["response_mask"])
     seen = read_columns(rows)
@@ -40,16 +40,16 @@ def generate_autoregressive(
     mask = prefix_mask(seen, seen.shape[1], next(model.parameters()).dtype) if whole_prompt else seen.long()
     out = model(**read, attention_mask=mask, use_cache=True, logits_to_keep=1)
     response = []
-    for place in range(columns):
+    for column in range(columns):
         # 2. a token from what has been read so far
-        response.append(gumbel_argmax(out.logits[:, -1, :vocab_size], temperature, generator))
+        response.append(sample_categorical(out.logits[:, -1, :vocab_size], temperature, generator))
         if on_tokens is not None:
-            on_tokens(said_until_end(response, eos_id))
-        if place + 1 == columns:
+            on_tokens(generated_until_end(response, eos_id))
+        if column + 1 == columns:
             break
         # 3. read it: its keys and values join the cache
         seen = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
-        position = positions[:, place - columns, None]
+        position = positions[:, column - columns, None]
         out = model(
             input_ids=response[-1].unsqueeze(-1),
             attention_mask=seen.long(),
@@ -57,11 +57,11 @@ def generate_autoregressive(
             **cache_argument(cache_of(out)),
             use_cache=True,
         )
-    return said_until_end(response, eos_id)
+    return generated_until_end(response, eos_id)
 
 
 class AutoregressiveDecoder:
-    """`generate_autoregressive` of one model, as a `Decoder`; response_length: R, its forwards."""
+    """`generate_autoregressive` of one model, as a `Decoder`; response_length: R, its number of forward passes."""
 
     method = "teacher"
     refines = False

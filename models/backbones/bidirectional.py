@@ -8,35 +8,33 @@ from torch import Generator, Tensor, nn
 
 from models.functional.errors import UsageError
 from models.functional.masked_lm import any_order_weight, hide_exactly, stratified_count
-from models.functional.next_token import whole_text
+from models.functional.next_token import bidirectional_text
 from models.functional.nll import chosen_nll
 
 
 def require_bidirectional(model: nn.Module, objective: str) -> None:
-    """Raise UsageError for a model that cannot look both ways around a mask."""
+    """Raise UsageError for a model that is not bidirectional."""
     if not hasattr(model, "embed"):
-        raise UsageError(
-            f"module/objective={objective} needs a model that looks both ways; type model=small (made to fit)"
-        )
+        raise UsageError(f"module/objective={objective} needs a bidirectional model; type model=small (made to fit)")
 
 
 def fill_nll(model: nn.Module, xt: Tensor, x0: Tensor, chosen: Tensor, attention_mask: Tensor) -> Tensor:
-    """-log p(x0_l | xt) in nats at the chosen positions, 0 elsewhere, (B, L); only those meet the output layer."""
+    """-log p(x0_l | xt) in nats at the chosen positions, 0 elsewhere, (B, L); logits are computed for those alone."""
     return chosen_nll(model.lm_head(model.hidden(model.embed(xt), attention_mask)[chosen]), x0, chosen)
 
 
 def any_order_nll(model: nn.Module, batch: dict[str, Tensor], generator: Generator, most: int = 16) -> Tensor:
     """Bound on the NLL of texts filled in random order, by position: (B, L) nats, see `any_order_weight`.
 
-    A forward with random hidden positions for every number of them, at most `most` numbers spread evenly over 1..R.
+    One forward pass for each number of hidden positions, at most `most` numbers spread evenly over 1..R.
     Unbiased: its mean over draws is the bound.
     """
-    x0, attention_mask, maskable = whole_text(batch)
-    forwards = min(most, int(maskable.sum(-1).max()))
+    x0, attention_mask, maskable = bidirectional_text(batch)
+    passes = min(most, int(maskable.sum(-1).max()))
     total = torch.zeros(x0.shape, device=x0.device)
-    for k in range(forwards):
-        count = stratified_count(maskable.sum(-1), k, forwards, generator)
+    for k in range(passes):
+        count = stratified_count(maskable.sum(-1), k, passes, generator)
         hidden = hide_exactly(maskable, count, generator)
         nll = fill_nll(model, torch.where(hidden, model.mask_id, x0), x0, hidden, attention_mask)
         total = total + nll * any_order_weight(maskable, count).unsqueeze(-1)
-    return total / max(1, forwards)
+    return total / max(1, passes)

@@ -38,7 +38,7 @@ def build_causal(
     """A causal model with fresh random weights in float32, drawn from torch's global generator.
 
     initializer_range: their spread. That of transformers, 0.02, suits widths of a thousand and more; a narrow model whose
-    layers are meant to count from the start wants about 1 / sqrt(hidden_size). embedding_range: that of the words' embeddings,
+    layers are to have an effect from the start needs about 1 / sqrt(hidden_size). embedding_range: that of token embeddings,
     None the same; a wider one keeps what a token is above what fresh layers add to it (Takase et al., 2312.16903).
 
     The options are those of `build_llada`, so that bodies of both kinds have the same sizes; the mask's id is only noted.
@@ -63,6 +63,6 @@ def build_causal(
 
 
 def build_body(*, attention: Attention, architecture: Architecture = "llama", **sizes) -> torch.nn.Module:
-    """A body of the same sizes that looks backwards only (`causal`) or both ways (`bidirectional`, LLaDA's)."""
+    """A body of the same sizes with `causal` or `bidirectional` attention (LLaDA's)."""
     require_choice("model.attention", attention, get_args(Attention))
     return build_causal(architecture=architecture, **sizes) if attention == "causal" else build_llada(**sizes)

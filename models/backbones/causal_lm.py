@@ -1,4 +1,4 @@
-"""Any Hugging Face causal LM: read from a folder or the hub, adapted with LoRA, asked for logits and states, written out.
+"""Any Hugging Face causal LM: read from a folder or the hub, adapted with LoRA, evaluated, written out.
 
 Only safetensors are read and no code of a checkpoint is run.
 Legend: B batch, T positions, D width, V vocabulary.
@@ -86,8 +86,7 @@ def require_causal(model: nn.Module, objective: str) -> None:
     """Raise UsageError for a model that sees the tokens it would have to predict."""
     if isinstance(model, LladaModel):
         raise UsageError(
-            f"module/objective={objective} needs a model that looks backwards only; type model=small (made to fit) or "
-            "model=causal_lm"
+            f"module/objective={objective} needs a causal model; type model=small (made to fit) or model=causal_lm"
         )
 
 
@@ -97,17 +96,17 @@ def causal_logits(model: nn.Module, text: CausalText) -> Tensor:
 
 
 def causal_hidden(model: nn.Module, text: CausalText) -> Tensor:
-    """States (B, T, D) after the last norm."""
+    """Hidden states (B, T, D) after the last norm."""
     return model.get_decoder()(**_arguments(text)).last_hidden_state
 
 
 def causal_nll(model: nn.Module, text: CausalText) -> Tensor:
-    """-log p of each target that counts, nats, 0 elsewhere: (B, T)."""
+    """-log p of each scored target in nats, 0 elsewhere: (B, T)."""
     return chosen_nll(causal_logits(model, text)[text.weights], text.targets, text.weights)
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """The layer from states to logits."""
+    """The layer from hidden states to logits."""
     return model.get_output_embeddings()
 
 
@@ -125,7 +124,7 @@ def save_causal(model: PreTrainedModel | PeftModel, folder: str | Path, tokenize
     A half-written folder never appears.
     """
     folder = Path(folder)
-    with files.written_whole(folder) as staging:
+    with files.staging_folder(folder) as staging:
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

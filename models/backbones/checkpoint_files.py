@@ -27,7 +27,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class StoredTensor(NamedTuple):
-    """What a safetensors header says about one tensor."""
+    """What a safetensors header contains about one tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -87,8 +87,8 @@ def find_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to that takes the place of `folder` once everything is in it: half of one never appears."""
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which replaces `folder` once everything is in it: a half-written folder never appears."""
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

@@ -1,7 +1,6 @@
-"""Codes as points of a small space: a state becomes a point, the point its nearest code, the code an embedding.
+"""Codes as points of a small space: a hidden state is mapped to a point, the point to its nearest code, that to an embedding.
 
-A space is a fixed lattice (`fsq`) or holds codes that follow their points (`ema_vq`); codes of
-known meaning need no space.
+Codes are a fixed lattice (`fsq`) or follow their points (`ema_vq`). Codes of known meaning need no space.
 Legend: B batch, D width, V codes, d coordinates.
 """
 
@@ -15,7 +14,7 @@ from torch import Generator, Tensor, nn
 from models.functional.errors import UsageError
 from models.functional.fsq import fsq_bound, fsq_lattice, fsq_levels
 from models.functional.gumbel import Choice, one_hot_argmax
-from models.functional.precision import at_least_float32, in_full
+from models.functional.precision import at_least_float32, without_autocast
 from models.functional.vector_quantisation import (
     Codebook,
     assignment_sums,
@@ -35,7 +34,7 @@ COORDINATES = 8  # of a space whose codes move
 class Coded(NamedTuple):
     """logits (B, W) and what was chosen; point (B, d) before quantising, None where there is no space.
 
-    embeds, soft_embeds, hard_embeds (B, D): of the place between point and code, of the point, of the code.
+    embeds, soft_embeds, hard_embeds (B, D): of the position between point and code, of the point, of the code.
     """
 
     logits: Tensor
@@ -47,7 +46,7 @@ class Coded(NamedTuple):
 
 
 class CodeSpace(nn.Module):
-    """Points and `codes` codes, such as those of one type; the buffer `codes` (V, d) says where they lie.
+    """Points and `codes` codes, such as those of one type; the buffer `codes` (V, d) has their coordinates.
 
     spread: of fresh embeddings. option: what sets the number of codes, for a number that makes no lattice.
     """
@@ -56,19 +55,19 @@ class CodeSpace(nn.Module):
         super().__init__()
         self.moving = sampler == "ema_vq"
         if self.moving:
-            places = torch.zeros(codes, COORDINATES)
+            table = torch.zeros(codes, COORDINATES)
         else:
             levels = fsq_levels(codes, option)
-            places = fsq_lattice(levels)
+            table = fsq_lattice(levels)
             self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
-        coordinates = places.shape[1]
+        coordinates = table.shape[1]
         self.to_point = nn.Linear(width, coordinates, bias=False)
         self.to_embedding = nn.Linear(coordinates, width, bias=False)
         nn.init.normal_(self.to_point.weight, std=width**-0.5)
         nn.init.normal_(self.to_embedding.weight, std=spread / math.sqrt(coordinates))
-        self.register_buffer("codes", places)
+        self.register_buffer("codes", table)
         self.register_buffer("counts", torch.zeros(codes))
-        self.register_buffer("sums", torch.zeros_like(places))
+        self.register_buffer("sums", torch.zeros_like(table))
 
     def point(self, state: Tensor) -> Tensor:
         point = self.to_point(state)
@@ -86,12 +85,12 @@ class CodeSpace(nn.Module):
         return self.to_embedding(self.codes)
 
     def forward(self, state: Tensor, share: float, number: None = None) -> Coded:
-        """share: how far from the point to its code the embedding stands."""
+        """share: of the distance from the point to its code, at which the embedding is taken."""
         point = self.point(state)
         logits = self.logits(point)
         hard = one_hot_argmax(logits)
         code = hard.to(point.dtype) @ self.codes
-        embeds = (self.to_embedding(place) for place in (quantised(point, code, share), point, code))
+        embeds = (self.to_embedding(at) for at in (quantised(point, code, share), point, code))
         return Coded(logits, Choice(logits.softmax(-1), hard), point, *embeds)
 
     @property
@@ -102,7 +101,7 @@ class CodeSpace(nn.Module):
     def begin(self, points: Tensor, generator: Generator) -> None:
         """Codes start at the centres of points (N, d)."""
         points = points.to(self.codes.dtype)
-        with in_full(points):
+        with without_autocast(points):
             centres = k_means(points, len(self.codes), generator)
             counts, _ = assignment_sums(points, centres)
         self._keep(Codebook(centres, counts, centres * counts.unsqueeze(-1)))
@@ -111,21 +110,21 @@ class CodeSpace(nn.Module):
     def follow(self, points: Tensor, decay: float, generator: Generator) -> int:
         """Move codes to their points (N, d); how many dead ones were set anew."""
         points = points.to(self.codes.dtype)
-        with in_full(points):
+        with without_autocast(points):
             book = ema_update(self.book, *assignment_sums(points, self.codes), decay)
         book, dead = reset_dead(book, points, len(points) / len(self.codes) / 50, generator)
         self._keep(book)
         return dead
 
     def _keep(self, book: Codebook) -> None:
-        """New tensors, not new values: those of before are still wanted for the gradient."""
+        """New tensors, not new values in place: the gradient still needs the old ones."""
         self.codes, self.counts, self.sums = book
 
 
 class NamedCodes(nn.Module):
-    """Codes whose meaning is known: a head says them and a table embeds them, as words are said and read.
+    """Codes whose meaning is known: a head predicts them and a table embeds them, as with tokens.
 
-    What is read teaches the table alone: which code it should have been is told otherwise (`signals.SignalCodes`).
+    The embeddings have a gradient to the table alone; the head is supervised elsewhere (`signals.SignalCodes`).
     """
 
     def __init__(self, codes: int, width: int, spread: float) -> None:
@@ -142,7 +141,7 @@ class NamedCodes(nn.Module):
         return self.rows.weight
 
     def forward(self, state: Tensor, share: float, number: Tensor | None = None) -> Coded:
-        """number (B,): the code that is taken in the place of the most probable one, -1 where it is not known."""
+        """number (B,): the code that replaces the most probable one, -1 where it is not known."""
         logits = self.logits_of(state)
         hard = one_hot_argmax(logits)
         if number is not None:
@@ -153,7 +152,7 @@ class NamedCodes(nn.Module):
 
 
 def require_whole_codes(model: nn.Module, precision: str) -> None:
-    """Errors: UsageError where a `CodeSpace` would be kept in 16 bits: a mean that creeps would stand still."""
+    """Errors: UsageError where a `CodeSpace` would be kept in 16 bits, in which its slow running means would not move."""
     if precision in ("bf16-true", "16-true") and any(isinstance(part, CodeSpace) for part in model.modules()):
         raise UsageError(
             f"trainer.precision={precision}: codes of fsq and ema_vq lie in float32; type trainer.precision=bf16-mixed, "

@@ -13,8 +13,8 @@ from torch.autograd import Function
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from models.functional.precision import as_autocast, at_least_float32
-from models.functional.weights import whole
+from models.functional.precision import at_least_float32, to_autocast_dtype
+from models.functional.weights import full_tensor
 
 
 class _Linear(Function):
@@ -22,7 +22,7 @@ class _Linear(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, whole(weight).to(x.dtype))
+        return F.linear(x, full_tensor(weight).to(x.dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -31,12 +31,12 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ whole(ctx.saved_tensors[0]).to(grad.dtype), None
+        return grad @ full_tensor(ctx.saved_tensors[0]).to(grad.dtype), None
 
     @staticmethod
     @torch.no_grad()
     def jvp(ctx, x_tangent: Tensor, _) -> Tensor:
-        return F.linear(x_tangent, whole(ctx.saved_tensors[0]).to(x_tangent.dtype))
+        return F.linear(x_tangent, full_tensor(ctx.saved_tensors[0]).to(x_tangent.dtype))
 
 
 class _RMSNorm(Function):
@@ -108,7 +108,7 @@ class FrozenLinear(nn.Linear):
     """`nn.Linear` with the same parameters and the same result, for weights that never train."""
 
     def forward(self, x: Tensor) -> Tensor:
-        (x,) = as_autocast(x)
+        (x,) = to_autocast_dtype(x)
         y = _Linear.apply(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -1,4 +1,4 @@
-"""A judge of generated texts: a causal LM, trained on the same corpus by another run, that says how likely it finds them.
+"""A judge of generated texts: a causal LM, trained on the same corpus by another run, that scores their likelihood.
 
 Legend: N texts, T tokens of each, all of the judge's own vocabulary.
 """

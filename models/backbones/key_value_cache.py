@@ -16,5 +16,5 @@ def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
 
 
 def cache_of(output: Mapping[str, Any]) -> Cache:
-    """The cache that a forward with use_cache=True returns. Errors: KeyError for a model that returns none."""
+    """The cache that a forward pass with use_cache=True returns. Errors: KeyError for a model that returns none."""
     return output[CACHE_ARGUMENT]

@@ -206,7 +206,7 @@ def load_llada(
     `dtype` "auto" keeps the type that the embedding table is stored in. The model is built without memory and filled
     shard by shard, so that one copy of the weights is the most it takes; nothing in the folder is run or unpickled.
     Errors: UsageError for a folder or hub name that does not exist, files cut short, another architecture, and tensors
-    that are missing, unexpected or of another shape; it names them and says what to type.
+    that are missing, unexpected or of another shape; it names them and what to type.
     """
     device, wanted = files.parse_device(device), None if dtype == "auto" else files.parse_dtype(dtype)
     folder = files.find_folder(path)

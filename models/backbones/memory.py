@@ -27,7 +27,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Footprint:
-    """Parameters, and bytes for the weights alone, for one forward and for one distillation step."""
+    """Parameters, and bytes for the weights alone, for one forward pass and for one distillation step."""
 
     parameters: int
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class Footprint:
     def __str__(self) -> str:
         rows = {
             "weights": self.weights,
-            "one forward": self.inference,
+            "one forward pass": self.inference,
             "one distillation step": self.distillation,
         }
         lines = [f"  {what:<22}{_gib(size):>10}" for what, size in rows.items()]
@@ -120,7 +120,7 @@ def load_llada_checked(
     """Print the footprint, require that much memory on `device`, and only then `load_llada`.
 
     A local folder's config.json says how large it is; for a hub name `shape` (arguments of `LladaConfig`) does, so that
-    nothing is downloaded in vain, and the downloaded config.json has the last word.
+    nothing is downloaded in vain, and the downloaded config.json decides.
     Errors: UsageError of `require_memory` and `load_llada`.
     """
     folder, footprint = local_folder(path), None

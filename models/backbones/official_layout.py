@@ -58,10 +58,10 @@ def official_to_leap_key(name: str) -> str | None:
     if match is None:
         return None
     layer, part = match.groups()
-    place = _OUTER.get(part) if layer is None else _BLOCK.get(part)
-    if place is None:
+    own = _OUTER.get(part) if layer is None else _BLOCK.get(part)
+    if own is None:
         return None
-    return f"{place}.weight" if layer is None else f"model.layers.{layer}.{place}.weight"
+    return f"{own}.weight" if layer is None else f"model.layers.{layer}.{own}.weight"
 
 
 def leap_to_official_key(name: str) -> str | None:
@@ -69,8 +69,8 @@ def leap_to_official_key(name: str) -> str | None:
     match = _LEAP_NAME.fullmatch(name)
     if match is None:
         return None
-    layer, place = match.groups()
-    part = _OUTER_BACK.get(place) if layer is None else _BLOCK_BACK.get(place)
+    layer, own = match.groups()
+    part = _OUTER_BACK.get(own) if layer is None else _BLOCK_BACK.get(own)
     if part is None:
         return None
     return f"model.transformer.{part}.weight" if layer is None else f"model.transformer.blocks.{layer}.{part}.weight"

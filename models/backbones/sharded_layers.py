@@ -2,7 +2,7 @@
 
 A share is a DTensor, rows of the weight split over the ranks. `FrozenLinear` gathers it for a product, in the forward pass, in
 its forward-mode derivative and again in the backward pass, and keeps nothing of the whole between them. Every rank therefore
-has to take the same products in the same order. It is done by the product and not by hooks on modules, so that twins on
+has to take the same products in the same order. It is done by the product and not by hooks on modules, so that copies with
 shared weights, other weights by `functional_call` and dual numbers work as on one rank.
 """
 
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from models.backbones.frozen_layers import FrozenLinear
-from models.functional.weights import whole
+from models.functional.weights import full_tensor
 
 
 def shard_frozen(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
@@ -45,13 +45,13 @@ def frozen_linears(module: nn.Module) -> Iterator[nn.Linear]:
 
 @torch.no_grad()
 def gather_frozen(module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
-    """Give every such layer its whole weight; what `scatter_frozen` needs to take it back. Every rank has to ask."""
+    """Give every such layer its whole weight; what `scatter_frozen` needs to take it back. Every rank has to call this."""
     shares, found = [], {}
     for layer in frozen_linears(module):
         own = layer.weight
         if isinstance(own, DTensor):
             if id(own) not in found:
-                found[id(own)] = nn.Parameter(whole(own), requires_grad=False)
+                found[id(own)] = nn.Parameter(full_tensor(own), requires_grad=False)
             shares.append((layer, own))
             layer.weight = found[id(own)]
     return shares

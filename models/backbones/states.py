@@ -1,4 +1,4 @@
-"""The last states of a text in any body, whichever way it looks."""
+"""The last hidden states of a text in a causal or bidirectional body."""
 
 from torch import Tensor, nn
 

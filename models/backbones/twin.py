@@ -11,7 +11,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def share_weights(base: LladaModel) -> LladaModel:
-    """A model with modules of its own and the base's Parameter objects: nothing is copied, moving one moves both."""
+    """A model with modules of its own and the base's Parameter objects: no weight is copied, and training one trains both."""
     with torch.device("meta"):
         twin = type(base)(base.config)
     theirs = dict(base.named_modules())
@@ -23,13 +23,13 @@ def share_weights(base: LladaModel) -> LladaModel:
 
 
 def with_lora(base: LladaModel, rank: int) -> LladaModel:
-    """A twin with low-rank adapters (Hu et al., 2021) on every linear layer of the body; they start as no-ops."""
+    """A copy on the same weights with LoRA (Hu et al., 2021) on every linear layer of the body; adapters start as no-ops."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LORA_TARGETS))
     return inject_adapter_in_model(config, freeze(share_weights(base)))
 
 
 def with_own_weights(base: LladaModel) -> LladaModel:
-    """A twin whose layers, last norm and head are trainable copies; the embedding table stays the base's, frozen."""
+    """A copy whose layers, last norm and head are trainable copies; the embedding table is the base's, frozen."""
     twin = share_weights(base)
     kept = {id(base.model.embed_tokens.weight)}
     for module in twin.modules():

@@ -1,4 +1,4 @@
-"""Generation by unmasking, a few tokens at each forward (Nie et al., LLaDA, 2025, algorithms 4 and 5).
+"""Generation by unmasking, a few tokens in each forward pass (Nie et al., LLaDA, 2025, algorithms 4 and 5).
 
 Legend: B batch, L length, R response columns, V vocabulary.
 """
@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
-from models.functional.gumbel import gumbel_argmax
+from models.functional.gumbel import sample_categorical
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 
@@ -28,7 +28,7 @@ def guided_logits(
 ) -> Tensor:
     """Response logits (B, R, V) with classifier-free guidance un + (w + 1)(c - un); `un` sees the prompt masked.
 
-    w = 0 is the conditional model in one forward; otherwise two. The mask token itself is never an answer.
+    w = 0 is the conditional model in one forward pass; otherwise two. The mask token itself is never generated.
     """
     columns = response_columns(response_mask)
     conditional = model.lm_head(model.hidden(model.embed(xt), attention_mask)[:, -columns:])
@@ -55,8 +55,8 @@ def generate_masked_diffusion(
 ) -> Tensor:
     """Responses (B, R) for rows laid out as prompt columns then R response columns.
 
-    Blocks of `block_length` response tokens (all of them by default) are filled left to right, `steps` forwards in all.
-    At each forward every masked token of the block is drawn and the scheduled number kept: the most probable draws
+    Blocks of `block_length` response tokens (all of them by default) are filled left to right, in `steps` forward passes.
+    Each of these draws all masked tokens of the block and keeps the scheduled number: the most probable draws
     (`low_confidence`; at temperature 1 this favours a few safe texts) or randomly chosen ones (`random`, ancestral sampling).
     on_tokens: see `Decoder`.
     """
@@ -81,8 +81,8 @@ def generate_masked_diffusion(
         for count in linear_transfer_counts(block_length, steps // blocks):
             # 1. a draw for every response position
             logits = guided_logits(model, xt, attention_mask, response_mask, guidance)
-            drawn = gumbel_argmax(logits, temperature, generator)  # (B, R)
-            # 2. how sure we are of each; only masked positions of this block compete
+            drawn = sample_categorical(logits, temperature, generator)  # (B, R)
+            # 2. the confidence of each; only masked positions of this block compete
             if remasking == "low_confidence":
                 confidence = torch.softmax(logits.double(), -1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
             else:

@@ -11,9 +11,9 @@ from models.backbones.llada import LladaModel
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.path import hide_response
 from models.functional.masked_diffusion import antithetic_times
-from models.functional.next_token import whole_text
+from models.functional.next_token import bidirectional_text
 from models.functional.nll import chosen_nll
-from models.interfaces.objective import ObjectiveOutput, TextObjective
+from models.interfaces.objective import Terms, TextObjective
 
 
 class ContinuousDiffusion(TextObjective, nn.Module):
@@ -39,8 +39,12 @@ class ContinuousDiffusion(TextObjective, nn.Module):
     def after_step(self, model: LladaModel) -> None:
         self.student.project_weights()
 
-    def forward(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
-        x0, attention_mask, maskable = whole_text(batch)
+    def expected_predictions(self, batch: dict[str, Tensor]) -> float:
+        # a partly observed row hides each token with a probability that is uniform
+        return (1 - self.observed_share / 2) * int(bidirectional_text(batch)[2].sum())
+
+    def forward(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> Terms:
+        x0, attention_mask, maskable = bidirectional_text(batch)
         rows = {"input_ids": x0, "attention_mask": attention_mask, "response_mask": maskable}
         # 1. a time for each row and its point on the line
         masked = hide_response(rows, self.observed_share, generator)
@@ -48,4 +52,4 @@ class ContinuousDiffusion(TextObjective, nn.Module):
         sample = self.student.path.sample(rows, masked, s, generator)
         # 2. the denoiser's cross entropy
         nll = chosen_nll(self.student(sample, s), x0, masked)
-        return ObjectiveOutput(nll.sum(), int(masked.sum()), nll)
+        return Terms.over_tokens(nll.sum(), int(masked.sum()), nll, predictions=masked.sum())

@@ -4,7 +4,7 @@ import torch
 from torch import Generator, Tensor
 
 from models.flow.prefix_student import PrefixStudent
-from models.functional.gumbel import gumbel_argmax
+from models.functional.gumbel import sample_categorical
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 
@@ -18,7 +18,7 @@ def generate_one_step(student: PrefixStudent, rows: dict[str, Tensor], generator
     hidden = student.hidden(base.embed(xt), rows["attention_mask"], r, torch.ones_like(r))
     logits = base.lm_head(hidden[:, -response_columns(response_mask) :])
     logits[..., base.mask_id] = float("-inf")
-    return gumbel_argmax(logits, temperature, generator)
+    return sample_categorical(logits, temperature, generator)
 
 
 class OneStepDecoder:

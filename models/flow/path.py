@@ -21,7 +21,7 @@ from models.functional.noisy_mask import (
     warp_time,
     wiener_gain,
 )
-from models.functional.precision import at_least_float32, in_full
+from models.functional.precision import at_least_float32, without_autocast
 from models.functional.text_posterior import same_prompt, text_evidence, text_posterior, token_posterior
 
 TEXTS_AT_ONCE = 256  # whose embeddings are in memory together
@@ -126,7 +126,7 @@ class NoisyMaskPath:
 
     def expected(self, psi: Tensor) -> Tensor:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the table's precision."""
-        with in_full(psi):
+        with without_autocast(psi):
             return psi.to(self.embedding.dtype) @ self.embedding
 
     def velocity(self, sample: PathSample, d: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class NoisyMaskPath:
         possible = alike.any(0)  # neither other texts nor positions of the prompt need products
         mask = at_least_float32(self.mask_embedding)
         apart = (z[:, used] - mask).to(mask.dtype)
-        with in_full(z):
+        with without_autocast(z):
             evidence = [
                 text_evidence(apart, masked[:, used], self.embed(few).to(mask.dtype) - mask, s, self.noise_scale)
                 for few in texts[possible][:, used].split(TEXTS_AT_ONCE)

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from models.flow.masked_student import MaskedStudent
-from models.functional.gumbel import gumbel_argmax
+from models.functional.gumbel import sample_categorical
 from models.functional.masked_diffusion import mask_tokens
 from models.functional.noisy_mask import distribution_divergence
 from models.interfaces.objective import Terms, mean_of
@@ -47,7 +47,7 @@ def two_step_target(
         draw = torch.rand(masked.shape, generator=generator, device=xt.device)
         reveal = pending & (draw < step / time)
         drawn = torch.zeros_like(xt)
-        drawn[pending] = gumbel_argmax(logits, 1.0, generator)
+        drawn[pending] = sample_categorical(logits, 1.0, generator)
         current = torch.where(reveal, drawn, current)
         pending = pending & ~reveal
     return collected[masked]

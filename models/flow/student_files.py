@@ -8,14 +8,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from models.backbones.checkpoint_files import written_whole
+from models.backbones.checkpoint_files import staging_folder
 from models.backbones.llada import LladaModel, load_llada
 from models.flow.masked_student import MaskedStudent
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.prefix_student import PrefixStudent
 from models.flow.student import Student
 from models.functional.errors import UsageError
-from models.functional.weights import trainable_weights, whole
+from models.functional.weights import full_tensor, trainable_weights
 
 FORMAT = "leap-student-3"
 TEACHER = "teacher"  # folder of the base inside the student's folder
@@ -29,7 +29,7 @@ def base_fingerprint(base: LladaModel) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in sorted(base.state_dict().items()):
-        flat = whole(weight.detach()).reshape(-1)
+        flat = full_tensor(weight.detach()).reshape(-1)
         sample = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
@@ -39,7 +39,7 @@ def base_fingerprint(base: LladaModel) -> str:
 def save_student(student: Student, folder: str | Path, notes: dict | None = None) -> Path:
     """Write the trained part to `folder` (student.safetensors, student.json); a half-written folder never appears."""
     folder = Path(folder)
-    with written_whole(folder) as staging:
+    with staging_folder(folder) as staging:
         _write(student, staging, notes)
     return folder
 
@@ -47,7 +47,7 @@ def save_student(student: Student, folder: str | Path, notes: dict | None = None
 def save_whole_student(student: Student, folder: str | Path, tokenizer=None) -> Path:
     """The same with its base in the folder, so that `load_whole_student` needs nothing else."""
     folder = Path(folder)
-    with written_whole(folder) as staging:
+    with staging_folder(folder) as staging:
         student.base.save_pretrained(staging / TEACHER)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging / TEACHER)

@@ -1,4 +1,4 @@
-r"""Bidirectional attention, attention that also sees a gated prefix, and masks.
+r"""Bidirectional attention, attention over text and a gated prefix, and masks.
 
 Legend: B batch, H heads, L length, K prefix length, d head width.
 """
@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
-from models.functional.precision import as_autocast, in_full
+from models.functional.precision import at_least_float32, to_autocast_dtype, without_autocast
 
-MOST_OF_PREFIX = 30.0  # nats by which a prefix may outscore the text
+MOST_OF_PREFIX = 30.0  # nats by which a prefix may outscore the text in the derivative of its gate
 MOST_ABOVE = 10.0  # nats by which a hidden key may outscore the seen ones
 
 
 def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q kᵀ scale) v without a causal mask. q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L), True = may be seen."""
+    """softmax(q kᵀ scale) v without a causal mask. q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L), True = visible."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
@@ -31,14 +31,18 @@ def gated_prefix_attention(
     a -inf bias could never train); g = 1 is ordinary attention with the prefix put before every key and value.
 
     q, k, v (B, H, L, d); mask bool (B, 1, 1|L, L); k_prefix, v_prefix (B, H, K, d); gate (H,). Returns (B, H, L, d).
-    A prefix that outscores the text by more than 30 nats counts as if by 30. There are first derivatives only, but in forward
-    mode too, which fused kernels lack; where no derivative is asked for, a fused kernel does the same.
+    Scores and their softmax are computed in float32 at least. A query that sees neither text nor prefix gets 0.
+
+    There are first derivatives only, but in forward mode too, which fused kernels lack. Without derivatives a fused kernel
+    computes the same. The derivative in g, which is unbounded at g = 0, counts a prefix that outscores the text by more than
+    30 nats as if by 30.
     """
-    differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))
-    q, k, v, k_prefix, v_prefix, gate = as_autocast(q, k, v, k_prefix, v_prefix, gate)
+    inputs = (q, k, v, k_prefix, v_prefix, gate)
+    differentiated = torch.is_grad_enabled() or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    q, k, v, k_prefix, v_prefix, gate = to_autocast_dtype(*inputs)
     if not differentiated:
         return _fused_prefix_attention(q, k, v, mask, k_prefix, v_prefix, gate, scale)
-    with in_full(q):
+    with without_autocast(q):
         return _GatedPrefixAttention.apply(q, k, v, mask, k_prefix, v_prefix, gate, scale)[0]
 
 
@@ -47,27 +51,27 @@ def _fused_prefix_attention(
 ) -> Tensor:
     """The same without derivatives: a prefix whose scores are raised by log g, in one fused kernel."""
     batch, heads, length, _ = q.shape
-    places = k_prefix.shape[2]
-    bias = q.new_zeros(batch, heads, length, places + length)
-    bias[..., :places] = gate.clamp(min=0).log().view(1, heads, 1, 1)
+    width = k_prefix.shape[2]
+    bias = q.new_zeros(batch, heads, length, width + length)
+    bias[..., :width] = gate.clamp(min=0).log().view(1, heads, 1, 1)
     if mask is not None:
-        bias[..., places:] = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        bias[..., width:] = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     keys, values = _put_before(k_prefix, k), _put_before(v_prefix, v)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
 
 
 def visible_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    r"""Causal attention in which each key counts as much as it is visible, w >= 0: with 0 and 1 it is masked attention.
+    r"""Causal attention in which each key has a weight w >= 0; with weights of 0 and 1 it is masked attention.
 
     .. math:: o_q = \sum_{k \le q} w_{qk} e^{s_{qk}} v_k \Big/ \sum_{k \le q} w_{qk} e^{s_{qk}}
 
-    A mask of -inf could pass no gradient to what it hides; w can. q, k, v (B, H, L, d), w (B, 1, L, L).
+    A mask of -inf would pass no gradient to the keys that it hides; w does. q, k, v (B, H, L, d), w (B, 1, L, L).
     """
     scores = (q @ k.mT) * scale
     ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     scores = scores.masked_fill(ahead, -torch.inf)
     top = scores.masked_fill(visible == 0, -torch.inf).amax(-1, keepdim=True).detach()
-    # what is hidden may score higher by far than what is seen: its share is cut, and never infinite
+    # a hidden key may score far above the visible ones: its share is bounded, and never infinite
     weights = visible * (scores - top).clamp(max=MOST_ABOVE).exp()
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
@@ -80,30 +84,43 @@ def _put_before(prefix: Tensor, text: Tensor) -> Tensor:
 class _GatedPrefixAttention(Function):
     """One softmax over prefix and text, in which each key of the prefix counts g times.
 
-    Its derivatives are a softmax', dw_j = w_j (ds_j - mean); the gate's needs the share of a key that counted once, which is
-    there at g = 0 too. The forward-mode derivative is not recorded for a later backward pass.
+    Its derivatives are those of a softmax, dw_j = w_j (ds_j - mean). The gate's needs the share of a key that counts once,
+    which is above 0 at g = 0 too. The forward-mode derivative is not recorded for a later backward pass.
     """
 
     @staticmethod
     def forward(q, k, v, mask, k_prefix, v_prefix, gate, scale):
-        places = k_prefix.shape[2]
+        # Sums over keys are (B, H, L, 1). A prefix further above the text than `MOST_OF_PREFIX` is `far`: its mass follows from
+        # the odds of prefix against text, which no exponential of a score can overflow.
+        prefix, text = slice(k_prefix.shape[2]), slice(k_prefix.shape[2], None)
         keys, values = _put_before(k_prefix, k), _put_before(v_prefix, v)
-        scores = q @ keys.mT * scale
+        gate = at_least_float32(gate).view(1, -1, 1, 1)
+        # 1. scores, and by how many nats the prefix outscores the text
+        scores = at_least_float32(q) @ at_least_float32(keys).mT * scale
+        lowest = torch.finfo(scores.dtype).min
         if mask is not None:
-            scores[..., places:].masked_fill_(~mask, torch.finfo(scores.dtype).min)
-        of_prefix, of_text = (part.logsumexp(-1, keepdim=True) for part in scores.tensor_split([places], -1))
-        scores[..., :places] += (of_prefix - of_text).clamp(max=MOST_OF_PREFIX) - of_prefix
-        scores[..., places:] -= of_text
+            scores[..., text].masked_fill_(~mask, lowest)
+        of_prefix, of_text = (scores[..., keys_of].logsumexp(-1, keepdim=True) for keys_of in (prefix, text))
+        above = of_prefix - of_text
+        far, log_odds = above > MOST_OF_PREFIX, above + gate.clamp(min=0).log()
+        # 2. the mass of every key beside a text of mass 1, those of the prefix counted once
+        scores[..., prefix] += above.clamp(max=MOST_OF_PREFIX) - of_prefix
+        scores[..., text] -= of_text
         weights = scores.exp()
-        counted_once, text = (part.sum(-1, keepdim=True) for part in weights.tensor_split([places], -1))
-        weights /= text + gate.view(1, -1, 1, 1) * counted_once
-        of_gate = weights[..., :places].clone()
-        weights[..., :places] *= gate.view(1, -1, 1, 1)
+        prefix_mass, text_mass = weights[..., prefix].sum(-1, keepdim=True), weights[..., text].sum(-1, keepdim=True)
+        total = text_mass + gate * prefix_mass
+        # 3. shares of the total; where all of the text is hidden it has none
+        shared = torch.where(far, text_mass * (1 + log_odds.exp()), total).masked_fill(of_text < lowest / 2, torch.inf)
+        weights[..., text] /= shared
+        weights[..., prefix] /= total
+        of_gate = weights[..., prefix].to(q.dtype, copy=True)
+        weights[..., prefix] *= torch.where(far, log_odds.sigmoid() * total / prefix_mass, gate)
+        weights = weights.to(q.dtype)
         return weights @ values, weights, of_gate, keys, values
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, ctx.scale, ctx.places = inputs[0], inputs[-1], inputs[4].shape[2]
+        q, ctx.scale, ctx.prefix_length = inputs[0], inputs[-1], inputs[4].shape[2]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, *output)
@@ -116,17 +133,17 @@ class _GatedPrefixAttention(Function):
             return (None,) * 8
         q, out, weights, of_gate, keys, values = ctx.saved_tensors
         apart = grad @ values.mT - (grad * out).sum(-1, keepdim=True)  # d out / d (a key's share of mass)
-        gate = (of_gate * apart[..., : ctx.places]).sum((0, 2, 3))
+        gate = (of_gate * apart[..., : ctx.prefix_length]).sum((0, 2, 3))
         ds = apart * weights * ctx.scale
         dk, dv = ds.mT @ q, weights.mT @ grad
-        (dk_prefix, dk), (dv_prefix, dv) = (x.tensor_split([ctx.places], 2) for x in (dk, dv))
+        (dk_prefix, dk), (dv_prefix, dv) = (x.tensor_split([ctx.prefix_length], 2) for x in (dk, dv))
         return ds @ keys, dk, dv, None, dk_prefix, dv_prefix, gate, None
 
     @staticmethod
     @torch.no_grad()
     def jvp(ctx, dq, dk, dv, _mask, dk_prefix, dv_prefix, dgate, _scale):
         q, out, weights, of_gate, keys, values = ctx.saved_tensors
-        (k_prefix, k), (v_prefix, v) = (x.tensor_split([ctx.places], 2) for x in (keys, values))
+        (k_prefix, k), (v_prefix, v) = (x.tensor_split([ctx.prefix_length], 2) for x in (keys, values))
         given = zip((dq, dk, dv, dk_prefix, dv_prefix), (q, k, v, k_prefix, v_prefix), strict=True)
         dq, dk, dv, dk_prefix, dv_prefix = (torch.zeros_like(x) if dx is None else dx for dx, x in given)
         dkeys, dvalues = _put_before(dk_prefix, dk), _put_before(dv_prefix, dv)

@@ -1,7 +1,7 @@
 r"""Nats per token, perplexity and bits per byte of a text, from sums that may be taken over batches of any size.
 
-Bits per byte compare models with different tokenizers: both the nats and the bytes are those of tokens that stand for text,
-so `<bos>` and the like count in neither.
+Bits per byte compare models with different tokenizers: both nats and bytes are those of tokens with text, so special
+tokens such as `<bos>` count in neither.
 """
 
 import math
@@ -14,7 +14,7 @@ from models.functional.precision import at_least_float32
 
 
 class NllSums(NamedTuple):
-    """float64 scalars: nats of all targets and their number; nats and UTF-8 bytes of those that stand for text."""
+    """float64 scalars: nats of all targets and their number; nats and UTF-8 bytes of the targets with text."""
 
     nats: Tensor
     tokens: Tensor
@@ -33,7 +33,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def nll_sums(nll: Tensor, target_bytes: Tensor) -> NllSums:
-    """nll (...) in nats of each target, target_bytes (...) of text that it stands for (0: a special token)."""
+    """nll (...) in nats of each target, target_bytes (...) of its text (0: a special token)."""
     nats, of_text = nll.double(), target_bytes > 0
     count = nats.new_tensor(nats.numel())
     return NllSums(nats.sum(), count, nats[of_text].sum(), target_bytes.sum().double())
@@ -49,5 +49,5 @@ def perplexity(sums: NllSums) -> Tensor:
 
 
 def bits_per_byte(sums: NllSums) -> Tensor:
-    r""":math:`\sum nats / (\ln 2 \cdot \sum bytes)` over the tokens that stand for text."""
+    r""":math:`\sum nats / (\ln 2 \cdot \sum bytes)` over the tokens with text."""
     return sums.text_nats / (math.log(2) * sums.text_bytes)

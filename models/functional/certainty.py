@@ -1,4 +1,4 @@
-"""How sure choices are: entropy and largest probability of each, and whether all texts choose alike.
+"""Entropy and largest probability of choices, and whether all texts choose alike.
 
 Legend: B texts, S slots, W choices of a slot.
 """

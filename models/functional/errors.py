@@ -6,7 +6,7 @@ from collections.abc import Iterable
 class UsageError(ValueError):
     """An option, a file or a checkpoint that cannot work.
 
-    The message names what was given and says what to type instead; `run.py` prints it without a traceback.
+    The message names what was given and what to type instead; `run.py` prints it without a traceback.
     """
 
 
@@ -22,3 +22,12 @@ def require_at_least(least: float, **options: float) -> None:
     for name, value in options.items():
         if value < least:
             raise UsageError(f"{name.replace('__', '.')}={value} must be at least {least}")
+
+
+def require_forward_passes(option: str, numbers: list[int], response_length: int) -> None:
+    """Raise UsageError unless all numbers of forward passes lie between 1 and the response length."""
+    if min(numbers) < 1 or max(numbers) > response_length:
+        raise UsageError(
+            f"{option}={numbers} must lie between 1 and the response length {response_length}; "
+            f"type for example {option}=[1,2,{min(4, response_length)}]"
+        )

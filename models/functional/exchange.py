@@ -1,4 +1,4 @@
-"""Wrong conditions for texts: those of others, told apart by how near they are.
+"""Wrong conditions for texts: those of other texts, drawn at random or the nearest one.
 
 Legend: N texts, F features of a condition.
 """
@@ -8,9 +8,9 @@ from torch import Generator, Tensor
 
 
 def derangement(n: int, generator: Generator) -> Tensor:
-    """Whose condition each of n texts gets instead of its own, (n,): never its own where n > 1, each one once.
+    """For each of n texts another one whose condition it gets, (n,): a random cycle, so never its own where n > 1.
 
-    A random cycle over all of them.
+    Every condition is used once.
     """
     cycle = torch.randperm(n, generator=generator, device=generator.device)
     other = torch.empty_like(cycle)

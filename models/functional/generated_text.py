@@ -1,6 +1,6 @@
 """How varied generated texts are, from their tokens alone.
 
-A model that repeats itself pleases every judge; entropy and distinct n-grams tell it apart from one that writes well.
+A model that repeats itself has a low perplexity under every judge; entropy and distinct n-grams show the repetition.
 Legend: N texts, R tokens of each.
 """
 

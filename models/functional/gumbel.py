@@ -1,9 +1,9 @@
-r"""Straight-through choices among codes: discrete forwards, with the gradient of a relaxed choice.
+r"""Draws from softmax(logits), and straight-through choices: discrete in the forward pass, relaxed in the gradient.
 
 .. math:: e = e_{hard} + e_{soft} - \mathrm{sg}(e_{soft})
 
-Jang et al. (1611.01144), Maddison et al. (1611.00712). One noise serves both halves: a soft half under another noise, or none,
-would be the gradient of a choice that was not made.
+Jang et al. (1611.01144), Maddison et al. (1611.00712). Hard and soft part share one noise: with
+another noise, or none, the soft part would have the gradient of a choice that was not made.
 Legend: V choices.
 """
 
@@ -42,7 +42,7 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def gumbel_argmax(logits: Tensor, temperature: float, generator: Generator) -> Tensor:
+def sample_categorical(logits: Tensor, temperature: float, generator: Generator) -> Tensor:
     """A draw from softmax(logits / temperature); the argmax at temperature 0. (..., V) -> (...).
 
     In float64: low-precision Gumbel noise is truncated and makes samples too probable (Zheng et al., 2024).

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from models.functional.errors import UsageError
-from models.functional.precision import in_full
+from models.functional.precision import without_autocast
 
 JvpBackend = Literal["forward_ad", "finite_difference"]
 
@@ -30,7 +30,7 @@ def value_and_jvp(
 
     Both are computed in the precision of the primals: half precision would lose most digits of a derivative.
     """
-    with in_full(primals[0]):
+    with without_autocast(primals[0]):
         return _value_and_jvp(fn, primals, tangents, backend, step)
 
 

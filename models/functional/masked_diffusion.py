@@ -4,13 +4,17 @@ Nie et al., Large Language Diffusion Models (LLaDA, 2025); Sahoo et al., MDLM (2
 Legend: B batch, L length, V vocabulary; t in [0, 1] with t = 1 all masked, t = 0 clean.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Generator, Tensor
 
 from models.functional.nll import chosen_nll
 
+Number = TypeVar("Number", float, Tensor)
 
-def mask_probability(t: Tensor, eps: float = 1e-3) -> Tensor:
+
+def mask_probability(t: Number, eps: float = 1e-3) -> Number:
     """p(t) = (1 - eps) t + eps: the chance that a token is masked at time t; never 0, so that 1/p stays finite."""
     return (1 - eps) * t + eps
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.functional.divergence import kl_divergence
 from models.functional.errors import UsageError
-from models.functional.precision import in_full
+from models.functional.precision import without_autocast
 
 Tangent = Literal["path", "source"]
 FlowLoss = Literal["kl", "ce", "mse", "hard"]
@@ -25,7 +25,7 @@ FlowLoss = Literal["kl", "ce", "mse", "hard"]
 
 def expected_embedding(logits: Tensor, embedding: Tensor) -> Tensor:
     """softmax(logits) E: the mean embedding of the token that the logits expect. (M, V), (V, D) -> (M, D)."""
-    with in_full(logits):
+    with without_autocast(logits):
         return torch.softmax(logits, dim=-1).to(embedding.dtype) @ embedding
 
 

@@ -1,4 +1,4 @@
-"""Statistics of generated texts that say whether the noise is used and how the texts are spread."""
+"""Statistics of generated texts: how much they depend on the noise, and how diverse they are."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def plug_in_entropy(samples: Tensor) -> float:
     """Entropy in nats of the distribution that rows (N, R) were drawn from, with the Miller-Madow bias correction.
 
-    Still too low when N is not far above exp(H): read it beside as many draws from the truth, which err in the same way.
+    Still too low unless N is far above exp(H): compare it with as many draws from the truth, which have the same bias.
     """
     _, counts = torch.unique(samples, dim=0, return_counts=True)
     p = counts.double() / counts.sum()

@@ -1,12 +1,13 @@
 r"""Attention heads that look at the token before or after from the first step on.
 
-A causal model finds the last token where it predicts the next one. A masked place holds nothing, so even its neighbours reach
-it through attention alone, and a head that looks one place on needs a part of the key that all tokens share: with rotary
-positions q R_{i-j} k and no such part it has to grow in every token's embedding, rare ones last. Biases are that part:
+A causal model reads the last token at the position that predicts the next one. A masked position has no token, so even its
+neighbours are seen through attention alone. A head that attends to one fixed offset needs a part of the key that all tokens
+share. Without it, with rotary positions q R_{i-j} k, it has to grow in every token's embedding, rare ones last. Biases are
+that part:
 
 .. math:: s(i, j) = \frac{1}{\sqrt d} b_q^\top R_{j-i}\, b_k = a \sum_{f < F} \cos(\omega_f (j - i - \delta))
 
-has its highest value where j = i + δ. They train like any other weight. d head width, ω_f rotations in radians a place.
+has its highest value where j = i + δ. They train like any other weight. d head width, ω_f rotations in radians per position.
 """
 
 import math
@@ -14,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-SHARPNESS = 6.0  # a: the neighbour's score is some four nats above that of the places beside it
+SHARPNESS = 6.0  # a: the neighbour's score is some four nats above that of the positions beside it
 ROTATIONS = 3  # F: the fastest ones; slower rotations hardly tell neighbours apart
 
 
@@ -24,9 +25,9 @@ def offset_of_head(head: int) -> int:
 
 
 def neighbour_biases(frequencies: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """b_q and b_k, (d,) each, of a head that looks `offset` places on.
+    """b_q and b_k, (d,) each, of a head that attends `offset` positions later.
 
-    frequencies (d/2,): ω, fastest first; numbers f and f + d/2 of a head are turned together, as in transformers' Llama.
+    frequencies (d/2,): ω, fastest first; numbers f and f + d/2 of a head are rotated together, as in transformers' Llama.
     """
     width = 2 * len(frequencies)
     fastest = torch.arange(len(frequencies), device=frequencies.device) < ROTATIONS

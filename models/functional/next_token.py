@@ -1,9 +1,9 @@
-r"""Next-token prediction: what a causal model reads and says, and the nats it needs for it.
+r"""Next-token prediction: inputs and targets of a causal model.
 
 .. math:: -\log p(x) = -\sum_t \log p(x_t \mid x_{<t})
 
 Several tokens at once: Gloeckle et al., Better & Faster Large Language Models via Multi-token Prediction (2404.19737).
-Legend: B batch, L columns, T positions that are read, V vocabulary.
+Legend: B batch, L columns, T input positions, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -15,16 +15,16 @@ from torch import Tensor
 from models.functional.attention import positions_from_mask
 from models.functional.errors import UsageError
 
-IGNORED = -100  # a label that is nobody's target
+IGNORED = -100  # the label of a position without a target
 
 
 class CausalText(NamedTuple):
-    """What is read and what is to be said. All (B, T).
+    """Inputs and targets of a causal model. All (B, T).
 
-    ids: read; targets: the token after each; weights: bool, True where the target counts.
+    ids: input tokens; targets: the token after each; weights: bool, True where the target is scored.
     attention_mask: bool, False on left padding, or None where nothing is padding.
-    position_ids: where a position stands in its text, or None for 0, 1, 2 ...
-    document_ids: which document a position belongs to, or None where a row is one text.
+    position_ids: index of each position in its text, or None for 0, 1, 2 ...
+    document_ids: the document of each position, or None where a row is one text.
     """
 
     ids: Tensor
@@ -38,8 +38,8 @@ class CausalText(NamedTuple):
 def causal_text(batch: dict[str, Tensor]) -> CausalText:
     """Packed rows (`labels` hold the next tokens) or prompt -> response rows (`response_mask`) as `CausalText`.
 
-    Of a prompt -> response row only response tokens count, each given everything before it, so their sum is
-    -log p(response | prompt).
+    Of a prompt -> response row only response tokens are scored, each conditioned on everything before it, so that their NLL
+    sums to -log p(response | prompt).
     """
     if "labels" in batch:
         labels = batch["labels"]
@@ -55,7 +55,7 @@ def causal_text(batch: dict[str, Tensor]) -> CausalText:
 
 
 def read_columns(batch: dict[str, Tensor]) -> Tensor:
-    """(B, L) bool: the columns that are read from left to right; a row without a prompt begins with its padding token."""
+    """(B, L) bool: the columns that a causal model reads; a row without a prompt begins with a padding token."""
     return batch["attention_mask"] | before_response(batch["response_mask"])
 
 
@@ -65,25 +65,25 @@ def before_response(response_mask: Tensor) -> Tensor:
     return first & (first.cumsum(-1) == 1)
 
 
-def until_end(said: Tensor, eos_id: int | None) -> Tensor:
+def until_end(ids: Tensor, eos_id: int | None) -> Tensor:
     """(B, R) bool: the tokens of responses up to their first end token, that one included; all where there is none."""
     if eos_id is None:
-        return torch.ones_like(said, dtype=torch.bool)
-    end = said == eos_id
+        return torch.ones_like(ids, dtype=torch.bool)
+    end = ids == eos_id
     return end.cumsum(-1) - end.long() == 0
 
 
-def said_until_end(said: list[Tensor], eos_id: int | None) -> Tensor:
-    """Tokens (B,), one after the other, as (B, n); what follows a row's first end token is filled with it."""
-    together = torch.stack(said, -1)
+def generated_until_end(tokens: list[Tensor], eos_id: int | None) -> Tensor:
+    """n tokens (B,) each, in the order of generation, as (B, n); after a row's first end token all are end tokens."""
+    together = torch.stack(tokens, -1)
     return together if eos_id is None else together.masked_fill(~until_end(together, eos_id), eos_id)
 
 
-def whole_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a model that looks both ways reads: ids, attention_mask and which tokens may be hidden; (B, L) each.
+def bidirectional_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of a bidirectional model: ids, attention_mask and which tokens can be masked; (B, L) each.
 
-    Packed rows are their labels, so that every token of the stream is read once and stands where `target_bytes` counts it.
-    Errors: UsageError for rows of several documents, which are kept apart by causal objectives alone.
+    Of packed rows the labels are read: every token of the stream is read once, in the column in which `target_bytes` counts
+    it. Errors: UsageError for rows of several documents, which causal objectives alone keep apart.
     """
     if "document_ids" in batch:
         raise UsageError("data.document_mask=true needs module/objective=next_token, multi_token or latent")
@@ -94,38 +94,38 @@ def whole_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shifted_targets(text: CausalText, ahead: int) -> tuple[Tensor, Tensor]:
-    """Targets and weights, both (B, T), of a head that predicts the token `ahead` places on; ahead=1 is the next one.
+    """Targets and weights, both (B, T), of a head that predicts the token `ahead` positions later; ahead=1 is the next one.
 
-    It counts where the next token counts, the token itself counts, and both positions read the same document.
+    A target is scored where the next token is scored, the token itself is, and both positions are of the same document.
     """
     off = ahead - 1
     if off == 0:
         return text.targets, text.weights
-    weights = text.weights & _further_on(text.weights, off, False)
+    weights = text.weights & _shifted(text.weights, off, False)
     if text.document_ids is not None:
-        weights = weights & (text.document_ids == _further_on(text.document_ids, off, -1))
-    return _further_on(text.targets, off, 0), weights
+        weights = weights & (text.document_ids == _shifted(text.document_ids, off, -1))
+    return _shifted(text.targets, off, 0), weights
 
 
-def _further_on(columns: Tensor, off: int, beyond: int) -> Tensor:
-    """(B, T) -> (B, T): what stands `off` places on in its row, `beyond` after the row's end."""
+def _shifted(columns: Tensor, off: int, beyond: int) -> Tensor:
+    """(B, T) -> (B, T): the value `off` positions later in its row, `beyond` after the row's end."""
     return F.pad(columns, (0, off), value=beyond)[:, off:]
 
 
 def align_with_columns(nll: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """(B, T) -> one figure for each column of the batch: those of `labels`, or of `input_ids`, whose first has none."""
+    """(B, T) -> one value for each column of the batch: those of `labels`, or of `input_ids`, whose first column has 0."""
     return nll if "labels" in batch else F.pad(nll, (1, 0))
 
 
 def prefix_mask(seen: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores of a prefix language model, (B, 1, L, L): 0 where a key may be seen.
+    """What is added to attention scores of a prefix language model, (B, 1, L, L): 0 where a key is visible.
 
-    The first `prefix` columns see each other both ways, later ones everything before them; seen (B, L) bool is False on
-    padding. A padding query sees itself, so that no row of scores is empty.
+    Attention is bidirectional among the first `prefix` columns and causal after them; seen (B, L) bool is False on padding. A
+    padding query sees itself, so that no row of scores is empty.
     """
     length = seen.shape[-1]
-    place = torch.arange(length, device=seen.device)
-    allowed = (place <= place.unsqueeze(-1)) | (place < prefix)
+    position = torch.arange(length, device=seen.device)
+    allowed = (position <= position.unsqueeze(-1)) | (position < prefix)
     allowed = (allowed & seen.unsqueeze(1)) | torch.eye(length, dtype=torch.bool, device=seen.device)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""The number type in which probabilities and derivatives are worked out."""
+"""The number type in which probabilities and derivatives are computed."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def in_full(x: Tensor) -> torch.autocast:
-    """A context in which operations keep their inputs' precision, whatever a trainer's mixed precision asks for."""
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which operations keep their inputs' precision, whatever the trainer's mixed precision is."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the type that a trainer's mixed precision computes products in, as they are without it."""
+def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type of the trainer's mixed precision, unchanged where there is none."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors

@@ -1,4 +1,4 @@
-"""What several processes know together."""
+"""Tensors of all ranks."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def gathered(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns of all ranks, one after the other."""
-    if not several():
+    """Columns (N, ...) of all ranks, concatenated in the order of ranks; every rank has to call this."""
+    if not is_distributed():
         return columns
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, columns)
@@ -17,16 +17,16 @@ def gathered(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all ranks; every rank has to ask."""
+    """The sum over all ranks; every rank has to call this."""
     total = values.clone()
-    if several():
+    if is_distributed():
         dist.all_reduce(total)
     return total
 
 
-def is_first() -> bool:
-    return not several() or dist.get_rank() == 0
+def is_rank_zero() -> bool:
+    return not is_distributed() or dist.get_rank() == 0
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()

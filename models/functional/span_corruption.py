@@ -1,6 +1,7 @@
-"""Span corruption (Raffel et al., T5, 2020; Tay et al., UL2, 2022): which tokens to cut out, and how to ask for them.
+"""Span corruption (Raffel et al., T5, 2020; Tay et al., UL2, 2022): which tokens to cut out, and the input and
+target that result.
 
-One sentinel id stands for every span; their order says which is which.
+All spans have the same sentinel id and are told apart by their order.
 Legend: B batch, L length, N tokens cut out of a row, S spans.
 """
 
@@ -15,7 +16,7 @@ def span_counts(length: int, density: float, mean_span: float) -> tuple[int, int
 
 
 def random_spans(rows: int, length: int, cut: int, spans: int, generator: Generator, device: torch.device) -> Tensor:
-    """Bool (B, L): `cut` tokens of each row in `spans` spans apart from each other, every way to place them equally likely.
+    """Bool (B, L): `cut` tokens of each row in `spans` spans apart from each other, every placement equally likely.
 
     A row begins with a kept token, and a span is always followed by a kept token or the end.
     """
@@ -23,8 +24,8 @@ def random_spans(rows: int, length: int, cut: int, spans: int, generator: Genera
     cut_lengths = _random_parts(rows, cut, spans, generator, device)
     lengths = torch.stack([kept_lengths, cut_lengths], -1).flatten(1)  # kept, cut, kept, cut ...
     ends = lengths.cumsum(-1)
-    place = torch.arange(length, device=device).expand(rows, -1).contiguous()
-    return torch.searchsorted(ends, place, right=True) % 2 == 1
+    position = torch.arange(length, device=device).expand(rows, -1).contiguous()
+    return torch.searchsorted(ends, position, right=True) % 2 == 1
 
 
 def _random_parts(rows: int, total: int, parts: int, generator: Generator, device: torch.device) -> Tensor:
@@ -35,15 +36,15 @@ def _random_parts(rows: int, total: int, parts: int, generator: Generator, devic
     return torch.cat(edges, -1).diff(dim=-1)
 
 
-def question_and_answer(x0: Tensor, cut: Tensor, sentinel: int) -> tuple[Tensor, Tensor]:
-    """The text with a sentinel for each span, (B, L - N + S), and each span behind its sentinel, (B, N + S).
+def input_and_target(x0: Tensor, cut: Tensor, sentinel: int) -> tuple[Tensor, Tensor]:
+    """Input: the text with a sentinel in place of each span, (B, L - N + S). Target: each span after its sentinel, (B, N + S).
 
     x0 (B, L) ids; cut (B, L) bool with the same N and S in every row.
     """
     begins = cut & ~torch.nn.functional.pad(cut[:, :-1], (1, 0))
     rows = len(x0)
-    question = torch.where(cut, sentinel, x0)[~cut | begins].view(rows, -1)
+    corrupted = torch.where(cut, sentinel, x0)[~cut | begins].view(rows, -1)
     # every cut token, and before the first of each span its sentinel
     pairs = torch.stack([torch.full_like(x0, sentinel), x0], -1)
-    answer = pairs[torch.stack([begins, cut], -1)].view(rows, -1)
-    return question, answer
+    target = pairs[torch.stack([begins, cut], -1)].view(rows, -1)
+    return corrupted, target

@@ -1,4 +1,5 @@
-r"""Vector quantisation: the nearest code stands for a point, and codes follow the points that they stand for.
+r"""Vector quantisation: each point is represented by its nearest code, and codes follow the
+mean of their points.
 
 .. math:: k = \arg\min_v \|h - c_v\|^2, \qquad e = h + a\, \mathrm{sg}(c_k - h)
 
@@ -15,7 +16,7 @@ TINY = 1e-5
 
 
 class Codebook(NamedTuple):
-    """codes (V, d); counts (V,) and sums (V, d): running means of how many points a code stands for, and of their sum."""
+    """codes (V, d); counts (V,) and sums (V, d): running means of how many points a code has, and of their sum."""
 
     codes: Tensor
     counts: Tensor
@@ -28,13 +29,13 @@ def squared_distances(points: Tensor, codes: Tensor) -> Tensor:
 
 
 def quantised(points: Tensor, codes: Tensor, share: float = 1.0) -> Tensor:
-    """h + a sg(c - h) towards the code of each point: a = share of the way, with the gradient of the point itself."""
+    """h + a sg(c - h) from each point towards its code by a = share of the distance, with the gradient of the point."""
     return points + share * (codes - points).detach()
 
 
 @torch.no_grad()
 def nearest_codes(points: Tensor, codes: Tensor) -> Tensor:
-    """The code that stands for each point, (..., d) and (V, d) -> (...)."""
+    """The nearest code of each point, (..., d) and (V, d) -> (...)."""
     return squared_distances(points, codes).argmin(-1)
 
 
@@ -66,13 +67,13 @@ def ema_update(book: Codebook, count: Tensor, total: Tensor, decay: float) -> Co
 
 
 def reset_dead(book: Codebook, points: Tensor, fewest: float, generator: Generator) -> tuple[Codebook, int]:
-    """Codes that stand for fewer than `fewest` points get a drawn point as their new place; and how many did."""
+    """Codes with fewer than `fewest` points are moved to a random point; and how many were."""
     dead = book.counts < fewest
     drawn = points[torch.randint(len(points), (len(dead),), generator=generator, device=points.device)]
-    place = dead.unsqueeze(-1)
+    moved = dead.unsqueeze(-1)
     counts = torch.where(dead, torch.full_like(book.counts, max(fewest, 1.0)), book.counts)
-    sums = torch.where(place, drawn * counts.unsqueeze(-1), book.sums)
-    return Codebook(torch.where(place, drawn, book.codes), counts, sums), int(dead.sum())
+    sums = torch.where(moved, drawn * counts.unsqueeze(-1), book.sums)
+    return Codebook(torch.where(moved, drawn, book.codes), counts, sums), int(dead.sum())
 
 
 def k_means(points: Tensor, codes: int, generator: Generator, rounds: int = 10) -> Tensor:

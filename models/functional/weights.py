@@ -17,38 +17,38 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put `weights`, one for each that trains, in the place of the module's own."""
+    """Overwrite the module's trainable weights with `weights`."""
     for name, p in trainable_weights(module).items():
-        p.copy_(laid_out_as(weights[name], p))
+        p.copy_(distributed_like(weights[name], p))
 
 
 @torch.no_grad()
 def update_average(average: dict[str, Tensor], module: nn.Module, decay: float, steps: int) -> None:
     """Move the average towards what trains, in place.
 
-    The past weighs min(decay, (1 + steps) / (10 + steps)) after `steps` steps: little at first, when it is worth little.
+    The old average has the weight min(decay, (1 + steps) / (10 + steps)) after `steps` steps.
     """
     for name, p in trainable_weights(module).items():
-        average[name].lerp_(laid_out_as(p.detach(), average[name]), 1 - min(decay, (1 + steps) / (10 + steps)))
+        average[name].lerp_(distributed_like(p.detach(), average[name]), 1 - min(decay, (1 + steps) / (10 + steps)))
 
 
-def whole(weight: Tensor) -> Tensor:
-    """A weight that is split over ranks as a plain tensor, another one as it is; of a split one every rank has to ask."""
+def full_tensor(weight: Tensor) -> Tensor:
+    """A weight that is split over ranks as a plain tensor, another one as it is; of a split one every rank has to call this."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def laid_out_as(weight: Tensor, model: Tensor) -> Tensor:
+def distributed_like(weight: Tensor, model: Tensor) -> Tensor:
     """The weight, the same on every rank, whole or split as `model` is."""
     if isinstance(model, DTensor) == isinstance(weight, DTensor):
         return weight
     if isinstance(weight, DTensor):
-        return whole(weight)
+        return full_tensor(weight)
     return distribute_tensor(weight.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
 
-def for_a_file(weight: Tensor) -> Tensor:
-    """A split weight in the host memory of rank 0, which writes, and elsewhere the share; every rank has to ask."""
+def tensor_to_save(weight: Tensor) -> Tensor:
+    """A split weight in the host memory of rank 0, which writes, and elsewhere the share; every rank has to call this."""
     if not isinstance(weight, DTensor):
         return weight
-    full = whole(weight)
+    full = full_tensor(weight)
     return full.cpu() if weight.device_mesh.get_rank() == 0 else weight

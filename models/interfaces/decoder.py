@@ -8,16 +8,16 @@ from typing import Protocol
 
 from torch import Generator, Tensor
 
-# called with what stands so far: (B, n) where tokens follow each other, (B, R) with masks where all places are refined
+# called with the tokens so far: (B, n) from left to right, or (B, R) with masks where all positions are refined
 TokenCallback = Callable[[Tensor], None]
 
 
 class Decoder(Protocol):
-    """Turns rows with a prompt into responses.
+    """Generates the responses of rows with a prompt.
 
-    name: its row in tables; method: teacher, student or control; forwards: network evaluations per sequence (0 for none).
-    refines: whether every forward may touch all places, instead of one token after the other. Controls have no such thing
-    and cannot be watched.
+    name: its row in tables; method: teacher, student or control; forwards: forward passes per sequence (NFE), 0 for none.
+    refines: whether every forward pass may change all positions, instead of adding one token after the other. Controls have
+    no such attribute and take no callback.
     """
 
     name: str
@@ -26,8 +26,9 @@ class Decoder(Protocol):
     refines: bool
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
-        """rows: input_ids (B, L), attention_mask (B, L), response_mask (B, L), the response's ids are not looked at.
+        """Response ids (B, R) of rows with input_ids, attention_mask and response_mask, (B, L) each.
 
-        Returns response ids (B, R). on_tokens: sees them grow; its last call has what is returned.
+        The ids of the response columns are not read. on_tokens is called with the tokens as they grow, last with what is
+        returned.
         """
         ...

@@ -1,4 +1,4 @@
-"""What a model under watch shows of itself: texts and what they are written from, choices, and the results of a search.
+"""What monitors read of a model: texts and their conditions, choices, and the results of a search.
 
 Legend: B texts, R tokens of a text, S slots, W choices of a slot.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ProbeBatch(NamedTuple):
-    """text (B, R); counts (B, R) bool: tokens that are scored; condition: what the text is written from, (B, ...) each."""
+    """text (B, R); counts (B, R) bool: tokens that are scored; condition: what the text is conditioned on, (B, ...) each."""
 
     text: Tensor
     counts: Tensor
@@ -20,7 +20,7 @@ class ProbeBatch(NamedTuple):
         return ProbeBatch(self.text[index], self.counts[index], rows_at(self.condition, index))
 
     def under(self, condition: dict[str, Tensor]) -> "ProbeBatch":
-        """The same texts, to be written from something else."""
+        """The same texts under another condition."""
         return self._replace(condition=condition)
 
 
@@ -32,10 +32,10 @@ class Choices(NamedTuple):
 
 
 class EStep(NamedTuple):
-    """What a search for better plans found for this rank's texts, (B,) each, not finite where there is nothing to say.
+    """What a search for better plans found for this rank's texts, (B,) each, not finite where a text has no such value.
 
-    margins: S(z) of the best candidate before the second, nats a text; gaps: of the best before the plan kept so far, both
-    scored now; flips: 1 where the best is another plan than the one kept, 0 where it is the same.
+    margins: S(z) of the best candidate before the second, nats per text; gaps: of the best before the current plan, both
+    scored now; flips: 1 where the best is another plan than the current one, 0 where it is the same.
     """
 
     margins: Tensor

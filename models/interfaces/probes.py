@@ -1,6 +1,6 @@
 """What a LightningModule offers to monitors: small parts in its `probes`, each with one of the protocols below.
 
-A monitor asks `find_probe` for the protocol that it reads; a module without such a part is passed over.
+A monitor gets a part by its protocol from `find_probe`; it skips a module without one.
 
 Rows are prompt -> response rows. Every draw comes from the generator that is given, so that a measurement can be repeated.
 """
@@ -24,16 +24,16 @@ def find_probe(module: Any, kind: type[P]) -> P | None:
 
 @runtime_checkable
 class TextProbe(Protocol):
-    """Writes texts from something that can be exchanged between them: a plan, noise, a prompt."""
+    """Generates texts from a condition that can be exchanged between them: a plan, noise, a prompt."""
 
     def probe_batch(self, rows: dict[str, Tensor], generator: Generator) -> ProbeBatch:
-        """Texts of the rows and what they are written from."""
+        """Texts of the rows and their conditions."""
 
     def nll(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         """-log p(token given the condition and the tokens before it), nats, (B, R)."""
 
     def corrupt_condition(self, batch: ProbeBatch, how: Corruption, generator: Generator) -> dict[str, Tensor] | None:
-        """A condition that says nothing (`blank`), or a random one of the same length; None where there is no such thing."""
+        """A condition without information (`blank`), or a random one of the same length; None where there is no such thing."""
 
     def condition_features(self, batch: ProbeBatch) -> Tensor | None:
         """(B, F), near where conditions are alike; None where there is no such thing."""
@@ -41,7 +41,7 @@ class TextProbe(Protocol):
 
 @runtime_checkable
 class ChoiceProbe(Protocol):
-    """Draws from distributions that are sharp or not: concepts, words."""
+    """Chooses from distributions whose sharpness is monitored: concepts, tokens."""
 
     def choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
         """By the name of who chooses."""
@@ -56,21 +56,21 @@ class RelaxationProbe(Protocol):
 
 @runtime_checkable
 class PlannerProbe(Protocol):
-    """Has weights that nothing but the planning uses."""
+    """Has weights that only the planning uses."""
 
     def planner_parameters(self) -> Iterable[Parameter]: ...
 
 
 @runtime_checkable
 class SearchProbe(Protocol):
-    """Searches better plans now and then. e_step: what the last training step's search found, None where it made none."""
+    """Searches better plans in some steps. e_step: what the last training step's search found, None where it made none."""
 
     e_step: EStep | None
 
 
 @runtime_checkable
 class ConceptProbe(TextProbe, Protocol):
-    """Writes texts from plans of concepts in S slots.
+    """Generates texts from plans of concepts in S slots.
 
     posterior_reads: `text` where a plan is a function of the text alone, else `all`. slot_names: of each slot, (S,).
     """
@@ -87,13 +87,13 @@ class ConceptProbe(TextProbe, Protocol):
 
 @runtime_checkable
 class RebuildProbe(TextProbe, Protocol):
-    """Writes texts again from plans, of which concepts can be hidden."""
+    """Reconstructs texts from plans, of which concepts can be hidden."""
 
     def predictions(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
-        """(B, 2, R): the likeliest token at each position after the text's own tokens (forced), and after its own (free)."""
+        """(B, 2, R): the most probable tokens, given the text's own before each (forced) or those generated (free)."""
 
     def rebuilt(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
-        """(B,) bool: texts that are written again, greedily, from the condition alone."""
+        """(B,) bool: texts that greedy decoding reconstructs from the condition alone."""
 
     def drop_concepts(self, batch: ProbeBatch, order: Tensor, share: float) -> dict[str, Tensor]:
         """The condition without the concepts whose order (B, S), uniform in [0, 1), lies below the share."""

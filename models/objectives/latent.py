@@ -1,6 +1,6 @@
-"""Latent prediction: from each position, what a slowly following copy of the body makes of the next span.
+"""Latent prediction: from each position, the hidden states of the next span in an averaged copy of the body.
 
-No token is predicted, so there is neither a likelihood nor generation; the states are what is trained.
+No token is predicted, so there is neither a likelihood nor generation; the hidden states are the result.
 Legend: B batch, T positions, D width, N positions that count.
 """
 
@@ -15,7 +15,7 @@ from models.functional.errors import UsageError
 from models.functional.latent import covariance_penalty, next_span_mean, variance_penalty
 from models.functional.next_token import align_with_columns, causal_text, shifted_targets
 from models.functional.weights import trainable_weights, update_average
-from models.interfaces.objective import ObjectiveOutput, TextObjective
+from models.interfaces.objective import Terms, TextObjective
 
 
 class Latent(TextObjective, nn.Module):
@@ -43,14 +43,14 @@ class Latent(TextObjective, nn.Module):
         self.predictor = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.predictor.to(head.weight)
         if head.weight is not model.get_input_embeddings().weight:
-            head.requires_grad_(False)  # nothing is said, so it would have no gradient
+            head.requires_grad_(False)  # no token is predicted, so it would have no gradient
 
     def after_step(self, model: nn.Module) -> None:
         average = dict(self.target.named_parameters())
         update_average({name: average[name] for name in trainable_weights(model)}, model, self.decay, int(self.steps))
         self.steps += 1
 
-    def forward(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
+    def forward(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Terms:
         text = causal_text(batch)
         # 1. where a whole span of states follows, of the same document
         _, counts = shifted_targets(text, self.span + 1)
@@ -65,7 +65,7 @@ class Latent(TextObjective, nn.Module):
         penalty = self.variance_weight * variance_penalty(z) + self.covariance_weight * covariance_penalty(z)
         tokens = int(counts.sum())
         errors = torch.zeros(counts.shape, dtype=error.dtype, device=error.device).masked_scatter(counts, error)
-        return ObjectiveOutput(error.sum() + tokens * penalty, tokens, align_with_columns(errors, batch))
+        return Terms.over_tokens(error.sum() + tokens * penalty, tokens, align_with_columns(errors, batch))
 
 
 def _normalised(states: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Multi-token prediction: from each position the next n tokens at once (Gloeckle et al., 2404.19737).
 
 The first head is the model's own, so its likelihood and generation are those of next-token prediction. The others read the
-same states through a residual block each and share the output layer; they can draft tokens for the first to check.
+same hidden states through a residual block each and share the output layer; they can draft tokens for the first to check.
 Legend: B batch, T positions, D width, V vocabulary.
 """
 
@@ -13,11 +13,11 @@ from models.backbones.causal_lm import causal_hidden, causal_nll, output_head, r
 from models.functional.errors import UsageError
 from models.functional.next_token import align_with_columns, causal_text, shifted_targets
 from models.functional.nll import chosen_nll
-from models.interfaces.objective import ObjectiveOutput, TextObjective
+from models.interfaces.objective import Terms, TextObjective
 
 
 class AheadHead(nn.Module):
-    """h + W silu(U norm(h)), (..., D) -> (..., D): the state that predicts a token further on. It starts as h."""
+    """h + W silu(U norm(h)), (..., D) -> (..., D): the hidden state that predicts a later token. It starts as h."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -36,7 +36,6 @@ class MultiToken(TextObjective, nn.Module):
     """
 
     likelihood = "exact"
-    loss_is_nll = True
     generation = "autoregressive"
 
     def __init__(self, n: int = 4) -> None:
@@ -52,14 +51,17 @@ class MultiToken(TextObjective, nn.Module):
         self.heads.extend(AheadHead(weight.shape[-1]) for _ in range(self.n - 1))
         self.heads.to(device=weight.device, dtype=torch.float32 if weight.dtype.itemsize < 4 else weight.dtype)
 
+    def loss_is_nll(self, batch: dict[str, Tensor]) -> bool:
+        return True
+
     def logits(self, model: nn.Module, hidden: Tensor, ahead: int) -> Tensor:
-        """What the head for the token `ahead` places on says of states (..., D): logits (..., V)."""
+        """Logits (..., V) of the token `ahead` positions later, from hidden states (..., D)."""
         if ahead > 1:
             head = self.heads[ahead - 2]
             hidden = head(hidden.to(head.up.weight.dtype)).to(hidden.dtype)
         return output_head(model)(hidden)
 
-    def forward(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> ObjectiveOutput:
+    def forward(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Terms:
         text = causal_text(batch)
         hidden = causal_hidden(model, text)
         tokens = int(text.weights.sum())
@@ -70,7 +72,7 @@ class MultiToken(TextObjective, nn.Module):
             first = nll if first is None else first
             # the mean over a head's own positions, so that a short text does not make far heads count less
             loss_sum = loss_sum + nll.sum() * (tokens / max(1, int(weights.sum())))
-        return ObjectiveOutput(loss_sum, tokens, align_with_columns(first, batch))
+        return Terms.over_tokens(loss_sum, tokens, align_with_columns(first, batch))
 
     def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:
         return align_with_columns(causal_nll(model, causal_text(batch)), batch)

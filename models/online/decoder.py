@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from models.functional.gumbel import gumbel_argmax
-from models.functional.next_token import read_columns, said_until_end
+from models.functional.gumbel import sample_categorical
+from models.functional.next_token import generated_until_end, read_columns
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 from models.online.model import OnlineConceptModel
@@ -91,14 +91,14 @@ def generate_online(
     while len(tokens) < max_new_tokens:
         if tokens:
             logits = forward.step(tokens[-1])
-        tokens.append(gumbel_argmax(logits[:, :vocab_size], temperature, generator))
+        tokens.append(sample_categorical(logits[:, :vocab_size], temperature, generator))
         if on_tokens is not None:
-            on_tokens(said_until_end(tokens, eos_token_id))
+            on_tokens(generated_until_end(tokens, eos_token_id))
         if eos_token_id is not None:
             ended |= tokens[-1] == eos_token_id
             if bool(ended.all()):
                 break
-    return OnlineTexts(said_until_end(tokens, eos_token_id), forward.concepts, forward.kv_bytes)
+    return OnlineTexts(generated_until_end(tokens, eos_token_id), forward.concepts, forward.kv_bytes)
 
 
 class OnlineConceptDecoder:

@@ -21,7 +21,7 @@ def save_online(model: OnlineConceptModel, folder: str | Path, tokenizer=None) -
     """Write the backbone (or its adapter), online_concepts.safetensors and .json; a half-written folder never appears."""
     folder = Path(folder)
     new = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-    with files.written_whole(folder) as staging:
+    with files.staging_folder(folder) as staging:
         model.backbone.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

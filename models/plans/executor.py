@@ -6,7 +6,7 @@ Legend: B batch, C columns of a plan's block, R text columns, D width, V text vo
 import torch
 from torch import Generator, Tensor
 
-from models.functional.gumbel import gumbel_argmax
+from models.functional.gumbel import sample_categorical
 from models.interfaces.decoder import TokenCallback
 from models.plans.layout import Columns, joined
 from models.plans.unified import Reading, UnifiedModel
@@ -52,7 +52,7 @@ class Executor:
         states = reading.read(*self._opening(plan_ids, plan_embeds))
         for position in range(length):
             logits = self.model.text_logits(states[:, -1])[:, :vocab_size]
-            tokens.append(gumbel_argmax(logits, temperature, generator))
+            tokens.append(sample_categorical(logits, temperature, generator))
             if on_tokens is not None:
                 on_tokens(torch.stack(tokens, -1))
             if position + 1 < length:

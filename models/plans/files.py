@@ -23,7 +23,7 @@ def save_plans(model: UnifiedModel, folder: str | Path, options: dict[str, Any],
     options: plain types, given back by `read_options`.
     """
     folder = Path(folder)
-    with files.written_whole(folder) as staging:
+    with files.staging_folder(folder) as staging:
         save_merged(model.backbone, staging / BACKBONE, tokenizer)
         save_file({name: tensor.contiguous() for name, tensor in _tables(model).items()}, staging / TABLES)
         (staging / OPTIONS).write_text(json.dumps({"format": FORMAT, "options": options}, indent=2) + "\n")

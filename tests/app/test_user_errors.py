@@ -58,7 +58,7 @@ MISTAKES = [
     (["experiment=llada_oracle", "mode=generate"], "trains no student"),
     (
         ["experiment=llada_oracle", "module/objective=next_token"],
-        "needs a model that looks backwards only; type model=small",
+        "needs a causal model; type model=small",
     ),
     (["experiment=objectives", "model.attention=sideways"], "model.attention=sideways is not known"),
     (["experiment=objectives", "callbacks.budget.flops=-1"], "callbacks.budget.flops=-1 must be above 0"),

@@ -39,7 +39,7 @@ from models.backbones.causal_lm import with_adapters
 from models.backbones.llada import build_llada
 from models.diffusion.objective import MaskedDiffusion
 from models.flow.denoiser_objective import ContinuousDiffusion
-from models.functional.weights import trainable_weights, whole
+from models.functional.weights import full_tensor, trainable_weights
 from models.objectives.latent import Latent
 from models.objectives.masked_lm import MaskedLM
 from models.objectives.multi_token import MultiToken
@@ -222,7 +222,7 @@ class Noted(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def note(*_: Any) -> None:
             named = trainable_weights(pl_module)
-            self.gradients.append({n: whole(p.grad).clone() for n, p in named.items() if p.grad is not None})
+            self.gradients.append({n: full_tensor(p.grad).clone() for n, p in named.items() if p.grad is not None})
 
         sizes = [(p.numel(), isinstance(p, DTensor)) for p in pl_module.parameters()]
         self.split = sum(size for size, split in sizes if split) / sum(size for size, _ in sizes)

@@ -304,5 +304,5 @@ def test_mistakes_are_named(tiny_oracle, options, sentence):
 
 
 def test_a_model_that_looks_both_ways_is_refused(tiny_llada):
-    with pytest.raises(UsageError, match="looks backwards only"):
+    with pytest.raises(UsageError, match="needs a causal model"):
         ConceptPlannerExecutorModule(tiny_llada(), types=TYPES, weights=ALL, quota=1.0)

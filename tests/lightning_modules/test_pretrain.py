@@ -108,7 +108,7 @@ def test_sft_never_hides_a_prompt_and_counts_the_response_with_its_end():
         assert torch.equal(xt[~batch["response_mask"]], batch["input_ids"][~batch["response_mask"]])
         assert out.tokens == 16
         assert out.position_nll.shape == xt.shape
-        torch.testing.assert_close(out.loss_sum, out.position_nll.sum())
+        torch.testing.assert_close(out.loss, out.position_nll.sum() / out.tokens)
         assert torch.equal(out.position_nll != 0, xt == MASK)
         was_hidden |= xt == MASK
     assert torch.equal(was_hidden, batch["response_mask"])  # the trailing end-of-text is learnt as well
@@ -163,6 +163,31 @@ def test_an_unknown_form_is_named():
         MaskedDiffusion("causal")
 
 
+# -- likelihood ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["sft", "pretrain"])
+def test_the_bound_and_the_truth_cover_the_same_tokens(tiny_llada, tiny_oracle, form):
+    """The response given the prompt, in both forms: a model whose logits are all alike needs ln V nats for each token."""
+    module = build(tiny_llada, tiny_oracle, MaskedDiffusion(form, random_length_probability=0.5))
+    del module.log
+    torch.nn.init.zeros_(module.model.lm_head.weight)
+    many = {name: column.repeat(8, 1) for name, column in tiny_oracle.rows["val"].columns.items()}
+    tiny_oracle.rows["val"] = TensorRows(many)
+    (found,) = quiet_trainer(1).validate(module, tiny_oracle, verbose=False)
+    tokens = int(many["response_mask"].sum())
+    assert module.meter.tokens == module.truth_meter.tokens == tokens
+    assert found["val/nll_truth"] == pytest.approx(tiny_oracle.true_nll(many).sum().item() / tokens)
+    if form == "pretrain":  # of random orders; the loss of sft is a draw of it
+        assert found["val/nll_bound"] == pytest.approx(math.log(len(tiny_oracle.tokenizer)), rel=1e-5)
+
+
+def test_the_loss_is_the_likelihood_of_packed_rows_and_of_responses():
+    rows, packed = ragged_batch(), {"labels": torch.zeros(1, 4)}
+    assert [MaskedDiffusion("sft").loss_is_nll(batch) for batch in (rows, packed)] == [True, True]
+    assert [MaskedDiffusion("pretrain").loss_is_nll(batch) for batch in (rows, packed)] == [False, True]
+
+
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
@@ -194,8 +219,8 @@ def test_two_half_batches_make_one_step_of_the_whole(tiny_llada, tiny_oracle):
     assert all(torch.equal(p, before[name]) for name, p in twin.named_parameters())
     outs = [twin.objective(twin.model, half, twin.step_generator(n)) for n, half in enumerate(halves)]
     for loss, out in zip(seen.losses, outs, strict=True):
-        assert loss == pytest.approx(out.loss_sum.item() / out.tokens / 2, rel=1e-5)
-    (sum(out.loss_sum for out in outs) / sum(out.tokens for out in outs)).backward()
+        assert loss == pytest.approx(out.loss.item() / 2, rel=1e-5)
+    (sum(out.loss * out.tokens for out in outs) / sum(out.tokens for out in outs)).backward()
     for name, p in twin.named_parameters():
         torch.testing.assert_close(seen.gradients[0][name], p.grad, rtol=1e-4, atol=1e-6)
 

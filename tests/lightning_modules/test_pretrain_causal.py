@@ -1,5 +1,6 @@
 """Pre-training of causal models: figures by hand over ragged batches, exact resume, adapters, likelihood of the corpus."""
 
+import copy
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from callbacks.frontier import FrontierReport
 from lightning_modules.pretrain import PretrainModule
 from models.backbones.causal_lm import load_causal, save_causal
 from models.diffusion.objective import MaskedDiffusion
+from models.interfaces.objective import Terms
 from models.objectives.latent import Latent
 from models.objectives.masked_lm import MaskedLM
 from models.objectives.multi_token import MultiToken
@@ -61,7 +63,7 @@ def test_validation_figures_by_hand_over_ragged_batches(documents):
     assert found["val/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert found["val/bits_per_byte"] == pytest.approx(text_nats / math.log(2) / text_bytes, rel=1e-5)
     each = [module.objective(module.model, batch, torch.Generator()) for batch in data.batches]
-    mean_of_means = sum(out.loss_sum.item() / out.tokens for out in each) / 3
+    mean_of_means = sum(out.loss.item() for out in each) / 3
     assert abs(mean_of_means - nats / tokens) > 1e-3  # batches of different sizes do not weigh the same
 
 
@@ -155,12 +157,26 @@ def test_ragged_micro_batches_make_the_step_of_the_whole(monkeypatch, weighted, 
     outs = [module.objective(module.model, batch, torch.Generator()) for batch in data.batches]
     assert [out.tokens for out in outs] == [18 - hidden, 6, 12]
     expected = torch.autograd.grad(
-        sum(out.loss_sum for out in outs) / sum(out.tokens for out in outs), module.parameters()
+        sum(out.loss * out.tokens for out in outs) / sum(out.tokens for out in outs), module.parameters()
     )
     same = [
         torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6) for mine, theirs in zip(module.taken, expected, strict=True)
     ]
     assert all(same) == weighted
+
+
+def test_micro_batches_whose_tokens_are_not_counted_weigh_alike():
+    def objective(model, batch, generator):
+        return Terms(NextToken()(model, batch, generator).loss, {})
+
+    data = PackedStream(sizes=(3, 1, 2))
+    torch.manual_seed(0)
+    module = Keep(tiny_causal(7), objective, lr=1e-2, warmup_steps=1)
+    twin = copy.deepcopy(module)
+    quiet_trainer(1, accumulate_grad_batches=3).fit(module, data)
+    mean = sum(objective(twin.model, batch, torch.Generator()).loss for batch in data.batches) / 3
+    for mine, expected in zip(module.taken, torch.autograd.grad(mean, twin.parameters()), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_tiny_model_learns_one_text_by_heart(tiny_oracle):

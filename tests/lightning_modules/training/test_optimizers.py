@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.training import optimizers
-from lightning_modules.training.optimizers import Muon, Together, make_optimizer
+from lightning_modules.training.optimizers import CombinedOptimizer, Muon, make_optimizer
 from models.functional.errors import UsageError
 from models.functional.newton_schulz import orthogonalised
 
@@ -160,7 +160,7 @@ def test_a_student_trains_its_layers_with_muon_and_low_rank_ones_with_adamw(tiny
     module = build(tiny_llada, tiny_oracle)
     names = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = make_optimizer("muon", names, lr=LR, weight_decay=0.0)
-    assert isinstance(optimizer, Together)
+    assert isinstance(optimizer, CombinedOptimizer)
     of = {id(p): name for name, p in names.items()}
     matrices = {of[id(p)] for p in optimizer.parts[0].param_groups[0]["params"]}
     layer = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

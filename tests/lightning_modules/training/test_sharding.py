@@ -11,7 +11,7 @@ from lightning_modules.concept_planner_executor import ConceptPlannerExecutorMod
 from lightning_modules.training import sharding
 from lightning_modules.training.sharding import ShardedStrategy, average_gradients
 from models.functional.errors import UsageError
-from models.functional.weights import laid_out_as, whole
+from models.functional.weights import distributed_like, full_tensor
 
 
 def planner(**options):
@@ -58,5 +58,5 @@ def test_gradients_are_averaged_and_a_missing_one_is_zero(monkeypatch):
 
 def test_whole_weights_stay_as_they_are():
     weight = torch.ones(2)
-    assert whole(weight) is weight
-    assert laid_out_as(weight, torch.zeros(2)) is weight
+    assert full_tensor(weight) is weight
+    assert distributed_like(weight, torch.zeros(2)) is weight

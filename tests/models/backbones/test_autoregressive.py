@@ -35,7 +35,7 @@ def test_every_cached_step_is_a_whole_forward(kind, whole_prompt, monkeypatch):
         seen.append(logits)
         return logits.argmax(-1)
 
-    monkeypatch.setattr("models.backbones.autoregressive.gumbel_argmax", watch)
+    monkeypatch.setattr("models.backbones.autoregressive.sample_categorical", watch)
     text = generate_autoregressive(model, rows, draw(), temperature=0.0, whole_prompt=whole_prompt)
     assert text.shape == (3, 4)
     assert len(seen) == 4  # one forward for each token

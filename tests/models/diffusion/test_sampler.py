@@ -7,7 +7,7 @@ import torch
 
 from models.diffusion.sampler import generate_masked_diffusion, linear_transfer_counts
 from models.functional.errors import UsageError
-from models.functional.gumbel import gumbel_argmax
+from models.functional.gumbel import sample_categorical
 
 
 def _rows(model, batch=3, prompt=2, response=6):
@@ -108,19 +108,19 @@ def test_prompt_and_padding_do_not_matter_where_they_should_not(tiny_llada):
     assert torch.equal(outs[0], outs[2])
 
 
-def test_gumbel_argmax_samples_the_softmax():
+def test_sample_categorical_samples_the_softmax():
     """G-test over 40000 draws; draws at another temperature fail it."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = p.log().expand(40000, 4)
 
     def g_statistic(temperature):
-        drawn = gumbel_argmax(logits, temperature, torch.Generator().manual_seed(0))
+        drawn = sample_categorical(logits, temperature, torch.Generator().manual_seed(0))
         counts = torch.bincount(drawn, minlength=4).double()
         return float(2 * torch.xlogy(counts, counts / (40000 * p)).sum())
 
     assert g_statistic(1.0) < 16.3  # 0.1 % point of chi-square with 3 degrees of freedom
     assert g_statistic(0.9) > 16.3
-    assert gumbel_argmax(logits[:1], 0.0, torch.Generator()).item() == 0
+    assert sample_categorical(logits[:1], 0.0, torch.Generator()).item() == 0
 
 
 class ExactPosterior(torch.nn.Module):

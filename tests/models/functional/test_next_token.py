@@ -9,11 +9,11 @@ from models.functional.next_token import (
     CausalText,
     align_with_columns,
     before_response,
+    bidirectional_text,
     causal_text,
     prefix_mask,
     shifted_targets,
     token_counts,
-    whole_text,
 )
 from models.functional.nll import chosen_nll
 
@@ -79,5 +79,5 @@ def test_a_prefix_sees_itself_both_ways_and_nobody_sees_padding():
 
 def test_what_a_model_that_looks_both_ways_reads():
     packed = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[6, -100]])}
-    ids, attention_mask, maskable = whole_text(packed)
+    ids, attention_mask, maskable = bidirectional_text(packed)
     assert (ids.tolist(), attention_mask.tolist(), maskable.tolist()) == ([[6, 0]], [[True, True]], [[True, False]])

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.functional.span_corruption import question_and_answer, random_spans, span_counts
+from models.functional.span_corruption import input_and_target, random_spans, span_counts
 
 
 def test_counts_keep_a_token_before_every_span():
@@ -24,9 +24,9 @@ def test_spans_have_their_counts_and_every_placing_is_as_likely():
     assert (counts - 1000).abs().max() < 4 * (4000 * 0.25 * 0.75) ** 0.5
 
 
-def test_question_and_answer_by_hand():
+def test_input_and_target_by_hand():
     x0 = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]])
     cut = torch.tensor([[False, True, False, True, True], [False, True, True, False, True]])
-    question, answer = question_and_answer(x0, cut, 2)
+    question, answer = input_and_target(x0, cut, 2)
     assert question.tolist() == [[10, 2, 12, 2], [20, 2, 23, 2]]
     assert answer.tolist() == [[2, 11, 2, 13, 14], [2, 21, 22, 2, 24]]

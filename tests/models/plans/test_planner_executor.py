@@ -7,7 +7,7 @@ from helpers.concept import BASE, TYPES, concept_parts, every_plan, generator, l
 from torch.testing import assert_close
 
 from models.backbones.causal_lm import with_adapters
-from models.functional.gumbel import gumbel_argmax
+from models.functional.gumbel import sample_categorical
 from models.plans.planner import Planner, greedy, relaxed, sampled
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
@@ -113,7 +113,7 @@ def test_saying_step_by_step_equals_reading_at_once():
     noisy = executor.generate(plan.ids, plan.embeds, 5, generator(3), temperature=1.0)
     with torch.no_grad():
         logits, noise = executor.logits(plan.ids, plan.embeds, noisy), generator(3)
-    again = torch.stack([gumbel_argmax(logits[:, place], 1.0, noise) for place in range(5)], -1)
+    again = torch.stack([sample_categorical(logits[:, place], 1.0, noise) for place in range(5)], -1)
     assert torch.equal(again, noisy)
 
 
