@@ -58,19 +58,20 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         if self.judge is not None:
             self.judge.require_vocabulary(self.tokenizer)
         self.scorer = TextScorer(self.judge)
-        train = WholeRows(self.rows["train"].stream, self.length, document_mask=False, endless=True)
+        train = WholeRows(self.rows["train"].stream, self.sequence_length, document_mask=False, endless=True)
         self.rows = {"train": train, "val": self._held_out("val"), "test": self._held_out("test")}
 
     def _held_out(self, split: str) -> TensorRows:
         """The whole rows of a split; what is left after the last one is left out."""
         stream = self.rows[split].stream
-        rows = (len(stream) - 1) // self.length
+        rows = (len(stream) - 1) // self.sequence_length
         if rows == 0:
             raise UsageError(
-                f"the {split} split has {len(stream)} tokens, fewer than one row; type data.length={len(stream) - 1} or less"
+                f"the {split} split has {len(stream)} tokens, fewer than one row; "
+                f"type data.sequence_length={len(stream) - 1} or less"
             )
         chosen = np.linspace(0, rows - 1, min(rows, self.max_eval_rows or rows)).round().astype(int)
-        whole = WholeRows(stream, self.length, document_mask=False, endless=False)
+        whole = WholeRows(stream, self.sequence_length, document_mask=False, endless=False)
         return TensorRows(whole.__getitems__(chosen.tolist()))
 
     def _one_pass(self, split: str) -> ResumableLoader:
@@ -88,7 +89,9 @@ class UnpromptedTextDataModule(PackedTextDataModule):
                 raise UsageError(f"prompt={prompt!r}: this corpus' texts are written without one; leave prompt= out")
         mask = self.tokenizer.mask_token_id
         none: list[list[int]] = [[]] * len(prompts)
-        return pack_prompt_response(none, none, prompt_length=0, response_length=self.length, pad_id=mask, eos_id=mask)
+        return pack_prompt_response(
+            none, none, prompt_length=0, response_length=self.sequence_length, pad_id=mask, eos_id=mask
+        )
 
     def decode_prompts(self, rows: dict[str, Tensor]) -> list[str]:
         return [""] * len(rows["input_ids"])

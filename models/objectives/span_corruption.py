@@ -88,7 +88,7 @@ class SpanCorruption(TextObjective):
 def _nothing_asked(x0: Tensor) -> ObjectiveOutput:
     """Of a packed row of one token, such as the last of a validation: nothing. Errors: UsageError in training."""
     if torch.is_grad_enabled():
-        raise UsageError("data.length=1 leaves nothing to ask for; type data.length=2 or more")
+        raise UsageError("data.sequence_length=1 leaves nothing to ask for; type data.sequence_length=2 or more")
     nll = torch.zeros(x0.shape, device=x0.device)
     return ObjectiveOutput(nll.sum(), 0, nll)
 
