@@ -13,8 +13,8 @@ from typing import NamedTuple
 from datamodules.sources import (
     ROW_EXTENSIONS,
     SHOWN_PROBLEMS,
+    LocatedRow,
     Meter,
-    PlacedRow,
     Source,
     find_files,
     first_few,
@@ -112,7 +112,7 @@ class DocumentReader:
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def _of_rows(self, rows: Iterable[PlacedRow], where: str, problems: Problems) -> Iterator[Passage]:
+    def _of_rows(self, rows: Iterable[LocatedRow], where: str, problems: Problems) -> Iterator[Passage]:
         fields: dict[str, None] = {}
         number = 0
         for number, (place, row) in enumerate(rows, start=1):
