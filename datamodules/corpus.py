@@ -1,11 +1,14 @@
 """What every corpus tells about itself, whatever its rows look like."""
 
+from functools import cached_property
 from itertools import takewhile
 
 from lightning import LightningDataModule
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from datamodules.plain_text import plain_backend
 from models.functional.errors import UsageError, require_at_least
 
 
@@ -64,6 +67,14 @@ class CorpusDataModule(LightningDataModule):
                 f"{len(self.tokenizer)} with mask {mask}; they belong to different vocabularies "
                 f"(type data.tokenizer=<the folder of the {what}> or another {what})"
             )
+
+    @cached_property
+    def _plain_backend(self) -> Tokenizer:
+        return plain_backend(self.tokenizer)
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text alone. A special token that a text spells is encoded as the characters it is written with."""
+        return [found.ids for found in self._plain_backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def end_ids(self) -> set[int]:
         """The tokens at which a text ends."""

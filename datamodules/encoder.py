@@ -13,6 +13,8 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from datamodules.plain_text import plain_backend, plain_description
+
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -24,12 +26,9 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        description = tokenizer.backend_tokenizer.to_str()
+        description = plain_description(tokenizer)
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()
-        self.backend = Tokenizer.from_str(description)
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        self.backend.encode_special_tokens = True
+        self.backend = plain_backend(tokenizer)
         described = json.loads(description)
         self.byte_level = '"ByteLevel"' in json.dumps(described["decoder"])
         self.id_of_byte = (

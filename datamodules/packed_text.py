@@ -143,7 +143,7 @@ class PackedTextDataModule(CorpusDataModule):
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Rows that begin a document with the prompt and leave one row's length to continue it, see `datamodules.batch`."""
-        ids = [[self.bos_id, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
+        ids = [[self.bos_id, *text] for text in self.encode_texts(prompts)]
         longest, unseen = max(map(len, ids)), self.bos_id
         return pack_prompt_response(
             ids,

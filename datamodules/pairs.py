@@ -173,15 +173,14 @@ class PairsDataModule(PromptResponseDataModule):
 
     def _encode(self, pairs: Pairs, first_id: int) -> EncodedSplit:
         end = [self.tokenizer.eos_token_id] if self.mark_prompt_end else []
-        prompt_ids = [ids + end for ids in self._encode_texts(pairs.prompts)]
-        response_ids = self._encode_texts(pairs.responses)
+        prompt_ids = [ids + end for ids in self._encode_each_once(pairs.prompts)]
+        response_ids = self._encode_each_once(pairs.responses)
         return EncodedSplit(pairs, prompt_ids, response_ids, first_id, kept=list(range(len(pairs))))
 
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        # A prompt often stands in many rows; each different text is encoded once.
+    def _encode_each_once(self, texts: list[str]) -> list[list[int]]:
+        # A prompt often stands in many rows.
         different = list(dict.fromkeys(texts))
-        encoded = self.tokenizer(different, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids = dict(zip(different, encoded["input_ids"], strict=True))
+        ids = dict(zip(different, self.encode_texts(different), strict=True))
         return [ids[text] for text in texts]
 
     def _leave_out_too_long(self, name: str, split: EncodedSplit) -> None:
@@ -263,7 +262,7 @@ class PairsDataModule(PromptResponseDataModule):
 
     def _spell(self, text: str) -> str:
         """A text as it comes back from the tokenizer; one with unknown tokens stays as it is, which nothing matches."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        (ids,) = self.encode_texts([text])
         return text if self.tokenizer.unk_token_id in ids else self.tokenizer.decode(ids)
 
 
