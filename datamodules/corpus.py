@@ -51,7 +51,7 @@ class CorpusDataModule(LightningDataModule):
         return {"vocab_size": len(ids), **{name: getattr(ids, name) for name in names}}
 
     def check_network(self, what: str, vocab_size: int, mask_token_id: int | None, context: int) -> None:
-        """Raise UsageError unless a network of this vocabulary and context length can read the corpus.
+        """Raise UsageError unless a network of this vocabulary and context length can read the corpus and its prompts.
 
         mask_token_id: None for a network that has no use for a mask.
         """
@@ -60,6 +60,7 @@ class CorpusDataModule(LightningDataModule):
             raise UsageError(
                 f"rows of the corpus need {columns} positions, the {what} has {context}; shorten {self.length_options}"
             )
+        self.check_prompts(what, context)
         mask = self.tokenizer.mask_token_id
         if len(self.tokenizer) > vocab_size or mask_token_id not in (None, mask):
             raise UsageError(
@@ -75,6 +76,12 @@ class CorpusDataModule(LightningDataModule):
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text alone. A special token that a text spells is encoded as the characters it is written with."""
         return [found.ids for found in self._plain_backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def check_prompts(self, what: str, context: int) -> None:
+        """Raise UsageError unless the prompts encoded so far, with their responses, fit a network's context.
+
+        Where every prompt fits `prompt_length` there is nothing to check here.
+        """
 
     def end_ids(self) -> set[int]:
         """The tokens at which a text ends."""

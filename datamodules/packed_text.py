@@ -66,6 +66,7 @@ class PackedTextDataModule(CorpusDataModule):
         self.tokenizer_megabytes = tokenizer_megabytes
         self.sequence_length, self.shuffle, self.document_mask = sequence_length, shuffle, document_mask
         self.prompt_length, self.response_length = 0, sequence_length
+        self.longest_prompt = 0  # tokens, of those encoded so far
         self.rows: dict[str, PackedRows] = {}
         require_at_least(1, data__sequence_length=sequence_length)
         for split, fraction in self.fractions.items():
@@ -145,6 +146,7 @@ class PackedTextDataModule(CorpusDataModule):
         """Rows that begin a document with the prompt and leave one row's length to continue it, see `datamodules.batch`."""
         ids = [[self.bos_id, *text] for text in self.encode_texts(prompts)]
         longest, unseen = max(map(len, ids)), self.bos_id
+        self.longest_prompt = max(self.longest_prompt, longest)
         return pack_prompt_response(
             ids,
             [[]] * len(ids),
@@ -153,6 +155,17 @@ class PackedTextDataModule(CorpusDataModule):
             pad_id=unseen,
             eos_id=unseen,
         )
+
+    def check_prompts(self, what: str, context: int) -> None:
+        """A network reads the prompt and all of the response but its last token."""
+        room = context + 1 - self.sequence_length
+        if self.longest_prompt > room:
+            fewer = context + 1 - self.longest_prompt
+            shorter = f"data.sequence_length={fewer} to generate fewer tokens, or " if fewer > 0 else ""
+            raise UsageError(
+                f"a prompt of {self.longest_prompt} tokens (with <bos>) and the {self.sequence_length} tokens after it do not "
+                f"fit the {what}, which has {context} positions; type {shorter}a prompt of at most {max(room, 1)} tokens"
+            )
 
     def end_ids(self) -> set[int]:
         """A document ends where the next one begins."""

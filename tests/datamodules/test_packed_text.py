@@ -387,6 +387,26 @@ def test_a_network_must_fit_the_rows_and_the_vocabulary(build):
     assert data.facts()["bytes_per_token"] == 1.0
 
 
+@pytest.mark.parametrize("sequence_length", [1, 8, 16])
+def test_a_prompt_must_fit_the_network_with_what_follows_it(build, sequence_length):
+    data = build(sequence_length=sequence_length)
+    for prompt in ("", "a" * (16 - sequence_length)):  # with <bos>; the last token of the response is not read
+        data.encode_prompts(["", prompt])
+        data.check_network("model", 260, 2, 16)
+    data.encode_prompts(["a" * (17 - sequence_length)])
+    data.encode_prompts([""])
+    with pytest.raises(UsageError, match=rf"a prompt of {18 - sequence_length} tokens .* which has 16 positions; type"):
+        data.check_network("model", 260, 2, 16)
+    data.check_network("model", 260, 2, 17)
+
+
+def test_a_prompt_too_long_by_itself_can_only_be_shortened(build):
+    data = build()
+    data.encode_prompts(["a" * 99])
+    with pytest.raises(UsageError, match=r"16 positions; type a prompt of at most 1 tokens"):
+        data.check_network("model", 260, 2, 16)
+
+
 def test_a_folder_of_a_causal_model_needs_neither_mask_nor_padding(build, tmp_path):
     folder = save_byte_level(tmp_path / "gpt", eos_token="<|endoftext|>")
     data = build(tokenizer=folder, val=[*TEXTS, "<|endoftext|>"], sequence_length=9)
