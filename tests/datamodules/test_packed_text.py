@@ -219,11 +219,20 @@ def test_nothing_is_tokenised_twice(build, monkeypatch, tmp_path):
     assert not list((tmp_path / "cache" / "tokens").glob(".unfinished*"))
 
 
-def test_a_changed_file_is_read_again(build, tmp_path):
-    first = build()
-    path = Path(write(tmp_path / "train.jsonl", [TEXTS[0].replace("0", "9"), *TEXTS[1:]]))
-    os.utime(path, ns=(0, 0))
-    assert build(train=str(path)).fingerprint() != first.fingerprint()
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_of_other_content_is_read_again_whatever_its_size_and_time(build, tmp_path, replaced):
+    path = Path(write(tmp_path / "a.jsonl", TEXTS))
+    before, first = path.stat(), build(train=str(path), val=TEXTS[:3])
+    other = Path(write(tmp_path / "b.jsonl", [*TEXTS[1:], TEXTS[0]]))
+    if replaced:
+        other.replace(path)
+    else:
+        path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    second = build(train=str(path), val=TEXTS[:3])
+    assert second.fingerprint() != first.fingerprint()
+    assert stream_of(second, "train") != stream_of(first, "train")
 
 
 def test_an_interrupted_tokenising_leaves_nothing_that_is_found(build, monkeypatch, tmp_path):
@@ -239,7 +248,7 @@ def test_an_interrupted_tokenising_leaves_nothing_that_is_found(build, monkeypat
     monkeypatch.setattr(Encoder, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build()
-    assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir() if path.name != "hashes"] == [".lock"]
+    assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
     # a killed run cannot clean up: what it left is no obstacle
     (lock,) = (tmp_path / "cache" / "tokens").glob("*.lock")
     left = lock.with_name(f".unfinished-{lock.stem}")
