@@ -1,4 +1,4 @@
-"""What every corpus tells about itself, whatever its rows look like."""
+"""What every corpus can be asked for, whatever its rows look like."""
 
 from functools import cached_property
 from itertools import takewhile
@@ -33,7 +33,7 @@ class CorpusDataModule(LightningDataModule):
         self.seed, self.num_workers = seed, num_workers
 
     def facts(self) -> dict[str, str | float | None]:
-        """Truths for the record: entropy in nats per response token, total correlation given the prompt in nats."""
+        """Known values for the record: entropy in nats per response token, total correlation given the prompt in nats."""
         return {"name": self.name, "entropy_nats_per_token": None, "conditional_total_correlation": None}
 
     def fingerprint(self) -> str:
@@ -41,11 +41,11 @@ class CorpusDataModule(LightningDataModule):
         raise NotImplementedError
 
     def controls(self) -> list:
-        """Decoders that need no model, such as the product of marginals; empty where the truth is not known."""
+        """Decoders that need no model, such as the product of marginals; empty where none are known."""
         return []
 
     def special_ids(self) -> dict[str, int]:
-        """What a network with fresh weights needs to know of the vocabulary."""
+        """Size of the vocabulary and the special ids, as a network with fresh weights takes them."""
         ids = self.tokenizer
         names = ("mask_token_id", "eos_token_id", "pad_token_id")
         return {"vocab_size": len(ids), **{name: getattr(ids, name) for name in names}}

@@ -25,7 +25,7 @@ from models.functional.errors import UsageError, require_at_least
 
 
 class PackedTextDataModule(CorpusDataModule):
-    """Every option is documented where it is set, in `conf/data/packed_text.yaml`; batches are those of `PackedRows`.
+    """Options are documented in `conf/data/packed_text.yaml`, batches in `PackedRows`.
 
     rows: {"train", "val", "test"} -> PackedRows. A row is all response: nothing of it is a prompt.
     """
@@ -210,7 +210,7 @@ class FirstTexts:
 def split_documents(hashes: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
     """Which documents (bool, one each) belong to each split of `fractions`, and to `train`, which gets the rest.
 
-    hashes: of the documents' texts. Documents with the same text go the same way, so that no split knows another's.
+    hashes: of the documents' texts. Documents with the same text go to the same split, so that none holds a text of another.
     Raises UsageError where there are too few different documents.
     """
     different, which = np.unique(hashes, return_inverse=True)

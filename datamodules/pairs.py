@@ -36,7 +36,7 @@ class EncodedSplit:
 
 
 class PairsDataModule(PromptResponseDataModule):
-    """Reads, tokenizes and splits pairs; every option is documented where it is set, in `conf/data/pairs.yaml`.
+    """Reads, tokenizes and splits pairs. Options are documented in `conf/data/pairs.yaml`.
 
     Rows have one column more than `datamodules.batch` describes: `row_index` (N,), unique over all splits, by which the
     scorer finds the references of a row.
@@ -157,7 +157,7 @@ class PairsDataModule(PromptResponseDataModule):
         return train, pairs.take(i for i, prompt in enumerate(pairs.prompts) if prompt in held)
 
     def _choose_test_rows(self, split: EncodedSplit) -> None:
-        """At most max_test_rows; with test_answers every prompt stands that many times among them."""
+        """At most max_test_rows; with test_answers every prompt occurs that many times among them."""
         answers = self.test_answers or 1
         if self.test_answers is not None:
             first: dict[str, int] = {}
@@ -178,7 +178,7 @@ class PairsDataModule(PromptResponseDataModule):
         return EncodedSplit(pairs, prompt_ids, response_ids, first_id, kept=list(range(len(pairs))))
 
     def _encode_each_once(self, texts: list[str]) -> list[list[int]]:
-        # A prompt often stands in many rows.
+        # Many rows often share a prompt.
         different = list(dict.fromkeys(texts))
         ids = dict(zip(different, self.encode_texts(different), strict=True))
         return [ids[text] for text in texts]

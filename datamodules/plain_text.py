@@ -35,7 +35,7 @@ def plain_description(tokenizer: PreTrainedTokenizerFast) -> str:
     unmarked = [token for token in added if token["content"] in special and not token["special"]]
     for token in unmarked:
         token["special"] = True
-    # 2. the model knows those that it could find by names that no text spells
+    # 2. those that the model could still find get names that no text spells
     names = {token: f"\uffff special {token}" for token in _spelled_by(model, special)}
     for token in added:
         token["content"] = names.get(token["content"], token["content"])

@@ -16,7 +16,7 @@ class PromptResponseDataModule(CorpusDataModule):
     """Subclasses set `tokenizer`, `prompt_length`, `response_length`, `scorer` and `rows` in their `setup`.
 
     common: the options of every corpus. rows: {"train", "val", "test"} -> TensorRows laid out as `datamodules.batch` describes.
-    mark_prompt_end: prompts end in an end-of-text token. Every response place of an all-mask response looks alike but for
+    mark_prompt_end: prompts end in an end-of-text token. Every position of an all-mask response looks alike but for
         its distance to the text before it, so without a mark a network must first find out where the prompt ends.
     """
 

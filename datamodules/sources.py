@@ -35,8 +35,8 @@ LocatedRow = tuple[str, dict[str, Any] | str]
 Meter = Callable[[float], None]
 
 
-def unwatched(read: float) -> None:
-    """The meter of readers whose progress nobody follows."""
+def no_meter(read: float) -> None:
+    """A meter that does nothing."""
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _folder_escaped(path: Path) -> str:
-    """A glob in which the part of the path that exists as a folder stands for itself."""
+    """A glob in which the part of the path that exists as a folder is literal."""
     folder = next((parent for parent in path.parents if parent.is_dir()), Path())
     return str(Path(glob.escape(str(folder)), path.relative_to(folder)))
 
@@ -91,7 +91,7 @@ def suffix_of(path: Path) -> str:
 
 
 def read_rows(
-    path: Path, fields: Sequence[str], option: str, meter: Meter = unwatched, extensions: str = ROW_EXTENSIONS
+    path: Path, fields: Sequence[str], option: str, meter: Meter = no_meter, extensions: str = ROW_EXTENSIONS
 ) -> Iterator[LocatedRow]:
     """The rows of a file; of a parquet file only the given fields, where it has them all."""
     suffix = suffix_of(path)
@@ -115,7 +115,7 @@ def readable(path: Path, option: str) -> Iterator[None]:
 
 
 class _MeteredFile(io.FileIO):
-    """A file that tells how many of its bytes were read."""
+    """A file that reports to a meter how many of its bytes were read."""
 
     def __init__(self, path: Path, meter: Meter) -> None:
         super().__init__(path, "rb")
@@ -127,12 +127,12 @@ class _MeteredFile(io.FileIO):
         return read
 
 
-def open_raw(path: Path, meter: Meter = unwatched) -> BinaryIO:
+def open_raw(path: Path, meter: Meter = no_meter) -> BinaryIO:
     """A file's bytes as they are on disk."""
     return io.BufferedReader(_MeteredFile(path, meter), 2**17)
 
 
-def open_bytes(path: Path, meter: Meter = unwatched) -> BinaryIO:
+def open_bytes(path: Path, meter: Meter = no_meter) -> BinaryIO:
     """The bytes of a file of UTF-8, unzipped where its name ends in .gz; the meter counts those on disk.
 
     Raises OSError for a file in UTF-16 or UTF-32.
@@ -204,13 +204,13 @@ def _csv_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[Locat
                 yield location, dict(zip(header, cells, strict=True))
 
 
-def _csv_text(path: Path, meter: Meter = unwatched) -> io.TextIOWrapper:
+def _csv_text(path: Path, meter: Meter = no_meter) -> io.TextIOWrapper:
     """A csv file as text, with its line ends as they are and bad UTF-8 as lone surrogates."""
     return io.TextIOWrapper(open_bytes(path, meter), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _require_different(columns: Sequence[str], fields: Sequence[str]) -> None:
-    """Raise OSError for two columns of one name. Columns without a name are no field unless one asks for them."""
+    """Raise OSError for two columns of one name. Columns without a name do not count, unless `fields` has that name."""
     named = [column for column in columns if column or column in fields]
     if len(set(named)) != len(named):
         raise OSError(f"two of its columns are named {_twice(named)!r}; rename one of them")
@@ -260,7 +260,7 @@ def load_hub(item: str, fields: Sequence[str], option: str) -> Any:
     return rows
 
 
-def hub_rows(item: str, fields: Sequence[str], option: str, meter: Meter = unwatched) -> Iterator[LocatedRow]:
+def hub_rows(item: str, fields: Sequence[str], option: str, meter: Meter = no_meter) -> Iterator[LocatedRow]:
     rows = load_hub(item, fields, option)
     share = hub_bytes(rows) / max(1, len(rows))
     for number, row in enumerate(rows, start=1):

@@ -1,4 +1,4 @@
-"""Whether a file of text is UTF-8, told by its first bytes."""
+"""Recognises a text file that is not UTF-8 by its first bytes."""
 
 import codecs
 import unicodedata
@@ -13,8 +13,8 @@ BYTE_ORDER_MARKS = {  # the longer first: that of UTF-16 begins that of UTF-32
 def require_utf8(start: bytes) -> None:
     """Raise OSError, with how to convert the file, where its first bytes are those of UTF-16 or UTF-32.
 
-    Without a byte order mark this is told by where NUL and other control bytes stand. Text without any, such as Chinese
-    in UTF-16 without a line end, is not recognised.
+    Without a byte order mark the positions of NUL and other control bytes show it. Text without any, such as Chinese in
+    UTF-16 without a line end, is not recognised.
     """
     for name, marks in BYTE_ORDER_MARKS.items():
         if start.startswith(marks):

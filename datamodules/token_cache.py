@@ -1,7 +1,7 @@
 """A corpus as tokens on disk: read and tokenised once, then memory-mapped.
 
 A folder holds, one document after the other, `tokens.bin` (`<bos>`, then the text's tokens), `target_bytes.bin` (bytes of
-text that each token stands for, 0 for `<bos>`), `starts.bin` (where each document begins), `hashes.bin` (of its text) and
+text that each token encodes, 0 for `<bos>`), `starts.bin` (where each document begins), `hashes.bin` (of its text) and
 `about.json`. Its name is a hash of the files' content, of how they are cut and of the tokenizer.
 """
 
@@ -189,7 +189,7 @@ class TokenWriter:
     def add(self, passage: Passage, ids: np.ndarray, sizes: np.ndarray) -> None:
         """ids, sizes (N,): the passage's tokens, and the bytes that each stands for."""
         if sizes.max(initial=0) > np.iinfo(self.encoder.bytes_type).max:
-            raise UsageError(f"{passage.place}: one token stands for {sizes.max()} bytes of text, which is too much")
+            raise UsageError(f"{passage.location}: one token stands for {sizes.max()} bytes of text, which is too much")
         if passage.opens:
             self._end_document()
             self._hash = hashlib.sha256()

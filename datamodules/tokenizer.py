@@ -46,7 +46,7 @@ def build_tokenizer(
     vocab_size: at most this many tokens, special tokens included; `bpe` and `phrases` spell every text exactly from 512
         on, below that a byte that is not in the training texts becomes `<unk>`.
     packed: for a stream of documents: our own tokenizers have `<bos>` too, and a folder needs no more than a token that can
-        stand before a document (see `document_start`).
+        precede a document (see `document_start`).
 
     Raises UsageError for a folder that does not exist or has no usable tokenizer, and for a too small vocab_size.
     """
@@ -67,7 +67,7 @@ def build_tokenizer(
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast, where: str = "data.tokenizer") -> int:
-    """The id that stands before every document of a packed stream: `<bos>`, or end-of-text where there is none (GPT-2)."""
+    """The id before every document of a packed stream: `<bos>`, or end-of-text where there is none (GPT-2)."""
     for number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if number is not None:
             return number

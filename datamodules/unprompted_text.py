@@ -1,4 +1,4 @@
-"""`data=unprompted_text`: rows of packed text as responses without a prompt, for generators that write whole rows."""
+"""`data=unprompted_text`: rows of packed text as responses without a prompt, for models that generate whole rows."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from models.functional.errors import UsageError
 class WholeRows(PackedRows):
     """Row r of a stream as a response without a prompt, laid out as `datamodules.batch` describes, with P = 0.
 
-    The response is the row's labels, so that every token of a pass stands in one row, and `target_bytes` belongs to it.
+    The response is the row's labels, so that every token of a pass is in exactly one row, and `target_bytes` belongs to it.
     """
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
@@ -36,7 +36,8 @@ class UnpromptedTextDataModule(PackedTextDataModule):
     """The options of `PackedTextDataModule`, and:
 
     judge: texts (N, T) -> nats (N, T - 1), such as `models.backbones.judge.Judge`, or None.
-    max_eval_rows: at most this many rows of val and of test, evenly spread; the test rows are as many texts as are drawn.
+    max_eval_rows: at most this many rows of val and of test, evenly spread. Every decoder generates as many texts as there
+        are test rows.
     """
 
     rows: dict[str, Any]  # train: WholeRows of an endless stream; val and test: TensorRows
@@ -46,7 +47,7 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         self.judge, self.max_eval_rows = judge, max_eval_rows
         if self.document_mask:
             raise UsageError(
-                "data.document_mask=true has no use here: a generator writes a row as one text; type false"
+                "data.document_mask=true has no use here: a row is generated as one text; type data.document_mask=false"
             )
         if max_eval_rows is not None and max_eval_rows < 1:
             raise UsageError(f"data.max_eval_rows={max_eval_rows} leaves no row; type data.max_eval_rows=null for all")
@@ -86,7 +87,7 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         """A row without a prompt for each of the prompts, which must be empty."""
         for prompt in prompts:
             if prompt:
-                raise UsageError(f"prompt={prompt!r}: this corpus' texts are written without one; leave prompt= out")
+                raise UsageError(f"prompt={prompt!r}: texts of this corpus have none; leave prompt= out")
         mask = self.tokenizer.mask_token_id
         none: list[list[int]] = [[]] * len(prompts)
         return pack_prompt_response(

@@ -3,8 +3,6 @@
 import codecs
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,24 +59,8 @@ def test_a_file_that_holds_no_prompt_is_named(prompts_of):
         read_prompts("a", None, 0)
 
 
-@pytest.mark.parametrize(
-    ("given", "text"), [(None, ""), ("", ""), ("a", "a"), (0, "0"), (0.5, "0.5"), (False, "false")]
-)
+@pytest.mark.parametrize(("given", "text"), [(None, ""), ("", ""), ("a", "a"), (0, "0"), (0.5, "0.5")])
 def test_a_prompt_of_any_type_is_a_text(given, text):
     assert read_prompts(given, None, 2) == [text, text]
     with pytest.raises(UsageError, match="prompt= is not valid UTF-8"):
         read_prompts("a\ud800", None, 1)
-
-
-@pytest.mark.parametrize("typed", ["0", "1e3", "1_000", "+5", "-0", "0.10", "True", "false", "inf", "[a, b]", "{a: 1}"])
-def test_what_hydra_makes_a_value_of_is_the_text_that_was_typed(typed, tmp_path, monkeypatch):
-    (tmp_path / "config.yaml").write_text("prompt: null")
-    with initialize_config_dir(str(tmp_path), version_base=None):
-        cfg = compose("config", [f"prompt={typed}"], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    try:
-        assert not isinstance(cfg.prompt, str)
-        assert read_prompts(cfg.prompt, None, 1) == [typed]
-        assert read_prompts(7, None, 1) == ["7"]
-    finally:
-        HydraConfig.instance().cfg = None

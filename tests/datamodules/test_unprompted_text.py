@@ -79,7 +79,7 @@ def test_texts_in_and_out(build):
     assert data.decode_prompts(rows) == ["", ""]
     ids = [*data.tokenizer.encode("end.", add_special_tokens=False), data.bos_id, 50]
     assert data.decode_responses(torch.tensor([ids]))[0].startswith("end.<bos>")
-    with pytest.raises(UsageError, match="written without one; leave prompt= out"):
+    with pytest.raises(UsageError, match="of this corpus have none; leave prompt= out"):
         data.encode_prompts(["Once"])
 
 
