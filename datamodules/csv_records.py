@@ -7,15 +7,15 @@ from typing import TextIO
 DELIMITERS = (",", ";", "\t", "|")
 # Characters of a cell. One that is longer is more likely a quote that is never closed.
 LONGEST_CELL = 2**28
-# Characters that are read to find the end of a record whose quotes are not those of csv.
+# Characters that are read to find the end of a record with a misplaced quote.
 SEARCHED = 2**20
 
 
 def csv_records(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, list[str] | str]]:
     """(line that it begins on, its cells, or why there are none) of each record; blank lines are none.
 
-    lines: with their ends. A record with a quote in the wrong place ends where its quotes are even in number, or with the
-    line of the fault where they never are: what a cell holds is not taken for records.
+    lines: with their ends. A record with a misplaced quote ends where its quotes are even in number, or with the line of
+    the fault where they never are. So the lines of a cell are not taken for records.
 
     Raises OSError for a cell of more than LONGEST_CELL characters.
     """
@@ -48,10 +48,7 @@ def csv_records(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[in
 
 
 def find_delimiter(open_text: Callable[[], TextIO], fields: Sequence[str]) -> str:
-    """What separates the cells of the header: that with which it has all `fields`, else that with which it has most cells.
-
-    The comma wins where two are as good.
-    """
+    """The delimiter with which the header has all `fields`, else that with which it has most cells; the comma where two do."""
     headers = {}
     for delimiter in DELIMITERS:
         with open_text() as text:

@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from datamodules.plain_text import plain_backend, plain_description
+from datamodules.plain_text import backend_of, plain_description
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -28,7 +28,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         description = plain_description(tokenizer)
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()
-        self.backend = plain_backend(tokenizer)
+        self.backend = backend_of(description)
         described = json.loads(description)
         self.byte_level = '"ByteLevel"' in json.dumps(described["decoder"])
         self.id_of_byte = (

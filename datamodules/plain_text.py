@@ -17,7 +17,12 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     The unknown token alone is still given, for what the vocabulary cannot spell. Ids are those of `tokenizer`. A special
     token of one character stays what it is: no other token could spell that character.
     """
-    backend = Tokenizer.from_str(plain_description(tokenizer))
+    return backend_of(plain_description(tokenizer))
+
+
+def backend_of(description: str) -> Tokenizer:
+    """The backend that a description of `plain_description` stands for, without padding and truncation."""
+    backend = Tokenizer.from_str(description)
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True
