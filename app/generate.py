@@ -13,6 +13,7 @@ from app.build import fitting, module_of_pair, new_model, runs_of, teacher_of, t
 from app.run_files import newest, newest_student
 from app.students import student_decoder
 from app.trained import fill_from_checkpoint, newest_model, trained_decoder
+from app.typed import as_typed
 from datamodules.prompts import read_prompts
 from models.backbones.llada import load_llada
 from models.diffusion.sampler import MaskedDiffusionDecoder
@@ -28,7 +29,7 @@ TOGETHER = 64  # prompts that are answered at once
 
 def generate(cfg: DictConfig) -> None:
     """Print the response to prompt= (or each line of prompt_file=): of the student, decoder=teacher, or the model trained."""
-    prompts = read_prompts(cfg.prompt, cfg.prompt_file, cfg.n)
+    prompts = read_prompts(as_typed("prompt", cfg.prompt), cfg.prompt_file, cfg.n)
     if (1 if cfg.forwards is None else cfg.forwards) < 1 or (cfg.temperature or 0) < 0:
         raise UsageError(f"forwards={cfg.forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
     require_choice("decoder", cfg.decoder, ("student", "teacher"))

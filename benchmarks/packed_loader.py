@@ -80,7 +80,7 @@ def check_rows(data: PackedTextDataModule) -> None:
     tokens = np.memmap(stream.cache.folder / "tokens.bin", stream.cache.about["id_type"], mode="r")
     batch = rows.__getitems__([0, 1, 2])
     for row in range(3):
-        piece = tokens[row * data.length : (row + 1) * data.length + 1].astype(np.int64)
+        piece = tokens[row * data.sequence_length : (row + 1) * data.sequence_length + 1].astype(np.int64)
         if not np.array_equal(batch["input_ids"][row], piece[:-1]) or not np.array_equal(
             batch["labels"][row], piece[1:]
         ):
@@ -111,7 +111,7 @@ def measure_all(args: argparse.Namespace, device: torch.device, folder: Path) ->
     def data(**options) -> PackedTextDataModule:
         made = PackedTextDataModule(
             name="benchmark", train=folder / "train.txt", val=folder / "val.txt", test=folder / "val.txt", cut="line",
-            tokenizer="bpe", vocab_size=1024, tokenizer_megabytes=1, length=args.length, batch_size=args.batch,
+            tokenizer="bpe", vocab_size=1024, tokenizer_megabytes=1, sequence_length=args.length, batch_size=args.batch,
             eval_batch_size=args.batch, cache_dir=folder, seed=args.seed, **options,
         )  # fmt: skip
         made.setup()

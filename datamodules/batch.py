@@ -69,6 +69,6 @@ class TensorRows(Dataset):
         return {name: column[index] for name, column in self.columns.items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A batch, and in `row` (B,) the number of each of its rows, by which something can be kept for it."""
+        """A batch, and in `row` (B,) the number of each of its rows, under which values can be stored for it."""
         chosen = torch.as_tensor(indices)
         return {name: column[chosen] for name, column in self.columns.items()} | {"row": chosen}

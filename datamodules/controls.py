@@ -1,4 +1,4 @@
-"""Decoders that read the corpus instead of a model: what a text scores that no model wrote."""
+"""Decoders that read the corpus instead of a model: the scores of texts that no model generated."""
 
 import torch
 from torch import Generator, Tensor
@@ -16,7 +16,7 @@ class HeldOutText:
 
 
 class UnigramText:
-    """Every place drawn on its own by how often a token occurs: rows are cut anywhere, so each place's marginal is this.
+    """Every position sampled on its own by how often a token occurs: its marginal, as rows are cut anywhere.
 
     counts: (V,) of the training tokens.
     """
@@ -28,8 +28,8 @@ class UnigramText:
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
         shape = (len(rows["input_ids"]), response_columns(rows["response_mask"]))
-        drawn = torch.multinomial(self.shares, shape[0] * shape[1], replacement=True, generator=on_cpu(generator))
-        return drawn.view(shape).to(rows["input_ids"].device)
+        sampled = torch.multinomial(self.shares, shape[0] * shape[1], replacement=True, generator=on_cpu(generator))
+        return sampled.view(shape).to(rows["input_ids"].device)
 
 
 def on_cpu(generator: Generator) -> Generator:

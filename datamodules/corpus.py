@@ -1,11 +1,14 @@
-"""What every corpus tells about itself, whatever its rows look like."""
+"""What every corpus can be asked for, whatever its rows look like."""
 
+from functools import cached_property
 from itertools import takewhile
 
 from lightning import LightningDataModule
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from datamodules.plain_text import plain_backend
 from models.functional.errors import UsageError, require_at_least
 
 
@@ -30,7 +33,7 @@ class CorpusDataModule(LightningDataModule):
         self.seed, self.num_workers = seed, num_workers
 
     def facts(self) -> dict[str, str | float | None]:
-        """Truths for the record: entropy in nats per response token, total correlation given the prompt in nats."""
+        """Known values for the record: entropy in nats per response token, total correlation given the prompt in nats."""
         return {"name": self.name, "entropy_nats_per_token": None, "conditional_total_correlation": None}
 
     def fingerprint(self) -> str:
@@ -38,17 +41,17 @@ class CorpusDataModule(LightningDataModule):
         raise NotImplementedError
 
     def controls(self) -> list:
-        """Decoders that need no model, such as the product of marginals; empty where the truth is not known."""
+        """Decoders that need no model, such as the product of marginals; empty where none are known."""
         return []
 
     def special_ids(self) -> dict[str, int]:
-        """What a network with fresh weights needs to know of the vocabulary."""
+        """Size of the vocabulary and the special ids, as a network with fresh weights takes them."""
         ids = self.tokenizer
         names = ("mask_token_id", "eos_token_id", "pad_token_id")
         return {"vocab_size": len(ids), **{name: getattr(ids, name) for name in names}}
 
     def check_network(self, what: str, vocab_size: int, mask_token_id: int | None, context: int) -> None:
-        """Raise UsageError unless a network of this vocabulary and context length can read the corpus.
+        """Raise UsageError unless a network of this vocabulary and context length can read the corpus and its prompts.
 
         mask_token_id: None for a network that has no use for a mask.
         """
@@ -57,6 +60,7 @@ class CorpusDataModule(LightningDataModule):
             raise UsageError(
                 f"rows of the corpus need {columns} positions, the {what} has {context}; shorten {self.length_options}"
             )
+        self.check_prompts(what, context)
         mask = self.tokenizer.mask_token_id
         if len(self.tokenizer) > vocab_size or mask_token_id not in (None, mask):
             raise UsageError(
@@ -64,6 +68,20 @@ class CorpusDataModule(LightningDataModule):
                 f"{len(self.tokenizer)} with mask {mask}; they belong to different vocabularies "
                 f"(type data.tokenizer=<the folder of the {what}> or another {what})"
             )
+
+    @cached_property
+    def _plain_backend(self) -> Tokenizer:
+        return plain_backend(self.tokenizer)
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text alone. A special token that a text spells is encoded as the characters it is written with."""
+        return [found.ids for found in self._plain_backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def check_prompts(self, what: str, context: int) -> None:
+        """Raise UsageError unless the prompts encoded so far, with their responses, fit a network's context.
+
+        Where every prompt fits `prompt_length` there is nothing to check here.
+        """
 
     def end_ids(self) -> set[int]:
         """The tokens at which a text ends."""

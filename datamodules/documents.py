@@ -1,7 +1,7 @@
 """The documents of a corpus as a stream of passages, from text files and from the rows of other files.
 
-A line that cannot be read is left out, counted and named. Legend: a document is what stands between two `<bos>`; a passage
-is a part of one, short enough to be tokenised at once.
+A line that cannot be read is left out, counted and named. Legend: a document is the text between two `<bos>`; a passage is a
+part of one, short enough to be tokenised at once.
 """
 
 import codecs
@@ -13,21 +13,21 @@ from typing import NamedTuple
 from datamodules.sources import (
     ROW_EXTENSIONS,
     SHOWN_PROBLEMS,
+    LocatedRow,
     Meter,
-    PlacedRow,
     Source,
     find_files,
     first_few,
     hub_rows,
     is_hub,
     items_of,
+    no_meter,
     no_such_field,
     open_bytes,
     read_rows,
     readable,
     suffix_of,
     text_of,
-    unwatched,
 )
 from models.functional.errors import UsageError, require_choice
 
@@ -43,9 +43,9 @@ ROWS_WITHOUT_FIELD = 1000
 
 
 class Passage(NamedTuple):
-    """place: "file:line" of the document's beginning; opens: whether the document begins here."""
+    """location: "file:line" of the document's beginning; opens: whether the document begins here."""
 
-    place: str
+    location: str
     text: str
     opens: bool
 
@@ -57,10 +57,10 @@ class Problems:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, place: str, reason: str) -> None:
+    def add(self, location: str, reason: str) -> None:
         self.count += 1
         if len(self.first) < SHOWN_PROBLEMS:
-            self.first.append(f"{place}: {reason}")
+            self.first.append(f"{location}: {reason}")
 
     def __str__(self) -> str:
         return first_few(self.first, self.count)
@@ -72,7 +72,7 @@ class DocumentReader:
 
     text_field: the field of jsonl, csv, parquet and hub rows, each of which is a document.
     cut: where a document of a text file ends: with the file, each line, at blank lines, or at `separator`, which is no
-        part of the text. Line ends around such a document are not either, and nothing between two cuts is no document.
+        part of the text. Line ends around such a document are removed, and where nothing is left there is no document.
     """
 
     text_field: str = "text"
@@ -88,11 +88,11 @@ class DocumentReader:
             )
 
     def read(
-        self, source: Source, option: str, problems: Problems | None = None, meter: Meter = unwatched
+        self, source: Source, option: str, problems: Problems | None = None, meter: Meter = no_meter
     ) -> Iterator[Passage]:
         """The passages of all documents in the order of the files.
 
-        source: a file, a glob, `hub:NAME` or `hub:NAME:SPLIT`, or a list of these. meter: is told how many bytes were read.
+        source: a file, a glob, `hub:NAME` or `hub:NAME:SPLIT`, or a list of these. meter: called with how many bytes were read.
 
         Raises UsageError when a file does not exist, vanishes, has an unknown extension or no such field.
         """
@@ -112,20 +112,20 @@ class DocumentReader:
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def _of_rows(self, rows: Iterable[PlacedRow], where: str, problems: Problems) -> Iterator[Passage]:
+    def _of_rows(self, rows: Iterable[LocatedRow], where: str, problems: Problems) -> Iterator[Passage]:
         fields: dict[str, None] = {}
         number = 0
-        for number, (place, row) in enumerate(rows, start=1):
+        for number, (location, row) in enumerate(rows, start=1):
             if isinstance(row, str):
-                problems.add(place, row)
+                problems.add(location, row)
             else:
                 fields.update(dict.fromkeys(row))
                 try:
                     text = text_of(row, self.text_field)
                 except ValueError as error:
-                    problems.add(place, str(error))
+                    problems.add(location, str(error))
                 else:
-                    yield from _passages(place, text, problems)
+                    yield from _passages(location, text, problems)
             if number == ROWS_WITHOUT_FIELD and fields and self.text_field not in fields:
                 break
         if fields and self.text_field not in fields:
@@ -151,7 +151,7 @@ class DocumentReader:
             problems.add(str(path), "the file is empty")
 
     def _documents(self, path: Path, option: str, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-        """(number of its first line, text) of what stands between two cuts."""
+        """(number of its first line, text) of each document."""
         first, held, size = 1, [], 0
         for number, line in lines:
             if held and not held[-1].endswith("\n"):
@@ -197,7 +197,7 @@ def _whole_file(path: Path, problems: Problems, meter: Meter) -> Iterator[Passag
 def _lines(path: Path, limit: int, problems: Problems, meter: Meter, mark: str = "") -> Iterator[tuple[int, str]]:
     """(number, text with its end) of each line; one of more than `limit` bytes comes in parts.
 
-    mark: what is kept of a line that is left out, as often as the line has it.
+    mark: what remains of a line that is left out, as often as the line has it.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open_bytes(path, meter) as file:
@@ -217,15 +217,15 @@ def _lines(path: Path, limit: int, problems: Problems, meter: Meter, mark: str =
             number, passed = (number + 1, 0) if ended else (number, passed + len(part))
 
 
-def _passages(place: str, text: str, problems: Problems) -> Iterator[Passage]:
+def _passages(location: str, text: str, problems: Problems) -> Iterator[Passage]:
     """A document in parts that end with a line wherever a line ends in time."""
     if not text:
-        problems.add(place, "the document is empty")
+        problems.add(location, "the document is empty")
     start = 0
     while start < len(text):
         end = len(text)
         if end - start > PASSAGE:
             end = text.rfind("\n", start, start + PASSAGE) + 1
             end = end if end > start else start + PASSAGE
-        yield Passage(place, text[start:end], start == 0)
+        yield Passage(location, text[start:end], start == 0)
         start = end

@@ -1,4 +1,4 @@
-"""From text to token ids, with how many bytes of the text each token stands for.
+"""From text to token ids, with how many bytes of the text each token encodes.
 
 The counts add up to the text's length in UTF-8 whatever the tokenizer does to it (prefix spaces, normal forms, lower case),
 so that bits per byte mean the same for all tokenizers. Legend: V vocabulary, N tokens of a text, C its characters.
@@ -13,6 +13,8 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from datamodules.plain_text import backend_of, plain_description
+
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -24,12 +26,9 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        description = tokenizer.backend_tokenizer.to_str()
+        description = plain_description(tokenizer)
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()
-        self.backend = Tokenizer.from_str(description)
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        self.backend.encode_special_tokens = True
+        self.backend = backend_of(description)
         described = json.loads(description)
         self.byte_level = '"ByteLevel"' in json.dumps(described["decoder"])
         self.id_of_byte = (
@@ -38,7 +37,7 @@ class Encoder:
         self.unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
         self.widths = _widths(tokenizer, self.unknown_id, self.byte_level)
         self.id_type = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-        # a byte-level token never spells more than its own name; any other may stand for a long run of dropped spaces
+        # a byte-level token never spells more than its own name; any other may include a long run of dropped spaces
         self.bytes_type = np.uint16 if self.byte_level else np.uint32
 
     def __call__(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -68,7 +67,7 @@ class Encoder:
 
 
 def bytes_of_spans(text: str, starts: np.ndarray, ends: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes (N,) that tokens with the character spans [starts, ends) stand for; their sum is that of the text.
+    """UTF-8 bytes (N,) that tokens with the character spans [starts, ends) encode; their sum is that of the text.
 
     What lies between two spans (dropped spaces, a combining mark) belongs to the token before it, what precedes the first to
     the first. Where tokens share a character each takes its width in bytes, the last first: a prefix that was put in front

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.sources import (
-    PlacedRow,
+    LocatedRow,
     Source,
     find_files,
     first_few,
@@ -20,6 +20,7 @@ from datamodules.sources import (
     no_such_field,
     read_rows,
     text_of,
+    valid_text,
 )
 from models.functional.errors import UsageError
 
@@ -83,20 +84,20 @@ def read_pairs(source: Source, prompt_field: str, response_field: str, *, option
 # -- from rows to pairs ----------------------------------------------------------------------------------------------
 
 
-def _collect(rows: Iterable[PlacedRow], where: str, prompt_field: str, response_field: str, pairs: Pairs) -> None:
+def _collect(rows: Iterable[LocatedRow], where: str, prompt_field: str, response_field: str, pairs: Pairs) -> None:
     fields: dict[str, None] = {}
     problems: list[str] = []
     before = len(pairs)
-    for place, row in rows:
+    for location, row in rows:
         if isinstance(row, str):
-            problems.append(f"{place}: {row}")
+            problems.append(f"{location}: {row}")
             continue
         fields.update(dict.fromkeys(row))
         try:
             prompt, slots = _prompt(row, prompt_field)
             pairs.add(prompt, text_of(row, response_field), slots)
         except ValueError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
     for option, name in (("prompt_field", prompt_field), ("response_field", response_field)):
         if fields and name not in fields:
             raise no_such_field(where, option, name, fields)
@@ -112,5 +113,5 @@ def _prompt(row: dict[str, Any], name: str) -> tuple[str, dict[str, str] | None]
     if not isinstance(value, dict):
         return text_of(row, name), None
     # Parquet gives every row all slots and marks the absent ones with None.
-    slots = {str(slot): text_of(value, slot) for slot in value if value[slot] is not None}
+    slots = {valid_text(str(slot), "a slot's name"): text_of(value, slot) for slot in value if value[slot] is not None}
     return ", ".join(f"{slot}[{text}]" for slot, text in slots.items()), slots

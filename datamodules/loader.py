@@ -28,7 +28,7 @@ class EpochSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> "EpochSampler":
-        """Itself: a trainer tells the epoch to a batch sampler's `sampler`."""
+        """Itself: a trainer calls `set_epoch` of a batch sampler's `sampler`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -62,7 +62,7 @@ class EpochSampler(Sampler[list[int]]):
 class ResumableLoader(DataLoader):
     """`DataLoader` over rows fetched a batch at a time whose `state_dict` is the number of batches handed out in this epoch.
 
-    order: takes the place of the order that the options before it describe.
+    order: replaces the order that the options before it describe.
     After an epoch's last batch that number is 0: a run that resumes there begins the next epoch.
     """
 

@@ -25,12 +25,12 @@ from models.functional.errors import UsageError, require_at_least
 
 
 class PackedTextDataModule(CorpusDataModule):
-    """Every option is documented where it is set, in `conf/data/packed_text.yaml`; batches are those of `PackedRows`.
+    """Options are documented in `conf/data/packed_text.yaml`, batches in `PackedRows`.
 
     rows: {"train", "val", "test"} -> PackedRows. A row is all response: nothing of it is a prompt.
     """
 
-    length_options = "data.length"
+    length_options = "data.sequence_length"
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class PackedTextDataModule(CorpusDataModule):
         train: Source,
         tokenizer: str,
         vocab_size: int,
-        length: int,
+        sequence_length: int,
         batch_size: int,
         eval_batch_size: int,
         cache_dir: str | os.PathLike,
@@ -64,10 +64,11 @@ class PackedTextDataModule(CorpusDataModule):
         self.reader = DocumentReader(text_field, cut, separator)
         self.tokenizer_kind, self.vocab_size, self.cache_dir = str(tokenizer), vocab_size, os.fspath(cache_dir)
         self.tokenizer_megabytes = tokenizer_megabytes
-        self.length, self.shuffle, self.document_mask = length, shuffle, document_mask
-        self.prompt_length, self.response_length = 0, length
+        self.sequence_length, self.shuffle, self.document_mask = sequence_length, shuffle, document_mask
+        self.prompt_length, self.response_length = 0, sequence_length
+        self.longest_prompt = 0  # tokens, of those encoded so far
         self.rows: dict[str, PackedRows] = {}
-        require_at_least(1, data__length=length)
+        require_at_least(1, data__sequence_length=sequence_length)
         for split, fraction in self.fractions.items():
             if self.sources[split] is None and not 0 < fraction < 1:
                 raise UsageError(
@@ -107,17 +108,17 @@ class PackedTextDataModule(CorpusDataModule):
             parts = split_documents(caches["train"].hashes, wanted, self.seed)
             streams |= {split: TokenStream(caches["train"], chosen) for split, chosen in parts.items()}
         for split, stream in streams.items():
-            least = self.length + 1 if split == "train" else 2
+            least = self.sequence_length + 1 if split == "train" else 2
             if len(stream) < least:
                 raise UsageError(
-                    f"the {split} split has {len(stream)} tokens, fewer than one row; type data.length={len(stream) - 1} "
-                    f"or less, or give data.{split} more text"
+                    f"the {split} split has {len(stream)} tokens, fewer than one row; "
+                    f"type data.sequence_length={len(stream) - 1} or less, or give data.{split} more text"
                 )
         for split, cache in caches.items():
             _warn_of_losses(f"data.{split}", cache, encoder.unknown_id)
-        _print_statistics(self.name, streams, self.length)
+        _print_statistics(self.name, streams, self.sequence_length)
         self.rows = {
-            split: PackedRows(stream, self.length, document_mask=self.document_mask, endless=split == "train")
+            split: PackedRows(stream, self.sequence_length, document_mask=self.document_mask, endless=split == "train")
             for split, stream in streams.items()
         }
 
@@ -136,18 +137,35 @@ class PackedTextDataModule(CorpusDataModule):
         """sha256 of the training tokens' own hash, of the documents held out and of how rows are laid out."""
         self.setup()
         stream = self.rows["train"].stream
-        made_from = (stream.cache.folder.name, self.length, self.document_mask)
+        made_from = (stream.cache.folder.name, self.sequence_length, self.document_mask)
         return hashlib.sha256(repr(made_from).encode() + stream.offsets.tobytes() + stream.starts.tobytes()).hexdigest()
 
     # -- text in, text out --------------------------------------------------------------------------------------------
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Rows that begin a document with the prompt and leave one row's length to continue it, see `datamodules.batch`."""
-        ids = [[self.bos_id, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
+        ids = [[self.bos_id, *text] for text in self.encode_texts(prompts)]
         longest, unseen = max(map(len, ids)), self.bos_id
+        self.longest_prompt = max(self.longest_prompt, longest)
         return pack_prompt_response(
-            ids, [[]] * len(ids), prompt_length=longest, response_length=self.length, pad_id=unseen, eos_id=unseen
+            ids,
+            [[]] * len(ids),
+            prompt_length=longest,
+            response_length=self.sequence_length,
+            pad_id=unseen,
+            eos_id=unseen,
         )
+
+    def check_prompts(self, what: str, context: int) -> None:
+        """A network reads the prompt and all of the response but its last token."""
+        room = context + 1 - self.sequence_length
+        if self.longest_prompt > room:
+            fewer = context + 1 - self.longest_prompt
+            shorter = f"data.sequence_length={fewer} to generate fewer tokens, or " if fewer > 0 else ""
+            raise UsageError(
+                f"a prompt of {self.longest_prompt} tokens (with <bos>) and the {self.sequence_length} tokens after it do not "
+                f"fit the {what}, which has {context} positions; type {shorter}a prompt of at most {max(room, 1)} tokens"
+            )
 
     def end_ids(self) -> set[int]:
         """A document ends where the next one begins."""
@@ -157,7 +175,9 @@ class PackedTextDataModule(CorpusDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         rows = self.rows["train"]
-        order = EndlessOrder(len(rows.stream), self.length, self.batch_size, shuffle=self.shuffle, seed=self.seed)
+        order = EndlessOrder(
+            len(rows.stream), self.sequence_length, self.batch_size, shuffle=self.shuffle, seed=self.seed
+        )
         return ResumableLoader(rows, order=order, num_workers=self.num_workers)
 
     def val_dataloader(self) -> ResumableLoader:
@@ -168,7 +188,7 @@ class PackedTextDataModule(CorpusDataModule):
 
     def _one_pass(self, split: str) -> ResumableLoader:
         rows = self.rows[split]
-        order = OnePass(len(rows.stream), self.length, self.eval_batch_size)
+        order = OnePass(len(rows.stream), self.sequence_length, self.eval_batch_size)
         return ResumableLoader(rows, order=order, num_workers=self.num_workers)
 
 
@@ -190,7 +210,7 @@ class FirstTexts:
 def split_documents(hashes: np.ndarray, fractions: dict[str, float], seed: int) -> dict[str, np.ndarray]:
     """Which documents (bool, one each) belong to each split of `fractions`, and to `train`, which gets the rest.
 
-    hashes: of the documents' texts. Documents with the same text go the same way, so that no split knows another's.
+    hashes: of the documents' texts. Documents with the same text go to the same split, so that none holds a text of another.
     Raises UsageError where there are too few different documents.
     """
     different, which = np.unique(hashes, return_inverse=True)

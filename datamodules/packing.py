@@ -38,7 +38,7 @@ class TokenStream:
         return int(self.offsets[-1])
 
     def spans(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """The runs that make up stream[start : start + count]: (place in it, place in the cache, length) of each."""
+        """The runs that make up stream[start : start + count]: (offset in it, offset in the cache, length) of each."""
         done = 0
         while done < count:
             at = (start + done) % len(self)
@@ -51,10 +51,10 @@ class TokenStream:
 class PackedRows(Dataset):
     """Row r of a stream as a batch of one or more: `input_ids`, `labels` and `target_bytes`, all (B, T) int64.
 
-    labels[i] is the token after input_ids[i]; target_bytes[i] is how many UTF-8 bytes of text it stands for, 0 for `<bos>`.
+    labels[i] is the token after input_ids[i]; target_bytes[i] is the UTF-8 bytes of text it encodes, 0 for `<bos>`.
     document_mask: also `document_ids`, which number the documents of a row from 0, and `position_ids`, which count from 0
         in each of them; a document that continues from the row before starts again at 0.
-    endless: rows go on into the next pass; otherwise the last row is as long as what is left, and is asked for on its own.
+    endless: rows go on into the next pass; otherwise the last row is as long as what is left, and is a batch of its own.
     """
 
     def __init__(self, stream: TokenStream, length: int, *, document_mask: bool, endless: bool) -> None:
@@ -81,24 +81,24 @@ class PackedRows(Dataset):
                 runs.append((i * length + done, at, min(count, length - done)))
         batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "target_bytes": sizes[:, 1:]}
         if self.document_mask:
-            batch |= document_places(cache.starts, np.array(runs), len(rows), length)
+            batch |= document_positions(cache.starts, np.array(runs), len(rows), length)
         return {
             name: torch.from_numpy(column.astype(np.int64, order="C", copy=False)) for name, column in batch.items()
         }
 
 
-def document_places(starts: np.ndarray, runs: np.ndarray, rows: int, length: int) -> dict[str, np.ndarray]:
+def document_positions(starts: np.ndarray, runs: np.ndarray, rows: int, length: int) -> dict[str, np.ndarray]:
     """`document_ids` and `position_ids`, (B, T) int64, see `PackedRows`.
 
-    starts: where each document begins in the cache. runs (S, 3): the pieces that make up the inputs, row after row: place in
-    the batch laid flat, place in the cache, length.
+    starts: where each document begins in the cache. runs (S, 3): the pieces that make up the inputs, row after row: offset
+    in the flattened batch, offset in the cache, length.
     """
-    place, at, count = runs.T
+    offset, at, count = runs.T
     # 1. where documents begin in the batch, and where rows do
     first, last = np.searchsorted(starts, [at, at + count])
     number = last - first
     own = np.arange(number.sum()) + np.repeat(last - number.cumsum(), number)
-    begins = np.union1d(starts[own] + np.repeat(place - at, number), np.arange(0, rows * length, length))
+    begins = np.union1d(starts[own] + np.repeat(offset - at, number), np.arange(0, rows * length, length))
     # 2. every token's distance from the last of them, and how many there are before it in its row
     lengths, in_row = np.diff(begins, append=rows * length), begins % length
     numbers = np.arange(len(begins)) - np.searchsorted(begins, begins - in_row)
@@ -130,15 +130,15 @@ class EndlessOrder(EpochSampler):
         for _ in range(self.start, len(self)):
             yield [next(rows) for _ in range(per_step)][rank::world]
 
-    def _rows(self, place: int) -> Iterator[int]:
-        """The row numbers in the order of reading, from the given place on."""
-        number = place * self.length // self.tokens
+    def _rows(self, start: int) -> Iterator[int]:
+        """The row numbers in the order of reading, from the `start`-th on."""
+        number = start * self.length // self.tokens
         while True:
             first, last = self._first_row(number), self._first_row(number + 1)
             order = self.order_of(last - first, number)
-            for part in order[place - first :].split(2**16):
+            for part in order[start - first :].split(2**16):
                 yield from (first + part).tolist()
-            place, number = last, number + 1
+            start, number = last, number + 1
 
     def _first_row(self, number: int) -> int:
         """The first row that begins in a pass."""

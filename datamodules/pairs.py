@@ -37,7 +37,7 @@ class EncodedSplit:
 
 
 class PairsDataModule(PromptResponseDataModule):
-    """Reads, tokenizes and splits pairs; every option is documented where it is set, in `conf/data/pairs.yaml`.
+    """Reads, tokenizes and splits pairs. Options are documented in `conf/data/pairs.yaml`.
 
     Rows have one column more than `datamodules.batch` describes: `row_index` (N,), unique over all splits, by which the
     scorer finds the references of a row.
@@ -160,7 +160,7 @@ class PairsDataModule(PromptResponseDataModule):
         return train, pairs.take(i for i, prompt in enumerate(pairs.prompts) if prompt in held)
 
     def _choose_test_rows(self, split: EncodedSplit) -> None:
-        """At most max_test_rows; with test_answers every prompt stands that many times among them."""
+        """At most max_test_rows; with test_answers every prompt occurs that many times among them."""
         answers = self.test_answers or 1
         if self.test_answers is not None:
             first: dict[str, int] = {}
@@ -176,15 +176,14 @@ class PairsDataModule(PromptResponseDataModule):
 
     def _encode(self, pairs: Pairs, first_id: int) -> EncodedSplit:
         end = [self.tokenizer.eos_token_id] if self.mark_prompt_end else []
-        prompt_ids = [ids + end for ids in self._encode_texts(pairs.prompts)]
-        response_ids = self._encode_texts(pairs.responses)
+        prompt_ids = [ids + end for ids in self._encode_each_once(pairs.prompts)]
+        response_ids = self._encode_each_once(pairs.responses)
         return EncodedSplit(pairs, prompt_ids, response_ids, first_id, kept=list(range(len(pairs))))
 
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        # A prompt often stands in many rows; each different text is encoded once.
+    def _encode_each_once(self, texts: list[str]) -> list[list[int]]:
+        # Many rows often share a prompt.
         different = list(dict.fromkeys(texts))
-        encoded = self.tokenizer(different, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids = dict(zip(different, encoded["input_ids"], strict=True))
+        ids = dict(zip(different, self.encode_texts(different), strict=True))
         return [ids[text] for text in texts]
 
     def _leave_out_too_long(self, name: str, split: EncodedSplit) -> None:
@@ -266,7 +265,7 @@ class PairsDataModule(PromptResponseDataModule):
 
     def _spell(self, text: str) -> str:
         """A text as it comes back from the tokenizer; one with unknown tokens stays as it is, which nothing matches."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        (ids,) = self.encode_texts([text])
         return text if self.tokenizer.unk_token_id in ids else self.tokenizer.decode(ids)
 
 

@@ -1,4 +1,4 @@
-"""Quality of responses to prompts whose right answers are known: exact match, BLEU, slot accuracy and self-BLEU."""
+"""Quality of responses to prompts with reference answers: exact match, BLEU, slot accuracy and self-BLEU."""
 
 import math
 import re
@@ -13,20 +13,20 @@ from datamodules.score import Score, proportion
 
 
 class PairsScorer:
-    """Judges responses (N, R) against the references of the rows that they answer.
+    """Scores responses (N, R) against the references of their rows.
 
     decode: responses (N, R) -> N texts, cut at end-of-text.
     spell: a reference as the tokenizer writes it, so that one that folds white space or case is not punished for it.
-    references: for each row id (the column `row_index`), all responses that its split knows for the same prompt.
+    references: for each row id (the column `row_index`), all responses of its split to the same prompt.
     slots: for each row id, the {slot: value} of a dictionary prompt, or None.
-    prompts: for each row id, its prompt, by which answers to the same one are found.
+    prompts: for each row id, its prompt, which finds the responses to the same one.
 
     exact_match: share of rows that equal any of their references, in 0..1.
     bleu: corpus SacreBLEU (13a tokens, 4-grams, not smoothed) of all rows against all their references, in 0..100. A
-        prompt that stands in several rows counts as often; published figures take one response per prompt.
-    slot_accuracy: share of the slot values that stand in the response as whole words, whatever their case, in 0..1,
+        prompt of several rows counts as often; published figures take one response per prompt.
+    slot_accuracy: share of the slot values that occur in the response as whole words, whatever their case, in 0..1,
         averaged over the rows that have any. Slots whose value is yes, no, true or false (such as familyFriendly) are
-        skipped, because finding that word would not tell whether the response states the fact. None when no prompt was
+        skipped, because that word alone does not show that the response states the fact. None when no prompt was
         a dictionary.
     self_bleu: see the function; None where no prompt is answered twice.
 

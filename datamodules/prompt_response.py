@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from datamodules.batch import TensorRows, pack_prompt_response
 from datamodules.corpus import CorpusDataModule
@@ -17,7 +16,7 @@ class PromptResponseDataModule(CorpusDataModule):
     """Subclasses set `tokenizer`, `prompt_length`, `response_length`, `scorer` and `rows` in their `setup`.
 
     common: the options of every corpus. rows: {"train", "val", "test"} -> TensorRows laid out as `datamodules.batch` describes.
-    mark_prompt_end: prompts end in an end-of-text token. Every response place of an all-mask response looks alike but for
+    mark_prompt_end: prompts end in an end-of-text token. Every position of an all-mask response looks alike but for
         its distance to the text before it, so without a mark a network must first find out where the prompt ends.
     """
 
@@ -33,7 +32,7 @@ class PromptResponseDataModule(CorpusDataModule):
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Rows whose response columns are all masked, ready for a decoder. Raises UsageError on a too long prompt."""
         end = [self.tokenizer.eos_token_id] if self.mark_prompt_end else []
-        ids = [self.tokenizer.encode(prompt, add_special_tokens=False) + end for prompt in prompts]
+        ids = [text + end for text in self.encode_texts(prompts)]
         rows = pack_prompt_response(
             ids,
             [[] for _ in ids],
@@ -75,17 +74,3 @@ class PromptResponseDataModule(CorpusDataModule):
         return ResumableLoader(
             rows, batch_size, shuffle=shuffle, drop_last=drop_last, seed=self.seed, num_workers=self.num_workers
         )
-
-
-def check_special_tokens(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
-    """Raise UsageError when a tokenizer lacks the end-of-text or padding token that every method here needs.
-
-    A mask is for the networks that know one to ask for (`check_network`): causal models need none.
-    """
-    for name in ("eos_token", "pad_token"):
-        if getattr(tokenizer, f"{name}_id") is None:
-            raise UsageError(
-                f"the tokenizer in {where} has no {name}; add one to it "
-                f"(tokenizer.add_special_tokens({{'{name}': '<{name.removesuffix('_token')}>'}}), then save_pretrained) "
-                f"or type data.tokenizer=bpe"
-            )

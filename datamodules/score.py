@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class Score:
-    """Quality of one decoder's responses; None where the data cannot know a value.
+    """Quality of one decoder's responses; None where the data cannot give a value.
 
     quality: named figures (validity, exact_nll in nats, exact_match, bleu ...), each a mean over the samples it applies to.
     entropy: joint entropy of the unprompted responses in nats, or None.
@@ -24,7 +24,7 @@ class Score:
 
 
 class Scorer(Protocol):
-    """Judges responses (N, R) against the rows they answer (a batch of N rows, see `datamodules.batch`)."""
+    """Scores responses (N, R) to the prompts of their rows (a batch of N rows, see `datamodules.batch`)."""
 
     def __call__(self, rows: dict[str, Tensor], responses: Tensor) -> Score: ...
 

@@ -1,20 +1,26 @@
 """Where a corpus is read from: jsonl, csv, parquet and text files, globs of them, or a data set of the Hugging Face hub.
 
-Everything is read as a stream. A row that cannot be used comes with its place ("file:line") and the reason.
+Everything is read as a stream. A row that cannot be used comes with its location ("file:line") and the reason.
 """
 
-import csv
 import glob
 import gzip
 import io
 import json
+import math
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from datamodules.csv_records import csv_records, find_delimiter
+from datamodules.text_encoding import require_utf8
 from models.functional.errors import UsageError
 
 ROW_EXTENSIONS = ".jsonl, .jsonl.gz, .csv, .csv.gz or .parquet"
@@ -23,14 +29,14 @@ PARQUET_ROWS = 256  # decoded at a time
 PARQUET_BUFFER = 2**20
 
 Source = str | os.PathLike | Iterable[str | os.PathLike]
-# A row read, or the reason why it could not be, with the place it stands at ("file:line").
-PlacedRow = tuple[str, dict[str, Any] | str]
+# A row read, or the reason why it could not be, after its location ("file:line").
+LocatedRow = tuple[str, dict[str, Any] | str]
 # Called with how many bytes have just been read.
 Meter = Callable[[float], None]
 
 
-def unwatched(read: float) -> None:
-    """The meter of readers whose progress nobody follows."""
+def no_meter(read: float) -> None:
+    """A meter that does nothing."""
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -46,13 +52,16 @@ def is_hub(item: str | os.PathLike) -> bool:
 
 
 def find_files(item: str | os.PathLike, option: str, extensions: str = ROW_EXTENSIONS) -> list[Path]:
-    """The files that a path or a glob names, sorted. Raises UsageError for a folder and where there is none."""
+    """The files that a path or a glob names, sorted. What exists is never read as a glob, whatever its name.
+
+    Raises UsageError for a folder and where there is no file.
+    """
     path = Path(item).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
         raise UsageError(f"{option}={item} is a folder; type {option}='{item}/*.jsonl'")
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    found = _matches(_folder_escaped(path)) or _matches(str(path))
     if not found:
         raise UsageError(
             f"{option}={item} does not exist (looked for {path.absolute()}); "
@@ -61,25 +70,37 @@ def find_files(item: str | os.PathLike, option: str, extensions: str = ROW_EXTEN
     return found
 
 
+def _matches(pattern: str) -> list[Path]:
+    """The files that a glob matches, sorted."""
+    return sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+
+
+def _folder_escaped(path: Path) -> str:
+    """A glob in which the part of the path that exists as a folder is literal."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    return str(Path(glob.escape(str(folder)), path.relative_to(folder)))
+
+
 def suffix_of(path: Path) -> str:
-    """The extension, with what is before it where it is .gz."""
-    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    """The extension in small letters, with what is before it where it is .gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
 
 # -- from files to rows -----------------------------------------------------------------------------------------------
 
 
 def read_rows(
-    path: Path, fields: Sequence[str], option: str, meter: Meter = unwatched, extensions: str = ROW_EXTENSIONS
-) -> Iterator[PlacedRow]:
+    path: Path, fields: Sequence[str], option: str, meter: Meter = no_meter, extensions: str = ROW_EXTENSIONS
+) -> Iterator[LocatedRow]:
     """The rows of a file; of a parquet file only the given fields, where it has them all."""
     suffix = suffix_of(path)
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    readers = {".jsonl": _jsonl_rows, ".jsonl.gz": _jsonl_rows, ".csv": _csv_rows, ".csv.gz": _csv_rows}
     with readable(path, option):
-        if suffix == ".parquet":
+        if suffix in readers:
+            yield from readers[suffix](path, fields, meter)
+        elif suffix == ".parquet":
             yield from _parquet_rows(path, fields, meter)
-        elif suffix.removesuffix(".gz") in readers:
-            yield from readers[suffix.removesuffix(".gz")](path, meter)
         else:
             raise UsageError(f"{option}: {path} has an unknown extension; it must be a {extensions} file")
 
@@ -94,7 +115,7 @@ def readable(path: Path, option: str) -> Iterator[None]:
 
 
 class _MeteredFile(io.FileIO):
-    """A file that tells how many of its bytes were read."""
+    """A file that reports to a meter how many of its bytes were read."""
 
     def __init__(self, path: Path, meter: Meter) -> None:
         super().__init__(path, "rb")
@@ -106,15 +127,24 @@ class _MeteredFile(io.FileIO):
         return read
 
 
-def open_raw(path: Path, meter: Meter = unwatched) -> BinaryIO:
+def open_raw(path: Path, meter: Meter = no_meter) -> BinaryIO:
     """A file's bytes as they are on disk."""
     return io.BufferedReader(_MeteredFile(path, meter), 2**17)
 
 
-def open_bytes(path: Path, meter: Meter = unwatched) -> BinaryIO:
-    """A file's bytes, unzipped where its name ends in .gz; the meter counts those on disk."""
+def open_bytes(path: Path, meter: Meter = no_meter) -> BinaryIO:
+    """The bytes of a file of UTF-8, unzipped where its name ends in .gz; the meter counts those on disk.
+
+    Raises OSError for a file in UTF-16 or UTF-32.
+    """
     raw = open_raw(path, meter)
-    return io.BufferedReader(_Unzipped(raw), 2**17) if path.suffix == ".gz" else raw
+    file = io.BufferedReader(_Unzipped(raw), 2**17) if path.suffix.lower() == ".gz" else raw
+    try:
+        require_utf8(file.peek())
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 class _Unzipped(gzip.GzipFile):
@@ -129,55 +159,76 @@ class _Unzipped(gzip.GzipFile):
         self.raw_file.close()
 
 
-def _jsonl_rows(path: Path, meter: Meter) -> Iterator[PlacedRow]:
+def _jsonl_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[LocatedRow]:
     # Read as bytes, so that a line of bad UTF-8 spoils itself alone.
     with open_bytes(path, meter) as lines:
         for number, line in enumerate(lines, start=1):
-            place = f"{path}:{number}"
+            location = f"{path}:{number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                row = json.loads(text)
+                row = json.loads(text, object_pairs_hook=_without_duplicates)
             except UnicodeDecodeError as error:
-                yield place, f"bad UTF-8 at byte {error.start + 1}"
+                yield location, f"bad UTF-8 at byte {error.start + 1}"
             except (ValueError, RecursionError) as error:
-                yield place, f"not JSON ({error})"
+                yield location, f"not JSON ({error})"
             else:
-                yield place, row if isinstance(row, dict) else "not a JSON object"
+                yield location, row if isinstance(row, dict) else "not a JSON object"
 
 
-def _csv_rows(path: Path, meter: Meter) -> Iterator[PlacedRow]:
-    with io.TextIOWrapper(open_bytes(path, meter), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(text, strict=True)
-        header = None
-        while True:
-            # A cell may span lines, so a row is named by the line it begins on.
-            place = f"{path}:{reader.line_num + 1}"
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield place, f"not csv ({error})"
-                continue
-            if not cells:
-                continue
-            if header is None:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where it has a name twice, of which `json` would keep the last silently."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"an object has the field {_twice(name for name, _ in pairs)!r} twice")
+    return found
+
+
+def _csv_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[LocatedRow]:
+    delimiter = find_delimiter(lambda: _csv_text(path), fields)
+    if delimiter != ",":
+        rank_zero_warn(f"{path}: its header is separated by {delimiter!r}, so it is read with that instead of a comma")
+    with _csv_text(path, meter) as text:
+        header: list[str] | None = None
+        for line, cells in csv_records(text, delimiter):
+            location = f"{path}:{line}"
+            if isinstance(cells, str):
+                yield location, cells
+            elif header is None:
                 header = cells
+                _require_different(header, fields)
             elif len(cells) != len(header):
-                yield place, f"{len(cells)} cells, but the header has {len(header)}"
+                yield location, f"{len(cells)} cells, but the header has {len(header)}"
             else:
-                yield place, dict(zip(header, cells, strict=True))
+                yield location, dict(zip(header, cells, strict=True))
 
 
-def _parquet_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[PlacedRow]:
+def _csv_text(path: Path, meter: Meter = no_meter) -> io.TextIOWrapper:
+    """A csv file as text, with its line ends as they are and bad UTF-8 as lone surrogates."""
+    return io.TextIOWrapper(open_bytes(path, meter), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _require_different(columns: Sequence[str], fields: Sequence[str]) -> None:
+    """Raise OSError for two columns of one name. Columns without a name do not count, unless `fields` has that name."""
+    named = [column for column in columns if column or column in fields]
+    if len(set(named)) != len(named):
+        raise OSError(f"two of its columns are named {_twice(named)!r}; rename one of them")
+
+
+def _twice(names: Iterable[str]) -> str:
+    """The first of the names that occur more than once."""
+    return next(name for name, count in Counter(names).items() if count > 1)
+
+
+def _parquet_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[LocatedRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
             known = file.schema_arrow.names
+            _require_different(known, fields)
             columns = list(dict.fromkeys(fields)) if set(fields) <= set(known) else None
             share = path.stat().st_size / max(1, file.metadata.num_rows)
             number = 0
@@ -209,7 +260,7 @@ def load_hub(item: str, fields: Sequence[str], option: str) -> Any:
     return rows
 
 
-def hub_rows(item: str, fields: Sequence[str], option: str, meter: Meter = unwatched) -> Iterator[PlacedRow]:
+def hub_rows(item: str, fields: Sequence[str], option: str, meter: Meter = no_meter) -> Iterator[LocatedRow]:
     rows = load_hub(item, fields, option)
     share = hub_bytes(rows) / max(1, len(rows))
     for number, row in enumerate(rows, start=1):
@@ -232,19 +283,28 @@ def text_of(row: dict[str, Any], name: str) -> str:
     value = row[name]
     if value is None:
         raise ValueError(f"field {name!r} has no value")
+    if isinstance(value, Real) and not isinstance(value, int) and not math.isfinite(value):
+        raise ValueError(f"field {name!r} has no value ({value})")
     if isinstance(value, dict | list | bytes):
         raise ValueError(f"field {name!r} holds {type(value).__name__}, not text")
-    text = str(value)
+    return valid_text(str(value), f"field {name!r}")
+
+
+def valid_text(text: str, what: str) -> str:
+    """The text itself; ValueError where it holds a lone surrogate, which UTF-8 cannot write."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"field {name!r} is not valid UTF-8") from error
+        raise ValueError(f"{what} is not valid UTF-8") from error
     return text
 
 
 def no_such_field(where: str, option: str, name: str, fields: Iterable[str]) -> UsageError:
-    choices = ", ".join(map(str, fields))
-    return UsageError(f"{where} has no field {name!r}; type data.{option}=NAME with one of its fields: {choices}")
+    shown = {field: str(field).encode(errors="backslashreplace").decode() for field in fields}
+    choices = ", ".join(text if text == text.strip() else repr(text) for text in shown.values())
+    message = f"{where} has no field {name!r}; type data.{option}=NAME with one of its fields: {choices}"
+    near = [text for text in shown.values() if text != name and text.strip().lower() == name.strip().lower()]
+    return UsageError(message + (f" ({near[0]!r} differs only in spaces or capitals)" if near else ""))
 
 
 def first_few(problems: Sequence[str], count: int | None = None) -> str:

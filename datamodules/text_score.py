@@ -1,4 +1,4 @@
-"""Quality of texts written without a prompt: how likely a judge finds them, beside how varied they are."""
+"""Quality of texts generated without a prompt: their likelihood under a judge model, and their diversity."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from models.functional.monitor import distinct_share
 
 
 class TextScorer:
-    """Judges responses (N, R).
+    """Scores responses (N, R).
 
     judge: texts (N, R) -> nats (N, R - 1) of each token given those before it; None leaves the perplexity out.
 

@@ -1,4 +1,4 @@
-"""What a text tells of itself, as numbers that a plan may name: how it begins and how long it is.
+"""Discrete features of a text that a plan may name: how it begins and how long it is.
 
 Legend: N texts, R columns of a text.
 """

@@ -1,7 +1,7 @@
 """A corpus as tokens on disk: read and tokenised once, then memory-mapped.
 
 A folder holds, one document after the other, `tokens.bin` (`<bos>`, then the text's tokens), `target_bytes.bin` (bytes of
-text that each token stands for, 0 for `<bos>`), `starts.bin` (where each document begins), `hashes.bin` (of its text) and
+text that each token encodes, 0 for `<bos>`), `starts.bin` (where each document begins), `hashes.bin` (of its text) and
 `about.json`. Its name is a hash of the files' content, of how they are cut and of the tokenizer.
 """
 
@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -75,7 +74,7 @@ def tokenize_once(
     """
     cache_dir = Path(cache_dir).expanduser()
     try:
-        content, total = _content(source, reader, cache_dir, option)
+        content, total = _content(source, reader, option)
         made_from = [LAYOUT, content, vars(reader), encoder.fingerprint, start_id]
         folder = cache_dir / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:20]
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,7 @@ def tokenize_once(
                 try:
                     with ReadingProgress(f"{option}: tokenising", total) as meter:
                         _write(unfinished, source, reader, encoder, start_id, option, meter)
-                    if _content(source, reader, cache_dir, option) != (content, total):
+                    if _content(source, reader, option) != (content, total):
                         raise UsageError(f"{option}: a file has changed while it was read; start again")
                     os.replace(unfinished, folder)
                 finally:
@@ -103,7 +102,7 @@ def tokenize_once(
 # -- what the content is ----------------------------------------------------------------------------------------------
 
 
-def _content(source: Source, reader: DocumentReader, cache_dir: Path, option: str) -> tuple[list[str], int]:
+def _content(source: Source, reader: DocumentReader, option: str) -> tuple[list[str], int]:
     """A hash of each file or data set, and the bytes of all of them."""
     hashes, total = [], 0
     for item in items_of(source):
@@ -113,7 +112,7 @@ def _content(source: Source, reader: DocumentReader, cache_dir: Path, option: st
             total += hub_bytes(rows)
             continue
         for path in find_files(item, option, EXTENSIONS):
-            found, size = _file_hash(path, cache_dir / "hashes", option)
+            found, size = _file_hash(path, option)
             hashes.append(found)
             total += size
     if not hashes:
@@ -121,24 +120,17 @@ def _content(source: Source, reader: DocumentReader, cache_dir: Path, option: st
     return hashes, total
 
 
-def _file_hash(path: Path, notes: Path, option: str) -> tuple[str, int]:
-    """sha256 of a file with its extension, and its size; noted down, so that an unchanged file is not read again for it."""
+def _file_hash(path: Path, option: str) -> tuple[str, int]:
+    """sha256 of a file with its extension, and its size.
+
+    The whole file is read at every start, about half a second a gigabyte that is in memory already: a file may have been
+    replaced by one of the same size and time (`cp -p`, `rsync -t`, `tar`).
+    """
     with readable(path, option):
-        found = path.stat()
-    now = [str(path.absolute()), found.st_size, found.st_mtime_ns]
-    note = notes / f"{hashlib.sha256(now[0].encode()).hexdigest()[:20]}.json"
-    if note.is_file():
-        *noted, known = json.loads(note.read_text())
-        if noted == now:
-            return known, found.st_size
-    progress = ReadingProgress(f"{option}: looking through {path.name}", found.st_size)
+        size = path.stat().st_size
+    progress = ReadingProgress(f"{option}: looking through {path.name}", size)
     with readable(path, option), progress as meter, open_raw(path, meter) as file:
-        known = hashlib.file_digest(file, "sha256").hexdigest() + suffix_of(path)
-    notes.mkdir(parents=True, exist_ok=True)
-    unfinished = note.with_suffix(f".{uuid.uuid4().hex}")
-    unfinished.write_text(json.dumps([*now, known]))
-    os.replace(unfinished, note)
-    return known, found.st_size
+        return hashlib.file_digest(file, "sha256").hexdigest() + suffix_of(path), size
 
 
 # -- tokenising -------------------------------------------------------------------------------------------------------
@@ -197,7 +189,7 @@ class TokenWriter:
     def add(self, passage: Passage, ids: np.ndarray, sizes: np.ndarray) -> None:
         """ids, sizes (N,): the passage's tokens, and the bytes that each stands for."""
         if sizes.max(initial=0) > np.iinfo(self.encoder.bytes_type).max:
-            raise UsageError(f"{passage.place}: one token stands for {sizes.max()} bytes of text, which is too much")
+            raise UsageError(f"{passage.location}: one token stands for {sizes.max()} bytes of text, which is too much")
         if passage.opens:
             self._end_document()
             self._hash = hashlib.sha256()

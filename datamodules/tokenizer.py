@@ -1,8 +1,8 @@
 """Tokenizers of a text corpus: bytes, a trained byte-level BPE, phrases, whole words, or a local Hugging Face folder.
 
 Our own tokenizers put `<pad> <eos> <mask>` (then `<bos>` for packed text and `<unk>` where they are needed) at ids 0, 1, 2 ...
-They add nothing when encoding, and a text that happens to contain "<mask>" is encoded as those six characters, never as the
-mask token.
+They add nothing when encoding. A corpus encodes with `datamodules.plain_text`, so that a text that happens to contain "<mask>"
+is those six characters, never the mask token.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from datamodules.prompt_response import check_special_tokens
 from models.functional.errors import UsageError
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<mask>"]
@@ -47,7 +46,7 @@ def build_tokenizer(
     vocab_size: at most this many tokens, special tokens included; `bpe` and `phrases` spell every text exactly from 512
         on, below that a byte that is not in the training texts becomes `<unk>`.
     packed: for a stream of documents: our own tokenizers have `<bos>` too, and a folder needs no more than a token that can
-        stand before a document (see `document_start`).
+        precede a document (see `document_start`).
 
     Raises UsageError for a folder that does not exist or has no usable tokenizer, and for a too small vocab_size.
     """
@@ -58,20 +57,40 @@ def build_tokenizer(
         return _trained(kind, texts, vocab_size, Path(cache_dir).expanduser(), special)
     tokenizer = _from_folder(kind)
     if packed:
-        document_start(tokenizer, kind)
+        document_start(tokenizer, f"data.tokenizer={kind}")
     else:
-        check_special_tokens(tokenizer, kind)
+        require_end_token(tokenizer, f"data.tokenizer={kind}")
+        if tokenizer.pad_token_id is None:
+            # Padding is never attended to, so any token serves. A new one would be outside the vocabulary of the model.
+            tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast, where: str = "data.tokenizer") -> int:
-    """The id that stands before every document of a packed stream: `<bos>`, or end-of-text where there is none (GPT-2)."""
+    """The id before every document of a packed stream: `<bos>`, or end-of-text where there is none (GPT-2)."""
     for number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if number is not None:
             return number
     raise UsageError(
-        f"the tokenizer in {where} has neither a bos_token nor an eos_token to put before documents; add one to it "
-        f"(tokenizer.add_special_tokens({{'bos_token': '<bos>'}}), then save_pretrained) or type data.tokenizer=bpe"
+        f"{where}: the tokenizer has neither a bos_token nor an eos_token to put before documents; "
+        + _name_a_token("bos_token")
+    )
+
+
+def require_end_token(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
+    """Raise UsageError for a tokenizer without the end-of-text token that every method here needs.
+
+    A mask is for the networks that know one to ask for (`check_network`): causal models need none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"{where}: the tokenizer has no eos_token to end a text with; " + _name_a_token("eos_token"))
+
+
+def _name_a_token(name: str) -> str:
+    """How to give a tokenizer a special token without a new id, which its model would not know."""
+    return (
+        f"choose one of its tokens (tokenizer.{name} = '<|endoftext|>', or the one that its model was trained with, then "
+        "tokenizer.save_pretrained(FOLDER)), or type data.tokenizer=bpe for a model that is trained here"
     )
 
 

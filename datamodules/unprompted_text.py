@@ -1,4 +1,4 @@
-"""`data=unprompted_text`: rows of packed text as responses without a prompt, for generators that write whole rows."""
+"""`data=unprompted_text`: rows of packed text as responses without a prompt, for models that generate whole rows."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from models.functional.errors import UsageError
 class WholeRows(PackedRows):
     """Row r of a stream as a response without a prompt, laid out as `datamodules.batch` describes, with P = 0.
 
-    The response is the row's labels, so that every token of a pass stands in one row, and `target_bytes` belongs to it.
+    The response is the row's labels, so that every token of a pass is in exactly one row, and `target_bytes` belongs to it.
     """
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
@@ -36,7 +36,8 @@ class UnpromptedTextDataModule(PackedTextDataModule):
     """The options of `PackedTextDataModule`, and:
 
     judge: texts (N, T) -> nats (N, T - 1), such as `models.backbones.judge.Judge`, or None.
-    max_eval_rows: at most this many rows of val and of test, evenly spread; the test rows are as many texts as are drawn.
+    max_eval_rows: at most this many rows of val and of test, evenly spread. Every decoder generates as many texts as there
+        are test rows.
     """
 
     rows: dict[str, Any]  # train: WholeRows of an endless stream; val and test: TensorRows
@@ -46,7 +47,7 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         self.judge, self.max_eval_rows = judge, max_eval_rows
         if self.document_mask:
             raise UsageError(
-                "data.document_mask=true has no use here: a generator writes a row as one text; type false"
+                "data.document_mask=true has no use here: a row is generated as one text; type data.document_mask=false"
             )
         if max_eval_rows is not None and max_eval_rows < 1:
             raise UsageError(f"data.max_eval_rows={max_eval_rows} leaves no row; type data.max_eval_rows=null for all")
@@ -58,19 +59,20 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         if self.judge is not None:
             self.judge.require_vocabulary(self.tokenizer)
         self.scorer = TextScorer(self.judge)
-        train = WholeRows(self.rows["train"].stream, self.length, document_mask=False, endless=True)
+        train = WholeRows(self.rows["train"].stream, self.sequence_length, document_mask=False, endless=True)
         self.rows = {"train": train, "val": self._held_out("val"), "test": self._held_out("test")}
 
     def _held_out(self, split: str) -> TensorRows:
         """The whole rows of a split; what is left after the last one is left out."""
         stream = self.rows[split].stream
-        rows = (len(stream) - 1) // self.length
+        rows = (len(stream) - 1) // self.sequence_length
         if rows == 0:
             raise UsageError(
-                f"the {split} split has {len(stream)} tokens, fewer than one row; type data.length={len(stream) - 1} or less"
+                f"the {split} split has {len(stream)} tokens, fewer than one row; "
+                f"type data.sequence_length={len(stream) - 1} or less"
             )
         chosen = np.linspace(0, rows - 1, min(rows, self.max_eval_rows or rows)).round().astype(int)
-        whole = WholeRows(stream, self.length, document_mask=False, endless=False)
+        whole = WholeRows(stream, self.sequence_length, document_mask=False, endless=False)
         return TensorRows(whole.__getitems__(chosen.tolist()))
 
     def _one_pass(self, split: str) -> ResumableLoader:
@@ -85,10 +87,12 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         """A row without a prompt for each of the prompts, which must be empty."""
         for prompt in prompts:
             if prompt:
-                raise UsageError(f"prompt={prompt!r}: this corpus' texts are written without one; leave prompt= out")
+                raise UsageError(f"prompt={prompt!r}: texts of this corpus have none; leave prompt= out")
         mask = self.tokenizer.mask_token_id
         none: list[list[int]] = [[]] * len(prompts)
-        return pack_prompt_response(none, none, prompt_length=0, response_length=self.length, pad_id=mask, eos_id=mask)
+        return pack_prompt_response(
+            none, none, prompt_length=0, response_length=self.sequence_length, pad_id=mask, eos_id=mask
+        )
 
     def decode_prompts(self, rows: dict[str, Tensor]) -> list[str]:
         return [""] * len(rows["input_ids"])

@@ -1,4 +1,4 @@
-"""Decoders that know the truth: what the best possible and the best factorised generator would score."""
+"""Decoders that sample from the exact distribution: the scores of the best possible and of the best factorised model."""
 
 import torch
 from torch import Generator, Tensor
@@ -8,7 +8,7 @@ from datamodules.oracle.distribution import OracleDistribution
 
 
 class ProductOfMarginals:
-    """Every place drawn from its exact p(x_l | c) on its own: the optimum of any generator that factorises over places."""
+    """Every position sampled from its exact p(x_l | c) on its own: the optimum of models that factorise over positions."""
 
     name, method, forwards = "product of marginals", "control", 0
 
@@ -22,7 +22,7 @@ class ProductOfMarginals:
 
 
 class ResamplingFloor:
-    """Texts drawn from the corpus itself: what a perfect generator scores with as many samples."""
+    """Texts sampled from the corpus itself: the score of a perfect model with as many samples."""
 
     name, method, forwards = "resampling floor", "control", 0
 

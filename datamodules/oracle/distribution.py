@@ -55,89 +55,91 @@ class OracleDistribution:
     # -- probabilities ----------------------------------------------------------------------------------------------
 
     def log_prob(self, texts: Tensor, reveal: Tensor) -> Tensor:
-        """log p(x | c) in nats, -inf for a text that cannot be said. texts (N, R), reveal (N, A) -> (N,) float64."""
+        """log p(x | c) in nats, -inf for a text without probability. texts (N, R), reveal (N, A) -> (N,) float64."""
         log_tables = [table.log() for table in self.posterior(reveal)]
         terms = []
         for tau, template in enumerate(self.grammar.templates):
             scores = [table + allowed.log() for table, allowed in zip(log_tables, self.allowed[tau], strict=True)]
             total = self.template_prior[tau].log().expand(len(texts)).clone()
-            for place, slot in enumerate(template.slots):
-                said = self.emission[tau][place].log()[:, texts[:, place]].T  # (N, K)
+            for position, slot in enumerate(template.slots):
+                log_p = self.emission[tau][position].log()[:, texts[:, position]].T  # (N, K)
                 if slot.attribute is None:
-                    total = total + said[:, 0]
+                    total = total + log_p[:, 0]
                 else:
-                    scores[self.index[slot.attribute]] = scores[self.index[slot.attribute]] + said
+                    scores[self.index[slot.attribute]] = scores[self.index[slot.attribute]] + log_p
             total = total + sum(torch.logsumexp(score, -1) for score in scores)
             ended = (texts[:, len(template.slots) :] == self.eos_id).all(-1)
             terms.append(torch.where(ended, total, -torch.inf))
         return torch.logsumexp(torch.stack(terms), 0)
 
     def marginals(self, reveal: Tensor) -> Tensor:
-        """p(x_l | c) of every place, (N, R, V) float64."""
+        """p(x_l | c) of every position, (N, R, V) float64."""
         template, within = self.template_posterior(reveal), self._within(reveal)
         out = torch.zeros(len(reveal), self.length, self.vocab_size, dtype=torch.float64)
         for tau, shape in enumerate(self.grammar.templates):
             weight = template[:, tau : tau + 1]
-            for place, slot in enumerate(shape.slots):
-                emission = self.emission[tau][place]
+            for position, slot in enumerate(shape.slots):
+                emission = self.emission[tau][position]
                 if slot.attribute is None:
-                    out[:, place] += weight * emission[0]
+                    out[:, position] += weight * emission[0]
                 else:
-                    out[:, place] += weight * (within[tau][self.index[slot.attribute]] @ emission)
+                    out[:, position] += weight * (within[tau][self.index[slot.attribute]] @ emission)
             out[:, len(shape.slots) :, self.eos_id] += weight
         return out
 
     def seen_marginals(self, evidence: Tensor, reveal: Tensor) -> Tensor:
-        """p(x_l | c, y) of every place, where y says of each word apart from the others how likely it makes what was seen.
+        """p(x_l | c, y) of every position, where y holds evidence of each word on its own.
 
-        evidence (N, R, V): log p(y_l | x_l), up to a constant of the place; all 0 gives `marginals`. (N, R, V) float64.
+        evidence (N, R, V): log p(y_l | x_l), up to a constant of the position; all 0 gives `marginals`. (N, R, V) float64.
         """
         evidence, log_tables = evidence.double(), [table.log() for table in self.posterior(reveal)]
         masses, inside = [], []
         for tau, shape in enumerate(self.grammar.templates):
-            # 1. what every place tells of its attribute, by the few words of each value: log p(y_l | a = k)
-            said = [self._few_words(tau, place) for place in range(len(shape.slots))]
-            joint = [p.log() + evidence[:, place][:, word] for place, (p, word) in enumerate(said)]  # (N, K, W)
-            told = [torch.logsumexp(words, -1) for words in joint]
+            # 1. evidence of every position for its attribute, by the few words of each value: log p(y_l | a = k)
+            few_words = [self._few_words(tau, position) for position in range(len(shape.slots))]
+            joint = [
+                p.log() + evidence[:, position][:, word] for position, (p, word) in enumerate(few_words)
+            ]  # (N, K, W)
+            support = [torch.logsumexp(words, -1) for words in joint]
             scores = [table + allowed.log() for table, allowed in zip(log_tables, self.allowed[tau], strict=True)]
             mass = self.template_prior[tau].log() + evidence[:, len(shape.slots) :, self.eos_id].sum(-1)
-            for slot, place_told in zip(shape.slots, told, strict=True):
+            for slot, one in zip(shape.slots, support, strict=True):
                 if slot.attribute is None:
-                    mass = mass + place_told[:, 0]
+                    mass = mass + one[:, 0]
                 else:
-                    scores[self.index[slot.attribute]] = scores[self.index[slot.attribute]] + place_told
+                    scores[self.index[slot.attribute]] = scores[self.index[slot.attribute]] + one
             masses.append(mass + sum(torch.logsumexp(score, -1) for score in scores))
-            # 2. the words of every place, given what all places tell
+            # 2. the words of every position, given the evidence of all positions
             marginals = torch.zeros(len(reveal), self.length, self.vocab_size, dtype=torch.float64)
             marginals[:, len(shape.slots) :, self.eos_id] = 1
-            for place, slot in enumerate(shape.slots):
-                value = torch.ones_like(told[place])
+            for position, slot in enumerate(shape.slots):
+                value = torch.ones_like(support[position])
                 if slot.attribute is not None:  # a template that the prompt rules out has no value: its mass is 0
                     value = torch.softmax(scores[self.index[slot.attribute]], -1).nan_to_num()
-                words = said[place][1].flatten().expand(len(reveal), -1)
-                within = torch.softmax(joint[place], -1)  # (N, K, W)
-                marginals[:, place].scatter_add_(1, words, (value.unsqueeze(-1) * within).flatten(1))
+                words = few_words[position][1].flatten().expand(len(reveal), -1)
+                within = torch.softmax(joint[position], -1)  # (N, K, W)
+                marginals[:, position].scatter_add_(1, words, (value.unsqueeze(-1) * within).flatten(1))
             inside.append(marginals)
         template = torch.softmax(torch.stack(masses, -1), -1)  # (N, templates)
         return torch.einsum("nt,tnlv->nlv", template, torch.stack(inside))
 
     def entropy(self, reveal: Tensor) -> Tensor:
-        """H(x | c) in nats for each row of reveal, (N,). Exact because a text names its template and the values it says."""
+        """H(x | c) in nats for each row of reveal, (N,). Exact because a text determines its template and the values in it."""
         template, within = self.template_posterior(reveal), self._within(reveal)
         total = entropy(template)
         for tau, shape in enumerate(self.grammar.templates):
             inside = torch.zeros(len(reveal), dtype=torch.float64)
             for a in {self.index[s.attribute] for s in shape.slots if s.attribute is not None}:
                 inside += entropy(within[tau][a])
-            for place, slot in enumerate(shape.slots):
-                noise = entropy(self.emission[tau][place])  # (K,)
+            for position, slot in enumerate(shape.slots):
+                noise = entropy(self.emission[tau][position])  # (K,)
                 a = None if slot.attribute is None else self.index[slot.attribute]
                 inside += noise[0] if a is None else within[tau][a] @ noise
             total = total + template[:, tau] * inside
         return total
 
     def total_correlation(self, reveal: Tensor) -> Tensor:
-        """TC(x | c) = sum_l H(x_l | c) - H(x | c) in nats, (N,): the least KL from the truth to any product over places."""
+        """TC(x | c) = sum_l H(x_l | c) - H(x | c) in nats, (N,): the least KL from the truth to any product over positions."""
         return entropy(self.marginals(reveal)).sum(-1) - self.entropy(reveal)
 
     def plan_entropy(self) -> float:
@@ -158,10 +160,10 @@ class OracleDistribution:
             rows = (chosen == tau).nonzero().squeeze(-1)
             if len(rows) == 0:
                 continue
-            for place, slot in enumerate(template.slots):
+            for position, slot in enumerate(template.slots):
                 none_said = torch.zeros(len(rows), dtype=torch.long)
                 values = none_said if slot.attribute is None else plans[rows, self.index[slot.attribute]]
-                texts[rows, place] = self._draw_words(tau, place, values, generator)
+                texts[rows, position] = self._draw_words(tau, position, values, generator)
         return texts
 
     def sample_continuations(self, reveal: Tensor, generator: Generator) -> Tensor:
@@ -170,51 +172,51 @@ class OracleDistribution:
         return self.sample_texts(torch.cat(plans, -1), generator)
 
     def all_texts(self, most: int = 100_000) -> Tensor:
-        """Every text that can be said, (T, R). Raises ValueError where there are more than `most`."""
+        """Every text of positive probability, (T, R). Raises ValueError where there are more than `most`."""
         texts: dict[tuple[int, ...], None] = {}
         for tau, template in enumerate(self.grammar.templates):
             used = sorted({self.index[s.attribute] for s in template.slots if s.attribute is not None})
             for values in product(*(self.allowed[tau][a].nonzero().flatten().tolist() for a in used)):
                 plan = dict(zip(used, values, strict=True))
-                said = []
-                for place, slot in enumerate(template.slots):
+                choices = []
+                for position, slot in enumerate(template.slots):
                     value = 0 if slot.attribute is None else plan[self.index[slot.attribute]]
-                    said.append(self.emission[tau][place][value].nonzero().flatten().tolist())
-                for text in product(*said):
+                    choices.append(self.emission[tau][position][value].nonzero().flatten().tolist())
+                for text in product(*choices):
                     texts[text + (self.eos_id,) * (self.length - len(text))] = None
                     if len(texts) > most:
-                        raise ValueError(f"more than {most} texts can be said")
+                        raise ValueError(f"more than {most} texts are possible")
         return torch.tensor(list(texts))
 
     def plans_of(self, texts: Tensor) -> Tensor:
-        """The plan that each valid text tells, (N, A); -1 for an attribute it does not mention, all -2 if invalid."""
+        """The plan of each valid text, (N, A); -1 for an attribute it does not mention, all -2 if invalid."""
         plans = torch.full((len(texts), len(self.prior)), -2)
         for tau, template in enumerate(self.grammar.templates):
             fits = [allowed.bool().expand(len(texts), -1) for allowed in self.allowed[tau]]
             valid = (texts[:, len(template.slots) :] == self.eos_id).all(-1)
             mentioned = {self.index[s.attribute] for s in template.slots if s.attribute is not None}
-            for place, slot in enumerate(template.slots):
-                can_say = (self.emission[tau][place] > 0).T.contiguous()[texts[:, place]]
+            for position, slot in enumerate(template.slots):
+                possible = (self.emission[tau][position] > 0).T.contiguous()[texts[:, position]]
                 if slot.attribute is None:
-                    valid = valid & can_say[:, 0]
+                    valid = valid & possible[:, 0]
                 else:
-                    fits[self.index[slot.attribute]] = fits[self.index[slot.attribute]] & can_say
+                    fits[self.index[slot.attribute]] = fits[self.index[slot.attribute]] & possible
             valid = valid & torch.stack([fit.any(-1) for fit in fits]).all(0)
             for a, fit in enumerate(fits):
-                told = fit.long().argmax(-1) if a in mentioned else torch.tensor(-1)
-                plans[:, a] = torch.where(valid, told, plans[:, a])
+                value = fit.long().argmax(-1) if a in mentioned else torch.tensor(-1)
+                plans[:, a] = torch.where(valid, value, plans[:, a])
         return plans
 
-    def _draw_words(self, tau: int, place: int, values: Tensor, generator: Generator) -> Tensor:
+    def _draw_words(self, tau: int, position: int, values: Tensor, generator: Generator) -> Tensor:
         """A word of the slot for each value (n,): inverse of the cumulative distribution over its few words."""
-        probability, word = self._few_words(tau, place)
+        probability, word = self._few_words(tau, position)
         bounds = probability.cumsum(-1)[:, :-1][values]
         choice = (torch.rand(len(values), 1, generator=generator, dtype=torch.float64) >= bounds).sum(-1)
         return word[values, choice]
 
-    def _few_words(self, tau: int, place: int) -> tuple[Tensor, Tensor]:
+    def _few_words(self, tau: int, position: int) -> tuple[Tensor, Tensor]:
         """Probabilities and ids (K, W) of the words of each value; p = 0 where a value has fewer than another."""
-        emission = self.emission[tau][place]
+        emission = self.emission[tau][position]
         probability, word = emission.topk(int((emission > 0).sum(-1).max()), dim=-1)
         return probability, word
 
@@ -246,28 +248,28 @@ class OracleDistribution:
             raise ValueError(f"template weights times what they fit sum to {total}, not 1")
         for tau, template in enumerate(self.grammar.templates):
             for a, name in enumerate(self.index):
-                said = [
+                tables = [
                     (e > 0).double()
                     for e, s in zip(self.emission[tau], template.slots, strict=True)
                     if s.attribute == name
                 ]
                 keep = self.allowed[tau][a] > 0
                 confusable = torch.ones(int(keep.sum()), int(keep.sum()), dtype=torch.bool)
-                for table in said:
+                for table in tables:
                     confusable &= table[keep] @ table[keep].T > 0
-                if said and confusable.triu(1).any():
-                    raise ValueError(f"template {template.name}: two values of {name} can be said with the same words")
+                if tables and confusable.triu(1).any():
+                    raise ValueError(f"template {template.name}: two values of {name} can have the same words")
             for other in range(tau):
                 if not self._distinguishable(tau, other):
-                    raise ValueError(f"{template.name} and {self.grammar.templates[other].name} can say the same text")
+                    raise ValueError(f"{template.name} and {self.grammar.templates[other].name} can give the same text")
 
     def _distinguishable(self, first: int, second: int) -> bool:
-        for place in range(self.length):
+        for position in range(self.length):
             supports = []
             for tau in (first, second):
                 slots = self.emission[tau]
-                if place < len(slots):
-                    supports.append(slots[place].sum(0) > 0)
+                if position < len(slots):
+                    supports.append(slots[position].sum(0) > 0)
                 else:
                     supports.append(torch.arange(self.vocab_size) == self.eos_id)
             if not (supports[0] & supports[1]).any():

@@ -1,4 +1,4 @@
-"""Says in words what is wrong with a text that an oracle corpus cannot say."""
+"""Explains in words why an oracle corpus cannot give a text."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ def explain(distribution: OracleDistribution, text: Tensor, reveal: Tensor, word
     """Faults of one text (R,) under what its prompt reveals (A,); [] where the text is valid.
 
     The template and, for each attribute, the value that excuse most words are taken as meant; every word that does not
-    fit them is a fault, named with its place and with the word it disagrees with. `words[i]` is the word of token id i.
+    fit them is a fault, named with its position and with the word it disagrees with. `words[i]` is the word of token id i.
     """
     ids = text.tolist()
     readings = [
@@ -29,30 +29,34 @@ def _read(
     faults: list[str] = []
     for attribute in distribution.grammar.attributes:
         a = distribution.index[attribute.name]
-        places = [p for p, slot in enumerate(template.slots) if slot.attribute == attribute.name]
+        positions = [p for p, slot in enumerate(template.slots) if slot.attribute == attribute.name]
         allowed = [k for k in range(len(attribute.values)) if distribution.allowed[tau][a][k] > 0]
-        fits = {k: [p for p in places if distribution.emission[tau][p][k, ids[p]] > 0] for k in allowed}
+        fits = {k: [p for p in positions if distribution.emission[tau][p][k, ids[p]] > 0] for k in allowed}
         if reveal[a] >= 0 and reveal[a] not in fits:
             faults.append(f"the prompt's {attribute.name}={attribute.values[reveal[a]]} needs another template")
             continue
         meant = reveal[a] if reveal[a] >= 0 else max(fits, key=lambda k: (len(fits[k]), -k))
         witness = fits[meant][0] if fits[meant] else None
-        for place in places:
-            if place not in fits[meant]:
-                faults.append(_disagreement(template.slots[place], place, ids, words, meant, witness, reveal[a] >= 0))
-    for place, slot in enumerate(template.slots):
-        if slot.attribute is None and distribution.emission[tau][place][0, ids[place]] == 0:
-            faults.append(f"word {place + 1} is “{words[ids[place]]}” where {slot.name} ({_choices(slot, 0)}) belongs")
-    for place in range(len(template.slots), len(ids)):
-        if ids[place] != distribution.eos_id:
-            faults.append(f"word {place + 1} is “{words[ids[place]]}” after the end of the text")
+        for position in positions:
+            if position not in fits[meant]:
+                faults.append(
+                    _disagreement(template.slots[position], position, ids, words, meant, witness, reveal[a] >= 0)
+                )
+    for position, slot in enumerate(template.slots):
+        if slot.attribute is None and distribution.emission[tau][position][0, ids[position]] == 0:
+            faults.append(
+                f"word {position + 1} is “{words[ids[position]]}” where {slot.name} ({_choices(slot, 0)}) belongs"
+            )
+    for position in range(len(template.slots), len(ids)):
+        if ids[position] != distribution.eos_id:
+            faults.append(f"word {position + 1} is “{words[ids[position]]}” after the end of the text")
     return faults
 
 
 def _disagreement(
-    slot: Slot, place: int, ids: list[int], words: list[str], meant: int, witness: int | None, revealed: bool
+    slot: Slot, position: int, ids: list[int], words: list[str], meant: int, witness: int | None, revealed: bool
 ) -> str:
-    fault = f"word {place + 1} ({slot.name}) is “{words[ids[place]]}”, not {_choices(slot, meant)}"
+    fault = f"word {position + 1} ({slot.name}) is “{words[ids[position]]}”, not {_choices(slot, meant)}"
     if revealed:
         return fault + ", which the prompt asks for"
     if witness is None:

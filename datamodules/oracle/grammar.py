@@ -1,8 +1,8 @@
 """The words of an oracle corpus: a hidden plan of typed attributes, and templates that put it into words.
 
-A plan is one value for each attribute, drawn independently. A template is a row of slots; each slot says one word, drawn
+A plan is one value for each attribute, sampled independently. A template is a row of slots; each slot gives one word, sampled
 from the words of one attribute's value (or of no attribute: a free or constant word). A lookup (the baker's name gives
-"baker"), a copy (the name said again) and a synonym are all slots of the same attribute. A template may be restricted to
+"baker"), a copy (the name once more) and a synonym are all slots of the same attribute. A template may be restricted to
 some values of an attribute: that is how an event list of n events gets a text of its own length.
 """
 
@@ -55,14 +55,14 @@ def constant(word: str) -> Slot:
 
 
 def free(name: str, **words: float) -> Slot:
-    """A word that the plan says nothing about."""
+    """A word that does not depend on the plan."""
     return Slot(name, None, (tuple(words.items()),))
 
 
-def says(attribute: Attribute, words: Sequence[str] | None = None, name: str | None = None) -> Slot:
-    """The attribute's value, or `words[k]` in its place; "a|b" are synonyms said with probability 0.8 and 0.2."""
-    said = (words or attribute.values)[: len(attribute.values)]
-    return Slot(name or attribute.name, attribute.name, tuple(_synonyms(w) for w in said))
+def word_of(attribute: Attribute, words: Sequence[str] | None = None, name: str | None = None) -> Slot:
+    """The attribute's value, or `words[k]` instead of it; "a|b" are synonyms with probability 0.8 and 0.2."""
+    chosen = (words or attribute.values)[: len(attribute.values)]
+    return Slot(name or attribute.name, attribute.name, tuple(_synonyms(w) for w in chosen))
 
 
 def zipf(n: int) -> tuple[float, ...]:
@@ -71,7 +71,7 @@ def zipf(n: int) -> tuple[float, ...]:
 
 
 def with_style(grammar: Grammar, first: float) -> Grammar:
-    """The same plans and texts, the first of several words said with probability `first` wherever there is a choice."""
+    """The same plans and texts, the first of several words with probability `first` wherever there is a choice."""
 
     def styled(slot: Slot) -> Slot:
         return replace(slot, words=tuple(_reweighted(words, first) for words in slot.words))
@@ -162,36 +162,46 @@ def tiny() -> Grammar:
         only = {"events": _orders_of_length(events, count)}
         heard = [_event_slot(events, ("rain|drizzle", "music"), k) for k in range(count)]
         templates += [
-            Template(f"heard {count}", 0.7, (says(who), free("verb", heard=0.6, saw=0.4), *heard, says(where)), only),
-            Template(f"in {count}", 0.3, (constant("in"), says(where), says(where, _RIVER), says(who), *heard), only),
+            Template(
+                f"heard {count}",
+                0.7,
+                (word_of(who), free("verb", heard=0.6, saw=0.4), *heard, word_of(where)),
+                only,
+            ),
+            Template(
+                f"in {count}",
+                0.3,
+                (constant("in"), word_of(where), word_of(where, _RIVER), word_of(who), *heard),
+                only,
+            ),
         ]
     return Grammar((who, where, events), tuple(templates))
 
 
 def small() -> Grammar:
-    """CPU-minutes: 16 words in fixed places, 128 plans, copies and lookups, two places with synonyms; 512 texts.
+    """CPU-minutes: 16 words in fixed positions, 128 plans, copies and lookups, two positions with synonyms; 512 texts.
 
     "anna the baker went to paris and bought red apples . anna felt glad near seine"
     """
     who, where, what = _attribute("who", _WHO, 4), _attribute("where", _WHERE, 4), _attribute("what", _WHAT, 4)
     mood = _attribute("mood", _MOOD, 2)
     slots = (
-        says(who),
+        word_of(who),
         constant("the"),
-        says(who, _JOB, "job"),
+        word_of(who, _JOB, "job"),
         free("verb", went=0.8, flew=0.2),
         constant("to"),
-        says(where),
+        word_of(where),
         constant("and"),
         constant("bought"),
-        says(what, _LOOK, "look"),
-        says(what),
+        word_of(what, _LOOK, "look"),
+        word_of(what),
         constant("."),
-        says(who, name="who again"),
+        word_of(who, name="who again"),
         constant("felt"),
-        says(mood, _MOOD),
+        word_of(mood, _MOOD),
         constant("near"),
-        says(where, _RIVER, "river"),
+        word_of(where, _RIVER, "river"),
     )
     return Grammar((who, where, what, mood), (Template("journey", 1.0, slots),))
 
@@ -201,8 +211,8 @@ def large() -> Grammar:
     who, where, what = _attribute("who", _WHO, 12), _attribute("where", _WHERE, 12), _attribute("what", _WHAT, 12)
     mood = _attribute("mood", _MOOD, 4)
     events = _event_orders(tuple(e.split("|")[0] for e in _EVENTS), most=4)
-    job, river, look = says(who, _JOB, "job"), says(where, _RIVER, "river"), says(what, _LOOK, "look")
-    again, feels = says(who, name="who again"), says(mood, _MOOD)
+    job, river, look = word_of(who, _JOB, "job"), word_of(where, _RIVER, "river"), word_of(what, _LOOK, "look")
+    again, feels = word_of(who, name="who again"), word_of(mood, _MOOD)
     verb, first = free("verb", went=0.5, flew=0.3, rode=0.2), _event_slot(events, _EVENTS, 0, "first event again")
     howmany = Slot("number of events", "events", tuple(((_NUMBER[len(v.split("+")) - 1], 1.0),) for v in events.values))
     things = Slot("thing or things", "events", tuple(((f"thing{'s' * ('+' in v)}", 1.0),) for v in events.values))
@@ -210,26 +220,43 @@ def large() -> Grammar:
     templates = []
     for count in range(1, 5):
         only = {"events": _orders_of_length(events, count)}
-        told: list[Slot] = []
+        event_words: list[Slot] = []
         for k in range(count):
-            told += [w("then"), _event_slot(events, _EVENTS, k)]
+            event_words += [w("then"), _event_slot(events, _EVENTS, k)]
         journey = (
-            *(says(who), w("the"), job, verb, w("to"), says(where), w("and"), free("got", bought=0.6, found=0.4)),
-            *(look, says(what), w(".")),
-            *(w("there"), w("came"), howmany, things, w(":"), *told, w(".")),
+            *(
+                word_of(who),
+                w("the"),
+                job,
+                verb,
+                w("to"),
+                word_of(where),
+                w("and"),
+                free("got", bought=0.6, found=0.4),
+            ),
+            *(look, word_of(what), w(".")),
+            *(w("there"), w("came"), howmany, things, w(":"), *event_words, w(".")),
             *(again, w("felt"), feels, w("near"), w("the"), river, w("after"), w("the"), first),
-            *(w("and"), w("kept"), w("the"), says(what, name="what again"), w(".")),
+            *(w("and"), w("kept"), w("the"), word_of(what, name="what again"), w(".")),
         )
         letter = (
-            *(w("dear"), says(who), w(","), w("in"), says(where), w("i"), free("got", bought=0.6, found=0.4)),
-            *(look, says(what), w("for"), w("a"), job, w(".")),
-            *(howmany, things, w("came"), w(":"), *told, w(".")),
+            *(
+                w("dear"),
+                word_of(who),
+                w(","),
+                w("in"),
+                word_of(where),
+                w("i"),
+                free("got", bought=0.6, found=0.4),
+            ),
+            *(look, word_of(what), w("for"), w("a"), job, w(".")),
+            *(howmany, things, w("came"), w(":"), *event_words, w(".")),
             *(w("by"), w("the"), river, w("i"), w("am"), feels, w("since"), w("the"), first),
-            *(w("."), w("keep"), w("the"), says(what, name="what again"), again, w(".")),
+            *(w("."), w("keep"), w("the"), word_of(what, name="what again"), again, w(".")),
         )
         news = (
-            *(w("news"), w("from"), says(where), w(":"), howmany, things, *told, w(".")),
-            *(w("a"), feels, job, w("sold"), look, says(what), w("by"), w("the"), river),
+            *(w("news"), w("from"), word_of(where), w(":"), howmany, things, *event_words, w(".")),
+            *(w("a"), feels, job, w("sold"), look, word_of(what), w("by"), w("the"), river),
             *(w("."), w("after"), w("the"), first, again, w("wept"), w(".")),
         )
         for name, weight, slots in (("journey", 0.5, journey), ("letter", 0.3, letter), ("news", 0.2, news)):
@@ -252,11 +279,11 @@ def _orders_of_length(events: Attribute, count: int) -> frozenset[int]:
     return frozenset(k for k, value in enumerate(events.values) if len(value.split("+")) == count)
 
 
-def _event_slot(events: Attribute, words: Sequence[str], place: int, name: str | None = None) -> Slot:
-    """The word of the event in this place; orders too short for it never use the template that has the slot."""
+def _event_slot(events: Attribute, words: Sequence[str], position: int, name: str | None = None) -> Slot:
+    """The word of the event in this position; orders too short for it never use the template that has the slot."""
     by_name = {w.split("|")[0]: _synonyms(w) for w in words}
-    said = []
+    chosen = []
     for value in events.values:
         order = value.split("+")
-        said.append(by_name[order[min(place, len(order) - 1)]])
-    return Slot(name or f"event {place + 1}", "events", tuple(said))
+        chosen.append(by_name[order[min(position, len(order) - 1)]])
+    return Slot(name or f"event {position + 1}", "events", tuple(chosen))

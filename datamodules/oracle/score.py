@@ -33,12 +33,12 @@ class OracleScorer:
 
     quality:
       validity (and validity_all, _part, _none by what the prompt reveals): share of texts with p(text | prompt) > 0.
-      exact_nll: mean -log p(text | prompt) of the valid texts, nats; exact_nll_truth is what texts drawn from the truth
-        would have at the same prompts, H(text | prompt). A decoder that is valid only where the prompt tells all has easy
+      exact_nll: mean -log p(text | prompt) of the valid texts, nats; exact_nll_truth is that of texts sampled from the truth
+        at the same prompts, H(text | prompt). A decoder that is valid only where the prompt shows the whole plan has easy
         rows, and both figures small: compare the two, not figures of different decoders.
-      exact_match: over prompts that reveal the whole plan, texts right at every place that the plan determines. None where
-        several templates leave the places themselves open.
-      coverage: probability of the plans told by the valid unprompted texts (1 = every plan seen).
+      exact_match: over prompts that reveal the whole plan, texts right at every position that the plan determines. None where
+        several templates leave the positions themselves open.
+      coverage: probability of the plans of the valid unprompted texts (1 = every plan seen).
       tv: total variation of the unprompted texts from the truth (plug-in); entropy_truth: H(text), nats.
       style: with `style_words` (first ones, other ones), the share of first words among them.
     """
@@ -86,7 +86,7 @@ class OracleScorer:
         return Score(quality, entropy, distinct, ci95)
 
     def _matches(self, responses: Tensor, reveal: Tensor) -> Tensor:
-        """(N,) bool: right at every place that has one possible word given the prompt."""
+        """(N,) bool: right at every position that has one possible word given the prompt."""
         if len(responses) == 0:
             return torch.zeros(0, dtype=torch.bool)
         best, word = self.distribution.marginals(reveal).max(-1)

@@ -91,7 +91,7 @@ class SpanCorruption(TextObjective):
 def _without_target(x0: Tensor) -> Terms:
     """The loss 0 of a packed row of one token, such as the last of a validation. Errors: UsageError in training."""
     if torch.is_grad_enabled():
-        raise UsageError("data.length=1 leaves no target; type data.length=2 or more")
+        raise UsageError("data.sequence_length=1 leaves no target; type data.sequence_length=2 or more")
     nll = torch.zeros(x0.shape, device=x0.device)
     return Terms.over_tokens(nll.sum(), 0, nll)
 

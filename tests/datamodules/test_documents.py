@@ -65,8 +65,8 @@ def test_a_text_file_is_cut_where_the_option_says(cut, found, tmp_path):
 
 def test_documents_are_named_by_the_line_they_begin_on(tmp_path):
     path = write(tmp_path / "a.txt", "a\nb\n\n\nc\n\nd")
-    places = [passage.place for passage in DocumentReader(cut="blank_line").read(path, "data.train")]
-    assert [int(place.split(":")[-1]) for place in places] == [1, 5, 7]
+    locations = [passage.location for passage in DocumentReader(cut="blank_line").read(path, "data.train")]
+    assert [int(location.split(":")[-1]) for location in locations] == [1, 5, 7]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

@@ -91,6 +91,76 @@ def test_dictionary_prompts_become_text_and_keep_their_slots(kind, tmp_path):
     assert pairs.slots == [{"name": "The Vaults", "price": "30", "area": "city"}, {"name": "Aromi"}]
 
 
+NOT_FINITE = [b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400"]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_a_number_that_is_none_is_no_value(value, tmp_path):
+    lines = [b'{"q": "one", "a": 1.5}', b'{"q": "two", "a": %s}', b'{"q": %s, "a": "x"}', b'{"q": {"s": %s}, "a": "x"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*(line.replace(b"%s", value) for line in lines), lines[0]]))
+    with pytest.warns(UserWarning, match=r"3 unusable lines"):
+        pairs = read_pairs(tmp_path / "a.jsonl", "q", "a")
+    assert pairs.responses == ["1.5", "1.5"]
+    assert [int(problem.split(":")[1]) for problem in pairs.problems] == [2, 3, 4]
+    assert all("has no value (" in problem for problem in pairs.problems)
+
+
+def test_nan_in_parquet_is_no_value_and_the_word_is_a_text(tmp_path):
+    for kind in (pyarrow.float64(), pyarrow.float32(), pyarrow.float16()):
+        values = pyarrow.array([1.0, float("nan"), float("-inf"), 3.0]).cast(kind, safe=False)
+        pyarrow.parquet.write_table(pyarrow.table({"q": ["a", "b", "nan", "c"], "a": values}), tmp_path / "a.parquet")
+        with pytest.warns(UserWarning, match=r"2 unusable lines.*\n.*a\.parquet:2: field 'a' has no value"):
+            assert read_pairs(tmp_path / "a.parquet", "q", "a").responses == ["1.0", "3.0"]
+    (tmp_path / "a.csv").write_text("q,a\nNaN,inf\n")
+    assert read_pairs(tmp_path / "a.csv", "q", "a").responses == ["inf"]
+
+
+@pytest.mark.parametrize("prompt", ['{"na\\ud83dme": "x"}', '{"name": "\\ud83d"}', '"\\udc00"'])
+def test_a_lone_surrogate_is_a_bad_line_wherever_it_stands(prompt, tmp_path):
+    good = '{"q": {"name": "x"}, "a": "1"}'
+    (tmp_path / "a.jsonl").write_text("\n".join([good, f'{{"q": {prompt}, "a": "1"}}', good]))
+    with pytest.warns(UserWarning, match=r"a\.jsonl:2: .* is not valid UTF-8"):
+        pairs = read_pairs(tmp_path / "a.jsonl", "q", "a")
+    assert pairs.slots == [{"name": "x"}] * 2
+    (tmp_path / "b.jsonl").write_text('{"na\\ud83dme": "x"}')
+    with pytest.raises(UsageError) as refused:
+        read_pairs(tmp_path / "b.jsonl", "q", "a")
+    str(refused.value).encode()
+
+
+def test_a_field_that_stands_twice_is_a_bad_line(tmp_path):
+    lines = ['{"q": "x", "a": "1"}', '{"q": "x", "a": "1", "a": "2"}', '{"q": {"s": "1", "s": "2"}, "a": "1"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match=r"(?s)jsonl:2: not JSON \(an object has the field 'a' twice.*field 's' twice"):
+        assert len(read_pairs(tmp_path / "a.jsonl", "q", "a")) == 1
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table([["x"], ["y"], ["z"]], names=["q", "a", "a"]), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="two of its columns are named 'a'"):
+        read_pairs(tmp_path / "a.parquet", "q", "a")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "jsonl.gz", "csv.gz"])
+def test_an_extension_may_be_written_in_capitals(kind, tmp_path):
+    path = write_as(kind, tmp_path)
+    for name in (path.name.upper(), path.name.title()):
+        path = path.rename(path.with_name(name))
+        assert read_pairs(path, "q", "a").prompts == [row["q"] for row in ROWS]
+
+
+@pytest.mark.parametrize("folder", ["run[1]", "a*b", "what?", "[!x]", "run[1]/deep[2]"])
+def test_what_exists_is_no_glob(folder, tmp_path, monkeypatch):
+    (tmp_path / folder).mkdir(parents=True)
+    for name in ("x[0]", "y"):
+        write_jsonl(tmp_path / folder / f"{name}.jsonl", [{"q": name, "a": "1"}])
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path, tmp_path.relative_to(tmp_path)):
+        assert read_pairs(root / folder / "x[0].jsonl", "q", "a").prompts == ["x[0]"]
+        assert read_pairs(str(root / folder / "*.jsonl"), "q", "a").prompts == ["x[0]", "y"]
+        assert read_pairs(str(root / folder / "[xy].jsonl"), "q", "a").prompts == ["y"]
+
+
 def test_globs_and_lists_are_read_in_order(tmp_path, monkeypatch):
     for name in ("b", "a", "c"):
         write_jsonl(tmp_path / f"part-{name}.jsonl", [{"q": name, "a": name}])

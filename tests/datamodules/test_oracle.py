@@ -87,17 +87,17 @@ def test_entropy_marginals_and_total_correlation_equal_enumeration(tiny, truth):
 
 
 def test_marginals_after_evidence_equal_enumeration_for_every_prompt(tiny, truth):
-    """Bayes over all texts; evidence that says nothing changes nothing, and a constant of a place says nothing."""
+    """Bayes over all texts; equal evidence for all words changes nothing, nor does a constant at a position."""
     distribution, generator = tiny.distribution, torch.Generator().manual_seed(0)
     texts = tiny.list_texts()[1]
     evidence = 2 * torch.randn(
         1, distribution.length, distribution.vocab_size, generator=generator, dtype=torch.float64
     )
-    told = sum(evidence[0, place, texts[:, place]] for place in range(distribution.length))
+    log_evidence = sum(evidence[0, position, texts[:, position]] for position in range(distribution.length))
     one_hot = torch.nn.functional.one_hot(texts, distribution.vocab_size).double()
     for reveal in reveals(distribution):
         reveal = reveal.view(1, -1)
-        weight = torch.softmax(distribution.log_prob(texts, reveal.expand(len(texts), -1)) + told, -1)
+        weight = torch.softmax(distribution.log_prob(texts, reveal.expand(len(texts), -1)) + log_evidence, -1)
         seen = distribution.seen_marginals(evidence, reveal)
         torch.testing.assert_close(seen[0], torch.einsum("n,nrv->rv", weight, one_hot))
         torch.testing.assert_close(distribution.seen_marginals(evidence + 3.0, reveal), seen)
@@ -107,7 +107,7 @@ def test_marginals_after_evidence_equal_enumeration_for_every_prompt(tiny, truth
 
 
 def test_total_correlation_is_the_divergence_to_the_product_of_marginals(tiny, truth):
-    """KL(p || product) = TC, and any other product over places is further away."""
+    """KL(p || product) = TC, and any other product over positions is further away."""
     texts = torch.tensor(list(truth))
     hidden = torch.full((len(texts), 3), -1)
     p = tiny.distribution.log_prob(texts, hidden).exp()
@@ -133,8 +133,10 @@ def test_sampled_frequencies_match_the_claimed_probabilities(size):
     marginals = data.distribution.marginals(hidden)[0]
 
     def surprise(claim):
-        """Largest standardised deviation of any word frequency at any place, over claims of at least 0.01."""
-        counts = torch.stack([torch.bincount(texts[:, place], minlength=claim.shape[1]) for place in range(len(claim))])
+        """Largest standardised deviation of any word frequency at any position, over claims of at least 0.01."""
+        counts = torch.stack(
+            [torch.bincount(texts[:, position], minlength=claim.shape[1]) for position in range(len(claim))]
+        )
         deviation = (counts / len(texts) - claim) / (claim * (1 - claim) / len(texts)).sqrt()
         return deviation[(claim > 0.01) & (claim < 0.99)].abs().max()
 
@@ -189,8 +191,8 @@ def test_parser_and_likelihood_agree_on_what_is_valid(tiny):
     """On the corpus' texts and on texts with one word changed, "no fault" and "finite likelihood" are the same."""
     rows = tiny.rows["test"].columns
     texts = rows["input_ids"][:, 3:].clone()
-    place = torch.arange(len(texts)) % texts.shape[1]
-    texts[torch.arange(0, len(texts), 2), place[::2]] = torch.randint(4, len(tiny.tokenizer), (len(texts) // 2,))
+    position = torch.arange(len(texts)) % texts.shape[1]
+    texts[torch.arange(0, len(texts), 2), position[::2]] = torch.randint(4, len(tiny.tokenizer), (len(texts) // 2,))
     finite = tiny.distribution.log_prob(texts, rows["reveal"]).isfinite().tolist()
     clean = [not tiny.explain(text, reveal) for text, reveal in zip(texts, rows["reveal"], strict=True)]
     assert finite == clean

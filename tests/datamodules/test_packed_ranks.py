@@ -37,7 +37,8 @@ class Reader(LightningModule):
 if __name__ == "__main__":
     data = PackedTextDataModule(
         name="ranks", train=f"{folder}/train.txt", val=f"{folder}/val.txt", test=f"{folder}/val.txt", cut="line",
-        tokenizer="byte", vocab_size=0, length=24, batch_size=8 // world, eval_batch_size=4, cache_dir=f"{folder}/cache",
+        tokenizer="byte", vocab_size=0, sequence_length=24, batch_size=8 // world, eval_batch_size=4,
+        cache_dir=f"{folder}/cache",
     )
     module = Reader()
     trainer = Trainer(

@@ -69,7 +69,7 @@ def build(tmp_path):
             "name": "packed",
             "tokenizer": "byte",
             "vocab_size": 600,
-            "length": 16,
+            "sequence_length": 16,
             "batch_size": 4,
             "eval_batch_size": 4,
             "cache_dir": tmp_path / "cache",
@@ -85,7 +85,7 @@ def build(tmp_path):
 def stream_of(data, split):
     """(tokens, bytes of each) of one pass over a split, from its rows."""
     rows = data.rows[split]
-    batches = [rows[row] for row in range(len(rows.stream) // data.length)]
+    batches = [rows[row] for row in range(len(rows.stream) // data.sequence_length)]
     return [torch.cat([batch[name] for batch in batches]).tolist() for name in ("input_ids", "target_bytes")]
 
 
@@ -107,7 +107,7 @@ def texts_of(data, split):
 def test_the_documents_come_back_from_the_batches(build, tokenizer, passage, monkeypatch):
     monkeypatch.setattr(documents, "PASSAGE", passage)
     monkeypatch.setattr(token_cache, "BATCH", 50)
-    data = build(val=TEXTS, test=TEXTS[:9], tokenizer=tokenizer, length=13)
+    data = build(val=TEXTS, test=TEXTS[:9], tokenizer=tokenizer, sequence_length=13)
     assert texts_of(data, "val") == TEXTS
     assert texts_of(data, "test") == TEXTS[:9]
 
@@ -195,7 +195,7 @@ def test_no_document_is_in_two_splits_and_none_in_no_split():
 def test_nothing_is_tokenised_twice(build, monkeypatch, tmp_path):
     first = build(tokenizer="bpe")
     monkeypatch.setattr(Encoder, "__call__", pytest.fail)
-    again = build(tokenizer="bpe", seed=5, length=8)
+    again = build(tokenizer="bpe", seed=5, sequence_length=8)
     assert again.rows["train"].stream.cache.folder == first.rows["train"].stream.cache.folder
     # the same content elsewhere
     (tmp_path / "b").mkdir()
@@ -219,11 +219,20 @@ def test_nothing_is_tokenised_twice(build, monkeypatch, tmp_path):
     assert not list((tmp_path / "cache" / "tokens").glob(".unfinished*"))
 
 
-def test_a_changed_file_is_read_again(build, tmp_path):
-    first = build()
-    path = Path(write(tmp_path / "train.jsonl", [TEXTS[0].replace("0", "9"), *TEXTS[1:]]))
-    os.utime(path, ns=(0, 0))
-    assert build(train=str(path)).fingerprint() != first.fingerprint()
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_of_other_content_is_read_again_whatever_its_size_and_time(build, tmp_path, replaced):
+    path = Path(write(tmp_path / "a.jsonl", TEXTS))
+    before, first = path.stat(), build(train=str(path), val=TEXTS[:3])
+    other = Path(write(tmp_path / "b.jsonl", [*TEXTS[1:], TEXTS[0]]))
+    if replaced:
+        other.replace(path)
+    else:
+        path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    second = build(train=str(path), val=TEXTS[:3])
+    assert second.fingerprint() != first.fingerprint()
+    assert stream_of(second, "train") != stream_of(first, "train")
 
 
 def test_an_interrupted_tokenising_leaves_nothing_that_is_found(build, monkeypatch, tmp_path):
@@ -239,7 +248,7 @@ def test_an_interrupted_tokenising_leaves_nothing_that_is_found(build, monkeypat
     monkeypatch.setattr(Encoder, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build()
-    assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir() if path.name != "hashes"] == [".lock"]
+    assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
     # a killed run cannot clean up: what it left is no obstacle
     (lock,) = (tmp_path / "cache" / "tokens").glob("*.lock")
     left = lock.with_name(f".unfinished-{lock.stem}")
@@ -264,7 +273,7 @@ def test_fingerprint_follows_training_rows_and_vocabulary(build):
     same = {"val": TEXTS[:5], "test": TEXTS[:5]}
     first = build(**same).fingerprint()
     assert build(**{**same, "test": TEXTS[:9]}, setup=False, batch_size=3).fingerprint() == first
-    assert build(**same, length=8).fingerprint() != first
+    assert build(**same, sequence_length=8).fingerprint() != first
     assert build(**same, tokenizer="bpe").fingerprint() != first
     assert build().fingerprint() != first
     assert build(seed=1).fingerprint() != build().fingerprint()
@@ -285,7 +294,7 @@ try:
     open(path, "rb").read()
 except MemoryError:
     print("the corpus does not fit")
-sizes = dict(length=64, batch_size=4, eval_batch_size=4, vocab_size=600, tokenizer_megabytes=1)
+sizes = dict(sequence_length=64, batch_size=4, eval_batch_size=4, vocab_size=600, tokenizer_megabytes=1)
 data = PackedTextDataModule(name="big", train=path, cut="line", tokenizer=kind, cache_dir=cache_dir, **sizes)
 data.setup()
 print("tokens", next(iter(data.train_dataloader()))["labels"].numel(), len(data.rows["train"].stream))
@@ -344,11 +353,11 @@ def test_options_that_cannot_work_are_named(build, tmp_path):
 
     refuses(r"data\.train=nowhere\.txt does not exist", train="nowhere.txt")
     refuses(r"data\.train is not set", train=None)
-    refuses(r"data\.length=0 must be at least 1", length=0)
+    refuses(r"data\.sequence_length=0 must be at least 1", sequence_length=0)
     refuses(r"data\.batch_size=0 must be at least 1", batch_size=0)
     refuses(r"data\.val_fraction=1\.5 must lie between 0 and 1", val_fraction=1.5)
     refuses(r"data\.tokenizer=gpt2 is neither", tokenizer="gpt2")
-    refuses(r"the train split has .* tokens, fewer than one row; type data\.length=", length=10**6)
+    refuses(r"the train split has .* tokens, fewer than one row; type data\.sequence_length=", sequence_length=10**6)
     refuses(r"too few different documents \(1\)", train=TEXTS[:1] * 3)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
@@ -379,7 +388,7 @@ def test_a_network_must_fit_the_rows_and_the_vocabulary(build):
     assert (data.bos_id, data.prompt_length, data.response_length, data.controls()) == (3, 0, 16, [])
     data.check_network("model", 260, 2, 16)
     data.check_network("model", 300, None, 99)
-    with pytest.raises(UsageError, match=r"need 16 positions, the model has 8; shorten data\.length"):
+    with pytest.raises(UsageError, match=r"need 16 positions, the model has 8; shorten data\.sequence_length"):
         data.check_network("model", 260, 2, 8)
     for vocabulary, mask in ((259, 2), (260, 7)):
         with pytest.raises(UsageError, match="different vocabularies"):
@@ -387,9 +396,29 @@ def test_a_network_must_fit_the_rows_and_the_vocabulary(build):
     assert data.facts()["bytes_per_token"] == 1.0
 
 
+@pytest.mark.parametrize("sequence_length", [1, 8, 16])
+def test_a_prompt_must_fit_the_network_with_what_follows_it(build, sequence_length):
+    data = build(sequence_length=sequence_length)
+    for prompt in ("", "a" * (16 - sequence_length)):  # with <bos>; the last token of the response is not read
+        data.encode_prompts(["", prompt])
+        data.check_network("model", 260, 2, 16)
+    data.encode_prompts(["a" * (17 - sequence_length)])
+    data.encode_prompts([""])
+    with pytest.raises(UsageError, match=rf"a prompt of {18 - sequence_length} tokens .* which has 16 positions; type"):
+        data.check_network("model", 260, 2, 16)
+    data.check_network("model", 260, 2, 17)
+
+
+def test_a_prompt_too_long_by_itself_can_only_be_shortened(build):
+    data = build()
+    data.encode_prompts(["a" * 99])
+    with pytest.raises(UsageError, match=r"16 positions; type a prompt of at most 1 tokens"):
+        data.check_network("model", 260, 2, 16)
+
+
 def test_a_folder_of_a_causal_model_needs_neither_mask_nor_padding(build, tmp_path):
     folder = save_byte_level(tmp_path / "gpt", eos_token="<|endoftext|>")
-    data = build(tokenizer=folder, val=[*TEXTS, "<|endoftext|>"], length=9)
+    data = build(tokenizer=folder, val=[*TEXTS, "<|endoftext|>"], sequence_length=9)
     assert data.special_ids() == {"vocab_size": 257, "mask_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
     assert data.bos_id == 256
     assert texts_of(data, "val") == [*TEXTS, "<|endoftext|>"]  # the text of that name is no end

@@ -159,12 +159,12 @@ def test_slots_of_dictionary_prompts_are_known_attributes_of_their_texts(build_p
     plans = {split: data.attributes_of(data.rows[split].columns) for split in ("train", "test")}
     train_names = dict(zip(split_prompts(data, "train"), plans["train"].tolist(), strict=True))
     (blue, aromi) = plans["test"].tolist()
-    assert blue[0] == 0  # no food is said
+    assert blue[0] == 0  # no food is given
     seen = {prompt: plan for prompt, plan in train_names.items() if "Blue" in prompt}
     assert all(plan[1] == blue[1] for plan in seen.values())
     assert all(plan[1] == aromi[1] for prompt, plan in train_names.items() if "Aromi" in prompt)
-    told = data.signals(data.rows["test"].columns)
-    assert {name: told[name].tolist() for name in ("food", "name")} == {
+    found = data.signals(data.rows["test"].columns)
+    assert {name: found[name].tolist() for name in ("food", "name")} == {
         "food": [0, aromi[0]],
         "name": [blue[1], aromi[1]],
     }

@@ -17,9 +17,9 @@ def test_openings_by_frequency_and_lengths_by_eighths():
     training = texts(*([first] + [9] * n for n, first in enumerate(openings)))
     signals = TextSignals(training, END)
     assert signals.sizes == {"text opening": 4, "text length": 8}
-    told = signals(training)
-    assert told["text opening"].tolist() == [1, 2, 3, 1, 2, 1, 2, 1]
-    assert told["text length"].tolist() == list(range(8))
+    found = signals(training)
+    assert found["text opening"].tolist() == [1, 2, 3, 1, 2, 1, 2, 1]
+    assert found["text length"].tolist() == list(range(8))
     new = signals(texts([9, 7, 7], [5, END, 5], []))  # an opening that is new, an end within the text, an empty text
     assert new["text opening"].tolist() == [0, 2, 0]
     assert new["text length"].tolist() == [2, 2, 0]
@@ -27,9 +27,9 @@ def test_openings_by_frequency_and_lengths_by_eighths():
 
 def test_rare_openings_share_a_number():
     training = texts(*([first] for first in range(1, 200)), *([first] for first in range(1, 128)))
-    told = TextSignals(training, END)(training)["text opening"]
-    assert told[:127].tolist() == list(range(1, 128))
-    assert not told[127:199].any()
+    found = TextSignals(training, END)(training)["text opening"]
+    assert found[:127].tolist() == list(range(1, 128))
+    assert not found[127:199].any()
 
 
 def test_training_texts_of_one_length_are_told_from_longer_ones():

@@ -133,12 +133,22 @@ def test_a_folder_without_a_mask_serves_models_that_need_none(tmp_path):
         data.check_network("model", 10_000, 7, 512)
 
 
-@pytest.mark.parametrize("missing", ["pad_token", "eos_token"])
-def test_a_tokenizer_without_a_needed_token_is_refused(missing, tmp_path):
-    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
-    del special[missing]
-    with pytest.raises(UsageError, match=f"has no {missing}"):
-        build_tokenizer(saved_tokenizer(tmp_path, **special), [], 0, tmp_path)
+def test_a_tokenizer_without_padding_pads_with_end_of_text(tmp_path):
+    folder = saved_tokenizer(tmp_path / "it", eos_token="[EOS]", mask_token="[MASK]")
+    tokenizer = build_tokenizer(folder, [], 0, tmp_path)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
+    assert len(tokenizer) == 3
+
+
+@pytest.mark.parametrize(("packed", "missing"), [(False, "eos_token"), (True, "bos_token")])
+def test_the_advice_for_a_tokenizer_without_a_needed_token_needs_no_new_id(packed, missing, tmp_path):
+    folder = saved_tokenizer(tmp_path / "it", mask_token="[MASK]")
+    with pytest.raises(UsageError, match=rf"data\.tokenizer=.*it: .* {missing} .*tokenizer\.{missing} = "):
+        build_tokenizer(folder, [], 0, tmp_path, packed=packed)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    setattr(tokenizer, missing, "jump")
+    tokenizer.save_pretrained(folder)
+    assert len(build_tokenizer(folder, [], 0, tmp_path, packed=packed)) == 2
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path):

@@ -18,7 +18,7 @@ def build(tmp_path):
     def make(**options):
         path = tmp_path / "texts.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-        defaults = {"name": "text", "train": str(path), "tokenizer": "byte", "vocab_size": 0, "length": 16}
+        defaults = {"name": "text", "train": str(path), "tokenizer": "byte", "vocab_size": 0, "sequence_length": 16}
         sizes = {"batch_size": 4, "eval_batch_size": 5, "cache_dir": tmp_path / "cache"}
         data = UnpromptedTextDataModule(**{**defaults, **sizes, **options})
         data.setup("fit")
@@ -79,7 +79,7 @@ def test_texts_in_and_out(build):
     assert data.decode_prompts(rows) == ["", ""]
     ids = [*data.tokenizer.encode("end.", add_special_tokens=False), data.bos_id, 50]
     assert data.decode_responses(torch.tensor([ids]))[0].startswith("end.<bos>")
-    with pytest.raises(UsageError, match="written without one; leave prompt= out"):
+    with pytest.raises(UsageError, match="of this corpus have none; leave prompt= out"):
         data.encode_prompts(["Once"])
 
 
@@ -108,4 +108,4 @@ def test_mistakes(build):
     with pytest.raises(UsageError, match=r"data\.max_eval_rows=0"):
         build(max_eval_rows=0)
     with pytest.raises(UsageError, match="fewer than one row"):
-        build(length=200)
+        build(sequence_length=200)

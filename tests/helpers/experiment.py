@@ -36,7 +36,7 @@ def model_overrides(cfg, folder: Path) -> list[str]:
     if cfg.study is not None:
         return SMALL
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
-    text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.length=16"]
+    text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.sequence_length=16"]
     packed = "TextDataModule" in cfg.data._target_
     if "Unprompted" in cfg.data._target_:
         text += ["module.forwards=[1,2]"]

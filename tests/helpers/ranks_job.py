@@ -152,7 +152,7 @@ def corpus(method: str, folder: Path) -> Any:
         (folder / f"{name}.txt").write_text("".join(f"{name} {k} is {k * k} long\n" for k in range(lines)))
     data = PackedTextDataModule(
         name="ranks", train=f"{folder}/train.txt", val=f"{folder}/val.txt", test=f"{folder}/val.txt", cut="line",
-        tokenizer="byte", vocab_size=0, length=24, batch_size=ROWS, eval_batch_size=ROWS, cache_dir=f"{folder}/cache",
+        tokenizer="byte", vocab_size=0, sequence_length=24, batch_size=ROWS, eval_batch_size=ROWS, cache_dir=f"{folder}/cache",
         document_mask=method == "next_token_packed",
     )  # fmt: skip
     data.prepare_data()

@@ -328,7 +328,7 @@ def test_a_last_row_may_be_as_short_as_one_token(name, length, tiny_llada):
             assert nll.shape == batch["labels"].shape
             assert torch.isfinite(nll).all()
     if length == 1 and isinstance(objective, SpanCorruption):
-        with pytest.raises(UsageError, match=r"data.length=1 leaves no target"):
+        with pytest.raises(UsageError, match=r"data.sequence_length=1 leaves no target"):
             objective(model, batch, draw())
 
 

@@ -1,0 +1,59 @@
+"""Text that is not in UTF-8 is refused with how to convert it, and text in UTF-8 never is."""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datamodules.documents import DocumentReader
+from datamodules.files import read_pairs
+from datamodules.text_encoding import require_utf8
+from models.functional.errors import UsageError
+
+WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+TEXTS = {
+    "English": "The red boat left.\n",
+    "French": "Où est-il passé, déjà ?\r\n",
+    "Russian": "Привет мир. Это тест.\n",
+    "Chinese": "你好 世界\n这是 一个 测试\n",
+    "Japanese": "日本語のテキスト\nテスト\n",
+    "emoji": "👩‍👩‍👧 and 🦘\n",
+}
+
+
+@pytest.mark.parametrize("encoding", WIDE)
+@pytest.mark.parametrize("language", TEXTS)
+@pytest.mark.parametrize("times", [1, 500])
+def test_utf_16_and_32_are_told_by_their_first_bytes(encoding, language, times):
+    data = (TEXTS[language] * times).encode(encoding)
+    for start in (data, data[:4096], data[: min(len(data), 4095)]):
+        with pytest.raises(OSError, match=rf"text in {encoding[:6].upper()}.*iconv -f UTF-{encoding[4:6]}"):
+            require_utf8(start)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_every_reader_of_text_refuses_them(name, encoding, tmp_path):
+    text = json.dumps({"text": "a b"}) if "jsonl" in name else "text\na b\n"
+    data = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(UsageError, match=rf"data\.train: .*{name} cannot be read \(it is text in UTF-"):
+        list(DocumentReader().read(tmp_path / name, "data.train"))
+    if "txt" not in name:
+        with pytest.raises(UsageError, match=r"data\.val: .*only UTF-8 is read"):
+            read_pairs(tmp_path / name, "text", "text", option="data.val")
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+def test_utf_8_is_never_refused(text):
+    require_utf8(text.encode())
+    require_utf8(text.encode("utf-8-sig"))
+    require_utf8(text.encode()[:-1])
+
+
+@pytest.mark.parametrize("text", ["", "x", "a\0b", "name\0other name\0third\0", "tab\tand\r\n\x00 é\0\0"])
+def test_a_nul_in_utf_8_is_text(text):
+    require_utf8(text.encode())
+    require_utf8(text.encode() + b"\xff")
