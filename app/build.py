@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
@@ -87,12 +87,21 @@ def _computed(cfg: DictConfig, module: LightningModule) -> LightningModule:
 
 def new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
     """The network of cfg.model: read from its path where it has one, else with fresh weights for this vocabulary."""
+    settle_attention(cfg)
     if "path" in cfg.model:
         model = instantiate(cfg.model)
     else:
         seed_everything(cfg.seed, verbose=False)
         model = instantiate(cfg.model, **datamodule.special_ids())
     return fitting(model, datamodule, "model")
+
+
+def settle_attention(cfg: DictConfig) -> None:
+    """model.attention=null becomes what the objective needs: the module's, or that of the teacher which is trained first."""
+    module = cfg.module if cfg.teacher is None else cfg.teacher.module
+    objective = module.get("objective")
+    if objective is not None and "attention" in cfg.model and cfg.model.attention is None:
+        cfg.model.attention = get_class(objective._target_).attention
 
 
 def trained_teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
@@ -122,6 +131,7 @@ def module_of_pair(cfg: DictConfig, datamodule: Any) -> LightningModule:
 
 def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, load: Callable[[Path], Any]) -> Any:
     """The model that `recipe` (as conf/teacher) trains on datamodule, or the same one from the cache."""
+    settle_attention(cfg)  # the key names it
     plain = {"model": cfg.model, "teacher": recipe}
     plain = {name: OmegaConf.to_container(part, resolve=True) for name, part in plain.items()}
     plain["teacher"].pop("cache_dir")

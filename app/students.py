@@ -36,6 +36,6 @@ def student_decoder(
         return MaskedDiffusionDecoder(student.body, forwards, **((masked_options or {}) | given))
     if forwards != 1:
         raise UsageError(
-            f"forwards={forwards}: this student (flow=logit) answers in one; type decoder=teacher for more"
+            f"forwards={forwards}: this student (module=logit_flow) answers in one; type decoder=teacher for more"
         )
     return OneStepDecoder(student, temperature=temperature or 0.0)

@@ -1,4 +1,4 @@
-"""Every experiment, flow and objective of conf/ composes, and runs a step of every stage."""
+"""Every experiment, student and objective of conf/ composes, and runs a step of every stage."""
 
 import inspect
 import json
@@ -20,7 +20,8 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, capsys, name):
     plain = configure(f"experiment={name}")
     small = [*model_overrides(plain, tmp_path), *pairs_overrides(plain, tmp_path)]
-    cfg = configure(f"experiment={name}", "trainer.fast_dev_run=true", "data.eval_batch_size=8", *small)
+    rows = [] if plain.study else ["data.eval_batch_size=8"]
+    cfg = configure(f"experiment={name}", "trainer.fast_dev_run=true", *rows, *small)
     modes.fit(cfg)
     printed = capsys.readouterr().out
     assert cfg.name.split("/")[0] == name
@@ -30,16 +31,27 @@ def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, caps
     assert f"python run.py experiment={name}" in header
 
 
-@pytest.mark.parametrize("flow", sorted(path.stem for path in (ROOT / "conf" / "flow").glob("*.yaml")))
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
-def test_every_flow_fits_every_experiment(configure, name, flow):
-    """One word switches: no experiment sets an option that only one flow has."""
-    cfg = configure(f"experiment={name}", f"flow={flow}")
-    stand_in = build_llada(vocab_size=5, mask_token_id=2, eos_token_id=1, pad_token_id=0, **STAND_IN)
-    assert instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in
+STUDENTS = sorted(path.stem for path in (ROOT / "conf" / "training").glob("*.yaml"))
+TAUGHT = ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"]
 
 
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
+@pytest.mark.parametrize("module", STUDENTS)
+def test_every_student_fits_every_experiment_with_a_teacher(configure, module):
+    """One word switches, callbacks and steps included: no experiment sets an option that only one student has."""
+    alone = configure("experiment=meanflow_llada", f"module={module}")
+    assert ("monitor" in alone.callbacks) == ("noisy_mask" in module)
+    for name in TAUGHT:
+        cfg = configure(f"experiment={name}", f"module={module}")
+        assert cfg.trainer.max_steps == alone.trainer.max_steps or name in (
+            "meanflow_scan",
+            "meanflow_e2e",
+            "meanflow_text",
+        )
+        stand_in = build_llada(vocab_size=5, mask_token_id=2, eos_token_id=1, pad_token_id=0, **STAND_IN)
+        assert instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in
+
+
+@pytest.mark.parametrize("name", TAUGHT)
 def test_a_published_model_fits_every_experiment(configure, name):
     cfg = configure(f"experiment={name}", "model=llada_8b", "model.path=somewhere")
     accepted = inspect.signature(get_method(cfg.model._target_)).parameters

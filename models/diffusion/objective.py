@@ -33,6 +33,7 @@ class MaskedDiffusion(TextObjective):
     likelihood = "bound"
     loss_is_nll = True
     generation = "masked"
+    attention = "bidirectional"
 
     def __init__(
         self,

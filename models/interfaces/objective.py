@@ -39,12 +39,14 @@ class TextObjective:
     loss_is_nll: the loss' `position_nll` is that NLL, or an unbiased draw of it, so that validation needs no more forwards.
     generation: how its model writes texts; None where it cannot.
     kinds_of_batch: more than 1 where a step's cost depends on a draw; it is then counted over so many.
+    attention: what a model with fresh weights is given for it (model.attention=null).
     """
 
     likelihood: Likelihood | None = None
     loss_is_nll: bool = False
     generation: Generation | None = None
     kinds_of_batch: int = 1
+    attention: Literal["causal", "bidirectional"] = "causal"
 
     def attach(self, model: nn.Module) -> None:
         """Called once with the model: refuse one that does not fit (UsageError) and make weights of its size."""
