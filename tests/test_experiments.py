@@ -8,7 +8,8 @@ from helpers.experiment import ROOT, SMALL, answer, model_overrides, pairs_overr
 from hydra.utils import get_method, instantiate
 
 from app import modes
-from models.backbones.llada import build_llada
+from app.build import untrained
+from models.backbones.llada import LladaModel, build_llada
 from models.backbones.sizes import STAND_IN
 from models.functional.errors import UsageError
 from reporting.console import sentence_for
@@ -123,3 +124,31 @@ def test_llada_8b_composes_and_says_what_it_needs_before_reading_anything(config
     with pytest.raises(Exception) as caught:  # noqa: PT011
         instantiate(cfg.model)
     assert "GiB" in sentence_for(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["experiment=concept_rate"], "concept_rate/planned_2x16"),
+        (["experiment=concept_rate", "module/code=hash", "module.types.a.most=3"], "concept_rate/hash_3x16"),
+        (["experiment=concept_rate", "module/code=leading"], "concept_rate/leading_2"),
+        (["experiment=concept_rate", "module/code=surprisal", "module.tokens=5"], "concept_rate/surprisal_5"),
+        (["experiment=concept_e2e_code"], "concept_e2e_code/leading_7"),
+        (["experiment=concept_oracle", "+module/code=leading"], "concept_oracle"),
+        (["experiment=objectives", "module/objective=latent"], "objectives/latent"),
+        (["experiment=concept_online_plain", "model.num_hidden_layers=5"], "concept_online_plain/5_layers"),
+    ],
+)
+def test_the_runs_of_a_sweep_have_names_of_their_own(configure, options, name):
+    assert configure(*options).name == name
+
+
+@pytest.mark.parametrize(("objective", "attention"), [("latent", "causal"), ("masked_lm", "bidirectional")])
+def test_a_fresh_model_has_the_attention_that_its_objective_needs(configure, objective, attention):
+    """The model that is built, and the configuration that the record holds."""
+    cfg = configure(
+        "experiment=objectives", f"module/objective={objective}", "data.size=tiny", "data.train_rows=16", *SMALL
+    )
+    module, _ = untrained(cfg)
+    assert isinstance(module.model, LladaModel) == (attention == "bidirectional")
+    assert cfg.model.attention == attention
