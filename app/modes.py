@@ -19,7 +19,7 @@ from callbacks.frontier import FrontierReport
 from models.flow.student_files import load_student
 from models.functional.errors import UsageError
 from reporting.card import write_card
-from reporting.command import option
+from reporting.command import option, shell
 from reporting.console import report_console, say_where_things_are
 from reporting.gather import report_frontier
 from reporting.hparams import headline
@@ -62,7 +62,9 @@ def fit(cfg: DictConfig) -> float | None:
         trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     except SystemExit:  # how Lightning ends after Ctrl-C
         last = f"{run_dir(cfg)}/checkpoints/last.ckpt"
-        console.print(f"interrupted; to go on type the same command with {option('ckpt_path', last)}", soft_wrap=True)
+        console.print(
+            f"interrupted; to go on type the same command with {shell(option('ckpt_path', last))}", soft_wrap=True
+        )
         raise
     logged = dict(trainer.callback_metrics)
     trainer.test(module, datamodule, verbose=False)

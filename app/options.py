@@ -1,4 +1,4 @@
-"""Options of a wrong type get a sentence before any work begins: each is checked against what its constructor says it takes."""
+"""Checks the types of options before any work begins, against the annotations of what they build."""
 
 import inspect
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from pydantic.errors import PydanticUserError
 
 from models.functional.errors import UsageError
 
-# of the options that no constructor takes
+# options that no constructor takes
 OWN = {
     "seed": int,
     "samples": int,

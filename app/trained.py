@@ -7,6 +7,7 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
+from app.build import checked_network
 from app.run_files import newest
 from lightning_modules.concept_baseline import ConceptBaselineModule
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
@@ -51,11 +52,11 @@ def trained_decoder(folder: Path, data: Any, temperature: float, device: torch.d
     words, length = len(data.tokenizer), data.response_length
     if (folder / OPTIONS).is_file():
         module = load_planned(folder)
-        _fitting(module.model.backbone, data)
+        checked_network(module.model.backbone, data, "model")
         module.to(device)
         options = {"plan_temperature": min(module.plan_temperature, temperature), "temperature": temperature}
         return PlannedDecoder(module.planner, module.executor, length, vocab_size=words, **options)
-    model = _fitting(load_model(folder), data).to(device)
+    model = checked_network(load_model(folder), data, "model").to(device)
     decoder = OnlineConceptDecoder if isinstance(model, OnlineConceptModel) else AutoregressiveDecoder
     return decoder(model, length, temperature=temperature, vocab_size=words)
 
@@ -73,10 +74,3 @@ def fill_from_checkpoint(module: LightningModule, path: str | Path) -> None:
     for name, state in checkpoint.get("callbacks", {}).items():
         if name.startswith("TrainableEMA"):
             copy_weights(module, state["average"])
-
-
-def _fitting(model: Any, data: Any) -> Any:
-    """The model itself. Errors: UsageError where the corpus does not fit it."""
-    known = {name: getattr(model.config, name, None) for name in ("vocab_size", "mask_token_id")}
-    data.check_network("model", **known, context=model.config.max_position_embeddings)
-    return model
