@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from app.renamed import instead_of
+from app.renamed import NAMES, instead_of
 from models.functional.errors import UsageError
 from reporting.command import option, shell
 
@@ -47,6 +47,8 @@ def _check(arguments: list[str]) -> None:
     options = _composed(groups)
     if options is None:
         return
+    for name in NAMES.keys() & options.keys():  # a file of the user's own sets it, and nothing reads it
+        raise UsageError(f"the experiment sets {name}, which has another name today; write {instead_of(name)}")
     set_before: list[str] = []
     for override in overrides:
         name = override.key_or_group
@@ -156,10 +158,13 @@ def _compose(*chosen: str) -> dict[str, Any]:
 
 
 def _explain(error: HydraException, groups: list[Override]) -> None:
-    """Raise UsageError for files that name a group of before, and for choices that the experiment does not have."""
+    """Raise UsageError for a file that overrides a group of before, and for a choice that the experiment does not have."""
     text = str(error)
     if "'flow'" in text:
-        raise UsageError(f"{text.splitlines()[0]} flow is module today; write {instead_of('flow')}") from None
+        raise UsageError(
+            "a file overrides /flow, which is /module today; write for example `override /module: logit_flow`, and nothing "
+            "for `override /flow: null`"
+        ) from None
     for override in groups:
         name = override.key_or_group
         if f"'{name}'" in text and "No match in the defaults list" in text:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from helpers.experiment import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from app import command_line
 from app.command_line import mistake_in
 from app.renamed import FLOWS, NAMES
 from reporting.command import command, option
@@ -72,6 +74,29 @@ def test_names_of_before_are_no_names_of_today():
         assert mistake_in(["experiment=next_token_text", f"{name}=1"]) is not None
     for choice in FLOWS.values():
         assert mistake_in(["experiment=meanflow_llada", choice]) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (
+            "defaults:\n  - meanflow_llada\n  - override /flow: logit\n",
+            "write for example `override /module: logit_flow`",
+        ),
+        (
+            "defaults:\n  - objectives\nattention: causal\n",
+            "sets attention, which has another name today; write model.attention",
+        ),
+        ("defaults:\n  - objectives\nmodel: {hidden_size: 8}\n", None),
+    ],
+)
+def test_files_of_before_are_answered_with_what_to_write(tmp_path, monkeypatch, lines, sentence):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    monkeypatch.setattr(command_line, "CONF", tmp_path / "conf")
+    command_line._compose.cache_clear()
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\n" + lines)
+    mistake = mistake_in(["experiment=mine"])
+    assert mistake is None if sentence is None else sentence in mistake
 
 
 def read_back(argument: str) -> object:
