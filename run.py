@@ -6,6 +6,9 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from app.command_line import mistake_in
+from app.welcome import WELCOME
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
@@ -27,4 +30,11 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(WELCOME)
+        sys.exit(0)
+    mistake = mistake_in(sys.argv[1:])
+    if mistake is not None:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
     main()

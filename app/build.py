@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,32 +38,32 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
         module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
     else:
         stand_in = build_llada(**datamodule.special_ids(), **STAND_IN)
-        # refuses a wrong option before a teacher is trained
-        tried = _computed(cfg, instantiate(cfg.module, _convert_="all", teacher=stand_in))
+        # a wrong option is refused before a teacher is trained
+        trial = _with_layer_options(cfg, instantiate(cfg.module, _convert_="all", teacher=stand_in))
         if cfg.mode == "fit":
-            tried.require_precision(precision)
+            trial.require_precision(precision)
         teacher = trained_teacher(cfg, datamodule)
-        # the student starts alike whether the teacher was trained now or before
+        # the same first weights, whether the teacher was trained now or read from the cache
         seed_everything(cfg.seed, verbose=False)
         module = instantiate(cfg.module, _convert_="all", teacher=teacher)
-    module = _computed(cfg, module)
+    module = _with_layer_options(cfg, module)
     return module, trainer_of(cfg), datamodule
 
 
 def trainer_of(cfg: DictConfig) -> Trainer:
-    """The trainer with all that the configuration has it watch, log and keep."""
+    """The trainer with the callbacks and loggers of the configuration."""
     return instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
 
 
 def untrained(cfg: DictConfig) -> tuple[LightningModule, Any]:
-    """The module and its data, on models of the right shape that nobody has trained: for timing, not for use."""
+    """The module, on models with fresh weights, and its data: for timing, not for use."""
     datamodule = _data(cfg)
     needed = cfg.pair or (["model"] if cfg.teacher is None else ["teacher"])
     return instantiate(cfg.module, _convert_="all", **{name: new_model(cfg, datamodule) for name in needed}), datamodule
 
 
 def _data(cfg: DictConfig, **more: Any) -> Any:
-    """The corpus of cfg.data with some options more, ready to train on."""
+    """The corpus of cfg.data, set up for training. more: options that replace those of cfg.data."""
     datamodule = instantiate(cfg.data, **more)
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -71,7 +71,7 @@ def _data(cfg: DictConfig, **more: Any) -> Any:
 
 
 def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
-    """Refuse now what would otherwise fail after a teacher has been trained; the trainer that the options ask for."""
+    """The trainer, without callbacks. Errors: UsageError for options that would fail only after a teacher has been trained."""
     for name in ("forwards", "student_forwards"):
         require_forward_passes(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
@@ -80,25 +80,34 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     return trainer
 
 
-def _computed(cfg: DictConfig, module: LightningModule) -> LightningModule:
-    """The module as compile= and recompute= ask for."""
+def _with_layer_options(cfg: DictConfig, module: LightningModule) -> LightningModule:
+    """The module with its decoder layers compiled or recomputed, as compile= and recompute= say."""
     return compute_layers(module, cfg.compile, cfg.recompute)
 
 
 def new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
-    """The network of cfg.model: read from its path where it has one, else with fresh weights for this vocabulary."""
+    """The network of cfg.model: read from model.path where there is one, else with fresh weights for this vocabulary."""
+    settle_attention(cfg)
     if "path" in cfg.model:
         model = instantiate(cfg.model)
     else:
         seed_everything(cfg.seed, verbose=False)
         model = instantiate(cfg.model, **datamodule.special_ids())
-    return fitting(model, datamodule, "model")
+    return checked_network(model, datamodule, "model")
+
+
+def settle_attention(cfg: DictConfig) -> None:
+    """model.attention=null becomes what the objective needs: the module's, or that of the teacher which is trained first."""
+    module = cfg.module if cfg.teacher is None else cfg.teacher.module
+    objective = module.get("objective")
+    if objective is not None and "attention" in cfg.model and cfg.model.attention is None:
+        cfg.model.attention = get_class(objective._target_).attention
 
 
 def trained_teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
-    """teacher.path=, or a model that comes trained, or one trained here and kept in the cache."""
+    """The teacher of teacher.path=, else the pretrained model of model.path=, else one that is trained here and cached."""
     if cfg.teacher.path is not None:
-        return fitting(load_llada(cfg.teacher.path), datamodule, "teacher")
+        return checked_network(load_llada(cfg.teacher.path), datamodule, "teacher")
     if "path" in cfg.model:
         cfg.teacher.path = cfg.model.path
         return new_model(cfg, datamodule)
@@ -106,13 +115,13 @@ def trained_teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
 
 
 def module_of_pair(cfg: DictConfig, datamodule: Any) -> LightningModule:
-    """The module over theta and target: each from pair.<name>.path=, or trained here on its own data and kept in the cache."""
+    """The module on theta and target: each read from pair.<name>.path=, or trained here on its own data and cached."""
     stand_ins = {name: build_causal(**datamodule.special_ids(), **STAND_IN) for name in cfg.pair}
-    instantiate(cfg.module, _convert_="all", **stand_ins)  # refuses a wrong option before a model is trained
+    instantiate(cfg.module, _convert_="all", **stand_ins)  # a wrong option is refused before a model is trained
     models = {}
     for name, recipe in cfg.pair.items():
         if recipe.path is not None:
-            models[name] = fitting(load_causal(recipe.path, dtype=recipe.dtype), datamodule, name)
+            models[name] = checked_network(load_causal(recipe.path, dtype=recipe.dtype), datamodule, name)
         else:
             models[name] = _trained(cfg, recipe, _data(cfg, **recipe.data), name, load_causal)
     require_one_vocabulary(*(recipe.path for recipe in cfg.pair.values()))
@@ -121,13 +130,14 @@ def module_of_pair(cfg: DictConfig, datamodule: Any) -> LightningModule:
 
 
 def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, load: Callable[[Path], Any]) -> Any:
-    """The model that `recipe` (as conf/teacher) trains on datamodule, or the same one from the cache."""
+    """The model that `recipe` (such as conf/teacher) trains on datamodule, from the cache if it has been trained before."""
+    settle_attention(cfg)  # the key names it
     plain = {"model": cfg.model, "teacher": recipe}
     plain = {name: OmegaConf.to_container(part, resolve=True) for name, part in plain.items()}
     plain["teacher"].pop("cache_dir")
     numerics = {name: cfg.trainer.get(name) for name in ("precision", "gradient_clip_val", "accumulate_grad_batches")}
     made_from = {**plain, **numerics, "batch_size": datamodule.batch_size, "seed": cfg.seed}
-    made_from |= {"compile": cfg.compile} if cfg.compile else {}  # it rounds otherwise
+    made_from |= {"compile": cfg.compile} if cfg.compile else {}  # compiled layers round differently
     key = cache_key(**made_from, data=datamodule.fingerprint())
     folder = Path(recipe.cache_dir) / f"{datamodule.name}-{key}"
     recipe.path = None if cfg.trainer.get("fast_dev_run") else str(folder)
@@ -138,7 +148,7 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
         option=what if what == "teacher" else f"pair.{what}",
         load=load,
         build_model=lambda: new_model(cfg, datamodule),
-        build_module=lambda model: _computed(cfg, instantiate(recipe.module, _convert_="all", model=model)),
+        build_module=lambda model: _with_layer_options(cfg, instantiate(recipe.module, _convert_="all", model=model)),
         build_trainer=lambda: instantiate(
             cfg.trainer,
             max_steps=recipe.max_steps,
@@ -150,15 +160,15 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
     )
 
 
-def fitting(model: LladaModel, datamodule: Any, what: str) -> LladaModel:
-    """The model, once it is sure that the corpus fits it."""
+def checked_network(model: LladaModel, datamodule: Any, what: str) -> LladaModel:
+    """The model itself. what: its name in messages. Errors: UsageError where the corpus does not fit it."""
     known = {name: getattr(model.config, name, None) for name in ("vocab_size", "mask_token_id")}
     datamodule.check_network(what, **known, context=model.config.max_position_embeddings)
     return model
 
 
 def _callbacks(cfg: DictConfig) -> list:
-    """cfg.callbacks without the ones set to null, then the report, which needs to know the whole configuration."""
+    """cfg.callbacks without those set to null, then the report, which records the whole configuration."""
     plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
     logging = any(cfg.logger.values())
     wanted = [c for name, c in cfg.callbacks.items() if c and (logging or name != "lr")]
@@ -180,5 +190,5 @@ def runs_of(cfg: DictConfig) -> Path:
 
 
 def teacher_of(cfg: DictConfig, student: str | Path) -> str | None:
-    """teacher.path=, or where the student's notes say that its teacher is."""
+    """The folder of a student's teacher: teacher.path=, else the one noted in student.json."""
     return cfg.teacher.path or read_student(student)["notes"].get("teacher")

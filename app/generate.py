@@ -1,4 +1,4 @@
-"""`mode=generate`: prompts in, texts out, of whatever the experiment has trained."""
+"""`mode=generate`: prints responses to prompts, of the model that the experiment has trained."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.progress import track
 from torch import Generator, Tensor
 
-from app.build import fitting, module_of_pair, new_model, runs_of, teacher_of, trained_teacher
+from app.build import checked_network, module_of_pair, new_model, runs_of, teacher_of, trained_teacher
 from app.run_files import newest, newest_student
 from app.students import student_decoder
 from app.trained import fill_from_checkpoint, newest_model, trained_decoder
@@ -24,11 +24,11 @@ from reporting.console import print_answers, report_console
 from reporting.stream import TextStream
 
 console = report_console()
-TOGETHER = 64  # prompts that are answered at once
+BATCH = 64  # prompts
 
 
 def generate(cfg: DictConfig) -> None:
-    """Print the response to prompt= (or each line of prompt_file=): of the student, decoder=teacher, or the model trained."""
+    """Print responses of the trained model, or with decoder=teacher of its teacher, to prompt= or the lines of prompt_file=."""
     prompts = read_prompts(as_typed("prompt", cfg.prompt), cfg.prompt_file, cfg.n)
     if (1 if cfg.forwards is None else cfg.forwards) < 1 or (cfg.temperature or 0) < 0:
         raise UsageError(f"forwards={cfg.forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
@@ -40,7 +40,7 @@ def generate(cfg: DictConfig) -> None:
     decoder = find_decoder(cfg, datamodule, device)
     generator = Generator(device=device).manual_seed(cfg.seed)
     streamed = len(prompts) == 1 and console.is_terminal if cfg.stream is None else cfg.stream
-    together = 1 if streamed else TOGETHER
+    together = 1 if streamed else BATCH
     starts = range(0, len(prompts), together)
     for start in track(starts, description="generating", disable=streamed or len(starts) == 1):
         few = {name: column[start : start + together].to(device) for name, column in rows.items()}
@@ -52,7 +52,7 @@ def generate(cfg: DictConfig) -> None:
 
 
 def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator, data: Any, prompt: str) -> None:
-    """The response to one prompt, shown while it is written."""
+    """Print the response to one prompt while it is generated."""
     stream = TextStream(
         console,
         prompt,
@@ -67,16 +67,16 @@ def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator
 
 
 def find_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
-    """How the experiment's newest model answers."""
+    """The decoder of the experiment's newest model."""
     if cfg.pair is not None:
         return module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
     if cfg.teacher is None:
-        return _of_a_model(cfg, datamodule, device)
-    return (_of_the_student if cfg.decoder == "student" else _of_the_teacher)(cfg, datamodule, device)
+        return _model_decoder(cfg, datamodule, device)
+    return (_student_decoder if cfg.decoder == "student" else _teacher_decoder)(cfg, datamodule, device)
 
 
-def _of_a_model(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
-    """A model in model/, or one of whose run only a checkpoint is left, or which its objective alone knows how to ask."""
+def _model_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
+    """The decoder of the newest model/, or of the newest checkpoint where there is none or its objective decodes otherwise."""
     temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
     runs, objective = runs_of(cfg), cfg.module.get("objective")
     exported = any(runs.glob("**/model/*.json"))
@@ -90,19 +90,19 @@ def _of_a_model(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decod
     return module.to(device).eval().decoder(datamodule, cfg.forwards or most, temperature)
 
 
-def _of_the_student(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
+def _student_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
     folder = Path(cfg.student_path) if cfg.student_path else newest_student(runs_of(cfg))
     base = teacher_of(cfg, folder)
     if base is None:
         raise UsageError(f"{folder} does not say where its teacher is; type teacher.path=<folder>")
-    student = load_student(folder, fitting(load_llada(base), datamodule, "teacher").to(device))
+    student = load_student(folder, checked_network(load_llada(base), datamodule, "teacher").to(device))
     named = (("step", "few_step"), ("promote", "promote"))
     more = {name: cfg.module[option] for name, option in named if option in cfg.module}
     options = {"temperature": cfg.module.get("teacher_temperature"), "remasking": cfg.module.get("teacher_remasking")}
     return student_decoder(student, cfg.forwards or 1, cfg.temperature, masked_options=options, **more)
 
 
-def _of_the_teacher(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
+def _teacher_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
     temperature = cfg.module.teacher_temperature if cfg.temperature is None else cfg.temperature
     options = {"temperature": temperature, "remasking": cfg.module.get("teacher_remasking")}
     return MaskedDiffusionDecoder(trained_teacher(cfg, datamodule).to(device), cfg.forwards or 1, **options)

@@ -1,4 +1,4 @@
-"""Runs that share a machine keep out of each other's folders.
+"""Locks that keep runs on one machine out of each other's folders.
 
 The locks are the operating system's: they end with the process that holds them, however that ends.
 """

@@ -1,4 +1,4 @@
-"""Gets a trained model, such as a teacher: reuses a matching one from the cache, or trains and keeps one."""
+"""The cache of trained models, such as teachers: a model with the same ingredients is read, or trained and kept."""
 
 import hashlib
 import json

@@ -8,6 +8,7 @@ from lightning import Trainer
 from omegaconf import DictConfig
 
 from app.build import build, run_dir, runs_of, teacher_of
+from app.command_line import NO_EXPERIMENT
 from app.generate import generate
 from app.locks import exclusive_run
 from app.options import check_options
@@ -18,6 +19,7 @@ from callbacks.frontier import FrontierReport
 from models.flow.student_files import load_student
 from models.functional.errors import UsageError
 from reporting.card import write_card
+from reporting.command import option, shell
 from reporting.console import report_console, say_where_things_are
 from reporting.gather import report_frontier
 from reporting.hparams import headline
@@ -31,6 +33,8 @@ def run_mode(cfg: DictConfig) -> float | None:
     modes = {"fit": fit, "test": test, "generate": generate, "export": export, "report": report}
     if cfg.mode not in modes:
         raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
+    if cfg.module is None and cfg.study is None and cfg.mode != "report":
+        raise UsageError(NO_EXPERIMENT)
     check_options(cfg)
     if cfg.mode in ("fit", "test") and cfg.study is None:
         with exclusive_run(run_dir(cfg)):
@@ -58,7 +62,9 @@ def fit(cfg: DictConfig) -> float | None:
         trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     except SystemExit:  # how Lightning ends after Ctrl-C
         last = f"{run_dir(cfg)}/checkpoints/last.ckpt"
-        console.print(f"interrupted; to go on type the same command with ckpt_path={last}", soft_wrap=True)
+        console.print(
+            f"interrupted; to go on type the same command with {shell(option('ckpt_path', last))}", soft_wrap=True
+        )
         raise
     logged = dict(trainer.callback_metrics)
     trainer.test(module, datamodule, verbose=False)

@@ -1,4 +1,4 @@
-"""Options of a wrong type get a sentence before any work begins: each is checked against what its constructor says it takes."""
+"""Checks the types of options before any work begins, against the annotations of what they build."""
 
 import inspect
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from pydantic.errors import PydanticUserError
 
 from models.functional.errors import UsageError
 
-# of the options that no constructor takes
+# options that no constructor takes
 OWN = {
     "seed": int,
     "samples": int,
@@ -47,7 +47,7 @@ def check_options(cfg: DictConfig) -> None:
                     f"{group}.{name}={part} is no part of a run; type {group}.{name}=null to do without it"
                 )
     for place, node in _constructed(cfg, ""):
-        kinds = _arguments(node["_target_"])
+        kinds = arguments(node["_target_"])
         for name in node:
             if name in kinds and not OmegaConf.is_missing(node, name) and not _is_built(node[name]):
                 _check(f"{place}{name}", node[name], kinds[name])
@@ -62,14 +62,16 @@ def _constructed(node: DictConfig, place: str) -> Iterator[tuple[str, DictConfig
             yield from _constructed(node[name], f"{place}{name}.")
 
 
-def _arguments(target: str) -> dict[str, Any]:
-    """The annotated arguments of a class or function, with the fields of a class' `options_class`."""
+def arguments(target: str) -> dict[str, Any]:
+    """The annotated arguments of a class or function; of a module with an options class, the fields of that class as well."""
     found = get_object(target)
     maker = found.__init__ if inspect.isclass(found) else found
+    options = getattr(found, "options_class", None)
     try:
-        return get_type_hints(maker) | get_type_hints(getattr(found, "options_class", object))
+        known = get_type_hints(maker) | ({} if options is None else get_type_hints(options))
     except (NameError, TypeError, AttributeError):  # annotations that only its author's type checker can read
         return {}
+    return {name: kind for name, kind in known.items() if options is None or name not in ("options", "changes")}
 
 
 def _is_built(value: Any) -> bool:

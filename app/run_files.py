@@ -1,4 +1,4 @@
-"""Finds what earlier runs left: checkpoints and students, the newest first."""
+"""Finds checkpoints and students of earlier runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The decoder of a student loaded from disk, whatever its kind."""
+"""Decoders of students that are read from disk."""
 
 from models.diffusion.sampler import MaskedDiffusionDecoder
 from models.flow.masked_student import MaskedStudent
@@ -19,16 +19,16 @@ def student_decoder(
     promote: float | None = None,
     masked_options: dict | None = None,
 ) -> Decoder:
-    """Raises UsageError for what this kind of student cannot do.
+    """The decoder of a student, whatever its kind. Errors: UsageError for options that this kind does not have.
 
-    temperature: None is what the kind is compared with: 0, or the temperature in `masked_options`, which also holds the
-    `remasking` of a masked student.
+    forwards: forward passes of a text. temperature: None is the default of the final table: 0, or the temperature in
+    `masked_options`, which also holds the `remasking` of a masked student.
     """
     if isinstance(student, NoisyMaskStudent):
         if temperature:
             raise UsageError(
-                f"temperature={temperature}: this student draws with the noise of its masks, so every seed and every n has "
-                "a text of its own; leave temperature at 0"
+                f"temperature={temperature}: this student samples by the noise of its masks, so each seed and each n gives "
+                "another text; leave temperature at 0"
             )
         return NoisyMaskDecoder(student, forwards, step=step, promote=promote)
     if isinstance(student, MaskedStudent):
@@ -36,6 +36,6 @@ def student_decoder(
         return MaskedDiffusionDecoder(student.body, forwards, **((masked_options or {}) | given))
     if forwards != 1:
         raise UsageError(
-            f"forwards={forwards}: this student (flow=logit) answers in one; type decoder=teacher for more"
+            f"forwards={forwards}: this student (module=logit_flow) takes one forward pass; type decoder=teacher for more"
         )
     return OneStepDecoder(student, temperature=temperature or 0.0)

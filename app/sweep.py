@@ -1,4 +1,4 @@
-"""What a sweep (`run.py -m`) adds to its runs: each names itself, one that fails does not end the others, a summary at the end.
+"""Sweeps (`run.py -m`): each run prints its options, a run that fails does not end the others, a summary at the end.
 
 Imported by Hydra at every start, so everything heavy is imported where there is work.
 """
@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-# what these begin does not belong to a model
+# beginnings of options that do not decide which model is trained
 OF_ONE_RUN = (
     "mode=",
     "ckpt_path=",
@@ -41,8 +41,8 @@ def typed_again() -> list[str]:
 
 
 def run_of_sweep(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> float | None:
-    """Do one run of a sweep and leave job.json. A failure is said and noted, and the value is None, which no sweeper takes
-    for a result; with HYDRA_FULL_ERROR=1 it is raised."""
+    """Do one run of a sweep and write job.json. Returns the metric, or None where the run failed: its error is printed and
+    noted in job.json, and raised only with HYDRA_FULL_ERROR=1."""
     import traceback
 
     from reporting.console import print_error, report_console, sentence_for
@@ -59,7 +59,7 @@ def run_of_sweep(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> 
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         failed = sentence_for(error)
-        if failed is None:  # a defect of ours deserves its traceback
+        if failed is None:  # a defect of ours: show its traceback
             traceback.print_exc()
             failed = f"{type(error).__name__}: {error}"
         print_error(f"run {number} failed: {failed}; the others go on")

@@ -1,18 +1,24 @@
-"""What runs left: models that answer prompts, and weights of a checkpoint to export."""
+"""What runs left: folders with a model, as decoders of prompts, and checkpoints with weights to export."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from torch import nn
 
-from app import decoders as trained
+from app.build import checked_network
 from app.run_files import newest
 from lightning_modules.concept_baseline import ConceptBaselineModule
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
+from models.backbones import causal_lm
+from models.backbones.autoregressive import AutoregressiveDecoder
 from models.functional.errors import UsageError
 from models.functional.weights import copy_weights
 from models.interfaces.decoder import Decoder
+from models.online.decoder import OnlineConceptDecoder
+from models.online.files import is_online, load_online
+from models.online.model import OnlineConceptModel
 from models.plans.decoder import PlannedDecoder
 from models.plans.files import OPTIONS, fill_tables, load_backbone, read_options
 
@@ -25,8 +31,13 @@ def newest_model(runs: Path) -> Path:
     return newest(runs, "model/*.json", advice).parent
 
 
+def load_model(folder: str | Path) -> nn.Module:
+    """A causal LM, an adapter on one, or an online concept model. Errors: UsageError for a folder that is none of them."""
+    return load_online(folder) if is_online(folder) else causal_lm.load_trained(folder)
+
+
 def load_planned(folder: str | Path) -> ConceptPlannerExecutorModule:
-    """A planner-executor that `export` wrote, ready to answer."""
+    """A planner-executor that `export` wrote, in evaluation mode."""
     options = read_options(folder)
     kind = PLANNED.get(options.pop("module"))
     if kind is None:
@@ -37,16 +48,17 @@ def load_planned(folder: str | Path) -> ConceptPlannerExecutorModule:
 
 
 def trained_decoder(folder: Path, data: Any, temperature: float, device: torch.device) -> Decoder:
-    """The model in a folder, of whichever kind, as what answers prompts of the corpus."""
+    """The decoder of the model in a folder, whatever its kind, for prompts of the corpus."""
     words, length = len(data.tokenizer), data.response_length
     if (folder / OPTIONS).is_file():
         module = load_planned(folder)
-        _fitting(module.model.backbone, data)
+        checked_network(module.model.backbone, data, "model")
         module.to(device)
         options = {"plan_temperature": min(module.options.plan_temperature, temperature), "temperature": temperature}
         return PlannedDecoder(module.planner, module.executor, length, vocab_size=words, **options)
-    model = _fitting(trained.load_trained(folder), data).to(device)
-    return trained.trained_decoder(model, length, temperature, vocab_size=words)
+    model = checked_network(load_model(folder), data, "model").to(device)
+    decoder = OnlineConceptDecoder if isinstance(model, OnlineConceptModel) else AutoregressiveDecoder
+    return decoder(model, length, temperature=temperature, vocab_size=words)
 
 
 def fill_from_checkpoint(module: LightningModule, path: str | Path) -> None:
@@ -62,10 +74,3 @@ def fill_from_checkpoint(module: LightningModule, path: str | Path) -> None:
     for name, state in checkpoint.get("callbacks", {}).items():
         if name.startswith("TrainableEMA"):
             copy_weights(module, state["average"])
-
-
-def _fitting(model: Any, data: Any) -> Any:
-    """The model, once it is sure that the corpus fits it."""
-    known = {name: getattr(model.config, name, None) for name in ("vocab_size", "mask_token_id")}
-    data.check_network("model", **known, context=model.config.max_position_embeddings)
-    return model

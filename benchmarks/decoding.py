@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--forwards", type=int, nargs="+", default=[1, 8, 32], help="of the teacher's sampler")
     parser.add_argument("--temperature", type=float, default=0.0, help="of both; 0 takes the most probable token")
     parser.add_argument("--remasking", choices=("random", "low_confidence"), default="low_confidence")
-    parser.set_defaults(prefix=8)  # the default job's; flow=logit has 16
+    parser.set_defaults(prefix=8)  # the default job's; module=logit_flow has 16
     args = parser.parse_args(argv)
     if max(args.forwards) > args.response:
         parser.error(f"--forwards {max(args.forwards)} exceeds the {args.response} tokens of --response")

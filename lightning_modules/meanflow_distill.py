@@ -1,7 +1,7 @@
 """MeanFlowDistillModule: the common part of all distillations of a masked diffusion LM into a few-step generator.
 
-Two flows are built on it: `flow=logit` (logit_flow.py) averages the teacher's logits along its masking path, and
-`flow=noisy_mask` (noisy_mask_flow.py) maps noise to whole texts. docs/meanflow.md compares them.
+Two flows are built on it: `module=logit_flow` (logit_flow.py) averages the teacher's logits along its masking path, and
+`module=noisy_mask_flow` (noisy_mask_flow.py) maps noise to whole texts. docs/meanflow.md compares them.
 """
 
 from contextlib import nullcontext
@@ -87,7 +87,7 @@ class MeanFlowDistillModule(LeapModule):
         if type(student) is not type(self.student) or student.options != self.student.options:
             raise UsageError(
                 f"student_path holds a {type(student).__name__} with {student.options}, this run wants a "
-                f"{type(self.student).__name__} with {self.student.options}; give both the same flow= and module options"
+                f"{type(self.student).__name__} with {self.student.options}; give both the same module= and module options"
             )
         copy_weights(self.student, student.trainable())
 

@@ -3,7 +3,6 @@
 import errno
 import logging
 import re
-import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from models.functional.errors import UsageError
+from reporting.command import command, option, shell
 
 DEAD_WORKER = re.compile(r"DataLoader worker.*(exited unexpectedly|is killed by signal)")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,17 +75,15 @@ def say_where_things_are(
     typed: the options that name its model again; without any, only the files are listed. teacher: the student's.
     """
     lines = {"record and figure": f"{folder}/record.json, {folder}/frontier.png"}
-    lines["dashboard"] = f"tensorboard --logdir {folder}"
+    lines["dashboard"] = f"tensorboard --logdir {shell(str(folder))}"
     if teacher is not None:
         lines["student"] = f"{folder}/student (its teacher: {teacher})"
     elif (folder / "model").is_dir():
         lines["model"] = f"{folder}/model"
     if typed:
-        command = shlex.join(["python", "run.py", *typed])
-        prompt = "''" if example_prompt is None else f"'{example_prompt}'"
-        lines["generate"] = f'{command} mode=generate "prompt={prompt}"'
-        lines["export"] = f"{command} mode=export"
-        lines["compare runs"] = "python run.py mode=report"
+        lines["generate"] = command(*typed, "mode=generate", option("prompt", example_prompt or ""))
+        lines["export"] = command(*typed, "mode=export")
+        lines["compare runs"] = command("mode=report")
     console.print()
     for what, where in lines.items():
         console.print(f"{what + ':':18} {where}", highlight=False, markup=False, soft_wrap=True)

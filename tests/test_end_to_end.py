@@ -14,14 +14,14 @@ from reporting.console import sentence_for
 @pytest.mark.parametrize("flow", FLOWS)
 def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, capsys, flow):
     """A few steps of everything: teacher cached and reused, student saved, answers printed, record complete."""
-    short = [*TINY, f"flow={flow}", *FLOWS[flow]]
+    short = [*TINY, f"module={flow}", *FLOWS[flow]]
     place = f"paths.run_dir={tmp_path}/out/meanflow_llada/first"
     assert isinstance(modes.fit(configure(*short, place)), float)
     printed = capsys.readouterr().out
     assert "no matching one is cached" in printed
     folder = tmp_path / "out" / "meanflow_llada" / "first"
     record = json.loads((folder / "record.json").read_text())
-    students = 3 if flow == "noisy_mask" else 2
+    students = 3 if flow == "noisy_mask_flow" else 2
     assert [row["method"] for row in record["rows"]] == ["teacher"] * 2 + ["student"] * students + ["control"] * 2
     assert record["data"]["conditional_total_correlation"] > 1
     assert record["rows"][0]["cost"]["tokens_per_s"] > 0
@@ -41,7 +41,7 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     more = ["mode=generate", "prompt='who=anna'", "n=2", "forwards=2"]
     modes.generate(configure(*short, *more, "decoder=teacher", "temperature=1.0"))
     assert capsys.readouterr().out.count("→") == 2
-    if flow == "logit":
+    if flow == "logit_flow":
         with pytest.raises(UsageError, match="type decoder=teacher for more"):
             modes.generate(configure(*short, *more))
     else:
@@ -118,7 +118,7 @@ def test_texts_without_a_prompt_are_judged_by_a_model_of_another_run(configure, 
     words = "data.vocab_size=2048"
     forwards = "module.forwards=[1,2]"
     modes.fit(configure("experiment=next_token_text", words, f"paths.run_dir={judge}", *small))
-    flow = ["experiment=meanflow_text", "teacher.max_steps=2", *FLOWS["noisy_mask"], *small, forwards]
+    flow = ["experiment=meanflow_text", "teacher.max_steps=2", *FLOWS["noisy_mask_flow"], *small, forwards]
     place = f"paths.run_dir={tmp_path}/out/meanflow_text/run"
     modes.fit(configure(*flow, f"data.judge.path={judge}/model", place))
     record = json.loads((tmp_path / "out" / "meanflow_text" / "run" / "record.json").read_text())
@@ -170,13 +170,13 @@ def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, c
 def test_each_stage_runs_alone_from_the_student_of_another(configure, tmp_path):
     stages = ("adapt", "flow", "polish")
     only = {name: [f"module.stages.{other}.share={int(other == name)}" for other in stages] for name in stages}
-    short = [*TINY, *FLOWS["noisy_mask"]]
+    short = [*TINY, *FLOWS["noisy_mask_flow"]]
     first = f"{tmp_path}/out/meanflow_llada/adapt"
     modes.fit(configure(*short, *only["adapt"], f"paths.run_dir={first}"))
     second = f"{tmp_path}/out/meanflow_llada/flow"
     modes.fit(configure(*short, *only["flow"], f"paths.run_dir={second}", f"student_path={first}/student"))
     assert (tmp_path / "out" / "meanflow_llada" / "flow" / "student" / "student.safetensors").is_file()
-    with pytest.raises(UsageError, match="give both the same flow= and module options"):
+    with pytest.raises(UsageError, match="give both the same module= and module options"):
         modes.fit(configure(*short, *only["flow"], "module.sigma=1.0", f"student_path={first}/student"))
 
 

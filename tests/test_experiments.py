@@ -1,4 +1,4 @@
-"""Every experiment, flow and objective of conf/ composes, and runs a step of every stage."""
+"""Every experiment, student and objective of conf/ composes, and runs a step of every stage."""
 
 import inspect
 import json
@@ -8,7 +8,8 @@ from helpers.experiment import ROOT, SMALL, answer, model_overrides, pairs_overr
 from hydra.utils import get_method, instantiate
 
 from app import modes
-from models.backbones.llada import build_llada
+from app.build import untrained
+from models.backbones.llada import LladaModel, build_llada
 from models.backbones.sizes import STAND_IN
 from models.functional.errors import UsageError
 from reporting.console import sentence_for
@@ -20,7 +21,8 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, capsys, name):
     plain = configure(f"experiment={name}")
     small = [*model_overrides(plain, tmp_path), *pairs_overrides(plain, tmp_path)]
-    cfg = configure(f"experiment={name}", "trainer.fast_dev_run=true", "data.eval_batch_size=8", *small)
+    rows = [] if plain.study else ["data.eval_batch_size=8"]
+    cfg = configure(f"experiment={name}", "trainer.fast_dev_run=true", *rows, *small)
     modes.fit(cfg)
     printed = capsys.readouterr().out
     assert cfg.name.split("/")[0] == name
@@ -30,16 +32,27 @@ def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, caps
     assert f"python run.py experiment={name}" in header
 
 
-@pytest.mark.parametrize("flow", sorted(path.stem for path in (ROOT / "conf" / "flow").glob("*.yaml")))
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
-def test_every_flow_fits_every_experiment(configure, name, flow):
-    """One word switches: no experiment sets an option that only one flow has."""
-    cfg = configure(f"experiment={name}", f"flow={flow}")
-    stand_in = build_llada(vocab_size=5, mask_token_id=2, eos_token_id=1, pad_token_id=0, **STAND_IN)
-    assert instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in
+STUDENTS = sorted(path.stem for path in (ROOT / "conf" / "training").glob("*.yaml"))
+TAUGHT = ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"]
 
 
-@pytest.mark.parametrize("name", ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"])
+@pytest.mark.parametrize("module", STUDENTS)
+def test_every_student_fits_every_experiment_with_a_teacher(configure, module):
+    """One word switches, callbacks and steps included: no experiment sets an option that only one student has."""
+    alone = configure("experiment=meanflow_llada", f"module={module}")
+    assert ("monitor" in alone.callbacks) == ("noisy_mask" in module)
+    for name in TAUGHT:
+        cfg = configure(f"experiment={name}", f"module={module}")
+        assert cfg.trainer.max_steps == alone.trainer.max_steps or name in (
+            "meanflow_scan",
+            "meanflow_e2e",
+            "meanflow_text",
+        )
+        stand_in = build_llada(vocab_size=5, mask_token_id=2, eos_token_id=1, pad_token_id=0, **STAND_IN)
+        assert instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in
+
+
+@pytest.mark.parametrize("name", TAUGHT)
 def test_a_published_model_fits_every_experiment(configure, name):
     cfg = configure(f"experiment={name}", "model=llada_8b", "model.path=somewhere")
     accepted = inspect.signature(get_method(cfg.model._target_)).parameters
@@ -111,3 +124,31 @@ def test_llada_8b_composes_and_says_what_it_needs_before_reading_anything(config
     with pytest.raises(Exception) as caught:  # noqa: PT011
         instantiate(cfg.model)
     assert "GiB" in sentence_for(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["experiment=concept_rate"], "concept_rate/planned_2x16"),
+        (["experiment=concept_rate", "module/code=hash", "module.types.a.most=3"], "concept_rate/hash_3x16"),
+        (["experiment=concept_rate", "module/code=leading"], "concept_rate/leading_2"),
+        (["experiment=concept_rate", "module/code=surprisal", "module.tokens=5"], "concept_rate/surprisal_5"),
+        (["experiment=concept_e2e_code"], "concept_e2e_code/leading_7"),
+        (["experiment=concept_oracle", "+module/code=leading"], "concept_oracle"),
+        (["experiment=objectives", "module/objective=latent"], "objectives/latent"),
+        (["experiment=concept_online_plain", "model.num_hidden_layers=5"], "concept_online_plain/5_layers"),
+    ],
+)
+def test_the_runs_of_a_sweep_have_names_of_their_own(configure, options, name):
+    assert configure(*options).name == name
+
+
+@pytest.mark.parametrize(("objective", "attention"), [("latent", "causal"), ("masked_lm", "bidirectional")])
+def test_a_fresh_model_has_the_attention_that_its_objective_needs(configure, objective, attention):
+    """The model that is built, and the configuration that the record holds."""
+    cfg = configure(
+        "experiment=objectives", f"module/objective={objective}", "data.size=tiny", "data.train_rows=16", *SMALL
+    )
+    module, _ = untrained(cfg)
+    assert isinstance(module.model, LladaModel) == (attention == "bidirectional")
+    assert cfg.model.attention == attention

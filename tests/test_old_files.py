@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from app import modes
 from app.build import build
-from app.decoders import load_trained
-from app.trained import fill_from_checkpoint, load_planned
+from app.trained import fill_from_checkpoint, load_planned, load_trained
 from models.backbones.llada import load_llada
 from models.flow.student_files import load_student
 from models.functional.weights import trainable_weights

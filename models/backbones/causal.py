@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from models.backbones.llada import build_llada
 from models.backbones.sizes import require_fitting_sizes
-from models.functional.errors import require_choice
+from models.functional.errors import UsageError, require_choice
 
 Architecture = Literal["llama", "qwen3"]
 Attention = Literal["causal", "bidirectional"]
@@ -62,7 +62,12 @@ def build_causal(
     return model
 
 
-def build_body(*, attention: Attention, architecture: Architecture = "llama", **sizes) -> torch.nn.Module:
-    """A body of the same sizes with `causal` or `bidirectional` attention (LLaDA's)."""
+def build_body(*, attention: Attention | None = None, architecture: Architecture = "llama", **sizes) -> torch.nn.Module:
+    """A body of the same sizes with `causal` or `bidirectional` attention (LLaDA's).
+
+    Errors: UsageError where neither the options nor the objective has said which.
+    """
+    if attention is None:
+        raise UsageError("model.attention has no value; type model.attention=causal or model.attention=bidirectional")
     require_choice("model.attention", attention, get_args(Attention))
     return build_causal(architecture=architecture, **sizes) if attention == "causal" else build_llada(**sizes)

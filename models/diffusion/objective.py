@@ -37,6 +37,7 @@ class MaskedDiffusion(TextObjective):
     likelihood = "bound"
     generation = "masked"
     kinds_of_batch = 16
+    attention = "bidirectional"
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class ContinuousDiffusion(TextObjective, nn.Module):
     """
 
     generation = "flow"
+    attention = "bidirectional"
 
     def __init__(self, sigma: float = 2.0, time_center: float = 0.5, observed_share: float = 0.1) -> None:
         super().__init__()

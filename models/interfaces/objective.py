@@ -53,11 +53,13 @@ class TextObjective:
     likelihood: what the model's NLL of a text is: `exact`, an upper `bound`, or None where the objective defines none.
     generation: how its model generates texts; None where it cannot.
     kinds_of_batch: over how many draws the cost of a step is averaged where `expected_predictions` is None.
+    attention: of a model with fresh weights (model.attention=null).
     """
 
     likelihood: Likelihood | None = None
     generation: Generation | None = None
     kinds_of_batch: int = 1
+    attention: Literal["causal", "bidirectional"] = "causal"
 
     def attach(self, model: nn.Module) -> None:
         """Called once with the model: refuse one that does not fit (UsageError) and make weights of its size."""

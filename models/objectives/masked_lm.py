@@ -17,6 +17,7 @@ class MaskedLM(TextObjective):
 
     likelihood = "bound"
     generation = "masked"
+    attention = "bidirectional"
 
     def __init__(self, rate: float = 0.15) -> None:
         if not 0 < rate <= 1:

@@ -1,13 +1,17 @@
 """Every option of every experiment refuses values of a wrong type by name, and takes the ones that it has."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from app.options import check_options
+from app.options import arguments, check_options
 from models.functional.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +83,75 @@ def test_what_is_built_or_missing_is_left_to_its_maker():
     check_options(cfg)
     cfg.list.of[0].decay = "x"
     check_options(cfg)  # inside a list it is checked when it is made
+
+
+# -- the options of a module are its dataclass and its file of conf/module, and both agree -------------------------------
+
+
+def plain(value):
+    """Dataclasses, tuples and mappings as what YAML has."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def differences(listed: dict, options: type, *, values: bool = True) -> dict[str, tuple]:
+    """{option: (in the file, in the dataclass)} where they differ; interpolations, such as of the seed, have any value."""
+    known = plain(options())
+    named = {name: value for name, value in listed.items() if name != "_target_"}
+    same = [name for name in named.keys() & known.keys() if not values or str(named[name]).startswith("${")]
+    pairs = {name: (named.get(name, "missing"), known.get(name, "missing")) for name in named | known}
+    return {name: pair for name, pair in pairs.items() if name not in same and pair[0] != pair[1]}
+
+
+MODULES = sorted(path.stem for path in (ROOT / "conf" / "module").glob("*.yaml") if path.stem != "none")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_lists_every_option_of_its_module_with_its_default(name):
+    """A file that varies another one (it has a defaults list, such as noisy_mask_flow_text) has values of its own."""
+    listed = OmegaConf.to_container(composed(f"module={name}").module, resolve=False)
+    options = getattr(get_object(listed["_target_"]), "options_class", None)
+    varies = "defaults" in OmegaConf.load(ROOT / "conf" / "module" / f"{name}.yaml")
+    assert options is None or not differences(listed, options, values=not varies)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    lr: float = 0.1
+    shares: tuple[float, ...] = (0.0, 1.0)
+    inner: Inner = Inner()
+    seed: int = 0
+    kind: Literal["a", "b"] = "a"
+
+
+class Module:
+    options_class = Options
+
+    def __init__(self, model: int, options: Options | None = None, **changes: Any) -> None: ...
+
+
+def test_differences_of_a_file_and_its_dataclass_are_found():
+    listed = {"_target_": "x", "lr": 0.1, "shares": [0.0, 1.0], "inner": {"size": 3}, "seed": "${seed}", "kind": "a"}
+    assert not differences(listed, Options)
+    assert differences(listed | {"lr": 0.2}, Options) == {"lr": (0.2, 0.1)}
+    assert differences(listed | {"inner": {"size": 4}}, Options) == {"inner": ({"size": 4}, {"size": 3})}
+    assert differences(listed | {"more": 1}, Options) == {"more": (1, "missing")}
+    del listed["lr"]
+    assert differences(listed, Options) == {"lr": ("missing", 0.1)}
+    assert differences(listed | {"lr": 0.2}, Options, values=False) == {}
+
+
+def test_types_of_a_modules_options_are_those_of_its_dataclass():
+    known = arguments(f"{__name__}.Module")
+    assert known["lr"] is float
+    assert known["kind"] == Literal["a", "b"]
+    assert "options" not in known
+    assert "changes" not in known

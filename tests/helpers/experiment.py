@@ -14,7 +14,7 @@ SMALL = ["trainer.accelerator=cpu", "model.hidden_size=16", "model.num_hidden_la
 
 def pairs_overrides(cfg, folder: Path) -> list[str]:
     """For an experiment on files: small files with its own field names."""
-    if "PairsDataModule" not in cfg.data._target_:
+    if cfg.study is not None or "PairsDataModule" not in cfg.data._target_:
         return []
     known = dict.fromkeys(("near", "priceRange", "customer rating", "eatType", "area", "familyFriendly"), "any")
     slots = [{"name": f"Cafe {k % 20}", "food": f"Dish {k // 20}", **known} for k in range(80)]
@@ -34,7 +34,7 @@ def model_overrides(cfg, folder: Path) -> list[str]:
             paths.append(f"pair.{name}.path={folder}/{name}")
         return [*paths, "trainer.accelerator=cpu", "module.lora_rank=2", "data.tokenizer=byte"]
     if cfg.study is not None:
-        return SMALL
+        return []
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.sequence_length=16"]
     packed = "TextDataModule" in cfg.data._target_
@@ -68,8 +68,8 @@ TINY = [
     *SMALL,
 ]
 FLOWS = {
-    "noisy_mask": ["module.student_forwards=[1,2]", "module.ode_forwards=[2]", "module.ode_steps=2"],
-    "logit": [],
+    "noisy_mask_flow": ["module.student_forwards=[1,2]", "module.ode_forwards=[2]", "module.ode_steps=2"],
+    "logit_flow": [],
     "step_halving": ["module.student_forwards=[1,2]", "module.start_forwards=4"],
 }
 

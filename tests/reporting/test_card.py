@@ -25,8 +25,8 @@ KINDS = {
         "leap",
         ["experiment=concept_online_oracle", *SHORT, *SMALL, "model.num_hidden_layers=3", "module.codes=8"],
     ),
-    "flow": ("leap", [*TINY, *FLOWS["noisy_mask"]]),
-    "one step": ("leap", [*TINY, "flow=logit"]),
+    "flow": ("leap", [*TINY, *FLOWS["noisy_mask_flow"]]),
+    "one step": ("leap", [*TINY, "module=logit_flow"]),
 }
 
 

@@ -1,0 +1,236 @@
+"""Mistakes of the command line get a sentence that says what to type, before Hydra composes and any library is read."""
+
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from app.renamed import NAMES, instead_of
+from models.functional.errors import UsageError
+from reporting.command import option, shell
+
+CONF = Path(__file__).parents[1] / "conf"
+MULTIRUN = ("-m", "--multirun")
+TAKE_A_VALUE = ("-c", "--cfg", "-p", "--package")
+NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_llada, or --help for all of them"
+
+
+def mistake_in(arguments: list[str]) -> str | None:
+    """What to tell the user of the first option that cannot be read, or that the experiment does not have.
+
+    None where there is no such mistake. Any other error is left to Hydra.
+    """
+    try:
+        _check(arguments)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _check(arguments: list[str]) -> None:
+    typed = _options(arguments)
+    if typed is None:
+        return
+    overrides = [_parsed(text) for text in typed]
+    for override in overrides:
+        _require_one_value(override, sweep=any(flag in arguments for flag in MULTIRUN))
+    groups = [override for override in overrides if _is_group(override)]
+    for override in groups:
+        _require_known_choice(override)
+    options = _composed(groups)
+    if options is None:
+        return
+    for name in NAMES.keys() & options.keys():  # a file of the user's own sets it, and nothing reads it
+        raise UsageError(f"the experiment sets {name}, which has another name today; write {instead_of(name)}")
+    set_before: list[str] = []
+    for override in overrides:
+        name = override.key_or_group
+        if override not in groups and not name.startswith("hydra") and not _within(name, set_before):
+            _require_known(override, options)
+        set_before.append(name)
+    reports = any(override.key_or_group == "mode" and override.value() == "report" for override in overrides)
+    if _trains_nothing(options) and not reports and "--cfg" not in arguments and "-c" not in arguments:
+        raise UsageError(NO_EXPERIMENT)
+
+
+def _options(arguments: list[str]) -> list[str] | None:
+    """The arguments that are options; None where a flag asks for something that is not ours to check."""
+    options, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in TAKE_A_VALUE:
+            skip = True
+        elif argument in (*MULTIRUN, "--resolve"):
+            continue
+        elif argument.startswith("-"):
+            return None
+        else:
+            options.append(argument)
+    return options
+
+
+def _parsed(text: str) -> Override:
+    """The option as Hydra reads it."""
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        pass
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"{text}: an option is written <name>=<value>; python run.py --help lists what there is")
+    if value[:1] in ("[", "{"):
+        raise UsageError(
+            f"{text}: the brackets hold something that needs quotes, or do not match; type for example "
+            f"{shell(f'{name}=[1,2]')} or " + shell(f"{name}=['two words',word]")
+        )
+    raise UsageError(f"{text}: the value has characters that need quotes; type {shell(option(name, value))}")
+
+
+def _require_one_value(override: Override, sweep: bool) -> None:
+    if override.is_sweep_override() and not sweep:
+        name, _, value = (override.input_line or "").partition("=")
+        raise UsageError(
+            f"{name}={value} holds several values; for a run of each type python run.py -m ..., for a list "
+            f"{shell(f'{name}=[{value}]')}, for one text {shell(option(name, value))}"
+        )
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------
+
+
+def _is_group(override: Override) -> bool:
+    """Whether an option chooses a file of conf/, such as module=pretrain."""
+    name = override.key_or_group
+    return not name.startswith("hydra") and not override.is_delete() and (CONF / name).is_dir()
+
+
+def _choices(override: Override) -> list[str]:
+    """What a choice of a group names: several in a sweep."""
+    values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    return [str(value) for value in values if isinstance(value, str | int | float)]
+
+
+def _require_known_choice(override: Override) -> None:
+    group = override.key_or_group
+    known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    for choice in _choices(override):
+        if choice in known:
+            continue
+        instead = instead_of(group, choice)
+        if instead is not None:
+            raise UsageError(f"{group}={choice} has another name today; type {instead}")
+        close = [f"{group}={name}" for name in get_close_matches(choice, known)]
+        meant = f"did you mean {' or '.join(close)}?" if close else f"type one of {', '.join(known)}"
+        raise UsageError(f"{group}={choice} is not known; {meant}")
+
+
+def _composed(groups: list[Override]) -> dict[str, Any] | None:
+    """The options that the chosen files make, with the first choice of each sweep; None where they do not fit together."""
+    chosen = []
+    for override in groups:
+        prefix = "+" if override.is_add() else ""
+        package = f"@{override.package}" if override.package else ""
+        value = (_choices(override) or ["null"])[0]
+        chosen.append(f"{prefix}{override.key_or_group}{package}={value}")
+    try:
+        return _compose(*chosen)
+    except HydraException as error:
+        _explain(error, groups)
+        return None
+
+
+@cache
+def _compose(*chosen: str) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return OmegaConf.to_container(compose("config", list(chosen)), resolve=False)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _explain(error: HydraException, groups: list[Override]) -> None:
+    """Raise UsageError for a file that overrides a group of before, and for a choice that the experiment does not have."""
+    text = str(error)
+    if "'flow'" in text:
+        raise UsageError(
+            "a file overrides /flow, which is /module today; write for example `override /module: logit_flow`, and nothing "
+            "for `override /flow: null`"
+        ) from None
+    for override in groups:
+        name = override.key_or_group
+        if f"'{name}'" in text and "No match in the defaults list" in text:
+            raise UsageError(
+                f"{name}=... : this experiment chooses no {name}; type +{name}=... to add it, if its module takes one"
+            ) from None
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+
+def _within(name: str, others: list[str]) -> bool:
+    """Whether a name is one of the others, or a part of one."""
+    return any(name == other or name.startswith(f"{other}.") for other in others)
+
+
+def _require_known(override: Override, options: dict[str, Any]) -> None:
+    """Raise UsageError for an option that the configuration does not have, with the nearest that it has."""
+    name, line = override.key_or_group, override.input_line or ""
+    known = _names(options)
+    if name in known:
+        return
+    instead = instead_of(name, line.partition("=")[2])
+    if instead is not None:
+        raise UsageError(f"{line}: {name} has another name today; type {instead}")
+    if override.is_add() or override.is_force_add():
+        return
+    if _trains_nothing(options):
+        raise UsageError(f"{line}: {NO_EXPERIMENT}")
+    begin, _, last = name.rpartition(".")
+    part = known.get(begin)
+    if isinstance(part, list):
+        return  # Hydra knows whether it is that long
+    if isinstance(part, dict) and last in _accepted(part):
+        raise UsageError(f"{line}: the experiment leaves {name} at its default; type {shell(f'+{line}')} to set it")
+    for above in (name[:at] for at, letter in enumerate(name) if letter == "."):
+        if above in known and known[above] is None:
+            raise UsageError(f"{line}: this experiment has no {above}")
+    raise UsageError(f"{line}: there is no option {name}; {_nearest(name, list(known))}")
+
+
+def _trains_nothing(options: dict[str, Any]) -> bool:
+    """Whether no experiment, and no module, has been chosen."""
+    return options["module"] is None and options["study"] is None
+
+
+def _names(options: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Every option by its full name, the parts that hold others among them."""
+    found = {}
+    for name, value in options.items():
+        if name != "_target_":
+            found[f"{place}{name}"] = value
+            found |= _names(value, f"{place}{name}.") if isinstance(value, dict) else {}
+    return found
+
+
+def _accepted(part: dict[str, Any]) -> set[str]:
+    """The arguments of what a part of the configuration builds, listed there or not."""
+    from app.options import arguments
+
+    return set(arguments(part["_target_"])) if "_target_" in part else set()
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """The names that come nearest: spelled alike, or of the same last part in another place."""
+    last = name.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == last]
+    close = list(dict.fromkeys([*get_close_matches(name, known, cutoff=0.75), *same]))[:3]
+    return f"did you mean {' or '.join(close)}?" if close else "see them all with --cfg job"

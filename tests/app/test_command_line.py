@@ -1,0 +1,176 @@
+"""What is typed wrong gets a sentence with what to type; what Leap tells to type is read back as it was meant."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers.experiment import ROOT
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from app import command_line
+from app.command_line import mistake_in
+from app.renamed import FLOWS, NAMES
+from reporting.command import command, option
+
+MISTAKES = [
+    (["module.sigmaa=1"], "there is no option module.sigmaa; did you mean module.sigma?"),
+    (["trainer.max_step=10"], "did you mean trainer.max_steps or"),
+    (["modul.lr=1"], "there is no option modul.lr"),
+    (["data.sise=tiny"], "did you mean data.size or"),
+    (["qqq=1"], "there is no option qqq; see them all with --cfg job"),
+    (["pair.theta.path=x"], "pair.theta.path=x: this experiment has no pair"),
+    (["~callbacks.nothing"], "there is no option callbacks.nothing"),
+    (["trainer.limit_train_batches=2"], "type +trainer.limit_train_batches=2 to set it"),
+    (["module=step_halvin"], "module=step_halvin is not known; did you mean module=step_halving?"),
+    (["logger=wandb"], "logger=wandb is not known; type one of none, tensorboard"),
+    (["module/code=leading"], "this experiment chooses no module/code; type +module/code=..."),
+    (["seed"], "seed: an option is written <name>=<value>"),
+    (["seed=0,1"], "holds several values; for a run of each type python run.py -m"),
+    (["module.forwards=[1,2"], 'type for example "module.forwards=[1,2]"'),
+    (["flow=logit"], "flow has another name today; type module=logit_flow"),
+    (["+flow=logit"], "type module=logit_flow"),
+    (["flow=null"], "flow=null: flow has another name today; type one of module=logit_flow"),
+    (["flow=lgit"], "type one of module=logit_flow, module=noisy_mask_flow"),
+    (["module=meanflow_distill"], "type one of module=logit_flow, module=noisy_mask_flow"),
+    (["attention=causal"], "type model.attention=causal"),
+]
+TEXTS = ["who=anna", "name[The Vaults], food[French]", "it's", 'say "hello"', "back\\slash\\", "\\'", "${x}\\${y}",
+         "$HOME `x` !", "null", "3", "", "two\nlines", "a,b", "/x/lr=1/last.ckpt", "plain"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES)
+def test_a_mistake_is_answered_with_what_to_type(arguments, sentence):
+    assert sentence in mistake_in(["experiment=meanflow_llada", *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["module.sigma=1", "seed=3", "+trainer.limit_train_batches=2", "~callbacks.lr", "hydra.run.dir=x"],
+        ["-m", "module=logit_flow,noisy_mask_flow", "seed=0,1"],
+        ["++module.anything=1", "module.stages={adapt: {share: 1}}", "module.stages.adapt.anything=1"],
+        ["--cfg", "job", "--resolve"],
+        ["--help", "nonsense"],
+    ],
+)
+def test_what_can_be_composed_is_left_alone(arguments):
+    assert mistake_in(["experiment=meanflow_llada", *arguments]) is None
+
+
+def test_without_an_experiment_only_a_report_is_made():
+    assert mistake_in(["mode=report"]) is None
+    for arguments in (["seed=1"], ["module.lr=1"], ["mode=generate"]):
+        assert "no experiment is named; type python run.py experiment=" in mistake_in(arguments)
+
+
+def test_names_of_before_are_no_names_of_today():
+    for name in ("flow", *NAMES):
+        if name == "data.length":
+            continue
+        assert mistake_in(["experiment=next_token_text", f"{name}=1"]) is not None
+    for choice in FLOWS.values():
+        assert mistake_in(["experiment=meanflow_llada", choice]) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (
+            "defaults:\n  - meanflow_llada\n  - override /flow: logit\n",
+            "write for example `override /module: logit_flow`",
+        ),
+        (
+            "defaults:\n  - objectives\nattention: causal\n",
+            "sets attention, which has another name today; write model.attention",
+        ),
+        ("defaults:\n  - objectives\nmodel: {hidden_size: 8}\n", None),
+    ],
+)
+def test_files_of_before_are_answered_with_what_to_write(tmp_path, monkeypatch, lines, sentence):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    monkeypatch.setattr(command_line, "CONF", tmp_path / "conf")
+    command_line._compose.cache_clear()
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\n" + lines)
+    mistake = mistake_in(["experiment=mine"])
+    assert mistake is None if sentence is None else sentence in mistake
+
+
+def read_back(argument: str) -> object:
+    """The value that a run gets of an option."""
+    cfg = OmegaConf.create()
+    OmegaConf.update(cfg, "prompt", OverridesParser.create().parse_override(argument).value())
+    return cfg.prompt
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_printed_commands_are_read_back_by_shell_and_hydra(text):
+    line = command("experiment=objectives", option("prompt", text))
+    done = subprocess.run(
+        ["bash", "-c", f"python() {{ printf '%s\\0' \"$@\"; }}; {line}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\0")[:-1] == shlex.split(line)[1:]
+    assert read_back(shlex.split(line)[-1]) == text
+
+
+@pytest.mark.parametrize("text", ["who=anna", "name[The Vaults]", "/x/lr=1/last.ckpt", "it's a=b", "a: {b"])
+def test_a_value_that_needs_quotes_is_answered_with_them(text):
+    sentence = mistake_in(["experiment=objectives", f"prompt={text}"])
+    (typed,) = shlex.split(sentence.split("; type ")[1])
+    assert read_back(typed) == text
+
+
+def documented_commands() -> list[list[str]]:
+    """The options of every command in the documentation and in the headers of conf/; shell variables are left out."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("conf/**/*.yaml")]
+    lines = [line for path in files for line in path.read_text().splitlines()]
+    found = [re.match(r"[\s#]*python run\.py (.*?)(\s{2,}.*| \\)?$", line) for line in lines]
+    commands = {match[1] for match in found if match and not re.search(r"\.\.\.|<|=NAME|\[option", match[1])}
+    return [[part for part in shlex.split(line) if not re.fullmatch(r"\$?[A-Z]+", part)] for line in sorted(commands)]
+
+
+def test_documented_commands_compose():
+    mistakes = {" ".join(options): mistake_in(options) for options in documented_commands()}
+    assert len(mistakes) > 50
+    assert not {line: mistake for line, mistake in mistakes.items() if mistake is not None}
+
+
+def run(*arguments: str, folder) -> subprocess.CompletedProcess:
+    code = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_the_bare_command_says_what_to_type_and_imports_no_torch(tmp_path):
+    done = run(folder=tmp_path)
+    *screen, imported = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert imported == "False"
+    assert len(screen) <= 24
+    assert max(map(len, screen)) <= 120
+    assert not list(tmp_path.iterdir())
+    typed = [re.match(r"    (python run\.py .*?)(\s{3,}.*)?$", line) for line in screen]
+    for match in filter(None, typed):
+        if "NAME" not in match[1]:
+            assert mistake_in(shlex.split(match[1])[2:]) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "code"),
+    [
+        (["experiment=objective"], "did you mean experiment=objectives", 2),
+        (["experiment=objectives", "modul.lr=1"], "there is no option modul.lr", 2),
+        (["experiment=objectives", "mode=train"], "mode=train is not known; type mode=fit", 2),
+        (["--help"], "python run.py experiment=meanflow_llada", 0),
+    ],
+)
+def test_the_command_line_itself(tmp_path, arguments, expected, code):
+    """In a process of its own: no traceback, the right exit status."""
+    done = run(*arguments, folder=tmp_path)
+    assert expected in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == code
