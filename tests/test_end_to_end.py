@@ -191,7 +191,7 @@ def test_the_whole_way_between_two_models(configure, tmp_path, capsys):
     modes.fit(configure(*short, place, "trainer.max_steps=3", "module.lora_rank=2"))
     printed = capsys.readouterr().out
     assert "theta: no matching one is cached" in printed
-    assert "Between the models" in printed.replace("\n", " ")
+    assert "NLL, nats a token, of texts by" in printed.replace("\n", " ")
     folder = tmp_path / "out" / "qstar_oracle" / "first"
     rows = {row["decoder"]: row for row in json.loads((folder / "record.json").read_text())["rows"]}
     assert rows["q*, alternating"]["quality"]["max_enumeration_error"] < 1e-12

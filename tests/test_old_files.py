@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from app import modes
 from app.build import build
-from app.trained import fill_from_checkpoint, load_planned, load_trained
+from app.trained import fill_from_checkpoint, load_model, load_planned
 from models.backbones.llada import load_llada
 from models.flow.student_files import load_student
 from models.functional.weights import trainable_weights
@@ -67,14 +67,14 @@ def test_exported_models_are_read(tmp_path):
     tables = load_file(FIXTURES / "plans" / "model" / "concepts.safetensors")
     held = list(plans.state_dict().values())
     assert all(any(torch.equal(weight, own) for own in held) for weight in tables.values())
-    assert load_trained(FIXTURES / "online" / "model").config.vocab_size > 0
+    assert load_model(FIXTURES / "online" / "model").config.vocab_size > 0
     shutil.copytree(FIXTURES / "qstar" / "theta", tmp_path / "theta")
     adapter = tmp_path / "theta" / "adapter_config.json"
     described = json.loads(adapter.read_text()) | {
         "base_model_name_or_path": str(FIXTURES / "qstar" / "pair" / "theta")
     }
     adapter.write_text(json.dumps(described))
-    assert load_trained(tmp_path / "theta").peft_config
+    assert load_model(tmp_path / "theta").peft_config
 
 
 def test_records_are_rows_of_the_report(configure, tmp_path, capsys):

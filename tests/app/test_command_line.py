@@ -69,8 +69,6 @@ def test_without_an_experiment_only_a_report_is_made():
 
 def test_names_of_before_are_no_names_of_today():
     for name in ("flow", *NAMES):
-        if name == "data.length":
-            continue
         assert mistake_in(["experiment=next_token_text", f"{name}=1"]) is not None
     for choice in FLOWS.values():
         assert mistake_in(["experiment=meanflow_llada", choice]) is None

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 from helpers.causal import tiny_causal
-from helpers.concept import TYPES
+from helpers.concept import DRAWN, TYPES
 from helpers.monitors import SixRows, Watched
 from helpers.trainer import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -248,7 +248,7 @@ def test_looks_change_nothing_about_a_training(tiny_oracle):
         torch.manual_seed(0)
         ids = tiny_oracle.special_ids()
         model = tiny_causal(ids.pop("vocab_size"), **ids)
-        wanted = {"types": TYPES, "weights": {"text": 1.0, "planner": 1.0}, "warmup_steps": 1, "lr": 3e-3}
+        wanted = {"types": TYPES, "weights": {"text": 1.0, "planner": 1.0}, "warmup_steps": 1, "lr": 3e-3} | DRAWN
         module = ConceptPlannerExecutorModule(model, **wanted)
         step, found = module.training_step, []
 

@@ -172,7 +172,8 @@ def test_the_bound_and_the_truth_cover_the_same_tokens(tiny_llada, tiny_oracle, 
     module = build(tiny_llada, tiny_oracle, MaskedDiffusion(form, random_length_probability=0.5))
     del module.log
     torch.nn.init.zeros_(module.model.lm_head.weight)
-    many = {name: column.repeat(8, 1) for name, column in tiny_oracle.rows["val"].columns.items()}
+    columns = tiny_oracle.rows["val"].columns
+    many = {name: column[torch.arange(len(column)).repeat(8)] for name, column in columns.items()}
     tiny_oracle.rows["val"] = TensorRows(many)
     (found,) = quiet_trainer(1).validate(module, tiny_oracle, verbose=False)
     tokens = int(many["response_mask"].sum())
