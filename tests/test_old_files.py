@@ -51,7 +51,7 @@ def test_a_checkpoint_is_compared_and_gone_on_from(configure, name, capsys):
     """The whole of it: weights, optimiser, callbacks, the position in the data."""
     modes.run_mode(configure(*overrides(name), f"ckpt_path={FIXTURES / name / 'last.ckpt'}"))
     old, new = (read_record(path) for path in (FIXTURES / name / "record.json", Path("out/x/run/record.json")))
-    rows = [[(row["method"], row["decoder"], row["forwards"]) for row in record["rows"]] for record in (old, new)]
+    rows = [[(row["method"], row["decoder"], row["nfe"]) for row in record["rows"]] for record in (old, new)]
     assert rows[0] == rows[1]
 
 
