@@ -28,7 +28,7 @@ class OracleDataModule(PromptResponseDataModule):
 
     size: tiny | small | large (see `grammar`). train_rows, val_rows, test_rows: texts drawn for each split with seeds of
     their own. reveal_all, reveal_part: shares of rows whose prompt shows the whole plan or some attributes; the rest show
-    nothing. style: how often the first of several words is said, wherever there is a choice; None keeps the corpus' own.
+    nothing. style: probability of the first of several words, wherever there is a choice; None keeps the corpus' own.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class OracleDataModule(PromptResponseDataModule):
         return ResamplingFloor(self.distribution)(rows, generator)
 
     def seen_marginals(self, rows: dict[str, Tensor], evidence: Tensor) -> Tensor:
-        """p(word | prompt, what was seen of all words) of every place, (N, R, V) float64; evidence (N, R, V): see there."""
+        """p(word | prompt, what was seen of all words) of every position, (N, R, V) float64; evidence (N, R, V): see there."""
         return self.distribution.seen_marginals(evidence.cpu(), rows["reveal"].cpu())
 
     def true_nll(self, rows: dict[str, Tensor]) -> Tensor:
@@ -167,12 +167,12 @@ class OracleDataModule(PromptResponseDataModule):
     def _hide(self, plans: Tensor, generator: Generator) -> Tensor:
         """What each row's prompt reveals: fixed shares of all, part and none, in a fixed interleaving."""
         rows, attributes = plans.shape
-        place = (torch.arange(rows) * 0.6180339887498949) % 1.0
+        order = (torch.arange(rows) * 0.6180339887498949) % 1.0
         some = torch.rand(rows, attributes, generator=generator).argsort(-1)
         count = torch.randint(1, max(2, attributes), (rows, 1), generator=generator)
         shown = some < count
-        shown[place < self.reveal_all] = True
-        shown[place >= self.reveal_all + self.reveal_part] = False
+        shown[order < self.reveal_all] = True
+        shown[order >= self.reveal_all + self.reveal_part] = False
         return torch.where(shown, plans, -1)
 
     def _rows(self, reveal: Tensor, texts: Tensor) -> TensorRows:

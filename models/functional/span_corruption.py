@@ -1,7 +1,7 @@
 """Span corruption (Raffel et al., T5, 2020; Tay et al., UL2, 2022): which tokens to cut out, and the input and
 target that result.
 
-All spans have the same sentinel id and are told apart by their order.
+All spans have the same sentinel id; their order tells them apart.
 Legend: B batch, L length, N tokens cut out of a row, S spans.
 """
 

@@ -1,4 +1,4 @@
-"""The options of q*: how drafts are made and verified, and everything that `QStarDecodingModule` can be told to do."""
+"""The options of q*: how drafts are made and verified, and all options of `QStarDecodingModule`."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
