@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 from torch import Tensor
 
+from models.functional.next_token import until_end
 from models.functional.ranks import gathered
 from reporting.console import report_console
 from reporting.figure import quality_figure
@@ -37,6 +38,7 @@ class FrontierReport(Callback):
         self._decoders: list[Any] = []
         self._flops: list[float | None] = []
         self._peaks: dict[int, list[int | None]] = defaultdict(list)
+        self._passes: dict[int, list[Tensor]] = defaultdict(list)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reset()
@@ -52,6 +54,7 @@ class FrontierReport(Callback):
             self._responses[k].append(result.responses.cpu())
             self._seconds[k].append(result.seconds)
             self._peaks[k].append(result.peak_memory_bytes)
+            self._passes[k].append(forward_passes(result).cpu())
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
@@ -61,9 +64,13 @@ class FrontierReport(Callback):
             gathered({name: torch.cat([r[name] for r in self._rows]) for name in self._rows[0]}) if self._rows else {}
         )
         responses = [gathered({"r": torch.cat(self._responses[k])})["r"] for k in range(len(self._decoders))]
+        passes = [gathered({"n": torch.cat(self._passes[k])})["n"] for k in range(len(self._decoders))]
         if not trainer.is_global_zero:
             return
-        table_rows = [self._row(k, data.scorer(rows, answer), answer, known[k]) for k, answer in enumerate(responses)]
+        table_rows = [
+            self._row(k, data.scorer(rows, texts), texts, passes[k], known[k], data.tokenizer.eos_token_id)
+            for k, texts in enumerate(responses)
+        ]
         if figures:
             table_rows.append(_model_row(pl_module, figures))
         seed = int(getattr(pl_module, "seed", 0))
@@ -88,18 +95,21 @@ class FrontierReport(Callback):
                 logger.experiment.add_text("samples", samples_markdown(texts), trainer.global_step)
                 logger.log_hyperparams(hyperparameters(self.config), headline(self.record))
 
-    def _row(self, k: int, score: Any, responses: Tensor, known: dict[str, dict]) -> dict[str, Any]:
+    def _row(
+        self, k: int, score: Any, responses: Tensor, passes: Tensor, known: dict[str, dict], eos_id: int
+    ) -> dict[str, Any]:
         decoder, seconds = self._decoders[k], self._seconds[k]
         counts = [r.numel() for r in self._responses[k]]
         warm = slice(1, None) if len(seconds) > 1 else slice(None)  # the first batch pays for warming up
         return {
             "method": decoder.method,
             "decoder": decoder.name,
-            "nfe": decoder.forwards,
+            "nfe": decoder.forwards if bool((passes == decoder.forwards).all()) else passes.double().mean().item(),
             "quality": score.quality | known["quality"],
             "entropy": score.entropy,
             "distinct": score.distinct,
             "cost": {
+                "tokens_per_forward": tokens_per_forward(responses, passes, eos_id),
                 "tokens_per_s": sum(counts[warm]) / sum(seconds[warm]) if decoder.forwards else None,
                 "flops_per_token": self._flops[k],
                 "peak_memory_bytes": max((peak for peak in self._peaks[k] if peak is not None), default=None),
@@ -124,6 +134,19 @@ class FrontierReport(Callback):
                 faults = data.explain(answers[n], few["reveal"][n]) if hasattr(data, "explain") else []
                 texts.append((name, prompts[n], answer, "; ".join(faults[:1])))
         return texts
+
+
+def forward_passes(result: Any) -> Tensor:
+    """The forward passes of each text of a batch, (B,)."""
+    if result.forward_passes is None:
+        return torch.full((len(result.responses),), result.decoder.forwards)
+    return result.forward_passes
+
+
+def tokens_per_forward(responses: Tensor, passes: Tensor, eos_id: int) -> float | None:
+    """TPF: tokens of responses (N, R) up to their first end token, that one included, over all forward passes (N,)."""
+    total = int(passes.sum())
+    return int(until_end(responses, eos_id).sum()) / total if total else None
 
 
 def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from lightning_modules.training.token_weights import TokenWeights
 from models.backbones.autoregressive import AutoregressiveDecoder
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
-from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking
+from models.diffusion.commit_rules import build_rules
+from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking, RuleDecoder
 from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
 from models.functional.errors import UsageError
@@ -34,8 +35,9 @@ TRAINING_STREAM, VALIDATION_STREAM, LIKELIHOOD_STREAM = 0, 1, 2
 class PretrainModule(LeapModule):
     """model: the network; objective: (model, batch, generator) -> `Terms`.
 
-    forwards, temperature, remasking: the sampler settings that `trainer.test` compares. A model that generates from left to
-    right uses the temperature alone.
+    forwards, temperature, remasking, guidance, block_length: the sampler settings that `trainer.test` compares. A model that
+    generates from left to right uses the temperature alone. commit_rules: {rule: values}, more rows of masked models, whose
+    forward passes follow the confidence (`models/diffusion/commit_rules.py`).
     A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
     Validation logs `val/loss`, what is minimised, and `val/nll` (nats per token), `val/perplexity` and `val/bits_per_byte` of
     the batch's scored tokens; the names of an objective with an upper bound end in `_bound`. `val/nll_truth` is the corpus'
@@ -56,12 +58,16 @@ class PretrainModule(LeapModule):
         forwards: tuple[int, ...] = (1, 2, 4, 8, 16),
         temperature: float = 1.0,
         remasking: Remasking = "random",
+        guidance: float = 0.0,
+        block_length: int | None = None,
+        commit_rules: dict[str, list[float]] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed, optimizer=optimizer)
         self.save_hyperparameters(ignore=["model", "objective"])
         self.model, self.objective = model, objective
         self.forwards, self.temperature, self.remasking = tuple(forwards), temperature, remasking
+        self.guidance, self.block_length, self.rules = guidance, block_length, build_rules(commit_rules)
         self.figures = ModelFigures()
         self.curve: dict[str, list[float]] = {}
         self.meter, self.truth_meter, self.token_weights = NllMeter(), NllMeter(), TokenWeights()
@@ -171,7 +177,14 @@ class PretrainModule(LeapModule):
             return []
         one_by_one = self.generation in ("autoregressive", "prefix")
         data, numbers = (self.trainer.datamodule, (1,)) if one_by_one else (None, self.forwards)
-        return [self.decoder(data, n, self.temperature) for n in numbers]
+        scheduled = [self.decoder(data, n, self.temperature) for n in numbers]
+        return [*scheduled, *(self._rule_decoders() if self.generation == "masked" else [])]
+
+    def _rule_decoders(self) -> list[Decoder]:
+        """A row for each of `commit_rules`, at temperature 0 as in the papers of these rules."""
+        length = self.trainer.datamodule.response_length
+        options = {"block_length": self.block_length, "guidance": self.guidance}
+        return [RuleDecoder(self.model, rule, length, **options) for rule in self.rules]
 
     def decoder(self, data: Any, forwards: int, temperature: float) -> Decoder:
         """How the model answers prompts.
@@ -186,7 +199,14 @@ class PretrainModule(LeapModule):
         if self.generation == "flow":
             return NoisyMaskDecoder(self.objective.student, forwards, step="ode")
         if self.generation == "masked":
-            return MaskedDiffusionDecoder(self.model, forwards, temperature=temperature, remasking=self.remasking)
+            return MaskedDiffusionDecoder(
+                self.model,
+                forwards,
+                temperature=temperature,
+                remasking=self.remasking,
+                block_length=self.block_length,
+                guidance=self.guidance,
+            )
         how = {"whole_prompt": self.generation == "prefix", "vocab_size": len(data.tokenizer)}
         return AutoregressiveDecoder(self.model, data.response_length, temperature=temperature, **how)
 

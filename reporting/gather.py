@@ -59,7 +59,8 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
     for record in records:
         for row in record["rows"]:
             # drafts are accepted or not, so that the count differs from seed to seed
-            nfe = 0 if "speedup_vs_naive" in row["cost"] else row["nfe"]
+            measured = "speedup_vs_naive" in row["cost"] or isinstance(row["nfe"], float)
+            nfe = 0 if measured else row["nfe"]
             key = (record["data"]["name"], record["experiment"], row["method"], row["decoder"], nfe)
             newest[*key, record["seed"]] = row
     rows: dict[tuple, FrontierRow] = {}

@@ -52,6 +52,7 @@ COLUMNS = (
     Column("coverage", ("quality", "coverage"), ".2f", "coverage: share of the corpus' plans that occur"),
     Column("self-BLEU", ("quality", "self_bleu"), ".1f"),
     Column("unigram entropy", ("quality", "unigram_entropy"), ".2f"),
+    Column("TPF", ("cost", "tokens_per_forward"), ".2f", "TPF: generated tokens per forward pass, end padding not counted"),
     Column("tokens/s", ("cost", "tokens_per_s"), ",.0f"),
     Column("distinct", ("distinct",), ".2f"),
     Column("distinct-2", ("quality", "distinct_2"), ".3f"),
@@ -106,6 +107,11 @@ def split_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**record, "rows": part} for part in parts if part]
 
 
+def nfe_cell(nfe: float) -> str:
+    """Forward passes of a text; a mean over texts has one decimal."""
+    return f"{nfe:.1f}" if isinstance(nfe, float) else str(nfe or "-")
+
+
 def results_table(record: dict[str, Any], width: int = 120) -> Table:
     """A rich table of the record's rows: at most MOST_COLUMNS columns, and no wider than `width` characters if it can be."""
     rows, heads = record["rows"], _heads(record)
@@ -156,7 +162,7 @@ def _heads(record: dict[str, Any]) -> dict[str, list[str]]:
     rows = record["rows"]
     names = {"model" if rows[0]["method"] == "model" else "decoder": [row["decoder"] for row in rows]}
     counted = any(row["nfe"] for row in rows)
-    return names | ({"NFE": [str(row["nfe"] or "-") for row in rows]} if counted else {})
+    return names | ({"NFE": [nfe_cell(row["nfe"]) for row in rows]} if counted else {})
 
 
 def value_at(row: dict[str, Any], path: tuple[str, ...]) -> float | None:

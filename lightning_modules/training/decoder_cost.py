@@ -13,13 +13,17 @@ from models.interfaces.decoder import Decoder
 
 @dataclass(frozen=True)
 class DecoderResult:
-    """responses (B, R); seconds of wall-clock time; FLOPs per response token and peak bytes, None where not measured."""
+    """responses (B, R); seconds of wall-clock time; FLOPs per response token and peak bytes, None where not measured.
+
+    forward_passes (B,): of each text, for a decoder whose number follows the model; None where it is `decoder.forwards`.
+    """
 
     decoder: Decoder
     responses: Tensor
     seconds: float
     flops_per_token: float | None
     peak_memory_bytes: int | None
+    forward_passes: Tensor | None = None
 
 
 def measure_decoder(
@@ -35,9 +39,10 @@ def measure_decoder(
     responses = decoder(batch, generator)
     synchronise(device)
     seconds = time.perf_counter() - start
+    passes = getattr(decoder, "forward_passes", None)
     flops = flops_per_token(decoder, batch) if count_flops and decoder.forwards else None
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return DecoderResult(decoder, responses, seconds, flops, peak)
+    return DecoderResult(decoder, responses, seconds, flops, peak, passes)
 
 
 def synchronise(device: torch.device) -> None:

@@ -1,0 +1,32 @@
+"""Forward passes and tokens per forward pass of the final table."""
+
+import pytest
+import torch
+from helpers.trainer import quiet_trainer
+
+from callbacks.frontier import FrontierReport, tokens_per_forward
+from lightning_modules.pretrain import PretrainModule
+from models.diffusion.objective import MaskedDiffusion
+from reporting.record import read_record
+
+
+def test_tokens_per_forward_by_hand():
+    responses = torch.tensor([[5, 6, 1, 1], [5, 1, 7, 1], [5, 6, 7, 8]])  # 1 ends a text; 3 + 2 + 4 tokens
+    assert tokens_per_forward(responses, torch.tensor([1, 2, 3]), 1) == 9 / 6
+    assert tokens_per_forward(responses, torch.tensor([0, 0, 0]), 1) is None
+
+
+def test_rows_of_commit_rules_have_the_mean_of_their_passes(tiny_llada, tiny_oracle, tmp_path):
+    ids = tiny_oracle.special_ids()
+    model = tiny_llada(**ids)
+    rules = {"confidence": [0.2], "entropy": [100.0]}
+    module = PretrainModule(model, MaskedDiffusion(), forwards=(2,), commit_rules=rules)
+    quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "one", {})]).test(module, tiny_oracle, verbose=False)
+    rows = {row["decoder"]: row for row in read_record(tmp_path / "record.json")["rows"]}
+    threshold, whole = rows["teacher, confidence ≥ 0.2"], rows["teacher, entropy ≤ 100"]
+    assert 1 < threshold["nfe"] <= tiny_oracle.response_length
+    assert whole["nfe"] == 1  # every position at once
+    assert rows["teacher, sampled"]["nfe"] == 2
+    assert whole["cost"]["tokens_per_forward"] == pytest.approx(
+        2 * rows["teacher, sampled"]["cost"]["tokens_per_forward"], rel=0.5
+    )

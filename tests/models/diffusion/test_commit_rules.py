@@ -1,0 +1,96 @@
+"""Rules against their definitions, written out position by position, and the sampler's own ends of each rule."""
+
+import pytest
+import torch
+
+from models.diffusion.commit_rules import ConfidenceFactor, ConfidenceThreshold, EntropyBudget, build_rules
+from models.diffusion.sampler import RuleDecoder, generate_by_rule, generate_masked_diffusion
+from models.functional.errors import UsageError
+
+RULES = {"confidence": ConfidenceThreshold, "factor": ConfidenceFactor, "entropy": EntropyBudget}
+
+
+def rows_of(batch: int = 4, prompt: int = 2, response: int = 6) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 11, (batch, prompt + response), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(batch, prompt + response, dtype=torch.bool)
+    mask[:, prompt:] = True
+    return {"input_ids": ids, "attention_mask": torch.ones_like(mask), "response_mask": mask}
+
+
+def by_hand(name: str, value: float, confidence: list[float], entropy: list[float], competing: list[bool]) -> set[int]:
+    """The committed positions of one row, from the rule's definition."""
+    masked = [k for k, here in enumerate(competing) if here]
+    if not masked:
+        return set()
+    ranked = sorted(masked, key=lambda k: -confidence[k])
+    if name == "confidence":
+        return {k for k in masked if confidence[k] >= value} | {ranked[0]}
+    if name == "factor":
+        fits = [n for n in range(1, len(ranked) + 1) if (n + 1) * (1 - confidence[ranked[n - 1]]) < value]
+        return set(ranked[: max(fits, default=1)])
+    ranked = sorted(masked, key=lambda k: entropy[k])
+    fits = [n for n in range(1, len(ranked) + 1) if sum(entropy[k] for k in ranked[: n - 1]) <= value]
+    return set(ranked[: max(fits)])
+
+
+@pytest.mark.parametrize("value", [0.05, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_commits_what_its_definition_says(name, value):
+    generator = torch.Generator().manual_seed(3)
+    confidence, entropy = torch.rand(2, 200, 7, generator=generator, dtype=torch.float64)
+    confidence = 1 - confidence**4
+    competing = torch.rand(200, 7, generator=generator) < 0.7
+    competing[0] = False
+    found = RULES[name](value)(confidence, entropy, competing)
+    for row in range(200):
+        wanted = by_hand(name, value, confidence[row].tolist(), entropy[row].tolist(), competing[row].tolist())
+        assert set(found[row].nonzero().flatten().tolist()) == wanted
+
+
+def test_a_threshold_that_nothing_reaches_is_one_token_a_pass(tiny_llada):
+    """It is then LLaDA's low-confidence remasking with as many steps as tokens."""
+    model, rows = tiny_llada(), rows_of()
+    found = generate_by_rule(model, rows, torch.Generator().manual_seed(0), rule=ConfidenceThreshold(1.0))
+    wanted = generate_masked_diffusion(
+        model, rows, torch.Generator().manual_seed(0), steps=6, temperature=0.0, remasking="low_confidence"
+    )
+    assert torch.equal(found.responses, wanted)
+    assert found.forward_passes.tolist() == [6] * 4
+
+
+def test_a_threshold_that_all_reach_is_one_pass_a_block(tiny_llada):
+    model, rows = tiny_llada(), rows_of()
+    found = generate_by_rule(model, rows, torch.Generator().manual_seed(0), rule=ConfidenceThreshold(1e-9))
+    wanted = generate_masked_diffusion(model, rows, torch.Generator().manual_seed(0), steps=1, temperature=0.0)
+    assert torch.equal(found.responses, wanted)
+    assert found.forward_passes.tolist() == [1] * 4
+    blocks = generate_by_rule(
+        model, rows, torch.Generator(), rule=ConfidenceThreshold(1e-9), block_length=2, guidance=0.5
+    )
+    assert blocks.forward_passes.tolist() == [6] * 4  # three blocks, two passes each with guidance
+
+
+def test_a_row_of_a_batch_is_the_row_alone(tiny_llada):
+    """Rows that are done wait: neither their text nor their count changes."""
+    model, rows = tiny_llada(), rows_of()
+    decoder = RuleDecoder(model, ConfidenceThreshold(0.4), 6)
+    together, passes = decoder(rows, torch.Generator().manual_seed(0)), decoder.forward_passes
+    assert len(set(passes.tolist())) > 1
+    for k in range(4):
+        alone = decoder({name: column[k : k + 1] for name, column in rows.items()}, torch.Generator().manual_seed(0))
+        assert torch.equal(alone[0], together[k])
+        assert decoder.forward_passes.tolist() == [passes[k].item()]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"confidence": [0.0]}, "module.commit_rules.confidence=0.0"),
+        ({"factor": [-1.0]}, "module.commit_rules.factor=-1.0"),
+        ({"entropy": [-0.1]}, "module.commit_rules.entropy=-0.1"),
+        ({"margin": [0.1]}, "module.commit_rules=margin is not known"),
+    ],
+)
+def test_values_out_of_range_are_refused(wanted, message):
+    with pytest.raises(UsageError, match=message):
+        build_rules(wanted)
