@@ -25,10 +25,10 @@ def site_link(link: re.Match[str]) -> str:
 
 
 def modules_of(package: str) -> str:
-    """A heading and a mkdocstrings block for each module in a folder of the repository."""
+    """A mkdocstrings block for each module in a folder of the repository."""
     files = [path for path in sorted((ROOT / package).glob("*.py")) if path.name != "__init__.py"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
-    return "\n".join(f"\n## {name.rsplit('.', 1)[-1]}\n\n::: {name}\n" for name in names)
+    return "".join(f"\n::: {name}\n" for name in names)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
