@@ -1,9 +1,12 @@
-"""What the documentation names exists."""
+"""What the documentation names exists, and the site has every page."""
 
+import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -25,3 +28,42 @@ def test_files_that_a_page_names_exist(page):
 def test_a_missing_file_is_seen():
     assert missing("`models/nothing.py` and [this](nowhere.md)", ROOT) == ["models/nothing.py", "nowhere.md"]
     assert missing("`run.py`, `models/flow` and [the licence](LICENSE)", ROOT) == []
+
+
+def pages_of(nav) -> list[str]:
+    """Paths of all pages in a part of mkdocs' `nav`."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(part)]
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    there = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(pages_of(nav)) == sorted(there)
+
+
+@pytest.fixture
+def hooks():
+    spec = importlib.util.spec_from_file_location("mkdocs_hooks", ROOT / "docs" / "mkdocs_hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_of_the_front_page_lead_to_pages_of_the_site(hooks):
+    page = hooks.on_page_markdown("", SimpleNamespace(meta={"source": "README.md"}))
+    links = re.findall(r"\]\(([^)#\s]+)", page)
+    assert "tutorial.md" in links
+    assert "changelog.md" in links
+    assert [link for link in links if not (ROOT / "docs" / link).is_file()] == []
+
+
+def test_reference_pages_name_every_module_of_an_existing_package(hooks):
+    for path in (ROOT / "docs" / "reference").glob("*.md"):
+        meta = re.match(r"---\npackage: (\S+)\n---", path.read_text())
+        if path.name != "index.md":
+            shown = hooks.on_page_markdown("", SimpleNamespace(meta={"package": meta[1]}))
+            modules = {file.stem for file in (ROOT / meta[1]).glob("*.py")} - {"__init__"}
+            assert modules
+            assert {line.rsplit(".", 1)[-1] for line in shown.split() if "." in line} == modules

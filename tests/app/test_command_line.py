@@ -123,7 +123,7 @@ def test_a_value_that_needs_quotes_is_answered_with_them(text):
 
 def documented_commands() -> list[list[str]]:
     """The options of every command in the documentation and in the headers of conf/; shell variables are left out."""
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("conf/**/*.yaml")]
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("conf/**/*.yaml")]
     lines = [line for path in files for line in path.read_text().splitlines()]
     found = [re.match(r"[\s#]*python run\.py (.*?)(\s{2,}.*| \\)?$", line) for line in lines]
     commands = {match[1] for match in found if match and not re.search(r"\.\.\.|<|=NAME|\[option", match[1])}
