@@ -2,7 +2,7 @@
 
 from reporting.keys import FORMAT
 
-COST_KEYS = {"tokens_per_s", "flops_per_token", "peak_memory_bytes", "batch"}
+COST_KEYS = {"tokens_per_forward", "tokens_per_s", "flops_per_token", "peak_memory_bytes", "batch"}
 
 
 # -- record files ----------------------------------------------------------------------------------------------------
