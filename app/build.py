@@ -13,6 +13,7 @@ from app.model_cache import cache_key, partial_folder, train_or_load
 from app.run_files import find_checkpoint
 from callbacks.frontier import FrontierReport
 from callbacks.interruption import StopOnSignal
+from callbacks.resumed_options import ResumedOptions
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
 from lightning_modules.training.compile import compute_layers
 from lightning_modules.training.sharding import ShardedStrategy
@@ -26,6 +27,11 @@ from models.speculative.scores import require_one_vocabulary
 from reporting.console import report_console
 
 console = report_console()
+NUMERICS = ("precision", "gradient_clip_val", "accumulate_grad_batches")  # of the trainer: what a step computes
+# last parts of names of options that a training does not depend on
+NOT_OF_TRAINING = (
+    "num_workers", "cache_dir", "eval_batch_size", "val", "test", "forwards", "student_forwards", "ode_forwards",
+)  # fmt: skip
 
 
 def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
@@ -55,7 +61,27 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
 
 def trainer_of(cfg: DictConfig) -> Trainer:
     """The trainer with the callbacks and loggers of the configuration."""
-    return make_trainer(cfg, _callbacks(cfg), _loggers(cfg, "run"))
+    return make_trainer(cfg, [*_callbacks(cfg), ResumedOptions(training_options(cfg))], _loggers(cfg, "run"))
+
+
+def training_options(cfg: DictConfig) -> dict[str, Any]:
+    """The options that decide what a training computes, step by step: {name: plain value}. Its length is not among them."""
+    found = {name: cfg[name] for name in ("seed", "compile", "recompute")}
+    found |= {f"trainer.{name}": cfg.trainer.get(name) for name in NUMERICS}
+    for group in ("module", "data", "model"):
+        if cfg[group] is not None:
+            own = OmegaConf.to_container(cfg[group], resolve=True)
+            if own.get("seed") == cfg.seed:  # is named once
+                own.pop("seed")
+            found |= _flat(own, f"{group}.")
+    return {name: value for name, value in found.items() if name.rsplit(".", 1)[-1] not in NOT_OF_TRAINING}
+
+
+def _flat(options: dict[str, Any], place: str) -> dict[str, Any]:
+    found = {}
+    for name, value in options.items():
+        found |= _flat(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}
+    return found
 
 
 def make_trainer(cfg: DictConfig, callbacks: list, logger: Any, **changes: Any) -> Trainer:
@@ -149,7 +175,7 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
     plain = {"model": cfg.model, "teacher": recipe}
     plain = {name: OmegaConf.to_container(part, resolve=True) for name, part in plain.items()}
     plain["teacher"].pop("cache_dir")
-    numerics = {name: cfg.trainer.get(name) for name in ("precision", "gradient_clip_val", "accumulate_grad_batches")}
+    numerics = {name: cfg.trainer.get(name) for name in NUMERICS}
     made_from = {**plain, **numerics, "batch_size": datamodule.batch_size, "seed": cfg.seed}
     made_from |= {"compile": cfg.compile} if cfg.compile else {}  # compiled layers round differently
     key = cache_key(**made_from, data=datamodule.fingerprint())
