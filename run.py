@@ -37,4 +37,8 @@ if __name__ == "__main__":
     if mistake is not None:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # outside training, which saves first
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

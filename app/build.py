@@ -6,11 +6,15 @@ from typing import Any
 
 from hydra.utils import get_class, instantiate
 from lightning import LightningModule, Trainer, seed_everything
+from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 
 from app.model_cache import cache_key, partial_folder, train_or_load
 from app.run_files import find_checkpoint
 from callbacks.frontier import FrontierReport
+from callbacks.interruption import StopOnSignal
+from callbacks.resumed_options import ResumedOptions
+from lightning_modules.training.checkpoints import ReplacingCheckpointIO
 from lightning_modules.training.compile import compute_layers
 from lightning_modules.training.sharding import ShardedStrategy
 from models.backbones.causal import build_causal
@@ -23,6 +27,11 @@ from models.speculative.scores import require_one_vocabulary
 from reporting.console import report_console
 
 console = report_console()
+NUMERICS = ("precision", "gradient_clip_val", "accumulate_grad_batches")  # of the trainer: what a step computes
+# last parts of names of options that a training does not depend on
+NOT_OF_TRAINING = (
+    "num_workers", "cache_dir", "eval_batch_size", "val", "test", "forwards", "student_forwards", "ode_forwards",
+)  # fmt: skip
 
 
 def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
@@ -52,7 +61,38 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
 
 def trainer_of(cfg: DictConfig) -> Trainer:
     """The trainer with the callbacks and loggers of the configuration."""
-    return instantiate(cfg.trainer, callbacks=_callbacks(cfg), logger=_loggers(cfg, "run"))
+    return make_trainer(cfg, [*_callbacks(cfg), ResumedOptions(training_options(cfg))], _loggers(cfg, "run"))
+
+
+def training_options(cfg: DictConfig) -> dict[str, Any]:
+    """The options that decide what a training computes, step by step: {name: plain value}. Its length is not among them."""
+    found = {name: cfg[name] for name in ("seed", "compile", "recompute")}
+    found |= {f"trainer.{name}": cfg.trainer.get(name) for name in NUMERICS}
+    for group in ("module", "data", "model"):
+        if cfg[group] is not None:
+            own = OmegaConf.to_container(cfg[group], resolve=True)
+            if own.get("seed") == cfg.seed:  # is named once
+                own.pop("seed")
+            found |= _flat(own, f"{group}.")
+    return {name: value for name, value in found.items() if name.rsplit(".", 1)[-1] not in NOT_OF_TRAINING}
+
+
+def _flat(options: dict[str, Any], place: str) -> dict[str, Any]:
+    found = {}
+    for name, value in options.items():
+        found |= _flat(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}
+    return found
+
+
+def make_trainer(cfg: DictConfig, callbacks: list, logger: Any, **changes: Any) -> Trainer:
+    """The trainer of cfg.trainer, with `changes` of its options."""
+    interval = cfg.trainer.get("val_check_interval")
+    if isinstance(interval, int):  # Lightning counts batches, our option counts optimiser steps
+        changes["val_check_interval"] = interval * (cfg.trainer.get("accumulate_grad_batches") or 1)
+    trainer = instantiate(cfg.trainer, callbacks=[*callbacks, StopOnSignal()], logger=logger, **changes)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else it is the user's choice
+        trainer.strategy.checkpoint_io = ReplacingCheckpointIO()
+    return trainer
 
 
 def untrained(cfg: DictConfig) -> tuple[LightningModule, Any]:
@@ -74,7 +114,7 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     """The trainer, without callbacks. Errors: UsageError for options that would fail only after a teacher has been trained."""
     for name in ("forwards", "student_forwards"):
         require_forward_passes(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
-    trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
+    trainer = make_trainer(cfg, [], False)
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()
     return trainer
@@ -135,7 +175,7 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
     plain = {"model": cfg.model, "teacher": recipe}
     plain = {name: OmegaConf.to_container(part, resolve=True) for name, part in plain.items()}
     plain["teacher"].pop("cache_dir")
-    numerics = {name: cfg.trainer.get(name) for name in ("precision", "gradient_clip_val", "accumulate_grad_batches")}
+    numerics = {name: cfg.trainer.get(name) for name in NUMERICS}
     made_from = {**plain, **numerics, "batch_size": datamodule.batch_size, "seed": cfg.seed}
     made_from |= {"compile": cfg.compile} if cfg.compile else {}  # compiled layers round differently
     key = cache_key(**made_from, data=datamodule.fingerprint())
@@ -149,11 +189,11 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
         load=load,
         build_model=lambda: new_model(cfg, datamodule),
         build_module=lambda model: _with_layer_options(cfg, instantiate(recipe.module, _convert_="all", model=model)),
-        build_trainer=lambda: instantiate(
-            cfg.trainer,
+        build_trainer=lambda: make_trainer(
+            cfg,
+            [instantiate(c) for c in recipe.callbacks.values() if c],
+            _loggers(cfg, what),
             max_steps=recipe.max_steps,
-            callbacks=[instantiate(c) for c in recipe.callbacks.values() if c],
-            logger=_loggers(cfg, what),
         ),
         datamodule=datamodule,
         console=console,

@@ -16,7 +16,7 @@ from models.functional.errors import UsageError
 @contextmanager
 def exclusive_run(folder: str | Path) -> Iterator[None]:
     """The folder of a run, for this run alone. Raises UsageError while another one works there."""
-    if not _leads():
+    if not leads():
         yield
         return
     try:
@@ -35,7 +35,7 @@ def build_once(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
     The lock lies in the folder `locks` beside the one that holds `path`.
     """
-    if not _leads():
+    if not leads():
         yield
         return
     lock = _lock(path.parent.with_name("locks") / f"{path.name}.lock")
@@ -53,6 +53,6 @@ def _lock(path: Path) -> FileLock:
     return FileLock(path)
 
 
-def _leads() -> bool:
+def leads() -> bool:
     """Whether this process is the first of its run; the others work where it does."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))

@@ -1,5 +1,6 @@
 """What `mode=` does: fit, test, generate, export, report."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from app.run_files import find_checkpoint, newest_student
 from app.sweep import in_sweep, typed_again
 from app.trained import fill_from_checkpoint
 from callbacks.frontier import FrontierReport
+from callbacks.interruption import Interrupted
 from models.flow.student_files import load_student
 from models.functional.errors import UsageError
 from reporting.card import write_card
@@ -36,10 +38,28 @@ def run_mode(cfg: DictConfig) -> float | None:
     if cfg.module is None and cfg.study is None and cfg.mode != "report":
         raise UsageError(NO_EXPERIMENT)
     check_options(cfg)
-    if cfg.mode in ("fit", "test") and cfg.study is None:
-        with exclusive_run(run_dir(cfg)):
+    alone = exclusive_run(run_dir(cfg)) if cfg.mode in ("fit", "test") and cfg.study is None else nullcontext()
+    with alone:
+        try:
             return modes[cfg.mode](cfg)
-    return modes[cfg.mode](cfg)
+        except Interrupted as stop:
+            _say_interrupted(cfg, stop)
+            raise
+
+
+def _say_interrupted(cfg: DictConfig, stop: Interrupted) -> None:
+    """Where the state is, and what to type to go on."""
+    if stop.checkpoint is None:
+        console.print(f"interrupted at step {stop.step}; no checkpoint was saved")
+        return
+    # a model that is trained first, such as a teacher, is taken up again without being asked
+    own = stop.checkpoint.absolute().is_relative_to(run_dir(cfg).absolute())
+    more = f" with {shell(option('ckpt_path', str(stop.checkpoint)))}" if own else " again"
+    console.print(
+        f"interrupted; step {stop.step} is saved in {stop.checkpoint}; to go on type the same command{more}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 # -- modes -----------------------------------------------------------------------------------------------------------
@@ -58,14 +78,7 @@ def fit(cfg: DictConfig) -> float | None:
         if cfg.teacher is None:
             raise UsageError(f"student_path={cfg.student_path}: experiment={cfg.name} trains no student; leave it out")
         module.start_from(load_student(cfg.student_path, module.teacher))
-    try:
-        trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
-    except SystemExit:  # how Lightning ends after Ctrl-C
-        last = f"{run_dir(cfg)}/checkpoints/last.ckpt"
-        console.print(
-            f"interrupted; to go on type the same command with {shell(option('ckpt_path', last))}", soft_wrap=True
-        )
-        raise
+    trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     logged = dict(trainer.callback_metrics)
     trainer.test(module, datamodule, verbose=False)
     if trainer.is_global_zero:

@@ -27,7 +27,12 @@ OWN = {
     "licence": str | None,
 }
 # what Lightning itself does not refuse
-LEAST = {"seed": 0, "trainer.accumulate_grad_batches": 1, "trainer.max_steps": -1, "trainer.log_every_n_steps": 0}
+LEAST = {
+    "seed": 0,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.max_steps": -1,
+    "trainer.log_every_n_steps": 0,
+}
 LENIENT = ConfigDict(arbitrary_types_allowed=True)
 
 
@@ -40,6 +45,12 @@ def check_options(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, option)
         if isinstance(value, int) and value < least:
             raise UsageError(f"{option}={value} must be at least {least}")
+    interval = OmegaConf.select(cfg, "trainer.val_check_interval")
+    if isinstance(interval, int | float) and interval <= 0:
+        raise UsageError(
+            f"trainer.val_check_interval={interval} must be at least 1 step; to leave validation out type "
+            "+trainer.limit_val_batches=0"
+        )
     for group in ("callbacks", "logger"):
         for name, part in cfg.get(group, {}).items():
             if part is not None and not OmegaConf.is_dict(part):

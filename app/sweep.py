@@ -16,6 +16,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from app.locks import leads
+from app.start import claim_start
+
 # beginnings of options that do not decide which model is trained
 OF_ONE_RUN = (
     "mode=",
@@ -63,6 +66,8 @@ def run_of_sweep(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> 
             traceback.print_exc()
             failed = f"{type(error).__name__}: {error}"
         print_error(f"run {number} failed: {failed}; the others go on")
+    if not leads():  # the first rank's folders hold the results
+        return value
     write_job(
         cfg.paths.run_dir,
         sweep=cfg.started,
@@ -75,22 +80,51 @@ def run_of_sweep(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> 
     return value
 
 
-class SweepSummary(Callback):
-    """Hydra's callback: when all runs are done, their table and figure; status 2 where some have failed."""
+class RunsAndSweeps(Callback):
+    """Hydra's callback: a folder of its own for each start; when all runs of a sweep are done, their table and figure.
+
+    A sweep of which some run has failed, or left no result, ends with status 2.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        claim_start(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        str(config.started)  # read once, so that all runs of the sweep have the same
+        claim_start(config, "hydra.sweep.dir")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from reporting.console import report_console
+        from reporting.console import print_error, report_console
         from reporting.sweep import read_sweeps, report_sweep
 
+        if not leads():
+            return
         folder = Path(OmegaConf.select(config, "hydra.sweep.dir"))
         outputs = Path(config.paths.output_dir)
         places = [outputs] if folder.is_relative_to(outputs) else [outputs, folder]
         runs = [run for place in places for run in read_sweeps(place, config.started).get(config.started, [])]
-        if not runs:
-            return
-        report_sweep(runs, folder, f"sweep_{config.started}", report_console())
-        if any(run.failed is not None for run in runs):
+        if runs:
+            report_sweep(runs, folder, f"sweep_{config.started}", report_console())
+        missing = missing_runs([run.number for run in runs], _expected(config))
+        if missing:
+            print_error(f"no result of run {', '.join(map(str, missing))} of the sweep {config.started}; see {folder}")
+        if missing or any(run.failed is not None for run in runs):
             sys.exit(2)
+
+
+def missing_runs(numbers: list[int], expected: int | None) -> list[int]:
+    """Numbers of runs that left no result. expected: how many there should be; None where only the sweeper knows."""
+    wanted = max(numbers, default=0) + 1 if expected is None else expected
+    return sorted(set(range(wanted)) - set(numbers))
+
+
+def _expected(config: DictConfig) -> int | None:
+    """How many runs Hydra's own sweeper makes of the options; None of another sweeper, whose runs follow from results."""
+    sweeper = OmegaConf.select(config, "hydra.sweeper")
+    if not sweeper["_target_"].endswith("BasicSweeper"):
+        return None
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    typed = list(config.hydra.overrides.task)
+    typed += [f"{name}={value}" for name, value in (sweeper.get("params") or {}).items()]
+    values = (o for o in OverridesParser.create().parse_overrides(typed) if o.is_sweep_override())
+    return math.prod(len(list(override.sweep_string_iterator())) for override in values)

@@ -1,9 +1,10 @@
 """A DataLoader that continues in mid-epoch at the exact batch, on any number of ranks.
 
-The order of an epoch is a function of (seed, epoch) alone, and the position inside it travels in the checkpoint,
-so a resumed run reads what the uninterrupted one would have read.
+The order of a pass over the rows is a function of (seed, its number) alone, and the position in an epoch travels in the
+checkpoint, so a resumed run reads what the uninterrupted one would have read.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +16,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class EpochSampler(Sampler[list[int]]):
-    """Batches of row indices: shuffled by (seed, epoch) when training, in file order otherwise.
+    """Batches of row indices: shuffled by (seed, pass) when training, in file order otherwise.
 
     Ranks take alternate rows of the same global batch, so N ranks with batch_size / N rows each see together what one
     rank with batch_size rows sees. `drop_last` discards the incomplete global batch; without it every row is visited once.
+
+    accumulate: batches of an optimiser step. An epoch is then the fewest passes over the rows whose batches fill whole
+    steps, because Lightning steps the optimiser at an epoch's last batch even where accumulation is not complete.
     """
 
-    def __init__(self, rows: int, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int) -> None:
+    def __init__(
+        self, rows: int, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int, accumulate: int = 1
+    ) -> None:
         self.rows, self.batch_size, self.shuffle, self.drop_last, self.seed = rows, batch_size, shuffle, drop_last, seed
+        self.accumulate = accumulate
         self.epoch = 0
         self.start = 0
 
@@ -38,24 +45,35 @@ class EpochSampler(Sampler[list[int]]):
         """Of all ranks together."""
         return self.batch_size * rank_and_world()[1]
 
-    def __len__(self) -> int:
+    def batches_per_pass(self) -> int:
+        """Over all rows once."""
         per_step = self.rows_per_step()
         return self.rows // per_step if self.drop_last else -(-self.rows // per_step)
 
+    def passes(self) -> int:
+        """Of an epoch."""
+        return self.accumulate // math.gcd(self.batches_per_pass(), self.accumulate)
+
+    def __len__(self) -> int:
+        return self.batches_per_pass() * self.passes()
+
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = rank_and_world()
-        order = self.order_of(self.rows, self.epoch)
-        per_step = self.rows_per_step()
+        per_step, per_pass, before = self.rows_per_step(), self.batches_per_pass(), self.epoch * self.passes()
+        current, order = None, None
         for step in range(self.start, len(self)):
-            chosen = order[step * per_step : (step + 1) * per_step][rank::world].tolist()
+            number, at = divmod(step, per_pass)
+            if number != current:
+                current, order = number, self.order_of(self.rows, before + number)
+            chosen = order[at * per_step : (at + 1) * per_step][rank::world].tolist()
             if chosen:
                 yield chosen
 
-    def order_of(self, rows: int, epoch: int) -> Tensor:
-        """The order (rows,) in which an epoch reads its rows."""
+    def order_of(self, rows: int, number: int) -> Tensor:
+        """The order (rows,) in which the number-th pass reads its rows."""
         if not self.shuffle:
             return torch.arange(rows)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         return torch.randperm(rows, generator=generator)
 
 
@@ -74,11 +92,14 @@ class ResumableLoader(DataLoader):
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
+        accumulate: int = 1,
         order: EpochSampler | None = None,
         num_workers: int = 0,
     ) -> None:
         if order is None:
-            order = EpochSampler(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
+            order = EpochSampler(
+                len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, accumulate=accumulate
+            )
         self.order = order
         self.handed_out = 0
         self.resume_at = 0
@@ -113,6 +134,11 @@ class ResumableLoader(DataLoader):
                 f"the run took {before} rows a step and now takes {now}, so it does not go on at the exact row; "
                 f"type data.batch_size={before / rank_and_world()[1]:g} for that"
             )
+
+
+def accumulated(trainer: Any) -> int:
+    """Batches of an optimiser step of a datamodule's trainer; 1 where there is none."""
+    return 1 if trainer is None else trainer.accumulate_grad_batches
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -16,7 +16,7 @@ from datamodules.batch import pack_prompt_response
 from datamodules.corpus import CorpusDataModule
 from datamodules.documents import DocumentReader
 from datamodules.encoder import Encoder
-from datamodules.loader import ResumableLoader
+from datamodules.loader import ResumableLoader, accumulated
 from datamodules.packing import EndlessOrder, OnePass, PackedRows, TokenStream
 from datamodules.sources import Source
 from datamodules.token_cache import TokenCache, tokenize_once
@@ -176,7 +176,12 @@ class PackedTextDataModule(CorpusDataModule):
     def train_dataloader(self) -> ResumableLoader:
         rows = self.rows["train"]
         order = EndlessOrder(
-            len(rows.stream), self.sequence_length, self.batch_size, shuffle=self.shuffle, seed=self.seed
+            len(rows.stream),
+            self.sequence_length,
+            self.batch_size,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            accumulate=accumulated(self.trainer),
         )
         return ResumableLoader(rows, order=order, num_workers=self.num_workers)
 

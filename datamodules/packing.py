@@ -112,16 +112,20 @@ class EndlessOrder(EpochSampler):
     """Batches of row numbers of a stream that repeats without end; each row is read once, in exact batches.
 
     The rows that begin in one pass are read in an order that is a function of (seed, pass), or as they lie. Batches follow
-    each other without regard to passes: an epoch is as many whole batches as fit into a pass, and the rows that are left
-    open the next epoch.
+    each other without regard to passes: an epoch is as many whole batches as fit into a pass (times `passes()`), and the rows
+    that are left open the next epoch.
     """
 
-    def __init__(self, tokens: int, length: int, batch_size: int, *, shuffle: bool, seed: int) -> None:
-        super().__init__(tokens // length, batch_size, shuffle=shuffle, drop_last=True, seed=seed)
+    def __init__(
+        self, tokens: int, length: int, batch_size: int, *, shuffle: bool, seed: int, accumulate: int = 1
+    ) -> None:
+        super().__init__(
+            tokens // length, batch_size, shuffle=shuffle, drop_last=True, seed=seed, accumulate=accumulate
+        )
         self.tokens, self.length = tokens, length
 
-    def __len__(self) -> int:
-        return max(1, super().__len__())
+    def batches_per_pass(self) -> int:
+        return max(1, super().batches_per_pass())
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = rank_and_world()
@@ -152,8 +156,8 @@ class OnePass(EpochSampler):
         super().__init__((tokens - 1) // length, batch_size, shuffle=False, drop_last=False, seed=0)
         self.has_rest = (tokens - 1) % length > 0
 
-    def __len__(self) -> int:
-        return super().__len__() + self.has_rest
+    def batches_per_pass(self) -> int:
+        return super().batches_per_pass() + self.has_rest
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from super().__iter__()

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.batch import TensorRows, pack_prompt_response
 from datamodules.corpus import CorpusDataModule
-from datamodules.loader import ResumableLoader
+from datamodules.loader import ResumableLoader, accumulated
 from datamodules.score import Scorer
 from models.functional.errors import UsageError
 
@@ -53,7 +53,8 @@ class PromptResponseDataModule(CorpusDataModule):
     # -- loaders --------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> ResumableLoader:
-        return self._loader("train", self.batch_size, shuffle=True, drop_last=True)
+        accumulate = accumulated(self.trainer)
+        return self._loader("train", self.batch_size, shuffle=True, drop_last=True, accumulate=accumulate)
 
     def val_dataloader(self) -> ResumableLoader:
         return self._loader("val", self.eval_batch_size)
@@ -65,12 +66,20 @@ class PromptResponseDataModule(CorpusDataModule):
         """The test split's batches, laid out beforehand: a trainer that predicts rebuilds loaders, and cannot rebuild ours."""
         return DataLoader(list(self.test_dataloader()), batch_size=None)
 
-    def _loader(self, split: str, batch_size: int, *, shuffle: bool = False, drop_last: bool = False):
+    def _loader(
+        self, split: str, batch_size: int, *, shuffle: bool = False, drop_last: bool = False, accumulate: int = 1
+    ):
         rows = self.rows[split]
         if drop_last and len(rows) < batch_size:
             raise UsageError(
                 f"the {split} split has {len(rows)} rows, fewer than one batch; type data.batch_size={len(rows)} or less"
             )
         return ResumableLoader(
-            rows, batch_size, shuffle=shuffle, drop_last=drop_last, seed=self.seed, num_workers=self.num_workers
+            rows,
+            batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=self.seed,
+            accumulate=accumulate,
+            num_workers=self.num_workers,
         )

@@ -116,6 +116,24 @@ class LeapModule(LightningModule):
         """Linear warm-up and cosine decay over `steps`."""
         return get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, steps // 2), steps)
 
+    # -- accumulation -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Errors: UsageError where an epoch ends within an optimiser step.
+
+        Lightning steps there all the same, and divides by the full count.
+        """
+        batches, each = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if batches != float("inf") and batches % each:
+            raise UsageError(
+                f"trainer.accumulate_grad_batches={each} does not divide an epoch of {batches} batches; type a number that "
+                "does, or leave out trainer.limit_train_batches"
+            )
+
+    def ends_optimizer_step(self, batch_idx: int) -> bool:
+        """Whether a batch is the last micro-batch of its optimiser step."""
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
     # -- a training step: random draws --------------------------------------------------------------------------------
 
     def step_generator(self, batch_idx: int, stream: int = 0, epoch: int | None = None) -> Generator:

@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from lightning_modules.base import LeapModule
 from models.backbones.causal_lm import require_causal, with_adapters
 from models.backbones.code_space import require_whole_codes
+from models.backbones.point_buffer import PointBuffer
 from models.functional.bag_of_words import bag_of_words_nll
 from models.functional.bits_per_byte import token_nll
 from models.functional.curriculum import length_limit, mean_of_short, text_lengths
@@ -36,7 +37,7 @@ from models.plans.planner import Plan, Planner
 from models.plans.probe import PlanProbe
 from models.plans.rows import posterior_input, prompt_of, response_of
 from models.plans.signals import SignalCodes, SignalHeads, log_prob_of_plans
-from models.plans.sources import PlanSource, Points, QuantisedPlans, SampledPlans, StepValues
+from models.plans.sources import PlanSource, QuantisedPlans, SampledPlans, StepValues
 from models.plans.terms import plan_terms
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
@@ -75,6 +76,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         # 3. where the plan of a training text comes from
         self.signal_codes = SignalCodes(vocabulary, options.signals) if options.signal_codes else None
         self.source = self.build_source()
+        self.points = PointBuffer()  # of a quantiser
         self.em = build_hard_em(options.search_options, self.planner, self.posterior, self.executor)
         if self.em is not None:
             self.rank_dependent_reason = "a rank searches plans when its own rows are due; type module.search=null"
@@ -120,8 +122,11 @@ class ConceptPlannerExecutorModule(LeapModule):
         generator, now, text = self.step_generator(batch_idx), self.step_values(), response_of(batch)
         # 1. a plan of each text and its losses: drawn with a gradient to the posterior, or the best one found by search
         searching = self.em is not None and self.em.active(self.progress())
-        make_plan = self._searched_plan if searching else self._drawn_plan
-        (ids, embeds), raw, monitors = make_plan(batch, now, generator)
+        if searching:
+            (ids, embeds), raw, monitors = self._searched_plan(batch, now, generator)
+        else:
+            ends_step = self.ends_optimizer_step(batch_idx)
+            (ids, embeds), raw, monitors = self._drawn_plan(batch, now, generator, ends_step)
         # 2. NLL of the text given the plan alone, some of its own tokens hidden; (B, R) nats
         blank = torch.rand(text.shape, generator=generator, device=self.device) < now.corruption
         nll = token_nll(self.executor.logits(ids, embeds, text, blank), text)
@@ -139,16 +144,18 @@ class ConceptPlannerExecutorModule(LeapModule):
         return self.refuse_nan(loss)
 
     def _drawn_plan(
-        self, batch: dict[str, Tensor], now: StepValues, generator: Generator
+        self, batch: dict[str, Tensor], now: StepValues, generator: Generator, ends_step: bool
     ) -> tuple[Block, dict[str, Tensor], dict[str, float]]:
         """Plans with a gradient to the posterior, their losses, and figures for the log."""
         # 1. z from q(z | u, x), straight through
         plan, points = self.source.draw(batch, now, generator)
         self.probe.relaxation, self.probe.e_step = plan.relaxation, None
         monitors = {"temperature": now.temperature, "noise": now.noise}
-        # 2. a quantiser's codes follow their points
-        if points:
-            monitors["dead_codes"] = float(self._update_codes(points))
+        # 2. a quantiser's codes follow the points of the optimiser step's micro-batches, at the last of them
+        for slot, own in points.items():
+            self.points.add(slot, self.in_row_order(own))
+        if points and ends_step:
+            monitors["dead_codes"] = float(self._update_codes())
         # 3. losses of the plan: NLL under the prior p(z | u), rate, usage ...
         prior = self.planner.score(*prompt_of(batch), plan.choices)
         raw = self._plan_terms(plan, prior, response_of(batch))
@@ -184,15 +191,15 @@ class ConceptPlannerExecutorModule(LeapModule):
             raw[name] = plan_nll(log_p, searched.choices, is_open).sum(-1).mean() / text.shape[1]
         return self.planner.block(searched.choices), raw, searched.figures
 
-    def _update_codes(self, points: Points) -> int:
-        """Move the codes to the points of all ranks; the number of dead codes that were reset.
+    def _update_codes(self) -> int:
+        """Move the codes to the step's points of all ranks; the number of dead codes that were reset.
 
         Codes begin anew (k-means) at the first step and at the step where points begin to move to their codes.
         """
-        points = {slot: self.in_row_order(own) for slot, own in points.items()}
         begins = round(self.options.quantise[0] * float(self.trainer.estimated_stepping_batches))
         begin = self.global_step in (0, begins)
-        return self.model.quantiser.follow(points, self.options.code_decay, self.generator_of_all_ranks(), begin=begin)
+        points, generator = self.points.pop(), self.generator_of_all_ranks()
+        return self.model.quantiser.follow(points, self.options.code_decay, generator, begin=begin)
 
     def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
         o = self.options

@@ -1,7 +1,8 @@
 """A run that is killed anywhere, and taken up again, ends where an uninterrupted one does.
 
 A life is a process that runs `run.py` and may be killed, with SIGKILL, before any of its optimiser steps or any of its writes:
-a file opened for writing, renamed or removed. Or its weights are poisoned there, its data worker killed, its disk full.
+a file opened for writing, renamed or removed. Or its weights are poisoned there, its data worker killed, its disk full, or it
+is asked to end, with SIGTERM, in an optimiser step.
 """
 
 import json
@@ -51,6 +52,11 @@ def live(folder: str, arguments: list[str], at: int, fault: str, events) -> None
     sys.stdout = sys.stderr = open("output.txt", "a")  # noqa: SIM115
 
     def happens(optimizer=None) -> None:
+        if fault == "terminated":  # counts steps alone
+            events.value += optimizer is not None
+            if optimizer is not None and events.value == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return
         events.value += 1
         if events.value < at or (events.value > at and fault not in ("poisoned", "worker")) or at in done:
             return
@@ -147,6 +153,34 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch
         assert status == 0, lives.said()
         assert lives.left() == expected
         lives = None
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        ("objectives", 8),
+        *(pytest.param(name, 13, marks=pytest.mark.slow) for name in ("meanflow_llada", "qstar_oracle")),
+    ],
+)
+def test_a_run_that_is_asked_to_end_saves_its_step_first(tmp_path, monkeypatch, method, steps):
+    """Checkpoints are far apart, so that the one of the signal is the only one; of a teacher's training as well."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    far = [
+        option.replace("train_steps=1", "train_steps=1000")
+        for option in SHORT + METHODS[method]
+        if "train_steps" in option
+    ]
+    whole = Lives(tmp_path / "whole", method, *far)
+    assert whole.live()[0] == 0, whole.said()
+    lives = Lives(tmp_path / "ended", method, *far)
+    status, ended = lives.live(random.Random(method).randint(1, steps - 1), "terminated")
+    assert status == 128 + signal.SIGTERM, lives.said()
+    assert "is saved in" in lives.said()
+    assert "Traceback" not in lives.said()
+    (saved,) = lives.folder.rglob("last.ckpt")
+    assert 0 < torch.load(saved, weights_only=True)["global_step"] <= ended
+    assert lives.live()[0] == 0, lives.said()
+    assert lives.left() == whole.left()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
-"""Checkpoints of what trains: what is kept, and whether one fits the module that reads it."""
+"""Checkpoints of what trains: what is kept, how it is written, and whether one fits the module that reads it."""
 
+import io
+import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
 from models.functional.errors import UsageError
@@ -18,6 +23,33 @@ def kept_state(state: Mapping[str, Tensor], names: Collection[str], *, step: int
                 f"there (ckpt_path=last) or start again with a learning rate below {lr:g}"
             )
     return kept
+
+
+class ReplacingCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the old one, then puts it in its place in one step.
+
+    Lightning's own writes to the folder of temporary files and moves from there, which copies where that is another file
+    system: a run that is killed then leaves half a file.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):  # not a local file
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()  # torch.save to a file hides why a write has failed
+        torch.save(checkpoint, buffer)
+        aside = path.with_name(f".{path.name}.partial")
+        try:
+            with aside.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def require_optimizer(checkpoint: str, own: str) -> None:

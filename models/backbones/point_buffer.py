@@ -12,8 +12,7 @@ from torch import Tensor
 class PointBuffer:
     """Points by key, such as the level or the slot that their codebook belongs to.
 
-    `add` in `training_step`, `pop` in `on_before_optimizer_step`. Lightning calls the second once an optimiser step, after
-    the last of its micro-batches; also where an epoch ends before `accumulate_grad_batches` of them were read.
+    `add` for every micro-batch, `pop` at the last one of an optimiser step.
     """
 
     def __init__(self) -> None:

@@ -50,6 +50,10 @@ def test_what_an_experiment_sets_has_the_right_type(name):
             "callbacks.export=abc is no part of a run; type callbacks.export=null to do without it",
         ),
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0 must be at least 1"),
+        (
+            "trainer.val_check_interval=0",
+            "trainer.val_check_interval=0 must be at least 1 step; to leave validation out",
+        ),
         ("callbacks.checkpoint.save_top_k=all", "callbacks.checkpoint.save_top_k=all should be a valid integer"),
     ],
 )

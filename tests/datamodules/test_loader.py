@@ -1,10 +1,13 @@
 """The order of rows: by the seed, resumed, over ranks."""
 
 import pytest
+import torch
 from helpers.pairs import ROWS
 from helpers.trainer import quiet_trainer
 from lightning import LightningModule
+from torch import nn
 
+from callbacks.checkpoint import LastCheckpoint
 from datamodules.loader import EpochSampler
 
 # -- order of rows ---------------------------------------------------------------------------------------------------
@@ -54,6 +57,41 @@ def test_a_resumed_loader_continues_at_the_exact_batch(build_pairs, workers):
     assert read + rest == order(whole)
     resumed.set_epoch(3)
     assert len(order(resumed)) == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*no .validation_step")
+def test_accumulation_spans_passes_over_the_rows(build_pairs, tmp_path):
+    """6 batches a pass, 4 a step: every step has 4, as one long pass would give them, and a resumed run reads the same."""
+
+    class Reader(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            read.append((self.global_step, batch["row_index"].tolist()))
+            return self.weight * 1.0
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def run(steps: int, **options) -> list:
+        read.clear()
+        keep = LastCheckpoint(tmp_path, every_n_train_steps=100, save_top_k=0, save_last=True)
+        shape = {"accumulate_grad_batches": 4, "limit_val_batches": 0}
+        quiet_trainer(steps, callbacks=[keep], enable_checkpointing=True, **shape).fit(Reader(), datamodule, **options)
+        return list(read)
+
+    datamodule, read = build_pairs(val=ROWS, test=ROWS), []
+    whole = run(9)
+    assert [step for step, _ in whole] == [step for step in range(9) for _ in range(4)]
+    passes = []
+    for number in range(6):
+        loader = build_pairs(val=ROWS, test=ROWS).train_dataloader()  # without a trainer: a pass an epoch
+        loader.set_epoch(number)
+        passes += order(loader)
+    assert [rows for _, rows in whole] == passes
+    assert whole == run(4) + run(9, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize(("rows", "drop_last"), [(11, False), (9, False), (12, False), (12, True)])

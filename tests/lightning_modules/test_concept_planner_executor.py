@@ -306,3 +306,25 @@ def test_mistakes_are_named(tiny_oracle, options, sentence):
 def test_a_model_that_looks_both_ways_is_refused(tiny_llada):
     with pytest.raises(UsageError, match="needs a causal model"):
         ConceptPlannerExecutorModule(tiny_llada(), types=TYPES, weights=ALL, quota=1.0)
+
+
+def test_codes_follow_the_points_of_all_micro_batches_once_a_step(tiny_oracle, monkeypatch):
+    types = {"a": {"codes": 3, "most": 2}, "b": {"codes": 2, "most": 1}}
+    options = {"sampler": "ema_vq", "planning": {"posterior": "slots"}, "quota": None, "weights": {"text": 1.0}}
+    module = build(tiny_oracle, types=types, quantise=(0.0, 1.0), **options)
+    follow, calls = module.model.quantiser.follow, []
+
+    def noted(points, *args, begin):
+        calls.append((begin, [len(own) for own in points.values()]))
+        return follow(points, *args, begin=begin)
+
+    monkeypatch.setattr(module.model.quantiser, "follow", noted)
+    quiet_trainer(3, accumulate_grad_batches=2).fit(module, tiny_oracle)
+    rows = [2 * tiny_oracle.batch_size] * 3
+    assert calls == [(True, rows), (False, rows), (False, rows)]
+
+
+def test_an_epoch_that_ends_within_a_step_is_refused(tiny_oracle):
+    trainer = quiet_trainer(3, accumulate_grad_batches=2, limit_train_batches=3)
+    with pytest.raises(UsageError, match="does not divide an epoch of 3 batches"):
+        trainer.fit(build(tiny_oracle), tiny_oracle)

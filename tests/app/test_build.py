@@ -1,0 +1,32 @@
+"""The trainer of a configuration."""
+
+import pytest
+from lightning import Trainer
+
+from app.build import make_trainer, training_options
+from callbacks.interruption import StopOnSignal
+from lightning_modules.training.checkpoints import ReplacingCheckpointIO
+
+
+@pytest.mark.parametrize(("typed", "given"), [("4", 32), ("'00:10:00:00'", "00:10:00:00"), ("0.5", 0.5)])
+def test_validation_counts_optimiser_steps_or_a_time(configure, monkeypatch, typed, given):
+    asked = {}
+    monkeypatch.setattr("app.build.instantiate", lambda node, **options: asked.update(options) or Trainer())
+    options = ["trainer.accumulate_grad_batches=8", f"trainer.val_check_interval={typed}"]
+    cfg = configure("experiment=objectives", *options)
+    make_trainer(cfg, [], False)
+    assert asked.get("val_check_interval", cfg.trainer.val_check_interval) == given
+
+
+def test_every_trainer_saves_whole_files_and_stops_on_signals(configure):
+    trainer = make_trainer(configure("experiment=objectives", "trainer.accelerator=cpu"), [], False)
+    assert any(isinstance(callback, StopOnSignal) for callback in trainer.callbacks)
+    assert isinstance(trainer.strategy.checkpoint_io, ReplacingCheckpointIO)
+
+
+def test_options_of_a_training(configure):
+    options = training_options(configure("experiment=objectives", "module.lr=0.5", "seed=3"))
+    assert options["module.lr"] == 0.5
+    assert options["seed"] == 3
+    assert options["trainer.precision"] == "32-true"
+    assert not {"trainer.max_steps", "module.seed", "module.forwards", "data.num_workers"} & options.keys()
