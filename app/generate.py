@@ -42,7 +42,9 @@ def generate(cfg: DictConfig) -> None:
     streamed = len(prompts) == 1 and console.is_terminal if cfg.stream is None else cfg.stream
     together = 1 if streamed else BATCH
     starts = range(0, len(prompts), together)
-    for start in track(starts, description="generating", disable=streamed or len(starts) == 1):
+    # a bar on a terminal alone: elsewhere the output is the answers, a line each
+    shown = console.is_terminal and not streamed and len(starts) > 1
+    for start in track(starts, description="generating", console=console) if shown else starts:
         few = {name: column[start : start + together].to(device) for name, column in rows.items()}
         if streamed:
             stream_answer(decoder, few, generator, datamodule, prompts[start])

@@ -22,6 +22,7 @@ from models.functional.curriculum import length_limit, mean_of_short, text_lengt
 from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
 from models.functional.rows import signals_of
+from models.functional.uniform import uniform
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
 from models.interfaces.probe_batch import EStep
@@ -128,7 +129,7 @@ class ConceptPlannerExecutorModule(LeapModule):
             ends_step = self.ends_optimizer_step(batch_idx)
             (ids, embeds), raw, monitors = self._drawn_plan(batch, now, generator, ends_step)
         # 2. NLL of the text given the plan alone, some of its own tokens hidden; (B, R) nats
-        blank = torch.rand(text.shape, generator=generator, device=self.device) < now.corruption
+        blank = uniform(*text.shape, generator=generator) < now.corruption
         nll = token_nll(self.executor.logits(ids, embeds, text, blank), text)
         raw["text"] = self._curriculum_mean(nll.mean(-1), text)
         # 3. what else the plan has to predict: the text's tokens without their order, and its signals

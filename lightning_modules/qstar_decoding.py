@@ -146,8 +146,8 @@ class QStarDecodingModule(LeapModule):
             return
         prompt, texts = (part.to(self.device) for part in listed)
         schemes = [(k, decoder) for k, decoder in enumerate(self._decoders) if isinstance(decoder, QStarDecoder)]
-        quiet = not self.trainer.is_global_zero
-        for k, decoder in track(schemes, description="exactness of each scheme", disable=quiet):
+        shown = track(schemes, description="exactness of each scheme") if self.trainer.is_global_zero else schemes
+        for k, decoder in shown:
             generator = self.step_generator(k, stream=3, epoch=0)
             self._meters[k].exactness = {
                 "g_test_p": g_test_of(decoder, prompt, texts, self.options.exactness_samples, generator),

@@ -105,4 +105,7 @@ def quiet_libraries() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+        warnings.filterwarnings(
+            "ignore", message="The dirpath has changed"
+        )  # a run that goes on in a folder of its own
         yield

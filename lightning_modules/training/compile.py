@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_modules.base import LeapModule
+from lightning_modules.training.torch_2_11 import let_checkpoints_pass_tangents
 from models.functional.errors import UsageError, require_choice
 from models.functional.weights import trainable_weights
 
@@ -49,6 +50,7 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
 
 def recompute_layer(layer: nn.Module) -> None:
     """Keep nothing of the layer but its inputs for the backward pass (Chen et al., Sublinear Memory Cost, 2016)."""
+    let_checkpoints_pass_tangents()
     forward = layer.forward
 
     def recomputed(*inputs: Any, **options: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from lightning_modules.training.torch_2_11 import reduce_unused_weights
 from models.backbones.sharded_layers import gather_frozen, scatter_frozen
 from models.functional.errors import UsageError
 from models.functional.weights import distributed_like, full_tensor, tensor_to_save, trainable_weights
@@ -128,7 +129,7 @@ def shard_trained(module: LightningModule, mesh: DeviceMesh, blocks: list[nn.Mod
     # whole from the forward to the backward pass; a step has one of each
     fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
     for part in fsdp_modules(module):
-        part.set_reduce_scatter_unused_params(True)
+        reduce_unused_weights(part)
     register_fsdp_forward_method(module, "training_step")
 
 

@@ -5,7 +5,6 @@ Legend: B batch, L length, M masked positions, V vocabulary.
 
 from typing import Literal
 
-import torch
 from torch import Generator, Tensor
 
 from models.backbones.bidirectional import any_order_nll, require_bidirectional
@@ -19,6 +18,7 @@ from models.functional.masked_diffusion import (
     random_length,
 )
 from models.functional.next_token import bidirectional_text
+from models.functional.uniform import uniform
 from models.interfaces.objective import Terms, TextObjective
 
 SELDOM = 0.05  # cuts of more of the batches matter for the mean cost of a step
@@ -74,10 +74,8 @@ class MaskedDiffusion(TextObjective):
             length = random_length(columns, generator, self.random_length_probability)
             x0, attention_mask, maskable = x0[:, :length], attention_mask[:, :length], maskable[:, :length]
         # 1. a time for each row, and its mask probability
-        if self.antithetic:
-            t = antithetic_times(len(x0), generator, x0.device)
-        else:
-            t = torch.rand(len(x0), generator=generator, device=x0.device)
+        rows = len(x0)
+        t = antithetic_times(rows, generator, x0.device) if self.antithetic else uniform(rows, generator=generator)
         p = mask_probability(t, self.eps)
         # 2. the corrupted text
         xt, masked = mask_tokens(x0, maskable, p, model.mask_id, generator)

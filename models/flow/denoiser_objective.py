@@ -49,7 +49,8 @@ class ContinuousDiffusion(TextObjective, nn.Module):
         rows = {"input_ids": x0, "attention_mask": attention_mask, "response_mask": maskable}
         # 1. a time for each row and its point on the line
         masked = hide_response(rows, self.observed_share, generator)
-        s = self.student.path.warp(antithetic_times(len(x0), generator, x0.device))
+        times = antithetic_times(len(x0), generator, x0.device).to(model.embedding.dtype)
+        s = self.student.path.warp(times)
         sample = self.student.path.sample(rows, masked, s, generator)
         # 2. the denoiser's cross entropy
         nll = chosen_nll(self.student(sample, s), x0, masked)

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from models.functional.nll import chosen_nll
+from models.functional.uniform import uniform
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -21,8 +22,8 @@ def mask_probability(t: Number, eps: float = 1e-3) -> Number:
 
 def antithetic_times(n: int, generator: Generator, device: torch.device) -> Tensor:
     """n times in [0, 1), each U(0, 1) on its own and together one per n-th of the interval (lower loss variance)."""
-    offset = torch.rand(1, generator=generator, device=device)
-    return (torch.arange(n, device=device) / n + offset) % 1.0
+    offset = uniform(1, generator=generator)
+    return (torch.arange(n, device=device, dtype=offset.dtype) / n + offset) % 1.0
 
 
 def mask_tokens(x0: Tensor, maskable: Tensor, p: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def mask_tokens(x0: Tensor, maskable: Tensor, p: Tensor, mask_id: int, generator
 
     x0 (B, L) ids; maskable (B, L) bool; p (B,) or (B, 1). Returns x_t (B, L) and masked (B, L) bool.
     """
-    draws = torch.rand(x0.shape, generator=generator, device=x0.device)
+    draws = uniform(*x0.shape, generator=generator)
     masked = maskable & (draws < p.reshape(-1, 1))
     return torch.where(masked, mask_id, x0), masked
 
@@ -51,7 +52,6 @@ def masked_diffusion_nll(masked_logits: Tensor, x0: Tensor, masked: Tensor, p: T
 
 def random_length(length: int, generator: Generator, probability: float = 0.01) -> int:
     """LLaDA's pre-training cut: with this probability a whole batch is shortened to U{1, ..., length} tokens."""
-    device = generator.device
-    if torch.rand(1, generator=generator, device=device).item() >= probability:
+    if uniform(1, generator=generator).item() >= probability:
         return length
-    return int(torch.randint(1, length + 1, (1,), generator=generator, device=device).item())
+    return int(torch.randint(1, length + 1, (1,), generator=generator, device=generator.device).item())

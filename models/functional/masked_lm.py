@@ -6,6 +6,8 @@ Legend: B batch, L length, V vocabulary, R tokens that may be hidden in each row
 import torch
 from torch import Generator, Tensor
 
+from models.functional.uniform import uniform
+
 
 def bert_corrupt(
     x0: Tensor, maskable: Tensor, mask_id: int, vocab_size: int, generator: Generator, rate: float = 0.15
@@ -14,7 +16,7 @@ def bert_corrupt(
 
     x0 (B, L) ids; maskable (B, L) bool. Returns the corrupted text and the chosen positions, bool; (B, L) each.
     """
-    choose, how = torch.rand(2, *x0.shape, generator=generator, device=x0.device)
+    choose, how = uniform(2, *x0.shape, generator=generator)
     anything = torch.randint(vocab_size, x0.shape, generator=generator, device=x0.device)
     chosen = maskable & (choose < rate)
     shown = torch.where(how < 0.8, mask_id, torch.where(how < 0.9, anything, x0))
@@ -23,7 +25,7 @@ def bert_corrupt(
 
 def hide_exactly(maskable: Tensor, count: Tensor, generator: Generator) -> Tensor:
     """Bool (B, L): `count` (B,) of each row's maskable positions, every choice equally likely."""
-    order = torch.rand(maskable.shape, generator=generator, device=maskable.device).masked_fill(~maskable, 2.0)
+    order = uniform(*maskable.shape, generator=generator).masked_fill(~maskable, 2.0)
     rank = order.argsort(-1).argsort(-1)
     return maskable & (rank < count.unsqueeze(-1))
 

@@ -8,6 +8,8 @@ Legend: B batch, L length, N tokens cut out of a row, S spans.
 import torch
 from torch import Generator, Tensor
 
+from models.functional.uniform import uniform
+
 
 def span_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
     """(N, S): round(length density) tokens in about N / mean_span spans, with at least one token kept before each span."""
@@ -30,7 +32,7 @@ def random_spans(rows: int, length: int, cut: int, spans: int, generator: Genera
 
 def _random_parts(rows: int, total: int, parts: int, generator: Generator, device: torch.device) -> Tensor:
     """(B, parts) lengths of at least 1 that sum to `total`."""
-    draws = torch.rand(rows, total - 1, generator=generator, device=device)
+    draws = uniform(rows, total - 1, generator=generator)
     borders = draws.argsort(-1)[:, : parts - 1].sort(-1).values + 1
     edges = [borders.new_zeros(rows, 1), borders, borders.new_full((rows, 1), total)]
     return torch.cat(edges, -1).diff(dim=-1)

@@ -6,6 +6,7 @@ Legend: B batch, S slots, C columns of a plan's block, D width.
 import torch
 from torch import Generator, Tensor
 
+from models.functional.uniform import uniform
 from models.plans.planner import Planner
 from models.plans.vocabulary import END, ConceptVocabulary
 
@@ -13,7 +14,7 @@ from models.plans.vocabulary import END, ConceptVocabulary
 def random_plan(vocabulary: ConceptVocabulary, choices: Tensor, generator: Generator) -> Tensor:
     """Choices (B, S) with each code replaced by a random one of its type; ends stay where they are."""
     codes = vocabulary.slot_codes.to(choices.device)
-    drawn = torch.rand(choices.shape, generator=generator, device=choices.device)
+    drawn = uniform(*choices.shape, generator=generator)
     return torch.where(choices == END, choices, 1 + (drawn * codes).long())
 
 

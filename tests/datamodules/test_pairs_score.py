@@ -102,6 +102,7 @@ def test_slot_values_with_signs_are_looked_for_as_whole_words(value, found):
     assert slot_share({"x": value}, "more than £30, £20-250, 15 out of 5") == found
 
 
+@pytest.mark.filterwarnings("ignore:data.test is not set")
 def test_no_rows_give_no_figures(build_pairs):
     datamodule = build_pairs()
     rows = {name: column[:0] for name, column in datamodule.rows["test"][:].items()}

@@ -126,7 +126,8 @@ def test_a_folder_without_a_mask_serves_models_that_need_none(tmp_path):
         name="jumps", train=str(rows), prompt_field="q", response_field="a", tokenizer=folder, vocab_size=64,
         batch_size=4, eval_batch_size=4, cache_dir=tmp_path,
     )  # fmt: skip
-    data.setup()
+    with pytest.warns(UserWarning, match="data.test is not set, so the test figures are those of the val split"):
+        data.setup()
     asked = data.encode_prompts(["jump 3"])
     assert (asked["input_ids"][asked["response_mask"]] == data.tokenizer.eos_token_id).all()
     with pytest.raises(UsageError, match="different vocabularies"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
@@ -282,6 +283,8 @@ def main(kind: str, folder: str, *methods: str) -> None:
     data = {method: share_out(corpus(name, Path(folder)), ranks, name in WHOLE) for method, name in plain.items()}
     for method, resume in wanted.items():
         train(kind, method, data[method], Path(folder), resume)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # torch 2.11 may otherwise wait for ever when the interpreter exits
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def test_raw_and_weighted_loss_differ_only_with_a_weighting(tiny_llada, tiny_ora
         module = build(tiny_llada, tiny_oracle, weighting=weighting)
         module.student.soft_prompt.gate.data.fill_(0.5)
         seen = {}
-        module.log = lambda name, value, seen=seen, **_: seen.__setitem__(name, float(value))
+        module.log = lambda name, value, seen=seen, **_: seen.__setitem__(name, value.item())
         module._step(batch, torch.Generator().manual_seed(3), "train")
         values[weighting] = (seen["train/raw_loss"], seen["train/loss"])
     assert values["none"][0] == values["none"][1]

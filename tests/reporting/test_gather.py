@@ -1,6 +1,7 @@
 """The record, the table, the words and the figure that a run ends with, from decoders whose quality is known beforehand."""
 
 import json
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +82,7 @@ def test_record_has_every_key_of_the_schema_and_is_valid_json(tmp_path, tiny_ora
     assert record == json.loads(json.dumps(report.record))
     assert record["config"] == {"seed": 5, "module": {"lr": 0.1}}
     assert (record["experiment"], record["seed"]) == ("trial", 5)
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == metadata.version("torch")
     assert record["data"] == tiny_oracle.facts()
     assert [row["method"] for row in record["rows"]] == ["teacher", "teacher", "student", "control", "control"]
     for row in record["rows"]:

@@ -99,7 +99,7 @@ def test_words_may_start_wider_than_layers():
         bodies.append(build_causal(vocab_size=300, **TINY_SHAPE, **wide))
     plain, wide = (dict(body.named_parameters()) for body in bodies)
     words = wide.pop("model.embed_tokens.weight")
-    assert float(words.std()) == pytest.approx(0.2, rel=0.05)
+    assert words.std().item() == pytest.approx(0.2, rel=0.05)
     torch.testing.assert_close(words, 10 * plain.pop("model.embed_tokens.weight"))
     assert all(torch.equal(weight, plain[name]) for name, weight in wide.items())
 

@@ -138,6 +138,7 @@ def test_resumed_in_the_midst_of_searching_is_uninterrupted(tmp_path, tiny_oracl
     assert torch.load(path, weights_only=True)["concepts_found"]["found"].max() > 0
 
 
+@pytest.mark.filterwarnings("ignore:the run took 8 rows a step and now takes 16")
 def test_kept_plans_survive_another_batch_size(tmp_path, tiny_oracle):
     """The same rows, cut into other batches: nobody is searched before the time has come."""
     options = {"search": EM | {"interval": 100}}

@@ -214,5 +214,5 @@ def test_types_with_signal_codes_have_no_usage_loss(few_texts):
         batch = {name: column[:8] for name, column in few_texts.rows["train"].columns.items()}
         plan = module.source.most_probable(batch)
         prior = module.planner.score(*prompt_of(batch), plan.choices)
-        usage[signal_codes] = float(module._plan_terms(plan, prior, response_of(batch))["usage"])
+        usage[signal_codes] = module._plan_terms(plan, prior, response_of(batch))["usage"].item()
     assert usage[True] == 0 < usage[False]
