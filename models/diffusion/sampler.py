@@ -3,7 +3,7 @@
 Legend: B batch, L length, R response columns, V vocabulary.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -118,7 +118,7 @@ class MaskedDiffusionDecoder:
     ) -> None:
         self.model, self.steps = model, forwards
         self.forwards = forwards * (1 if guidance == 0 else 2)
-        self.options = {
+        self.options: dict[str, Any] = {
             "temperature": temperature,
             "remasking": remasking,
             "block_length": block_length,
