@@ -186,7 +186,7 @@ def test_plain_peft_reads_the_adapter_and_plain_transformers_the_merged_model(qw
 def test_an_adapter_that_names_no_base_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(UsageError, match="adapter_config.json names no base_model_name_or_path"):
+    with pytest.raises(UsageError, match=r"adapter_config\.json names no base_model_name_or_path"):
         load_trained(tmp_path)
 
 
