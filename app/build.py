@@ -141,7 +141,8 @@ def settle_attention(cfg: DictConfig) -> None:
     module = cfg.module if cfg.teacher is None else cfg.teacher.module
     objective = module.get("objective")
     if objective is not None and "attention" in cfg.model and cfg.model.attention is None:
-        cfg.model.attention = get_class(objective._target_).attention
+        declared: Any = get_class(objective._target_)
+        cfg.model.attention = declared.attention
 
 
 def trained_teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
@@ -209,7 +210,9 @@ def checked_network(model: LladaModel, datamodule: Any, what: str) -> LladaModel
 
 def _callbacks(cfg: DictConfig) -> list:
     """cfg.callbacks without those set to null, then the report, which records the whole configuration."""
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
+    plain: Any = OmegaConf.to_container(
+        OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True
+    )
     logging = any(cfg.logger.values())
     wanted = [c for name, c in cfg.callbacks.items() if c and (logging or name != "lr")]
     built = [instantiate(callback) for callback in wanted]

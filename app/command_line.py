@@ -152,7 +152,8 @@ def _compose(*chosen: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return OmegaConf.to_container(compose("config", list(chosen)), resolve=False)
+            plain: Any = OmegaConf.to_container(compose("config", list(chosen)), resolve=False)
+            return plain
     finally:
         GlobalHydra.instance().clear()
 

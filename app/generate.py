@@ -82,7 +82,8 @@ def _model_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> De
     temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
     runs, objective = runs_of(cfg), cfg.module.get("objective")
     exported = any(runs.glob("**/model/*.json"))
-    if objective is None or (exported and get_class(objective._target_).generation == "autoregressive"):
+    declared: Any = None if objective is None else get_class(objective._target_)
+    if declared is None or (exported and declared.generation == "autoregressive"):
         return trained_decoder(newest_model(runs), datamodule, temperature, device)
     advice = "it trains no student, and no run of it left a causal model in model/ or a checkpoint; train one first"
     checkpoint = newest(runs, "checkpoints/last.ckpt", advice)

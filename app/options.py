@@ -59,9 +59,9 @@ def check_options(cfg: DictConfig) -> None:
                 )
     for place, node in _constructed(cfg, ""):
         kinds = arguments(node["_target_"])
-        for name in node:
-            if name in kinds and not OmegaConf.is_missing(node, name) and not _is_built(node[name]):
-                _check(f"{place}{name}", node[name], kinds[name])
+        for key in node:
+            if (wanted := kinds.get(str(key))) and not OmegaConf.is_missing(node, key) and not _is_built(node[key]):
+                _check(f"{place}{key!s}", node[key], wanted)
 
 
 def _constructed(node: DictConfig, place: str) -> Iterator[tuple[str, DictConfig]]:
@@ -70,7 +70,7 @@ def _constructed(node: DictConfig, place: str) -> Iterator[tuple[str, DictConfig
         yield place, node
     for name in node:
         if name != "hydra" and not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
-            yield from _constructed(node[name], f"{place}{name}.")
+            yield from _constructed(node[name], f"{place}{name!s}.")
 
 
 def arguments(target: str) -> dict[str, Any]:

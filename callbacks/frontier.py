@@ -26,7 +26,7 @@ class FrontierReport(Callback):
     experiment, config: of the run, for its record. samples: how many texts of each decoder to print.
     """
 
-    def __init__(self, folder: str, experiment: str, config: dict[str, Any], samples: int = 3) -> None:
+    def __init__(self, folder: str | Path, experiment: str, config: dict[str, Any], samples: int = 3) -> None:
         self.folder, self.experiment, self.config, self.samples = Path(folder), experiment, config, samples
         self.record: dict[str, Any] | None = None
         self._reset()

@@ -127,18 +127,19 @@ class _MeteredFile(io.FileIO):
         return read
 
 
-def open_raw(path: Path, meter: Meter = no_meter) -> BinaryIO:
+def open_raw(path: Path, meter: Meter = no_meter) -> io.BufferedReader:
     """A file's bytes as they are on disk."""
     return io.BufferedReader(_MeteredFile(path, meter), 2**17)
 
 
-def open_bytes(path: Path, meter: Meter = no_meter) -> BinaryIO:
+def open_bytes(path: Path, meter: Meter = no_meter) -> io.BufferedReader:
     """The bytes of a file of UTF-8, unzipped where its name ends in .gz; the meter counts those on disk.
 
     Raises OSError for a file in UTF-16 or UTF-32.
     """
     raw = open_raw(path, meter)
-    file = io.BufferedReader(_Unzipped(raw), 2**17) if path.suffix.lower() == ".gz" else raw
+    zipped = path.suffix.lower() == ".gz"
+    file: io.BufferedReader = io.BufferedReader(_Unzipped(raw), 2**17) if zipped else raw
     try:
         require_utf8(file.peek())
     except BaseException:

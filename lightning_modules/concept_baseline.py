@@ -9,10 +9,10 @@ from lightning_modules.concept_planner_executor import ConceptPlannerExecutorMod
 from models.functional.errors import UsageError
 from models.plans.options import FixedPlanOptions
 from models.plans.rows import response_of
-from models.plans.sources import FixedPlans, PlanSource
+from models.plans.sources import FixedPlans
 
 # options of how a plan is learned, with values that switch them off
-NOT_LEARNED = {
+NOT_LEARNED: dict[str, Any] = {
     "sampler": "gumbel_st",
     "planning": {"prior": "sequential", "posterior": "sequential"},
     "posterior_reads": "all",
@@ -33,16 +33,18 @@ class ConceptBaselineModule(ConceptPlannerExecutorModule):
     """
 
     options_class: ClassVar[type[FixedPlanOptions]] = FixedPlanOptions
+    options: FixedPlanOptions
+    source: FixedPlans
 
     def __init__(self, model: nn.Module, options: FixedPlanOptions | None = None, **changes: Any) -> None:
         given = replace(options or FixedPlanOptions(), **changes)
-        weights = {name: given.weights.get(name, 1.0) for name in ("text", "planner")}
+        weights = {name: given.filled_weights.get(name, 1.0) for name in ("text", "planner")}
         types = given.types
         if given.code != "hash":
             types = {"words": {"codes": model.get_input_embeddings().num_embeddings, "most": given.tokens}}
         super().__init__(model, replace(given, types=types, weights=weights, **NOT_LEARNED))
 
-    def build_source(self) -> PlanSource:
+    def build_source(self) -> FixedPlans:
         return FixedPlans(self.planner, self.options.code, self.options.tokens)
 
     def setup(self, stage: str) -> None:

@@ -56,6 +56,7 @@ class ConceptPlannerExecutorModule(LeapModule):
     """
 
     options_class: ClassVar[type[PlanOptions]] = PlanOptions
+    figures: ModelFigures
 
     def __init__(self, model: nn.Module, options: PlanOptions | None = None, **changes: Any) -> None:
         options = replace(options or self.options_class(), **changes)
@@ -71,21 +72,22 @@ class ConceptPlannerExecutorModule(LeapModule):
             model = with_adapters(model, options.lora_rank)
         self.model = UnifiedModel(model, vocabulary, options.sampler, options.signal_types)
         # 2. prior p(z | u), posterior q(z | u, x), executor p(x | z)
-        self.planner = Planner(self.model, options.planning["prior"])
-        self.posterior = Planner(self.model, options.planning["posterior"], self.model.quantiser)
+        self.planner = Planner(self.model, options.filled_planning["prior"])
+        self.posterior = Planner(self.model, options.filled_planning["posterior"], self.model.quantiser)
         self.executor = Executor(self.model)
         # 3. where the plan of a training text comes from
-        self.signal_codes = SignalCodes(vocabulary, options.signals) if options.signal_codes else None
+        self.signal_codes = SignalCodes(vocabulary, options.signals or {}) if options.signal_codes else None
         self.source = self.build_source()
         self.points = PointBuffer()  # of a quantiser
         self.em = build_hard_em(options.search_options, self.planner, self.posterior, self.executor)
         if self.em is not None:
             self.rank_dependent_reason = "a rank searches plans when its own rows are due; type module.search=null"
         # 4. what else a plan has to predict; the heads of signals are made once the corpus is known
-        self.bag = BagOfWords(self.model) if options.weights.get("bag") else None
+        self.bag = BagOfWords(self.model) if options.filled_weights.get("bag") else None
         self.signals: SignalHeads | None = None
         # 5. figures
         self.probe = PlanProbe(self.planner, self.executor, self.source, options.posterior_reads)
+        self.probes = (self.probe,)
         names = [t.name for t in vocabulary.types]
         self.meter = PlanMeter(dict(zip(names, vocabulary.type_slots, strict=True)))
         self.figures = ModelFigures()
@@ -96,10 +98,6 @@ class ConceptPlannerExecutorModule(LeapModule):
         if self.model.quantiser is None:
             return SampledPlans(self.posterior, reads)
         return QuantisedPlans(self.posterior, reads, self.model.quantiser, self.signal_codes)
-
-    @property
-    def probes(self) -> tuple[Any, ...]:
-        return (self.probe,)
 
     def require_precision(self, precision: str) -> None:
         require_whole_codes(self.model, precision)
@@ -173,10 +171,12 @@ class ConceptPlannerExecutorModule(LeapModule):
 
         def log_prob_of_signals(due: Tensor, plans: Tensor) -> Tensor:
             """log p(y | z) of plans (n, K, S) of the due rows, (n, K): a good plan predicts its text's signals."""
+            assert self.signals is not None
             own = {name: values[due] for name, values in signals_of(batch).items()}
             embeds = self.planner.block(plans.flatten(0, 1))[1]
             return log_prob_of_plans(self.signals, embeds.unflatten(0, plans.shape[:2]), own)
 
+        assert self.em is not None
         # 1. E-step: the cached plans, searched again where they are due
         extra_score = None if self.signals is None else log_prob_of_signals
         searched = self.em.plans(
@@ -197,6 +197,7 @@ class ConceptPlannerExecutorModule(LeapModule):
 
         Codes begin anew (k-means) at the first step and at the step where points begin to move to their codes.
         """
+        assert self.model.quantiser is not None
         begins = round(self.options.quantise[0] * float(self.trainer.estimated_stepping_batches))
         begin = self.global_step in (0, begins)
         points, generator = self.points.pop(), self.generator_of_all_ranks()
@@ -396,4 +397,5 @@ class ConceptPlannerExecutorModule(LeapModule):
 
 def weighted_sum(raw: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Sum of the losses that have a weight and are there."""
-    return sum(weight * raw[name] for name, weight in weights.items() if weight and name in raw)
+    parts = (weight * raw[name] for name, weight in weights.items() if weight and name in raw)
+    return sum(parts, next(iter(raw.values())).new_zeros(()))

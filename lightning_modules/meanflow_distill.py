@@ -103,5 +103,5 @@ class MeanFlowDistillModule(LeapModule):
             return save_whole_student(self.student, folder, tokenizer)
 
     def teacher_decoders(self) -> list[Decoder]:
-        options = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
+        options: dict[str, Any] = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
         return [MaskedDiffusionDecoder(self.teacher, n, **options) for n in self.forwards]

@@ -77,7 +77,7 @@ class OnlineConceptModule(LeapModule):
         self.codebooks.add(levels, text.ids.shape[1], self.in_row_order)
         # 5. monitors
         self.log("train/loss", loss, prog_bar=True)
-        wanted = {"wanted": settings.compression, "quantisation": settings.quantisation}
+        wanted: dict[str, Any] = {"wanted": settings.compression, "quantisation": settings.quantisation}
         self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
 
@@ -85,7 +85,7 @@ class OnlineConceptModule(LeapModule):
         """Rate control and codebook updates: once an optimiser step, after its last micro-batch, the same on every rank."""
         stacks = self.model.stacks()
         self.rates.apply([stack.router for stack in stacks], self.gathered)
-        spaces = [getattr(stack.codes, "space", None) for stack in stacks]
+        spaces: list[Any] = [getattr(stack.codes, "space", None) for stack in stacks]
         dead = self.codebooks.apply(spaces, self.generator_of_all_ranks, start=self.global_step == 0)
         for k, count in dead.items():
             self.log(f"monitor/dead_codes{f'_{k + 1}' if k else ''}", float(count))
@@ -100,9 +100,10 @@ class OnlineConceptModule(LeapModule):
         """The annealed values of this step."""
         o = self.options
         pairs = (o.compression, o.quantisation, o.temperatures, o.noise)
-        values = (self.annealed(pair, o.anneal_share) for pair in pairs)
+        compression, quantisation, temperature, noise = (self.annealed(pair, o.anneal_share) for pair in pairs)
         gated = self.global_step % o.gate_every == 0
-        return CompressionSettings(*values, generator=self.step_generator(batch_idx), gated=gated)
+        generator = self.step_generator(batch_idx)
+        return CompressionSettings(compression, quantisation, temperature, noise, generator, gated)
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 

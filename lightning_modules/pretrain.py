@@ -19,6 +19,7 @@ from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
 from models.diffusion.commit_rules import build_rules
 from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking, RuleDecoder
+from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
 from models.functional.errors import UsageError
@@ -45,6 +46,8 @@ class PretrainModule(LeapModule):
     figures: what is known of the model itself, whatever it generates; callbacks add theirs, and the report shows all.
     curve: the validation likelihood over time, a list of values for each name; a callback fills it.
     """
+
+    figures: ModelFigures
 
     def __init__(
         self,
@@ -106,6 +109,11 @@ class PretrainModule(LeapModule):
     def _terms(self, batch: dict[str, Tensor], batch_idx: int, stream: int) -> Terms:
         return self.objective(self.model, batch, self.step_generator(batch_idx, stream))
 
+    @property
+    def _text_objective(self) -> TextObjective:
+        assert isinstance(self.objective, TextObjective)
+        return self.objective
+
     def _log_loss(self, terms: Terms, split: str) -> None:
         weight = max(1, terms.weight)
         self.log(f"{split}/loss", terms.loss, prog_bar=True, batch_size=weight, sync_dist=split == "val")
@@ -121,7 +129,9 @@ class PretrainModule(LeapModule):
         self._log_loss(terms, "val")
         if self.likelihood is not None:
             # 2. the NLL of the batch's scored tokens: the loss where it is that, else from forward passes of its own
-            if self.objective.loss_is_nll(batch):
+            if self._text_objective.loss_is_nll(batch):
+                assert terms.position_nll is not None
+                assert terms.tokens is not None
                 self.meter.update(terms.position_nll, terms.tokens, batch.get("target_bytes"))
             else:
                 self._measure(batch, batch_idx)
@@ -140,7 +150,8 @@ class PretrainModule(LeapModule):
 
     def _measure(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the NLL of the batch's scored tokens to the meter, with the same draws whenever it is measured."""
-        nll = self.objective.text_nll(self.model, batch, self.step_generator(batch_idx, LIKELIHOOD_STREAM, epoch=0))
+        generator = self.step_generator(batch_idx, LIKELIHOOD_STREAM, epoch=0)
+        nll = self._text_objective.text_nll(self.model, batch, generator)
         self.meter.update(nll, token_counts(batch), batch.get("target_bytes"))
 
     def _measure_truth(self, batch: dict[str, Tensor]) -> None:
@@ -197,6 +208,7 @@ class PretrainModule(LeapModule):
                 f"{type(self.objective).__name__} predicts no tokens, so it cannot generate; type module/objective=next_token"
             )
         if self.generation == "flow":
+            assert isinstance(self.objective, ContinuousDiffusion)
             return NoisyMaskDecoder(self.objective.student, forwards, step="ode")
         if self.generation == "masked":
             return MaskedDiffusionDecoder(
@@ -207,13 +219,20 @@ class PretrainModule(LeapModule):
                 block_length=self.block_length,
                 guidance=self.guidance,
             )
-        how = {"whole_prompt": self.generation == "prefix", "vocab_size": len(data.tokenizer)}
-        return AutoregressiveDecoder(self.model, data.response_length, temperature=temperature, **how)
+        return AutoregressiveDecoder(
+            self.model,
+            data.response_length,
+            temperature=temperature,
+            whole_prompt=self.generation == "prefix",
+            vocab_size=len(data.tokenizer),
+        )
 
     @torch.no_grad()
     def states(self, rows: dict[str, Tensor]) -> Tensor:
         """The hidden states of whole texts after the last layer, (B, L, D)."""
-        return text_states(self.objective.trained(self.model), rows["input_ids"], rows["attention_mask"])
+        objective = self.objective
+        trained = objective.trained(self.model) if isinstance(objective, TextObjective) else self.model
+        return text_states(trained, rows["input_ids"], rows["attention_mask"])
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -226,5 +245,6 @@ class PretrainModule(LeapModule):
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the model as a plain folder: an adapter for peft, `merged` or whole for transformers; a flow as a student."""
         if self.generation == "flow":  # the objective's student is what was trained
+            assert isinstance(self.objective, ContinuousDiffusion)
             return save_whole_student(self.objective.student, folder, tokenizer)
         return (save_merged if merged else save_causal)(self.model, folder, tokenizer)

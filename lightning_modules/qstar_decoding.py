@@ -85,7 +85,7 @@ class QStarDecodingModule(LeapModule):
         )
         # 4. expected tokens of a draft of four, at independent acceptances
         beta = terms.raw["beta_theta"]
-        return Terms(terms.loss, terms.raw | {"accepted_length": sum(beta**k for k in range(4))})
+        return Terms(terms.loss, terms.raw | {"accepted_length": 1 + beta + beta**2 + beta**3})
 
     @torch.no_grad()
     def _with_generated(self, batch: dict[str, Tensor], batch_idx: int, stream: int) -> dict[str, Tensor]:
@@ -133,6 +133,7 @@ class QStarDecodingModule(LeapModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Response ids (B, R) of q*, by the last of the schemes."""
         decoder = self._decoders[-1]
+        assert isinstance(decoder, QStarDecoder)
         decoder.outputs.clear()
         return decoder(batch, self.step_generator(batch_idx, stream=2, epoch=0))
 
@@ -175,7 +176,8 @@ class QStarDecodingModule(LeapModule):
         """-log p of responses under both models, nats, one figure for each token up to the end."""
         text = causal_text(self._with_responses(batch, responses))
         tokens = text.targets[text.weights].unsqueeze(-1)
-        return tuple(-self._logp(model, text).gather(-1, tokens).squeeze(-1) for model in (self.theta, self.target))
+        theta, target = (-self._logp(model, text).gather(-1, tokens).squeeze(-1) for model in (self.theta, self.target))
+        return theta, target
 
     def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
         """The texts' likelihood under both models, whether the scheme is exact, and what its drafts were worth."""
@@ -183,7 +185,7 @@ class QStarDecodingModule(LeapModule):
         totals = meter.sum_over_ranks(self._sum_over_ranks)
         naive = [i for i, decoder in enumerate(self._decoders) if getattr(decoder, "scheme", None) == "naive"]
         cost = meter.cost(totals, self._meters[naive[0]] if naive else None)
-        return {"quality": meter.quality(totals), "cost": cost}
+        return {"quality": {**meter.quality(totals)}, "cost": cost}
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         own = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -61,7 +61,7 @@ class StepHalvingModule(StagedDistillModule):
         self.log("val/loss", terms.loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
 
     def decoders(self) -> list[Decoder]:
-        options = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
+        options: dict[str, Any] = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
         students = [MaskedDiffusionDecoder(self.student.body, n, **options) for n in self.options.student_forwards]
         for decoder in students:
             decoder.method, decoder.name = "student", "step halving"

@@ -35,7 +35,8 @@ def sentence_for(error: BaseException) -> str | None:
         if isinstance(cause, MisconfigurationException):
             return f"{cause}"
         if type(cause).__name__ == "MissingMandatoryValue":  # OmegaConf's; only run.py knows configurations
-            return f"{cause.full_key} has no value; type {cause.full_key}=<value>"
+            name = getattr(cause, "full_key", None)
+            return f"{name} has no value; type {name}=<value>"
         if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
             return f"{cause}; see the options with --cfg job"
         if isinstance(cause, RuntimeError) and DEAD_WORKER.search(str(cause)):

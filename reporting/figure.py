@@ -34,7 +34,7 @@ def quality_figure(record: dict[str, Any]) -> Figure:
 
 def _panel(axis, rows: list[dict], name: str) -> None:
     decoders = dict.fromkeys((row["method"], row["decoder"]) for row in rows)
-    colours = {}
+    colours: dict[str, Any] = {}
     for method, decoder in decoders:
         own = [r for r in rows if r["decoder"] == decoder and r["quality"].get(name) is not None]
         if not own:

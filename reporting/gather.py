@@ -65,13 +65,14 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
             newest[*key, record["seed"]] = row
     rows: dict[tuple, FrontierRow] = {}
     counted: dict[tuple, list[int]] = defaultdict(list)
-    for (*key, _), row in newest.items():
-        own = rows.setdefault(tuple(key), FrontierRow(*key))
+    for (*labels, _), row in newest.items():
+        key = tuple(labels)
+        own = rows.setdefault(key, FrontierRow(*key))
         known = row | {"derived": _derived(row["quality"])}
         for column in COLUMNS:
             if (value := value_at(known, column.path)) is not None:
                 own.values[column.name].append(value)
-        counted[tuple(key)].append(row["nfe"])
+        counted[key].append(row["nfe"])
     for key, own in rows.items():
         own.nfe = round(fmean(counted[key]))
     return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
@@ -184,8 +185,8 @@ def report_frontier(folder: str | Path, console: Console) -> None:
             drawn.savefig(out / f"{name}.png", dpi=130)
             writer.add_figure(name, drawn)
         writer.add_text("frontier", text)
-    drawn = ", ".join(f"{out}/{name}.png" for name in figures)
-    console.print(f"figures: {drawn}   table: {out}/frontier.md", highlight=False, soft_wrap=True)
+    files = ", ".join(f"{out}/{name}.png" for name in figures)
+    console.print(f"figures: {files}   table: {out}/frontier.md", highlight=False, soft_wrap=True)
 
 
 def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:

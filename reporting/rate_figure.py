@@ -4,6 +4,7 @@ A run named <family>_<size> is a point of its family: concept_rate/leading_2 is 
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Protocol
 
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ class Measured(Protocol):
     def half_width(self, name: str) -> float | None: ...
 
 
-def rate_figure(rows: list[Measured]) -> Figure | None:
+def rate_figure(rows: Sequence[Measured]) -> Figure | None:
     """A panel for each corpus; None where no run measured both. On the line a bit of plan saves a bit of text."""
     known = [row for row in rows if row.mean("rate_bits") is not None and row.mean("gain_bits") is not None]
     corpora = list(dict.fromkeys(row.corpus for row in known))
@@ -34,7 +35,7 @@ def rate_figure(rows: list[Measured]) -> Figure | None:
             if row.corpus == corpus:
                 families[family_and_size(row.experiment)[0]].append(row)
         for k, (family, own) in enumerate(families.items()):
-            own.sort(key=lambda row: row.mean("rate_bits"))
+            own.sort(key=lambda row: row.mean("rate_bits") or 0.0)
             rate, gain = ([row.mean(name) for row in own] for name in ("rate_bits", "gain_bits"))
             errors = [[row.half_width(name) or 0.0 for row in own] for name in ("rate_bits", "gain_bits")]
             style = {"marker": "o", "capsize": 2, "color": COLOURS[k % len(COLOURS)], "label": family}
@@ -42,7 +43,7 @@ def rate_figure(rows: list[Measured]) -> Figure | None:
             for row, x, y in zip(own, rate, gain, strict=True):
                 size = family_and_size(row.experiment)[1]
                 axis.annotate(size, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        most = max(row.mean("rate_bits") for row in known if row.corpus == corpus)
+        most = max(row.mean("rate_bits") or 0.0 for row in known if row.corpus == corpus)
         axis.plot([0, most], [0, most], ":", color="#7a7a7a", label="η = 1")
         axis.axhline(0, linewidth=0.6, color="#7a7a7a")
         axis.set_xlabel("rate: -log2 p(plan given prompt), bits a text")

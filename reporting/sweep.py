@@ -135,13 +135,13 @@ def report_sweep(runs: list[SweepRun], folder: str | Path, name: str, console: C
     runs, options, qualities = best_first(runs), differing(runs), shown_qualities(runs)
     heads = ["run", *options, runs[0].metric, *qualities, "seconds"]
     lines = [_cells(run, options, qualities) for run in runs]
-    failed = [run for run in runs if run.failed is not None]
+    failed = [(run.number, run.failed) for run in runs if run.failed is not None]
     console.print()
     console.print(_table(f"sweep {runs[0].sweep}: {len(runs)} runs, best first", heads, lines))
-    for run in failed:
-        console.print(f"[red]run {run.number} failed:[/] {escape(run.failed)}", highlight=False, soft_wrap=True)
+    for number, reason in failed:
+        console.print(f"[red]run {number} failed:[/] {escape(reason)}", highlight=False, soft_wrap=True)
     text = "\n".join(["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]])
-    text += "".join(f"\n\nrun {run.number} failed: {run.failed}" for run in failed)
+    text += "".join(f"\n\nrun {number} failed: {reason}" for number, reason in failed)
     (folder / f"{name}.md").write_text(text + "\n")
     drawn = sweep_figure([run for run in runs if run.failed is None], options, qualities)
     with SummaryWriter(str(folder)) as writer:

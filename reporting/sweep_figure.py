@@ -34,7 +34,9 @@ class Scale:
     def __init__(self, values: list[Any]) -> None:
         numbers = [_number(value) for value in values]
         self.words = None if None not in numbers else list(dict.fromkeys(map(str, sorted(values, key=str))))
-        known = sorted(set(numbers)) if self.words is None else [0.0, float(len(self.words) - 1)]
+        known = (
+            sorted({n for n in numbers if n is not None}) if self.words is None else [0.0, float(len(self.words) - 1)]
+        )
         self.low, self.high = known[0], known[-1]
         self.wide = self.words is None and self.low > 0 and self.high / self.low >= WIDE
         self.shown = known if len(known) <= MOST_TICKS else [self.low, self.high]
@@ -76,8 +78,7 @@ def sweep_figure(runs: list[Swept], options: list[str], qualities: list[str]) ->
     for at, scale in enumerate(scales.values()):
         axis.axvline(at, color="#7a7a7a", linewidth=0.8, zorder=0)
         for height, label in scale.ticks():
-            style = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 8}
-            axis.annotate(label, (at, height), **style)
+            axis.annotate(label, (at, height), xytext=(5, 3), textcoords="offset points", fontsize=8)
     axis.set_xticks(range(len(columns)), [name.replace("/", "/\n", 1) for name in columns], fontsize=8)
     axis.set_yticks([])
     axis.set_ylim(-0.06, 1.1)

@@ -56,7 +56,7 @@ class Muon(Optimizer):
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no caller has a closure
         for group in self.param_groups:
             alike: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:

@@ -138,7 +138,8 @@ def whole_weights(module: LightningModule) -> Iterator[None]:
     """Within this context every rank has all of the weights, to read. Every rank has to enter it."""
     shares, parts = gather_frozen(module), fsdp_modules(module)
     if parts:
-        fully_shard.state(module)._lazy_init()  # the root is the module, not the layer that happens to be called first
+        # the root is the module, not the layer that happens to be called first
+        fully_shard.state(module)._lazy_init()  # type: ignore[attr-defined]  # a decorator adds it
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -166,7 +167,7 @@ def make_whole(module: LightningModule) -> None:
                     found[p] = nn.Parameter(full_tensor(p), requires_grad=p.requires_grad)
                 part._parameters[name] = found[p]
     for part in fsdp_modules(module):
-        state = fully_shard.state(part)
+        state = fully_shard.state(part)  # type: ignore[attr-defined]  # a decorator adds it
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
         part.__class__ = type(part).__mro__[FSDPModule._orig_cls_mro_index]

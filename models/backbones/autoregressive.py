@@ -3,6 +3,8 @@
 Legend: B batch, P prompt columns, R response columns, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -77,7 +79,7 @@ class AutoregressiveDecoder:
         eos_id: int | None = None,
     ) -> None:
         self.model, self.forwards = model, response_length
-        self.options = {
+        self.options: dict[str, Any] = {
             "temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size, "eos_id": eos_id,
         }  # fmt: skip
         self.name = "autoregressive" if temperature else "autoregressive, greedy"

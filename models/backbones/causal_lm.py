@@ -67,6 +67,10 @@ def load_trained(folder: str | Path) -> PreTrainedModel | PeftModel:
     if not (folder / "adapter_model.safetensors").is_file():
         raise UsageError(f"{folder} holds no adapter_model.safetensors; only safetensors are read")
     base = files.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if base is None:
+        raise UsageError(
+            f"{folder}/adapter_config.json names no base_model_name_or_path; write the path of its base there"
+        )
     return PeftModel.from_pretrained(load_causal(base), folder).eval()
 
 

@@ -37,7 +37,7 @@ class StoredTensor(NamedTuple):
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """`torch.bfloat16`, "bfloat16" or "torch.bfloat16" -> torch.bfloat16. Errors: UsageError for anything else."""
     found = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype).removeprefix("torch."))
-    if found not in _DTYPES.values():
+    if found is None or found not in _DTYPES.values():
         raise UsageError(f"model.dtype={dtype} is not a type of weights; type one of {', '.join(_DTYPES)}")
     return found
 

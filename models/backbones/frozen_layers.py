@@ -58,7 +58,7 @@ class _RMSNorm(Function):
         ctx.save_for_forward(n, inverse, inputs[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor | None, *_) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None
         n, inverse, weight = ctx.saved_tensors

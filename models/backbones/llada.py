@@ -132,6 +132,8 @@ class ExactRotaryEmbedding(LlamaRotaryEmbedding):
     Rounded to bfloat16 they are up to 0.4 % off: whole radians at position 1000.
     """
 
+    inv_freq: Tensor
+
     def _apply(self, fn, recurse: bool = True) -> "ExactRotaryEmbedding":
         exact = self.inv_freq
         super()._apply(fn, recurse)

@@ -7,13 +7,14 @@ default, which is often not the 8B model's value.
 
 import json
 import re
+from typing import Any
 
 from models.functional.errors import UsageError
 
 LLADA_VOCAB_SIZE, LLADA_MASK_ID = 126464, 126336
 
 # field: (the original's default, the values that a Llama-shaped body without biases computes exactly)
-_EXPRESSIBLE = {
+_EXPRESSIBLE: dict[str, tuple[Any, list[Any]]] = {
     "block_type": ("sequential", ["llama"]),
     "activation_type": ("swiglu", ["silu"]),
     "layer_norm_type": ("default", ["rms"]),
@@ -128,7 +129,7 @@ def config_from_official(config: dict) -> dict:
     }
 
 
-def _positive(config: dict, field: str, kind: type = int, default: float | None = None) -> float:
+def _positive(config: dict, field: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
     value = config.get(field, default)
     if not isinstance(value, (int, kind)) or isinstance(value, bool) or value <= 0:
         what = "a whole number" if kind is int else "a number"

@@ -3,8 +3,6 @@
 Legend: N points, d coordinates of a code.
 """
 
-from collections.abc import Hashable
-
 import torch
 from torch import Tensor
 
@@ -16,13 +14,13 @@ class PointBuffer:
     """
 
     def __init__(self) -> None:
-        self._points: dict[Hashable, list[Tensor]] = {}
+        self._points: dict[int, list[Tensor]] = {}
 
-    def add(self, key: Hashable, points: Tensor) -> None:
+    def add(self, key: int, points: Tensor) -> None:
         """The points (N, d) of one micro-batch."""
         self._points.setdefault(key, []).append(points.detach())
 
-    def pop(self) -> dict[Hashable, Tensor]:
+    def pop(self) -> dict[int, Tensor]:
         """All points (N, d) since the last call, in the order in which they were added; the buffer is then empty."""
         points = {key: torch.cat(parts) for key, parts in self._points.items()}
         self._points = {}

@@ -7,7 +7,7 @@ from models.functional.errors import UsageError
 IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 
 # a network just large enough to try a module's options on
-STAND_IN = {
+STAND_IN: dict[str, Any] = {
     "hidden_size": 8,
     "num_hidden_layers": 1,
     "num_attention_heads": 1,

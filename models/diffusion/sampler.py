@@ -5,7 +5,7 @@ The number of tokens of a pass is scheduled (`generate_masked_diffusion`) or fol
 Legend: B batch, L length, R response columns, V vocabulary.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -184,7 +184,7 @@ class MaskedDiffusionDecoder:
     ) -> None:
         self.model, self.steps = model, forwards
         self.forwards = forwards * (1 if guidance == 0 else 2)
-        self.options = {
+        self.options: dict[str, Any] = {
             "temperature": temperature,
             "remasking": remasking,
             "block_length": block_length,

@@ -48,7 +48,7 @@ class EndpointPairs:
         self.observed_share, self.few_step = observed_share, few_step
         self.chains = tuple(n for n in student_forwards if n > 1 and ode_steps % n == 0) or (ode_steps,)
         self.drawn = 0
-        self.pool: list[dict[str, Tensor | int]] = []
+        self.pool: list[dict[str, Any]] = []
 
     def draw(
         self,
@@ -77,7 +77,7 @@ class EndpointPairs:
         batch: dict[str, Tensor],
         generator: Generator,
         interval_rows: int,
-    ) -> tuple[dict[str, Tensor | int], Intervals | None]:
+    ) -> tuple[dict[str, Any], Intervals | None]:
         device = batch["input_ids"].device
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         endpoint, masked = batch["input_ids"], hide_response(batch, self.observed_share, generator)

@@ -101,7 +101,7 @@ class NoisyMaskPath:
 
     # -- from a text to a point -------------------------------------------------------------------------------------
 
-    def start(self, x0: Tensor, masked: Tensor, generator: Generator) -> Tensor:
+    def start(self, x0: Tensor, masked: Tensor, generator: Generator | None) -> Tensor:
         """z_0 (B, L, D): fresh noisy masks where `masked` (B, L), the embeddings of x0 (B, L) elsewhere."""
         noise = noisy_mask(self.mask_embedding, self.noise_scale, tuple(masked.shape), generator)
         return torch.where(masked.unsqueeze(-1), noise, self.embed(x0))
@@ -144,7 +144,7 @@ class NoisyMaskPath:
         moved[masked] = flow_map(z[masked], self.expected(psi), s, end).to(z.dtype)
         return sample._replace(z=moved, s=t)
 
-    def renoise(self, sample: PathSample, psi: Tensor, t: Tensor, generator: Generator) -> PathSample:
+    def renoise(self, sample: PathSample, psi: Tensor, t: Tensor, generator: Generator | None) -> PathSample:
         """The sample at time t (1,) on the line from fresh noise to the expected embedding of ψ (M, V)."""
         z, masked = sample.z, sample.masked
         fresh = self.start(sample.x0, masked, generator)[masked]

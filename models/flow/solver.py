@@ -4,7 +4,7 @@ Legend: B batch, L length, M masked positions, R response columns, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -119,7 +119,7 @@ class NoisyMaskDecoder:
         network: Network | None = None,
     ) -> None:
         self.path, self.network, self.forwards = student.path, network or student, forwards
-        self.options = {"step": step, "promote": promote}
+        self.options: dict[str, Any] = {"step": step, "promote": promote}
         self.name = {"chain": "student", "renoise": "student, re-noised", "ode": "denoiser's flow"}[step]
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:

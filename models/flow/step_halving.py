@@ -35,7 +35,8 @@ def two_step_target(
     A token's target is the teacher's distribution at the step that reveals it, or at the second step if neither does. At
     time t a masked token is revealed with probability step / t. t (B,).
     """
-    pending, current, collected = masked, xt, None
+    pending, current = masked, xt
+    collected: Tensor | None = None
     for k in range(2):
         logits = teacher(current, pending, attention_mask)
         logits[:, mask_id] = float("-inf")
@@ -50,6 +51,7 @@ def two_step_target(
         drawn[pending] = sample_categorical(logits, 1.0, generator)
         current = torch.where(reveal, drawn, current)
         pending = pending & ~reveal
+    assert collected is not None
     return collected[masked]
 
 

@@ -15,12 +15,12 @@ from models.functional.attention import document_attention_mask
 
 
 class Packing(NamedTuple):
-    """index (B, M): positions of the commits in order, then of padding; real (B, M): False on padding.
+    """indices (B, M): positions of the commits in order, then of padding; real (B, M): False on padding.
 
     segment (B, T): number of commits at or before a position; slot (B, T): packed index of tau(t), 0 before the first commit.
     """
 
-    index: Tensor
+    indices: Tensor
     real: Tensor
     segment: Tensor
     slot: Tensor
@@ -53,6 +53,7 @@ def latest(concepts: Tensor, count: Tensor, documents: Tensor | None = None, own
     """
     slot, exists = (count - 1).clamp(min=0), count > 0
     if documents is not None:
+        assert owners is not None
         exists = exists & (owners.gather(1, slot) == documents)
     return take(concepts, slot) * exists.unsqueeze(-1)
 

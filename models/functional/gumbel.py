@@ -20,7 +20,7 @@ class Choice(NamedTuple):
     hard: Tensor
 
 
-def gumbel_noise(like: Tensor, generator: Generator) -> Tensor:
+def gumbel_noise(like: Tensor, generator: Generator | None) -> Tensor:
     """Standard Gumbel noise of the shape and type of `like`, drawn in float64."""
     uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64)
     return -torch.log(-torch.log(uniform.clamp(min=1e-300))).to(like.dtype)
@@ -42,7 +42,7 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def sample_categorical(logits: Tensor, temperature: float, generator: Generator) -> Tensor:
+def sample_categorical(logits: Tensor, temperature: float, generator: Generator | None) -> Tensor:
     """A draw from softmax(logits / temperature); the argmax at temperature 0. (..., V) -> (...).
 
     In float64: low-precision Gumbel noise is truncated and makes samples too probable (Zheng et al., 2024).

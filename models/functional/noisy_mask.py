@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from models.functional.errors import UsageError
 
 
-def noisy_mask(mask_embedding: Tensor, sigma: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
+def noisy_mask(mask_embedding: Tensor, sigma: float, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
     """z_0 = m + σ ε for positions of `shape`: (D,) -> (*shape, D). σ is in the units of the embedding's coordinates."""
     width, device = mask_embedding.shape[-1], mask_embedding.device
     eps = torch.randn(*shape, width, generator=generator, device=device)

@@ -126,7 +126,8 @@ def solve_alpha(
     blocks = zip(theta.split(rows), target.split(rows), strict=True)
     fused = theta.device.type == "cuda" if fused is None else fused
     found = [_solve(a, b, tolerance, most, fused) for a, b in blocks]
-    alpha, log_z = (torch.cat([part[k] for part in found]).view(shape) for k in (0, 1))
+    alpha = torch.cat([part[0] for part in found]).view(shape)
+    log_z = torch.cat([part[1] for part in found]).view(shape)
     return Alpha(alpha, -log_z, log_z, max((part[2] for part in found), default=0))
 
 

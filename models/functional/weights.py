@@ -39,10 +39,10 @@ def full_tensor(weight: Tensor) -> Tensor:
 
 def distributed_like(weight: Tensor, model: Tensor) -> Tensor:
     """The weight, the same on every rank, whole or split as `model` is."""
-    if isinstance(model, DTensor) == isinstance(weight, DTensor):
-        return weight
-    if isinstance(weight, DTensor):
+    if not isinstance(model, DTensor):
         return full_tensor(weight)
+    if isinstance(weight, DTensor):
+        return weight
     return distribute_tensor(weight.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
 

@@ -22,8 +22,10 @@ class Decoder(Protocol):
 
     name: str
     method: str
-    forwards: int
     refines: bool
+
+    @property
+    def forwards(self) -> int: ...
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         """Response ids (B, R) of rows with input_ids, attention_mask and response_mask, (B, L) each.

@@ -72,6 +72,7 @@ class MultiToken(TextObjective, nn.Module):
             first = nll if first is None else first
             # the mean over a head's own positions, so that a short text does not make far heads count less
             loss_sum = loss_sum + nll.sum() * (tokens / max(1, int(weights.sum())))
+        assert first is not None  # n is at least 1
         return Terms.over_tokens(loss_sum, tokens, align_with_columns(first, batch))
 
     def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:

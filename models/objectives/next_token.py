@@ -25,4 +25,4 @@ class NextToken(TextObjective):
         return Terms.over_tokens(nll.sum(), int(text.weights.sum()), align_with_columns(nll, batch))
 
     def text_nll(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Tensor:
-        return self(model, batch, generator).position_nll
+        return align_with_columns(causal_nll(model, causal_text(batch)), batch)

@@ -80,8 +80,9 @@ class ConceptStack(nn.Module):
         width = decoder.embed_tokens.weight.shape[1]
         inner = {"embedding_std": embedding_std, "first": first + shallow, **like}
         self.inner = ConceptStack(decoder, middle, options, **inner) if nested else None
-        size = self.inner.size if nested else middle
-        self.size, self.gate, self.attention = shallow + size + deep, options.gate, options.attention
+        size: int = middle if self.inner is None else self.inner.size
+        self.size: int = shallow + size + deep
+        self.gate, self.attention = options.gate, options.attention
         self.shallow = LayerStack(decoder, first, first + shallow)
         self.middle = None if nested else LayerStack(decoder, first + shallow, first + shallow + size)
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
@@ -116,16 +117,17 @@ class ConceptStack(nn.Module):
         # 2. commits: the positions that become concepts, packed to the left
         routing, after = self._route(hidden, valid, state and state.router, settings, documents)
         packing = pack_commits(routing.commit)
-        owners = None if documents is None else take(documents, packing.index)
+        owners = None if documents is None else take(documents, packing.indices)
         tails = tail_means(self.codes.normed(hidden), routing.commit, valid, documents)
         if self.gate == "visibility" and settings.gated and routing.probability.requires_grad and state is None:
-            out, coded, inner = *self._dense(hidden, tails, positions, routing, packing, valid, settings, documents), []
+            out, coded = self._dense(hidden, tails, positions, routing, packing, valid, settings, documents)
+            inner: list[Level] = []
         else:
             # 3. middle layers over the concepts alone
-            chosen = self._pooled(take(hidden, packing.index), take(tails, packing.index))
-            probability = torch.where(packing.real, routing.probability.gather(1, packing.index), 1.0)
+            chosen = self._pooled(take(hidden, packing.indices), take(tails, packing.indices))
+            probability = torch.where(packing.real, routing.probability.gather(1, packing.indices), 1.0)
             coded = self._code(chosen, probability, settings)
-            packed = take(positions, packing.index), packing.real, settings, state
+            packed = take(positions, packing.indices), packing.real, settings, state
             concepts, inner = self._middle(coded.embeds, *packed, owners)
             if self.gate == "smooth":
                 if owners is not None:
@@ -176,6 +178,7 @@ class ConceptStack(nn.Module):
     ) -> tuple[Tensor, list[Level]]:
         if self.inner is not None:
             return self.inner.read(concepts, positions, real, settings, state and state.middle, owners)
+        assert self.middle is not None
         return self.middle.read(concepts, positions, real, state and state.middle, owners), []
 
     def _slots(
@@ -229,15 +232,16 @@ class ConceptStack(nn.Module):
 
         A NULL is also computed as a concept, and a concept as a NULL. So each decision gets a gradient.
         """
+        assert self.middle is not None
         commit, probability, may = routing.commit, routing.probability, may_be_seen(valid, documents)
         coded = self._code(self._pooled(hidden, tails[:, :-1]), probability, settings)
         concepts = self.middle.run(coded.embeds, positions, Visible(concept_visibility(commit, probability, may)))
-        owners = None if documents is None else take(documents, packing.index)
-        before = latest(take(concepts, packing.index), packing.segment - commit.long(), documents, owners)
+        owners = None if documents is None else take(documents, packing.indices)
+        before = latest(take(concepts, packing.indices), packing.segment - commit.long(), documents, owners)
         slots = mix_slots(commit, probability, concepts, self._bridged(hidden, before))
         seen = deep_mask(commit, packing.segment, valid, documents)
         out = self.deep.run(slots, positions, Visible(visibility(seen, probability, may)))
-        return out, Coded(*(part if part is None else take(part, packing.index) for part in coded))
+        return out, Coded._make(part if part is None else take(part, packing.indices) for part in coded)
 
     def _pooled(self, hidden: Tensor, tails: Tensor) -> Tensor:
         """Input of a concept. tails: mean hidden state of the NULLs before it; both (B, M, D)."""
@@ -266,10 +270,11 @@ class ConceptStack(nn.Module):
         if bool(commit.any()):
             committing, probability = rows[commit], routing.probability[commit]
             embeds = self._code(self._pooled(hidden[commit], tails[commit]), probability, settings).embeds
-            if self.inner is None:
-                concepts = self.middle.step(embeds, positions[commit], state.middle, committing)
-            else:
+            if self.inner is not None:
                 concepts = self.inner.step(embeds, positions[commit], state.middle, committing, settings)
+            else:
+                assert self.middle is not None
+                concepts = self.middle.step(embeds, positions[commit], state.middle, committing)
             if self.gate == "smooth":
                 first = (state.concepts[committing] == 0).view(-1, 1)
                 before = torch.where(first, concepts[:, 0], state.last[committing])

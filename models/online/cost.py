@@ -44,7 +44,7 @@ def _output_layer(model: OnlineConceptModel) -> int:
 
 def _of_stack(stack: ConceptStack, layer: int, output: int, compression: float, coded: bool) -> float:
     ends = len(stack.shallow) + len(stack.deep)
-    inner = len(stack.middle or ()) * layer
+    inner: float = len(stack.middle or ()) * layer
     if stack.inner is not None:
         inner = _of_stack(stack.inner, layer, output, compression, coded)
     bridge = stack.bridge.weight.numel()

@@ -85,7 +85,7 @@ def generate_online(
     Ends early once every row has generated eos_token_id. vocab_size: larger ids are padding and are never generated.
     on_tokens: see `Decoder`.
     """
-    forward, tokens = IncrementalForward(model.eval()), []
+    forward, tokens = IncrementalForward(model.eval()), list[Tensor]()
     logits = forward.prefill(input_ids, None if attention_mask is None else attention_mask.bool())
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     while len(tokens) < max_new_tokens:

@@ -5,11 +5,13 @@ Legend: B batch, T positions, n rows of a step, D width.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 
 from models.backbones.key_value_cache import cache_argument
 from models.functional.commits import text_mask
 from models.functional.errors import UsageError
+from models.online.attention import Visible
 from models.online.row_cache import RowCache
 
 PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -25,8 +27,14 @@ class LayerStack:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def run(self, states: Tensor, positions: Tensor, mask: Tensor | None, cache: RowCache | None = None) -> Tensor:
-        """(B, T, D), (B, T) -> (B, T, D); mask (B, 1, T, T) bool, None is causal."""
+    def run(
+        self,
+        states: Tensor,
+        positions: Tensor,
+        mask: Tensor | BlockMask | Visible | None,
+        cache: RowCache | None = None,
+    ) -> Tensor:
+        """(B, T, D), (B, T) -> (B, T, D); mask (B, 1, T, T) bool, or as `concept_attention` takes it; None is causal."""
         rotary = self.decoder.rotary_emb(states, positions)
         for layer in self.decoder.layers[self.start : self.stop]:
             states = layer(

@@ -126,7 +126,8 @@ class OnlineConceptModel(nn.Module):
 
     def stacks(self) -> list[ConceptStack]:
         """One for each level, the outermost first."""
-        found, stack = [], self.stack
+        found: list[ConceptStack] = []
+        stack: ConceptStack | None = self.stack
         while stack is not None:
             found.append(stack)
             stack = stack.inner

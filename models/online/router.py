@@ -7,7 +7,7 @@ Legend: B batch (n rows of a step), T positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -294,5 +294,5 @@ def build_router(
     growth: Growth, width: int, most_nulls: int, codes: ConceptCodes, read_out: ReadOut | None = None, **like
 ) -> Router:
     """The router that `growth` names. codes: for `null`; read_out: for `entropy`, logits of the backbone's hidden states."""
-    more = {"null": {"codes": codes}, "entropy": {"read_out": read_out}}.get(growth, {})
-    return GROWTH[growth](width, most_nulls, **more, **like)
+    more: dict[str, dict[str, Any]] = {"null": {"codes": codes}, "entropy": {"read_out": read_out}}
+    return GROWTH[growth](width, most_nulls, **more.get(growth, {}), **like)

@@ -3,6 +3,8 @@
 Legend: B batch, D width.
 """
 
+from typing import Any, final
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from models.online.router import RouterState
 from models.online.row_cache import RowCache
 
 
+@final
 class StackState:
     """State of one `ConceptStack` and B rows.
 
@@ -19,7 +22,7 @@ class StackState:
 
     def __init__(self, stack: nn.Module, batch: int, device: torch.device) -> None:
         self.shallow, self.deep = RowCache(), RowCache()
-        self.middle = RowCache() if stack.inner is None else StackState(stack.inner, batch, device)
+        self.middle: Any = RowCache() if stack.inner is None else StackState(stack.inner, batch, device)
         self.router: RouterState = stack.router.start(batch, device)
         self.concepts = torch.zeros(batch, dtype=torch.long, device=device)
         self.last, self.tail = (stack.bridge.weight.new_zeros(batch, len(stack.bridge.weight)) for _ in range(2))

@@ -38,7 +38,14 @@ class PlannedDecoder:
 
     @torch.no_grad()
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
-        prompt = (rows[name][:, : -self.length] for name in ("input_ids", "attention_mask"))
-        plan = self.planner.draw(*prompt, sampled(generator, self.plan_temperature))
-        options = {"temperature": self.temperature, "vocab_size": self.vocab_size, "on_tokens": on_tokens}
-        return self.executor.generate(plan.ids, plan.embeds, self.length, generator, **options)
+        ids, mask = (rows[name][:, : -self.length] for name in ("input_ids", "attention_mask"))
+        plan = self.planner.draw(ids, mask, sampled(generator, self.plan_temperature))
+        return self.executor.generate(
+            plan.ids,
+            plan.embeds,
+            self.length,
+            generator,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+            on_tokens=on_tokens,
+        )

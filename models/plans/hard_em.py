@@ -76,6 +76,7 @@ class HardEM:
         the whole cache. extra_score: due rows (B,) bool, n of them true, and plans (n, K, S) -> nats (n, K), added to
         the score.
         """
+        assert self.cache is not None, "call prepare first"
         start = time.perf_counter()
         # 1. the cached plans
         cached, known, due = self.cache.get(rows), self.cache.known(rows), self.cache.due(rows, step)
@@ -83,9 +84,9 @@ class HardEM:
         chosen, found = cached, None
         # 2. the E-step of the rows that are due
         if due.any():
-            read = [tuple(part[due] for part in tokens) for tokens in (prompt, posterior_input)]
+            read = [(ids[due], mask[due]) for ids, mask in (prompt, posterior_input)]
             added = None if extra_score is None else partial(extra_score, due)
-            found = self.search(*read, text[due], cached[due], known[due], generator, added)
+            found = self.search(read[0], read[1], text[due], cached[due], known[due], generator, added)
             chosen = cached.index_put((due,), found.choices)
             scores[due], gaps[due] = (values.to(scores.dtype) for values in (found.scores, found.gaps))
         # 3. the same cache on every rank

@@ -61,7 +61,7 @@ class PlanLayout:
 
     def __init__(self, vocabulary: ConceptVocabulary) -> None:
         self.vocabulary = vocabulary
-        positions, types, skeleton, slots = [], [], [], []
+        positions, types, skeleton, slots = (list[int]() for _ in range(4))
         for k, t in enumerate(vocabulary.types):
             slots += range(len(skeleton) + 1, len(skeleton) + 1 + t.most)
             positions += range(t.most + 2)

@@ -48,7 +48,8 @@ def _planning() -> dict[str, Planning]:
 
 
 def _weights() -> dict[str, Weight]:
-    given = {"text": 1.0, "planner": 1.0, "posterior": 1.0, "bag": 1.0, "commitment": 0.25, "usage": (1.0, 0.0)}
+    given: dict[str, Weight] = {"text": 1.0, "planner": 1.0, "posterior": 1.0, "bag": 1.0, "commitment": 0.25}
+    given["usage"] = (1.0, 0.0)
     return {name: given.get(name, 0.0) for name in NAMES}
 
 
@@ -126,17 +127,30 @@ class PlanOptions:
         for name in self.search:
             if name not in known:
                 raise UsageError(f"module.search.{name} is not known; the options are {', '.join(known)}")
-        return SearchOptions(**self.search)
+        changes: dict[str, Any] = dict(self.search)
+        return SearchOptions(**changes)
 
     @property
     def signal_types(self) -> tuple[str, ...]:
         """The types whose codes are the values of a signal."""
-        return tuple(self.signals) if self.signal_codes else ()
+        return tuple(self.signals or ()) if self.signal_codes else ()
+
+    @property
+    def filled_planning(self) -> Mapping[str, Planning]:
+        """`planning` with the default where it was None."""
+        assert self.planning is not None
+        return self.planning
+
+    @property
+    def filled_weights(self) -> Mapping[str, Weight]:
+        """`weights` with the defaults where it was None."""
+        assert self.weights is not None
+        return self.weights
 
     @property
     def weight_ends(self) -> dict[str, tuple[float, float]]:
         """The first and the last weight of every loss."""
-        return {name: pair(self.weights.get(name, 0.0)) for name in NAMES}
+        return {name: pair(self.filled_weights.get(name, 0.0)) for name in NAMES}
 
     @property
     def draw_noise(self) -> tuple[float, float]:
@@ -146,21 +160,24 @@ class PlanOptions:
     def _check_choices(self) -> None:
         require_choice("module.sampler", self.sampler, get_args(Sampler))
         require_choice("module.posterior_reads", self.posterior_reads, get_args(PosteriorReads))
-        for who, planning in self.planning.items():
+        for who, planning in self.filled_planning.items():
             require_choice("module.planning", who, _planning())
             require_choice(f"module.planning.{who}", planning, get_args(Planning))
 
     def _check_weights(self) -> None:
-        for name, weight in self.weights.items():
+        weights = self.filled_weights
+        for name, weight in weights.items():
             if name not in NAMES:
                 raise UsageError(f"module.weights.{name} is not known; the losses are {', '.join(NAMES)}")
             if min(pair(weight)) < 0:
                 raise UsageError(f"module.weights.{name}={weight} must be at least 0; 0 switches it off")
-        if not any(map(any, map(pair, self.weights.values()))):
+        first, last = (max((pair(weight)[end] for weight in weights.values()), default=0.0) for end in (0, 1))
+        if min(first, last) == 0:
+            when = "" if first == last else " at the first step" if first == 0 else " at the last step"
             raise UsageError(
-                "module.weights are all 0; type for example module.weights.text=1 module.weights.planner=1"
+                f"module.weights are all 0{when}; type for example module.weights.text=1 module.weights.planner=1"
             )
-        if self.weights.get("quota") and self.quota is None:
+        if weights.get("quota") and self.quota is None:
             raise UsageError("module.weights.quota needs a number of concepts a text; type for example module.quota=3")
         require_at_least(0, module__free_bits=self.free_bits)
 

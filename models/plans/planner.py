@@ -71,7 +71,10 @@ class Coder:
         coded = [self.quantiser(state, slot, self.share, self.numbers.get(slot)) for state, slot in pairs]
         found = {slot: own.point for slot, own in zip(slots, coded, strict=True) if own.point is not None}
         self.points |= {slot: point.detach() for slot, point in found.items()}
-        made = (Made(c.logits, *c.choice, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds) for c in coded)
+        made = (
+            Made(c.logits, c.choice.soft, c.choice.hard, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds)
+            for c in coded
+        )
         return Made(*(torch.stack(part, 1) for part in zip(*made, strict=True)))
 
 

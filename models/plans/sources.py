@@ -125,6 +125,7 @@ class FixedPlans:
         if self.code == "leading":
             return 1 + leading_tokens(text, self.tokens)
         if self.code == "surprisal":
+            assert self.surprisal is not None, "call fit first"
             return 1 + surprising_tokens(text, self.surprisal.to(text.device), self.tokens)
         return 1 + random_hash(text, self.planner.layout.vocabulary.slot_codes)
 

@@ -50,8 +50,8 @@ def plan_terms(
         used.append(code_perplexity(codes.detach()))
         if t.least < t.most:
             ends.append(eos_loss(probabilities[..., END].masked_fill(~is_open[:, own], 1.0)).mean())
-    lengths = sum(expected_length(plan.stops[:, own]) for own in vocabulary.type_slots)
     none = kl.new_zeros(())
+    lengths = sum((expected_length(plan.stops[:, own]) for own in vocabulary.type_slots), none)
     soft, hard = plan.soft_embeds[is_open], plan.hard_embeds[is_open]
     return {
         "planner": plan_nll(log_p, plan.choices, is_open).sum(-1).mean() / tokens,

@@ -109,7 +109,8 @@ class Reading:
     """Columns that were read so far, as a key-value cache that carries gradients; each `read` adds columns."""
 
     def __init__(self, model: UnifiedModel, apart: bool = False) -> None:
-        self.model, self.apart, self.cache, self.columns = model, apart, DynamicCache(), None
+        self.model, self.apart, self.cache = model, apart, DynamicCache()
+        self.columns: Columns | None = None
 
     def read(self, embeds: Tensor, columns: Columns) -> Tensor:
         """Hidden states (B, L, D) of the new columns."""
@@ -118,5 +119,6 @@ class Reading:
 
     def repeat(self, count: int) -> None:
         """Repeat every row `count` times, the copies of a row one after the other."""
+        assert self.columns is not None
         self.cache.batch_repeat_interleave(count)
         self.columns = Columns(*(field.repeat_interleave(count, 0) for field in self.columns))

@@ -36,10 +36,10 @@ class ConceptVocabulary:
     """
 
     def __init__(self, types: Mapping[str, Mapping[str, int | None] | None], base: int) -> None:
-        types = {name: options for name, options in types.items() if options is not None}
-        if not types:
+        given = {name: options for name, options in types.items() if options is not None}
+        if not given:
             raise UsageError("module.types names no type; type for example '+module.types.a={codes: 8, most: 1}'")
-        self.types = tuple(_checked(name, dict(options)) for name, options in types.items())
+        self.types = tuple(_checked(name, dict(options)) for name, options in given.items())
         self.base = base
         self.bos, self.plan, self.text, self.blank, self.eos, self.pad = range(base, base + len(SPECIAL))
 
@@ -113,6 +113,6 @@ def _checked(name: str, options: dict[str, int | None]) -> ConceptType:
     least = most if options.get("least") is None else options["least"]
     if codes is None or codes < 2:
         raise UsageError(f"{where}.codes={codes} must be at least 2")
-    if most < 1 or not 0 <= least <= most:
+    if most is None or least is None or most < 1 or not 0 <= least <= most:
         raise UsageError(f"{where} needs most of at least 1 and least from 0 to most, not most={most} least={least}")
     return ConceptType(name, codes, least, most)

@@ -49,7 +49,7 @@ def forward_costs(
     cost = one["theta"] / one["target"]
     if assistant is not None:
         cost = _seconds(assistant, input_ids, 1, repeats) / sum(one.values())
-    slower = max(one, key=one.get)
+    slower = max(one, key=lambda name: one[name])
     more = _seconds({"theta": theta, "target": target}[slower], input_ids, POSITIONS, repeats)
     return ForwardCosts(cost, max(0.0, more / one[slower] - 1) / (POSITIONS - 1))
 

@@ -45,7 +45,7 @@ class Pending(NamedTuple):
 
     def of_rows(self, stay: Tensor) -> "Pending":
         """Without the rows that are False in stay (B,)."""
-        return Pending(*(None if part is None else part[stay] for part in self))
+        return Pending._make(None if part is None else part[stay] for part in self)
 
 
 def decode_qstar(
@@ -173,6 +173,7 @@ def _propose(run: QStarRun, gamma: int, drafter: str, first: tuple[Tensor, Tenso
         run.write(drawn, lengths)
         tokens[row, lengths[row]], logp[row, lengths[row]] = drawn[row], own[row]
         lengths = lengths + rows.long()
+    assert logp is not None  # size is at least 1
     return Drafted(drafter, tokens, lengths, logp)
 
 

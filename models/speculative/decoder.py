@@ -1,5 +1,8 @@
 """q* of two causal models as a `Decoder`: one way of drafting, a row of the final table."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -15,7 +18,7 @@ from models.speculative.options import Draft, DraftOptions, QStarOptions, Scheme
 from models.speculative.random_source import RandomSource, TorchRandomSource
 from models.speculative.roles import roles
 from models.speculative.scores import CausalScores
-from models.speculative.state import QStarOutput, TextRules
+from models.speculative.state import QStarOutput, Scores, TextRules
 
 # the row of each scheme in tables
 TITLES: dict[Scheme, str] = {
@@ -54,13 +57,15 @@ class QStarDecoder:
         self.scheme, self.name, self.options, self.mixture = scheme, TITLES[scheme], options, options.mixture
         self.gamma = 0 if scheme == "naive" else options.gamma
         self.response_length, self.vocab_size, self.eos_id = response_length, vocab_size, eos_id
-        self.make_scores = CachedScores if options.cache else CausalScores
+        self.make_scores: Callable[[Any, int | None], Scores] = CachedScores if options.cache else CausalScores
         self._measured: dict[int, ForwardCosts] = {}  # by the number of texts of a batch
         self.outputs: list[QStarOutput] = []
 
     @property
     def draft(self) -> Draft:
-        return {"naive": "theta", "ngram": "assistant"}.get(self.scheme, self.scheme)
+        if self.scheme == "naive":
+            return "theta"
+        return "assistant" if self.scheme == "ngram" else self.scheme
 
     @property
     def drafter(self) -> nn.Module | NgramScores | None:

@@ -6,6 +6,7 @@ Legend: T texts of a list, P prompt columns, R response columns, V vocabulary.
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -124,7 +125,7 @@ def enumeration_error(decoder: QStarDecoder, prompt: Tensor, vocabulary: int = 2
     return worst
 
 
-def _next_token_log_q(mixture: MixtureDist, models: list[Scores], prefix: Tensor) -> Tensor:
+def _next_token_log_q(mixture: MixtureDist, models: Sequence[Scores], prefix: Tensor) -> Tensor:
     """log q* (V,) of the token after a prefix (P,), from the scores of theta and target."""
     ids, lengths = prefix.unsqueeze(0), torch.tensor([len(prefix)], device=prefix.device)
     return mixture(*(mixture.tempered(scores(ids, lengths, 1)) for scores in models)).log_q[0, 0]

@@ -289,7 +289,9 @@ def test_temperature_and_corruption_fall_with_the_steps(tiny_oracle):
     [
         ({"weights": {"txt": 1.0}}, "module.weights.txt is not known; the losses are text, planner"),
         ({"weights": {"text": -1.0}}, "module.weights.text=-1.0 must be at least 0"),
-        ({"weights": {"text": 0.0}}, "module.weights are all 0"),
+        ({"weights": {"text": 0.0}}, "module.weights are all 0;"),
+        ({"weights": {"text": (0.0, 1.0)}}, "module.weights are all 0 at the first step;"),
+        ({"weights": {"text": (1.0, 0.0), "planner": (0.5, 0.0)}}, "module.weights are all 0 at the last step;"),
         ({"weights": {"quota": 1.0}, "quota": None}, "type for example module.quota=3"),
         ({"temperatures": (1.0, 0.0)}, r"module.temperatures=\[1.0, 0.0\]"),
         ({"noise": (0.0, 0.5)}, r"module.noise=\[0.0, 0.5\] must begin between 0 and 1 and end in 0 or 1"),

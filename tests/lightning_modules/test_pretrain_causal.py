@@ -179,6 +179,12 @@ def test_micro_batches_whose_tokens_are_not_counted_weigh_alike():
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_states_of_a_plain_objective_are_those_of_the_model():
+    rows = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.bool)}
+    plain, declared = build(lambda model, batch, generator: None), build(NextToken())
+    assert torch.equal(plain.states(rows), declared.states(rows))
+
+
 def test_a_tiny_model_learns_one_text_by_heart(tiny_oracle):
     rows = tiny_oracle.rows["train"].columns
     few = {name: column[:1].repeat_interleave(64, 0) for name, column in rows.items()}

@@ -14,6 +14,7 @@ from models.backbones.causal_lm import (
     causal_hidden,
     causal_logits,
     load_causal,
+    load_trained,
     output_head,
     save_causal,
     save_merged,
@@ -180,6 +181,13 @@ def test_plain_peft_reads_the_adapter_and_plain_transformers_the_merged_model(qw
     assert isinstance(by_transformers, Qwen3ForCausalLM)
     torch.testing.assert_close(logits_of(by_transformers), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(logits_of(model), expected)  # merging was done on a copy
+
+
+def test_an_adapter_that_names_no_base_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(UsageError, match=r"adapter_config\.json names no base_model_name_or_path"):
+        load_trained(tmp_path)
 
 
 def test_adapters_of_a_half_precision_model_train_in_single_precision(qwen_folder):

@@ -22,7 +22,7 @@ def random_gates(rows: int, length: int, rate: float, seed: int = 0) -> Tensor:
 
 def test_packing_by_hand():
     found = commits.pack_commits(G)
-    assert found.index.tolist() == [[0, 3, 5], [2, 0, 1], [0, 1, 2]]
+    assert found.indices.tolist() == [[0, 3, 5], [2, 0, 1], [0, 1, 2]]
     assert found.real.tolist() == [[True] * 3, [True, False, False], [False] * 3]
     assert found.segment.tolist() == [[1, 1, 1, 2, 2, 3], [0, 0, 1, 1, 1, 1], [0] * 6]
     assert found.slot.tolist() == [[0, 0, 0, 1, 1, 2], [0] * 6, [0] * 6]
@@ -31,9 +31,9 @@ def test_packing_by_hand():
 def test_no_commit_is_dropped_and_all_come_first():
     g = random_gates(50, 23, 0.4)
     found = commits.pack_commits(g)
-    for row, index, real in zip(g, found.index, found.real, strict=True):
+    for row, index, real in zip(g, found.indices, found.real, strict=True):
         assert index[real].tolist() == row.nonzero().flatten().tolist()
-    assert commits.take(torch.arange(23).expand(50, -1), found.index).equal(found.index)
+    assert commits.take(torch.arange(23).expand(50, -1), found.indices).equal(found.indices)
 
 
 def test_the_latest_concept_by_hand():

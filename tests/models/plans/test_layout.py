@@ -58,6 +58,7 @@ def test_text_starts_at_one_place_whatever_the_plan_and_the_padding():
         ({}, "module.types names no type"),
         ({"a": {"most": 1}}, r"module.types.a.codes=None must be at least 2"),
         ({"a": {"codes": 1}}, r"module.types.a.codes=1 must be at least 2"),
+        ({"a": {"codes": 2, "most": None}}, "module.types.a needs most of at least 1"),
         ({"a": {"codes": 2, "most": 0}}, "most=0 least=0"),
         ({"a": {"codes": 2, "most": 1, "least": 2}}, "most=1 least=2"),
         ({"a": {"codes": 2, "size": 3}}, "module.types.a.size is not known"),
