@@ -54,6 +54,11 @@ def test_fixed_point_is_the_average_along_the_masking_path(tangent, fits):
     assert (worst < 1e-9) if fits else (worst > 0.1)
 
 
+def test_the_target_is_a_constant():
+    v, du_dt = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    assert not meanflow_target(v, du_dt, torch.zeros(2), torch.ones(2)).requires_grad
+
+
 def test_jvp_equals_central_differences_through_the_student(tiny_llada):
     """Forward-mode derivative of the student's logits along (embeddings, t), prefix and frozen linears included, float64."""
     student = PrefixStudent(tiny_llada(), prompt_length=3, hidden_size=8, rank=4).double()
