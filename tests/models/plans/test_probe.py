@@ -35,3 +35,9 @@ def test_a_bag_of_words_is_linear_in_the_embeddings_at_the_slots_and_reads_no_ot
     assert_close(logits, torch.einsum("bsd,vsd->bv", embeds[:, slots], weight) + bag.head.bias)
     logits.sum().backward()
     assert embeds.grad.abs().sum((0, 2)).nonzero().flatten().tolist() == slots
+
+
+def test_a_slot_stops_where_its_type_has_ended():
+    _, planner, _ = concept_parts()
+    plans = every_plan(planner.layout)
+    assert torch.equal(planner.certain(plans).stops, (plans == 0).double())
