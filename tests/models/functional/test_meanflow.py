@@ -1,5 +1,7 @@
 """The mean-flow identity against quadrature, finite differences and its known failures."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -177,3 +179,9 @@ def test_frozen_layers_keep_the_model(tiny_llada):
     half = tiny_llada().bfloat16()
     expected = half(ids)
     torch.testing.assert_close(freeze(half)(ids), expected, atol=0.0, rtol=0.0)
+
+
+def test_the_expected_embedding_is_a_mean_under_each_rows_own_distribution():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [math.log(3.0), 0.0, -torch.inf]])
+    embedding = torch.tensor([[4.0, 0.0], [0.0, 8.0], [100.0, 100.0]])
+    torch.testing.assert_close(expected_embedding(logits, embedding), torch.tensor([[2.0, 4.0], [3.0, 2.0]]))
