@@ -149,6 +149,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         # 1. z from q(z | u, x), straight through
         plan, points = self.source.draw(batch, now, generator)
         self.probe.relaxation, self.probe.e_step = plan.relaxation, None
+        self.probe.gradient.watch_plan(plan)
         monitors = {"temperature": now.temperature, "noise": now.noise}
         # 2. a quantiser's codes follow the points of the optimiser step's micro-batches, at the last of them
         for slot, own in points.items():
@@ -188,7 +189,10 @@ class ConceptPlannerExecutorModule(LeapModule):
         # 2. M-step: prior and posterior learn the same plan as the executor, nats a token of text
         is_open, raw = self.model.layout.open_slots(searched.choices), {}
         for name, planner, read in (("planner", self.planner, prompt), ("posterior", self.posterior, whole)):
-            log_p = planner.score(*read, searched.choices).log_softmax(-1)
+            states = planner.slot_states(*read, searched.choices)
+            if planner is self.posterior:
+                self.probe.gradient.watch_states(states)
+            log_p = planner.slot_logits(states).log_softmax(-1)
             raw[name] = plan_nll(log_p, searched.choices, is_open).sum(-1).mean() / text.shape[1]
         return self.planner.block(searched.choices), raw, searched.figures
 

@@ -137,7 +137,7 @@ RULES = (
     ),
     Rule(
         "the planner gets no gradient", _no_gradient,
-        "check that module.weights.text or module.weights.planner is above 0, and that module.free_bits is below the KL",
+        "check that module.weights.text (in a search, module.weights.posterior) is above 0, or raise module.temperatures",
     ),
     Rule(
         "the planner's gradient explodes", _exploding,

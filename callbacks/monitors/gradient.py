@@ -1,18 +1,20 @@
-"""Monitor 7: the gradient that reaches the planner's own weights. Near 0 nothing trains it; a sudden rise is an explosion."""
+"""Monitor 7: the gradient that reaches whoever chooses the plans to train on, from what these plans are for.
+
+Near 0 the text does not train the plans; a sudden rise is an explosion.
+"""
 
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from callbacks.monitors.steps import StepMonitor
-from models.functional.weights import full_tensor
+from models.functional.ranks import rank_mean
 from models.interfaces.probes import PlannerProbe, find_probe
 
 
 class GradientMonitor(StepMonitor):
-    """planner_gradient: L2 norm before clipping, mean over steps; planner_gradient_max: the largest."""
+    """planner_gradient: L2 norm of a text's gradient, mean over texts and steps; planner_gradient_max: the largest step's."""
 
     names = ("planner_gradient",)
 
@@ -22,12 +24,10 @@ class GradientMonitor(StepMonitor):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         probe = find_probe(pl_module, PlannerProbe)
-        if probe is None:
+        own = None if probe is None else probe.take_planner_gradient()
+        if own is None:
             return
-        gradients = [full_tensor(p.grad.detach()).float() for p in probe.planner_parameters() if p.grad is not None]
-        norm = (
-            torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros((), device=pl_module.device)
-        )
+        norm = rank_mean(own)
         self.add("planner_gradient", norm.unsqueeze(0))
         self.largest = _larger(self.largest, norm.item())
         self.recent_largest = _larger(self.recent_largest, norm.item())

@@ -24,6 +24,11 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
+def rank_mean(value: Tensor) -> Tensor:
+    """The mean over all ranks; every rank has to call this."""
+    return summed(value) / (dist.get_world_size() if is_distributed() else 1)
+
+
 def is_rank_zero() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 

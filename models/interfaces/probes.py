@@ -5,11 +5,9 @@ A monitor gets a part by its protocol from `find_probe`; it skips a module witho
 Rows are prompt -> response rows. Every draw comes from the generator that is given, so that a measurement can be repeated.
 """
 
-from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Generator, Tensor
-from torch.nn import Parameter
 
 from models.interfaces.probe_batch import Choices, EStep, ProbeBatch
 
@@ -56,9 +54,13 @@ class RelaxationProbe(Protocol):
 
 @runtime_checkable
 class PlannerProbe(Protocol):
-    """Has weights that only the planning uses."""
+    """Learns which concepts to choose from what they are for."""
 
-    def planner_parameters(self) -> Iterable[Parameter]: ...
+    def take_planner_gradient(self) -> Tensor | None:
+        """Size of the gradient that reached the hidden states the training's plans are chosen from, since the last call, ().
+
+        Mean over this rank's rows; 0 where none came, None where nothing was chosen with a gradient.
+        """
 
 
 @runtime_checkable

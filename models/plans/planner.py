@@ -78,11 +78,23 @@ class Coder:
         return Made(*(torch.stack(part, 1) for part in zip(*made, strict=True)))
 
 
+class Round(NamedTuple):
+    """How the choices of a round's n slots came to be read.
+
+    columns (n,) of the block; states (B, n, D) that were chosen from; moved (B, n, D), see `Made`.
+    """
+
+    columns: Tensor
+    states: Tensor
+    moved: Tensor
+
+
 class Plan(NamedTuple):
     """ids, embeds: the block that an executor reads, (B, C) and (B, C, D); straight-through where choices are relaxed.
 
     choices (B, S), 0 for the end of a type; open_slots (B, S) bool; logits (B, S, W) that they were chosen from.
     soft, hard (B, S, W): weights of the relaxed and the hard choice. soft_embeds, hard_embeds (B, S, D): their embeddings.
+    rounds: in which the slots were chosen; none where the choices were given.
     """
 
     ids: Tensor
@@ -94,6 +106,7 @@ class Plan(NamedTuple):
     hard: Tensor
     soft_embeds: Tensor
     hard_embeds: Tensor
+    rounds: tuple[Round, ...] = ()
 
     @property
     def relaxation(self) -> tuple[Tensor, Tensor]:
@@ -151,6 +164,7 @@ class Planner:
         model, layout = self.model, self.layout
         choices = torch.full((len(text), len(layout.slot_columns)), END, device=text.device)
         reading, made = Reading(model, apart=self.planning != "sequential"), Rounds()
+        rounds: list[Round] = []
         # 1. the text and <PLAN>
         opening = self._opening(text, mask)
         for k, (columns, slots) in enumerate(layout.rounds(self.planning)):
@@ -163,20 +177,26 @@ class Planner:
             # 3. a choice for each of them
             own = choose(states, slots) if isinstance(choose, Coder) else self._made(states, slots, choose)
             made.add(slots, own)
+            rounds.append(Round(layout.slot_columns[slots].to(text.device), states, own.moved))
             numbers = own.weights_hard.argmax(-1)
             choices = self._closed(choices.index_copy(1, torch.tensor(slots, device=text.device), numbers))
         # 4. the whole block
         ids = layout.block(choices)
         embeds = self._mixed(ids, made)[0]
         logits, soft, hard, soft_embeds, hard_embeds, _ = made.in_order()
-        return Plan(ids, embeds, choices, layout.open_slots(choices), logits, soft, hard, soft_embeds, hard_embeds)
+        is_open = layout.open_slots(choices)
+        return Plan(ids, embeds, choices, is_open, logits, soft, hard, soft_embeds, hard_embeds, tuple(rounds))
 
     def score(self, text: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
         """Logits (B, S, W) of given choices (B, S), all slots in one forward pass."""
+        return self.slot_logits(self.slot_states(text, mask, choices))
+
+    def slot_states(self, text: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
+        """Hidden states (B, S, D) from which the slots of given choices (B, S) are chosen."""
         opening, block = self._opening(text, mask), self._read(choices, Rounds())
         embeds, columns = torch.cat([opening[0], block[0]], 1), joined(opening[1], block[1])
         states = self.model.states(embeds, columns, apart=self.planning != "sequential")
-        return self._logits_of_block(states[:, opening[0].shape[1] :])
+        return self._before_slots(states[:, opening[0].shape[1] :])
 
     def score_many(self, text: Tensor, mask: Tensor, plans: Tensor) -> Tensor:
         """Logits (B, K, S, W) of K plans (B, K, S) of each text, which is read once."""
@@ -184,7 +204,7 @@ class Planner:
         reading.read(*self._opening(text, mask))
         reading.repeat(plans.shape[1])
         states = reading.read(*self._read(plans.flatten(0, 1), Rounds()))
-        return self._logits_of_block(states).unflatten(0, plans.shape[:2])
+        return self.slot_logits(self._before_slots(states)).unflatten(0, plans.shape[:2])
 
     def certain(self, choices: Tensor) -> Plan:
         """The plan of given choices (B, S) with probability 1; no text is read."""
@@ -200,12 +220,15 @@ class Planner:
         ids = self.layout.block(choices)
         return ids, self._embedded(ids)[0]
 
-    def _logits_of_block(self, states: Tensor) -> Tensor:
-        """Logits (B, S, W) of all slots from the states (B, C, D) of a block's columns."""
-        states = states[:, self.layout.slot_columns.to(states.device) - 1]
+    def slot_logits(self, states: Tensor) -> Tensor:
+        """Logits (B, S, W) of all slots from the states (B, S, D) before them."""
         if self.quantiser is None:
             return self.model.choice_logits(states)
         return torch.stack([self.quantiser.logits(state, slot) for slot, state in enumerate(states.unbind(1))], 1)
+
+    def _before_slots(self, states: Tensor) -> Tensor:
+        """The states (B, S, D) before the slots, of the states (B, C, D) of a block's columns."""
+        return states[:, self.layout.slot_columns.to(states.device) - 1]
 
     def _opening(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Columns]:
         """[<BOS>, text, <PLAN>]; <BOS> comes before the padding, so that every column has something to attend to."""

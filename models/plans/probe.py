@@ -3,13 +3,11 @@
 Legend: B batch, R response columns, S concept slots.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.nn import Parameter
 
 from models.functional.bits_per_byte import token_nll
 from models.functional.next_token import until_end
@@ -18,6 +16,7 @@ from models.interfaces.probes import Corruption
 from models.plans.corrupted_plans import block_without, random_plan
 from models.plans.executor import Executor
 from models.plans.planner import Planner
+from models.plans.posterior_gradient import PosteriorGradient
 from models.plans.rows import PosteriorReads, prompt_of, response_of
 from models.plans.sources import PlanSource
 
@@ -26,7 +25,7 @@ class PlanProbe:
     """A condition is a plan: choices (B, S), and which of its concepts the executor can see, `seen` (B, S) bool.
 
     tokenizer: the corpus', needed for texts. relaxation, e_step: of the last training step, see `RelaxationProbe` and
-    `SearchProbe`; the training sets them.
+    `SearchProbe`; the training sets them. gradient: what the training has it watch.
     """
 
     def __init__(self, prior: Planner, executor: Executor, source: PlanSource, posterior_reads: PosteriorReads) -> None:
@@ -36,6 +35,7 @@ class PlanProbe:
         self.tokenizer: Any = None
         self.relaxation: tuple[Tensor, Tensor] | None = None
         self.e_step: EStep | None = None
+        self.gradient = PosteriorGradient()
 
     # -- texts and their plans ----------------------------------------------------------------------------------------
 
@@ -67,9 +67,8 @@ class PlanProbe:
         logits = {"posterior": plan.logits, "prior": prior}
         return {who: Choices(own.log_softmax(-1), plan.open_slots) for who, own in logits.items()}
 
-    def planner_parameters(self) -> Iterable[Parameter]:
-        """The head that chooses concepts."""
-        return self.prior.model.new_head.parameters()
+    def take_planner_gradient(self) -> Tensor | None:
+        return self.gradient.take()
 
     # -- texts given plans --------------------------------------------------------------------------------------------
 

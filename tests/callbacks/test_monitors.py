@@ -25,6 +25,7 @@ from callbacks.monitors.staleness import StalenessMonitor
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
 from lightning_modules.noisy_mask_flow import NoisyMaskFlowModule
 from lightning_modules.qstar_decoding import QStarDecodingModule
+from reporting.health_rules import RULES
 
 STAGES = {"adapt": {"share": 0.5, "lr": 1e-3}, "flow": {"share": 0.5, "lr": 1e-3}}
 
@@ -195,6 +196,32 @@ def test_a_planner_executor_offers_what_plans_have(tiny_oracle):
     assert kinds | {"nll_at_0", "nll_at_3", "posterior_entropy", "prior_max_prob", "relaxation_cosine"} <= found.keys()
     assert found["planner_gradient"] > 0
     assert 0 < found["relaxation_cosine"] <= 1
+
+
+@pytest.mark.parametrize("sampler", ["gumbel_st", "fsq", "ema_vq"])
+@pytest.mark.parametrize("reached", [True, False])
+def test_the_rule_fires_where_the_text_does_not_train_the_posterior(tiny_oracle, sampler, reached):
+    """The prior learns, and usage and commitment move the posterior, in both runs."""
+    weights = {"text": 1.0, "planner": 1.0, "usage": 1.0, "commitment": 0.25}
+    types = {"a": {"codes": 8}, "b": {"codes": 8}}
+    module = concept_module(tiny_oracle, sampler=sampler, types=types, weights=weights, quantise=(0, 0.5))
+    if not reached:
+        read = module.executor.logits
+        module.executor.logits = lambda ids, embeds, *rest: read(ids, embeds.detach(), *rest)
+    assert_rule_fires(seen(module, tiny_oracle, GradientMonitor()), not reached)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_the_rule_fires_where_searched_plans_do_not_train_the_posterior(tiny_oracle, weight):
+    weights = {"text": 1.0, "planner": 1.0, "posterior": weight}
+    module = concept_module(tiny_oracle, search={"begin": 0.0, "candidates": 1}, weights=weights)
+    assert_rule_fires(seen(module, tiny_oracle, GradientMonitor()), weight == 0)
+
+
+def assert_rule_fires(found: dict[str, float], expected: bool) -> None:
+    (rule,) = (rule for rule in RULES if rule.name == "the planner gets no gradient")
+    looks = [found | {"progress": share} for share in (0.5, 1.0)]
+    assert (rule.evidence(looks) is not None) == expected
 
 
 def test_the_record_of_a_test_has_them(tiny_oracle):

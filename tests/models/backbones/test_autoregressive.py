@@ -84,6 +84,7 @@ def test_greedy_takes_the_most_probable_token_and_the_decoder_says_what_it_is():
     model, rows = model_of("llama"), pair_batch()
     sampled, greedy = AutoregressiveDecoder(model, 4), AutoregressiveDecoder(model, 4, temperature=0.0)
     assert (sampled.name, sampled.method, sampled.forwards) == ("autoregressive", "teacher", 4)
+    assert greedy.name == "autoregressive, greedy"
     text = greedy(rows, draw())
     assert torch.equal(text, greedy(rows, draw(1)))
     assert not torch.equal(sampled(rows, draw()), sampled(rows, draw(1)))

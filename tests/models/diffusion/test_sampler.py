@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.diffusion.sampler import generate_masked_diffusion, linear_transfer_counts
+from models.diffusion.sampler import MaskedDiffusionDecoder, generate_masked_diffusion, linear_transfer_counts
 from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
 
@@ -154,6 +154,16 @@ def test_ancestral_sampling_with_an_exact_posterior_is_exact_and_one_step_is_not
     assert (two[:, 0] == two[:, 1]).all()
     assert abs((two[:, 0] == 3).double().mean() - 0.5) < 0.04
     assert abs((one[:, 0] == one[:, 1]).double().mean() - 0.5) < 0.04  # the product of marginals
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_a_decoder_takes_as_many_forward_passes_as_it_names(tiny_llada, guidance, monkeypatch):
+    model, taken = tiny_llada(), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *arguments: taken.append(1) or hidden(*arguments))
+    decoder = MaskedDiffusionDecoder(model, 3, guidance=guidance)
+    decoder(_rows(model), torch.Generator().manual_seed(0))
+    assert decoder.forwards == len(taken)
 
 
 @pytest.mark.parametrize(

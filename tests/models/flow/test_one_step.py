@@ -6,6 +6,7 @@ from scipy.stats import chi2
 
 from models.flow.one_step import OneStepDecoder
 from models.flow.prefix_student import PrefixStudent
+from models.functional.errors import UsageError
 
 MASK, VOCABULARY, PROMPT, RESPONSE = 2, 11, 2, 3
 
@@ -143,3 +144,9 @@ def test_draws_are_a_function_of_the_generator_alone(student):
     assert torch.equal(first, sampled(rows, torch.Generator().manual_seed(3)))  # the global one plays no part
     assert torch.equal(*(greedy(rows, torch.Generator().manual_seed(seed)) for seed in (3, 4)))
     assert not sampled(rows, torch.Generator()).requires_grad
+
+
+@pytest.mark.parametrize(("r", "t"), [(0.6, 0.5), (-0.1, 1.0), (0.0, 1.1)])
+def test_an_interval_outside_the_unit_interval_is_refused(student, r, t):
+    with pytest.raises(UsageError, match="0 <= r <= t <= 1"):
+        logits_by_hand(student, make_rows(2), r, t)

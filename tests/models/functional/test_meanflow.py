@@ -1,5 +1,7 @@
 """The mean-flow identity against quadrature, finite differences and its known failures."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,11 @@ def test_fixed_point_is_the_average_along_the_masking_path(tangent, fits):
         target = meanflow_target(v.unsqueeze(0), du_dt.unsqueeze(0), r.view(1), t.view(1))[0]
         worst = max(worst, (target - u).abs().max().item())
     assert (worst < 1e-9) if fits else (worst > 0.1)
+
+
+def test_the_target_is_a_constant():
+    v, du_dt = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    assert not meanflow_target(v, du_dt, torch.zeros(2), torch.ones(2)).requires_grad
 
 
 def test_jvp_equals_central_differences_through_the_student(tiny_llada):
@@ -172,3 +179,9 @@ def test_frozen_layers_keep_the_model(tiny_llada):
     half = tiny_llada().bfloat16()
     expected = half(ids)
     torch.testing.assert_close(freeze(half)(ids), expected, atol=0.0, rtol=0.0)
+
+
+def test_the_expected_embedding_is_a_mean_under_each_rows_own_distribution():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [math.log(3.0), 0.0, -torch.inf]])
+    embedding = torch.tensor([[4.0, 0.0], [0.0, 8.0], [100.0, 100.0]])
+    torch.testing.assert_close(expected_embedding(logits, embedding), torch.tensor([[2.0, 4.0], [3.0, 2.0]]))

@@ -133,3 +133,15 @@ def test_a_start_at_the_centres_of_clusters():
     assert squared_distances(means, centres).amin(-1).max() < 0.01
     alike = squared_distances(points, points[:16:4]).amin(-1)  # the control: all from one cluster
     assert alike.mean() > 100 * squared_distances(points, centres).amin(-1).mean()
+
+
+def test_every_centre_is_the_mean_of_its_points_or_a_point_where_it_has_none():
+    """Few points for many codes: some centres have one point or none."""
+    for seed in range(5):
+        points = torch.randn(7, 2, generator=generator(seed))
+        centres = k_means(points, 4, generator(seed))
+        own = squared_distances(points, centres).argmin(-1)
+        for k in own.unique().tolist():
+            assert_close(centres[k], points[own == k].mean(0))
+    twice = torch.tensor([[3.0, 4.0], [5.0, 6.0]]).repeat(2, 1)
+    assert squared_distances(k_means(twice, 3, generator()), twice).amin(-1).max() == 0

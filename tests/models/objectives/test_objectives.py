@@ -355,7 +355,8 @@ def test_models_that_do_not_fit_are_refused(tiny_llada):
     for name in ("masked_lm", "masked_diffusion"):
         with pytest.raises(UsageError, match="needs a bidirectional model"):
             MAKE[name][0]().attach(ToyCausal())
-    with pytest.raises(UsageError, match=r"module.objective.mix"):
-        SpanCorruption({"middle": 1.0})
+    for mix in ({"middle": 1.0}, {"short": -1.0, "prefix": 2.0}, {"prefix": 0.0}):
+        with pytest.raises(UsageError, match=r"module.objective.mix"):
+            SpanCorruption(mix)
     with pytest.raises(UsageError, match=r"module.objective.n=0"):
         MultiToken(0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.online import HALF, naive_logits, texts, tiny_online
+from scipy.stats import chisquare
 from torch.testing import assert_close
 
 from models.online.codes import build_codes
@@ -67,3 +68,18 @@ def test_points_of_a_space_have_equal_weight_beside_null():
     codes = build_codes("fsq", 16, 8)
     assert_close(codes.log_mass(torch.randn(5, 16)), torch.full((5,), 8.0).log())
     assert build_codes("gumbel_st", 16, 8).log_mass(torch.randn(5, 16)).std() > 0.1
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.5])
+def test_drawn_codes_have_the_distribution_of_their_logits_over_the_noise(noise):
+    """argmax(logits + noise g) with Gumbel g is a draw from softmax(logits / noise); without noise the most probable code."""
+    codes, n = build_codes("gumbel_st", 16, 5), 20_000
+    state = 0.3 * torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(codes.head.weight, std=0.2)
+    options = {"quantisation": 1.0, "noise": noise, "generator": torch.Generator().manual_seed(0)}
+    with torch.no_grad():
+        drawn = codes(state.expand(1, n, -1), torch.ones(1, n), **options).ids.flatten()
+        logits = codes.logits(state)[0, 0]
+        assert codes(state, torch.ones(1, 1), quantisation=1.0).ids.item() == logits.argmax()
+    expected = n * (logits / noise).softmax(-1)
+    assert chisquare(drawn.bincount(minlength=5).numpy(), expected.double().numpy(), sum_check=False).pvalue > 1e-3

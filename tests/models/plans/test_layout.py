@@ -50,6 +50,8 @@ def test_text_starts_at_one_place_whatever_the_plan_and_the_padding():
     assert columns.position_ids[0, :3].tolist() == [6, 7, 8]
     assert columns.position_ids[1, 2:].tolist() == [6, 7]
     assert columns.type_ids.eq(0).all()
+    for position, special in ((0, LAYOUT.of_special(mask)), (5, LAYOUT.of_special(mask, LAYOUT.text_start))):
+        assert [field.tolist() for field in special] == [[[True]] * 2, [[position]] * 2, [[0]] * 2]
 
 
 @pytest.mark.parametrize(

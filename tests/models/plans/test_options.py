@@ -38,9 +38,6 @@ def test_what_a_fixed_code_switches_off_are_options():
     ("options", "sentence"),
     [
         ({"quantise": (0.4, 0.1)}, r"module\.quantise=\[0\.4, 0\.1\] must be two shares in this order"),
-        ({"curriculum": 1.5}, r"module\.curriculum=1\.5 must lie between 0 and 1"),
-        ({"code_decay": -0.1}, r"module\.code_decay=-0\.1 must lie between 0 and 1"),
-        ({"free_bits": -1.0}, r"module\.free_bits=-1\.0 must be at least 0"),
         ({"planning": {"prior": "both"}}, r"module\.planning\.prior=both is not known; type one of sequential"),
         ({"planning": {"executor": "slots"}}, r"module\.planning=executor is not known; type one of prior, posterior"),
     ],
@@ -48,6 +45,27 @@ def test_what_a_fixed_code_switches_off_are_options():
 def test_mistakes_get_a_sentence(options, sentence):
     with pytest.raises(UsageError, match=sentence):
         replace(PlanOptions(), **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "allowed", "refused"),
+    [
+        ("temperatures", [(0.1, 0.1)], [(0.0, 0.5), (0.5, 0.0), (1.0,)]),
+        ("noise", [(0.0, 1.0), (1.0, 0.0), (0.5, 1.0)], [(-0.1, 1.0), (1.1, 1.0), (0.0, 0.5), (1.0,)]),
+        ("corruption", [(0.0, 1.0), (1.0, 0.0)], [(-0.1, 0.0), (0.0, -0.1), (1.1, 0.0), (0.0, 1.1), (1.0,)]),
+        ("quantise", [(0.0, 0.0), (0.5, 0.5)], [(-0.1, 0.5), (0.5, 0.4), (0.5,)]),
+        ("anneal_share", [0.0, 1.0], [-0.1, 1.1]),
+        ("curriculum", [0.0, 1.0], [-0.1, 1.1]),
+        ("code_decay", [0.0, 1.0], [-0.1, 1.1]),
+        ("free_bits", [0.0], [-0.1]),
+    ],
+)
+def test_bounds_are_allowed_and_what_lies_beyond_is_refused(option, allowed, refused):
+    for value in allowed:
+        assert getattr(replace(PlanOptions(), **{option: value}), option) == value
+    for value in refused:
+        with pytest.raises(UsageError, match=f"module.{option}="):
+            replace(PlanOptions(), **{option: value})
 
 
 def test_mistakes_of_fixed_codes_get_a_sentence():

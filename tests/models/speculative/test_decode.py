@@ -167,11 +167,6 @@ def resample_q(log_q, _):
     return log_q.exp()
 
 
-def test_sampling_q_again_after_a_rejection_fails(monkeypatch):
-    monkeypatch.setattr(state, "residual", resample_q)
-    assert worst(generated_dist(2, draft="theta", gamma=1), exact_dist(2)) > 1e-3
-
-
 def test_a_bonus_token_of_the_verifier_fails(monkeypatch):
     """The verifier's proposal is committed unverified, as in speculative sampling of the verifier itself."""
 
