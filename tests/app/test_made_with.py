@@ -93,6 +93,8 @@ def test_answers_and_scores_stay_when_the_seed_changes_and_rows_are_appended(
     write(Path(train), more[1])
     with pytest.raises(UsageError, match=r"the training rows are not those of the run in .*leave ckpt_path out"):
         modes.run_mode(configure(*short, "ckpt_path=last", "trainer.max_steps=4"))
+    Path(train).unlink()  # what answers needs no rows
+    assert answers(configure(*short, *ask), capsys) == kept[1]
 
 
 @pytest.mark.filterwarnings("ignore:data.test is not set")
