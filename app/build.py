@@ -8,12 +8,15 @@ from hydra.utils import get_class, instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
+from tokenizers import Tokenizer
 
+from app import run_files
 from app.model_cache import cache_key, partial_folder, train_or_load
-from app.run_files import find_checkpoint
+from app.run_files import corpus_state, find_checkpoint, models_of
 from callbacks.frontier import FrontierReport
 from callbacks.interruption import StopOnSignal
 from callbacks.resumed_options import ResumedOptions
+from datamodules.state import TOKENIZER
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
 from lightning_modules.training.compile import compute_layers
 from lightning_modules.training.sharding import ShardedStrategy
@@ -21,8 +24,8 @@ from models.backbones.causal import build_causal
 from models.backbones.causal_lm import load_causal
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.sizes import STAND_IN
-from models.flow.student_files import read_student
-from models.functional.errors import require_forward_passes
+from models.flow.student_files import is_student, teacher_folder
+from models.functional.errors import UsageError, require_forward_passes
 from models.speculative.scores import require_one_vocabulary
 from reporting.console import report_console
 
@@ -35,11 +38,20 @@ NOT_OF_TRAINING = (
 
 
 def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
-    """Everything a run needs, from the configuration, with the cheap checks before the expensive work."""
+    """Everything a run needs, from the configuration, with the cheap checks before the expensive work.
+
+    What is read from ckpt_path= or student_path= brings its corpus' state and its teacher with it.
+    """
     seed_everything(cfg.seed, verbose=False)
     if cfg.ckpt_path is not None:
         cfg.ckpt_path = str(find_checkpoint(runs_of(cfg), cfg.ckpt_path))
-    datamodule = _data(cfg)
+    weights = Path(cfg.ckpt_path or cfg.student_path) if cfg.ckpt_path or cfg.student_path else None
+    settle_models(cfg, weights)
+    datamodule = data_of(cfg, weights)
+    if cfg.mode == "fit" and cfg.ckpt_path is not None:
+        datamodule.require_same_training()
+    if cfg.mode == "test" or (cfg.mode == "fit" and cfg.ckpt_path is not None):
+        datamodule.require_same_test()
     precision = str(_check_before_work(cfg, datamodule).precision)
     if cfg.pair is not None:
         module = module_of_pair(cfg, datamodule)
@@ -97,17 +109,53 @@ def make_trainer(cfg: DictConfig, callbacks: list, logger: Any, **changes: Any) 
 
 def untrained(cfg: DictConfig) -> tuple[LightningModule, Any]:
     """The module, on models with fresh weights, and its data: for timing, not for use."""
-    datamodule = _data(cfg)
+    datamodule = data_of(cfg)
     needed = cfg.pair or (["model"] if cfg.teacher is None else ["teacher"])
     return instantiate(cfg.module, _convert_="all", **{name: new_model(cfg, datamodule) for name in needed}), datamodule
 
 
-def _data(cfg: DictConfig, **more: Any) -> Any:
-    """The corpus of cfg.data, set up for training. more: options that replace those of cfg.data."""
+def settle_models(cfg: DictConfig, weights: Path | None) -> None:
+    """teacher.path=null and pair.<name>.path=null become the models that the run of these weights stands on, if still there."""
+    noted = {} if weights is None else models_of(weights)
+    if weights is not None and cfg.teacher is not None and "teacher" not in noted:  # a run of an earlier version
+        student = next((folder for folder in (weights, weights.parent.parent / "student") if is_student(folder)), None)
+        noted = {} if student is None else {"teacher": teacher_folder(student)}
+    recipes = dict(cfg.pair or {}) if cfg.teacher is None else {"teacher": cfg.teacher}
+    for name, recipe in recipes.items():
+        path = noted.get(name)
+        if recipe.path is None and path is not None and (Path(path).is_dir() or cfg.model.get("path") == path):
+            recipe.path = path
+            if cfg.mode != "generate":
+                console.print(f"{name}: reusing the trained one in {path}", highlight=False)
+
+
+def data_of(cfg: DictConfig, weights: Path | None = None, **more: Any) -> Any:
+    """The corpus of cfg.data, set up for what the run does with it.
+
+    weights: a checkpoint, student or model, whose run's state of the corpus is taken where it is known. more: options that
+    replace those of cfg.data.
+    """
     datamodule = instantiate(cfg.data, **more)
-    datamodule.prepare_data()
-    datamodule.setup("fit")
+    state = corpus_state(weights, datamodule)
+    if state is None and cfg.mode != "fit" and cfg.teacher is not None and cfg.teacher.path is not None:
+        state = corpus_state(Path(cfg.teacher.path), datamodule)
+    if state is not None:
+        datamodule.take(state)
+    if cfg.mode in ("generate", "export"):
+        datamodule.setup("predict")
+    else:
+        datamodule.prepare_data()
+        datamodule.setup("test" if cfg.mode == "test" else "fit")
     return datamodule
+
+
+def keep_made_with(cfg: DictConfig, datamodule: Any) -> None:
+    """Leave in the run's folder what the run is made with."""
+    goes_on = cfg.ckpt_path is not None and datamodule.made_from is not None
+    whole = goes_on and datamodule.made_from.kind == type(datamodule).__name__
+    state = datamodule.made_from if whole else datamodule.state()
+    recipes = dict(cfg.pair or {}) if cfg.teacher is None else {"teacher": cfg.teacher}
+    run_files.keep_made_with(run_dir(cfg), runs_of(cfg), state, {name: r.path for name, r in recipes.items()})
 
 
 def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
@@ -148,11 +196,36 @@ def settle_attention(cfg: DictConfig) -> None:
 def trained_teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
     """The teacher of teacher.path=, else the pretrained model of model.path=, else one that is trained here and cached."""
     if cfg.teacher.path is not None:
-        return checked_network(load_llada(cfg.teacher.path), datamodule, "teacher")
+        return load_teacher(cfg.teacher.path, datamodule)
     if "path" in cfg.model:
         cfg.teacher.path = cfg.model.path
+        require_vocabulary_of(cfg.model.path, datamodule)
         return new_model(cfg, datamodule)
     return _trained(cfg, cfg.teacher, datamodule, "teacher", load_llada)
+
+
+def load_teacher(path: str | Path, datamodule: Any) -> LladaModel:
+    """The teacher in a folder, or of the hub. Errors: UsageError where it is not there, or is of another vocabulary."""
+    try:
+        teacher = load_llada(path)
+    except UsageError as error:
+        if Path(path).is_dir():
+            raise
+        raise UsageError(f"the teacher {path} is not there; type teacher.path=<the folder of the teacher>") from error
+    require_vocabulary_of(path, datamodule)
+    return checked_network(teacher, datamodule, "teacher")
+
+
+def require_vocabulary_of(folder: str | Path, datamodule: Any) -> None:
+    """Raise UsageError where the tokenizer in a teacher's folder numbers other tokens than the corpus'."""
+    if not (Path(folder) / TOKENIZER).is_file():
+        return
+    own = datamodule.tokenizer.get_vocab()
+    if own != Tokenizer.from_file(str(Path(folder) / TOKENIZER)).get_vocab():
+        raise UsageError(
+            f"the teacher in {folder} was trained with another vocabulary than the tokenizer of the corpus, so its token ids "
+            f"mean other words; type data.tokenizer={folder}, or another teacher.path"
+        )
 
 
 def module_of_pair(cfg: DictConfig, datamodule: Any) -> LightningModule:
@@ -164,7 +237,7 @@ def module_of_pair(cfg: DictConfig, datamodule: Any) -> LightningModule:
         if recipe.path is not None:
             models[name] = checked_network(load_causal(recipe.path, dtype=recipe.dtype), datamodule, name)
         else:
-            models[name] = _trained(cfg, recipe, _data(cfg, **recipe.data), name, load_causal)
+            models[name] = _trained(cfg, recipe, data_of(cfg, None, **recipe.data), name, load_causal)
     require_one_vocabulary(*(recipe.path for recipe in cfg.pair.values()))
     seed_everything(cfg.seed, verbose=False)
     return instantiate(cfg.module, _convert_="all", **models)
@@ -181,6 +254,12 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
     made_from |= {"compile": cfg.compile} if cfg.compile else {}  # compiled layers round differently
     key = cache_key(**made_from, data=datamodule.fingerprint())
     folder = Path(recipe.cache_dir) / f"{datamodule.name}-{key}"
+    if cfg.mode != "fit" and not (folder / "config.json").is_file():
+        option = what if what == "teacher" else f"pair.{what}"
+        raise UsageError(
+            f"mode={cfg.mode} trains no {what}, and none of these options is in {recipe.cache_dir}; type the options and the "
+            f"seed of its training, or {option}.path=<its folder>, or train one first (mode=fit)"
+        )
     recipe.path = None if cfg.trainer.get("fast_dev_run") else str(folder)
     recipe.callbacks.checkpoint.dirpath = str(partial_folder(folder))
     return train_or_load(
@@ -230,8 +309,3 @@ def run_dir(cfg: DictConfig) -> Path:
 def runs_of(cfg: DictConfig) -> Path:
     """The folder of all runs of the experiment."""
     return Path(cfg.paths.output_dir, cfg.name)
-
-
-def teacher_of(cfg: DictConfig, student: str | Path) -> str | None:
-    """The folder of a student's teacher: teacher.path=, else the one noted in student.json."""
-    return cfg.teacher.path or read_student(student)["notes"].get("teacher")

@@ -9,15 +9,14 @@ from omegaconf import DictConfig
 from rich.progress import track
 from torch import Generator, Tensor
 
-from app.build import checked_network, module_of_pair, new_model, runs_of, teacher_of, trained_teacher
-from app.run_files import newest, newest_student
+from app.build import data_of, load_teacher, module_of_pair, new_model, runs_of, settle_models, trained_teacher
+from app.run_files import found, newest, newest_student
 from app.students import student_decoder
 from app.trained import fill_from_checkpoint, newest_model, trained_decoder
 from app.typed import as_typed
 from datamodules.prompts import read_prompts
-from models.backbones.llada import load_llada
 from models.diffusion.sampler import MaskedDiffusionDecoder
-from models.flow.student_files import load_student
+from models.flow.student_files import load_student, teacher_folder
 from models.functional.errors import UsageError, require_choice
 from models.interfaces.decoder import Decoder
 from reporting.console import print_answers, report_console
@@ -33,11 +32,12 @@ def generate(cfg: DictConfig) -> None:
     if (1 if cfg.forwards is None else cfg.forwards) < 1 or (cfg.temperature or 0) < 0:
         raise UsageError(f"forwards={cfg.forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
     require_choice("decoder", cfg.decoder, ("student", "teacher"))
-    datamodule = instantiate(cfg.data)
-    datamodule.setup("predict")
+    weights = find_weights(cfg)
+    settle_models(cfg, weights)
+    datamodule = data_of(cfg, weights)
     rows = datamodule.encode_prompts(prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoder = find_decoder(cfg, datamodule, device)
+    decoder = find_decoder(cfg, weights, datamodule, device)
     generator = Generator(device=device).manual_seed(cfg.seed)
     streamed = len(prompts) == 1 and console.is_terminal if cfg.stream is None else cfg.stream
     together = 1 if streamed else BATCH
@@ -68,37 +68,54 @@ def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator
         stream.finish()
 
 
-def find_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
-    """The decoder of the experiment's newest model."""
+def find_weights(cfg: DictConfig) -> Path | None:
+    """What the experiment's newest run has left: the folder of a student or model, or a checkpoint. None for a pair of models.
+
+    The teacher of the options is asked without a student too. A model's checkpoint counts where there is no folder or its
+    objective decodes otherwise.
+    """
+    runs = runs_of(cfg)
+    if cfg.pair is not None:
+        return None
+    if cfg.teacher is not None:
+        if cfg.student_path:
+            return Path(cfg.student_path)
+        without = cfg.decoder == "teacher" and not found(runs, "student/student.json")
+        return None if without else newest_student(runs)
+    objective = cfg.module.get("objective")
+    exported = found(runs, "model/*.json")
+    if objective is None or (exported and get_class(objective._target_).generation == "autoregressive"):
+        return newest_model(runs)
+    advice = "it trains no student, and no run of it left a causal model in model/ or a checkpoint; train one first"
+    return newest(runs, "checkpoints/last.ckpt", advice)
+
+
+def find_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device: torch.device) -> Decoder:
+    """The decoder of what `find_weights` has found."""
     if cfg.pair is not None:
         return module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
     if cfg.teacher is None:
-        return _model_decoder(cfg, datamodule, device)
-    return (_student_decoder if cfg.decoder == "student" else _teacher_decoder)(cfg, datamodule, device)
+        return _model_decoder(cfg, weights, datamodule, device)
+    if cfg.decoder == "teacher":
+        return _teacher_decoder(cfg, datamodule, device)
+    return _student_decoder(cfg, weights, datamodule, device)
 
 
-def _model_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
-    """The decoder of the newest model/, or of the newest checkpoint where there is none or its objective decodes otherwise."""
+def _model_decoder(cfg: DictConfig, weights: Path, datamodule: Any, device: torch.device) -> Decoder:
     temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
-    runs, objective = runs_of(cfg), cfg.module.get("objective")
-    exported = any(runs.glob("**/model/*.json"))
-    declared: Any = None if objective is None else get_class(objective._target_)
-    if declared is None or (exported and declared.generation == "autoregressive"):
-        return trained_decoder(newest_model(runs), datamodule, temperature, device)
-    advice = "it trains no student, and no run of it left a causal model in model/ or a checkpoint; train one first"
-    checkpoint = newest(runs, "checkpoints/last.ckpt", advice)
+    if weights.is_dir():
+        return trained_decoder(weights, datamodule, temperature, device)
     module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
-    fill_from_checkpoint(module, checkpoint)
+    fill_from_checkpoint(module, weights)
     most = min(max(cfg.module.forwards), datamodule.response_length)
     return module.to(device).eval().decoder(datamodule, cfg.forwards or most, temperature)
 
 
-def _student_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
-    folder = Path(cfg.student_path) if cfg.student_path else newest_student(runs_of(cfg))
-    base = teacher_of(cfg, folder)
+def _student_decoder(cfg: DictConfig, folder: Path, datamodule: Any, device: torch.device) -> Decoder:
+    base = cfg.teacher.path or teacher_folder(folder)
     if base is None:
         raise UsageError(f"{folder} does not say where its teacher is; type teacher.path=<folder>")
-    student = load_student(folder, checked_network(load_llada(base), datamodule, "teacher").to(device))
+    student = load_student(folder, load_teacher(base, datamodule).to(device))
     named = (("step", "few_step"), ("promote", "promote"))
     more = {name: cfg.module[option] for name, option in named if option in cfg.module}
     options = {"temperature": cfg.module.get("teacher_temperature"), "remasking": cfg.module.get("teacher_remasking")}

@@ -8,16 +8,17 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig
 
-from app.build import build, run_dir, runs_of, teacher_of
+from app.build import build, keep_made_with, run_dir, runs_of
 from app.command_line import NO_EXPERIMENT
 from app.generate import generate
 from app.locks import exclusive_run
 from app.options import check_options
-from app.run_files import find_checkpoint, newest_student
+from app.run_files import newest_student
 from app.sweep import in_sweep, typed_again
 from app.trained import fill_from_checkpoint
 from callbacks.frontier import FrontierReport
 from callbacks.interruption import Interrupted
+from datamodules.corpus import CorpusDataModule
 from models.flow.student_files import load_student
 from models.functional.errors import UsageError
 from reporting.card import write_card
@@ -78,12 +79,14 @@ def fit(cfg: DictConfig) -> float | None:
         if cfg.teacher is None:
             raise UsageError(f"student_path={cfg.student_path}: experiment={cfg.name} trains no student; leave it out")
         module.start_from(load_student(cfg.student_path, module.teacher))
+    if trainer.is_global_zero and not trainer.fast_dev_run:
+        keep_made_with(cfg, datamodule)
     trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     logged = dict(trainer.callback_metrics)
     trainer.test(module, datamodule, verbose=False)
     if trainer.is_global_zero:
-        _write_cards(cfg)
-    _say_where_things_are(cfg)
+        _write_cards(cfg, datamodule)
+    _say_where_things_are(cfg, datamodule)
     return _optimised(cfg.optimized_metric, logged, trainer)
 
 
@@ -104,8 +107,6 @@ def test(cfg: DictConfig) -> None:
             cfg.ckpt_path = "last"
         else:
             cfg.student_path = str(newest_student(runs_of(cfg)))
-    if cfg.teacher is not None and cfg.teacher.path is None:
-        cfg.teacher.path = teacher_of(cfg, cfg.student_path) if cfg.student_path else _teacher_of_checkpoint(cfg)
     module, trainer, datamodule = build(cfg)
     if cfg.ckpt_path is not None:
         trainer.test(module, datamodule, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
@@ -113,17 +114,7 @@ def test(cfg: DictConfig) -> None:
         if cfg.student_path is not None:
             module.student = load_student(cfg.student_path, module.teacher.cpu())
         trainer.test(module, datamodule, verbose=False)
-    _say_where_things_are(cfg)
-
-
-def _teacher_of_checkpoint(cfg: DictConfig) -> str | None:
-    """The teacher in the notes of the student that the run of ckpt_path= has left, if both are still there.
-
-    Other test data then need no other teacher; without it the options' own is looked for, or trained.
-    """
-    student = find_checkpoint(runs_of(cfg), cfg.ckpt_path).parent.parent / "student"
-    teacher = teacher_of(cfg, student) if student.is_dir() else None
-    return teacher if teacher and Path(teacher).is_dir() else None
+    _say_where_things_are(cfg, datamodule)
 
 
 def export(cfg: DictConfig) -> None:
@@ -133,15 +124,18 @@ def export(cfg: DictConfig) -> None:
     module.trainer = trainer  # some modules read a checkpoint by how many ranks there are
     fill_from_checkpoint(module, cfg.ckpt_path)
     folder = module.export(run_dir(cfg) / "model", datamodule.tokenizer)
-    card = write_card(folder, Path(cfg.ckpt_path).resolve().parent.parent, cfg.licence, cfg.example_prompt)
+    keep_made_with(cfg, datamodule)
+    trained_in = Path(cfg.ckpt_path).resolve().parent.parent
+    card = write_card(folder, trained_in, cfg.licence, cfg.example_prompt or datamodule.example_prompt())
     console.print(f"model: {folder}\ncard:  {card}", highlight=False, soft_wrap=True)
 
 
-def _write_cards(cfg: DictConfig) -> None:
+def _write_cards(cfg: DictConfig, datamodule: CorpusDataModule) -> None:
     """README.md beside the weights that training has left."""
+    prompt = cfg.example_prompt or datamodule.example_prompt()
     for name in EXPORTED:
         if (run_dir(cfg) / name).is_dir():
-            write_card(run_dir(cfg) / name, run_dir(cfg), cfg.licence, cfg.example_prompt)
+            write_card(run_dir(cfg) / name, run_dir(cfg), cfg.licence, prompt)
 
 
 def report(cfg: DictConfig) -> None:
@@ -151,7 +145,8 @@ def report(cfg: DictConfig) -> None:
         report_sweep(runs, Path(cfg.paths.output_dir, "report"), f"sweep_{name}", console)
 
 
-def _say_where_things_are(cfg: DictConfig) -> None:
+def _say_where_things_are(cfg: DictConfig, datamodule: CorpusDataModule) -> None:
     if not cfg.trainer.get("fast_dev_run"):
         teacher = None if cfg.teacher is None else cfg.teacher.path
-        say_where_things_are(console, run_dir(cfg), [] if in_sweep() else typed_again(), teacher, cfg.example_prompt)
+        prompt = cfg.example_prompt or datamodule.example_prompt()
+        say_where_things_are(console, run_dir(cfg), [] if in_sweep() else typed_again(), teacher, prompt)

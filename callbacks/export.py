@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 class ExportStudent(Callback):
     """Writes `folder` (student.safetensors + student.json) after training, with the averaged weights where there are any.
 
-    teacher: where the base came from, noted in student.json so that it can be found again.
+    teacher: where the base came from, noted in student.json (a folder with its absolute path) so that it can be found again.
     """
 
     def __init__(self, folder: str, teacher: str | None = None, notes: dict | None = None) -> None:
@@ -16,7 +16,9 @@ class ExportStudent(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if hasattr(pl_module, "save_student") and trainer.is_global_zero and not trainer.fast_dev_run:
-            pl_module.save_student(self.folder, {"teacher": self.teacher, **self.notes})
+            here = self.teacher is not None and Path(self.teacher).is_dir()
+            teacher = str(Path(self.teacher).absolute()) if here else self.teacher
+            pl_module.save_student(self.folder, {"teacher": teacher, **self.notes})
 
 
 class ExportModel(Callback):

@@ -2,6 +2,8 @@
 
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
 from lightning import LightningDataModule
 from tokenizers import Tokenizer
@@ -9,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.plain_text import plain_backend
+from datamodules.state import CorpusState, absolute_source
 from models.functional.errors import UsageError, require_at_least
 
 
@@ -16,7 +19,12 @@ class CorpusDataModule(LightningDataModule):
     """Subclasses set `tokenizer`, `prompt_length` and `response_length` in their `setup`.
 
     name: the corpus' name in tables and records. batch_size, eval_batch_size: rows per step and device.
+    made_from: the corpus of the run that this one goes on from (`take`); None for a run that begins.
     """
+
+    made_from: CorpusState | None = None
+    sources: dict[str, Any]  # {split: where it is read from}, of corpora that are read
+    packed = False  # whether it is a stream of documents
 
     tokenizer: PreTrainedTokenizerFast
     prompt_length: int
@@ -39,6 +47,83 @@ class CorpusDataModule(LightningDataModule):
     def fingerprint(self) -> str:
         """A string that changes whenever the training rows or the vocabulary change (part of a teacher's cache key)."""
         raise NotImplementedError
+
+    # -- what a run was made with --------------------------------------------------------------------------------------
+
+    def take(self, state: CorpusState) -> None:
+        """Use a run's corpus state, its seed and tokenizer among it, instead of making them again. Call it before `setup`.
+
+        `setup("predict")` then reads no rows, where the state has all that prompts need.
+        Errors: UsageError where an option would change what ids mean.
+        """
+        if state.kind not in (None, type(self).__name__):  # another kind of rows: the vocabulary is all they share
+            state = CorpusState(folder=state.folder, tokenizer=state.tokenizer, encoding=state.encoding)
+        own = self.fixed_options()
+        for name, then in state.options.items():
+            if name in own and own[name] != then:
+                raise UsageError(
+                    f"data.{name}={own[name]}: the run in {state.folder.parent} was made with data.{name}={then}, which "
+                    "decides what its token ids and rows mean; leave it at that, or train again"
+                )
+        self.made_from = state
+        if state.seed is not None:
+            self.seed = state.seed
+
+    def fixed_options(self) -> dict[str, Any]:
+        """The options that decide what ids and rows mean."""
+        return {}
+
+    def state(self) -> CorpusState:
+        """What a run has to keep of the corpus, after `setup`. Subclasses add what they know."""
+        return CorpusState(
+            folder=Path(),
+            tokenizer=self.tokenizer,
+            kind=type(self).__name__,
+            options=self.fixed_options(),
+            seed=self.seed,
+            prompt_length=self.prompt_length,
+            response_length=self.response_length,
+            fingerprint=self.fingerprint(),
+            example_prompt=self.example_prompt(),
+        )
+
+    def require_same_training(self) -> None:
+        """Raise UsageError unless the training rows are those of the run that is gone on with."""
+        state = self.made_from
+        if state is not None and state.fingerprint not in (None, self.fingerprint()):
+            raise UsageError(
+                f"the training rows are not those of the run in {state.folder.parent}: data.train, or an option of its rows, "
+                "has changed since; restore it to go on with ckpt_path, or leave ckpt_path out and start a new run"
+            )
+
+    def require_same_test(self) -> None:
+        """Raise UsageError where the test rows have changed since the run, though no other source is named for them."""
+        state = self.made_from
+        if state is None or state.test is None or state.test == self.test_digest():
+            return
+        now = {split: absolute_source(source) for split, source in self.sources.items()}
+        named, train = self.named_test(now), now["train"]
+        other = train != state.sources["train"] if named is None else named != self.named_test(state.sources)
+        if not other:
+            raise UsageError(
+                f"the test rows are not those of the run in {state.folder.parent}, whose figures could not be compared; "
+                "restore its data.train, data.val and data.test, or name other data by another path (data.test=FILE)"
+            )
+
+    def test_digest(self) -> str | None:
+        """sha256 of the texts of the test split; None for a corpus that is not read."""
+        return None
+
+    @staticmethod
+    def named_test(sources: dict[str, list[str] | None]) -> list[str] | None:
+        """Where the test rows are read from, of {split: source}; None where they are held out of the training rows."""
+        return sources["test"]
+
+    def example_prompt(self) -> str | None:
+        """A prompt of the test split to show; None where there is none of one line."""
+        return None if self.made_from is None else self.made_from.example_prompt
+
+    # -- what others ask ----------------------------------------------------------------------------------------------
 
     def controls(self) -> list:
         """Decoders that need no model, such as the product of marginals; empty where none are known."""

@@ -3,6 +3,8 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from datamodules.batch import pack_prompt_response
 from datamodules.corpus import CorpusDataModule
@@ -19,8 +22,9 @@ from datamodules.encoder import Encoder
 from datamodules.loader import ResumableLoader, accumulated
 from datamodules.packing import EndlessOrder, OnePass, PackedRows, TokenStream
 from datamodules.sources import Source
+from datamodules.state import CorpusState, absolute_source, still_held_out
 from datamodules.token_cache import TokenCache, tokenize_once
-from datamodules.tokenizer import build_tokenizer, document_start
+from datamodules.tokenizer import build_tokenizer, document_start, fixed_kind
 from models.functional.errors import UsageError, require_at_least
 
 
@@ -31,6 +35,7 @@ class PackedTextDataModule(CorpusDataModule):
     """
 
     length_options = "data.sequence_length"
+    packed = True
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class PackedTextDataModule(CorpusDataModule):
         self.prompt_length, self.response_length = 0, sequence_length
         self.longest_prompt = 0  # tokens, of those encoded so far
         self.rows: dict[str, PackedRows] = {}
+        self.held_out_hashes: dict[str, np.ndarray] = {}
         require_at_least(1, data__sequence_length=sequence_length)
         for split, fraction in self.fractions.items():
             if self.sources[split] is None and not 0 < fraction < 1:
@@ -80,21 +86,24 @@ class PackedTextDataModule(CorpusDataModule):
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, tokenise and split, whatever the stage; a second call does nothing."""
+        """Read, tokenise and split, whatever the stage; a second call does nothing.
+
+        For prompts ("predict") nothing is read where a run's state is known.
+        """
         if self.rows:
             return
         if self.sources["train"] is None:
             raise UsageError("data.train is not set; type data.train=FILE.txt")
-        with Console().status(f"{self.name}: tokenizer"):
-            self.tokenizer = build_tokenizer(
-                self.tokenizer_kind,
-                FirstTexts(self),
-                self.vocab_size,
-                os.path.join(self.cache_dir, "tokenizers"),
-                packed=True,
-            )
+        self.tokenizer = self._train_tokenizer() if self.made_from is None else self.made_from.tokenizer
         self.bos_id = document_start(self.tokenizer, f"data.tokenizer={self.tokenizer_kind}")
+        if stage == "predict" and self.made_from is not None:
+            return
         encoder = Encoder(self.tokenizer)
+        if self.made_from is not None and self.made_from.encoding is not None:
+            encoder.fingerprint = (
+                self.made_from.encoding
+            )  # the same tokenizer, whatever its files say since they were copied
+        self._encoding = encoder.fingerprint
         caches = {
             split: tokenize_once(
                 source, self.reader, encoder, self.bos_id, os.path.join(self.cache_dir, "tokens"), f"data.{split}"
@@ -105,8 +114,11 @@ class PackedTextDataModule(CorpusDataModule):
         streams = {split: TokenStream(cache) for split, cache in caches.items()}
         wanted = {split: fraction for split, fraction in self.fractions.items() if split not in caches}
         if wanted:
-            parts = split_documents(caches["train"].hashes, wanted, self.seed)
+            parts = self._split(caches["train"].hashes, wanted)
             streams |= {split: TokenStream(caches["train"], chosen) for split, chosen in parts.items()}
+            self.held_out_hashes = {split: np.unique(caches["train"].hashes[parts[split]]) for split in wanted}
+        hashes = caches["test"].hashes if "test" in caches else caches["train"].hashes[parts["test"]]
+        self._test_digest = hashlib.sha256(hashes.tobytes()).hexdigest()
         for split, stream in streams.items():
             least = self.sequence_length + 1 if split == "train" else 2
             if len(stream) < least:
@@ -121,6 +133,25 @@ class PackedTextDataModule(CorpusDataModule):
             split: PackedRows(stream, self.sequence_length, document_mask=self.document_mask, endless=split == "train")
             for split, stream in streams.items()
         }
+
+    def _train_tokenizer(self) -> PreTrainedTokenizerFast:
+        folder = os.path.join(self.cache_dir, "tokenizers")
+        with Console().status(f"{self.name}: tokenizer"):
+            return build_tokenizer(self.tokenizer_kind, FirstTexts(self), self.vocab_size, folder, packed=True)
+
+    def _split(self, hashes: np.ndarray, wanted: dict[str, float]) -> dict[str, np.ndarray]:
+        """Which documents belong to each split without a source of its own: those of before where a run goes on."""
+        kept = {} if self.made_from is None else self.made_from.held_out
+        if not still_held_out(kept, hashes, wanted):
+            return split_documents(hashes, wanted, self.seed)
+        missing = [f"data.{split}=FILE" for split in wanted if split not in kept]
+        if missing:
+            raise UsageError(
+                f"the run in {self.made_from.folder.parent} had files for these splits: type {' '.join(missing)}"
+            )
+        parts = {split: np.isin(hashes, kept[split]) for split in wanted}
+        # what the run held out is trained on neither where a split has a source of its own today
+        return parts | {"train": ~np.isin(hashes, np.concatenate(list(kept.values())))}
 
     def facts(self) -> dict[str, str | float | None]:
         about = self.rows["train"].stream.cache.about
@@ -139,6 +170,32 @@ class PackedTextDataModule(CorpusDataModule):
         stream = self.rows["train"].stream
         made_from = (stream.cache.folder.name, self.sequence_length, self.document_mask)
         return hashlib.sha256(repr(made_from).encode() + stream.offsets.tobytes() + stream.starts.tobytes()).hexdigest()
+
+    # -- what a run was made with --------------------------------------------------------------------------------------
+
+    def fixed_options(self) -> dict[str, Any]:
+        kind = fixed_kind(self.tokenizer_kind, self.vocab_size)
+        return kind | {f"{split}_fraction": f for split, f in self.fractions.items() if self.sources[split] is None}
+
+    def state(self) -> CorpusState:
+        return replace(
+            super().state(),
+            sources={split: absolute_source(source) for split, source in self.sources.items()},
+            test=self._test_digest,
+            held_out=self.held_out_hashes,
+            encoding=self._encoding,
+        )
+
+    def test_digest(self) -> str:
+        return self._test_digest
+
+    def example_prompt(self) -> str | None:
+        """How the first test document begins."""
+        if not self.rows:
+            return super().example_prompt()
+        begin = self.tokenizer.decode(self.rows["test"][0]["input_ids"][1:33].tolist(), skip_special_tokens=True)
+        words = begin.split()[:-1][:4]  # the last one may be cut
+        return " ".join(words) if words and " ".join(words).isprintable() else None
 
     # -- text in, text out --------------------------------------------------------------------------------------------
 

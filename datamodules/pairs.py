@@ -3,9 +3,11 @@
 import hashlib
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.box import SIMPLE
@@ -16,10 +18,11 @@ from datamodules.batch import TensorRows, pack_prompt_response
 from datamodules.files import Pairs, read_pairs
 from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
-from datamodules.slot_values import slot_values
+from datamodules.slot_values import Numbers, slot_numbers, slot_values
 from datamodules.sources import Source
+from datamodules.state import CorpusState, absolute_source, still_held_out, text_hashes
 from datamodules.text_signals import TextSignals
-from datamodules.tokenizer import build_tokenizer
+from datamodules.tokenizer import build_tokenizer, fixed_kind
 from models.functional.errors import UsageError
 from models.functional.rows import signal_columns
 
@@ -77,6 +80,7 @@ class PairsDataModule(PromptResponseDataModule):
         self.mark_prompt_end = mark_prompt_end
         self.too_long, self.val_fraction, self.max_test_rows = too_long, val_fraction, max_test_rows
         self.test_answers = test_answers
+        self.held_out_hashes: dict[str, np.ndarray] = {}
         if too_long not in ("error", "drop"):
             raise UsageError(f"data.too_long={too_long} is unknown; type data.too_long=error or data.too_long=drop")
         if val is None and not 0 < val_fraction < 1:
@@ -90,15 +94,29 @@ class PairsDataModule(PromptResponseDataModule):
             )
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, tokenize and lay out all splits, whatever the stage; a second call does nothing."""
+        """Read, tokenize and lay out all splits, whatever the stage; a second call does nothing.
+
+        For prompts ("predict") nothing is read where a run's state is known.
+        """
         if self.rows:
             return
+        state = self.made_from
+        if state is not None:
+            self.tokenizer = state.tokenizer
+            self.lengths = {
+                "prompt": self.lengths["prompt"] or state.prompt_length,
+                "response": self.lengths["response"] or state.response_length,
+            }
+            if stage == "predict" and None not in self.lengths.values():
+                self.prompt_length, self.response_length = self.lengths["prompt"], self.lengths["response"]
+                return
         console = Console()
         with console.status(f"{self.name}: reading the files"):
             pairs = self._read_splits()
         with console.status(f"{self.name}: tokenizer and tokens of {len(pairs['train'])} training rows"):
-            texts = pairs["train"].prompts + pairs["train"].responses
-            self.tokenizer = build_tokenizer(self.tokenizer_kind, texts, self.vocab_size, self.cache_dir)
+            if state is None:
+                texts = pairs["train"].prompts + pairs["train"].responses
+                self.tokenizer = build_tokenizer(self.tokenizer_kind, texts, self.vocab_size, self.cache_dir)
             splits, next_id = {}, 0
             for split, read in pairs.items():
                 splits[split] = self._encode(read, next_id)
@@ -106,10 +124,14 @@ class PairsDataModule(PromptResponseDataModule):
         self.prompt_length = self.lengths["prompt"] or _round_up(splits["train"].prompt_ids)
         self.response_length = self.lengths["response"] or _round_up(splits["train"].response_ids)
         for name, split in splits.items():
-            self._leave_out_too_long(name, split)
+            unread = stage == "test" and name == "train" and state is not None  # rows that a run's file got later
+            self._leave_out_too_long(name, split, error=self.too_long == "error" and not unread)
         if "test" not in splits:
             rank_zero_warn("data.test is not set, so the test figures are those of the val split")
             splits["test"] = EncodedSplit(**vars(splits["val"]))
+        self._test_digest = _digest(splits["test"].pairs)
+        if self.sources["val"] is None:
+            self.held_out_hashes = {"val": text_hashes(dict.fromkeys(pairs["val"].prompts))}
         self._choose_test_rows(splits["test"])
 
         self.scorer = self._scorer(pairs)
@@ -133,6 +155,35 @@ class PairsDataModule(PromptResponseDataModule):
             digest.update(columns[name].numpy().tobytes())
         return digest.hexdigest()
 
+    # -- what a run was made with --------------------------------------------------------------------------------------
+
+    def fixed_options(self) -> dict[str, Any]:
+        kind = fixed_kind(self.tokenizer_kind, self.vocab_size)
+        held_out = {"val_fraction": self.val_fraction} if self.sources["val"] is None else {}
+        return kind | held_out | {"mark_prompt_end": self.mark_prompt_end}
+
+    def state(self) -> CorpusState:
+        return replace(
+            super().state(),
+            sources={split: absolute_source(source) for split, source in self.sources.items()},
+            test=self._test_digest,
+            held_out=self.held_out_hashes,
+            signals={"slots": self._slot_numbers, "text": self._text_signals.state()},
+        )
+
+    def test_digest(self) -> str:
+        return self._test_digest
+
+    @staticmethod
+    def named_test(sources: dict[str, list[str] | None]) -> list[str] | None:
+        return sources["test"] or sources["val"]
+
+    def example_prompt(self) -> str | None:
+        if not self.rows:
+            return super().example_prompt()
+        prompts = [self.scorer.prompts[row] for row in self.rows["test"].columns["row_index"].tolist()]
+        return next((prompt for prompt in prompts if prompt.isprintable() and prompt), None)
+
     # -- splits -------------------------------------------------------------------------------------------------------
 
     def _read_splits(self) -> dict[str, Pairs]:
@@ -155,6 +206,11 @@ class PairsDataModule(PromptResponseDataModule):
         count = min(max(1, round(self.val_fraction * len(prompts))), len(prompts) - 1)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed))
         held = {prompts[i] for i in order[:count].tolist()}
+        kept = {} if self.made_from is None else self.made_from.held_out
+        hashes = text_hashes(prompts)
+        if still_held_out(kept, hashes, ["val"]):
+            again = np.isin(hashes, kept["val"])
+            held = {prompt for prompt, chosen in zip(prompts, again.tolist(), strict=True) if chosen}
         train = pairs.take(i for i, prompt in enumerate(pairs.prompts) if prompt not in held)
         train.problems = pairs.problems
         return train, pairs.take(i for i, prompt in enumerate(pairs.prompts) if prompt in held)
@@ -186,11 +242,11 @@ class PairsDataModule(PromptResponseDataModule):
         ids = dict(zip(different, self.encode_texts(different), strict=True))
         return [ids[text] for text in texts]
 
-    def _leave_out_too_long(self, name: str, split: EncodedSplit) -> None:
+    def _leave_out_too_long(self, name: str, split: EncodedSplit, error: bool) -> None:
         limits = {"prompt": self.prompt_length, "response": self.response_length}
         tokens = {"prompt": split.prompt_ids, "response": split.response_ids}
         misfits = {row for what, limit in limits.items() for row, ids in enumerate(tokens[what]) if len(ids) > limit}
-        if misfits and self.too_long == "error":
+        if misfits and error:
             needed = {what: max(map(len, tokens[what])) for what in limits}
             wider = " ".join(f"data.{what}_length={n}" for what, n in needed.items() if n > limits[what])
             first = min(misfits)
@@ -233,9 +289,18 @@ class PairsDataModule(PromptResponseDataModule):
         known = {"references": references, "slots": slots, "prompts": prompts}
         return PairsScorer(decode=self.decode_responses, spell=self._spell, **known)
 
+    @property
+    def _kept_signals(self) -> dict[str, Any] | None:
+        return None if self.made_from is None else self.made_from.signals
+
+    @cached_property
+    def _slot_numbers(self) -> Numbers | None:
+        kept = self._kept_signals
+        return slot_numbers(self.scorer.slots) if kept is None else kept["slots"]
+
     @cached_property
     def _slot_values(self) -> tuple[list[str], torch.Tensor] | None:
-        return slot_values(self.scorer.slots)
+        return None if self._slot_numbers is None else slot_values(self.scorer.slots, self._slot_numbers)
 
     @property
     def attribute_names(self) -> list[str]:
@@ -248,14 +313,16 @@ class PairsDataModule(PromptResponseDataModule):
 
     @cached_property
     def _text_signals(self) -> TextSignals:
+        if self._kept_signals is not None:
+            return TextSignals.of_state(self._kept_signals["text"], self.tokenizer.eos_token_id)
         texts = self.rows["train"].columns["input_ids"][:, -self.response_length :]
         return TextSignals(texts, self.tokenizer.eos_token_id)
 
     @property
     def signal_sizes(self) -> dict[str, int]:
         """How many values each signal has: slots of dictionary prompts, having none among them, and `TextSignals`."""
-        names, table = self._slot_values or ([], torch.zeros(1, 0, dtype=torch.long))
-        return dict(zip(names, (1 + table.amax(0)).tolist(), strict=True)) | self._text_signals.sizes
+        slots = {} if self._slot_values is None else self._slot_numbers
+        return {name: 1 + len(values) for name, values in slots.items()} | self._text_signals.sizes
 
     def signals(self, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """{signal: (N,)}: of each slot the number of the row's value, 0 where its prompt has none, and `TextSignals`."""
@@ -267,6 +334,12 @@ class PairsDataModule(PromptResponseDataModule):
         """A text as it comes back from the tokenizer; one with unknown tokens stays as it is, which nothing matches."""
         (ids,) = self.encode_texts([text])
         return text if self.tokenizer.unk_token_id in ids else self.tokenizer.decode(ids)
+
+
+def _digest(pairs: Pairs) -> str:
+    """sha256 of the texts."""
+    texts = text_hashes(pairs.prompts).tobytes() + text_hashes(pairs.responses).tobytes()
+    return hashlib.sha256(texts).hexdigest()
 
 
 def _round_up(token_lists: list[list[int]]) -> int:

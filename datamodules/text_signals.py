@@ -26,6 +26,19 @@ class TextSignals:
         shares = torch.arange(1, LENGTHS) / LENGTHS
         self.edges = torch.quantile(text_lengths(texts, end).double(), shares.double())
 
+    def state(self) -> dict[str, list]:
+        """What was learned, for JSON."""
+        return {"openings": self.openings.tolist(), "edges": self.edges.tolist()}
+
+    @classmethod
+    def of_state(cls, state: dict[str, list], end: int) -> "TextSignals":
+        """The signals whose `state` it is."""
+        signals = cls.__new__(cls)
+        signals.end = end
+        signals.openings = torch.tensor(state["openings"])
+        signals.edges = torch.tensor(state["edges"], dtype=torch.float64)
+        return signals
+
     @property
     def sizes(self) -> dict[str, int]:
         return {OPENING: 1 + len(self.openings), LENGTH: LENGTHS}

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -21,6 +22,7 @@ from models.functional.errors import UsageError
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<mask>"]
 BEGINNING = "<bos>"
 UNKNOWN = "<unk>"
+TRAINED = ("bpe", "phrases", "words")  # made from the texts
 
 # From this size on a BPE vocabulary holds all 256 bytes, so that it can spell any text; a smaller one could not afford
 # them and holds only the bytes of the training texts.
@@ -53,7 +55,7 @@ def build_tokenizer(
     special = [*SPECIAL_TOKENS, BEGINNING] if packed else SPECIAL_TOKENS
     if kind == "byte":
         return _with_special_tokens(_byte_level(models.BPE(_byte_vocabulary(special), []), split=False), special)
-    if kind in ("bpe", "phrases", "words"):
+    if kind in TRAINED:
         return _trained(kind, texts, vocab_size, Path(cache_dir).expanduser(), special)
     tokenizer = _from_folder(kind)
     if packed:
@@ -64,6 +66,13 @@ def build_tokenizer(
             # Padding is never attended to, so any token serves. A new one would be outside the vocabulary of the model.
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def fixed_kind(kind: str, vocab_size: int) -> dict[str, Any]:
+    """The options that decide which tokenizer is made from the same texts."""
+    if kind in TRAINED:
+        return {"tokenizer": kind, "vocab_size": vocab_size}
+    return {"tokenizer": kind if kind == "byte" else str(Path(kind).expanduser().resolve())}
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast, where: str = "data.tokenizer") -> int:

@@ -56,6 +56,8 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         if self.rows:
             return
         super().setup(stage)
+        if not self.rows:  # prompts alone
+            return
         if self.judge is not None:
             self.judge.require_vocabulary(self.tokenizer)
         self.scorer = TextScorer(self.judge)
@@ -80,6 +82,9 @@ class UnpromptedTextDataModule(PackedTextDataModule):
 
     def controls(self) -> list:
         return [UnigramText(token_counts(self.rows["train"].stream, len(self.tokenizer))), HeldOutText()]
+
+    def example_prompt(self) -> None:
+        """None: texts have no prompt."""
 
     # -- text in, text out --------------------------------------------------------------------------------------------
 

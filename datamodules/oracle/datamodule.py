@@ -17,6 +17,7 @@ from datamodules.oracle.explain import explain
 from datamodules.oracle.grammar import SIZES, Grammar, choices, with_style
 from datamodules.oracle.score import OracleScorer
 from datamodules.prompt_response import PromptResponseDataModule
+from datamodules.state import CorpusState
 from models.functional.errors import UsageError, require_at_least
 from models.functional.rows import signal_columns
 
@@ -82,6 +83,17 @@ class OracleDataModule(PromptResponseDataModule):
         for k, (split, rows) in enumerate(self.sizes.items()):
             if split not in self.rows:
                 self.rows[split] = self._draw(rows, Generator().manual_seed(self.seed * 1000 + k))
+
+    def fixed_options(self) -> dict[str, str]:
+        return {"size": self.size}
+
+    def take(self, state: CorpusState) -> None:
+        super().take(state)
+        if state.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise UsageError(
+                f"the run in {state.folder.parent} has another vocabulary than data=oracle data.size={self.size}; "
+                "type the data options that it was trained with"
+            )
 
     def facts(self) -> dict[str, str | float | None]:
         reveal = self.rows["test"].columns["reveal"]

@@ -51,7 +51,7 @@ def save_whole_student(student: Student, folder: str | Path, tokenizer=None) -> 
         student.base.save_pretrained(staging / TEACHER)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging / TEACHER)
-        _write(student, staging, {"teacher": str(folder / TEACHER)})
+        _write(student, staging, {"teacher": TEACHER})
     return folder
 
 
@@ -68,6 +68,10 @@ def _write(student: Student, folder: Path, notes: dict | None) -> None:
     (folder / "student.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
+def is_student(folder: str | Path) -> bool:
+    return (Path(folder) / "student.json").is_file()
+
+
 def read_student(folder: str | Path) -> dict:
     """The student.json of a saved student. Raises UsageError when the folder is not one."""
     path = Path(folder) / "student.json"
@@ -81,10 +85,19 @@ def read_student(folder: str | Path) -> dict:
     return description
 
 
+def teacher_folder(folder: str | Path) -> str | None:
+    """Where the base of a student lies: in its folder, or where its notes say; None where they do not say.
+
+    The notes may be relative to the student's folder or, of older students, to the working directory of their training.
+    """
+    noted = read_student(folder)["notes"].get("teacher")
+    places = [Path(folder) / TEACHER, *([] if noted is None else [Path(folder) / noted, Path(noted)])]
+    return next((str(place) for place in places if place.is_dir()), noted)
+
+
 def load_whole_student(folder: str | Path) -> Student:
     """A student with the base of its folder, or else the one that its notes name. Errors: UsageError as in `load_student`."""
-    beside = Path(folder) / TEACHER
-    base = beside if beside.is_dir() else read_student(folder)["notes"].get("teacher")
+    base = teacher_folder(folder)
     if base is None:
         raise UsageError(f"{folder} does not name its teacher's folder; read both with load_student(folder, teacher)")
     return load_student(folder, load_llada(base))
