@@ -1,0 +1,108 @@
+"""Hugging Face folders as users bring them: small random models of many architectures, each with one oddity."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+WORDS = 300  # ids of the tokenizer
+CONTEXT = 64  # positions
+
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+}
+_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT}
+
+# architecture -> options of its configuration
+ARCHITECTURES: dict[str, dict] = {
+    "llama": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen2": _LLAMA,
+    "mistral": _LLAMA | {"sliding_window": None},
+    "gemma": _LLAMA | {"tie_word_embeddings": True},
+    "gemma2": _LLAMA | {"sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": _LLAMA | {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "granite": _LLAMA | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.3},
+    "gpt2": _GPT,
+    "gpt_neox": _LLAMA | {"rotary_pct": 0.5},
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+    },
+    "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "alibi": False},
+    "phi3": _LLAMA,
+    "cohere": _LLAMA | {"logit_scale": 0.25},
+    "gptj": _GPT | {"rotary_dim": 4},
+    "starcoder2": _LLAMA | {"sliding_window": 8},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+        "max_position_embeddings": CONTEXT,
+    },
+    "mpt": {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": CONTEXT},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "openai-gpt": _GPT,
+    "bert": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+
+
+def foreign_model(architecture: str, *, vocab_size: int = WORDS, seed: int = 0, **options) -> PreTrainedModel:
+    """A random model whose weights are so large that every token matters; options: of its configuration."""
+    ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    config = AutoConfig.for_model(architecture, vocab_size=vocab_size, **(ids | ARCHITECTURES[architecture] | options))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim >= 2:
+                weight.normal_(std=0.25)
+    return model.eval()
+
+
+def foreign_tokenizer(*, words: int = WORDS, **special) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of so many ids; special: its special tokens, by default `<pad>` (0) and `<end>` (1).
+
+    Ids from 258 on are added tokens, such as `<extra_258>`.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: k for k, token in enumerate(["<pad>", "<end>", *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    names = {"pad_token": "<pad>", "eos_token": "<end>", "bos_token": "<end>"} | special
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v is not None})
+    tokenizer.add_tokens([f"<extra_{k}>" for k in range(len(tokenizer), words)])
+    return tokenizer
+
+
+def save_foreign(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    max_shard_size: str = "5GB",
+    **config: object,
+) -> Path:
+    """A folder as `save_pretrained` writes it; config: entries of config.json to change afterwards."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if config:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
