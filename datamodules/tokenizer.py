@@ -201,8 +201,8 @@ def _from_folder(kind: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a folder that it cannot read
         raise UsageError(
-            f"data.tokenizer={kind}: no tokenizer could be read from this folder ({error}); it must hold a "
-            f"tokenizer.json, as tokenizer.save_pretrained(FOLDER) writes it"
+            f"data.tokenizer={kind}: no tokenizer could be read from this folder ({str(error).splitlines()[0]}); type the "
+            "folder of one that tokenizer.save_pretrained(FOLDER) wrote, with a tokenizer.json in it"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UsageError(

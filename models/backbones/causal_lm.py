@@ -43,6 +43,11 @@ def load_causal(
         raise UsageError(f"model.lora_dropout={lora_dropout} must be at least 0 and less than 1")
     device, wanted = files.parse_device(device), "auto" if dtype == "auto" else files.parse_dtype(dtype)
     folder = files.find_folder(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UsageError(
+            f"model.path={path} holds an adapter without its model; type the folder of the whole model, such as the "
+            "model_merged/ that experiment=next_token_qwen leaves, or write one with merge_and_unload() of peft"
+        )
     kind = files.read_json(folder / "config.json").get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(

@@ -1,6 +1,7 @@
 """Hugging Face folders as users bring them: small random models of many architectures, each with one oddity."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -106,3 +107,107 @@ def save_foreign(
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return folder
+
+
+def _plain(folder: Path, **options) -> Path:
+    return save_foreign(folder, foreign_model("llama", **options), foreign_tokenizer())
+
+
+def _of(architecture: str, **options):
+    return lambda folder: save_foreign(folder, foreign_model(architecture, **options), foreign_tokenizer())
+
+
+def _with_tokenizer(**special):
+    return lambda folder: save_foreign(folder, foreign_model("llama"), foreign_tokenizer(**special))
+
+
+def _several_ends(folder: Path) -> Path:
+    """As an instruct model that ends a turn with one token and a document with another."""
+    model = foreign_model("llama", eos_token_id=[1, 260])
+    model.generation_config.eos_token_id = [1, 260]
+    return save_foreign(folder, model, foreign_tokenizer(eos_token="<end>"))
+
+
+def _chat(folder: Path) -> Path:
+    tokenizer = foreign_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<extra_258>{{ m['content'] }}{% endfor %}"
+    return save_foreign(folder, foreign_model("llama"), tokenizer)
+
+
+def _sharded(folder: Path) -> Path:
+    return save_foreign(folder, foreign_model("llama"), foreign_tokenizer(), max_shard_size="20KB")
+
+
+def _bfloat16(folder: Path) -> Path:
+    return save_foreign(folder, foreign_model("llama").to(torch.bfloat16), foreign_tokenizer())
+
+
+def _gpt2_files(folder: Path) -> Path:
+    """A tokenizer as GPT-2 was published: vocab.json and merges.txt, no tokenizer.json."""
+    save_foreign(folder, foreign_model("gpt2"), None)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: k for k, token in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    return folder
+
+
+# what is unlike other folders -> writes one
+FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "untied": _plain,
+    "tied": _of("llama", tie_word_embeddings=True),
+    "one key for all heads": _of("llama", num_key_value_heads=1),
+    "sliding window": _of("gemma2", sliding_window=CONTEXT),
+    "short window": _of("gemma3_text"),
+    "tied gpt2": _of("gpt2"),
+    "wider output": _of("qwen3", vocab_size=WORDS + 20),
+    "no padding token": _with_tokenizer(pad_token=None),
+    "no beginning token": _with_tokenizer(bos_token=None),
+    "unusual ids": _with_tokenizer(pad_token="<extra_299>", eos_token="<extra_270>", bos_token=None),
+    "several ends": _several_ends,
+    "chat template": _chat,
+    "rope scaling": _of("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
+    "bfloat16": _bfloat16,
+    "shards": _sharded,
+    "files of gpt2": _gpt2_files,
+}
+
+
+def _adapter(folder: Path) -> Path:
+    from models.backbones.causal_lm import save_causal, with_adapters
+
+    return save_causal(with_adapters(_plain_model(folder), 2), folder, foreign_tokenizer())
+
+
+def _plain_model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(_plain(folder.with_name("base")))
+
+
+def _pickle(folder: Path) -> Path:
+    _plain(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return folder
+
+
+def _without(*names: str):
+    def make(folder: Path) -> Path:
+        _plain(folder)
+        for name in names:
+            (folder / name).unlink()
+        return folder
+
+    return make
+
+
+# what is wrong with a folder -> writes one, and what the answer has to name
+REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "narrower output": (_of("llama", vocab_size=WORDS - 20), "the model has 280 token ids"),
+    "adapter alone": (_adapter, "holds an adapter"),
+    "pickle": (_pickle, "only safetensors are read"),
+    "no tokenizer": (_without("tokenizer.json", "tokenizer_config.json"), "no tokenizer"),
+    "no configuration": (_without("config.json"), "config.json"),
+    "no end token": (_with_tokenizer(eos_token=None, bos_token=None), "no eos_token"),
+    "encoder": (_of("bert"), "reads texts in both directions"),
+    "no cache": (_of("openai-gpt"), "cannot answer prompts"),
+}
