@@ -22,6 +22,7 @@ from models.functional.curriculum import length_limit, mean_of_short, text_lengt
 from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
 from models.functional.rows import signals_of
+from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
 from models.interfaces.probe_batch import EStep
@@ -331,7 +332,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         return torch.stack(found, 1)
 
     def _greedy_text(self, block: Block, length: int) -> Tensor:
-        return self.executor.generate_greedily(*block, length, len(self.trainer.datamodule.tokenizer))
+        return self.executor.generate_greedily(*block, length, vocabulary_size(self.trainer.datamodule.tokenizer))
 
     # -- comparison ---------------------------------------------------------------------------------------------------
 
@@ -345,7 +346,7 @@ class ConceptPlannerExecutorModule(LeapModule):
                 data.response_length,
                 plan_temperature=plan,
                 temperature=text,
-                vocab_size=len(data.tokenizer),
+                vocab_size=vocabulary_size(data.tokenizer),
             )
             for plan, text in ((0.0, 0.0), (o.plan_temperature, o.temperature))
         ]

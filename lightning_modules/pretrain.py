@@ -22,6 +22,7 @@ from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
 from models.functional.errors import UsageError
 from models.functional.next_token import token_counts
+from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
@@ -187,7 +188,7 @@ class PretrainModule(LeapModule):
             return NoisyMaskDecoder(self.objective.student, forwards, step="ode")
         if self.generation == "masked":
             return MaskedDiffusionDecoder(self.model, forwards, temperature=temperature, remasking=self.remasking)
-        how = {"whole_prompt": self.generation == "prefix", "vocab_size": len(data.tokenizer)}
+        how = {"whole_prompt": self.generation == "prefix", "vocab_size": vocabulary_size(data.tokenizer)}
         return AutoregressiveDecoder(self.model, data.response_length, temperature=temperature, **how)
 
     @torch.no_grad()

@@ -8,12 +8,16 @@ import pytest
 import torch
 from helpers.foreign import FOLDERS, REFUSED, WORDS, foreign_model, foreign_tokenizer, save_foreign
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from safetensors.torch import load_file
 
 from app import modes
+from lightning_modules.pretrain import PretrainModule
 from models.backbones.causal_lm import load_trained
 from models.backbones.judge import load_judge
 from models.functional.errors import UsageError
+from models.functional.vocabulary import vocabulary_size
+from models.objectives.next_token import NextToken
 from reporting.console import sentence_for
 
 FAST = [
@@ -177,3 +181,26 @@ def test_any_causal_model_judges_texts_of_its_tokenizer(tmp_path):
 def test_a_judge_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no tokenizer"):
         load_judge(save_foreign(tmp_path / "judge", foreign_model("llama"), None))
+
+
+def test_texts_end_at_every_end_token_of_the_folder(configure, tmp_path):
+    folder = FOLDERS["several ends"](tmp_path / "folder")
+    for experiment in ("next_token_qwen data=pairs", "next_token_qwen"):
+        data = instantiate(configure(*options(experiment, folder, tmp_path)).data)
+        data.setup()
+        (a, b, c) = data.encode_texts(["abc"])[0]
+        assert data.decode_responses(torch.tensor([[a, b, 260, c], [a, 1, b, c]])) == ["ab", "a"]
+
+
+def test_ids_without_a_token_do_not_hide_those_beyond_them(configure, tmp_path):
+    folder = FOLDERS["ids without a token"](tmp_path / "folder")
+    data = instantiate(configure(*options("next_token_qwen data=pairs", folder, tmp_path)).data)
+    data.setup()
+    assert len(data.tokenizer) < WORDS == vocabulary_size(data.tokenizer)
+    assert data.special_ids()["vocab_size"] == WORDS
+    model = foreign_model("llama")
+    model.lm_head = torch.nn.Linear(32, WORDS)
+    torch.nn.init.constant_(model.lm_head.bias[WORDS - 1 :], 1e3)  # it always ends at once
+    module = PretrainModule(model, NextToken())
+    rows = data.encode_prompts(["jump 3"])
+    assert data.decode_responses(module.decoder(data, 1, 1.0)(rows, torch.Generator())) == [""]

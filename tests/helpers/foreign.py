@@ -76,13 +76,14 @@ def foreign_model(architecture: str, *, vocab_size: int = WORDS, seed: int = 0, 
     return model.eval()
 
 
-def foreign_tokenizer(*, words: int = WORDS, **special) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of so many ids; special: its special tokens, by default `<pad>` (0) and `<end>` (1).
+def foreign_tokenizer(*, words: int = WORDS, end: int = 1, **special) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of so many ids; special: its special tokens, by default `<pad>` (0) and `<end>` (end).
 
     Ids from 258 on are added tokens, such as `<extra_258>`.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: k for k, token in enumerate(["<pad>", "<end>", *alphabet])}, []))
+    vocabulary = {"<pad>": 0, "<end>": end} | {token: k + 2 for k, token in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     names = {"pad_token": "<pad>", "eos_token": "<end>", "bos_token": "<end>"} | special
@@ -153,6 +154,11 @@ def _gpt2_files(folder: Path) -> Path:
     return folder
 
 
+def _gaps(folder: Path) -> Path:
+    """The end token has the last id, and most ids before it belong to no token."""
+    return save_foreign(folder, foreign_model("llama"), foreign_tokenizer(words=0, end=WORDS - 1))
+
+
 # what is unlike other folders -> writes one
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "untied": _plain,
@@ -166,6 +172,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "no beginning token": _with_tokenizer(bos_token=None),
     "unusual ids": _with_tokenizer(pad_token="<extra_299>", eos_token="<extra_270>", bos_token=None),
     "several ends": _several_ends,
+    "ids without a token": _gaps,
     "chat template": _chat,
     "rope scaling": _of("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
     "bfloat16": _bfloat16,
