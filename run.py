@@ -6,7 +6,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from app.command_line import mistake_in
+from app.command_line import mistake_in, quoted
 from app.welcome import WELCOME
 
 
@@ -33,6 +33,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(WELCOME)
         sys.exit(0)
+    sys.argv[1:] = quoted(sys.argv[1:])
     mistake = mistake_in(sys.argv[1:])
     if mistake is not None:
         print(f"error: {mistake}", file=sys.stderr)

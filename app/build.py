@@ -1,5 +1,6 @@
 """From a configuration to what a run needs: data, models (trained first where need be), module, trainer."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from hydra.utils import get_class, instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
 from tokenizers import Tokenizer
+from transformers import PreTrainedModel
 
 from app import run_files
 from app.model_cache import cache_key, partial_folder, train_or_load
@@ -20,6 +23,7 @@ from datamodules.state import TOKENIZER
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
 from lightning_modules.training.compile import compute_layers
 from lightning_modules.training.sharding import ShardedStrategy
+from models.backbones.abilities import context_of, require_separate_documents, require_steps
 from models.backbones.causal import build_causal
 from models.backbones.causal_lm import load_causal
 from models.backbones.llada import LladaModel, build_llada, load_llada
@@ -160,7 +164,9 @@ def keep_made_with(cfg: DictConfig, datamodule: Any) -> None:
 
 def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     """The trainer, without callbacks. Errors: UsageError for options that would fail only after a teacher has been trained."""
-    for name in ("forwards", "student_forwards"):
+    objective = cfg.module.get("objective")
+    one_by_one = objective is not None and get_class(objective._target_).generation not in ("masked", "flow")
+    for name in () if one_by_one else ("forwards", "student_forwards"):
         require_forward_passes(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
     trainer = make_trainer(cfg, [], False)
     if isinstance(trainer.strategy, ShardedStrategy):
@@ -283,7 +289,12 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
 def checked_network(model: LladaModel, datamodule: Any, what: str) -> LladaModel:
     """The model itself. what: its name in messages. Errors: UsageError where the corpus does not fit it."""
     known = {name: getattr(model.config, name, None) for name in ("vocab_size", "mask_token_id")}
-    datamodule.check_network(what, **known, context=model.config.max_position_embeddings)
+    datamodule.check_network(what, **known, context=context_of(model) or sys.maxsize)
+    if isinstance(model, PreTrainedModel | PeftModel) and not isinstance(model, LladaModel):
+        if getattr(datamodule, "document_mask", False):
+            require_separate_documents(model)
+        if datamodule.prompt_length:
+            require_steps(model)
     return model
 
 

@@ -1,5 +1,6 @@
 """Mistakes of the command line get a sentence that says what to type, before Hydra composes and any library is read."""
 
+import re
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,38 @@ from reporting.command import option, shell
 CONF = Path(__file__).parents[1] / "conf"
 MULTIRUN = ("-m", "--multirun")
 TAKE_A_VALUE = ("-c", "--cfg", "-p", "--package")
+# options that hold plain text; a path may be a list of several
+PROMPTS = ("prompt", "example_prompt")
+PATHS = re.compile(r"(.*[._])?(path|dir|file|field)|data\.(train|val|test|tokenizer)|module\.baseline")
 NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_llada, or --help for all of them"
+
+
+def quoted(arguments: list[str]) -> list[str]:
+    """The arguments, with quotes for Hydra around prompts and paths that its grammar takes for something else.
+
+    Hydra reads brackets, equals signs and commas, which are characters like any others there. A value in quotes stays as it
+    is; in a sweep (-m) a comma separates two values.
+    """
+    sweep = any(flag in arguments for flag in MULTIRUN)
+    return [_quoted(argument, sweep) for argument in arguments]
+
+
+def _quoted(argument: str, sweep: bool) -> str:
+    name, equals, value = argument.partition("=")
+    is_prompt = name.lstrip("+") in PROMPTS
+    if not equals or not (is_prompt or PATHS.fullmatch(name.lstrip("+"))):
+        return argument
+    override = _read(argument)
+    if override is not None and (sweep or not is_prompt or not override.is_sweep_override()):
+        return argument
+    if value[:1] in ("'", '"') and value[-1:] == value[:1]:
+        return argument  # quotes that do not match: the user is told
+    if sweep and not set(value) & set("'\""):
+        parts = [part.strip() for part in value.split(",")]
+        return f"{name}={','.join(_quoted(f'{name}={part}', False).partition('=')[2] for part in parts)}"
+    if not is_prompt and value[:1] in ("[", "{"):
+        return argument
+    return option(name, value)
 
 
 def mistake_in(arguments: list[str]) -> str | None:
@@ -79,10 +111,9 @@ def _options(arguments: list[str]) -> list[str] | None:
 
 def _parsed(text: str) -> Override:
     """The option as Hydra reads it."""
-    try:
-        return OverridesParser.create().parse_override(text)
-    except HydraException:
-        pass
+    override = _read(text)
+    if override is not None:
+        return override
     name, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"{text}: an option is written <name>=<value>; python run.py --help lists what there is")
@@ -92,6 +123,13 @@ def _parsed(text: str) -> Override:
             f"{shell(f'{name}=[1,2]')} or " + shell(f"{name}=['two words',word]")
         )
     raise UsageError(f"{text}: the value has characters that need quotes; type {shell(option(name, value))}")
+
+
+def _read(text: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None
 
 
 def _require_one_value(override: Override, sweep: bool) -> None:

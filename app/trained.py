@@ -14,6 +14,7 @@ from lightning_modules.concept_planner_executor import ConceptPlannerExecutorMod
 from models.backbones import causal_lm
 from models.backbones.autoregressive import AutoregressiveDecoder
 from models.functional.errors import UsageError
+from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import copy_weights
 from models.interfaces.decoder import Decoder
 from models.online.decoder import OnlineConceptDecoder
@@ -49,7 +50,7 @@ def load_planned(folder: str | Path) -> ConceptPlannerExecutorModule:
 
 def trained_decoder(folder: Path, data: Any, temperature: float, device: torch.device) -> Decoder:
     """The decoder of the model in a folder, whatever its kind, for prompts of the corpus."""
-    words, length = len(data.tokenizer), data.response_length
+    words, length = vocabulary_size(data.tokenizer), data.response_length
     if (folder / OPTIONS).is_file():
         module = load_planned(folder)
         checked_network(module.model.backbone, data, "model")

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from datamodules.plain_text import plain_backend
 from datamodules.state import CorpusState, absolute_source
+from datamodules.tokenizer import further_ends
 from models.functional.errors import UsageError, require_at_least
+from models.functional.vocabulary import vocabulary_size
 
 
 class CorpusDataModule(LightningDataModule):
@@ -133,7 +135,7 @@ class CorpusDataModule(LightningDataModule):
         """Size of the vocabulary and the special ids, as a network with fresh weights takes them."""
         ids = self.tokenizer
         names = ("mask_token_id", "eos_token_id", "pad_token_id")
-        return {"vocab_size": len(ids), **{name: getattr(ids, name) for name in names}}
+        return {"vocab_size": vocabulary_size(ids), **{name: getattr(ids, name) for name in names}}
 
     def check_network(self, what: str, vocab_size: int, mask_token_id: int | None, context: int) -> None:
         """Raise UsageError unless a network of this vocabulary and context length can read the corpus and its prompts.
@@ -147,10 +149,10 @@ class CorpusDataModule(LightningDataModule):
             )
         self.check_prompts(what, context)
         mask = self.tokenizer.mask_token_id
-        if len(self.tokenizer) > vocab_size or mask_token_id not in (None, mask):
+        if vocabulary_size(self.tokenizer) > vocab_size or mask_token_id not in (None, mask):
             raise UsageError(
                 f"the {what} has {vocab_size} token ids with mask {mask_token_id}, the corpus' tokenizer "
-                f"{len(self.tokenizer)} with mask {mask}; they belong to different vocabularies "
+                f"{vocabulary_size(self.tokenizer)} with mask {mask}; they belong to different vocabularies "
                 f"(type data.tokenizer=<the folder of the {what}> or another {what})"
             )
 
@@ -170,7 +172,11 @@ class CorpusDataModule(LightningDataModule):
 
     def end_ids(self) -> set[int]:
         """The tokens at which a text ends."""
-        return {self.tokenizer.eos_token_id}
+        return {self.tokenizer.eos_token_id} | self._further_ends
+
+    @cached_property
+    def _further_ends(self) -> set[int]:
+        return further_ends(self.tokenizer)
 
     def decode_responses(self, responses: Tensor) -> list[str]:
         """Responses (N, R) as text, cut at the first token that ends one."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from datamodules.plain_text import backend_of, plain_description
+from models.functional.vocabulary import vocabulary_size
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -36,7 +37,7 @@ class Encoder:
         )
         self.unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
         self.widths = _widths(tokenizer, self.unknown_id, self.byte_level)
-        self.id_type = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+        self.id_type = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
         # a byte-level token never spells more than its own name; any other may include a long run of dropped spaces
         self.bytes_type = np.uint16 if self.byte_level else np.uint32
 

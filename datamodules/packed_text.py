@@ -226,7 +226,7 @@ class PackedTextDataModule(CorpusDataModule):
 
     def end_ids(self) -> set[int]:
         """A document ends where the next one begins."""
-        return {self.bos_id, self.tokenizer.eos_token_id}
+        return super().end_ids() | {self.bos_id}
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ is those six characters, never the mask token.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -101,6 +102,18 @@ def _name_a_token(name: str) -> str:
         f"choose one of its tokens (tokenizer.{name} = '<|endoftext|>', or the one that its model was trained with, then "
         "tokenizer.save_pretrained(FOLDER)), or type data.tokenizer=bpe for a model that is trained here"
     )
+
+
+def further_ends(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """The ids at which its model ends a text, of the generation_config.json in the tokenizer's folder.
+
+    A chat model ends a turn with one token and a document with another; the tokenizer names only one of them.
+    """
+    try:
+        ends = json.loads(Path(tokenizer.name_or_path, "generation_config.json").read_text())["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 # -- training, once per content --------------------------------------------------------------------------------------
@@ -210,8 +223,8 @@ def _from_folder(kind: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a folder that it cannot read
         raise UsageError(
-            f"data.tokenizer={kind}: no tokenizer could be read from this folder ({error}); it must hold a "
-            f"tokenizer.json, as tokenizer.save_pretrained(FOLDER) writes it"
+            f"data.tokenizer={kind}: no tokenizer could be read from this folder ({str(error).splitlines()[0]}); type the "
+            "folder of one that tokenizer.save_pretrained(FOLDER) wrote, with a tokenizer.json in it"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UsageError(

@@ -13,6 +13,7 @@ from datamodules.packed_text import PackedTextDataModule
 from datamodules.packing import PackedRows, TokenStream
 from datamodules.text_score import TextScorer
 from models.functional.errors import UsageError
+from models.functional.vocabulary import vocabulary_size
 
 
 class WholeRows(PackedRows):
@@ -81,7 +82,7 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         return ResumableLoader(self.rows[split], self.eval_batch_size, num_workers=self.num_workers)
 
     def controls(self) -> list:
-        return [UnigramText(token_counts(self.rows["train"].stream, len(self.tokenizer))), HeldOutText()]
+        return [UnigramText(token_counts(self.rows["train"].stream, vocabulary_size(self.tokenizer))), HeldOutText()]
 
     def example_prompt(self) -> None:
         """None: texts have no prompt."""

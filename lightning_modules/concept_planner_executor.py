@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_modules.base import LeapModule
+from models.backbones.abilities import context_of, require_free_layout
 from models.backbones.causal_lm import require_causal, with_adapters
 from models.backbones.code_space import require_whole_codes
 from models.backbones.point_buffer import PointBuffer
@@ -23,6 +24,7 @@ from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
 from models.functional.rows import signals_of
 from models.functional.uniform import uniform
+from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
 from models.interfaces.probe_batch import EStep
@@ -106,6 +108,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         super().setup(stage)
         data = self.trainer.datamodule
         self.probe.tokenizer = data.tokenizer
+        self._require_room(data)
         if not self.options.signals or self.signals is not None:
             return
         if not hasattr(data, "signal_sizes"):
@@ -114,6 +117,19 @@ class ConceptPlannerExecutorModule(LeapModule):
             self.signal_codes.require(data.signal_sizes)
         else:
             self.signals = SignalHeads(self.model, self.options.signals, data.signal_sizes).to(self.device)
+
+    def _require_room(self, data: Any) -> None:
+        """Raise UsageError unless the backbone can read a prompt, its plan and its response at once."""
+        backbone, layout = self.model.backbone, self.model.layout
+        shorten = "data.prompt_length or data.response_length"
+        text = data.prompt_length + data.response_length
+        require_free_layout(backbone, text + layout.columns + 2, shorten)
+        positions, context = text + layout.text_start + 1, context_of(backbone)
+        if context is not None and positions > context:
+            raise UsageError(
+                f"prompts and responses of {text} tokens need {positions} positions beside a plan, the model has {context}; "
+                f"shorten {shorten}"
+            )
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -329,7 +345,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         return torch.stack(found, 1)
 
     def _greedy_text(self, block: Block, length: int) -> Tensor:
-        return self.executor.generate_greedily(*block, length, len(self.trainer.datamodule.tokenizer))
+        return self.executor.generate_greedily(*block, length, vocabulary_size(self.trainer.datamodule.tokenizer))
 
     # -- comparison ---------------------------------------------------------------------------------------------------
 
@@ -343,7 +359,7 @@ class ConceptPlannerExecutorModule(LeapModule):
                 data.response_length,
                 plan_temperature=plan,
                 temperature=text,
-                vocab_size=len(data.tokenizer),
+                vocab_size=vocabulary_size(data.tokenizer),
             )
             for plan, text in ((0.0, 0.0), (o.plan_temperature, o.temperature))
         ]

@@ -19,6 +19,7 @@ from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
 from models.backbones.code_space import require_whole_codes
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
 from models.functional.nll import chosen_nll
+from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.online.codebook_update import CodebookUpdate
 from models.online.concept_stack import CompressionSettings, Level
@@ -176,7 +177,7 @@ class OnlineConceptModule(LeapModule):
     def decoders(self) -> list[Decoder]:
         """Greedy, then sampled."""
         data = self.trainer.datamodule
-        how = {"vocab_size": len(data.tokenizer)}
+        how = {"vocab_size": vocabulary_size(data.tokenizer)}
         return [
             OnlineConceptDecoder(self.model, data.response_length, temperature=t, **how)
             for t in (0.0, self.options.temperature)

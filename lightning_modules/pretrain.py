@@ -24,6 +24,7 @@ from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
 from models.functional.errors import UsageError
 from models.functional.next_token import token_counts
+from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
@@ -224,7 +225,7 @@ class PretrainModule(LeapModule):
             data.response_length,
             temperature=temperature,
             whole_prompt=self.generation == "prefix",
-            vocab_size=len(data.tokenizer),
+            vocab_size=vocabulary_size(data.tokenizer),
         )
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from models.backbones.autoregressive import AutoregressiveDecoder, generate_auto
 from models.backbones.causal_lm import causal_logits, save_causal, save_merged, with_adapters
 from models.functional.errors import UsageError
 from models.functional.next_token import CausalText, causal_text, until_end
+from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
 from models.speculative.decoder import QStarDecoder
@@ -111,7 +112,7 @@ class QStarDecodingModule(LeapModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = self.trainer.datamodule
-        self.vocab_size, self.eos_id = len(data.tokenizer), data.tokenizer.eos_token_id
+        self.vocab_size, self.eos_id = vocabulary_size(data.tokenizer), data.tokenizer.eos_token_id
         self.probes = (PromptProbe(self.theta, self.vocab_size, self.eos_id),)
         options = {"temperature": self.mixture.temperature, "vocab_size": self.vocab_size, "eos_id": self.eos_id}
         alone = [AutoregressiveDecoder(model, data.response_length, **options) for model in (self.theta, self.target)]
@@ -124,7 +125,7 @@ class QStarDecodingModule(LeapModule):
         """q* decoding of texts of a corpus."""
         return QStarDecoder(
             self.theta, self.target, scheme, self.options, response_length=data.response_length,
-            vocab_size=len(data.tokenizer), eos_id=data.tokenizer.eos_token_id, assistant=self.assistant,
+            vocab_size=vocabulary_size(data.tokenizer), eos_id=data.tokenizer.eos_token_id, assistant=self.assistant,
         )  # fmt: skip
 
     def decoders(self) -> list[Decoder]:

@@ -12,8 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from models.backbones import checkpoint_files as files
+from models.backbones.abilities import alike, require_left_to_right, trial
 from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.next_token import CausalText
@@ -41,6 +43,11 @@ def load_causal(
         raise UsageError(f"model.lora_dropout={lora_dropout} must be at least 0 and less than 1")
     device, wanted = files.parse_device(device), "auto" if dtype == "auto" else files.parse_dtype(dtype)
     folder = files.find_folder(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UsageError(
+            f"model.path={path} holds an adapter without its model; type the folder of the whole model, such as the "
+            "model_merged/ that experiment=next_token_qwen leaves, or write one with merge_and_unload() of peft"
+        )
     kind = files.read_json(folder / "config.json").get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(
@@ -51,6 +58,7 @@ def load_causal(
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=wanted, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
+    require_left_to_right(model, f"model.path={path}")
     if lora_rank is not None:
         model = with_adapters(model, lora_rank, lora_alpha, lora_dropout)
     return model.to(device).train()
@@ -82,6 +90,7 @@ def with_adapters(model: PreTrainedModel, rank: int, alpha: float | None = None,
         lora_dropout=dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear layers
     )
     return get_peft_model(model, config)
 
@@ -112,6 +121,28 @@ def causal_nll(model: nn.Module, text: CausalText) -> Tensor:
 def output_head(model: nn.Module) -> nn.Module:
     """The layer from hidden states to logits."""
     return model.get_output_embeddings()
+
+
+def output_logits(model: nn.Module, states: Tensor) -> Tensor:
+    """Logits (..., V) from hidden states (..., D) after the last norm, scaled and capped as the model does."""
+    config, logits = model.config, output_head(model)(states)
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@torch.no_grad()
+def require_known_output(model: nn.Module) -> None:
+    """Raise UsageError where a model's logits are others than `output_logits` of its hidden states."""
+    with trial(model) as device:
+        arguments = {"input_ids": torch.tensor([[1, 2, 3, 4]], device=device), "use_cache": False}
+        states, logits = model.get_decoder()(**arguments).last_hidden_state, model(**arguments).logits
+    if not alike(output_logits(model, states), logits):
+        raise UsageError(
+            f"a model of type {model.config.model_type} computes more than a linear layer from its last hidden states; type "
+            "one of the layout of Llama or Qwen3, such as model.path=Qwen/Qwen3-0.6B"
+        )
 
 
 def _arguments(text: CausalText) -> dict:

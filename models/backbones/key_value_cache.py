@@ -7,6 +7,8 @@ from typing import Any
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from models.functional.errors import UsageError
+
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
@@ -16,5 +18,10 @@ def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
 
 
 def cache_of(output: Mapping[str, Any]) -> Cache:
-    """The cache that a forward pass with use_cache=True returns. Errors: KeyError for a model that returns none."""
+    """The cache that a forward pass with use_cache=True returns. Errors: UsageError for a model that returns none."""
+    if output.get(CACHE_ARGUMENT) is None:
+        raise UsageError(
+            f"{type(output).__name__} holds no key-value cache, so this model cannot generate token by token; type a model "
+            "with one, such as model.path=Qwen/Qwen3-0.6B"
+        )
     return output[CACHE_ARGUMENT]

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from models.backbones.causal_lm import causal_hidden, causal_nll, output_head, require_causal
+from models.backbones.causal_lm import (
+    causal_hidden,
+    causal_nll,
+    output_head,
+    output_logits,
+    require_causal,
+    require_known_output,
+)
 from models.functional.errors import UsageError
 from models.functional.next_token import align_with_columns, causal_text, shifted_targets
 from models.functional.nll import chosen_nll
@@ -47,6 +54,7 @@ class MultiToken(TextObjective, nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         require_causal(model, "multi_token")
+        require_known_output(model)
         weight = output_head(model).weight
         self.heads.extend(AheadHead(weight.shape[-1]) for _ in range(self.n - 1))
         self.heads.to(device=weight.device, dtype=torch.float32 if weight.dtype.itemsize < 4 else weight.dtype)
@@ -59,7 +67,7 @@ class MultiToken(TextObjective, nn.Module):
         if ahead > 1:
             head = self.heads[ahead - 2]
             hidden = head(hidden.to(head.up.weight.dtype)).to(hidden.dtype)
-        return output_head(model)(hidden)
+        return output_logits(model, hidden)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor], generator: Generator) -> Terms:
         text = causal_text(batch)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 
+from models.backbones.abilities import limited_layers
 from models.backbones.key_value_cache import cache_argument
 from models.functional.commits import text_mask
 from models.functional.errors import UsageError
@@ -136,10 +137,10 @@ def require_layout(model: nn.Module) -> nn.Module:
             f"{getattr(config, 'model_type', type(model).__name__)} has no {', '.join(missing)} where Llama and Qwen3 have "
             "them, so its layers cannot be split; type a model of such a layout, such as model.path=Qwen/Qwen3-0.6B"
         )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    if kinds := limited_layers(config.get_text_config()):
         raise UsageError(
-            f"{config.model_type} has layers of {', '.join(sorted(kinds))}; concepts need full causal attention"
+            f"{config.model_type} has layers of {', '.join(sorted(kinds))}; concepts need full causal attention: type a model "
+            "without them, such as model.path=Qwen/Qwen3-0.6B"
         )
     if config._attn_implementation not in MASKED:
         raise UsageError(f"attention {config._attn_implementation} takes no boolean mask; the model needs sdpa")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from models.backbones.causal_lm import output_logits
 from models.functional.attention import positions_from_mask
 from models.online.attention import use_attention
 from models.online.concept_stack import CompressionSettings, ConceptStack, Level
@@ -88,7 +89,7 @@ class OnlineConceptModel(nn.Module):
         return self.logits(self.read(input_ids, None if attention_mask is None else attention_mask.bool())[0])
 
     def logits(self, states: Tensor) -> Tensor:
-        return self.backbone.get_output_embeddings()(states)
+        return output_logits(self.backbone, states)
 
     def read_out(self, states: Tensor) -> Tensor:
         """Logits of hidden states before the last norm."""

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from models.functional.bits_per_byte import token_nll
 from models.functional.next_token import until_end
+from models.functional.vocabulary import vocabulary_size
 from models.interfaces.probe_batch import Choices, EStep, ProbeBatch
 from models.interfaces.probes import Corruption
 from models.plans.corrupted_plans import block_without, random_plan
@@ -80,14 +81,14 @@ class PlanProbe:
         return token_nll(self.executor.logits(*self.block(batch), batch.text), batch.text)
 
     def predictions(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
-        forced = self.executor.logits(*self.block(batch), batch.text)[..., : len(self.tokenizer)].argmax(-1)
+        forced = self.executor.logits(*self.block(batch), batch.text)[..., : vocabulary_size(self.tokenizer)].argmax(-1)
         return torch.stack([forced, self._greedy_text(batch)], 1)
 
     def rebuilt(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         return ((self._greedy_text(batch) == batch.text) | ~batch.counts).all(-1)
 
     def _greedy_text(self, batch: ProbeBatch) -> Tensor:
-        return self.executor.generate_greedily(*self.block(batch), batch.text.shape[1], len(self.tokenizer))
+        return self.executor.generate_greedily(*self.block(batch), batch.text.shape[1], vocabulary_size(self.tokenizer))
 
     # -- other conditions ---------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from models.backbones.causal_lm import output_logits, require_known_output
 from models.backbones.key_value_cache import cache_argument
 from models.functional.precision import at_least_float32
 from models.plans.layout import Columns, PlanLayout, joined, types_apart
@@ -36,6 +37,7 @@ class UnifiedModel(nn.Module):
         signal_types: Collection[str] = (),
     ) -> None:
         super().__init__()
+        require_known_output(backbone)
         self.backbone, self.vocabulary, self.layout = backbone, vocabulary, PlanLayout(vocabulary)
         table = backbone.get_input_embeddings().weight
         width, like = table.shape[1], {"device": table.device, "dtype": table.dtype}
@@ -96,7 +98,7 @@ class UnifiedModel(nn.Module):
 
     def text_logits(self, states: Tensor) -> Tensor:
         """Logits (..., V) over the base vocabulary: no concept among them."""
-        return self.backbone.get_output_embeddings()(states)
+        return output_logits(self.backbone, states)
 
     def choice_logits(self, states: Tensor, slots: list[int] | None = None) -> Tensor:
         """Logits (B, n, W), at least float32, of these slots or all, from the states (B, n, D) before them."""

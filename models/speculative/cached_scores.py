@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from models.backbones.abilities import context_of, limited_layers
 from models.backbones.key_value_cache import cache_argument
 from models.functional.errors import UsageError
-from models.speculative.scores import context_of, log_probabilities_from
+from models.speculative.scores import log_probabilities_from
 
 # masked slots are removed once the cache is this many times as long as its longest row
 MAX_WASTE = 1.5
@@ -118,12 +119,9 @@ class CachedScores:
 def _require_position_ids(config: PreTrainedConfig) -> None:
     """Raise UsageError unless every layer looks back without limit and takes positions from position_ids."""
     if config.model_type in WITHOUT_POSITION_IDS:
-        raise UsageError(f"{config.model_type} takes no position_ids or no key-value cache: type cache=false")
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
-    if not kinds and getattr(config, "sliding_window", None) is not None:
-        kinds = {"sliding_attention"}
-    if limited := kinds - {"full_attention", "global"}:
+        raise UsageError(f"{config.model_type} takes no position_ids or no key-value cache: type module.cache=false")
+    if limited := limited_layers(config):
         raise UsageError(
             f"{config.model_type} has layers of {', '.join(sorted(limited))}; they would count the masked slots of rejected "
-            "tokens in the cache: type cache=false"
+            "tokens in the cache: type module.cache=false"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from models.backbones.abilities import context_of
 from models.functional.errors import UsageError
 from models.functional.precision import at_least_float32
 
@@ -30,11 +31,6 @@ class CausalScores:
         width = int(lengths.max()) + count - 1
         logits = self.model(input_ids=ids[:, :width]).logits[..., : self.vocab_size]  # (B, W, V)
         return log_probabilities_from(logits, lengths - 1, count)
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """How many positions a model can read; None where its configuration sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def log_probabilities_from(logits: Tensor, first: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from app import command_line
-from app.command_line import mistake_in
+from app.command_line import mistake_in, quoted
 from app.renamed import FLOWS, NAMES
 from reporting.command import command, option
 
@@ -116,9 +116,57 @@ def test_printed_commands_are_read_back_by_shell_and_hydra(text):
 
 @pytest.mark.parametrize("text", ["who=anna", "name[The Vaults]", "/x/lr=1/last.ckpt", "it's a=b", "a: {b"])
 def test_a_value_that_needs_quotes_is_answered_with_them(text):
-    sentence = mistake_in(["experiment=objectives", f"prompt={text}"])
+    sentence = mistake_in(["experiment=objectives", f"licence={text}"])
     (typed,) = shlex.split(sentence.split("; type ")[1])
     assert read_back(typed) == text
+
+
+AS_TYPED = ["who=anna", "name[The Vaults], eatType[pub]", "[The Vaults], x", "安娜看见雨吗？", "it's 5%", "🙂 👩‍👩‍👧 = a,b",
+            "choice(a,b)", "a: {b", 'he said "no"', "two words", "(see) [1", "C:\\new\\", "l'été", "a;b|c&d<e>"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AS_TYPED)
+def test_a_prompt_is_read_as_it_is_typed(text):
+    (argument,) = quoted([f"prompt={text}"])
+    assert read_back(argument) == text
+    assert mistake_in(["experiment=next_token_text", argument]) is None
+
+
+@pytest.mark.parametrize("typed", ["plain", "'a=b'", "null", "3", "[a,b]", "", '"a, b"', "'it's'"])
+def test_a_value_that_hydra_reads_or_that_is_in_quotes_stays(typed):
+    assert quoted([f"prompt={typed}"]) == [f"prompt={typed}"]
+
+
+def test_a_comma_separates_the_values_of_a_sweep():
+    assert quoted(["-m", "prompt=a,b"]) == ["-m", "prompt=a,b"]
+    assert quoted(["-m", "prompt=who=anna, name[x],c d"]) == ["-m", "prompt='who=anna','name[x]',c d"]
+    assert quoted(["prompt=a,b"]) == ["prompt='a,b'"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ckpt_path", "student_path", "data.train", "model.path", "paths.output_dir", "hydra.run.dir", "prompt_file"],
+)
+def test_a_path_is_read_as_it_is_typed(name):
+    for path in ("/x/lr=1/last.ckpt", "run[1]/a.txt", "it's/a b.txt"):
+        (argument,) = quoted([f"{name}={path}"])
+        assert OverridesParser.create().parse_override(argument).value() == path
+    for stays in ("[a.txt,b.txt]", "a.txt,b.txt", "${x}/y", "[a=1"):
+        assert quoted([f"{name}={stays}"]) == [f"{name}={stays}"]
+    assert quoted(["module.lr=a=b"]) == ["module.lr=a=b"]
+
+
+def test_prompts_of_a_real_shell(tmp_path):
+    """Inside one pair of quotes of the shell, as a reader of the documentation types them."""
+    lines = [
+        f"python run.py experiment=next_token_text {shlex.quote(f'prompt={text}')} -c job" for text in AS_TYPED[:6]
+    ]
+    script = f'python() {{ {shlex.quote(sys.executable)} "$@" || exit; }}; {"; echo ---; ".join(lines)}'
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240, encoding="utf-8"
+    )
+    assert done.stderr == ""
+    assert [OmegaConf.create(part).prompt for part in done.stdout.split("---\n")] == AS_TYPED[2:5]
 
 
 def documented_commands() -> list[list[str]]:

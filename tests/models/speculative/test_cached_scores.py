@@ -161,7 +161,7 @@ def test_a_ragged_batch_is_its_rows_one_by_one(scheme):
 def test_a_sliding_window_is_refused_with_what_to_type():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = MistralForCausalLM(MistralConfig(vocab_size=20, intermediate_size=16, sliding_window=8, **sizes))
-    with pytest.raises(UsageError, match="cache=false"):
+    with pytest.raises(UsageError, match=r"module\.cache=false"):
         CachedScores(model)
 
 
@@ -197,5 +197,5 @@ LOCAL = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local
     ids=["gemma3", "gpt_neo", "mpt", "rwkv", "openai-gpt"],
 )
 def test_models_that_would_count_masked_slots_are_refused(make):
-    with pytest.raises(UsageError, match="cache=false"):
+    with pytest.raises(UsageError, match=r"module\.cache=false"):
         CachedScores(make())
