@@ -86,7 +86,7 @@ def training_options(cfg: DictConfig) -> dict[str, Any]:
     found |= {f"trainer.{name}": cfg.trainer.get(name) for name in NUMERICS}
     for group in ("module", "data", "model"):
         if cfg[group] is not None:
-            own = OmegaConf.to_container(cfg[group], resolve=True)
+            own: Any = OmegaConf.to_container(cfg[group], resolve=True)
             if own.get("seed") == cfg.seed:  # is named once
                 own.pop("seed")
             found |= _flat(own, f"{group}.")
@@ -94,7 +94,7 @@ def training_options(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _flat(options: dict[str, Any], place: str) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in options.items():
         found |= _flat(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}
     return found
@@ -123,7 +123,8 @@ def settle_models(cfg: DictConfig, weights: Path | None) -> None:
     noted = {} if weights is None else models_of(weights)
     if weights is not None and cfg.teacher is not None and "teacher" not in noted:  # a run of an earlier version
         student = next((folder for folder in (weights, weights.parent.parent / "student") if is_student(folder)), None)
-        noted = {} if student is None else {"teacher": teacher_folder(student)}
+        teacher = None if student is None else teacher_folder(student)
+        noted = {} if teacher is None else {"teacher": teacher}
     recipes = dict(cfg.pair or {}) if cfg.teacher is None else {"teacher": cfg.teacher}
     for name, recipe in recipes.items():
         path = noted.get(name)
@@ -165,7 +166,8 @@ def keep_made_with(cfg: DictConfig, datamodule: Any) -> None:
 def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     """The trainer, without callbacks. Errors: UsageError for options that would fail only after a teacher has been trained."""
     objective = cfg.module.get("objective")
-    one_by_one = objective is not None and get_class(objective._target_).generation not in ("masked", "flow")
+    declared: Any = None if objective is None else get_class(objective._target_)
+    one_by_one = declared is not None and declared.generation not in ("masked", "flow")
     for name in () if one_by_one else ("forwards", "student_forwards"):
         require_forward_passes(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
     trainer = make_trainer(cfg, [], False)

@@ -84,7 +84,8 @@ def find_weights(cfg: DictConfig) -> Path | None:
         return None if without else newest_student(runs)
     objective = cfg.module.get("objective")
     exported = found(runs, "model/*.json")
-    if objective is None or (exported and get_class(objective._target_).generation == "autoregressive"):
+    declared: Any = None if objective is None else get_class(objective._target_)
+    if declared is None or (exported and declared.generation == "autoregressive"):
         return newest_model(runs)
     advice = "it trains no student, and no run of it left a causal model in model/ or a checkpoint; train one first"
     return newest(runs, "checkpoints/last.ckpt", advice)
@@ -95,9 +96,11 @@ def find_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device:
     if cfg.pair is not None:
         return module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
     if cfg.teacher is None:
+        assert weights is not None
         return _model_decoder(cfg, weights, datamodule, device)
     if cfg.decoder == "teacher":
         return _teacher_decoder(cfg, datamodule, device)
+    assert weights is not None
     return _student_decoder(cfg, weights, datamodule, device)
 
 

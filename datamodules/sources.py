@@ -13,10 +13,10 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.csv_records import csv_records, find_delimiter
@@ -284,7 +284,7 @@ def text_of(row: dict[str, Any], name: str) -> str:
     value = row[name]
     if value is None:
         raise ValueError(f"field {name!r} has no value")
-    if isinstance(value, Real) and not isinstance(value, int) and not math.isfinite(value):
+    if isinstance(value, float | np.floating) and not math.isfinite(value):
         raise ValueError(f"field {name!r} has no value ({value})")
     if isinstance(value, dict | list | bytes):
         raise ValueError(f"field {name!r} holds {type(value).__name__}, not text")

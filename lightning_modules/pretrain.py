@@ -195,8 +195,10 @@ class PretrainModule(LeapModule):
     def _rule_decoders(self) -> list[Decoder]:
         """A row for each of `commit_rules`, at temperature 0 as in the papers of these rules."""
         length = self.trainer.datamodule.response_length
-        options = {"block_length": self.block_length, "guidance": self.guidance}
-        return [RuleDecoder(self.model, rule, length, **options) for rule in self.rules]
+        return [
+            RuleDecoder(self.model, rule, length, block_length=self.block_length, guidance=self.guidance)
+            for rule in self.rules
+        ]
 
     def decoder(self, data: Any, forwards: int, temperature: float) -> Decoder:
         """How the model answers prompts.

@@ -38,4 +38,4 @@ def reduce_unused_weights(part: FSDPModule) -> None:
                 weight.grad = torch.zeros_like(weight)
         reduce_used(*unused)
 
-    group.post_backward = MethodType(reduce_all, group)
+    group.post_backward = MethodType(reduce_all, group)  # type: ignore[method-assign]  # of this object alone

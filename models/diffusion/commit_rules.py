@@ -5,6 +5,7 @@ forward pass makes progress.
 Legend: B batch, R response columns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -17,9 +18,10 @@ RuleName = Literal["confidence", "entropy", "factor"]
 
 
 class CommitRule(Protocol):
-    """name: how the rule stands in tables."""
-
-    name: str
+    @property
+    def name(self) -> str:
+        """How the rule stands in tables."""
+        ...
 
     def __call__(self, confidence: Tensor, entropy: Tensor, competing: Tensor) -> Tensor:
         """Positions to commit (B, R) bool.
@@ -106,7 +108,11 @@ def most_confident(confidence: Tensor, competing: Tensor) -> Tensor:
     return torch.zeros_like(competing).scatter(-1, best, True) & competing
 
 
-RULES = {"confidence": ConfidenceThreshold, "entropy": EntropyBudget, "factor": ConfidenceFactor}
+RULES: dict[str, Callable[[float], CommitRule]] = {
+    "confidence": ConfidenceThreshold,
+    "entropy": EntropyBudget,
+    "factor": ConfidenceFactor,
+}
 
 
 def build_rules(wanted: dict[str, list[float]] | None) -> list[CommitRule]:
