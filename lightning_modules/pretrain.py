@@ -190,7 +190,7 @@ class PretrainModule(LeapModule):
         one_by_one = self.generation in ("autoregressive", "prefix")
         data, numbers = (self.trainer.datamodule, (1,)) if one_by_one else (None, self.forwards)
         scheduled = [self.decoder(data, n, self.temperature) for n in numbers]
-        return [*scheduled, *(self._rule_decoders() if self.generation == "masked" else [])]
+        return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
 
     def _rule_decoders(self) -> list[Decoder]:
         """A row for each of `commit_rules`, at temperature 0 as in the papers of these rules."""
