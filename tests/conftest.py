@@ -18,6 +18,14 @@ from models.backbones.llada import LladaModel, build_llada
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 
+LONGEST = ("test_ranks", "test_monitor_ranks", "test_tutorial", "test_end_to_end", "test_foreign_folders")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
