@@ -95,11 +95,20 @@ def _is_built(value: Any) -> bool:
 def _check(option: str, value: Any, kind: Any) -> None:
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     try:
-        TypeAdapter(kind, config=LENIENT).validate_python(plain)
+        read = TypeAdapter(kind, config=LENIENT).validate_python(plain)
     except ValidationError as error:
         raise UsageError(f"{option}={'null' if value is None else value}{_sentence(error)}") from None
     except PydanticUserError:  # a type that cannot be checked by looking at a value
         return
+    if _has_float_for_int(plain, read):
+        raise UsageError(f"{option}={value} should be a valid integer")
+
+
+def _has_float_for_int(given: Any, read: Any) -> bool:
+    """Whether a float such as 1.0, or one in a list, was read as an integer: constructors are given the float itself."""
+    if isinstance(given, list) and isinstance(read, list | tuple):
+        return any(_has_float_for_int(*pair) for pair in zip(given, read, strict=False))
+    return isinstance(given, float) and isinstance(read, int)
 
 
 def _sentence(error: ValidationError) -> str:

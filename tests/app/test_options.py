@@ -35,6 +35,7 @@ def test_what_an_experiment_sets_has_the_right_type(name):
     [
         ("seed=abc", "seed=abc should be a valid integer"),
         ("seed=1.5", "seed=1.5 should be a valid integer"),
+        ("seed=0.0", "seed=0.0 should be a valid integer"),
         ("seed=null", "seed=null should be a valid integer"),
         ("ckpt_path=3", "ckpt_path=3 should be a valid string"),
         ("data.batch_size=abc", "data.batch_size=abc should be a valid integer"),
