@@ -57,7 +57,7 @@ class CorpusState:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         if self.held_out:
-            np.savez(folder / HELD_OUT, allow_pickle=False, **self.held_out)
+            np.savez(folder / HELD_OUT, **self.held_out)  # type: ignore[arg-type]  # keywords are arrays
         beside = ("folder", "tokenizer", "held_out")
         described = {"format": FORMAT} | {name: value for name, value in vars(self).items() if name not in beside}
         unfinished = folder / f"{DESCRIPTION}.partial"

@@ -82,4 +82,5 @@ def test_drawn_codes_have_the_distribution_of_their_logits_over_the_noise(noise)
         logits = codes.logits(state)[0, 0]
         assert codes(state, torch.ones(1, 1), quantisation=1.0).ids.item() == logits.argmax()
     expected = n * (logits / noise).softmax(-1)
-    assert chisquare(drawn.bincount(minlength=5).numpy(), expected.double().numpy(), sum_check=False).pvalue > 1e-3
+    counts, expected = drawn.bincount(minlength=5).numpy(), expected.double().numpy()
+    assert chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-3
