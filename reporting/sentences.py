@@ -220,8 +220,8 @@ def _fewest(students: list[Row], name: str) -> Row:
     return max((row for row in known if row["nfe"] == least), key=lambda row: sign * row["quality"][name])
 
 
-def _number(count: int) -> str:
-    return NUMBERS.get(count, str(count))
+def _number(count: float) -> str:
+    return f"{count:.1f}" if isinstance(count, float) else NUMBERS.get(count, str(count))
 
 
 def _written(value: float, form: str) -> str:
