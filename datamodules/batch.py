@@ -5,6 +5,8 @@ Legend: B batch, P prompt columns, R response columns, L = P + R.
     input_ids      (B, L) int64  prompt left-padded to P columns, response padded with end-of-text to R columns
     attention_mask (B, L) bool   False only on the prompt's left padding (a response's trailing end-of-text is real text)
     response_mask  (B, L) bool   True on the R response columns
+    completion_mask (B, L) bool  True on the response up to its first end token, which alone causal models are then scored on;
+                                 only where a corpus leaves end padding out of the loss (data.end_padding=false)
     signal/<name>  (B,)   int64  known property of each row's text, of corpora with signals (`signal_sizes`)
 
 Because the response always fills the last R columns, `input_ids[:, -R:]` is the response of every row.
@@ -72,3 +74,16 @@ class TensorRows(Dataset):
         """A batch, and in `row` (B,) the number of each of its rows, under which values can be stored for it."""
         chosen = torch.as_tensor(indices)
         return {name: column[chosen] for name, column in self.columns.items()} | {"row": chosen}
+
+
+def trim_columns(batch: dict[str, Tensor], *, ends: bool) -> dict[str, Tensor]:
+    """The batch without the leading columns that are padding in all of its rows.
+
+    ends: also without the last columns that no row's `completion_mask` has; the response columns are then fewer.
+    """
+    first = int(batch["attention_mask"].any(0).long().argmax())
+    columns = batch["input_ids"].shape[1]
+    last = columns
+    if ends and "completion_mask" in batch:
+        last -= int(batch["completion_mask"].any(0).flip(0).long().argmax())
+    return {name: c[:, first:last] if c.ndim == 2 and c.shape[1] == columns else c for name, c in batch.items()}

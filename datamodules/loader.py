@@ -5,7 +5,7 @@ checkpoint, so a resumed run reads what the uninterrupted one would have read.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,15 +21,25 @@ class EpochSampler(Sampler[list[int]]):
     Ranks take alternate rows of the same global batch, so N ranks with batch_size / N rows each see together what one
     rank with batch_size rows sees. `drop_last` discards the incomplete global batch; without it every row is visited once.
 
+    lengths: tokens of each row (rows,). Shuffled rows of like length then share a batch: of every 50 batches the rows are
+        sorted by length, and the batches shuffled.
     accumulate: batches of an optimiser step. An epoch is then the fewest passes over the rows whose batches fill whole
     steps, because Lightning steps the optimiser at an epoch's last batch even where accumulation is not complete.
     """
 
     def __init__(
-        self, rows: int, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int, accumulate: int = 1
+        self,
+        rows: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        drop_last: bool,
+        seed: int,
+        accumulate: int = 1,
+        lengths: Tensor | None = None,
     ) -> None:
         self.rows, self.batch_size, self.shuffle, self.drop_last, self.seed = rows, batch_size, shuffle, drop_last, seed
-        self.accumulate = accumulate
+        self.accumulate, self.lengths = accumulate, lengths
         self.epoch = 0
         self.start = 0
 
@@ -74,13 +84,26 @@ class EpochSampler(Sampler[list[int]]):
         if not self.shuffle:
             return torch.arange(rows)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        return torch.randperm(rows, generator=generator)
+        order = torch.randperm(rows, generator=generator)
+        if self.lengths is None:
+            return order
+        return torch.cat([self._by_length(some, generator) for some in order.split(50 * self.rows_per_step())])
+
+    def _by_length(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """The rows sorted by length, in batches of a step that are shuffled; what fills no batch comes last."""
+        assert self.lengths is not None
+        per_step = self.rows_per_step()
+        whole = len(rows) // per_step * per_step
+        first, rest = rows[:whole], rows[whole:]
+        batches = first[self.lengths[first].argsort(stable=True)].view(-1, per_step)
+        return torch.cat([batches[torch.randperm(len(batches), generator=generator)].flatten(), rest])
 
 
 class ResumableLoader(DataLoader):
     """`DataLoader` over rows fetched a batch at a time whose `state_dict` is the number of batches handed out in this epoch.
 
-    order: replaces the order that the options before it describe.
+    lengths: see `EpochSampler`. order: replaces the order that the options before it describe. collate: what is done with each
+    batch of rows.
     After an epoch's last batch that number is 0: a run that resumes there begins the next epoch.
     """
 
@@ -93,12 +116,20 @@ class ResumableLoader(DataLoader):
         drop_last: bool = False,
         seed: int = 0,
         accumulate: int = 1,
+        lengths: Tensor | None = None,
         order: EpochSampler | None = None,
+        collate: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
         num_workers: int = 0,
     ) -> None:
         if order is None:
             order = EpochSampler(
-                len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, accumulate=accumulate
+                len(dataset),
+                batch_size,
+                shuffle=shuffle,
+                drop_last=drop_last,
+                seed=seed,
+                accumulate=accumulate,
+                lengths=lengths,
             )
         self.order = order
         self.handed_out = 0
@@ -107,7 +138,7 @@ class ResumableLoader(DataLoader):
             dataset,
             batch_sampler=self.order,
             num_workers=num_workers,
-            collate_fn=_already_batched,
+            collate_fn=collate or _already_batched,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,16 +15,18 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.batch import TensorRows, pack_prompt_response
+from datamodules.batch import TensorRows
 from datamodules.files import Pairs, read_pairs
 from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
 from datamodules.slot_values import Numbers, slot_numbers, slot_values
 from datamodules.sources import Source
 from datamodules.state import CorpusState, absolute_source, still_held_out, text_hashes
+from datamodules.template import Template, build_template
 from datamodules.text_signals import TextSignals
 from datamodules.tokenizer import build_tokenizer, fixed_kind
 from models.functional.errors import UsageError
+from models.functional.next_token import until_end
 from models.functional.rows import signal_columns
 
 
@@ -63,7 +66,11 @@ class PairsDataModule(PromptResponseDataModule):
         val_fraction: float = 0.05,
         prompt_length: int | None = None,
         response_length: int | None = None,
+        template: str = "plain",
+        prompt_suffix: str = "",
         mark_prompt_end: bool = True,
+        end_padding: bool = True,
+        group_by_length: bool = False,
         too_long: str = "error",
         max_test_rows: int | None = None,
         test_answers: int | None = None,
@@ -77,7 +84,8 @@ class PairsDataModule(PromptResponseDataModule):
         self.prompt_field, self.response_field = prompt_field, response_field
         self.tokenizer_kind, self.vocab_size, self.cache_dir = str(tokenizer), vocab_size, cache_dir
         self.lengths = {"prompt": prompt_length, "response": response_length}
-        self.mark_prompt_end = mark_prompt_end
+        self.template_kind, self.prompt_suffix, self.mark_prompt_end = str(template), prompt_suffix, mark_prompt_end
+        self.end_padding, self.group_by_length = end_padding, group_by_length
         self.too_long, self.val_fraction, self.max_test_rows = too_long, val_fraction, max_test_rows
         self.test_answers = test_answers
         self.held_out_hashes: dict[str, np.ndarray] = {}
@@ -107,6 +115,7 @@ class PairsDataModule(PromptResponseDataModule):
                 "prompt": self.lengths["prompt"] or state.prompt_length,
                 "response": self.lengths["response"] or state.response_length,
             }
+            _ = self.template  # may choose another end token
             if stage == "predict" and None not in self.lengths.values():
                 self.prompt_length, self.response_length = self.lengths["prompt"], self.lengths["response"]
                 return
@@ -117,6 +126,7 @@ class PairsDataModule(PromptResponseDataModule):
             if state is None:
                 texts = pairs["train"].prompts + pairs["train"].responses
                 self.tokenizer = build_tokenizer(self.tokenizer_kind, texts, self.vocab_size, self.cache_dir)
+                _ = self.template
             splits, next_id = {}, 0
             for split, read in pairs.items():
                 splits[split] = self._encode(read, next_id)
@@ -151,8 +161,9 @@ class PairsDataModule(PromptResponseDataModule):
         special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
         digest = hashlib.sha256(repr((self.prompt_length, self.response_length, special)).encode())
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
-        for name in ("input_ids", "attention_mask"):
-            digest.update(columns[name].numpy().tobytes())
+        for name in ("input_ids", "attention_mask", "completion_mask"):
+            if name in columns:
+                digest.update(columns[name].numpy().tobytes())
         return digest.hexdigest()
 
     # -- what a run was made with --------------------------------------------------------------------------------------
@@ -160,7 +171,12 @@ class PairsDataModule(PromptResponseDataModule):
     def fixed_options(self) -> dict[str, Any]:
         kind = fixed_kind(self.tokenizer_kind, self.vocab_size)
         held_out = {"val_fraction": self.val_fraction} if self.sources["val"] is None else {}
-        return kind | held_out | {"mark_prompt_end": self.mark_prompt_end}
+        own = {
+            "mark_prompt_end": self.mark_prompt_end,
+            "template": self.template_kind,
+            "prompt_suffix": self.prompt_suffix,
+        }
+        return kind | held_out | own
 
     def state(self) -> CorpusState:
         return replace(
@@ -231,16 +247,22 @@ class PairsDataModule(PromptResponseDataModule):
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     def _encode(self, pairs: Pairs, first_id: int) -> EncodedSplit:
-        end = [self.tokenizer.eos_token_id] if self.mark_prompt_end else []
-        prompt_ids = [ids + end for ids in self._encode_each_once(pairs.prompts)]
-        response_ids = self._encode_each_once(pairs.responses)
+        prompt_ids = _encode_each_once(pairs.prompts, self.template.encode_prompts)
+        response_ids = _encode_each_once(pairs.responses, self.template.encode_responses)
         return EncodedSplit(pairs, prompt_ids, response_ids, first_id, kept=list(range(len(pairs))))
 
-    def _encode_each_once(self, texts: list[str]) -> list[list[int]]:
-        # Many rows often share a prompt.
-        different = list(dict.fromkeys(texts))
-        ids = dict(zip(different, self.encode_texts(different), strict=True))
-        return [ids[text] for text in texts]
+    @cached_property
+    def template(self) -> Template:
+        state = self.made_from
+        own = state is None or "template" in state.options  # earlier versions wrote no BOS
+        kept = state is not None and own and self.template_kind != "plain"  # a file's text is kept with the tokenizer
+        return build_template(
+            "chat" if kept else self.template_kind,
+            self.tokenizer,
+            suffix=self.prompt_suffix,
+            mark_end=self.mark_prompt_end,
+            begin=own,
+        )
 
     def _leave_out_too_long(self, name: str, split: EncodedSplit, error: bool) -> None:
         limits = {"prompt": self.prompt_length, "response": self.response_length}
@@ -265,14 +287,13 @@ class PairsDataModule(PromptResponseDataModule):
             )
 
     def _rows(self, split: EncodedSplit) -> TensorRows:
-        columns = pack_prompt_response(
-            [split.prompt_ids[row] for row in split.kept],
-            [split.response_ids[row] for row in split.kept],
-            prompt_length=self.prompt_length,
-            response_length=self.response_length,
-            pad_id=self.tokenizer.pad_token_id,
-            eos_id=self.tokenizer.eos_token_id,
+        columns = self._pack(
+            [split.prompt_ids[row] for row in split.kept], [split.response_ids[row] for row in split.kept]
         )
+        if not self.end_padding:
+            response = columns["response_mask"]
+            text = until_end(columns["input_ids"].masked_fill(~response, -1), self.tokenizer.eos_token_id)
+            columns["completion_mask"] = response & text
         return TensorRows({**columns, "row_index": torch.tensor(split.kept) + split.first_id})
 
     # -- scoring ------------------------------------------------------------------------------------------------------
@@ -340,6 +361,13 @@ def _digest(pairs: Pairs) -> str:
     """sha256 of the texts."""
     texts = text_hashes(pairs.prompts).tobytes() + text_hashes(pairs.responses).tobytes()
     return hashlib.sha256(texts).hexdigest()
+
+
+def _encode_each_once(texts: list[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+    # Many rows often share a prompt.
+    different = list(dict.fromkeys(texts))
+    ids = dict(zip(different, encode(different), strict=True))
+    return [ids[text] for text in texts]
 
 
 def _round_up(token_lists: list[list[int]]) -> int:

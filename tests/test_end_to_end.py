@@ -61,7 +61,7 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
 
 def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, capsys):
     short = ["experiment=next_token_qwen", f"model.path={tiny_qwen(tmp_path / 'qwen')}", "logger=none"]
-    short += ["trainer.accelerator=cpu", "data=oracle", "~data.tokenizer", "data.size=tiny", "module.forwards=[1]"]
+    short += ["trainer.accelerator=cpu", "data=oracle", "data.size=tiny", "module.forwards=[1]"]
     rows = ["data.train_rows=64", "data.test_rows=16", "data.batch_size=16"]
     with pytest.raises(UsageError, match="no run of it left a causal model"):
         modes.generate(configure(*short, "mode=generate", "prompt='who=anna'"))

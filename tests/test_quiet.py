@@ -22,7 +22,7 @@ def shown():
 def test_an_adapted_model_is_trained_tested_asked_and_exported_without_a_warning(configure, tmp_path, capfd, shown):
     qwen = tiny_qwen(tmp_path / "qwen")
     short = ["experiment=next_token_qwen", f"model.path={qwen}", "model.lora_rank=2", "trainer.accelerator=cpu"]
-    short += ["data=oracle", "~data.tokenizer", "data.size=tiny", "module.forwards=[1]", "trainer.val_check_interval=1"]
+    short += ["data=oracle", "data.size=tiny", "module.forwards=[1]", "trainer.val_check_interval=1"]
     short += ["data.train_rows=32", "data.test_rows=16", "data.batch_size=16"]
     runs = tmp_path / "out" / "next_token_qwen"
     capfd.readouterr()

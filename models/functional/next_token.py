@@ -39,7 +39,7 @@ def causal_text(batch: dict[str, Tensor]) -> CausalText:
     """Packed rows (`labels` hold the next tokens) or prompt -> response rows (`response_mask`) as `CausalText`.
 
     Of a prompt -> response row only response tokens are scored, each conditioned on everything before it, so that their NLL
-    sums to -log p(response | prompt).
+    sums to -log p(response | prompt); where the batch has a `completion_mask`, those up to the first end token.
     """
     if "labels" in batch:
         labels = batch["labels"]
@@ -50,8 +50,13 @@ def causal_text(batch: dict[str, Tensor]) -> CausalText:
         )
     ids, seen = batch["input_ids"], read_columns(batch)
     return CausalText(
-        ids[:, :-1], ids[:, 1:], batch["response_mask"][:, 1:], seen[:, :-1], positions_from_mask(seen)[:, :-1]
+        ids[:, :-1], ids[:, 1:], completion_mask(batch)[:, 1:], seen[:, :-1], positions_from_mask(seen)[:, :-1]
     )
+
+
+def completion_mask(batch: dict[str, Tensor]) -> Tensor:
+    """(B, L) bool: the columns of prompt -> response rows that a causal model is scored on."""
+    return batch["completion_mask"] if "completion_mask" in batch else batch["response_mask"]
 
 
 def read_columns(batch: dict[str, Tensor]) -> Tensor:
@@ -83,8 +88,13 @@ def bidirectional_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor
     """Inputs of a bidirectional model: ids, attention_mask and which tokens can be masked; (B, L) each.
 
     Of packed rows the labels are read: every token of the stream is read once, in the column in which `target_bytes` counts
-    it. Errors: UsageError for rows of several documents, which causal objectives alone keep apart.
+    it. Errors: UsageError for rows of several documents, which causal objectives alone keep apart, and for rows whose end
+    padding is left out, which these models have to fill.
     """
+    if "completion_mask" in batch:
+        raise UsageError(
+            "data.end_padding=false is for causal models; type data.end_padding=true for one that fills masks"
+        )
     if "document_ids" in batch:
         raise UsageError("data.document_mask=true needs module/objective=next_token, multi_token or latent")
     if "labels" in batch:
@@ -133,4 +143,4 @@ def prefix_mask(seen: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
 
 def token_counts(batch: dict[str, Tensor]) -> int:
     """How many tokens of a batch are scored: labels that count, or response tokens."""
-    return int((batch["labels"] != IGNORED).sum() if "labels" in batch else batch["response_mask"].sum())
+    return int((batch["labels"] != IGNORED).sum() if "labels" in batch else completion_mask(batch).sum())

@@ -61,7 +61,7 @@ MISTAKES = [  # of the main job where no experiment is named
     ),
     (["experiment=objectives", "model.attention=sideways"], "model.attention=sideways is not known"),
     (["experiment=objectives", "callbacks.budget.flops=-1"], "callbacks.budget.flops=-1 must be above 0"),
-    (["experiment=next_token_qwen", "model.path=./nowhere", "data=oracle", "~data.tokenizer"], "folder does not exist"),
+    (["experiment=next_token_qwen", "model.path=./nowhere", "data=oracle"], "folder does not exist"),
     (["experiment=llada_oracle", "mode=test"], "no run of it left a checkpoint"),
     (["module.stages.flow.share=0.9"], "must add up to 1"),
     (["module.adapter=magic"], "type one of prefix, prefix+mask_noise, lora, full"),

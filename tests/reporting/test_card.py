@@ -73,7 +73,6 @@ def test_an_adapter_is_peft_s_and_names_its_base(configure, tmp_path, monkeypatc
         f"model.path={base}",
         "model.lora_rank=2",
         "data=oracle",
-        "~data.tokenizer",
     ]
     run, folder = export(configure, tmp_path, [*options, *SHORT, "module.forwards=[1]"])
     card, printed = read_card(folder, monkeypatch, capsys)
