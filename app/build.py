@@ -26,7 +26,8 @@ from lightning_modules.training.sharding import ShardedStrategy
 from models.backbones.abilities import context_of, require_separate_documents, require_steps
 from models.backbones.causal import build_causal
 from models.backbones.causal_lm import load_causal
-from models.backbones.llada import LladaModel, build_llada, load_llada
+from models.backbones.llada import LladaModel, build_llada
+from models.backbones.masked_from_causal import load_masked
 from models.backbones.sizes import STAND_IN
 from models.flow.student_files import is_student, teacher_folder
 from models.functional.errors import UsageError, require_forward_passes
@@ -209,13 +210,13 @@ def trained_teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
         cfg.teacher.path = cfg.model.path
         require_vocabulary_of(cfg.model.path, datamodule)
         return new_model(cfg, datamodule)
-    return _trained(cfg, cfg.teacher, datamodule, "teacher", load_llada)
+    return _trained(cfg, cfg.teacher, datamodule, "teacher", load_masked)
 
 
 def load_teacher(path: str | Path, datamodule: Any) -> LladaModel:
     """The teacher in a folder, or of the hub. Errors: UsageError where it is not there, or is of another vocabulary."""
     try:
-        teacher = load_llada(path)
+        teacher = load_masked(path)
     except UsageError as error:
         if Path(path).is_dir():
             raise
@@ -290,7 +291,8 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
 
 def checked_network(model: LladaModel, datamodule: Any, what: str) -> LladaModel:
     """The model itself. what: its name in messages. Errors: UsageError where the corpus does not fit it."""
-    known = {name: getattr(model.config, name, None) for name in ("vocab_size", "mask_token_id")}
+    mask_id = getattr(model.config, "mask_token_id", None) or getattr(model, "mask_id", None)
+    known = {"vocab_size": model.config.get_text_config().vocab_size, "mask_token_id": mask_id}
     datamodule.check_network(what, **known, context=context_of(model) or sys.maxsize)
     if isinstance(model, PreTrainedModel | PeftModel) and not isinstance(model, LladaModel):
         if getattr(datamodule, "document_mask", False):

@@ -76,14 +76,15 @@ class TensorRows(Dataset):
         return {name: column[chosen] for name, column in self.columns.items()} | {"row": chosen}
 
 
-def trim_columns(batch: dict[str, Tensor], *, ends: bool) -> dict[str, Tensor]:
-    """The batch without the leading columns that are padding in all of its rows.
+def trim_columns(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch without the columns that are padding in all of its rows.
 
-    ends: also without the last columns that no row's `completion_mask` has; the response columns are then fewer.
+    The first ones are those before every prompt; the last ones, where rows have a `completion_mask`, those after every end.
+    The response columns are then fewer.
     """
     first = int(batch["attention_mask"].any(0).long().argmax())
     columns = batch["input_ids"].shape[1]
     last = columns
-    if ends and "completion_mask" in batch:
+    if "completion_mask" in batch:
         last -= int(batch["completion_mask"].any(0).flip(0).long().argmax())
     return {name: c[:, first:last] if c.ndim == 2 and c.shape[1] == columns else c for name, c in batch.items()}

@@ -28,6 +28,7 @@ from datamodules.tokenizer import build_tokenizer, fixed_kind
 from models.functional.errors import UsageError
 from models.functional.next_token import until_end
 from models.functional.rows import signal_columns
+from models.functional.vocabulary import choose_mask_token
 
 
 @dataclass
@@ -66,6 +67,7 @@ class PairsDataModule(PromptResponseDataModule):
         val_fraction: float = 0.05,
         prompt_length: int | None = None,
         response_length: int | None = None,
+        mask_token: str | None = None,
         template: str = "plain",
         prompt_suffix: str = "",
         mark_prompt_end: bool = True,
@@ -84,6 +86,7 @@ class PairsDataModule(PromptResponseDataModule):
         self.prompt_field, self.response_field = prompt_field, response_field
         self.tokenizer_kind, self.vocab_size, self.cache_dir = str(tokenizer), vocab_size, cache_dir
         self.lengths = {"prompt": prompt_length, "response": response_length}
+        self.mask_token = mask_token
         self.template_kind, self.prompt_suffix, self.mark_prompt_end = str(template), prompt_suffix, mark_prompt_end
         self.end_padding, self.group_by_length = end_padding, group_by_length
         self.too_long, self.val_fraction, self.max_test_rows = too_long, val_fraction, max_test_rows
@@ -126,6 +129,8 @@ class PairsDataModule(PromptResponseDataModule):
             if state is None:
                 texts = pairs["train"].prompts + pairs["train"].responses
                 self.tokenizer = build_tokenizer(self.tokenizer_kind, texts, self.vocab_size, self.cache_dir)
+                if self.mask_token is not None:
+                    self.tokenizer.mask_token = choose_mask_token(self.tokenizer, self.mask_token)
                 _ = self.template
             splits, next_id = {}, 0
             for split, read in pairs.items():

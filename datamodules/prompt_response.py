@@ -1,6 +1,5 @@
 """The base of every prompt -> response corpus: three splits of rows, their loaders, a tokenizer and a scorer."""
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -91,7 +90,7 @@ class PromptResponseDataModule(CorpusDataModule):
             seed=self.seed,
             accumulate=accumulate,
             lengths=self._lengths(rows) if self.group_by_length else None,
-            collate=partial(trim_columns, ends=shuffle) if self.group_by_length else None,
+            collate=trim_columns if self.group_by_length and shuffle else None,
             num_workers=self.num_workers,
         )
 

@@ -93,6 +93,10 @@ class PretrainModule(LeapModule):
         self._log_loss(terms, "train")
         return self.refuse_nan(terms.loss) * self.token_weights.weight(terms.weight, self.device)
 
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if isinstance(self.objective, TextObjective):
+            self.objective.before_step(self.progress())
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.token_weights.finish(optimizer, self.trainer.accumulate_grad_batches, self.device)
 

@@ -18,9 +18,20 @@ def require_bidirectional(model: nn.Module, objective: str) -> None:
         raise UsageError(f"module/objective={objective} needs a bidirectional model; type model=small (made to fit)")
 
 
-def fill_nll(model: nn.Module, xt: Tensor, x0: Tensor, chosen: Tensor, attention_mask: Tensor) -> Tensor:
-    """-log p(x0_l | xt) in nats at the chosen positions, 0 elsewhere, (B, L); logits are computed for those alone."""
-    return chosen_nll(model.lm_head(model.hidden(model.embed(xt), attention_mask)[chosen]), x0, chosen)
+def fill_nll(
+    model: nn.Module,
+    xt: Tensor,
+    x0: Tensor,
+    chosen: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor | None = None,
+) -> Tensor:
+    """-log p(x0_l | xt) in nats at the chosen positions, 0 elsewhere, (B, L); logits are computed for those alone.
+
+    response_mask (B, L): of rows with prompts, for the networks whose prompt does not see the response.
+    """
+    states = model.hidden(model.embed(xt), attention_mask, response_mask=response_mask)
+    return chosen_nll(model.lm_head(states[chosen]), x0, chosen)
 
 
 def any_order_nll(model: nn.Module, batch: dict[str, Tensor], generator: Generator, most: int = 16) -> Tensor:
@@ -35,6 +46,7 @@ def any_order_nll(model: nn.Module, batch: dict[str, Tensor], generator: Generat
     for k in range(passes):
         count = stratified_count(maskable.sum(-1), k, passes, generator)
         hidden = hide_exactly(maskable, count, generator)
-        nll = fill_nll(model, torch.where(hidden, model.mask_id, x0), x0, hidden, attention_mask)
+        xt = torch.where(hidden, model.mask_id, x0)
+        nll = fill_nll(model, xt, x0, hidden, attention_mask, batch.get("response_mask"))
         total = total + nll * any_order_weight(maskable, count).unsqueeze(-1)
     return total / max(1, passes)

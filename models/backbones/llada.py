@@ -53,7 +53,7 @@ def _leap_attention(
     **_,
 ) -> tuple[Tensor, None]:
     """The attention that transformers calls in each layer: (B, H, L, d) in, (B, L, H, d) out."""
-    groups, layer = module.num_key_value_groups, module.layer_idx
+    groups, layer = getattr(module, "num_key_value_groups", 1), module.layer_idx
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if prefix is None:
         out = bidirectional_attention(query, key, value, attention_mask, scaling)
@@ -109,8 +109,14 @@ class LladaModel(LlamaPreTrainedModel):
         """(B, L) -> (B, L, D)"""
         return self.model.embed_tokens(input_ids)
 
-    def hidden(self, inputs_embeds: Tensor, attention_mask: Tensor, prefix: Prefix | None = None) -> Tensor:
-        """(B, L, D), (B, L) bool -> (B, L, D), after the last norm."""
+    def hidden(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        prefix: Prefix | None = None,
+        response_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L, D), (B, L) bool -> (B, L, D), after the last norm. Prompt and response are alike: no mask of it is read."""
         return self.model(
             inputs_embeds=inputs_embeds.to(self.embedding.dtype),
             attention_mask=padding_mask(attention_mask),

@@ -80,7 +80,9 @@ class MaskedDiffusion(TextObjective):
         # 2. the corrupted text
         xt, masked = mask_tokens(x0, maskable, p, model.mask_id, generator)
         # 3. logits of the masked positions only
-        masked_logits = model.lm_head(model.hidden(model.embed(xt), attention_mask)[masked])
+        response_mask = batch.get("response_mask")
+        own = None if response_mask is None else response_mask[:, : x0.shape[1]]
+        masked_logits = model.lm_head(model.hidden(model.embed(xt), attention_mask, response_mask=own)[masked])
         # 4. their cross entropy, weighted by 1 / p
         nll = masked_diffusion_nll(masked_logits, x0, masked, p)
         raw = {"predictions": masked.sum()} if x0.shape[1] == columns else {}

@@ -34,10 +34,13 @@ def guided_logits(
     w = 0 is the conditional model in one forward pass; otherwise two. The mask token itself is never generated.
     """
     columns = response_columns(response_mask)
-    conditional = model.lm_head(model.hidden(model.embed(xt), attention_mask)[:, -columns:])
+    conditional = model.lm_head(
+        model.hidden(model.embed(xt), attention_mask, response_mask=response_mask)[:, -columns:]
+    )
     if guidance != 0:
         hidden_prompt = torch.where(response_mask, xt, model.mask_id)
-        unconditional = model.lm_head(model.hidden(model.embed(hidden_prompt), attention_mask)[:, -columns:])
+        hidden = model.hidden(model.embed(hidden_prompt), attention_mask, response_mask=response_mask)
+        unconditional = model.lm_head(hidden[:, -columns:])
         conditional = unconditional + (guidance + 1) * (conditional - unconditional)
     conditional[..., model.mask_id] = float("-inf")
     return conditional

@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.backbones.checkpoint_files import staging_folder
-from models.backbones.llada import LladaModel, load_llada
+from models.backbones.llada import LladaModel
+from models.backbones.masked_from_causal import load_masked
 from models.flow.masked_student import MaskedStudent
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.prefix_student import PrefixStudent
@@ -100,7 +101,7 @@ def load_whole_student(folder: str | Path) -> Student:
     base = teacher_folder(folder)
     if base is None:
         raise UsageError(f"{folder} does not name its teacher's folder; read both with load_student(folder, teacher)")
-    return load_student(folder, load_llada(base))
+    return load_student(folder, load_masked(base))
 
 
 def load_student(folder: str | Path, base: LladaModel) -> Student:

@@ -155,6 +155,27 @@ class _GatedPrefixAttention(Function):
         return tangent, None, None, None, None
 
 
+def response_attention(
+    seen: Tensor, response: Tensor, *, block_length: int | None = None, prompt_sees_response: bool = False
+) -> Tensor:
+    """Who sees whom in a row of prompt and response: (B, 1, L, L) bool.
+
+    The prompt is causal and never sees the response. A response position sees the prompt, its own block of `block_length`
+    positions and the blocks before it; None: the whole response. With a block length of 1 all attention is causal.
+    seen (B, L) bool is False on padding; response (B, L) bool. prompt_sees_response: every position sees every other one.
+    A padding query sees itself, so that no row of scores is empty.
+    """
+    columns = torch.arange(seen.shape[-1], device=seen.device)
+    allowed = columns <= columns.unsqueeze(-1)
+    if prompt_sees_response:
+        allowed = torch.ones_like(allowed)
+    number = response.long().cumsum(-1) - 1  # of a response position in its response
+    block = torch.zeros_like(number) if block_length is None else number // block_length
+    own = response.unsqueeze(-1) & response.unsqueeze(-2) & (block.unsqueeze(-2) <= block.unsqueeze(-1))
+    itself = torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+    return (((allowed | own) & seen.unsqueeze(-2)) | itself).unsqueeze(1)
+
+
 def padding_mask(attention_mask: Tensor) -> Tensor:
     """(B, L) bool, True = real token -> (B, 1, L, L) bool: every query sees every real key."""
     batch, length = attention_mask.shape

@@ -82,6 +82,9 @@ class TextObjective:
         """The network whose hidden states are the result of the training."""
         return model
 
+    def before_step(self, share: float) -> None:
+        """Called before every training step with the share of the training that is done, 0 to 1."""
+
     def after_step(self, model: nn.Module) -> None:
         """Called after every optimizer step."""
 

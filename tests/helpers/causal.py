@@ -85,7 +85,7 @@ class ToyFiller(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.table(input_ids)
 
-    def hidden(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden(self, inputs_embeds: Tensor, attention_mask: Tensor, response_mask: Tensor | None = None) -> Tensor:
         keep = attention_mask.to(inputs_embeds.dtype).unsqueeze(-1)
         mean = (inputs_embeds * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)
         place = torch.arange(inputs_embeds.shape[1], dtype=inputs_embeds.dtype).view(1, -1, 1) / 10

@@ -54,7 +54,7 @@ class Spy(torch.nn.Module):
         self.seen.append(ids.clone())
         return self.table(ids)
 
-    def hidden(self, embeds, attention_mask):
+    def hidden(self, embeds, attention_mask, response_mask=None):
         return embeds
 
     def lm_head(self, hidden):

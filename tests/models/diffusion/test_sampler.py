@@ -131,7 +131,7 @@ class ExactPosterior(torch.nn.Module):
     def embed(self, ids):
         return ids
 
-    def hidden(self, ids, attention_mask):
+    def hidden(self, ids, attention_mask, response_mask=None):
         known = ids.masked_fill(ids == 2, 0).amax(1)
         return known.unsqueeze(1).expand(ids.shape)
 
@@ -160,7 +160,7 @@ def test_ancestral_sampling_with_an_exact_posterior_is_exact_and_one_step_is_not
 def test_a_decoder_takes_as_many_forward_passes_as_it_names(tiny_llada, guidance, monkeypatch):
     model, taken = tiny_llada(), []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *arguments: taken.append(1) or hidden(*arguments))
+    monkeypatch.setattr(model, "hidden", lambda *arguments, **more: taken.append(1) or hidden(*arguments, **more))
     decoder = MaskedDiffusionDecoder(model, 3, guidance=guidance)
     decoder(_rows(model), torch.Generator().manual_seed(0))
     assert decoder.forwards == len(taken)

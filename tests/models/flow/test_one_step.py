@@ -57,7 +57,7 @@ def test_greedy_is_the_argmax_of_the_students_logits_over_the_whole_interval(stu
 def test_one_forward_is_one_forward(student, monkeypatch):
     calls = []
     hidden = student.base.hidden
-    monkeypatch.setattr(student.base, "hidden", lambda *inputs: calls.append(1) or hidden(*inputs))
+    monkeypatch.setattr(student.base, "hidden", lambda *inputs, **more: calls.append(1) or hidden(*inputs, **more))
     OneStepDecoder(student)(make_rows(), torch.Generator())
     assert len(calls) == OneStepDecoder.forwards == 1
 

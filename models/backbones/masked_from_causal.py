@@ -1,0 +1,263 @@
+"""A pretrained causal LM as a network that fills masks: its prompt stays causal, its response sees itself.
+
+The state before a position still predicts the position's token, as in pretraining (Gong et al., DiffuLLaMA, 2410.17891), and
+the prompt never sees the response (NBDiff, 2512.06776). Without training it is the causal model wherever no mask is seen.
+Legend: B batch, L columns, D width, V vocabulary.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from models.backbones import checkpoint_files as files
+from models.backbones.abilities import alike, limited_layers, trial
+from models.backbones.causal_lm import load_causal, output_logits, save_merged
+from models.backbones.llada import LladaModel, Prefix, load_llada
+from models.functional.attention import positions_from_mask, response_attention
+from models.functional.errors import UsageError, require_choice
+from models.functional.next_token import before_response
+from models.functional.vocabulary import choose_mask_token, vocabulary_size
+
+MODEL_TYPE = "leap_masked_from_causal"
+CAUSAL, MASK = "causal", "mask.safetensors"  # in its folder: the causal model, and what the mask is embedded as
+ATTENTION = "leap_bidirectional"  # registered in `llada`
+MASK_RATE = 3.0  # times the learning rate: so fast is the mask's embedding trained, which begins untrained
+
+Conversion = Literal["causal_prompt", "bidirectional"]
+Separator = Literal["response", "prompt"]
+
+
+@dataclass(frozen=True)
+class FromCausalOptions:
+    """mask_token_id: the id that stands for a mask. vocab_size: ids from there on are padding of the output layer.
+
+    conversion: `causal_prompt`, or `bidirectional`, in which the prompt sees the response too (a control).
+    separator: the last prompt token, whose state predicts the first token of the response, sees the `response` or only the
+        `prompt`. With `prompt` the first token is predicted as the causal model predicts it, whatever else is known.
+    """
+
+    mask_token_id: int
+    vocab_size: int
+    conversion: Conversion = "causal_prompt"
+    separator: Separator = "response"
+
+    def __post_init__(self) -> None:
+        require_choice("model.conversion", self.conversion, get_args(Conversion))
+        require_choice("model.separator", self.separator, get_args(Separator))
+
+
+class MaskedFromCausal(nn.Module):
+    """A masked diffusion LM on the weights of a causal one, with the interface of `LladaModel`.
+
+    causal: a model of transformers, with or without adapters of peft; what trains in it, trains here.
+    block_length: a response position sees its own block of so many positions and those before it. None: all of the response.
+        With 1 the network is the causal model.
+    The mask's embedding is a weight of its own in float32. It starts as the mean of the table, at the median length of its
+    rows. `mask_change` times `MASK_RATE` is what training adds: its optimiser steps are so much longer.
+    """
+
+    def __init__(self, causal: PreTrainedModel | PeftModel, options: FromCausalOptions) -> None:
+        super().__init__()
+        self.causal, self.options = causal, options
+        self.block_length: int | None = None
+        self._usual_attention = causal.config._attn_implementation
+        self._attend_with(ATTENTION)
+        table = causal.get_input_embeddings().weight.detach().float()[: options.vocab_size]
+        mean = table.mean(0)
+        self.register_buffer("mask_start", mean * table.norm(dim=-1).median() / mean.norm(), persistent=False)
+        self.mask_change = nn.Parameter(torch.zeros_like(mean))
+        allowed = torch.zeros(causal.config.get_text_config().vocab_size, device=table.device)
+        allowed[options.vocab_size :] = -torch.inf
+        allowed[options.mask_token_id] = -torch.inf
+        self.register_buffer("allowed", allowed, persistent=False)
+
+    mask_start: Tensor
+    allowed: Tensor
+
+    # -- what users of LladaModel read ----------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.causal.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask_change.device
+
+    @property
+    def mask_id(self) -> int:
+        return self.options.mask_token_id
+
+    @property
+    def mask_embedding(self) -> Tensor:
+        """(D,) float32"""
+        return self.mask_start + MASK_RATE * self.mask_change
+
+    @property
+    def embedding(self) -> Tensor:
+        """(V, D): the table of the causal model with the mask's own row."""
+        table = self.causal.get_input_embeddings().weight
+        place = torch.tensor([self.mask_id], device=table.device)
+        return table.index_copy(0, place, self.mask_embedding.to(table.dtype).unsqueeze(0))
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, L) -> (B, L, D)"""
+        embeds = self.causal.get_input_embeddings()(input_ids)
+        masked = (input_ids == self.mask_id).unsqueeze(-1)
+        return torch.where(masked, self.mask_embedding.to(embeds.dtype), embeds)
+
+    def hidden(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        prefix: Prefix | None = None,
+        response_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L, D), (B, L) bool -> (B, L, D) after the last norm, of the position before each: what predicts its token.
+
+        response_mask (B, L) bool: which columns are of the response. Errors: UsageError without it.
+        """
+        if response_mask is None:
+            raise UsageError("model=from_causal needs prompts with responses; type data=pairs")
+        first = before_response(response_mask)
+        seen = attention_mask | first
+        own = response_mask | first if self.options.separator == "response" else response_mask
+        mask = response_attention(
+            seen,
+            own,
+            block_length=self.block_length,
+            prompt_sees_response=self.options.conversion == "bidirectional" and self.block_length is None,
+        )
+        more = {} if prefix is None else {"prefix": prefix}
+        states = self.causal.get_decoder()(
+            inputs_embeds=inputs_embeds.to(self.causal.get_input_embeddings().weight.dtype),
+            attention_mask=mask,
+            position_ids=positions_from_mask(seen),
+            use_cache=False,
+            **more,
+        ).last_hidden_state
+        return torch.cat([states[:, :1], states[:, :-1]], 1)
+
+    def lm_head(self, states: Tensor) -> Tensor:
+        """Logits (..., V) of `hidden` states (..., D); -inf for the mask and for ids that are no tokens."""
+        return output_logits(self.causal, states) + self.allowed
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+        """(B, L) ids -> (B, L, V) logits of the clean token at every position but the first."""
+        return self.lm_head(self.hidden(self.embed(input_ids), attention_mask, response_mask=response_mask))
+
+    def causal_logits(self, input_ids: Tensor) -> Tensor:
+        """(B, L) ids -> (B, L, V) logits of the causal model, with the attention of transformers."""
+        self._attend_with(self._usual_attention)
+        try:
+            return self.causal(input_ids=input_ids, use_cache=False).logits
+        finally:
+            self._attend_with(ATTENTION)
+
+    def _attend_with(self, implementation: str) -> None:
+        inner = self.causal.get_base_model() if isinstance(self.causal, PeftModel) else self.causal
+        inner.set_attn_implementation(implementation)
+
+    # -- files ----------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """config.json, the causal model in a plain folder of its own with adapters merged, and the mask's embedding."""
+        folder = Path(folder)
+        save_merged(self.causal, folder / CAUSAL)
+        save_file({"mask_embedding": self.mask_embedding.detach().cpu().contiguous()}, folder / MASK)
+        described = {"model_type": MODEL_TYPE, **asdict(self.options)}
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def load_from_causal(
+    path: str | Path,
+    *,
+    mask_token: str = "auto",
+    conversion: Conversion = "causal_prompt",
+    separator: Separator = "response",
+    **options: Any,
+) -> MaskedFromCausal:
+    """The causal LM in `path`, a local folder or a hub name, as a network that fills masks; options: of `load_causal`.
+
+    mask_token: a token of its tokenizer, see `choose_mask_token`.
+    Errors: UsageError as in `load_causal`, for architectures that do not follow the attention that is asked for, and for a
+    folder without a tokenizer.
+    """
+    folder = files.find_folder(path)
+    causal = load_causal(folder, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for a folder that it cannot read
+        raise UsageError(
+            f"model.path={path} holds no tokenizer ({str(error).splitlines()[0]}), whose mask token is needed; write it there "
+            "with tokenizer.save_pretrained(FOLDER)"
+        ) from error
+    mask_id = tokenizer.convert_tokens_to_ids(choose_mask_token(tokenizer, mask_token))
+    own = FromCausalOptions(mask_id, vocabulary_size(tokenizer), conversion, separator)
+    model = MaskedFromCausal(causal, own)
+    require_attention(model, f"model.path={path}")
+    return model.train()
+
+
+def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCausal":
+    """A network that fills masks: what `MaskedFromCausal.save_pretrained` wrote, or else a LLaDA model (`load_llada`)."""
+    folder = files.find_folder(path)
+    described = files.read_json(folder / "config.json")
+    if described.pop("model_type", None) != MODEL_TYPE:
+        return load_llada(folder, **options)
+    model = MaskedFromCausal(load_causal(folder / CAUSAL, **options), FromCausalOptions(**described))
+    with torch.no_grad():
+        model.mask_start.copy_(load_file(folder / MASK)["mask_embedding"])
+    return model.eval()
+
+
+@torch.no_grad()
+def require_attention(model: MaskedFromCausal, where: str) -> None:
+    """Raise UsageError for an architecture that does not attend as it is told to. where: what was typed.
+
+    With a block length of 1 its logits have to be the causal model's; with the whole response as one block, the prompt must
+    not see the response, and an earlier response position has to see a later one.
+    """
+    config = model.config.get_text_config()
+    kinds = limited_layers(config)
+    if kinds:
+        raise UsageError(
+            f"{where}: a model of type {config.model_type} has layers of {', '.join(sorted(kinds))}, and its response could "
+            "not see all of itself; type a model with full attention, such as model.path=Qwen/Qwen3-0.6B"
+        )
+    try:
+        obeys = _obeys(model)
+    except Exception as error:  # what an architecture makes of masks that it does not know
+        raise UsageError(_UNFIT.format(where=where, kind=config.model_type)) from error
+    if not obeys:
+        raise UsageError(_UNFIT.format(where=where, kind=config.model_type))
+
+
+_UNFIT = (
+    "{where}: a model of type {kind} does not follow the attention between prompt and response that this needs; type one of "
+    "the layout of Llama or Qwen3, such as model.path=Qwen/Qwen3-0.6B"
+)
+
+
+def _obeys(model: MaskedFromCausal) -> bool:
+    with trial(model):
+        words = [k for k in range(1, 9) if k != model.mask_id]
+        ids = torch.tensor([words[:6], [*words[:5], words[6]]], device=model.device)
+        response = torch.arange(6, device=model.device).expand(2, -1) >= 3
+        seen = torch.ones_like(response)
+        whole = model.hidden(model.embed(ids), seen, response_mask=response)
+        model.block_length = 1
+        blocks = model(ids, seen, response)[:, 1:]
+        model.block_length = None
+        causal = model.causal_logits(ids)
+    tokens = torch.isfinite(model.allowed)
+    as_causal = alike(blocks[..., tokens], causal[:, :-1, tokens])
+    prompt_apart = model.options.conversion == "bidirectional" or alike(*whole[:, :3])
+    return as_causal and prompt_apart and not torch.equal(*whole[:, 4])
