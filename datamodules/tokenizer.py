@@ -24,6 +24,15 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<mask>"]
 BEGINNING = "<bos>"
 UNKNOWN = "<unk>"
 TRAINED = ("bpe", "phrases", "words")  # made from the texts
+# a folder of save_pretrained has at least one of them
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
 
 # From this size on a BPE vocabulary holds all 256 bytes, so that it can spell any text; a smaller one could not afford
 # them and holds only the bytes of the training texts.
@@ -219,16 +228,23 @@ def _from_folder(kind: str) -> PreTrainedTokenizerFast:
             f"type data.tokenizer=bpe, or fetch one with `hf download NAME --local-dir FOLDER` "
             f"and type data.tokenizer=FOLDER"
         )
+    # transformers 5.5 answers a folder of a model alone with a tokenizer of special tokens only
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise _no_tokenizer(kind, f"it has no {TOKENIZER_FILES[0]}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a folder that it cannot read
-        raise UsageError(
-            f"data.tokenizer={kind}: no tokenizer could be read from this folder ({str(error).splitlines()[0]}); type the "
-            "folder of one that tokenizer.save_pretrained(FOLDER) wrote, with a tokenizer.json in it"
-        ) from error
+        raise _no_tokenizer(kind, next(iter(str(error).splitlines()), type(error).__name__)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UsageError(
             f"data.tokenizer={kind} holds a {type(tokenizer).__name__}, which has no tokenizer.json; "
             f"type data.tokenizer=bpe or the folder of a fast tokenizer"
         )
     return tokenizer
+
+
+def _no_tokenizer(kind: str, reason: str) -> UsageError:
+    return UsageError(
+        f"data.tokenizer={kind}: no tokenizer could be read from this folder ({reason}); type the folder of one that "
+        "tokenizer.save_pretrained(FOLDER) wrote, with a tokenizer.json in it"
+    )
