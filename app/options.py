@@ -21,6 +21,7 @@ OWN = {
     "temperature": float | None,
     "ckpt_path": str | None,
     "student_path": str | None,
+    "report_dir": str | None,
     "optimized_metric": str,
     "compile": str | None,
     "recompute": bool,

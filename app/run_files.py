@@ -53,6 +53,11 @@ def find_checkpoint(runs: Path, ckpt_path: str) -> Path:
     return require_readable(path)
 
 
+def runs_elsewhere(outputs: Path) -> list[Path]:
+    """The folders of all experiments' runs that lie outside the outputs folder."""
+    return [folder for listed in sorted(outputs.glob(f"**/{RUNS}")) for folder in _elsewhere(listed.parent)]
+
+
 def newest_student(runs: Path) -> Path:
     """The folder of the experiment's newest student."""
     advice = f"no student has been trained; type python run.py experiment={runs.name} first, or student_path=<folder>"
