@@ -61,6 +61,21 @@ def test_what_can_be_composed_is_left_alone(arguments):
     assert mistake_in(["experiment=meanflow_llada", *arguments]) is None
 
 
+@pytest.mark.parametrize("group", ["experiment", "data", "callbacks", "logger", "trainer", "module/objective"])
+@pytest.mark.parametrize("value", ["null", "''", "[a,b]", "{a:1}", "2"])
+def test_a_group_takes_the_name_of_a_file_alone(group, value):
+    assert f"{group}=" in mistake_in(["experiment=objectives", f"{group}={value}"])
+
+
+@pytest.mark.parametrize("name", ["paths.output_dir", "paths.cache_dir", "hydra.run.dir", "hydra.sweep.dir"])
+@pytest.mark.parametrize("value", ["null", "", "' '", "[a,b]"])
+def test_a_folder_of_runs_cannot_be_left_out(name, value):
+    """An empty name would be the root of the file system."""
+    sentence = mistake_in(["experiment=objectives", f"{name}={value}"])
+    assert sentence == f"{name}={value}: {name} cannot be left out; type {name}=<a folder>"
+    assert mistake_in(["experiment=objectives", *quoted([f"{name}=2026"])]) is None
+
+
 def test_without_an_experiment_only_a_report_is_made():
     assert mistake_in(["mode=report"]) is None
     for arguments in (["seed=1"], ["module.lr=1"], ["mode=generate"]):
