@@ -151,7 +151,7 @@ def _require_folder(override: Override) -> None:
     name = override.key_or_group
     if not name.startswith("paths") and name not in ("hydra.run.dir", "hydra.sweep.dir"):
         return
-    values = [None] if override.is_delete() else [override.value()]
+    values: list[Any] = [None] if override.is_delete() else [override.value()]
     values = list(override.sweep_iterator()) if override.is_sweep_override() else values
     if name == "paths" or not all(isinstance(value, str) and value.strip() for value in values):
         option_name = "paths.output_dir" if name == "paths" else name

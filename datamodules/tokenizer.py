@@ -24,6 +24,7 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<mask>"]
 BEGINNING = "<bos>"
 UNKNOWN = "<unk>"
 TRAINED = ("bpe", "phrases", "words")  # made from the texts
+GENERATION = "generation_config.json"  # of the model in the tokenizer's folder
 # a folder of save_pretrained has at least one of them
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -113,13 +114,19 @@ def _name_a_token(name: str) -> str:
     )
 
 
+def keep_further_ends(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write what `further_ends` reads into a folder that the tokenizer is saved in."""
+    if ends := further_ends(tokenizer):
+        (folder / GENERATION).write_text(json.dumps({"eos_token_id": sorted(ends)}) + "\n")
+
+
 def further_ends(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     """The ids at which its model ends a text, of the generation_config.json in the tokenizer's folder.
 
     A chat model ends a turn with one token and a document with another; the tokenizer names only one of them.
     """
     try:
-        ends = json.loads(Path(tokenizer.name_or_path, "generation_config.json").read_text())["eos_token_id"]
+        ends = json.loads(Path(tokenizer.name_or_path, GENERATION).read_text())["eos_token_id"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {ends} if isinstance(ends, int) else set(ends or ())
