@@ -1,5 +1,6 @@
 """Mistakes of the command line get a sentence that says what to type, before Hydra composes and any library is read."""
 
+import os
 import re
 from difflib import get_close_matches
 from functools import cache
@@ -27,7 +28,7 @@ NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_
 
 
 def quoted(arguments: list[str]) -> list[str]:
-    """The arguments, with quotes for Hydra around prompts and paths that its grammar takes for something else.
+    """The arguments, with quotes for Hydra around prompts and paths that its grammar takes for something else, and ~ replaced.
 
     Hydra reads brackets, equals signs and commas, which are characters like any others there. A value in quotes stays as it
     is; in a sweep (-m) a comma separates two values.
@@ -41,6 +42,9 @@ def _quoted(argument: str, sweep: bool) -> str:
     is_prompt = name.lstrip("+") in PROMPTS
     if not equals or not (is_prompt or PATHS.fullmatch(name.lstrip("+"))):
         return argument
+    if not is_prompt and value.startswith("~"):  # a shell replaces it at the beginning of a word alone
+        value = os.path.expanduser(value)
+        argument = f"{name}={value}"
     override = _read(argument)
     if override is not None and (sweep or not is_prompt or not override.is_sweep_override()):
         return option(name, value) if not is_prompt and _is_number(override) else argument  # a file named 2026

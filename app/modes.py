@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from app.build import build, keep_made_with, run_dir, runs_of
 from app.command_line import NO_EXPERIMENT
 from app.generate import generate
-from app.locks import exclusive_run
+from app.locks import exclusive_run, leads
 from app.options import check_options
 from app.run_files import newest_student, runs_elsewhere
 from app.sweep import in_sweep, typed_again
@@ -50,7 +50,9 @@ def run_mode(cfg: DictConfig) -> float | None:
 
 
 def _say_interrupted(cfg: DictConfig, stop: Interrupted) -> None:
-    """Where the state is, and what to type to go on."""
+    """Where the state is, and what to type to go on: of all ranks the first says it."""
+    if not leads():
+        return
     if stop.checkpoint is None:
         console.print(f"interrupted at step {stop.step}; no checkpoint was saved")
         return
@@ -145,7 +147,7 @@ def report(cfg: DictConfig) -> None:
 
     Without report_dir= these are all runs of the outputs folder, those with a folder elsewhere (hydra.run.dir) among them.
     """
-    folder = Path(cfg.report_dir or cfg.paths.output_dir).expanduser()
+    folder = Path(cfg.report_dir or cfg.paths.output_dir)
     elsewhere = [] if cfg.report_dir else runs_elsewhere(folder)
     report_frontier(folder, console, elsewhere)
     for name, runs in read_sweeps(folder, *elsewhere).items():

@@ -98,7 +98,7 @@ def absolute_source(source: Source | None) -> list[str] | None:
     """Where a split is read from, whatever the working directory; None for a split without a source."""
     if source is None:
         return None
-    return [str(item) if is_hub(item) else str(Path(item).expanduser().absolute()) for item in items_of(source)]
+    return [str(item) if is_hub(item) else str(Path(os.path.expanduser(item)).absolute()) for item in items_of(source)]
 
 
 def text_hashes(texts: Iterable[str]) -> np.ndarray:

@@ -83,7 +83,7 @@ def fixed_kind(kind: str, vocab_size: int) -> dict[str, Any]:
     """The options that decide which tokenizer is made from the same texts."""
     if kind in TRAINED:
         return {"tokenizer": kind, "vocab_size": vocab_size}
-    return {"tokenizer": kind if kind == "byte" else str(Path(kind).expanduser().resolve())}
+    return {"tokenizer": kind if kind == "byte" else str(Path(os.path.expanduser(kind)).resolve())}
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast, where: str = "data.tokenizer") -> int:
@@ -228,8 +228,8 @@ def _with_special_tokens(backend: Tokenizer, special: list[str]) -> PreTrainedTo
 
 
 def _from_folder(kind: str) -> PreTrainedTokenizerFast:
-    folder = Path(kind).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(kind))
+    if not os.path.isdir(folder):
         raise UsageError(
             f"data.tokenizer={kind} is neither byte, bpe, phrases or words nor a folder (looked for {folder.absolute()}); "
             f"type data.tokenizer=bpe, or fetch one with `hf download NAME --local-dir FOLDER` "

@@ -79,7 +79,7 @@ def files_below(folders: Iterable[str | Path], name: str) -> list[Path]:
 def find_records(folder: str | Path, elsewhere: Iterable[Path] = ()) -> list[tuple[Path, dict[str, Any]]]:
     """Every record.json below a folder, and those of runs elsewhere, oldest first. Raises UsageError when there is none."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} does not exist; type report_dir=<folder with runs> or run an experiment")
     found = files_below([folder, *elsewhere], "record.json")
     if not found:

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.experiment import ROOT
@@ -169,6 +170,8 @@ def test_a_path_is_read_as_it_is_typed(name):
     for stays in ("[a.txt,b.txt]", "a.txt,b.txt", "${x}/y", "[a=1"):
         assert quoted([f"{name}={stays}"]) == [f"{name}={stays}"]
     assert quoted(["module.lr=a=b"]) == ["module.lr=a=b"]
+    assert quoted([f"{name}=~/a.txt"]) == [f"{name}={Path.home()}/a.txt"]
+    assert quoted([f"{name}=~no such user/a"]) == [f"{name}='~no such user/a'"]
 
 
 def test_prompts_of_a_real_shell(tmp_path):
