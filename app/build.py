@@ -270,7 +270,8 @@ def _trained(cfg: DictConfig, recipe: DictConfig, datamodule: Any, what: str, lo
             f"seed of its training, or {option}.path=<its folder>, or train one first (mode=fit)"
         )
     recipe.path = None if cfg.trainer.get("fast_dev_run") else str(folder)
-    recipe.callbacks.checkpoint.dirpath = str(partial_folder(folder))
+    if recipe.callbacks.get("checkpoint") is not None:
+        recipe.callbacks.checkpoint.dirpath = str(partial_folder(folder))
     return train_or_load(
         folder,
         what=what,

@@ -1,5 +1,6 @@
 """Mistakes of the command line get a sentence that says what to type, before Hydra composes and any library is read."""
 
+import os
 import re
 from difflib import get_close_matches
 from functools import cache
@@ -27,7 +28,7 @@ NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_
 
 
 def quoted(arguments: list[str]) -> list[str]:
-    """The arguments, with quotes for Hydra around prompts and paths that its grammar takes for something else.
+    """The arguments, with quotes for Hydra around prompts and paths that its grammar takes for something else, and ~ replaced.
 
     Hydra reads brackets, equals signs and commas, which are characters like any others there. A value in quotes stays as it
     is; in a sweep (-m) a comma separates two values.
@@ -41,9 +42,12 @@ def _quoted(argument: str, sweep: bool) -> str:
     is_prompt = name.lstrip("+") in PROMPTS
     if not equals or not (is_prompt or PATHS.fullmatch(name.lstrip("+"))):
         return argument
+    if not is_prompt and value.startswith("~"):  # a shell replaces it at the beginning of a word alone
+        value = os.path.expanduser(value)
+        argument = f"{name}={value}"
     override = _read(argument)
     if override is not None and (sweep or not is_prompt or not override.is_sweep_override()):
-        return argument
+        return option(name, value) if not is_prompt and _is_number(override) else argument  # a file named 2026
     if value[:1] in ("'", '"') and value[-1:] == value[:1]:
         return argument  # quotes that do not match: the user is told
     if sweep and not set(value) & set("'\""):
@@ -52,6 +56,10 @@ def _quoted(argument: str, sweep: bool) -> str:
     if not is_prompt and value[:1] in ("[", "{"):
         return argument
     return option(name, value)
+
+
+def _is_number(override: Override) -> bool:
+    return not override.is_sweep_override() and type(override.value()) in (int, float)
 
 
 def mistake_in(arguments: list[str]) -> str | None:
@@ -73,6 +81,7 @@ def _check(arguments: list[str]) -> None:
     overrides = [_parsed(text) for text in typed]
     for override in overrides:
         _require_one_value(override, sweep=any(flag in arguments for flag in MULTIRUN))
+        _require_folder(override)
     groups = [override for override in overrides if _is_group(override)]
     for override in groups:
         _require_known_choice(override)
@@ -141,6 +150,18 @@ def _require_one_value(override: Override, sweep: bool) -> None:
         )
 
 
+def _require_folder(override: Override) -> None:
+    """Hydra makes these folders before any other check."""
+    name = override.key_or_group
+    if not name.startswith("paths") and name not in ("hydra.run.dir", "hydra.sweep.dir"):
+        return
+    values: list[Any] = [None] if override.is_delete() else [override.value()]
+    values = list(override.sweep_iterator()) if override.is_sweep_override() else values
+    if name == "paths" or not all(isinstance(value, str) and value.strip() for value in values):
+        option_name = "paths.output_dir" if name == "paths" else name
+        raise UsageError(f"{override.input_line}: {name} cannot be left out; type {option_name}=<a folder>")
+
+
 # -- groups ----------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +174,7 @@ def _is_group(override: Override) -> bool:
 def _choices(override: Override) -> list[str]:
     """What a choice of a group names: several in a sweep."""
     values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-    return [str(value) for value in values if isinstance(value, str | int | float)]
+    return ["null" if value is None else str(value) for value in values]
 
 
 def _require_known_choice(override: Override) -> None:
@@ -176,8 +197,7 @@ def _composed(groups: list[Override]) -> dict[str, Any] | None:
     for override in groups:
         prefix = "+" if override.is_add() else ""
         package = f"@{override.package}" if override.package else ""
-        value = (_choices(override) or ["null"])[0]
-        chosen.append(f"{prefix}{override.key_or_group}{package}={value}")
+        chosen.append(f"{prefix}{override.key_or_group}{package}={_choices(override)[0]}")
     try:
         return _compose(*chosen)
     except HydraException as error:

@@ -111,7 +111,7 @@ def _model_decoder(cfg: DictConfig, weights: Path, datamodule: Any, device: torc
     module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
     fill_from_checkpoint(module, weights)
     most = min(max(cfg.module.forwards), datamodule.response_length)
-    return module.to(device).eval().decoder(datamodule, cfg.forwards or most, temperature)
+    return module.to(device).eval().decoder(datamodule, cfg.forwards or most, temperature, datamodule.end_ids())
 
 
 def _student_decoder(cfg: DictConfig, folder: Path, datamodule: Any, device: torch.device) -> Decoder:

@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from app.build import build, keep_made_with, run_dir, runs_of
 from app.command_line import NO_EXPERIMENT
 from app.generate import generate
-from app.locks import exclusive_run
+from app.locks import exclusive_run, leads
 from app.options import check_options
-from app.run_files import newest_student
+from app.run_files import newest_student, runs_elsewhere
 from app.sweep import in_sweep, typed_again
 from app.trained import fill_from_checkpoint
 from callbacks.frontier import FrontierReport
@@ -26,6 +26,7 @@ from reporting.command import option, shell
 from reporting.console import report_console, say_where_things_are
 from reporting.gather import report_frontier
 from reporting.hparams import headline
+from reporting.keys import current_name
 from reporting.sweep import read_sweeps, report_sweep
 
 console = report_console()
@@ -49,7 +50,9 @@ def run_mode(cfg: DictConfig) -> float | None:
 
 
 def _say_interrupted(cfg: DictConfig, stop: Interrupted) -> None:
-    """Where the state is, and what to type to go on."""
+    """Where the state is, and what to type to go on: of all ranks the first says it."""
+    if not leads():
+        return
     if stop.checkpoint is None:
         console.print(f"interrupted at step {stop.step}; no checkpoint was saved")
         return
@@ -94,6 +97,7 @@ def _optimised(name: str, logged: dict[str, torch.Tensor], trainer: Trainer) -> 
     """What a sweep compares runs by: of what training logged last, or of the final table; None where it is neither."""
     records = [c.record for c in trainer.callbacks if isinstance(c, FrontierReport) and c.record is not None]
     known = {key: float(value) for key, value in logged.items()} | (headline(records[0]) if records else {})
+    name = current_name(name)
     if name not in known and records and in_sweep():
         listed = ", ".join(sorted(known))
         console.print(f"optimized_metric={name} is no figure of this run; type one of {listed}", highlight=False)
@@ -139,10 +143,15 @@ def _write_cards(cfg: DictConfig, datamodule: CorpusDataModule) -> None:
 
 
 def report(cfg: DictConfig) -> None:
-    """Every run below the outputs folder in one table and one figure, quality against cost; then every sweep."""
-    report_frontier(cfg.paths.output_dir, console)
-    for name, runs in read_sweeps(cfg.paths.output_dir).items():
-        report_sweep(runs, Path(cfg.paths.output_dir, "report"), f"sweep_{name}", console)
+    """Every run below a folder in one table and one figure, quality against cost; then every sweep.
+
+    Without report_dir= these are all runs of the outputs folder, those with a folder elsewhere (hydra.run.dir) among them.
+    """
+    folder = Path(cfg.report_dir or cfg.paths.output_dir)
+    elsewhere = [] if cfg.report_dir else runs_elsewhere(folder)
+    report_frontier(folder, console, elsewhere)
+    for name, runs in read_sweeps(folder, *elsewhere).items():
+        report_sweep(runs, folder / "report", f"sweep_{name}", console)
 
 
 def _say_where_things_are(cfg: DictConfig, datamodule: CorpusDataModule) -> None:

@@ -21,6 +21,7 @@ OWN = {
     "temperature": float | None,
     "ckpt_path": str | None,
     "student_path": str | None,
+    "report_dir": str | None,
     "optimized_metric": str,
     "compile": str | None,
     "recompute": bool,
@@ -33,6 +34,8 @@ LEAST = {
     "trainer.max_steps": -1,
     "trainer.log_every_n_steps": 0,
 }
+# hold parts that are built, each of which may be null
+PARTS = ("callbacks", "logger", "teacher.callbacks", "pair.theta.callbacks", "pair.target.callbacks")
 LENIENT = ConfigDict(arbitrary_types_allowed=True)
 
 
@@ -51,8 +54,11 @@ def check_options(cfg: DictConfig) -> None:
             f"trainer.val_check_interval={interval} must be at least 1 step; to leave validation out type "
             "+trainer.limit_val_batches=0"
         )
-    for group in ("callbacks", "logger"):
-        for name, part in cfg.get(group, {}).items():
+    for group in PARTS:
+        parts = OmegaConf.select(cfg, group, default={})
+        if not OmegaConf.is_dict(parts) and parts != {}:
+            raise UsageError(f"{group}={'null' if parts is None else parts} holds no parts by name; leave it out")
+        for name, part in parts.items():
             if part is not None and not OmegaConf.is_dict(part):
                 raise UsageError(
                     f"{group}.{name}={part} is no part of a run; type {group}.{name}=null to do without it"

@@ -5,6 +5,7 @@ elsewhere (hydra.run.dir) is listed in `runs.txt` of its experiment's folder.
 """
 
 import json
+import os
 from pathlib import Path
 
 from app.model_cache import require_readable
@@ -46,11 +47,16 @@ def find_checkpoint(runs: Path, ckpt_path: str) -> Path:
         advice = "no run of it left a checkpoint; leave ckpt_path out to start one"
         return require_readable(newest(runs, "checkpoints/last.ckpt", advice))
     path = Path(ckpt_path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(
             f"ckpt_path={path} does not exist; type ckpt_path=last for the newest of experiment={runs.name}"
         )
     return require_readable(path)
+
+
+def runs_elsewhere(outputs: Path) -> list[Path]:
+    """The folders of all experiments' runs that lie outside the outputs folder."""
+    return [folder for listed in sorted(outputs.glob(f"**/{RUNS}")) for folder in _elsewhere(listed.parent)]
 
 
 def newest_student(runs: Path) -> Path:

@@ -101,7 +101,7 @@ class RunsAndSweeps(Callback):
         folder = Path(OmegaConf.select(config, "hydra.sweep.dir"))
         outputs = Path(config.paths.output_dir)
         places = [outputs] if folder.is_relative_to(outputs) else [outputs, folder]
-        runs = [run for place in places for run in read_sweeps(place, config.started).get(config.started, [])]
+        runs = read_sweeps(*places, only=config.started).get(config.started, [])
         if runs:
             report_sweep(runs, folder, f"sweep_{config.started}", report_console())
         missing = missing_runs([run.number for run in runs], _expected(config))

@@ -50,16 +50,16 @@ def load_planned(folder: str | Path) -> ConceptPlannerExecutorModule:
 
 def trained_decoder(folder: Path, data: Any, temperature: float, device: torch.device) -> Decoder:
     """The decoder of the model in a folder, whatever its kind, for prompts of the corpus."""
-    words, length = vocabulary_size(data.tokenizer), data.response_length
+    words, length, ends = vocabulary_size(data.tokenizer), data.response_length, data.end_ids()
     if (folder / OPTIONS).is_file():
         module = load_planned(folder)
         checked_network(module.model.backbone, data, "model")
         module.to(device)
         options = {"plan_temperature": min(module.options.plan_temperature, temperature), "temperature": temperature}
-        return PlannedDecoder(module.planner, module.executor, length, vocab_size=words, **options)
+        return PlannedDecoder(module.planner, module.executor, length, vocab_size=words, end_ids=ends, **options)
     model = checked_network(load_model(folder), data, "model").to(device)
     decoder = OnlineConceptDecoder if isinstance(model, OnlineConceptModel) else AutoregressiveDecoder
-    return decoder(model, length, temperature=temperature, vocab_size=words)
+    return decoder(model, length, temperature=temperature, vocab_size=words, end_ids=ends)
 
 
 def fill_from_checkpoint(module: LightningModule, path: str | Path) -> None:

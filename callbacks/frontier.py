@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 from torch import Tensor
 
-from models.functional.next_token import until_end
+from models.functional.next_token import EndIds, until_end
 from models.functional.ranks import gathered
 from reporting.console import report_console
 from reporting.figure import quality_figure
@@ -68,7 +68,7 @@ class FrontierReport(Callback):
         if not trainer.is_global_zero:
             return
         table_rows = [
-            self._row(k, data.scorer(rows, texts), texts, passes[k], known[k], data.tokenizer.eos_token_id)
+            self._row(k, data.scorer(rows, texts), texts, passes[k], known[k], data.end_ids())
             for k, texts in enumerate(responses)
         ]
         if figures:
@@ -96,7 +96,7 @@ class FrontierReport(Callback):
                 logger.log_hyperparams(hyperparameters(self.config), headline(self.record))
 
     def _row(
-        self, k: int, score: Any, responses: Tensor, passes: Tensor, known: dict[str, dict], eos_id: int
+        self, k: int, score: Any, responses: Tensor, passes: Tensor, known: dict[str, dict], end_ids: EndIds
     ) -> dict[str, Any]:
         decoder, seconds = self._decoders[k], self._seconds[k]
         counts = [r.numel() for r in self._responses[k]]
@@ -109,7 +109,7 @@ class FrontierReport(Callback):
             "entropy": score.entropy,
             "distinct": score.distinct,
             "cost": {
-                "tokens_per_forward": tokens_per_forward(responses, passes, eos_id),
+                "tokens_per_forward": tokens_per_forward(responses, passes, end_ids),
                 "tokens_per_s": sum(counts[warm]) / sum(seconds[warm]) if decoder.forwards else None,
                 "flops_per_token": self._flops[k],
                 "peak_memory_bytes": max((peak for peak in self._peaks[k] if peak is not None), default=None),
@@ -143,10 +143,10 @@ def forward_passes(result: Any) -> Tensor:
     return result.forward_passes
 
 
-def tokens_per_forward(responses: Tensor, passes: Tensor, eos_id: int) -> float | None:
+def tokens_per_forward(responses: Tensor, passes: Tensor, end_ids: EndIds) -> float | None:
     """TPF: tokens of responses (N, R) up to their first end token, that one included, over all forward passes (N,)."""
     total = int(passes.sum())
-    return int(until_end(responses, eos_id).sum()) / total if total else None
+    return int(until_end(responses, end_ids).sum()) / total if total else None
 
 
 def _model_row(pl_module: LightningModule, figures: dict[str, float]) -> dict[str, Any]:

@@ -37,18 +37,19 @@ class StopOnSignal(Callback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._speaks = True
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.received = None
+        self.received, self._speaks = None, trainer.is_global_zero
         _handle_signals(self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == self.received == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        if self.received is None:
+        if self.received is None and self._speaks:
             # not print: a handler may run while something else prints
             again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(signum).name}: saving after this step{again}\n".encode())

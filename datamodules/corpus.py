@@ -170,9 +170,12 @@ class CorpusDataModule(LightningDataModule):
         Where every prompt fits `prompt_length` there is nothing to check here.
         """
 
-    def end_ids(self) -> set[int]:
-        """The tokens at which a text ends."""
-        return {self.tokenizer.eos_token_id} | self._further_ends
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens at which a text ends: the tokenizer's own, which fills what is beyond, then those of its model.
+
+        Whatever generates, counts or decodes texts asks here.
+        """
+        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *sorted(self._further_ends)]))
 
     @cached_property
     def _further_ends(self) -> set[int]:

@@ -224,9 +224,9 @@ class PackedTextDataModule(CorpusDataModule):
                 f"fit the {what}, which has {context} positions; type {shorter}a prompt of at most {max(room, 1)} tokens"
             )
 
-    def end_ids(self) -> set[int]:
+    def end_ids(self) -> tuple[int, ...]:
         """A document ends where the next one begins."""
-        return super().end_ids() | {self.bos_id}
+        return tuple(dict.fromkeys([*super().end_ids(), self.bos_id]))
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Prompts typed on the command line or read from a file."""
 
 import codecs
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def _text(prompt: Any) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"prompt_file={path} does not exist; give a text file with one prompt a line")
     try:
         data = path.read_bytes()

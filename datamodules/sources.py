@@ -56,11 +56,13 @@ def find_files(item: str | os.PathLike, option: str, extensions: str = ROW_EXTEN
 
     Raises UsageError for a folder and where there is no file.
     """
-    path = Path(item).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(item))
+    if os.path.isfile(path):  # False, where the methods of Path raise: too long a name, a zero byte
         return [path]
-    if path.is_dir():
-        raise UsageError(f"{option}={item} is a folder; type {option}='{item}/*.jsonl'")
+    if os.path.isdir(path):
+        raise UsageError(
+            f"{option}={item} is a folder; type {option}='{Path(item)}/*{_usual_suffix(path, extensions)}'"
+        )
     found = _matches(_folder_escaped(path)) or _matches(str(path))
     if not found:
         raise UsageError(
@@ -70,6 +72,12 @@ def find_files(item: str | os.PathLike, option: str, extensions: str = ROW_EXTEN
     return found
 
 
+def _usual_suffix(folder: Path, extensions: str) -> str:
+    """The extension of most of the files in a folder that can be read; .jsonl where there is none."""
+    known = [suffix for file in folder.iterdir() if (suffix := suffix_of(file)) and suffix in extensions]
+    return max(sorted(set(known)), key=known.count, default=".jsonl")
+
+
 def _matches(pattern: str) -> list[Path]:
     """The files that a glob matches, sorted."""
     return sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
@@ -77,7 +85,7 @@ def _matches(pattern: str) -> list[Path]:
 
 def _folder_escaped(path: Path) -> str:
     """A glob in which the part of the path that exists as a folder is literal."""
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    folder = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
     return str(Path(glob.escape(str(folder)), path.relative_to(folder)))
 
 

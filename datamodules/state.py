@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.sources import Source, is_hub, items_of
-from datamodules.tokenizer import build_tokenizer
+from datamodules.tokenizer import build_tokenizer, keep_further_ends
 from models.functional.errors import UsageError
 
 DESCRIPTION = "corpus.json"
@@ -56,6 +56,7 @@ class CorpusState:
         """Write the folder; the description comes last, so that a folder with one is whole."""
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
+        keep_further_ends(self.tokenizer, folder)
         if self.held_out:
             np.savez(folder / HELD_OUT, **self.held_out)  # type: ignore[arg-type]  # keywords are arrays
         beside = ("folder", "tokenizer", "held_out")
@@ -97,7 +98,7 @@ def absolute_source(source: Source | None) -> list[str] | None:
     """Where a split is read from, whatever the working directory; None for a split without a source."""
     if source is None:
         return None
-    return [str(item) if is_hub(item) else str(Path(item).expanduser().absolute()) for item in items_of(source)]
+    return [str(item) if is_hub(item) else str(Path(os.path.expanduser(item)).absolute()) for item in items_of(source)]
 
 
 def text_hashes(texts: Iterable[str]) -> np.ndarray:

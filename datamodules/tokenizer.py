@@ -24,6 +24,16 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<mask>"]
 BEGINNING = "<bos>"
 UNKNOWN = "<unk>"
 TRAINED = ("bpe", "phrases", "words")  # made from the texts
+GENERATION = "generation_config.json"  # of the model in the tokenizer's folder
+# a folder of save_pretrained has at least one of them
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
 
 # From this size on a BPE vocabulary holds all 256 bytes, so that it can spell any text; a smaller one could not afford
 # them and holds only the bytes of the training texts.
@@ -73,7 +83,7 @@ def fixed_kind(kind: str, vocab_size: int) -> dict[str, Any]:
     """The options that decide which tokenizer is made from the same texts."""
     if kind in TRAINED:
         return {"tokenizer": kind, "vocab_size": vocab_size}
-    return {"tokenizer": kind if kind == "byte" else str(Path(kind).expanduser().resolve())}
+    return {"tokenizer": kind if kind == "byte" else str(Path(os.path.expanduser(kind)).resolve())}
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast, where: str = "data.tokenizer") -> int:
@@ -104,13 +114,19 @@ def _name_a_token(name: str) -> str:
     )
 
 
+def keep_further_ends(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write what `further_ends` reads into a folder that the tokenizer is saved in."""
+    if ends := further_ends(tokenizer):
+        (folder / GENERATION).write_text(json.dumps({"eos_token_id": sorted(ends)}) + "\n")
+
+
 def further_ends(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     """The ids at which its model ends a text, of the generation_config.json in the tokenizer's folder.
 
     A chat model ends a turn with one token and a document with another; the tokenizer names only one of them.
     """
     try:
-        ends = json.loads(Path(tokenizer.name_or_path, "generation_config.json").read_text())["eos_token_id"]
+        ends = json.loads(Path(tokenizer.name_or_path, GENERATION).read_text())["eos_token_id"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {ends} if isinstance(ends, int) else set(ends or ())
@@ -212,23 +228,30 @@ def _with_special_tokens(backend: Tokenizer, special: list[str]) -> PreTrainedTo
 
 
 def _from_folder(kind: str) -> PreTrainedTokenizerFast:
-    folder = Path(kind).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(kind))
+    if not os.path.isdir(folder):
         raise UsageError(
             f"data.tokenizer={kind} is neither byte, bpe, phrases or words nor a folder (looked for {folder.absolute()}); "
             f"type data.tokenizer=bpe, or fetch one with `hf download NAME --local-dir FOLDER` "
             f"and type data.tokenizer=FOLDER"
         )
+    # transformers 5.5 answers a folder of a model alone with a tokenizer of special tokens only
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise _no_tokenizer(kind, f"it has no {TOKENIZER_FILES[0]}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a folder that it cannot read
-        raise UsageError(
-            f"data.tokenizer={kind}: no tokenizer could be read from this folder ({str(error).splitlines()[0]}); type the "
-            "folder of one that tokenizer.save_pretrained(FOLDER) wrote, with a tokenizer.json in it"
-        ) from error
+        raise _no_tokenizer(kind, next(iter(str(error).splitlines()), type(error).__name__)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UsageError(
             f"data.tokenizer={kind} holds a {type(tokenizer).__name__}, which has no tokenizer.json; "
             f"type data.tokenizer=bpe or the folder of a fast tokenizer"
         )
     return tokenizer
+
+
+def _no_tokenizer(kind: str, reason: str) -> UsageError:
+    return UsageError(
+        f"data.tokenizer={kind}: no tokenizer could be read from this folder ({reason}); type the folder of one that "
+        "tokenizer.save_pretrained(FOLDER) wrote, with a tokenizer.json in it"
+    )

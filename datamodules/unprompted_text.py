@@ -103,9 +103,9 @@ class UnpromptedTextDataModule(PackedTextDataModule):
     def decode_prompts(self, rows: dict[str, Tensor]) -> list[str]:
         return [""] * len(rows["input_ids"])
 
-    def end_ids(self) -> set[int]:
+    def end_ids(self) -> tuple[int, ...]:
         """A row is shown whole: documents may begin inside of it."""
-        return set()
+        return ()
 
 
 def token_counts(stream: TokenStream, vocab_size: int) -> Tensor:

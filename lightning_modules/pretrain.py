@@ -23,7 +23,7 @@ from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
 from models.functional.errors import UsageError
-from models.functional.next_token import token_counts
+from models.functional.next_token import EndIds, token_counts
 from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
@@ -204,10 +204,11 @@ class PretrainModule(LeapModule):
             for rule in self.rules
         ]
 
-    def decoder(self, data: Any, forwards: int, temperature: float) -> Decoder:
+    def decoder(self, data: Any, forwards: int, temperature: float, end_ids: EndIds = None) -> Decoder:
         """How the model answers prompts.
 
         data: the datamodule; only read for a model that generates from left to right. forwards: forward passes of any other.
+        end_ids: where such a model stops; none in a comparison, whose decoders all take the forward passes that it tabulates.
         Errors: UsageError for an objective that predicts no tokens.
         """
         if self.generation is None:
@@ -232,6 +233,7 @@ class PretrainModule(LeapModule):
             temperature=temperature,
             whole_prompt=self.generation == "prefix",
             vocab_size=vocabulary_size(data.tokenizer),
+            end_ids=end_ids,
         )
 
     @torch.no_grad()

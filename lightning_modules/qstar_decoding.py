@@ -92,7 +92,7 @@ class QStarDecodingModule(LeapModule):
     def _with_generated(self, batch: dict[str, Tensor], batch_idx: int, stream: int) -> dict[str, Tensor]:
         """The rows with responses that π_θ generates."""
         generator = self.step_generator(batch_idx, stream)
-        options = {"temperature": self.mixture.temperature, "vocab_size": self.vocab_size, "eos_id": self.eos_id}
+        options = {"temperature": self.mixture.temperature, "vocab_size": self.vocab_size, "end_ids": self.end_ids}
         return self._with_responses(batch, generate_autoregressive(self.theta, batch, generator, **options))
 
     def _with_responses(self, batch: dict[str, Tensor], responses: Tensor) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ class QStarDecodingModule(LeapModule):
         columns = responses.shape[1]
         ids, counts = batch["input_ids"].clone(), batch["response_mask"].clone()
         ids[:, -columns:] = responses
-        counts[:, -columns:] = until_end(responses, self.eos_id)
+        counts[:, -columns:] = until_end(responses, self.end_ids)
         return {**batch, "input_ids": ids, "response_mask": counts}
 
     def _logp(self, model: nn.Module, text: CausalText) -> Tensor:
@@ -112,9 +112,9 @@ class QStarDecodingModule(LeapModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = self.trainer.datamodule
-        self.vocab_size, self.eos_id = vocabulary_size(data.tokenizer), data.tokenizer.eos_token_id
-        self.probes = (PromptProbe(self.theta, self.vocab_size, self.eos_id),)
-        options = {"temperature": self.mixture.temperature, "vocab_size": self.vocab_size, "eos_id": self.eos_id}
+        self.vocab_size, self.end_ids = vocabulary_size(data.tokenizer), data.end_ids()
+        self.probes = (PromptProbe(self.theta, self.vocab_size, self.end_ids),)
+        options = {"temperature": self.mixture.temperature, "vocab_size": self.vocab_size, "end_ids": self.end_ids}
         alone = [AutoregressiveDecoder(model, data.response_length, **options) for model in (self.theta, self.target)]
         for decoder, name in zip(alone, ("π_θ alone", "π_t alone"), strict=True):
             decoder.name = name
@@ -125,7 +125,7 @@ class QStarDecodingModule(LeapModule):
         """q* decoding of texts of a corpus."""
         return QStarDecoder(
             self.theta, self.target, scheme, self.options, response_length=data.response_length,
-            vocab_size=vocabulary_size(data.tokenizer), eos_id=data.tokenizer.eos_token_id, assistant=self.assistant,
+            vocab_size=vocabulary_size(data.tokenizer), end_ids=data.end_ids(), assistant=self.assistant,
         )  # fmt: skip
 
     def decoders(self) -> list[Decoder]:

@@ -4,7 +4,9 @@ Runs of the same experiment with different seeds become one row: mean and 95 % i
 repeated with the same seed replaces the earlier one; give a variant its own name=... to keep it apart.
 """
 
+import os
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from models.functional.errors import UsageError
 from reporting.figure import PREFERRED, STYLE, scale_quality
 from reporting.intervals import half_width
 from reporting.learning_figure import learning_curves, learning_figure
@@ -160,15 +163,22 @@ def frontier_figure(rows: list[FrontierRow]) -> Figure:
     return figure
 
 
-def report_frontier(folder: str | Path, console: Console) -> None:
+def report_frontier(folder: str | Path, console: Console, elsewhere: Iterable[Path] = ()) -> None:
     """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report.
 
-    learning.png shows validation likelihoods during training, where records have them.
+    learning.png shows validation likelihoods during training, where records have them. elsewhere: folders of further runs.
     """
-    records = [record for _, record in find_records(folder)]
+    records = [record for _, record in find_records(folder, elsewhere)]
     rows = frontier_rows(records)
     out = Path(folder) / "report"
-    out.mkdir(exist_ok=True)
+    try:
+        out.mkdir(exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(None, "no permission to write there")
+    except OSError as error:
+        raise UsageError(
+            f"the report cannot be written to {out}: {error.strerror}; copy the runs to a folder of your own"
+        ) from None
     parts = dict.fromkeys((row.corpus, row.method == "model") for row in rows)  # models have figures of their own
     tables = [[r for r in rows if (r.corpus, r.method == "model") == part] for part in parts]
     for own in tables:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,18 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return upgrade_record(record)
 
 
-def find_records(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Every record.json below a folder, oldest first. Raises UsageError when there is none."""
+def files_below(folders: Iterable[str | Path], name: str) -> list[Path]:
+    """The files of this name in the folders and below them, each once, oldest first."""
+    files = {path.resolve(): path for folder in folders for path in Path(folder).rglob(name)}
+    return sorted(files.values(), key=lambda path: path.stat().st_mtime)
+
+
+def find_records(folder: str | Path, elsewhere: Iterable[Path] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Every record.json below a folder, and those of runs elsewhere, oldest first. Raises UsageError when there is none."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UsageError(
-            f"the folder {folder} does not exist; type paths.output_dir=<folder with runs> or run an experiment"
-        )
-    found = sorted(folder.rglob("record.json"), key=lambda path: path.stat().st_mtime)
+    if not os.path.isdir(folder):
+        raise UsageError(f"the folder {folder} does not exist; type report_dir=<folder with runs> or run an experiment")
+    found = files_below([folder, *elsewhere], "record.json")
     if not found:
         raise UsageError(
             f"no record.json below {folder}; run an experiment first: python run.py experiment=meanflow_llada"

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from reporting.hparams import headline
 from reporting.keys import current_name
-from reporting.record import read_record, write_whole
+from reporting.record import files_below, read_record, write_whole
 from reporting.sweep_figure import sweep_figure
 
 JOB = "job.json"
@@ -59,10 +59,10 @@ def write_job(folder: str | Path, **notes: Any) -> None:
     write_whole(Path(folder) / JOB, json.dumps(notes, indent=2) + "\n")
 
 
-def read_sweeps(folder: str | Path, only: str | None = None) -> dict[str, list[SweepRun]]:
-    """The runs of every sweep below a folder, or of one, oldest sweep first, runs by number."""
+def read_sweeps(*folders: str | Path, only: str | None = None) -> dict[str, list[SweepRun]]:
+    """The runs of every sweep below the folders, or of one, oldest sweep first, runs by number."""
     sweeps: dict[str, list[SweepRun]] = defaultdict(list)
-    for path in Path(folder).rglob(JOB):
+    for path in files_below(folders, JOB):
         try:
             notes = json.loads(path.read_text())
             if only not in (None, notes["sweep"]):

@@ -6,9 +6,11 @@ import json
 import pytest
 from helpers.experiment import ROOT, SMALL, answer, model_overrides, pairs_overrides
 from hydra.utils import get_method, instantiate
+from lightning import Callback
 
-from app import modes
+from app import build, modes
 from app.build import untrained
+from app.options import check_options
 from models.backbones.llada import LladaModel, build_llada
 from models.backbones.sizes import STAND_IN
 from models.functional.errors import UsageError
@@ -30,6 +32,23 @@ def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, caps
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # a shortened teacher is never kept
     header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
     assert f"python run.py experiment={name}" in header
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_can_do_without_any_of_its_callbacks(configure, name):
+    """No part of the configuration reads an option of a callback that may be null, and each can be built without it."""
+    cfg = configure(f"experiment={name}")
+    recipes = [cfg.teacher, *(cfg.pair or {}).values()]
+    parts = [cfg.callbacks, *(recipe.callbacks for recipe in recipes if recipe is not None)]
+    for part in parts:
+        for callback in part:
+            kept = part[callback]
+            part[callback] = None
+            check_options(cfg)
+            for built in (instantiate(one) for own in parts for one in own.values() if one is not None):
+                assert isinstance(built, Callback)
+            assert build._callbacks(cfg)
+            part[callback] = kept
 
 
 STUDENTS = sorted(path.stem for path in (ROOT / "conf" / "training").glob("*.yaml"))

@@ -1,5 +1,6 @@
 """Hugging Face folders as users bring them, through whole runs: each works, or is answered with what to type."""
 
+import importlib
 import json
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from models.functional.vocabulary import vocabulary_size
 from models.objectives.next_token import NextToken
 from reporting.console import sentence_for
 
+generate = importlib.import_module("app.generate")  # the module, whose function has the same name
 FAST = [
     "trainer.accelerator=cpu",
     "logger=none",
@@ -190,6 +192,27 @@ def test_texts_end_at_every_end_token_of_the_folder(configure, tmp_path):
         data.setup()
         (a, b, c) = data.encode_texts(["abc"])[0]
         assert data.decode_responses(torch.tensor([[a, b, 260, c], [a, 1, b, c]])) == ["ab", "a"]
+
+
+@pytest.mark.parametrize("name", ["next_token_qwen", "concept_qwen", "qstar_qwen"])
+def test_a_model_stops_at_every_end_token_after_its_run_too(configure, tmp_path, monkeypatch, name):
+    """What generates is given the end tokens of the folder, which a run keeps with its tokenizer."""
+    folder = FOLDERS["several ends"](tmp_path / "folder")
+    own = [*options(name, folder, tmp_path), "trainer.precision=32-true"]
+    modes.fit(configure(*own, f"paths.run_dir={tmp_path}/out/{name}/run"))
+    if name != "qstar_qwen":  # a pair is read from its folders alone
+        (folder / "generation_config.json").unlink()
+    find, given = generate.find_decoder, []
+
+    def found(*about):
+        given.append(find(*about))
+        return given[0]
+
+    monkeypatch.setattr(generate, "find_decoder", found)
+    modes.generate(configure(*own, "mode=generate", "prompt=jump"))
+    ends = given[0].options["end_ids"] if name == "next_token_qwen" else given[0].end_ids
+    assert ends[0] == 1
+    assert 260 in ends
 
 
 def test_ids_without_a_token_do_not_hide_those_beyond_them(configure, tmp_path):

@@ -1,6 +1,8 @@
 """Whatever an option or a data file holds, it works or it gets a sentence that names it: never a traceback from deep inside."""
 
 import contextlib
+import csv
+import gzip
 import io
 import json
 import tempfile
@@ -10,12 +12,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from app import modes
+from app.command_line import mistake_in, quoted
+from datamodules.packed_text import PackedTextDataModule
 from datamodules.pairs import PairsDataModule
 from models.functional.errors import UsageError
 from reporting.console import sentence_for
@@ -42,7 +47,7 @@ LEFT_OUT = (
 VALUES = st.one_of(
     st.integers(-3, 3),
     st.floats(-2, 2).map(lambda x: round(x, 2)),
-    st.sampled_from(["null", "true", "abc", "[]", "[x]", "[1,2]", "{a:1}", "''", ".nan", "1e9999"]),
+    st.sampled_from(["null", "true", "abc", "[]", "[x]", "[1,2]", "[null]", "{a:1}", "''", ".nan", ".inf", "-.inf", "1e9999", "-1e30", "1e-300"]),
 )
 
 
@@ -132,3 +137,96 @@ def test_data_files_work_or_are_named(lines):
         else:
             return
         assert "rows.jsonl" in sentence or "data." in sentence
+
+
+CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1252"]
+COLUMNS = ["in", "my in", "in.put", "вход", "In", " in ", '"in"', "in,out", "0", "null"]
+
+
+@contextlib.contextmanager
+def said(*names: str):
+    """What is inside works, or raises a UsageError that has one of the names."""
+    sentence = None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except UsageError as error:
+        sentence = str(error)
+    assert sentence is None or any(name in sentence for name in names), sentence
+
+
+def rows_as(kind: str, columns: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    if kind == ".csv":
+        out = io.StringIO()
+        csv.writer(out).writerows([columns, *rows])
+        return out.getvalue()
+    return "\n".join(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*unusable lines were skipped")
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(
+    kind=st.sampled_from([".csv", ".jsonl"]), column=st.sampled_from(COLUMNS), encoding=st.sampled_from(ENCODINGS),
+    rows=st.lists(st.tuples(CELL, CELL), max_size=4), pack=st.sampled_from([None, "gz", "cut", "plain"]),
+    name=st.sampled_from(["rows", "ä b's [1] {x}", "a=b,c", "-x"]), linked=st.booleans(),
+)  # fmt: skip
+def test_tables_of_any_spelling_work_or_are_named(kind, column, encoding, rows, pack, name, linked):
+    with tempfile.TemporaryDirectory() as folder:
+        content = rows_as(kind, (column, "out"), rows).encode(encoding, "replace")
+        # as it is, zipped, zipped and cut off, or with the name of a zipped file alone
+        zipped = {"gz": gzip.compress(content), "cut": gzip.compress(content)[:-9]}.get(pack or "", content)
+        path = Path(folder, f"{name}{kind}{'.gz' if pack else ''}")
+        path.write_bytes(zipped)
+        if linked:
+            link = Path(folder, "link" + "".join(path.suffixes[-2:] if pack else path.suffixes[-1:]))
+            link.symlink_to(path)
+            path = link
+        data = PairsDataModule(
+            name="fuzz", train=str(path), val=str(path), test=str(path), prompt_field=column, response_field="out",
+            tokenizer="byte", vocab_size=300, prompt_length=64, response_length=64, batch_size=1, eval_batch_size=1,
+            cache_dir=folder,
+        )  # fmt: skip
+        with said(path.name, "data."):
+            data.setup("fit")
+            kept = [data.decode_responses(row.unsqueeze(0))[0] for row in [data.rows["train"][0]["input_ids"][64:]]]
+            if encoding.startswith("utf-8"):
+                assert kept[0] in {row[1] for row in rows}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    st.one_of(
+        st.sampled_from(
+            ["", "~", "~nobody here/x", "/dev/null", ".", "..", "a" * 5000, "*", "[", "**", "https://x.y/z.csv"]
+        ),
+        st.text(max_size=12),
+    ),
+    st.sampled_from([PairsDataModule, PackedTextDataModule]),
+)
+def test_paths_of_any_spelling_are_named(path, kind):
+    """None of them is a file of rows."""
+    own = {"name": "fuzz", "train": path, "val": None, "test": None, "vocab_size": 300, "batch_size": 1}
+    if kind is PairsDataModule:
+        own |= {"prompt_field": "in", "response_field": "out", "prompt_length": 4, "response_length": 4}
+    else:
+        own |= {"sequence_length": 4}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pytest.raises(UsageError, match=r"data\."):
+        kind(**own, tokenizer="byte", eval_batch_size=1, cache_dir=folder).setup("fit")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    st.text(max_size=20)
+    | st.sampled_from(["-x", "  ", "%s %d", "$HOME ${x} ${oc.env:HOME}", "\\", "\\'", "a\nb", "🙂=['\"]"])
+)
+def test_prompts_of_any_spelling_are_read_as_typed_or_named(text):
+    """As an argument of the command line, which no shell changes."""
+    (argument,) = quoted([f"prompt={text}"])
+    sentence = mistake_in(["experiment=objectives", argument])
+    if sentence is not None:
+        assert sentence.startswith("prompt=")
+        return
+    override = OverridesParser.create().parse_override(argument)
+    if isinstance(override.value(), str) and text[:1] not in ("'", '"') and "\\" not in text and "${" not in text:
+        assert override.value() == text.strip() or override.value() == text

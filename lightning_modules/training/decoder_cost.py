@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_modules.training.flops import run_counted
 from models.interfaces.decoder import Decoder
 
 
@@ -55,7 +54,5 @@ def flops_per_token(decoder: Decoder, batch: dict[str, Tensor]) -> float:
     """FLOPs of two rows of the batch, per response token."""
     few = {name: column[:2] for name, column in batch.items()}
     generator = Generator(device=batch["input_ids"].device).manual_seed(0)
-    # fused attention kernels of the CPU have no FLOP formula; the plain one is counted product by product
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        responses = decoder(few, generator)
-    return counter.get_total_flops() / responses.numel()
+    responses, flops = run_counted(lambda: decoder(few, generator))
+    return flops / responses.numel()

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 
 from torch import Generator, Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.training.compile import without_recomputation
+from lightning_modules.training.flops import run_counted
 from models.interfaces.objective import Objective, Terms
 
 COUNTED_ROWS = 2
@@ -25,11 +24,12 @@ def flops_of_step(objective: Objective, model: nn.Module, batch: dict[str, Tenso
     scale = len(next(iter(batch.values()))) / len(next(iter(few.values())))
 
     def draw(seed: int) -> tuple[Terms, float]:
-        # fused attention kernels of the CPU have no FLOP formula; the plain one is counted product by product
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        def step() -> Terms:
             terms = objective(model, few, Generator(device=device).manual_seed(seed))
             terms.loss.backward()
-        return terms, counter.get_total_flops()
+            return terms
+
+        return run_counted(step)
 
     with without_recomputation(model):
         expected = getattr(objective, "expected_predictions", lambda batch: None)(batch)

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from models.backbones.key_value_cache import cache_argument, cache_of
 from models.functional.attention import positions_from_mask
 from models.functional.gumbel import sample_categorical
-from models.functional.next_token import generated_until_end, prefix_mask, read_columns
+from models.functional.next_token import EndIds, are_ends, generated_until_end, prefix_mask, read_columns
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 
@@ -25,14 +25,15 @@ def generate_autoregressive(
     temperature: float = 1.0,
     whole_prompt: bool = False,
     vocab_size: int | None = None,
-    eos_id: int | None = None,
+    end_ids: EndIds = None,
     on_tokens: TokenCallback | None = None,
 ) -> Tensor:
     """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
 
     whole_prompt: attention among prompt tokens is bidirectional, as a prefix language model was trained.
-    vocab_size: ids from there on are padding of the output layer and never generated. eos_id: fills the columns
-    after its first occurrence; None leaves what the model generates there. on_tokens: see `Decoder`.
+    vocab_size: ids from there on are padding of the output layer and never generated. end_ids: a row ends with the first of
+    them that it generates, and the generation with its last row; none leaves what the model generates there. The first of
+    end_ids fills the columns beyond. on_tokens: see `Decoder`.
     """
     columns = response_columns(rows["response_mask"])
     seen = read_columns(rows)
@@ -41,13 +42,15 @@ def generate_autoregressive(
     read = {"input_ids": rows["input_ids"][:, :-columns], "position_ids": positions[:, :-columns]}
     mask = prefix_mask(seen, seen.shape[1], next(model.parameters()).dtype) if whole_prompt else seen.long()
     out = model(**read, attention_mask=mask, use_cache=True, logits_to_keep=1)
-    response = []
+    response: list[Tensor] = []
+    ended = torch.zeros(len(seen), dtype=torch.bool, device=seen.device)
     for column in range(columns):
         # 2. a token from what has been read so far
         response.append(sample_categorical(out.logits[:, -1, :vocab_size], temperature, generator))
         if on_tokens is not None:
-            on_tokens(generated_until_end(response, eos_id))
-        if column + 1 == columns:
+            on_tokens(generated_until_end(response, end_ids))
+        ended |= are_ends(response[-1], end_ids)
+        if column + 1 == columns or bool(ended.all()):
             break
         # 3. read it: its keys and values join the cache
         seen = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
@@ -59,7 +62,7 @@ def generate_autoregressive(
             **cache_argument(cache_of(out)),
             use_cache=True,
         )
-    return generated_until_end(response, eos_id)
+    return generated_until_end(response, end_ids, columns)
 
 
 class AutoregressiveDecoder:
@@ -76,11 +79,11 @@ class AutoregressiveDecoder:
         temperature: float = 1.0,
         whole_prompt: bool = False,
         vocab_size: int | None = None,
-        eos_id: int | None = None,
+        end_ids: EndIds = None,
     ) -> None:
         self.model, self.forwards = model, response_length
         self.options: dict[str, Any] = {
-            "temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size, "eos_id": eos_id,
+            "temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size, "end_ids": end_ids,
         }  # fmt: skip
         self.name = "autoregressive" if temperature else "autoregressive, greedy"
 

@@ -6,6 +6,7 @@ Several tokens at once: Gloeckle et al., Better & Faster Large Language Models v
 Legend: B batch, L columns, T input positions, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from models.functional.attention import positions_from_mask
 from models.functional.errors import UsageError
 
 IGNORED = -100  # the label of a position without a target
+EndIds = (
+    int | Sequence[int] | None
+)  # the tokens that end a text, as `eos_token_id` of Hugging Face's generate: one, several or none
 
 
 class CausalText(NamedTuple):
@@ -70,18 +74,30 @@ def before_response(response_mask: Tensor) -> Tensor:
     return first & (first.cumsum(-1) == 1)
 
 
-def until_end(ids: Tensor, eos_id: int | None) -> Tensor:
+def are_ends(ids: Tensor, end_ids: EndIds) -> Tensor:
+    """Whether each id is a token that ends a text; bool of any shape."""
+    return torch.isin(ids, torch.tensor(as_end_ids(end_ids), dtype=ids.dtype, device=ids.device))
+
+
+def as_end_ids(end_ids: EndIds) -> tuple[int, ...]:
+    return () if end_ids is None else (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
+
+
+def until_end(ids: Tensor, end_ids: EndIds) -> Tensor:
     """(B, R) bool: the tokens of responses up to their first end token, that one included; all where there is none."""
-    if eos_id is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    end = ids == eos_id
+    end = are_ends(ids, end_ids)
     return end.cumsum(-1) - end.long() == 0
 
 
-def generated_until_end(tokens: list[Tensor], eos_id: int | None) -> Tensor:
-    """n tokens (B,) each, in the order of generation, as (B, n); after a row's first end token all are end tokens."""
+def generated_until_end(tokens: list[Tensor], end_ids: EndIds, length: int | None = None) -> Tensor:
+    """n tokens (B,) each, in the order of generation, as (B, n); the first of end_ids fills what is after a row's end.
+
+    length: of the result, where all rows ended before it.
+    """
     together = torch.stack(tokens, -1)
-    return together if eos_id is None else together.masked_fill(~until_end(together, eos_id), eos_id)
+    fill = next(iter(as_end_ids(end_ids)), 0)
+    together = together.masked_fill(~until_end(together, end_ids), fill)
+    return together if length is None else F.pad(together, (0, length - len(tokens)), value=fill)
 
 
 def bidirectional_text(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
+from models.functional.next_token import EndIds
 from models.interfaces.decoder import TokenCallback
 
 
@@ -34,11 +35,12 @@ class Executor(Protocol):
         *,
         temperature: float = 1.0,
         vocab_size: int | None = None,
+        end_ids: EndIds = None,
         on_tokens: TokenCallback | None = None,
     ) -> Tensor:
         """Texts (B, length) of the plans; the most probable tokens at temperature 0.
 
         generator: of every random draw. vocab_size: ids from there on are padding of the output layer and never generated.
-        on_tokens: see `Decoder`.
+        end_ids: each ends a text, and the first of them fills what is beyond. on_tokens: see `Decoder`.
         """
         ...

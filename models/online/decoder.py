@@ -8,10 +8,11 @@ Legend: B batch, P prompt columns, N new tokens, R response columns, V vocabular
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from models.functional.gumbel import sample_categorical
-from models.functional.next_token import generated_until_end, read_columns
+from models.functional.next_token import EndIds, are_ends, as_end_ids, generated_until_end, read_columns
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 from models.online.model import OnlineConceptModel
@@ -76,13 +77,14 @@ def generate_online(
     max_new_tokens: int,
     temperature: float = 1.0,
     generator: Generator | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: EndIds = None,
     vocab_size: int | None = None,
     on_tokens: TokenCallback | None = None,
 ) -> OnlineTexts:
     """Up to max_new_tokens tokens after prompts (B, P) with attention_mask (B, P); the most probable ones at temperature 0.
 
-    Ends early once every row has generated eos_token_id. vocab_size: larger ids are padding and are never generated.
+    eos_token_id: one token or several; generation ends early once every row has generated one. vocab_size: larger ids are
+    padding and are never generated.
     on_tokens: see `Decoder`.
     """
     forward, tokens = IncrementalForward(model.eval()), list[Tensor]()
@@ -94,10 +96,9 @@ def generate_online(
         tokens.append(sample_categorical(logits[:, :vocab_size], temperature, generator))
         if on_tokens is not None:
             on_tokens(generated_until_end(tokens, eos_token_id))
-        if eos_token_id is not None:
-            ended |= tokens[-1] == eos_token_id
-            if bool(ended.all()):
-                break
+        ended |= are_ends(tokens[-1], eos_token_id)
+        if bool(ended.all()):
+            break
     return OnlineTexts(generated_until_end(tokens, eos_token_id), forward.concepts, forward.kv_bytes)
 
 
@@ -114,9 +115,10 @@ class OnlineConceptDecoder:
         *,
         temperature: float = 1.0,
         vocab_size: int | None = None,
+        end_ids: EndIds = None,
     ) -> None:
         self.model, self.forwards = model, response_length
-        self.temperature, self.vocab_size = temperature, vocab_size
+        self.temperature, self.vocab_size, self.end_ids = temperature, vocab_size, end_ids
         self.name = "online concepts" if temperature else "online concepts, greedy"
         self.kv_bytes: float | None = None
 
@@ -129,8 +131,10 @@ class OnlineConceptDecoder:
             max_new_tokens=columns,
             temperature=self.temperature,
             generator=generator,
+            eos_token_id=self.end_ids,
             vocab_size=self.vocab_size,
             on_tokens=on_tokens,
         )
         self.kv_bytes = texts.kv_bytes / len(texts.sequences)
-        return texts.sequences
+        fill = next(iter(as_end_ids(self.end_ids)), 0)
+        return F.pad(texts.sequences, (0, columns - texts.sequences.shape[1]), value=fill)

@@ -6,6 +6,7 @@ Legend: B batch, L columns of a row, R response columns.
 import torch
 from torch import Generator, Tensor
 
+from models.functional.next_token import EndIds
 from models.interfaces.decoder import TokenCallback
 from models.plans.executor import Executor
 from models.plans.planner import Planner, sampled
@@ -29,9 +30,11 @@ class PlannedDecoder:
         plan_temperature: float = 1.0,
         temperature: float = 1.0,
         vocab_size: int | None = None,
+        end_ids: EndIds = None,
     ) -> None:
         self.planner, self.executor, self.length = planner, executor, response_length
-        self.plan_temperature, self.temperature, self.vocab_size = plan_temperature, temperature, vocab_size
+        self.plan_temperature, self.temperature = plan_temperature, temperature
+        self.vocab_size, self.end_ids = vocab_size, end_ids
         self.forwards = len(planner.layout.slot_columns) + response_length
         how = {True: "sampled", False: "greedy"}
         self.name = f"plan {how[plan_temperature > 0]}, text {how[temperature > 0]}"
@@ -47,5 +50,6 @@ class PlannedDecoder:
             generator,
             temperature=self.temperature,
             vocab_size=self.vocab_size,
+            end_ids=self.end_ids,
             on_tokens=on_tokens,
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from models.functional.gumbel import sample_categorical
+from models.functional.next_token import EndIds, are_ends, generated_until_end
 from models.interfaces.decoder import TokenCallback
 from models.plans.layout import Columns, joined
 from models.plans.unified import Reading, UnifiedModel
@@ -42,22 +43,27 @@ class Executor:
         *,
         temperature: float = 1.0,
         vocab_size: int | None = None,
+        end_ids: EndIds = None,
         on_tokens: TokenCallback | None = None,
     ) -> Tensor:
         """Texts (B, length) of plans, one forward pass a token; greedy at temperature 0.
 
-        vocab_size: ids from there on are padding of the output layer and never generated. on_tokens: see `Decoder`.
+        vocab_size: ids from there on are padding of the output layer and never generated. end_ids: each ends a text, and the
+        first of them fills what is beyond; none leaves what the model generates there. on_tokens: see `Decoder`.
         """
-        reading, tokens = Reading(self.model), []
+        reading, tokens = Reading(self.model), list[Tensor]()
+        ended = torch.zeros(len(plan_ids), dtype=torch.bool, device=plan_ids.device)
         states = reading.read(*self._opening(plan_ids, plan_embeds))
         for position in range(length):
             logits = self.model.text_logits(states[:, -1])[:, :vocab_size]
             tokens.append(sample_categorical(logits, temperature, generator))
             if on_tokens is not None:
-                on_tokens(torch.stack(tokens, -1))
-            if position + 1 < length:
-                states = reading.read(*self._tokens(tokens[-1].unsqueeze(-1), position))
-        return torch.stack(tokens, -1)
+                on_tokens(generated_until_end(tokens, end_ids))
+            ended |= are_ends(tokens[-1], end_ids)
+            if position + 1 == length or bool(ended.all()):
+                break
+            states = reading.read(*self._tokens(tokens[-1].unsqueeze(-1), position))
+        return generated_until_end(tokens, end_ids, length)
 
     def generate_greedily(self, ids: Tensor, embeds: Tensor, length: int, vocab_size: int) -> Tensor:
         """The greedy texts (B, length) of plans."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from models.functional.next_token import read_columns
+from models.functional.next_token import EndIds, as_end_ids, read_columns
 from models.functional.qstar_speed import SPEEDUPS
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
@@ -34,8 +34,8 @@ TITLES: dict[Scheme, str] = {
 class QStarDecoder:
     """theta, target: causal models of one vocabulary. assistant: a third one, for the scheme of that name.
 
-    options: the mixture, gamma, verify, cache and costs. vocab_size: ids from there on are never generated. eos_id ends a
-    text, and fills what is beyond. outputs: of each call, oldest first; whoever reads them clears them.
+    options: the mixture, gamma, verify, cache and costs. vocab_size: ids from there on are never generated. Each of end_ids
+    ends a text, and the first of them fills what is beyond. outputs: of each call, oldest first; its reader clears them.
     """
 
     method = "student"
@@ -50,13 +50,13 @@ class QStarDecoder:
         *,
         response_length: int,
         vocab_size: int,
-        eos_id: int | None,
+        end_ids: EndIds,
         assistant: nn.Module | None = None,
     ) -> None:
         self.theta, self.target, self.assistant = theta, target, assistant
         self.scheme, self.name, self.options, self.mixture = scheme, TITLES[scheme], options, options.mixture
         self.gamma = 0 if scheme == "naive" else options.gamma
-        self.response_length, self.vocab_size, self.eos_id = response_length, vocab_size, eos_id
+        self.response_length, self.vocab_size, self.end_ids = response_length, vocab_size, as_end_ids(end_ids)
         self.make_scores: Callable[[Any, int | None], Scores] = CachedScores if options.cache else CausalScores
         self._measured: dict[int, ForwardCosts] = {}  # by the number of texts of a batch
         self.outputs: list[QStarOutput] = []
@@ -102,7 +102,7 @@ class QStarDecoder:
         theta, target = (self.make_scores(model, self.vocab_size) for model in (self.theta, self.target))
         drafter = self.drafter
         assistant = self.make_scores(drafter, self.vocab_size) if isinstance(drafter, nn.Module) else drafter
-        rules = TextRules(max_new_tokens, eos_ids=() if self.eos_id is None else (self.eos_id,))
+        rules = TextRules(max_new_tokens, eos_ids=self.end_ids)
         return decode_qstar(
             theta, target, prompts, self.draft_options(prompts), rules,
             rng=rng, lengths=lengths, assistant=assistant, mixture=self.mixture, on_tokens=on_tokens,

@@ -102,7 +102,7 @@ def enumeration_error(decoder: QStarDecoder, prompt: Tensor, vocabulary: int = 2
     exact = copy.copy(decoder)
     exact.theta, exact.target = (copy.deepcopy(model).double() for model in (decoder.theta, decoder.target))
     exact.assistant = None if decoder.assistant is None else copy.deepcopy(decoder.assistant).double()
-    exact.eos_id, exact.gamma = None, gamma if decoder.gamma == "auto" else min(gamma, decoder.gamma)
+    exact.end_ids, exact.gamma = (), gamma if decoder.gamma == "auto" else min(gamma, decoder.gamma)
     exact.options = replace(decoder.options, costs="parameters")
     models = [CausalScores(model, decoder.vocab_size) for model in (exact.theta, exact.target)]
     tokens = _next_token_log_q(decoder.mixture, models, prompt).topk(vocabulary).indices

@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from models.backbones.causal_lm import causal_logits
 from models.functional.bits_per_byte import token_nll
-from models.functional.next_token import causal_text, until_end
+from models.functional.next_token import EndIds, causal_text, until_end
 from models.functional.rows import response_columns
 from models.interfaces.probe_batch import Choices, ProbeBatch
 
@@ -16,15 +16,15 @@ from models.interfaces.probe_batch import Choices, ProbeBatch
 class PromptProbe:
     """A condition is a prompt: ids and attention mask, (B, P) each; texts are the corpus' own."""
 
-    def __init__(self, theta: nn.Module, vocab_size: int, eos_id: int) -> None:
+    def __init__(self, theta: nn.Module, vocab_size: int, end_ids: EndIds) -> None:
         """vocab_size: ids from there on are padding of the output layer."""
-        self.theta, self.vocab_size, self.eos_id = theta, vocab_size, eos_id
+        self.theta, self.vocab_size, self.end_ids = theta, vocab_size, end_ids
 
     def probe_batch(self, rows: dict[str, Tensor], generator: Generator) -> ProbeBatch:
         columns = response_columns(rows["response_mask"])
         text = rows["input_ids"][:, -columns:]
         prompt = {name: rows[name][:, :-columns] for name in ("input_ids", "attention_mask")}
-        return ProbeBatch(text, until_end(text, self.eos_id), prompt)
+        return ProbeBatch(text, until_end(text, self.end_ids), prompt)
 
     def nll(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         return token_nll(self._logits(rows, batch), batch.text)

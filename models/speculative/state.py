@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.functional.errors import require_at_least
+from models.functional.next_token import are_ends
 from models.functional.qstar import no_common_token, residual
 from models.speculative.distribution import MixtureDist, NextTokenDist
 from models.speculative.random_source import RandomSource
@@ -92,7 +93,6 @@ class QStarRun:
     ) -> None:
         self.models, self.rules, self.mixture, self.rng = models, rules, mixture, rng
         batch, device, longest = len(input_ids), input_ids.device, rules.max_new_tokens
-        self.eos_ids = torch.tensor(rules.eos_ids, dtype=torch.long, device=device)
         self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, longest + draft_columns)], -1)
         self.rows, self.lengths, self.start = torch.arange(batch, device=device), lengths.clone(), lengths.clone()
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -199,7 +199,7 @@ class QStarRun:
             figure = value[row] if value.ndim == 1 else value[row, tokens[row]]
             self.figures[name][request, position] = figure.double()
         self.lengths = self.lengths + rows.long()
-        self.ended = self.ended | (rows & torch.isin(tokens, self.eos_ids))
+        self.ended = self.ended | (rows & are_ends(tokens, self.rules.eos_ids))
         if self.rules.stop is not None:
             for k in row.tolist():
                 self.ended[k] |= bool(self.rules.stop(self._text(k, int(self.lengths[k]))))
@@ -229,7 +229,7 @@ class QStarRun:
 
     def output(self) -> QStarOutput:
         beyond = torch.arange(self.rules.max_new_tokens, device=self.ids.device) >= self.new_lengths.unsqueeze(-1)
-        tokens = self.new_tokens.masked_fill(beyond, int(self.eos_ids[0]) if len(self.eos_ids) else 0)
+        tokens = self.new_tokens.masked_fill(beyond, next(iter(self.rules.eos_ids), 0))
         f = self.figures
         return QStarOutput(
             tokens, self.new_lengths, f["alpha"], f["chernoff"], f["theta"], f["target"], f["log_q"],

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.experiment import ROOT
@@ -59,6 +60,21 @@ def test_a_mistake_is_answered_with_what_to_type(arguments, sentence):
 )
 def test_what_can_be_composed_is_left_alone(arguments):
     assert mistake_in(["experiment=meanflow_llada", *arguments]) is None
+
+
+@pytest.mark.parametrize("group", ["experiment", "data", "callbacks", "logger", "trainer", "module/objective"])
+@pytest.mark.parametrize("value", ["null", "''", "[a,b]", "{a:1}", "2"])
+def test_a_group_takes_the_name_of_a_file_alone(group, value):
+    assert f"{group}=" in mistake_in(["experiment=objectives", f"{group}={value}"])
+
+
+@pytest.mark.parametrize("name", ["paths.output_dir", "paths.cache_dir", "hydra.run.dir", "hydra.sweep.dir"])
+@pytest.mark.parametrize("value", ["null", "", "' '", "[a,b]"])
+def test_a_folder_of_runs_cannot_be_left_out(name, value):
+    """An empty name would be the root of the file system."""
+    sentence = mistake_in(["experiment=objectives", f"{name}={value}"])
+    assert sentence == f"{name}={value}: {name} cannot be left out; type {name}=<a folder>"
+    assert mistake_in(["experiment=objectives", *quoted([f"{name}=2026"])]) is None
 
 
 def test_without_an_experiment_only_a_report_is_made():
@@ -154,6 +170,8 @@ def test_a_path_is_read_as_it_is_typed(name):
     for stays in ("[a.txt,b.txt]", "a.txt,b.txt", "${x}/y", "[a=1"):
         assert quoted([f"{name}={stays}"]) == [f"{name}={stays}"]
     assert quoted(["module.lr=a=b"]) == ["module.lr=a=b"]
+    assert quoted([f"{name}=~/a.txt"]) == [f"{name}={Path.home()}/a.txt"]
+    assert quoted([f"{name}=~no such user/a"]) == [f"{name}='~no such user/a'"]
 
 
 def test_prompts_of_a_real_shell(tmp_path):

@@ -76,5 +76,5 @@ def test_records_are_found_at_any_depth_oldest_first(tmp_path, oracle_record):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no record\.json below .*empty; run an experiment first"):
         find_records(tmp_path / "empty")
-    with pytest.raises(UsageError, match=r"the folder .*nowhere does not exist; type paths\.output_dir="):
+    with pytest.raises(UsageError, match=r"the folder .*nowhere does not exist; type report_dir="):
         find_records(tmp_path / "nowhere")

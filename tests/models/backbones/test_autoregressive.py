@@ -95,6 +95,28 @@ def test_greedy_takes_the_most_probable_token_and_the_decoder_says_what_it_is():
         ids = torch.cat([ids, best.view(1, 1)], -1)
 
 
+def test_each_of_several_end_tokens_stops_a_text_as_in_transformers():
+    """A forward pass for each token until the last text has ended, and the first end token behind it."""
+    model, rows = (
+        model_of("llama"),
+        pack_prompt_response(
+            [[3, 4], [5, 6], [9, 3]], [[]] * 3, prompt_length=2, response_length=8, pad_id=PAD, eos_id=EOS
+        ),
+    )
+    ids, passes = rows["input_ids"][:, :2], []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    free = AutoregressiveDecoder(model, 8, temperature=0.0)(rows, draw())
+    ends = list(dict.fromkeys(free[:, 3].tolist()))  # all have ended with their fourth token
+    passes.clear()
+    found = AutoregressiveDecoder(model, 8, temperature=0.0, end_ids=ends)(rows, draw())
+    assert len(ends) > 1
+    assert len(passes) <= 4
+    hook.remove()
+    theirs = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])[:, 2:]
+    assert torch.equal(found[:, : theirs.shape[1]], theirs)
+    assert (found[:, theirs.shape[1] :] == ends[0]).all()
+
+
 def test_padding_of_the_output_layer_is_never_said():
     model, rows = model_of("llama"), pair_batch()
     many = {name: column.repeat(50, 1) for name, column in rows.items()}

@@ -39,7 +39,7 @@ def called_back(decoder, batch: int = 3) -> tuple[Tensor, list[Tensor]]:
 
 
 def causal(eos_id=None):
-    return AutoregressiveDecoder(tiny_causal(), RESPONSE, vocab_size=11, eos_id=eos_id)
+    return AutoregressiveDecoder(tiny_causal(), RESPONSE, vocab_size=11, end_ids=eos_id)
 
 
 def planned():
@@ -67,7 +67,7 @@ def test_q_star_a_round_at_a_time(scheme, eos_id):
     torch.manual_seed(0)
     pair = [tiny_causal(), tiny_causal()]
     options = QStarOptions(gamma=2)
-    decoder = QStarDecoder(*pair, scheme, options, response_length=RESPONSE, vocab_size=11, eos_id=eos_id)
+    decoder = QStarDecoder(*pair, scheme, options, response_length=RESPONSE, vocab_size=11, end_ids=eos_id)
     returned, seen = called_back(decoder, batch=1)
     assert not decoder.refines
     lengths = [part.shape[1] for part in seen]

@@ -94,6 +94,11 @@ def test_generation_stops_at_the_end_token_and_generates_no_padding():
     for row, ended in zip(free.tolist(), found.tolist(), strict=True):
         stop = row.index(end) if end in row else len(row)
         assert ended == (row[: stop + 1] + [end] * 12)[: len(ended)]
+    ends = [end, int(free[1, 0])]
+    several = generate_online(model, prompt, max_new_tokens=12, temperature=0, eos_token_id=ends).sequences
+    for row, ended in zip(free.tolist(), several.tolist(), strict=True):
+        stop = next((n for n, token in enumerate(row) if token in ends), len(row))
+        assert ended == (row[: stop + 1] + [end] * 12)[: len(ended)]
     few = generate_online(
         model, prompt, max_new_tokens=30, generator=torch.Generator().manual_seed(0), temperature=5.0, vocab_size=4
     )

@@ -24,7 +24,7 @@ ALL_TEXTS = torch.cartesian_prod(*[torch.arange(V)] * 2)
 
 def build(scheme, **options):
     """A decoder of texts of two tokens."""
-    sizes = {"response_length": 2, "vocab_size": V, "eos_id": None}
+    sizes = {"response_length": 2, "vocab_size": V, "end_ids": None}
     return QStarDecoder(THETA, TARGET, scheme, QStarOptions(**options), assistant=THIRD, **sizes)
 
 
