@@ -68,7 +68,7 @@ class FrontierReport(Callback):
         if not trainer.is_global_zero:
             return
         table_rows = [
-            self._row(k, data.scorer(rows, texts), texts, passes[k], known[k], data.end_ids())
+            self._row(k, data.scorer(rows, texts), texts, passes[k], known[k], data)
             for k, texts in enumerate(responses)
         ]
         if figures:
@@ -96,10 +96,11 @@ class FrontierReport(Callback):
                 logger.log_hyperparams(hyperparameters(self.config), headline(self.record))
 
     def _row(
-        self, k: int, score: Any, responses: Tensor, passes: Tensor, known: dict[str, dict], end_ids: EndIds
+        self, k: int, score: Any, responses: Tensor, passes: Tensor, known: dict[str, dict], data: Any
     ) -> dict[str, Any]:
+        ends = data.end_ids()
         decoder, seconds = self._decoders[k], self._seconds[k]
-        counts = [r.numel() for r in self._responses[k]]
+        counts = [r.numel() if data.end_padding else int(until_end(r, ends).sum()) for r in self._responses[k]]
         warm = slice(1, None) if len(seconds) > 1 else slice(None)  # the first batch pays for warming up
         return {
             "method": decoder.method,
@@ -109,7 +110,7 @@ class FrontierReport(Callback):
             "entropy": score.entropy,
             "distinct": score.distinct,
             "cost": {
-                "tokens_per_forward": tokens_per_forward(responses, passes, end_ids),
+                "tokens_per_forward": tokens_per_forward(responses, passes, ends),
                 "tokens_per_s": sum(counts[warm]) / sum(seconds[warm]) if decoder.forwards else None,
                 "flops_per_token": self._flops[k],
                 "peak_memory_bytes": max((peak for peak in self._peaks[k] if peak is not None), default=None),

@@ -27,6 +27,7 @@ class CorpusDataModule(LightningDataModule):
     made_from: CorpusState | None = None
     sources: dict[str, Any]  # {split: where it is read from}, of corpora that are read
     packed = False  # whether it is a stream of documents
+    end_padding = True  # whether causal models are scored on, and generate, the end tokens that fill a response
 
     tokenizer: PreTrainedTokenizerFast
     prompt_length: int

@@ -192,8 +192,9 @@ class PretrainModule(LeapModule):
         if self.generation is None:
             return []
         one_by_one = self.generation in ("autoregressive", "prefix")
-        data, numbers = (self.trainer.datamodule, (1,)) if one_by_one else (None, self.forwards)
-        scheduled = [self.decoder(data, n, self.temperature) for n in numbers]
+        data: Any = self.trainer.datamodule
+        ends = None if data.end_padding else data.end_ids()
+        scheduled = [self.decoder(data, n, self.temperature, ends) for n in ((1,) if one_by_one else self.forwards)]
         return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
 
     def _rule_decoders(self) -> list[Decoder]:
@@ -208,7 +209,7 @@ class PretrainModule(LeapModule):
         """How the model answers prompts.
 
         data: the datamodule; only read for a model that generates from left to right. forwards: forward passes of any other.
-        end_ids: where such a model stops; none in a comparison, whose decoders all take the forward passes that it tabulates.
+        end_ids: where such a model stops; none where it has learned to fill a response with end tokens.
         Errors: UsageError for an objective that predicts no tokens.
         """
         if self.generation is None:

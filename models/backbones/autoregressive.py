@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from models.backbones.key_value_cache import cache_argument, cache_of
 from models.functional.attention import positions_from_mask
 from models.functional.gumbel import sample_categorical
-from models.functional.next_token import EndIds, are_ends, generated_until_end, prefix_mask, read_columns
+from models.functional.next_token import EndIds, are_ends, generated_until_end, prefix_mask, read_columns, until_end
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 
@@ -66,7 +66,10 @@ def generate_autoregressive(
 
 
 class AutoregressiveDecoder:
-    """`generate_autoregressive` of one model, as a `Decoder`; response_length: R, its number of forward passes."""
+    """`generate_autoregressive` of one model, as a `Decoder`; response_length: R, the most forward passes.
+
+    forward_passes: of each text of the last batch, (B,), where texts end with one of end_ids.
+    """
 
     method = "teacher"
     refines = False
@@ -86,6 +89,10 @@ class AutoregressiveDecoder:
             "temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size, "end_ids": end_ids,
         }  # fmt: skip
         self.name = "autoregressive" if temperature else "autoregressive, greedy"
+        self.forward_passes: Tensor | None = None
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
-        return generate_autoregressive(self.model, rows, generator, on_tokens=on_tokens, **self.options)
+        found = generate_autoregressive(self.model, rows, generator, on_tokens=on_tokens, **self.options)
+        if self.options["end_ids"] is not None:
+            self.forward_passes = until_end(found, self.options["end_ids"]).sum(-1)
+        return found

@@ -1,5 +1,7 @@
 """A pretrained causal LM on pairs, against a loop of transformers and peft alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.pairs import ROWS
@@ -9,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
+from callbacks.frontier import FrontierReport
 from datamodules.pairs import PairsDataModule
 from lightning_modules.pretrain import PretrainModule
 from models.backbones.causal_lm import with_adapters
@@ -73,3 +76,22 @@ def test_training_is_that_of_transformers_and_peft(build_pairs):
     assert expected[-1] < expected[0] - 0.1
     padded = torch.tensor(own_losses(build_pairs(**options, **(grouped | {"end_padding": True}))))
     assert (padded - expected).abs().max() > 0.02
+
+
+def test_forward_passes_and_speed_count_the_tokens_of_each_text(build_pairs):
+    """The comparison of a model whose texts end: rows end after different numbers of forward passes."""
+    options = {"val": ROWS, "test": ROWS, "mark_prompt_end": False, "eval_batch_size": 25, "response_length": 64}
+    passes = {}
+    for end_padding in (True, False):
+        data = build_pairs(**options, end_padding=end_padding)
+        module = PretrainModule(tiny_qwen(3, scale=1.0, vocabulary=len(data.tokenizer)), NextToken())
+        frontier = FrontierReport(Path("none"), "pairs", {}, 0)
+        quiet_trainer(1, callbacks=[frontier], fast_dev_run=True).test(module, data)
+        (row,) = (row for row in frontier.record["rows"] if row["decoder"] == "autoregressive")
+        passes[end_padding] = row["nfe"], row["cost"]["tokens_per_forward"], data.response_length
+    nfe, tokens, length = passes[False]
+    assert nfe < length
+    assert tokens == 1
+    nfe, tokens, length = passes[True]
+    assert nfe == length
+    assert tokens < 1
