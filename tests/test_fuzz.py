@@ -47,7 +47,25 @@ LEFT_OUT = (
 VALUES = st.one_of(
     st.integers(-3, 3),
     st.floats(-2, 2).map(lambda x: round(x, 2)),
-    st.sampled_from(["null", "true", "abc", "[]", "[x]", "[1,2]", "[null]", "{a:1}", "''", ".nan", ".inf", "-.inf", "1e9999", "-1e30", "1e-300"]),
+    st.sampled_from(
+        [
+            "null",
+            "true",
+            "abc",
+            "[]",
+            "[x]",
+            "[1,2]",
+            "[null]",
+            "{a:1}",
+            "''",
+            ".nan",
+            ".inf",
+            "-.inf",
+            "1e9999",
+            "-1e30",
+            "1e-300",
+        ]
+    ),
 )
 
 
