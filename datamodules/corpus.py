@@ -154,7 +154,8 @@ class CorpusDataModule(LightningDataModule):
             raise UsageError(
                 f"the {what} has {vocab_size} token ids with mask {mask_token_id}, the corpus' tokenizer "
                 f"{vocabulary_size(self.tokenizer)} with mask {mask}; they belong to different vocabularies "
-                f"(type data.tokenizer=<the folder of the {what}> or another {what})"
+                f"(type data.tokenizer=<the folder of the {what}> or another {what}; for tokens added to its tokenizer, "
+                "model.resize_token_embeddings(len(tokenizer)) and save_pretrained first)"
             )
 
     @cached_property
