@@ -125,7 +125,8 @@ class LogitFlowOptions:
 
     prompt_*: see `PrefixStudent`. loss: kl | ce | mse | hard; the target of `hard` is the argmax of the flow's target
     (hard_target=flow) or the clean token (data). data_weight: adds cross entropy against the clean tokens.
-    tangent: path (the masking process' own drift) | source (as first written down, for comparison).
+    tangent: path (the masking process' own drift) | sample, argmax, random (the same with one token's embedding) | source (as
+        first written down). See `masking_path_tangent`.
     correction_limit: bound on the target's distance from the teacher's logits, root mean square over the vocabulary; None
         for no bound. See `meanflow_target`.
     time_law, equal_share, endpoint_share: how (r, t) are drawn, see `sample_interval`.
