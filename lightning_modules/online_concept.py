@@ -67,7 +67,10 @@ class OnlineConceptModule(LeapModule):
         # 1. one forward pass: -log p of every target, and what each level did
         nll, levels = self._nll(text, settings)
         # 2. the text's loss and the auxiliary terms of routers and codes
-        raw = {"text": nll.sum() / text.weights.sum().clamp(min=1), **online_terms(self.model, levels, text)}
+        raw = {
+            "text": nll.sum() / text.weights.sum().clamp(min=1),
+            **online_terms(self.model, levels, text, settings.generator),
+        }
         # 3. their weighted sum
         loss = sum(weight * raw[name] for name, weight in self.weights.items() if weight)
         # DDP waits for a gradient of every weight, also at compression 1 where a router decides nothing

@@ -95,6 +95,27 @@ def test_the_draft_learns_from_its_own_loss_alone():
     assert online_terms(build().model, build()._nll(text, CompressionSettings(2.0, 0.5))[1], text)["draft"] == 0
 
 
+def test_the_draft_of_several_tokens_is_the_mean_over_all_of_them_in_the_mean():
+    """Each position draws one of the tokens after it: the mean over draws is that over all, and states get no gradient."""
+    module, text = build(growth="draft", most_nulls=2, compression=(1.0, 2.0)), causal_text(packed_batch(4, 12))
+    router, hidden = module.model.stack.router, module._nll(text, CompressionSettings(2.0, 0.5))[1][0].hidden
+    torch.nn.init.normal_(router.adapt.weight)
+    draw = torch.Generator().manual_seed(0)
+    each = []
+    with torch.no_grad():
+        for k in range(2):  # of every position that has a token so far ahead
+            logits = router.draft(hidden[:, : 12 - k], torch.full((4, 12 - k), k + 1))
+            each.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), text.targets[:, k:].flatten()))
+        drawn = torch.stack([router.draft_nll(hidden, text, draw) for _ in range(400)])
+    assert (each[0] - each[1]).abs() > 0.1  # control: the next token alone has another mean
+    # drawn alike, the second token counts for 11 of 12 positions
+    assert_close(drawn.mean(), (12 * each[0] + 11 * each[1]) / 23, atol=0.02, rtol=0)
+    router.draft_nll(hidden, text, draw).backward()
+    moved = {n for n, p in module.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert {f"stack.router.{part}.weight" for part in ("ahead", "mix", "adapt")} <= moved
+    assert not any("layers" in name for name in moved)
+
+
 def test_ratio_is_skipped_where_nothing_is_compressed_or_learned():
     text = causal_text(packed_batch(4, 12))
     for module, compression, there in (
