@@ -11,6 +11,7 @@ from models.functional.errors import UsageError, require_at_least, require_choic
 
 Growth = Literal["null", "autoregressive", "accumulate", "fixed", "entropy", "draft", "random"]
 RouterReads = Literal["shallow", "whole"]
+RateControl = Literal["offset", "multiplier"]
 Gate = Literal["slot", "smooth", "mass", "visibility", "none"]
 Attention = Literal["sdpa", "flex"]
 
@@ -94,7 +95,9 @@ class OnlineConceptOptions(OnlineModelOptions):
     gate_every: for gate `visibility`; one step of so many computes its gradient, which needs every position in every layer.
     code_decay: for sampler `ema_vq`; weight of the past in the running means of the codebook.
     weights: of the loss terms (`TERMS`); 0 or a missing one switches a term off.
-    hold_rate: correct the routers' offsets so that one position in `compression` commits.
+    hold_rate: one position in `compression` is to commit, at every level; False lets the rate go its own way.
+    rate_control: what holds it. `offset`: the routers' offsets are corrected (`RateController`). `multiplier`: learned routers
+        are trained to it, by a loss whose weight adapts (`RateMultipliers`).
     baseline: folder of a causal LM to compare with in a test, such as a run of next_token_text; None compares with none.
     temperature: of the sampled decoder.
     lora_rank: LoRA adapters of this rank train instead of the backbone; None trains the backbone.
@@ -109,6 +112,7 @@ class OnlineConceptOptions(OnlineModelOptions):
     anneal_share: float = 0.5
     weights: Mapping[str, float] = field(default_factory=default_weights)
     hold_rate: bool = True
+    rate_control: RateControl = "offset"
     baseline: str | None = None
     temperature: float = 1.0
     lora_rank: int | None = None
@@ -131,6 +135,11 @@ class OnlineConceptOptions(OnlineModelOptions):
         if self.growth in ("entropy", "draft") and not self.hold_rate:
             raise UsageError(
                 f"module.growth={self.growth} gets its threshold from rate control; type module.hold_rate=true"
+            )
+        require_choice("module.rate_control", self.rate_control, get_args(RateControl))
+        if self.rate_control == "multiplier" and self.growth not in ("null", "autoregressive", "accumulate"):
+            raise UsageError(
+                f"module.growth={self.growth} has no weights that could learn a rate; type module.rate_control=offset"
             )
         if self.gate_every < 1:
             raise UsageError(f"module.gate_every={self.gate_every} must be at least 1: every step has the gradient")

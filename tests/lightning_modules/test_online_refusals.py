@@ -26,6 +26,8 @@ from models.functional.errors import UsageError
         ),
         ({"router_reads": "deep"}, "module.router_reads=deep is not known"),
         ({"router_reads": "whole", "growth": "fixed"}, "module.growth=fixed reads no states"),
+        ({"rate_control": "price"}, "module.rate_control=price is not known"),
+        ({"rate_control": "multiplier", "growth": "fixed"}, "type module.rate_control=offset"),
         ({"gate_every": 0}, "module.gate_every=0 must be at least 1"),
         ({"gate": "soft"}, "module.gate=soft is not known; type one of"),
         ({"codes": 1}, "module.codes=1 must be at least 2"),
