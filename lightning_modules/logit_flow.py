@@ -60,9 +60,7 @@ class LogitFlowModule(MeanFlowDistillModule):
             lr=o.lr,
             weight_decay=o.weight_decay,
             warmup_steps=o.warmup_steps,
-            forwards=o.forwards,
-            teacher_temperature=o.teacher_temperature,
-            teacher_remasking=o.teacher_remasking,
+            teacher_sampling=o.teacher_sampling,
             seed=o.seed,
         )
         self.save_hyperparameters(asdict(o))
