@@ -31,6 +31,7 @@ from models.backbones.masked_from_causal import load_masked
 from models.backbones.sizes import STAND_IN
 from models.flow.student_files import is_student, teacher_folder
 from models.functional.errors import UsageError, require_forward_passes
+from models.interfaces.masked_sampling import require_blocks
 from models.speculative.scores import require_one_vocabulary
 from reporting.console import report_console
 
@@ -171,6 +172,9 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     one_by_one = declared is not None and declared.generation not in ("masked", "flow")
     for name in () if one_by_one else ("forwards", "student_forwards"):
         require_forward_passes(f"module.{name}", list(cfg.module.get(name) or [1]), datamodule.response_length)
+    for name in () if one_by_one else ("block_length", "teacher_block_length"):
+        forwards = list(cfg.module.get("forwards") or [])
+        require_blocks(f"module.{name}", cfg.module.get(name), forwards, datamodule.response_length)
     trainer = make_trainer(cfg, [], False)
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()

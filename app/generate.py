@@ -1,5 +1,6 @@
 """`mode=generate`: prints responses to prompts, of the model that the experiment has trained."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from app.students import student_decoder
 from app.trained import fill_from_checkpoint, newest_model, trained_decoder
 from app.typed import as_typed
 from datamodules.prompts import read_prompts
-from models.diffusion.sampler import MaskedDiffusionDecoder
+from models.diffusion.sampler import MaskedDiffusionDecoder, block_count
 from models.flow.student_files import load_student, teacher_folder
 from models.functional.errors import UsageError, require_choice
 from models.interfaces.decoder import Decoder
+from models.interfaces.masked_sampling import TeacherOptions
 from reporting.console import print_answers, report_console
 from reporting.stream import TextStream
 
@@ -126,6 +128,8 @@ def _student_decoder(cfg: DictConfig, folder: Path, datamodule: Any, device: tor
 
 
 def _teacher_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
-    temperature = cfg.module.teacher_temperature if cfg.temperature is None else cfg.temperature
-    options = {"temperature": temperature, "remasking": cfg.module.get("teacher_remasking")}
-    return MaskedDiffusionDecoder(trained_teacher(cfg, datamodule).to(device), cfg.forwards or 1, **options)
+    known = [part.name for part in fields(TeacherOptions) if part.name in cfg.module]
+    how = TeacherOptions(**{name: cfg.module[name] for name in known}).teacher_sampling
+    options = how.options if cfg.temperature is None else how.options | {"temperature": cfg.temperature}
+    least = block_count(datamodule.response_length, how.block_length)
+    return MaskedDiffusionDecoder(trained_teacher(cfg, datamodule).to(device), cfg.forwards or least, **options)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.functional.next_token import EndIds, until_end
 from models.functional.ranks import gathered
+from reporting.alpha_figure import alpha_figure
 from reporting.console import report_console
 from reporting.figure import quality_figure
 from reporting.hparams import headline, hyperparameters
@@ -22,6 +23,8 @@ from reporting.table import markdown_table, results_table, split_rows
 
 class FrontierReport(Callback):
     """Writes record.json and frontier.png to `folder`, prints the table, and sends all of it to TensorBoard.
+
+    Of q*, alpha.png as well: both divergences over α.
 
     experiment, config: of the run, for its record. samples: how many texts of each decoder to print.
     """
@@ -59,6 +62,7 @@ class FrontierReport(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
         figures = pl_module.model_figures()
+        parts = pl_module.record_parts()
         known = [pl_module.decoder_figures(k) for k in range(len(self._decoders))]
         rows = (
             gathered({name: torch.cat([r[name] for r in self._rows]) for name in self._rows[0]}) if self._rows else {}
@@ -75,10 +79,13 @@ class FrontierReport(Callback):
             table_rows.append(_model_row(pl_module, figures))
         seed = int(getattr(pl_module, "seed", 0))
         self.record = build_record(self.experiment, seed, pl_module.device, self.config, data.facts(), table_rows)
-        figure = quality_figure(self.record)
+        self.record |= parts
+        figure, alpha = quality_figure(self.record), alpha_figure(self.record)
         if not trainer.fast_dev_run:
             write_record(self.record, self.folder / "record.json")
             figure.savefig(self.folder / "frontier.png", dpi=130)
+            if alpha is not None:
+                alpha.savefig(self.folder / "alpha.png", dpi=130)
         texts = self._texts(data, rows, responses) if rows else []
         console = report_console()
         print_samples(console, texts)
@@ -91,6 +98,8 @@ class FrontierReport(Callback):
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_figure"):
                 logger.experiment.add_figure("frontier", figure, trainer.global_step)
+                if alpha is not None:
+                    logger.experiment.add_figure("alpha", alpha, trainer.global_step)
                 logger.experiment.add_text("results", tables, trainer.global_step)
                 logger.experiment.add_text("samples", samples_markdown(texts), trainer.global_step)
                 logger.log_hyperparams(hyperparameters(self.config), headline(self.record))

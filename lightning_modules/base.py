@@ -230,6 +230,10 @@ class LeapModule(LightningModule):
         """Figures of the model itself."""
         return {}
 
+    def record_parts(self) -> dict[str, Any]:
+        """Further parts of the record, such as a curve, by name."""
+        return {}
+
     def model_cost(self) -> dict[str, float | None]:
         """What the model itself costs, as the record's `cost` of its row."""
         return {}

@@ -22,6 +22,7 @@ NOT_LEARNED: dict[str, Any] = {
     "search": None,
     "free_bits": 0.0,
     "quota": None,
+    "quota_gain": 0.0,
     "noise": (0.0, 0.0),
 }
 

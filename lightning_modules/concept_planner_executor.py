@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_modules.base import LeapModule
 from models.backbones.abilities import context_of, require_free_layout
@@ -22,6 +23,7 @@ from models.functional.bits_per_byte import token_nll
 from models.functional.curriculum import length_limit, mean_of_short, text_lengths
 from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
+from models.functional.quota import QuotaMultipliers
 from models.functional.rows import signals_of
 from models.functional.uniform import uniform
 from models.functional.vocabulary import vocabulary_size
@@ -45,8 +47,9 @@ from models.plans.terms import plan_terms
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
 
-# keys of a checkpoint: plans of validation texts, a quantiser's codes, the best plans of training rows
+# keys of a checkpoint: plans of validation texts, a quantiser's codes, the best plans of training rows, the quota's multiplier
 PREVIOUS, CODES, FOUND = "concepts_before", "concepts_codes", "concepts_found"
+QUOTA = "quota_multiplier"
 
 Block = tuple[Tensor, Tensor]  # ids (B, C) and embeddings (B, C, D) of a plan, as the executor reads them
 
@@ -81,6 +84,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.signal_codes = SignalCodes(vocabulary, options.signals or {}) if options.signal_codes else None
         self.source = self.build_source()
         self.points = PointBuffer()  # of a quantiser
+        self.quota = QuotaMultipliers(1, options.quota_gain) if options.quota_gain else None
         self.em = build_hard_em(options.search_options, self.planner, self.posterior, self.executor)
         if self.em is not None:
             self.rank_dependent_reason = "a rank searches plans when its own rows are due; type module.search=null"
@@ -174,7 +178,12 @@ class ConceptPlannerExecutorModule(LeapModule):
             monitors["dead_codes"] = float(self._update_codes())
         # 3. losses of the plan: NLL under the prior p(z | u), rate, usage ...
         prior = self.planner.score(*prompt_of(batch), plan.choices)
-        raw = self._plan_terms(plan, prior, response_of(batch))
+        multiplier = 0.0 if self.quota is None else float(self.quota.values)
+        raw = self._plan_terms(plan, prior, response_of(batch), multiplier)
+        if self.quota is not None:
+            count = raw["concepts"].new_tensor([len(plan.choices)])
+            self.quota.add((raw["concepts"] - self.options.quota) * count, count)
+            monitors["quota_multiplier"] = multiplier
         if self.signal_codes is not None:
             log_q = plan.logits.log_softmax(-1)
             raw["signals"] = -self.signal_codes.log_prob(log_q, signals_of(batch)).mean()
@@ -212,6 +221,11 @@ class ConceptPlannerExecutorModule(LeapModule):
             raw[name] = plan_nll(log_p, searched.choices, is_open).sum(-1).mean() / text.shape[1]
         return self.planner.block(searched.choices), raw, searched.figures
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The quota's multiplier: once an optimiser step, after its last micro-batch, the same on every rank."""
+        if self.quota is not None:
+            self.quota.apply(self.gathered)
+
     def _update_codes(self) -> int:
         """Move the codes to the step's points of all ranks; the number of dead codes that were reset.
 
@@ -223,7 +237,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         points, generator = self.points.pop(), self.generator_of_all_ranks()
         return self.model.quantiser.follow(points, self.options.code_decay, generator, begin=begin)
 
-    def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def _plan_terms(self, plan: Plan, prior_logits: Tensor, text: Tensor, multiplier: float = 0.0) -> dict[str, Tensor]:
         o = self.options
         return plan_terms(
             plan,
@@ -232,6 +246,7 @@ class ConceptPlannerExecutorModule(LeapModule):
             tokens=text.shape[1],
             floor=o.free_bits,
             quota=o.quota,
+            multiplier=multiplier,
             signal_types=o.signal_types,
         )
 
@@ -403,6 +418,8 @@ class ConceptPlannerExecutorModule(LeapModule):
             checkpoint[CODES] = dict(self.model.quantiser.named_buffers())
         if self.em is not None:
             checkpoint[FOUND] = self.em.state_dict()
+        if self.quota is not None:
+            checkpoint[QUOTA] = self.quota.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -413,6 +430,8 @@ class ConceptPlannerExecutorModule(LeapModule):
             self.model.quantiser.load_state_dict(checkpoint[CODES], strict=False)
         if self.em is not None:
             self.em.load_state_dict(checkpoint.get(FOUND, {}))
+        if self.quota is not None:
+            self.quota.load(checkpoint.get(QUOTA))
 
 
 def weighted_sum(raw: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -19,7 +19,7 @@ from models.functional.jvp import value_and_jvp
 from models.functional.masked_diffusion import mask_probability, mask_tokens, row_of_masked
 from models.functional.meanflow import (
     adaptive_weight,
-    expected_embedding,
+    clean_embedding,
     flow_loss,
     masking_path_tangent,
     meanflow_target,
@@ -60,9 +60,7 @@ class LogitFlowModule(MeanFlowDistillModule):
             lr=o.lr,
             weight_decay=o.weight_decay,
             warmup_steps=o.warmup_steps,
-            forwards=o.forwards,
-            teacher_temperature=o.teacher_temperature,
-            teacher_remasking=o.teacher_remasking,
+            teacher_sampling=o.teacher_sampling,
             seed=o.seed,
         )
         self.save_hyperparameters(asdict(o))
@@ -94,7 +92,7 @@ class LogitFlowModule(MeanFlowDistillModule):
         with torch.no_grad():
             v = self.teacher.lm_head(self.teacher.hidden(z, attention_mask)[masked])  # (M, V)
         # 3. average logits u of the student and du/dt along the masking path (zero weight where r = t)
-        u, du_dt = self.student_logits_and_derivative(sample, v)
+        u, du_dt = self.student_logits_and_derivative(sample, v, generator)
         # 4. the identity's right-hand side, held constant
         target = meanflow_target(v, du_dt, r[row], t[row], o.correction_limit)
         # 5. the distance, raw and weighted
@@ -106,9 +104,12 @@ class LogitFlowModule(MeanFlowDistillModule):
         self._log_step(split, raw, loss, u, du_dt, (t - r)[row], tokens, len(x0))
         return loss
 
-    def student_logits_and_derivative(self, sample: MaskingSample, v: Tensor) -> tuple[Tensor, Tensor]:
+    def student_logits_and_derivative(
+        self, sample: MaskingSample, v: Tensor, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """u and du/dt at the masked positions, (M, V) each; rows with r = t (the first n_equal) skip the derivative.
 
+        generator: of the tokens of tangents that draw one.
         A group without rows is computed for one row that does not count: every rank takes the same forward passes.
         """
         n, masked = sample.n_equal, sample.masked
@@ -119,7 +120,7 @@ class LogitFlowModule(MeanFlowDistillModule):
             derivatives.append(torch.zeros_like(logits[0]))
         if self.options.equal_share < 1:
             rows = slice(min(n, len(masked) - 1), len(masked))
-            u, du_dt = self._logits_and_derivative(sample, rows, v[int(masked[: rows.start].sum()) :])
+            u, du_dt = self._logits_and_derivative(sample, rows, v[int(masked[: rows.start].sum()) :], generator)
             logits.append(u[: len(v) - first])
             derivatives.append(du_dt[: len(v) - first])
         return torch.cat(logits), torch.cat(derivatives)
@@ -129,12 +130,14 @@ class LogitFlowModule(MeanFlowDistillModule):
         hidden = self.student.hidden(z, sample.attention_mask[rows], sample.r[rows], t)
         return self.teacher.lm_head(hidden[sample.masked[rows]])
 
-    def _logits_and_derivative(self, sample: MaskingSample, rows: slice, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits_and_derivative(
+        self, sample: MaskingSample, rows: slice, v: Tensor, generator: Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """u of some rows, and du/dt along the masking path; v: the teacher's logits at their masked positions."""
         z, masked, t = sample.z[rows], sample.masked[rows], sample.t[rows]
         p = sample.p[rows].unsqueeze(-1).expand(masked.shape)[masked]
-        expected = expected_embedding(v, self.teacher.embedding)
-        drift = masking_path_tangent(z[masked], expected, p, self.options.eps, self.options.tangent)
+        clean = clean_embedding(v, self.teacher.embedding, self.options.tangent, generator)
+        drift = masking_path_tangent(z[masked], clean, p, self.options.eps, self.options.tangent)
         return value_and_jvp(
             lambda z, t: self._logits(sample, rows, z, t),
             (z, t),

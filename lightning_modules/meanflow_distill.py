@@ -6,23 +6,24 @@ Two flows are built on it: `module=logit_flow` (logit_flow.py) averages the teac
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lightning_modules.base import LeapModule
 from lightning_modules.training.optimizers import OptimizerName
 from models.backbones.llada import LladaModel
-from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking
+from models.diffusion.sampler import MaskedDiffusionDecoder
 from models.flow.student import Student
 from models.flow.student_files import FORMAT, base_fingerprint, save_student, save_whole_student
-from models.functional.errors import UsageError, require_choice
+from models.functional.errors import UsageError
 from models.functional.weights import copy_weights
 from models.interfaces.decoder import Decoder
+from models.interfaces.masked_sampling import MaskedSampling
 
 
 class MeanFlowDistillModule(LeapModule):
     """A student over a frozen teacher, which is the student's own base: one copy in memory.
 
-    forwards, teacher_temperature, teacher_remasking: the teacher's rows in the final table.
+    teacher_sampling: the teacher's rows in the final table.
     """
 
     def __init__(
@@ -32,17 +33,12 @@ class MeanFlowDistillModule(LeapModule):
         lr: float,
         weight_decay: float,
         warmup_steps: int,
-        forwards: tuple[int, ...],
-        teacher_temperature: float,
-        teacher_remasking: Remasking,
+        teacher_sampling: MaskedSampling,
         seed: int,
         optimizer: OptimizerName = "adamw",
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed, optimizer=optimizer)
-        require_choice("module.teacher_remasking", teacher_remasking, get_args(Remasking))
-        self.student = student
-        self.forwards = tuple(forwards)
-        self.teacher_temperature, self.teacher_remasking = teacher_temperature, teacher_remasking
+        self.student, self.teacher_sampling = student, teacher_sampling
 
     def require_precision(self, precision: str) -> None:
         """Weights that train are float32, whatever the base's precision: averages and derivatives need it."""
@@ -103,5 +99,5 @@ class MeanFlowDistillModule(LeapModule):
             return save_whole_student(self.student, folder, tokenizer)
 
     def teacher_decoders(self) -> list[Decoder]:
-        options: dict[str, Any] = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
-        return [MaskedDiffusionDecoder(self.teacher, n, **options) for n in self.forwards]
+        how = self.teacher_sampling
+        return [MaskedDiffusionDecoder(self.teacher, n, **how.options) for n in how.forwards]

@@ -49,9 +49,7 @@ class NoisyMaskFlowModule(StagedDistillModule):
             average_decay=o.average_decay,
             optimizer=o.optimizer,
             weight_decay=o.weight_decay,
-            forwards=o.forwards,
-            teacher_temperature=o.teacher_temperature,
-            teacher_remasking=o.teacher_remasking,
+            teacher_sampling=o.teacher_sampling,
             seed=o.seed,
         )
         self.save_hyperparameters(asdict(o))

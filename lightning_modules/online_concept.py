@@ -28,8 +28,10 @@ from models.online.decoder import OnlineConceptDecoder
 from models.online.files import load_baseline, save_online
 from models.online.model import OnlineConceptModel
 from models.online.options import OnlineConceptOptions
-from models.online.rate_control import RateController
+from models.online.rate_control import RateController, RateMultipliers
 from models.online.terms import online_monitors, online_terms
+
+MULTIPLIERS = "rate_multipliers"  # key of a checkpoint
 
 
 class OnlineConceptModule(LeapModule):
@@ -51,6 +53,8 @@ class OnlineConceptModule(LeapModule):
         self.model = OnlineConceptModel(model, o, compression=o.compression[1], quantisation=o.quantisation[1])
         self.weights = o.term_weights()
         self.rates, self.codebooks = RateController(), CodebookUpdate(o.code_decay)
+        multiplied = o.hold_rate and o.rate_control == "multiplier"
+        self.multipliers = RateMultipliers(len(self.model.stacks())) if multiplied else None
         self.meter, self.truth_meter, self.base_meter = NllMeter(), NllMeter(), NllMeter()
         self.commit_rate = MeanMetric()
         self._cost: dict[str, float | None] = {}
@@ -67,18 +71,27 @@ class OnlineConceptModule(LeapModule):
         # 1. one forward pass: -log p of every target, and what each level did
         nll, levels = self._nll(text, settings)
         # 2. the text's loss and the auxiliary terms of routers and codes
-        raw = {"text": nll.sum() / text.weights.sum().clamp(min=1), **online_terms(self.model, levels, text)}
+        raw = {
+            "text": nll.sum() / text.weights.sum().clamp(min=1),
+            **online_terms(self.model, levels, text, settings.generator),
+        }
         # 3. their weighted sum
         loss = sum(weight * raw[name] for name, weight in self.weights.items() if weight)
+        if self.multipliers is not None:
+            loss = loss + self.multipliers.loss(levels)
         # DDP waits for a gradient of every weight, also at compression 1 where a router decides nothing
         loss = loss + 0.0 * sum(p.sum() for p in self.model.stack.parameters())
         # 4. statistics for rate control and codebooks, which are updated once an optimiser step
-        if self.options.hold_rate:
+        if self.multipliers is not None:
+            self.multipliers.add_levels(levels)
+        elif self.options.hold_rate:
             self.rates.add(levels)
         self.codebooks.add(levels, text.ids.shape[1], self.in_row_order)
         # 5. monitors
         self.log("train/loss", loss, prog_bar=True)
         wanted: dict[str, Any] = {"wanted": settings.compression, "quantisation": settings.quantisation}
+        if self.multipliers is not None:
+            wanted |= {f"rate_multiplier_{k + 1}": value for k, value in enumerate(self.multipliers.values.tolist())}
         self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
 
@@ -86,6 +99,8 @@ class OnlineConceptModule(LeapModule):
         """Rate control and codebook updates: once an optimiser step, after its last micro-batch, the same on every rank."""
         stacks = self.model.stacks()
         self.rates.apply([stack.router for stack in stacks], self.gathered)
+        if self.multipliers is not None:
+            self.multipliers.apply(self.gathered)
         spaces: list[Any] = [getattr(stack.codes, "space", None) for stack in stacks]
         dead = self.codebooks.apply(spaces, self.generator_of_all_ranks, start=self.global_step == 0)
         for k, count in dead.items():
@@ -190,6 +205,13 @@ class OnlineConceptModule(LeapModule):
         kept = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
         super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] |= kept
+        if self.multipliers is not None:
+            checkpoint[MULTIPLIERS] = self.multipliers.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.multipliers is not None:
+            self.multipliers.load(checkpoint.get(MULTIPLIERS))
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the backbone (or its adapter) and the new weights beside it, for mode=generate."""

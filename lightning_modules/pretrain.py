@@ -18,7 +18,7 @@ from models.backbones.autoregressive import AutoregressiveDecoder
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
 from models.diffusion.commit_rules import build_rules
-from models.diffusion.sampler import MaskedDiffusionDecoder, Remasking, RuleDecoder
+from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
@@ -28,6 +28,7 @@ from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
+from models.interfaces.masked_sampling import MaskedSampling, Remasking
 from models.interfaces.objective import Generation, Likelihood, Objective, Terms, TextObjective
 
 # streams of random draws, see `step_generator`
@@ -37,7 +38,7 @@ TRAINING_STREAM, VALIDATION_STREAM, LIKELIHOOD_STREAM = 0, 1, 2
 class PretrainModule(LeapModule):
     """model: the network; objective: (model, batch, generator) -> `Terms`.
 
-    forwards, temperature, remasking, guidance, block_length: the sampler settings that `trainer.test` compares. A model that
+    forwards, temperature, remasking, guidance, block_length: `MaskedSampling`, which `trainer.test` compares. A model that
     generates from left to right uses the temperature alone. commit_rules: {rule: values}, more rows of masked models, whose
     forward passes follow the confidence (`models/diffusion/commit_rules.py`).
     A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
@@ -70,8 +71,14 @@ class PretrainModule(LeapModule):
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed, optimizer=optimizer)
         self.save_hyperparameters(ignore=["model", "objective"])
         self.model, self.objective = model, objective
-        self.forwards, self.temperature, self.remasking = tuple(forwards), temperature, remasking
-        self.guidance, self.block_length, self.rules = guidance, block_length, build_rules(commit_rules)
+        self.sampling = masked_sampling(
+            forwards=forwards,
+            temperature=temperature,
+            remasking=remasking,
+            guidance=guidance,
+            block_length=block_length,
+        )
+        self.rules = build_rules(commit_rules)
         self.figures = ModelFigures()
         self.curve: dict[str, list[float]] = {}
         self.meter, self.truth_meter, self.token_weights = NllMeter(), NllMeter(), TokenWeights()
@@ -193,15 +200,15 @@ class PretrainModule(LeapModule):
             return []
         one_by_one = self.generation in ("autoregressive", "prefix")
         data: Any = self.trainer.datamodule
-        ends = None if data.end_padding else data.end_ids()
-        scheduled = [self.decoder(data, n, self.temperature, ends) for n in ((1,) if one_by_one else self.forwards)]
+        ends, numbers = None if data.end_padding else data.end_ids(), (1,) if one_by_one else self.sampling.forwards
+        scheduled = [self.decoder(data, n, self.sampling.temperature, ends) for n in numbers]
         return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
 
     def _rule_decoders(self) -> list[Decoder]:
         """A row for each of `commit_rules`, at temperature 0 as in the papers of these rules."""
-        length = self.trainer.datamodule.response_length
+        length, how = self.trainer.datamodule.response_length, self.sampling
         return [
-            RuleDecoder(self.model, rule, length, block_length=self.block_length, guidance=self.guidance)
+            RuleDecoder(self.model, rule, length, block_length=how.block_length, guidance=how.guidance)
             for rule in self.rules
         ]
 
@@ -220,14 +227,8 @@ class PretrainModule(LeapModule):
             assert isinstance(self.objective, ContinuousDiffusion)
             return NoisyMaskDecoder(self.objective.student, forwards, step="ode")
         if self.generation == "masked":
-            return MaskedDiffusionDecoder(
-                self.model,
-                forwards,
-                temperature=temperature,
-                remasking=self.remasking,
-                block_length=self.block_length,
-                guidance=self.guidance,
-            )
+            options = self.sampling.options | {"temperature": temperature}
+            return MaskedDiffusionDecoder(self.model, forwards, **options)
         return AutoregressiveDecoder(
             self.model,
             data.response_length,
@@ -258,3 +259,11 @@ class PretrainModule(LeapModule):
             assert isinstance(self.objective, ContinuousDiffusion)
             return save_whole_student(self.objective.student, folder, tokenizer)
         return (save_merged if merged else save_causal)(self.model, folder, tokenizer)
+
+
+def masked_sampling(**options: Any) -> MaskedSampling:
+    """Errors: UsageError that names module.<option>."""
+    try:
+        return MaskedSampling(**options)
+    except UsageError as error:
+        raise UsageError(f"module.{error}") from None

@@ -17,9 +17,11 @@ from models.backbones.autoregressive import AutoregressiveDecoder, generate_auto
 from models.backbones.causal_lm import causal_logits, save_causal, save_merged, with_adapters
 from models.functional.errors import UsageError
 from models.functional.next_token import CausalText, causal_text, until_end
+from models.functional.rows import response_columns
 from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
+from models.speculative.alpha_curve import AlphaCurve
 from models.speculative.decoder import QStarDecoder
 from models.speculative.exactness import enumeration_error, g_test_of
 from models.speculative.loss import qstar_terms
@@ -57,6 +59,7 @@ class QStarDecodingModule(LeapModule):
         self.target, self.assistant = target.requires_grad_(False), assistant
         self._decoders: list[Decoder] = []
         self._meters: dict[int, AcceptanceMeter] = defaultdict(AcceptanceMeter)
+        self._alpha_curve = AlphaCurve(options.alpha_points)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -142,6 +145,7 @@ class QStarDecodingModule(LeapModule):
 
     def on_test_start(self) -> None:
         """Both exactness tests of each scheme, where the corpus can list all texts."""
+        self._alpha_curve.reset()
         data = self.trainer.datamodule
         listed = data.list_texts() if self.options.exactness_samples and hasattr(data, "list_texts") else None
         if listed is None or self.trainer.fast_dev_run:
@@ -158,6 +162,8 @@ class QStarDecodingModule(LeapModule):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's texts, their likelihood under both models, and what the drafts were worth."""
+        if self.options.alpha_points:
+            self._add_to_curve(batch)
         for decoder in self._decoders:
             if isinstance(decoder, QStarDecoder):
                 decoder.outputs.clear()
@@ -171,6 +177,19 @@ class QStarDecodingModule(LeapModule):
                 if batch_idx or sum(self.trainer.num_test_batches) == 1:  # the first batch warms up
                     meter.add_time(result.seconds, out)
         return step
+
+    @torch.no_grad()
+    def _add_to_curve(self, batch: dict[str, Tensor]) -> None:
+        """Both models at every position of the corpus' own texts, up to their ends."""
+        text = causal_text(
+            self._with_responses(batch, batch["input_ids"][:, -response_columns(batch["response_mask"]) :])
+        )
+        models = (self.theta, self.target)
+        self._alpha_curve.add(*(self.mixture.tempered(self._logp(model, text)) for model in models))
+
+    def record_parts(self) -> dict[str, Any]:
+        curve = self._alpha_curve.record(self._sum_over_ranks)
+        return {"alpha_curve": curve} if curve else {}
 
     @torch.no_grad()
     def _nll(self, batch: dict[str, Tensor], responses: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,9 +35,7 @@ class StepHalvingModule(StagedDistillModule):
             Stages({name: {"share": 1 / rounds, "lr": o.lr} for name in names}, names),
             average_decay=o.average_decay,
             weight_decay=o.weight_decay,
-            forwards=o.forwards,
-            teacher_temperature=o.teacher_temperature,
-            teacher_remasking=o.teacher_remasking,
+            teacher_sampling=o.teacher_sampling,
             seed=o.seed,
         )
         self.save_hyperparameters(asdict(o))
@@ -61,7 +59,7 @@ class StepHalvingModule(StagedDistillModule):
         self.log("val/loss", terms.loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
 
     def decoders(self) -> list[Decoder]:
-        options: dict[str, Any] = {"temperature": self.teacher_temperature, "remasking": self.teacher_remasking}
+        options = {"temperature": self.options.teacher_temperature, "remasking": self.options.teacher_remasking}
         students = [MaskedDiffusionDecoder(self.student.body, n, **options) for n in self.options.student_forwards]
         for decoder in students:
             decoder.method, decoder.name = "student", "step halving"

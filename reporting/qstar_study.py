@@ -17,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.functional.gaussian import Gaussian, gaussian_alpha, geometric_mixture, kl_gaussian
 from models.functional.qstar import mix, solve_alpha
+from models.functional.qstar_curve import divergences_along
+from reporting.alpha_figure import draw_divergences
 
 
 def gaussian(mean: tuple[float, float], cov: list[list[float]] | float | tuple[float, float]) -> Gaussian:
@@ -119,17 +121,13 @@ class GaussianStudy:
     def _curves(self, multi: tuple[Tensor, Tensor]) -> Figure:
         figure = Figure(figsize=(11, 9), layout="constrained")
         alphas = torch.linspace(0, 1, 51, dtype=torch.float64)
+        flat = alphas.tolist()
         for axis, (name, (a, b)) in zip(figure.subplots(3, 3).flat, self._all_on_grid(multi).items(), strict=True):
-            kls = []
-            for alpha in alphas:
-                q, _ = mix(a, b, alpha)
-                p = q.exp()
-                kls.append((float((p * (q - a)).sum()), float((p * (q - b)).sum())))
-            axis.plot(alphas, [k for k, _ in kls], color="#3b6ea5", label="KL(q‖π_θ)")
-            axis.plot(alphas, [k for _, k in kls], color="#4a8f5a", label="KL(q‖π_t)")
-            axis.axvline(solve_alpha(a.unsqueeze(0), b.unsqueeze(0)).alpha.item(), color="#c8553d", linestyle=":")
+            a, b = a.unsqueeze(0), b.unsqueeze(0)
+            found, solved = divergences_along(a, b, alphas), solve_alpha(a, b)
+            star = solved.alpha.item(), solved.chernoff.item()
+            draw_divergences(axis, flat, found.kl_theta[:, 0].tolist(), found.kl_target[:, 0].tolist(), star)
             axis.set_title(name, fontsize=9)
-            axis.set_xlabel("α")
         axis.legend(fontsize=8)
         return figure
 

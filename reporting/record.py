@@ -3,8 +3,8 @@
 {"format", "experiment", "commit", "seed", "device", "versions": {}, "config": {}, "data": {...}, "rows": [{"method",
 "decoder", "nfe", "quality": {}, "entropy", "distinct", "cost": {"tokens_per_forward", "tokens_per_s", "flops_per_token",
 "peak_memory_bytes", "batch"}, "n_samples", "ci95": {}}]}. A value that was not measured is null. nfe: number of function
-evaluations, the forward passes for one text. The row of a model itself also has "curve": {name: []}. Records of earlier
-formats are read, too.
+evaluations, the forward passes for one text. The row of a model itself also has "curve": {name: []}. A run of q* has
+"alpha_curve": {name: [] or figure}, see `AlphaCurve`. Records of earlier formats are read, too.
 """
 
 import json

@@ -34,7 +34,7 @@ def in_words(record: dict[str, Any]) -> list[str]:
     reference = data.get("reference_slot_accuracy")
     if reference is not None:
         sentences.append(f"Slot accuracy of the human references, exact wording: {_percent(reference)}.")
-    sentences += [*_prompted(rows), *_likelihoods(rows), *_judged(rows), *_speed(rows)]
+    sentences += [*_prompted(rows), *_likelihoods(rows), *_one_alpha(record), *_judged(rows), *_speed(rows)]
     conclusion = summary(rows)
     return sentences if conclusion is None else [*sentences, conclusion]
 
@@ -194,6 +194,18 @@ def _likelihoods(rows: list[Row]) -> list[str]:
     return [
         f"NLL, nats a token, of texts by π_θ, q* and π_t: under π_θ {theta[0]:.3f}, {theta[1]:.3f}, {theta[2]:.3f}; "
         f"under π_t {target[0]:.3f}, {target[1]:.3f}, {target[2]:.3f}."
+    ]
+
+
+def _one_alpha(record: dict[str, Any]) -> list[str]:
+    """One sentence: the α at which the mean divergences from both models are equal, beside α solved at each position."""
+    curve = record.get("alpha_curve")
+    if not curve:
+        return []
+    return [
+        f"One α for all {curve['positions']} positions of the test texts: at α* = {curve['alpha_star']:.3f} the mean "
+        f"divergence of q_α is {curve['kl_star']:.4f} nats from each model. Solved at each position, the mean of α is "
+        f"{curve['alpha_mean']:.3f} and that of the divergence {curve['chernoff_mean']:.4f}."
     ]
 
 

@@ -5,7 +5,7 @@ The number of tokens of a pass is scheduled (`generate_masked_diffusion`) or fol
 Legend: B batch, L length, R response columns, V vocabulary.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -16,8 +16,7 @@ from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
-
-Remasking = Literal["low_confidence", "random"]
+from models.interfaces.masked_sampling import Remasking
 
 
 def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
@@ -76,7 +75,7 @@ def generate_masked_diffusion(
         )
     if steps > length:
         raise UsageError(f"forwards={steps} exceeds the {length} tokens to fill; type forwards={length} or less")
-    if remasking not in ("low_confidence", "random"):
+    if remasking not in get_args(Remasking):
         raise UsageError(f"remasking={remasking} is not known; type low_confidence or random")
 
     xt = torch.where(response_mask, model.mask_id, rows["input_ids"])

@@ -1,6 +1,6 @@
 """The options of the flows' modules: every default, and the checks that need no model.
 
-Literals of optimizers and remasking are repeated here: the packages that own them may not be imported from this one.
+Literals of optimizers are repeated here: the package that owns them may not be imported from this one.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from models.functional.errors import UsageError, require_at_least, require_choic
 from models.functional.flow_times import TimeLaw, require_shares
 from models.functional.jvp import JvpBackend
 from models.functional.meanflow import FlowLoss, Tangent
+from models.interfaces.masked_sampling import TeacherOptions
 
 FlowTarget = Literal["psd", "meanflow"]
 Weighting = Literal["none", "inverse_p", "adaptive"]
 OptimizerName = Literal["adamw", "muon"]
-Remasking = Literal["low_confidence", "random"]
 
 
 def _stages() -> dict[str, dict[str, float]]:
@@ -37,7 +37,7 @@ def _as_tuples(options: object, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisyMaskFlowOptions:
+class NoisyMaskFlowOptions(TeacherOptions):
     """Options of `NoisyMaskFlowModule`.
 
     adapter, prompt_*, lora_rank: see `NoisyMaskStudent`. sigma, time_center: see `NoisyMaskPath`.
@@ -55,7 +55,7 @@ class NoisyMaskFlowOptions:
         instead of endpoints: the jumps of those student_forwards that divide ode_steps.
     average_decay: weight of the past in the running average.
     optimizer, weight_decay: see `make_optimizer`.
-    forwards, teacher_temperature, teacher_remasking: the teacher's rows in the table.
+    forwards, teacher_*: the teacher's rows in the table, see `TeacherOptions`.
     student_forwards: the student's rows in the table, and the answers whose jumps it learns.
     ode_forwards: rows of the denoiser's flow. few_step, promote: how the student generates, see `follow_flow`.
     """
@@ -88,17 +88,15 @@ class NoisyMaskFlowOptions:
     average_decay: float = 0.997
     optimizer: OptimizerName = "muon"
     weight_decay: float = 0.0
-    forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
     student_forwards: tuple[int, ...] = (1, 2, 4, 8)
     ode_forwards: tuple[int, ...] = (16,)
     few_step: FewStep = "chain"
     promote: float | None = None
-    teacher_temperature: float = 1.0
-    teacher_remasking: Remasking = "random"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _as_tuples(self, "forwards", "student_forwards", "ode_forwards")
+        super().__post_init__()
+        _as_tuples(self, "student_forwards", "ode_forwards")
         require_choice("module.target", self.target, get_args(FlowTarget))
         require_choice("module.jvp_backend", self.jvp_backend, get_args(JvpBackend))
         require_choice("module.few_step", self.few_step, get_args(FewStep))
@@ -120,19 +118,20 @@ class NoisyMaskFlowOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitFlowOptions:
+class LogitFlowOptions(TeacherOptions):
     """Options of `LogitFlowModule`.
 
     prompt_*: see `PrefixStudent`. loss: kl | ce | mse | hard; the target of `hard` is the argmax of the flow's target
     (hard_target=flow) or the clean token (data). data_weight: adds cross entropy against the clean tokens.
-    tangent: path (the masking process' own drift) | source (as first written down, for comparison).
+    tangent: path (the masking process' own drift) | sample, argmax, random (the same with one token's embedding) | source (as
+        first written down). See `masking_path_tangent`.
     correction_limit: bound on the target's distance from the teacher's logits, root mean square over the vocabulary; None
         for no bound. See `meanflow_target`.
     time_law, equal_share, endpoint_share: how (r, t) are drawn, see `sample_interval`.
     weighting: none | inverse_p (1/p as in the diffusion loss) | adaptive (`adaptive_weight`).
     jvp_backend, jvp_step: see `value_and_jvp`. eps: the least probability of a mask.
     lr, weight_decay, warmup_steps: see `LeapModule`.
-    forwards, teacher_temperature, teacher_remasking: the teacher's rows in the table.
+    forwards, teacher_*: the teacher's rows in the table, see `TeacherOptions`.
     """
 
     prompt_length: int = 16
@@ -153,13 +152,10 @@ class LogitFlowOptions:
     lr: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 100
-    forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
-    teacher_temperature: float = 1.0
-    teacher_remasking: Remasking = "random"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _as_tuples(self, "forwards")
+        super().__post_init__()
         require_choice("module.loss", self.loss, get_args(FlowLoss))
         require_choice("module.hard_target", self.hard_target, ("flow", "data"))
         require_choice("module.tangent", self.tangent, get_args(Tangent))
@@ -172,13 +168,13 @@ class LogitFlowOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepHalvingOptions:
+class StepHalvingOptions(TeacherOptions):
     """Options of `StepHalvingModule`.
 
     start_forwards: forward passes of the teacher's own sampler in the first round, a power of two above 1.
     adapter, lora_rank: see `MaskedStudent`. lr: peak of every round. average_decay: weight of the past in the average.
-    forwards, teacher_temperature, teacher_remasking: the teacher's rows in the table; the student's sampler has the same
-    temperature and remasking. student_forwards: the student's rows.
+    forwards, teacher_*: the teacher's rows in the table, see `TeacherOptions`; the student's sampler has the same temperature
+    and remasking, no guidance and one block. student_forwards: the student's rows.
     """
 
     start_forwards: int = 16
@@ -187,13 +183,11 @@ class StepHalvingOptions:
     lr: float = 1e-3
     average_decay: float = 0.99
     weight_decay: float = 0.0
-    forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
     student_forwards: tuple[int, ...] = (1, 2, 4, 8)
-    teacher_temperature: float = 1.0
-    teacher_remasking: Remasking = "random"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _as_tuples(self, "forwards", "student_forwards")
+        super().__post_init__()
+        _as_tuples(self, "student_forwards")
         if self.start_forwards < 2 or self.start_forwards & (self.start_forwards - 1):
             raise UsageError(f"module.start_forwards={self.start_forwards} must be a power of two above 1, such as 16")

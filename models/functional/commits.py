@@ -184,6 +184,30 @@ def accumulated_commits(increments: Tensor, total: Tensor, begins: Tensor | None
     return torch.floor(after - start) > torch.floor(before - start), after[:, -1] - start[:, -1]
 
 
+def draft_nulls(
+    surprises: Tensor, earlier: Tensor, threshold: Tensor, valid: Tensor, begins: Tensor, since: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of decisions that read a draft made at the last commit: NULLs since that commit; whether it lies before these positions.
+
+    surprises (B, T, K): of the token of each position in a draft made 1 .. K valid positions before it; earlier (B, T): in
+    that of the last commit before these positions, `since` (B,) NULLs ago. A position commits where its surprise lies above the
+    threshold (), behind the K-th token of a draft, and where begins (B, T) bool says that a text begins.
+    Both results (B, T): int64 and bool.
+    """
+    most = surprises.shape[-1]
+    fresh = torch.ones_like(valid[:, 0])
+    nulls, of_earlier = [], []
+    for t in range(valid.shape[1]):
+        nulls.append(since)
+        of_earlier.append(fresh)
+        own = surprises[:, t].gather(-1, since.clamp(max=most - 1).unsqueeze(-1)).squeeze(-1)
+        surprise = torch.where(fresh, earlier[:, t], own)
+        commits = ((surprise > threshold) | (since >= most) | begins[:, t]) & valid[:, t]
+        since = torch.where(valid[:, t], torch.where(commits, 0, since + 1), since)
+        fresh = fresh & ~commits
+    return torch.stack(nulls, 1), torch.stack(of_earlier, 1)
+
+
 def renewal_nulls(
     scores: Tensor, by_distance: Tensor, valid: Tensor, most: int, since: Tensor, begins: Tensor | None = None
 ) -> Tensor:

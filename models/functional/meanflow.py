@@ -9,17 +9,18 @@ Modeling, 2025). Times: t = 1 noise, t = 0 data, r <= t.
 Legend: B batch, L length, M masked positions of the batch, D width, V vocabulary.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from models.functional.divergence import kl_divergence
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_choice
+from models.functional.gumbel import sample_categorical
 from models.functional.precision import without_autocast
 
-Tangent = Literal["path", "source"]
+Tangent = Literal["path", "source", "argmax", "sample", "random"]
 FlowLoss = Literal["kl", "ce", "mse", "hard"]
 
 
@@ -29,20 +30,37 @@ def expected_embedding(logits: Tensor, embedding: Tensor) -> Tensor:
         return torch.softmax(logits, dim=-1).to(embedding.dtype) @ embedding
 
 
-def masking_path_tangent(z: Tensor, expected: Tensor, p: Tensor, eps: float, kind: Tangent) -> Tensor:
+def clean_embedding(logits: Tensor, embedding: Tensor, kind: Tangent, generator: Generator | None = None) -> Tensor:
+    """The embedding that a masked position of the path comes from, (M, V), (V, D) -> (M, D).
+
+    `path`, `source`: `expected_embedding`. One token's embedding for the others: the most probable one (`argmax`), one drawn
+    from softmax(logits) (`sample`), or one drawn uniformly (`random`).
+    """
+    if kind == "argmax":
+        return embedding[logits.argmax(-1)]
+    if kind == "sample":
+        return embedding[sample_categorical(logits, 1.0, generator)]
+    if kind == "random":
+        return embedding[torch.randint(len(embedding), logits.shape[:-1], generator=generator, device=logits.device)]
+    return expected_embedding(logits, embedding)
+
+
+def masking_path_tangent(z: Tensor, clean: Tensor, p: Tensor, eps: float, kind: Tangent) -> Tensor:
     r"""dz/dt of the masked rows' embeddings along the masking process.
 
     `path`: (1-eps)/p(t) (z - softmax(v) E), the mean reverse drift of the masking process; exact as the derivative of a
     path for z on the line z = (1-t) E_x + t m with the exact posterior.
+    `sample`, `argmax`, `random`: the same with the embedding of one token, see `clean_embedding`. du/dt is linear in the
+    tangent, so `sample` has the mean of `path` over its draws. `argmax` equals `path` where the posterior is certain.
+    `random` knows nothing of the text and is a control.
     `source`: softmax(v) E - z, as the method was first written down. It has the opposite sign against t = 1 noise and
     lacks 1/t, so the identity above does not hold along it; kept for comparison.
-    z, expected (M, D); p (M,) the mask probability of each position's row.
+    z, clean (M, D): clean from `clean_embedding`; p (M,) the mask probability of each position's row.
     """
-    if kind == "path":
-        return ((1 - eps) / p).unsqueeze(-1) * (z - expected)
+    require_choice("module.tangent", kind, get_args(Tangent))
     if kind == "source":
-        return expected - z
-    raise UsageError(f"module.tangent={kind} is not known; type path or source")
+        return clean - z
+    return ((1 - eps) / p).unsqueeze(-1) * (z - clean)
 
 
 def meanflow_target(v: Tensor, du_dt: Tensor, r: Tensor, t: Tensor, limit: float | None = None) -> Tensor:

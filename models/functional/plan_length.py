@@ -21,6 +21,10 @@ def eos_loss(stop: Tensor) -> Tensor:
     return -torch.log(-torch.expm1(never.clamp(max=-torch.finfo(stop.dtype).eps)))
 
 
-def quota_loss(lengths: Tensor, quota: float) -> Tensor:
-    """(mean length - quota)² over a batch of lengths (B,). Only the mean is bound, not single texts."""
-    return (lengths.mean() - quota).square()
+def quota_loss(lengths: Tensor, quota: float, multiplier: float = 0.0) -> Tensor:
+    """(mean length - quota)² over a batch of lengths (B,). Only the mean is bound, not single texts.
+
+    multiplier: adds multiplier * (mean length - quota), see models/functional/quota.py.
+    """
+    excess = lengths.mean() - quota
+    return excess.square() + multiplier * excess if multiplier else excess.square()

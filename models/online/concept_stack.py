@@ -47,7 +47,10 @@ class CompressionSettings(NamedTuple):
 
 
 class Level(NamedTuple):
-    """Result of one level. real (B, M): which packed concepts are none of the padding. hidden (B, T, D): its shallow states."""
+    """Result of one level. real (B, M): which packed concepts are none of the padding.
+
+    hidden (B, T, D): the states that its router reads.
+    """
 
     routing: Routing
     coded: Coded
@@ -86,8 +89,11 @@ class ConceptStack(nn.Module):
         self.shallow = LayerStack(decoder, first, first + shallow)
         self.middle = None if nested else LayerStack(decoder, first + shallow, first + shallow + size)
         self.deep = LayerStack(decoder, first + shallow + size, first + self.size)
+        # the other layers over every position as well, where the router reads the whole model's states
+        reads_whole = options.router_reads == "whole"
+        self.rest = LayerStack(decoder, first + shallow, first + self.size) if reads_whole else None
         self.codes = build_codes(options.sampler, width, options.codes, embedding_std, **like)
-        self.router = build_router(options.growth, width, options.most_nulls, self.codes, read_out, **like)
+        self.router = build_router(options, width, self.codes, read_out, **like)
         # linear maps around the middle layers: of a NULL's own state, of the concept before it, of the mean of a tail.
         # They start at 0, so that a fresh model differs from its backbone as little as it can
         self.bridge = nn.Linear(width, width, bias=False, **like)
@@ -107,15 +113,20 @@ class ConceptStack(nn.Module):
         settings: CompressionSettings,
         state: StackState | None = None,
         documents: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> tuple[Tensor, list[Level]]:
         """(B, T, D), (B, T), valid (B, T) bool -> states (B, T, D) and the result of each level, the outermost first.
 
-        state: caches to fill. documents (B, T): of rows with several documents, which never see each other.
+        state: caches to fill. documents (B, T): of rows with several documents, which never see each other. tokens (B, T):
+        None where positions are no tokens.
         """
         # 1. shallow layers over every position
         hidden = self.shallow.read(states, positions, valid, state and state.shallow, documents)
         # 2. commits: the positions that become concepts, packed to the left
-        routing, after = self._route(hidden, valid, state and state.router, settings, documents)
+        routed = hidden
+        if self.rest is not None and settings.compression > 1:
+            routed = self.rest.read(hidden, positions, valid, state and state.rest, documents)
+        routing, after = self._route(routed, valid, state and state.router, settings, documents, tokens)
         packing = pack_commits(routing.commit)
         owners = None if documents is None else take(documents, packing.indices)
         tails = tail_means(self.codes.normed(hidden), routing.commit, valid, documents)
@@ -142,7 +153,7 @@ class ConceptStack(nn.Module):
             state.deep.keep(routing.commit | (valid & (packing.segment == count.unsqueeze(1))))
             state.router, state.concepts = after, count
             state.last, state.tail = latest(concepts, count.unsqueeze(1)).squeeze(1), tails[:, -1]
-        return out, [Level(routing, coded, packing.real, hidden), *inner]
+        return out, [Level(routing, coded, packing.real, routed), *inner]
 
     def _route(
         self,
@@ -151,10 +162,11 @@ class ConceptStack(nn.Module):
         state: RouterState | None,
         settings: CompressionSettings,
         documents: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> tuple[Routing, RouterState]:
         state = self.router.start(len(hidden), hidden.device) if state is None else state
-        noise = {"noise": settings.noise, "generator": settings.generator}
-        return self.router(hidden, valid, state, self.codes, documents, compression=settings.compression, **noise)
+        more = {"tokens": tokens, "noise": settings.noise, "generator": settings.generator}
+        return self.router(hidden, valid, state, self.codes, documents, compression=settings.compression, **more)
 
     def _code(self, chosen: Tensor, probability: Tensor, settings: CompressionSettings) -> Coded:
         return self.codes(
@@ -255,15 +267,24 @@ class ConceptStack(nn.Module):
     # -- one position a row -------------------------------------------------------------------------------------------
 
     def step(
-        self, states: Tensor, positions: Tensor, state: StackState, rows: Tensor, settings: CompressionSettings
+        self,
+        states: Tensor,
+        positions: Tensor,
+        state: StackState,
+        rows: Tensor,
+        settings: CompressionSettings,
+        tokens: Tensor | None = None,
     ) -> Tensor:
-        """The next position (n, 1, D) of rows (n,). Every row decides for itself whether to commit."""
+        """The next position (n, 1, D) of rows (n,). Every row decides for itself whether to commit. tokens (n, 1)."""
         # 1. shallow layers of every row
         hidden = self.shallow.step(states, positions, state.shallow, rows)
         # 2. which of them commit
         always = torch.ones_like(positions, dtype=torch.bool)
         held, tails = state.router.rows(rows), state.tail[rows].unsqueeze(1)
-        routing, after = self._route(hidden, always, held, settings)
+        routed = hidden
+        if self.rest is not None and settings.compression > 1:
+            routed = self.rest.step(hidden, positions, state.rest, rows)
+        routing, after = self._route(routed, always, held, settings, tokens=tokens)
         state.router.put(rows, after)
         slots, commit = self._bridged(hidden, state.last[rows].unsqueeze(1)), routing.commit[:, 0]
         # 3. middle layers of these rows alone; their tails leave the deep cache

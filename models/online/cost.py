@@ -48,7 +48,10 @@ def _of_stack(stack: ConceptStack, layer: int, output: int, compression: float, 
     if stack.inner is not None:
         inner = _of_stack(stack.inner, layer, output, compression, coded)
     bridge = stack.bridge.weight.numel()
-    token = ends * layer + bridge * (1 + (stack.carry is not None)) + stack.router.multiplied(stack.codes, output)
+    rest = len(stack.rest or ()) * layer
+    token = (
+        ends * layer + rest + bridge * (1 + (stack.carry is not None)) + stack.router.multiplied(stack.codes, output)
+    )
     concept = inner + bridge * (stack.pool is not None) + (stack.codes.multiplied if coded else 0)
     return token + concept / compression
 

@@ -81,7 +81,7 @@ class OnlineConceptModel(nn.Module):
         if documents is not None and bool((documents == documents[:, :1]).all()):
             documents = None
         embeds = self.backbone.get_input_embeddings()(ids)
-        states, levels = self.stack.read(embeds, positions, valid, settings, state, documents)
+        states, levels = self.stack.read(embeds, positions, valid, settings, state, documents, ids)
         return self.backbone.get_decoder().norm(states), levels
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ class OnlineConceptModel(nn.Module):
         rows = torch.arange(len(ids), device=ids.device)
         embeds = self.backbone.get_input_embeddings()(ids.unsqueeze(1))
         settings = self.inference_settings() if settings is None else settings
-        states = self.stack.step(embeds, positions.unsqueeze(1), state, rows, settings)
+        states = self.stack.step(embeds, positions.unsqueeze(1), state, rows, settings, ids.unsqueeze(1))
         return self.logits(self.backbone.get_decoder().norm(states))[:, 0]
 
     # -- settings -----------------------------------------------------------------------------------------------------

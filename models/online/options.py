@@ -9,7 +9,9 @@ from typing import Literal, get_args
 from models.backbones.code_space import Sampler
 from models.functional.errors import UsageError, require_at_least, require_choice
 
-Growth = Literal["null", "autoregressive", "accumulate", "fixed", "entropy", "random"]
+Growth = Literal["null", "autoregressive", "accumulate", "fixed", "entropy", "draft", "random"]
+RouterReads = Literal["shallow", "whole"]
+RateControl = Literal["offset", "multiplier"]
 Gate = Literal["slot", "smooth", "mass", "visibility", "none"]
 Attention = Literal["sdpa", "flex"]
 
@@ -31,6 +33,9 @@ class OnlineModelOptions:
     split: layers of [shallow, middle, deep], the middle a number or again such a list; None is 2 : 3 : 2.
     levels: 2 splits the middle again in the same proportions: a second level of concepts.
     growth: the rule that decides which positions commit (`router.GROWTH`).
+    router_reads: the hidden states that the rule reads: those of the shallow layers, or those of the whole model, whose other
+        layers then also read every position. That saves no FLOPs; it shows what a better decision would be worth.
+    draft_tokens: for growth `draft`; how many tokens are drafted after each commit.
     gate: the straight-through estimator that gives this decision a gradient (`commit_gates`).
     codes: size of the codebook of concepts; sampler: how a hidden state is quantised to one of them.
     most_nulls: longest run of NULLs; a segment has at most most_nulls + 1 positions.
@@ -42,6 +47,8 @@ class OnlineModelOptions:
     split: list | None = None
     levels: int = 1
     growth: Growth = "null"
+    router_reads: RouterReads = "shallow"
+    draft_tokens: int = 8
     gate: Gate = "slot"
     codes: int = 512
     sampler: Sampler = "gumbel_st"
@@ -51,14 +58,24 @@ class OnlineModelOptions:
     attention: Attention = "sdpa"
 
     def __post_init__(self) -> None:
-        for name, choices in (("growth", Growth), ("gate", Gate), ("sampler", Sampler), ("attention", Attention)):
-            require_choice(f"module.{name}", getattr(self, name), get_args(choices))
+        choices = {
+            "growth": Growth,
+            "router_reads": RouterReads,
+            "gate": Gate,
+            "sampler": Sampler,
+            "attention": Attention,
+        }
+        for name, known in choices.items():
+            require_choice(f"module.{name}", getattr(self, name), get_args(known))
         if self.codes < 2:
             raise UsageError(f"module.codes={self.codes} must be at least 2, such as module.codes=512")
         if self.most_nulls < 1:
             raise UsageError(
                 f"module.most_nulls={self.most_nulls} must be at least 1; 1 commits every second position or more"
             )
+        if self.router_reads == "whole" and self.growth in ("fixed", "random"):
+            raise UsageError(f"module.growth={self.growth} reads no states; type module.router_reads=shallow")
+        require_at_least(1, module__draft_tokens=self.draft_tokens)
         if self.levels < 1:
             raise UsageError(f"module.levels={self.levels} must be at least 1; 1 has no concepts of concepts")
 
@@ -78,7 +95,9 @@ class OnlineConceptOptions(OnlineModelOptions):
     gate_every: for gate `visibility`; one step of so many computes its gradient, which needs every position in every layer.
     code_decay: for sampler `ema_vq`; weight of the past in the running means of the codebook.
     weights: of the loss terms (`TERMS`); 0 or a missing one switches a term off.
-    hold_rate: correct the routers' offsets so that one position in `compression` commits.
+    hold_rate: one position in `compression` is to commit, at every level; False lets the rate go its own way.
+    rate_control: what holds it. `offset`: the routers' offsets are corrected (`RateController`). `multiplier`: learned routers
+        are trained to it, by a loss whose weight adapts (`RateMultipliers`).
     baseline: folder of a causal LM to compare with in a test, such as a run of next_token_text; None compares with none.
     temperature: of the sampled decoder.
     lora_rank: LoRA adapters of this rank train instead of the backbone; None trains the backbone.
@@ -93,6 +112,7 @@ class OnlineConceptOptions(OnlineModelOptions):
     anneal_share: float = 0.5
     weights: Mapping[str, float] = field(default_factory=default_weights)
     hold_rate: bool = True
+    rate_control: RateControl = "offset"
     baseline: str | None = None
     temperature: float = 1.0
     lora_rank: int | None = None
@@ -112,8 +132,15 @@ class OnlineConceptOptions(OnlineModelOptions):
             raise UsageError(f"module.anneal_share={self.anneal_share} must lie between 0 and 1")
         if not 0 <= self.code_decay < 1:
             raise UsageError(f"module.code_decay={self.code_decay} must be at least 0 and less than 1, such as 0.99")
-        if self.growth == "entropy" and not self.hold_rate:
-            raise UsageError("module.growth=entropy gets its threshold from rate control; type module.hold_rate=true")
+        if self.growth in ("entropy", "draft") and not self.hold_rate:
+            raise UsageError(
+                f"module.growth={self.growth} gets its threshold from rate control; type module.hold_rate=true"
+            )
+        require_choice("module.rate_control", self.rate_control, get_args(RateControl))
+        if self.rate_control == "multiplier" and self.growth not in ("null", "autoregressive", "accumulate"):
+            raise UsageError(
+                f"module.growth={self.growth} has no weights that could learn a rate; type module.rate_control=offset"
+            )
         if self.gate_every < 1:
             raise UsageError(f"module.gate_every={self.gate_every} must be at least 1: every step has the gradient")
         require_at_least(0, module__temperature=self.temperature)
@@ -150,6 +177,11 @@ class OnlineConceptOptions(OnlineModelOptions):
             raise UsageError(
                 f"module.compression={list(self.compression)} needs longer segments than module.most_nulls="
                 f"{self.most_nulls} allows; type module.most_nulls={2 * math.ceil(longest)}"
+            )
+        if self.growth == "draft" and longest > self.draft_tokens + 1:
+            raise UsageError(
+                f"module.compression={list(self.compression)} needs longer segments than drafts of module.draft_tokens="
+                f"{self.draft_tokens} allow; type module.draft_tokens={2 * math.ceil(longest)}"
             )
 
     def term_weights(self) -> dict[str, float]:

@@ -11,25 +11,33 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import pad
 
 from models.functional import commits
+from models.functional.bits_per_byte import token_nll
 from models.functional.commit_rate import correction, null_bias, rate_threshold
 from models.functional.errors import UsageError
 from models.functional.gumbel import gumbel_noise
+from models.functional.next_token import CausalText, shifted_targets
 from models.functional.precision import at_least_float32
 from models.online.codes import ConceptCodes
-from models.online.options import Growth
+from models.online.options import Growth, OnlineModelOptions
 
 ReadOut = Callable[[Tensor], Tensor]
+LEAST_SCORE = 1e-6  # of a position that commits because nothing was drafted for it
 LEAST_SPREAD = 0.05  # equal scores have a spread of 0, and the offset would never move
 
 
 class RouterState(NamedTuple):
-    """The rows so far, (B,) each. since: NULLs since the last commit; total: the sum of `accumulate`; position: the next."""
+    """The rows so far, (B,) each. since: NULLs since the last commit; total: the sum of `accumulate`; position: the next.
+
+    anchor (B, D): of `draft`, the state of the last commit; (B, 0) of others.
+    """
 
     since: Tensor
     total: Tensor
     position: Tensor
+    anchor: Tensor
 
     def rows(self, rows: Tensor) -> "RouterState":
         return RouterState(*(part[rows] for part in self))
@@ -42,12 +50,13 @@ class RouterState(NamedTuple):
 class TextPositions(NamedTuple):
     """valid (B, T) bool is False on padding; position (B, T) counts from the beginning of each document.
 
-    begins (B, T) bool: first positions of documents; None where a row is one text.
+    begins (B, T) bool: first positions of documents; None where a row is one text. tokens (B, T); None on an inner level.
     """
 
     valid: Tensor
     position: Tensor
     begins: Tensor | None
+    tokens: Tensor | None = None
 
 
 class Routing(NamedTuple):
@@ -78,11 +87,10 @@ class Router(nn.Module):
         self.most_nulls = most_nulls
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=like.get("device")))
 
-    @staticmethod
-    def start(batch: int, device: torch.device) -> RouterState:
+    def start(self, batch: int, device: torch.device) -> RouterState:
         """State before the first position."""
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
-        return RouterState(zeros, zeros.double(), zeros.clone())
+        return RouterState(zeros, zeros.double(), zeros.clone(), zeros.new_zeros(batch, 0))
 
     def forward(
         self,
@@ -92,13 +100,15 @@ class Router(nn.Module):
         codes: ConceptCodes,
         documents: Tensor | None = None,
         *,
+        tokens: Tensor | None = None,
         compression: float,
         noise: float = 0.0,
         generator: Generator | None = None,
     ) -> tuple[Routing, RouterState]:
         """hidden (B, T, D), valid (B, T) bool -> `Routing`, and the state after these positions.
 
-        documents (B, T): of rows with several documents, each of which starts with a fresh state. noise: at 1 commits are
+        documents (B, T): of rows with several documents, each of which starts with a fresh state. tokens (B, T): None where
+        positions are no tokens. noise: at 1 commits are
         sampled with their probability, at 0 a position commits where it is above one half.
         """
         position = state.position.unsqueeze(1) + valid.long().cumsum(1) - 1
@@ -111,17 +121,28 @@ class Router(nn.Module):
             one = torch.ones_like(valid, dtype=hidden.dtype)
             return Routing(valid, one, valid, one.new_zeros(3), 1.0), after
         # 1. scores, centred so that a fresh router commits about one position in `compression`
-        scores = at_least_float32(self.scores(hidden, codes)) - null_bias(compression) - self.offset
+        at = TextPositions(valid, position, begins, tokens)
+        scores = self.centred_scores(hidden, codes, at, state, compression)
         if noise and self.learned:
             scores = scores + noise * (gumbel_noise(scores, generator) - gumbel_noise(scores, generator))  # logistic
         # 2. commits, and forced ones after `most_nulls` NULLs
-        natural, probability, total = self.decide(scores, TextPositions(valid, position, begins), state, compression)
+        natural, probability, total = self.decide(scores, at, state, compression)
         commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since, begins)
         since = commits.nulls_since(commit, valid, state.since)
         real = scores.detach()[valid]
         moments = torch.stack([valid.sum().to(real.dtype), real.sum(), real.square().sum()])
         routing = Routing(commit, probability.to(hidden.dtype), valid, moments, compression)
-        return routing, after._replace(since=since, total=total)
+        return routing, self.remember(after._replace(since=since, total=total), hidden, commit)
+
+    def centred_scores(
+        self, hidden: Tensor, codes: ConceptCodes, at: TextPositions, state: RouterState, compression: float
+    ) -> Tensor:
+        """(B, T): a position with a score above 0 commits."""
+        return at_least_float32(self.scores(hidden, codes)) - null_bias(compression) - self.offset
+
+    def remember(self, state: RouterState, hidden: Tensor, commit: Tensor) -> RouterState:
+        """The state, with what later decisions read of these hidden states (B, T, D) and commits (B, T)."""
+        return state
 
     def scores(self, hidden: Tensor, codes: ConceptCodes) -> Tensor:
         """(B, T), around 0 for a fresh router."""
@@ -238,25 +259,28 @@ class RandomRouter(FixedRouter):
     pattern = staticmethod(commits.random_commits)
 
 
-class EntropyRouter(Router):
-    """A position commits where the entropy of a next-token distribution, predicted from its shallow state, is high.
+class SurpriseRouter(Router):
+    """A position commits where tokens are hard to predict from states, which get no gradient from that.
 
-    The size of these entropies is not known before texts are read. So every position commits until `correct_offset` is called
-    once; it then sets the threshold by the entropies of that step.
+    The size of these surprises is not known before texts are read. So nearly every position commits until `correct_offset` is
+    called once; it then sets the threshold by the surprises of that step.
     """
 
     learned = False
+    growth: Growth
 
     def __init__(self, width: int, most_nulls: int, read_out: ReadOut | None = None, **like) -> None:
         super().__init__(width, most_nulls, **like)
         if read_out is None:
             raise UsageError(
-                "module.growth=entropy needs tokens to predict, which an inner level has none of; type module.levels=1 or "
-                "another module.growth"
+                f"module.growth={self.growth} needs tokens to predict, which an inner level has none of; type module.levels=1 "
+                "or another module.growth"
             )
-        self.adapt = nn.Linear(width, width, bias=False, **like)
-        nn.init.zeros_(self.adapt.weight)
         self._read_out = [read_out]  # in a list, so that the backbone's head is no part of the router's weights
+
+    def draft_nll(self, hidden: Tensor, text: CausalText, generator: Generator | None) -> Tensor:
+        """-log p of the predictions whose surprise is read, nats a token; the term `draft`. hidden (B, T, D)."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
@@ -266,8 +290,22 @@ class EntropyRouter(Router):
             first = before + rate_threshold(moments[1] / moments[0], self.spread(moments), compression)
             self.offset.copy_(torch.where(before == 0, first, self.offset))
 
+    def multiplied(self, codes: ConceptCodes, output: int) -> int:
+        return super().multiplied(codes, output) + output
+
+
+class EntropyRouter(SurpriseRouter):
+    """A position commits where the entropy of a next-token distribution, predicted from its state, is high."""
+
+    growth = "entropy"
+
+    def __init__(self, width: int, most_nulls: int, read_out: ReadOut | None = None, **like) -> None:
+        super().__init__(width, most_nulls, read_out, **like)
+        self.adapt = nn.Linear(width, width, bias=False, **like)
+        nn.init.zeros_(self.adapt.weight)
+
     def draft(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of the next token from shallow states, which get no gradient; trained by the term `draft`."""
+        """Logits (..., V) of the next token from states."""
         hidden = hidden.detach()
         return self._read_out[0](hidden + self.adapt(hidden))
 
@@ -276,8 +314,83 @@ class EntropyRouter(Router):
             log_p = at_least_float32(self.draft(hidden)).log_softmax(-1)
             return -(log_p.exp() * log_p).sum(-1)
 
+    def draft_nll(self, hidden: Tensor, text: CausalText, generator: Generator | None) -> Tensor:
+        return token_nll(self.draft(hidden[text.weights]), text.targets[text.weights]).mean()
+
+
+class DraftRouter(SurpriseRouter):
+    """At each commit the next K tokens are drafted from its state; a position commits where the draft did not expect its token.
+
+    A segment goes on as the draft said, and ends with the first token whose surprise -log p is high. The first position of a
+    text commits, as nothing was drafted for it, and so does the position behind the K-th token of a draft.
+    """
+
+    growth = "draft"
+
+    def __init__(
+        self, width: int, most_nulls: int, read_out: ReadOut | None = None, draft_tokens: int = 8, **like
+    ) -> None:
+        super().__init__(width, most_nulls, read_out, **like)
+        self.length = min(draft_tokens, most_nulls)
+        self.ahead = nn.Embedding(self.length, width, **like)
+        self.mix, self.adapt = (nn.Linear(width, width, bias=False, **like) for _ in range(2))
+        nn.init.zeros_(self.adapt.weight)
+
+    def start(self, batch: int, device: torch.device) -> RouterState:
+        return super().start(batch, device)._replace(anchor=self.mix.weight.new_zeros(batch, self.mix.in_features))
+
+    def draft(self, hidden: Tensor, ahead: Tensor) -> Tensor:
+        """Logits (..., V) of the token that is `ahead` (...), 1 to K, positions after states (..., D)."""
+        hidden = hidden.detach()
+        scale = hidden.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt().to(hidden.dtype)
+        mixed = nn.functional.silu(self.mix(hidden * scale) + self.ahead(ahead - 1))
+        return self._read_out[0](hidden + self.adapt(mixed))
+
+    @torch.no_grad()
+    def centred_scores(
+        self, hidden: Tensor, codes: ConceptCodes, at: TextPositions, state: RouterState, compression: float
+    ) -> Tensor:
+        assert at.tokens is not None
+        threshold = null_bias(compression) + self.offset
+        count = at.valid.long().cumsum(1)
+        # 1. surprise of every token in a draft made 1 .. K positions before it, (B, T, K)
+        columns = []
+        for ahead in range(1, self.length + 1):
+            before = pad(hidden, (0, 0, ahead, 0))[:, : hidden.shape[1]]
+            columns.append(self._surprise(before, torch.full_like(at.tokens, ahead), at.tokens))
+        surprises = torch.stack(columns, -1)
+        # 2. and in the draft of the last commit before these positions
+        ahead = (state.since.unsqueeze(1) + count).clamp(1, self.length)
+        earlier = self._surprise(state.anchor.unsqueeze(1).expand_as(hidden), ahead, at.tokens)
+        # 3. those of the drafts that are in force, position by position
+        begins = at.position == 0
+        nulls, fresh = commits.draft_nulls(surprises, earlier, threshold, at.valid, begins, state.since)
+        used = surprises.gather(-1, nulls.clamp(max=self.length - 1).unsqueeze(-1)).squeeze(-1)
+        scores = torch.where(fresh, earlier, used) - threshold
+        return torch.where(begins | (nulls >= self.length), LEAST_SCORE, scores)
+
+    def _surprise(self, hidden: Tensor, ahead: Tensor, tokens: Tensor) -> Tensor:
+        """-log p (B, T) of tokens (B, T) in drafts from states (B, T, D)."""
+        return token_nll(at_least_float32(self.draft(hidden, ahead)), tokens)
+
+    def remember(self, state: RouterState, hidden: Tensor, commit: Tensor) -> RouterState:
+        position = torch.arange(commit.shape[1], device=commit.device)
+        last = torch.where(commit, position, 0).amax(1)
+        anchor = hidden.detach()[torch.arange(len(hidden), device=hidden.device), last]
+        return state._replace(anchor=torch.where(commit.any(1, keepdim=True), anchor, state.anchor))
+
+    def draft_nll(self, hidden: Tensor, text: CausalText, generator: Generator | None) -> Tensor:
+        """Of each position one of the K tokens after it, drawn uniformly: an unbiased estimate of the mean over all."""
+        drawn = torch.randint(self.length, text.ids.shape, generator=generator, device=text.ids.device)
+        parts = [shifted_targets(text, k + 1) for k in range(self.length)]
+        targets, weights = (
+            torch.stack(part, -1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1) for part in zip(*parts, strict=True)
+        )
+        nll = token_nll(self.draft(hidden[weights], drawn[weights] + 1), targets[weights])
+        return nll.sum() / weights.sum().clamp(min=1)
+
     def multiplied(self, codes: ConceptCodes, output: int) -> int:
-        return super().multiplied(codes, output) + output
+        return self.mix.weight.numel() + self.adapt.weight.numel() + output
 
 
 GROWTH: dict[Growth, type[Router]] = {
@@ -287,12 +400,20 @@ GROWTH: dict[Growth, type[Router]] = {
     "fixed": FixedRouter,
     "random": RandomRouter,
     "entropy": EntropyRouter,
+    "draft": DraftRouter,
 }
 
 
 def build_router(
-    growth: Growth, width: int, most_nulls: int, codes: ConceptCodes, read_out: ReadOut | None = None, **like
+    options: OnlineModelOptions, width: int, codes: ConceptCodes, read_out: ReadOut | None = None, **like
 ) -> Router:
-    """The router that `growth` names. codes: for `null`; read_out: for `entropy`, logits of the backbone's hidden states."""
-    more: dict[str, dict[str, Any]] = {"null": {"codes": codes}, "entropy": {"read_out": read_out}}
-    return GROWTH[growth](width, most_nulls, **more.get(growth, {}), **like)
+    """The router of these options.
+
+    codes: for `null`. read_out: logits of the backbone's hidden states; None on inner levels.
+    """
+    more: dict[str, dict[str, Any]] = {
+        "null": {"codes": codes},
+        "entropy": {"read_out": read_out},
+        "draft": {"read_out": read_out, "draft_tokens": options.draft_tokens},
+    }
+    return GROWTH[options.growth](width, options.most_nulls, **more.get(options.growth, {}), **like)

@@ -16,12 +16,13 @@ from models.online.row_cache import RowCache
 class StackState:
     """State of one `ConceptStack` and B rows.
 
-    shallow, middle, deep: key-value caches; middle is a `StackState` where concepts have concepts. router: its state.
+    shallow, middle, deep: key-value caches; middle is a `StackState` where concepts have concepts. rest: of every position in
+    the other layers, empty unless the router reads the whole model's states. router: its state.
     concepts (B,): their number so far; last (B, D): the last concept; tail (B, D): mean hidden state of the tail.
     """
 
     def __init__(self, stack: nn.Module, batch: int, device: torch.device) -> None:
-        self.shallow, self.deep = RowCache(), RowCache()
+        self.shallow, self.deep, self.rest = RowCache(), RowCache(), RowCache()
         self.middle: Any = RowCache() if stack.inner is None else StackState(stack.inner, batch, device)
         self.router: RouterState = stack.router.start(batch, device)
         self.concepts = torch.zeros(batch, dtype=torch.long, device=device)
@@ -29,4 +30,4 @@ class StackState:
 
     def caches(self) -> list[RowCache]:
         inner = [self.middle] if isinstance(self.middle, RowCache) else self.middle.caches()
-        return [self.shallow, *inner, self.deep]
+        return [self.shallow, *inner, self.deep, *([self.rest] if self.rest.layers else [])]

@@ -4,22 +4,26 @@ Legend: B batch, T positions, M packed concepts, K codes.
 """
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from models.functional.bits_per_byte import token_nll
 from models.functional.commit_rate import ratio_loss
 from models.functional.next_token import CausalText
 from models.functional.usage import usage_kl
 from models.online.concept_stack import Level
 from models.online.model import OnlineConceptModel
 from models.online.options import TERMS
+from models.online.router import SurpriseRouter
 
 
-def online_terms(model: OnlineConceptModel, levels: list[Level], text: CausalText) -> dict[str, Tensor]:
+def online_terms(
+    model: OnlineConceptModel, levels: list[Level], text: CausalText, generator: Generator | None = None
+) -> dict[str, Tensor]:
     """Sums over levels of every term but `text`.
 
     ratio: `ratio_loss` of learned routers, 0 at compression 1. code: squared distance of codes to their hidden states.
-    usage: KL of the mean code distribution to uniform. draft: nats per token of the prediction that growth `entropy` reads.
+    usage: KL of the mean code distribution to uniform. draft: nats per token of the predictions that growth `entropy` and
+    `draft` read.
+    generator: of the draws of `draft`.
     """
     zero = levels[0].hidden.new_zeros(())
     terms = dict.fromkeys(TERMS[1:], zero)
@@ -30,9 +34,8 @@ def online_terms(model: OnlineConceptModel, levels: list[Level], text: CausalTex
             terms["ratio"] = terms["ratio"] + ratio_loss(*parts)
         terms["code"] = terms["code"] + (level.coded.error * real).sum() / real.sum().clamp(min=1)
         terms["usage"] = terms["usage"] + usage_kl(level.coded.probabilities[real])
-        if hasattr(stack.router, "draft"):
-            logits = stack.router.draft(level.hidden[text.weights])
-            terms["draft"] = terms["draft"] + token_nll(logits, text.targets[text.weights]).mean()
+        if isinstance(stack.router, SurpriseRouter):
+            terms["draft"] = terms["draft"] + stack.router.draft_nll(level.hidden, text, generator)
     return terms
 
 

@@ -70,6 +70,8 @@ class PlanOptions:
     weights: of the losses in `terms.NAMES`, a number or a pair. A loss that is not named has 0; None: the defaults.
     free_bits: nats of a slot's KL without a cost.
     quota: concepts a text that the loss `quota` asks for.
+    quota_gain: above 0 a multiplier moves by this times (mean - quota) in every step, until the mean is at the quota
+        (`QuotaMultipliers`); 0: a penalty alone, which leaves the mean off it.
     temperatures: of the relaxation, a pair.
     noise: 1 draws concepts from the posterior, 0 takes the most probable ones; a pair.
     corruption: share of the executor's tokens that are hidden in training, a pair.
@@ -91,6 +93,7 @@ class PlanOptions:
     weights: Mapping[str, Weight] | None = field(default_factory=_weights)
     free_bits: float = 0.0
     quota: float | None = None
+    quota_gain: float = 0.0
     temperatures: tuple[float, float] = (1.0, 0.5)
     noise: tuple[float, float] = (1.0, 1.0)
     corruption: tuple[float, float] = (1.0, 0.0)
@@ -179,7 +182,9 @@ class PlanOptions:
             )
         if weights.get("quota") and self.quota is None:
             raise UsageError("module.weights.quota needs a number of concepts a text; type for example module.quota=3")
-        require_at_least(0, module__free_bits=self.free_bits)
+        if self.quota_gain and not weights.get("quota"):
+            raise UsageError("module.quota_gain adapts the loss quota; type for example module.weights.quota=1")
+        require_at_least(0, module__free_bits=self.free_bits, module__quota_gain=self.quota_gain)
 
     def _check_schedules(self) -> None:
         ends = {name: list(getattr(self, name)) for name in ("temperatures", "noise", "corruption", "quantise")}

@@ -26,6 +26,7 @@ def plan_terms(
     tokens: int,
     floor: float,
     quota: float | None,
+    multiplier: float = 0.0,
     signal_types: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Raw scalars by name. plan: drawn from the posterior; prior_logits (B, S, W) of the same choices.
@@ -34,7 +35,7 @@ def plan_terms(
     rate: KL(q || p), each slot at least `floor` nats, a token of text; the prior is a constant, so that only the posterior gets
     a gradient. commitment: as `commitment`. usage: KL to uniform of each type's mean, averaged over types; not over the
     `signal_types`, whose codes are as frequent as the values of their signal. eos: nats a type that may end early. quota: (mean
-    concepts a text - quota)², 0 without one.
+    concepts a text - quota)², and multiplier * (mean - quota); 0 without one.
     Monitors: entropy of a choice (nats), relaxation's cosine, mean concepts a text, and the perplexity of codes.
     """
     is_open = plan.open_slots
@@ -59,7 +60,7 @@ def plan_terms(
         "commitment": commitment(soft, hard),
         "usage": torch.stack(usage).mean() if usage else none,
         "eos": torch.stack(ends).mean() if ends else none,
-        "quota": none if quota is None else quota_loss(lengths, quota),
+        "quota": none if quota is None else quota_loss(lengths, quota, multiplier),
         "entropy": -(log_q.exp() * log_q).sum(-1)[is_open].detach().mean(),
         "cosine": relaxation_cosine(soft, hard).detach(),
         "concepts": lengths.detach().mean(),

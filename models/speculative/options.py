@@ -66,6 +66,7 @@ class QStarOptions:
     cache: key-value caches; False reads whole prefixes in every forward pass.
     loss: what draws π_θ toward q*, on texts that π_θ generates. lora_rank: of adapters of π_θ; None trains all its weights.
     exactness_samples: texts of the G-test of each scheme, where the corpus can list all texts; 0 skips both exactness tests.
+    alpha_points: values of α at which a test measures both divergences of q_α (`AlphaCurve`); 0 draws no such curve.
     """
 
     theta_weight: float | None = None
@@ -80,6 +81,7 @@ class QStarOptions:
     loss: QStarLoss = "kl"
     lora_rank: int | None = None
     exactness_samples: int = 8192
+    alpha_points: int = 41
     lr: float = 1e-4
     weight_decay: float = 0.0
     warmup_steps: int = 10
@@ -95,7 +97,9 @@ class QStarOptions:
         require_choice("module.costs", self.costs, get_args(Costs))
         require_choice("module.loss", self.loss, get_args(QStarLoss))
         require_draft_length("module.gamma", self.gamma)
-        require_at_least(0, module__exactness_samples=self.exactness_samples)
+        require_at_least(0, module__exactness_samples=self.exactness_samples, module__alpha_points=self.alpha_points)
+        if self.alpha_points == 1:
+            raise UsageError("module.alpha_points=1 is no curve; type module.alpha_points=41, or 0 for no curve")
         if self.lora_rank is not None:
             require_at_least(1, module__lora_rank=self.lora_rank)
         try:

@@ -51,6 +51,13 @@ MISTAKES = [  # of the main job where no experiment is named
     (["experiment=meanflow_scan"], "data.train has no value; type data.train=<value>"),
     (["experiment=meanflow_scan", "data.train=nowhere.jsonl"], "nowhere.jsonl"),
     (["data.size=tiny"], "module.forwards=[1, 2, 4, 8, 16] must lie between 1 and the response length 6"),
+    (["module.teacher_block_length=5"], "module.teacher_block_length=5 must divide the response length 16"),
+    (
+        ["module.teacher_block_length=8"],
+        "makes 2 blocks, so each of module.forwards=[1, 2, 4, 8, 16] must be a multiple of 2",
+    ),
+    (["experiment=llada_oracle", "module.block_length=8"], "module.block_length=8 makes 2 blocks"),
+    (["module.teacher_remasking=best"], "module.teacher_remasking=best is not known"),
     (["module=logit_flow", "module.time_law=cauchy"], "type one of uniform, logit_normal"),
     (["module=logit_flow", "module.correction_limit=0"], "must be above 0"),
     (["module.jvp_backend=magic"], "forward_ad, finite_difference"),

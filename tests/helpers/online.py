@@ -36,8 +36,8 @@ def tiny_online(split=(1, 2, 1), *, architecture="llama", seed=0, levels=1, **op
             for part in (stack.router, stack.bridge, stack.carry, stack.pool):
                 for weight in part.parameters() if part is not None else ():
                     weight.add_(0.3 * torch.randn_like(weight))
-            entropy = 2.0 if options.get("growth") == "entropy" else 0.0
-            stack.router.offset.fill_(entropy)
+            surprise = {"entropy": 2.0, "draft": 2.2}  # what is usual for so few tokens
+            stack.router.offset.fill_(surprise.get(options.get("growth"), 0.0))
     return model.eval()
 
 
@@ -67,20 +67,28 @@ def naive_logits(model: OnlineConceptModel, row: Tensor, settings: CompressionSe
     """Logits (T, V) of one text (T,), each from a forward of its own that has seen nothing behind it."""
     embeds = model.backbone.get_input_embeddings()(row)
     positions = torch.arange(len(row))
-    states = naive_stack(model.stack, embeds, positions, settings)
+    states = naive_stack(model.stack, embeds, positions, settings, row)
     return model.logits(model.backbone.get_decoder().norm(states))
 
 
-def naive_stack(stack: ConceptStack, embeds: Tensor, positions: Tensor, settings: CompressionSettings) -> Tensor:
-    """(T, D), (T,) -> (T, D)"""
-    return torch.stack([_last(stack, embeds[: t + 1], positions[: t + 1], settings) for t in range(len(embeds))])
+def naive_stack(
+    stack: ConceptStack, embeds: Tensor, positions: Tensor, settings: CompressionSettings, tokens: Tensor | None = None
+) -> Tensor:
+    """(T, D), (T,) -> (T, D); tokens (T,) of an outermost stack."""
+    every = range(1, len(embeds) + 1)
+    known = [None if tokens is None else tokens[None, :t] for t in every]
+    return torch.stack([_last(stack, embeds[:t], positions[:t], settings, known[t - 1]) for t in every])
 
 
-def _last(stack: ConceptStack, embeds: Tensor, positions: Tensor, settings: CompressionSettings) -> Tensor:
+def _last(
+    stack: ConceptStack, embeds: Tensor, positions: Tensor, settings: CompressionSettings, tokens: Tensor | None
+) -> Tensor:
     hidden = _layers(stack.shallow, embeds, positions)
     every = torch.ones(1, len(embeds), dtype=torch.bool)
     start = stack.router.start(1, embeds.device)
-    routing, _ = stack.router(hidden[None], every, start, stack.codes, compression=settings.compression)
+    read = hidden if stack.rest is None else _layers(stack.rest, hidden, positions)
+    more = {"tokens": tokens, "compression": settings.compression}
+    routing, _ = stack.router(read[None], every, start, stack.codes, **more)
     committed = routing.commit[0].nonzero().flatten()
     tau = int(committed.max()) if len(committed) else -1
     tail = torch.arange(tau + 1, len(embeds))

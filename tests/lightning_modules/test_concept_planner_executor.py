@@ -182,16 +182,56 @@ def test_information_of_plans_that_determine_the_hidden_plan_and_of_random_ones(
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def test_resumed_is_uninterrupted(tmp_path, tiny_oracle):
+class Concepts(Callback):
+    """seen: the mean concepts a text of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        self.seen.append(float(trainer.callback_metrics["monitor/concepts"]))
+
+
+def test_a_multiplier_holds_the_mean_number_of_concepts_at_the_quota(tiny_oracle):
+    """Another loss asks for early ends; the penalty alone leaves the mean where both forces balance."""
+    found = []
+    for gain in (0.05, 0.0):
+        concepts, types = Concepts(), {"a": {"codes": 3, "most": 4, "least": 0}}
+        options = {"types": types, "weights": {"eos": 1.0, "quota": 0.05}, "quota": 2.0, "quota_gain": gain}
+        module = build(tiny_oracle, temperatures=(1.0, 1.0), **options)
+        quiet_trainer(150, callbacks=[concepts], log_every_n_steps=1).fit(module, tiny_oracle)
+        found.append(sum(concepts.seen[-50:]) / 50)
+    assert found[0] == pytest.approx(2.0, abs=0.15)
+    assert found[1] < 1.75
+
+
+def test_the_multiplier_of_a_step_by_hand(tiny_oracle):
+    """Two micro-batches a step: gain times the mean excess over both, and the next step's loss has it."""
+    concepts, losses = Concepts(), Losses()
+    options = {"weights": {"quota": 1.0}, "quota": 1.0, "quota_gain": 0.5}
+    module, plain = build(tiny_oracle, **options), build(tiny_oracle, **(options | {"quota_gain": 0.0}))
+    trainer = {"log_every_n_steps": 1, "accumulate_grad_batches": 2}
+    quiet_trainer(2, callbacks=[concepts, losses], **trainer).fit(module, tiny_oracle)
+    first = 0.5 * (sum(concepts.seen[:2]) / 2 - 1.0)
+    assert float(module.quota.values) == pytest.approx(first + 0.5 * (sum(concepts.seen[2:]) / 2 - 1.0), abs=1e-6)
+    without = Losses()
+    quiet_trainer(2, callbacks=[without], **trainer).fit(plain, tiny_oracle)
+    assert losses.seen[:2] == without.seen[:2]
+    excess = [value - 1.0 for value in concepts.seen]
+    assert losses.seen[2] * 2 == pytest.approx(excess[2] ** 2 + first * excess[2], abs=1e-5)
+
+
+@pytest.mark.parametrize("quota_gain", [0.0, 0.1])
+def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, quota_gain):
     """Weights, losses and the figures that compare with earlier plans."""
 
     def options(losses: Losses) -> dict:
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
         return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
 
-    whole, first, second = build(tiny_oracle), LossesAndFigures(), LossesAndFigures()
+    whole, resumed = (build(tiny_oracle, quota_gain=quota_gain) for _ in range(2))
+    first, second = LossesAndFigures(), LossesAndFigures()
     quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
-    resumed = build(tiny_oracle)
     trainer = quiet_trainer(12, callbacks=[TrainableEMA(0.9), second], val_check_interval=4)
     trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
     assert second.seen == first.seen[5:]
@@ -201,6 +241,9 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle):
     assert [figures["val/flip_rate"] for figures in second.figures] == [f["val/flip_rate"] for f in first.figures[1:]]
     for resumed_figures, figures in zip(second.figures, first.figures[1:], strict=True):
         assert resumed_figures == pytest.approx(figures)
+    if quota_gain:
+        assert torch.equal(whole.quota.values, resumed.quota.values)
+        assert float(whole.quota.values) != 0
 
 
 class Written(DummyLogger):
@@ -293,6 +336,8 @@ def test_temperature_and_corruption_fall_with_the_steps(tiny_oracle):
         ({"weights": {"text": (0.0, 1.0)}}, "module.weights are all 0 at the first step;"),
         ({"weights": {"text": (1.0, 0.0), "planner": (0.5, 0.0)}}, "module.weights are all 0 at the last step;"),
         ({"weights": {"quota": 1.0}, "quota": None}, "type for example module.quota=3"),
+        ({"quota_gain": 0.1, "weights": {"text": 1.0}}, "type for example module.weights.quota=1"),
+        ({"quota_gain": -0.1}, "module.quota_gain=-0.1 must be at least 0"),
         ({"temperatures": (1.0, 0.0)}, r"module.temperatures=\[1.0, 0.0\]"),
         ({"noise": (0.0, 0.5)}, r"module.noise=\[0.0, 0.5\] must begin between 0 and 1 and end in 0 or 1"),
         ({"corruption": (1.5, 0.0)}, r"module.corruption=\[1.5, 0.0\]"),

@@ -70,8 +70,29 @@ def test_rows_split_off_give_what_the_whole_batch_would(tiny_llada, tiny_oracle)
     torch.testing.assert_close(du[half:], whole_du[half:], atol=1e-4, rtol=1e-4)
 
 
+def test_drawn_tangents_are_the_paths_where_the_teacher_is_certain(tiny_llada, tiny_oracle):
+    """Of a certain teacher every draw is its token; a uniform draw is not, and the draws are the generator's."""
+    batch = next(iter(tiny_oracle.train_dataloader()))
+    embeds, masked = build(tiny_llada, tiny_oracle).teacher.embed(batch["input_ids"]), batch["response_mask"]
+    r, t = torch.zeros(8), torch.full((8,), 0.5)
+    sample = MaskingSample(embeds, masked, batch["attention_mask"], r, t, 0.999 * t + 1e-3, n_equal=0)
+
+    def derivative(tangent, sharpness, seed=0):
+        module = build(tiny_llada, tiny_oracle, tangent=tangent, equal_share=0.0)
+        module.student.soft_prompt.gate.data.fill_(0.5)
+        v = sharpness * module.teacher.lm_head(module.teacher.hidden(embeds, batch["attention_mask"])[masked]).detach()
+        return module.student_logits_and_derivative(sample, v, torch.Generator().manual_seed(seed))[1]
+
+    along = derivative("path", 1e6)
+    torch.testing.assert_close(derivative("sample", 1e6), along, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(derivative("argmax", 1e6), along, atol=1e-4, rtol=1e-4)
+    assert (derivative("random", 1e6) - along).abs().max() > 0.1
+    torch.testing.assert_close(derivative("sample", 1.0), derivative("sample", 1.0), atol=0, rtol=0)
+    assert (derivative("sample", 1.0, seed=1) - derivative("sample", 1.0)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(("hard_target", "loss"), [("flow", "kl"), ("data", "hard")])
-@pytest.mark.parametrize("tangent", ["path", "source"])
+@pytest.mark.parametrize("tangent", ["path", "source", "argmax"])
 def test_a_step_by_hand_row_by_row(tiny_llada, tiny_oracle, tangent, loss, hard_target):
     """mean over hidden tokens of KL(softmax(v - (t - r) du/dt) || softmax u), du/dt from two forwards of the student."""
     options = {"tangent": tangent, "loss": loss, "hard_target": hard_target}
@@ -98,8 +119,8 @@ def test_a_step_by_hand_row_by_row(tiny_llada, tiny_oracle, tangent, loss, hard_
             hidden = batch["response_mask"][row] & (chances[row] < p[row])
             xt = x0.masked_fill(hidden, teacher.mask_id)
             z, v = teacher.embed(xt), teacher(xt.unsqueeze(0))[0]
-            drift = z - v.softmax(-1) @ teacher.embedding
-            drift = drift * 0.999 / p[row] if tangent == "path" else -drift
+            drift = z - (teacher.embedding[v.argmax(-1)] if tangent == "argmax" else v.softmax(-1) @ teacher.embedding)
+            drift = -drift if tangent == "source" else drift * 0.999 / p[row]
             drift = drift * hidden.unsqueeze(-1)
             du = (logits(z + h * drift, t[row] + h, row) - logits(z - h * drift, t[row] - h, row)) / (2 * h)
             u, target = logits(z, t[row], row), v - (t[row] - r[row]) * du

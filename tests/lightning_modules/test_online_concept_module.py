@@ -95,6 +95,27 @@ def test_the_draft_learns_from_its_own_loss_alone():
     assert online_terms(build().model, build()._nll(text, CompressionSettings(2.0, 0.5))[1], text)["draft"] == 0
 
 
+def test_the_draft_of_several_tokens_is_the_mean_over_all_of_them_in_the_mean():
+    """Each position draws one of the tokens after it: the mean over draws is that over all, and states get no gradient."""
+    module, text = build(growth="draft", most_nulls=2, compression=(1.0, 2.0)), causal_text(packed_batch(4, 12))
+    router, hidden = module.model.stack.router, module._nll(text, CompressionSettings(2.0, 0.5))[1][0].hidden
+    torch.nn.init.normal_(router.adapt.weight)
+    draw = torch.Generator().manual_seed(0)
+    each = []
+    with torch.no_grad():
+        for k in range(2):  # of every position that has a token so far ahead
+            logits = router.draft(hidden[:, : 12 - k], torch.full((4, 12 - k), k + 1))
+            each.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), text.targets[:, k:].flatten()))
+        drawn = torch.stack([router.draft_nll(hidden, text, draw) for _ in range(400)])
+    assert (each[0] - each[1]).abs() > 0.1  # control: the next token alone has another mean
+    # drawn alike, the second token counts for 11 of 12 positions
+    assert_close(drawn.mean(), (12 * each[0] + 11 * each[1]) / 23, atol=0.02, rtol=0)
+    router.draft_nll(hidden, text, draw).backward()
+    moved = {n for n, p in module.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert {f"stack.router.{part}.weight" for part in ("ahead", "mix", "adapt")} <= moved
+    assert not any("layers" in name for name in moved)
+
+
 def test_ratio_is_skipped_where_nothing_is_compressed_or_learned():
     text = causal_text(packed_batch(4, 12))
     for module, compression, there in (
@@ -114,6 +135,41 @@ def test_the_realised_rate_is_held(growth):
     options = {"growth": growth, "compression": (2.5, 2.5), "noise": (0.0, 0.0), "most_nulls": 7}
     quiet_trainer(45, callbacks=[rates], log_every_n_steps=1).fit(build(**options), data)
     assert sum(rates.seen[-15:]) / 15 == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize("growth", ["null", "accumulate"])
+def test_multipliers_train_a_router_to_the_rate(growth):
+    """From an offset that leaves forced commits nearly alone; a router without rate control stays off the rate."""
+    found = []
+    for hold in (True, False):
+        data, rates = PackedStream(), Rates()
+        data.batches = [packed_batch(6, 40, seed=k) for k in range(3)]
+        options = {"growth": growth, "compression": (2.5, 2.5), "noise": (0.0, 0.0), "most_nulls": 7, "hold_rate": hold}
+        options |= {"weights": {"text": 1.0}, "rate_control": "multiplier"}
+        module = build(**options)
+        module.model.stack.router.offset.fill_(1.0)
+        quiet_trainer(150, callbacks=[rates], log_every_n_steps=1).fit(module, data)
+        assert float(module.model.stack.router.offset) == 1.0
+        found.append(abs(sum(rates.seen[-15:]) / 15 - 0.4))
+    assert found[0] < 0.03
+    assert found[1] > 0.06
+
+
+def test_multipliers_count_every_micro_batch_of_a_step():
+    """Gain times the mean excess of all positions of both micro-batches, and a loss of the mean commit probability."""
+    data = PackedStream()
+    data.batches = [packed_batch(rows, 12, seed=rows) for rows in (4, 2)]
+    module = build(compression=(2.0, 2.0), noise=(0.0, 0.0), rate_control="multiplier", lr=0.0)
+    with torch.no_grad():
+        levels = [module._nll(causal_text(batch), CompressionSettings(2.0, 0.5))[1] for batch in data.batches]
+    excess = sum(float((r.commit.double() - 0.5 * r.valid).sum()) for r in (level[0].routing for level in levels))
+    quiet_trainer(1, accumulate_grad_batches=2).fit(module, data)
+    value = module.multipliers.GAIN * excess / (6 * 12)
+    assert module.multipliers.values.tolist() == pytest.approx([value])
+    r = levels[0][0].routing
+    weight = value + module.multipliers.PENALTY * (r.commit.double().mean() - 0.5)
+    wanted = float(weight * (r.probability.mean() - 0.5))
+    assert float(module.multipliers.loss(levels[0])) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_entropies_get_a_threshold_after_one_step():
@@ -265,14 +321,17 @@ def test_documents_of_a_row_are_kept_apart():
     assert len(losses.seen) == 2
 
 
-@pytest.mark.parametrize(("growth", "sampler"), [("null", "gumbel_st"), ("accumulate", "ema_vq")])
-def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth, sampler):
+@pytest.mark.parametrize(
+    ("growth", "sampler", "control"),
+    [("null", "gumbel_st", "offset"), ("accumulate", "ema_vq", "offset"), ("null", "gumbel_st", "multiplier")],
+)
+def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth, sampler, control):
     def options(losses: Losses) -> dict:
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
         return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
 
     def module() -> OnlineConceptModule:
-        return build(oracle_body(tiny_oracle), growth=growth, sampler=sampler)
+        return build(oracle_body(tiny_oracle), growth=growth, sampler=sampler, rate_control=control)
 
     whole, first, second = module(), Losses(), Losses()
     quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
@@ -280,6 +339,8 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth, sampler):
     trainer = quiet_trainer(12, callbacks=[TrainableEMA(0.9), second], val_check_interval=4)
     trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
     assert second.seen == first.seen[5:]
-    assert float(whole.model.stack.router.offset) != 0
+    assert (float(whole.model.stack.router.offset) != 0) == (control == "offset")
+    if control == "multiplier":
+        assert whole.multipliers.values.tolist() == resumed.multipliers.values.tolist() != [0.0]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name

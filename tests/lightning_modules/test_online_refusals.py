@@ -18,6 +18,16 @@ from models.functional.errors import UsageError
         ({"codes": 22, "sampler": "fsq"}, "module.codes=22 cannot be shared out among levels of 2 to 8"),
         ({"code_decay": 1.0}, "module.code_decay=1.0 must be at least 0 and less than 1"),
         ({"growth": "entropy", "hold_rate": False}, "type module.hold_rate=true"),
+        ({"growth": "draft", "hold_rate": False}, "module.growth=draft gets its threshold"),
+        ({"growth": "draft", "draft_tokens": 0}, "module.draft_tokens=0 must be at least 1"),
+        (
+            {"growth": "draft", "draft_tokens": 2, "compression": (1.0, 4.0)},
+            "needs longer segments than drafts of module.draft_tokens=2 allow; type module.draft_tokens=8",
+        ),
+        ({"router_reads": "deep"}, "module.router_reads=deep is not known"),
+        ({"router_reads": "whole", "growth": "fixed"}, "module.growth=fixed reads no states"),
+        ({"rate_control": "price"}, "module.rate_control=price is not known"),
+        ({"rate_control": "multiplier", "growth": "fixed"}, "type module.rate_control=offset"),
         ({"gate_every": 0}, "module.gate_every=0 must be at least 1"),
         ({"gate": "soft"}, "module.gate=soft is not known; type one of"),
         ({"codes": 1}, "module.codes=1 must be at least 2"),
@@ -50,7 +60,8 @@ def test_a_baseline_of_another_vocabulary_is_refused(tmp_path):
         quiet_trainer(1).test(build(baseline=str(tmp_path / "base")), PackedStream(), verbose=False)
 
 
-def test_entropy_needs_tokens():
+@pytest.mark.parametrize("growth", ["entropy", "draft"])
+def test_surprise_needs_tokens(growth):
     torch.manual_seed(0)
-    with pytest.raises(UsageError, match=r"module.growth=entropy needs tokens"):
-        build(tiny_causal(7, num_hidden_layers=5), growth="entropy", split=[1, [1, 1, 1], 1])
+    with pytest.raises(UsageError, match=rf"module.growth={growth} needs tokens"):
+        build(tiny_causal(7, num_hidden_layers=5), growth=growth, split=[1, [1, 1, 1], 1])

@@ -74,6 +74,38 @@ def test_a_test_run_records_that_q_lies_between_the_models(data, tmp_path):
     assert rows["q*, alternating"]["cost"]["speedup_formula"] > 1
 
 
+def test_a_test_run_draws_the_divergences_along_alpha(data, tmp_path):
+    """Over the test texts' own positions up to their ends; both models by hand."""
+    report = FrontierReport(str(tmp_path), "trial", {})
+    module = build(data, schemes=("naive",), alpha_points=5)
+    quiet_trainer(1, callbacks=[report]).test(module, data, verbose=False)
+    found = report.record["alpha_curve"]
+    rows = data.rows["test"].columns
+    texts = rows["input_ids"][:, -data.response_length :]
+    counts = until_end(texts, data.tokenizer.eos_token_id)
+    assert found["positions"] == counts.sum() < counts.numel()
+    # KL(π_θ‖π_t), row by row without padding
+    total = 0.0
+    for ids, real, count in zip(rows["input_ids"], rows["attention_mask"], counts.sum(-1), strict=True):
+        first = len(ids) - data.response_length
+        prompt = ids[:first][real[:first].bool()]
+        text = torch.cat([prompt, ids[first:]])
+        own, other = (
+            m(text[None], attention_mask=torch.ones_like(text[None]))
+            .logits[0, len(prompt) - 1 :][:count]
+            .log_softmax(-1)
+            for m in (module.theta, module.target)
+        )
+        total += float((own.exp() * (own - other)).sum().detach())
+    assert found["kl_target"][-1] == pytest.approx(total / int(counts.sum()), rel=1e-4)
+    half = found["alphas"].index(0.5)
+    assert found["kl_theta"][0] > found["kl_theta"][half] > found["kl_theta"][-1] == pytest.approx(0.0, abs=1e-9)
+    assert found["kl_target"][-1] > found["kl_target"][half] > found["kl_target"][0] == pytest.approx(0.0, abs=1e-9)
+    assert 0 < found["alpha_star"] < 1
+    assert found["chernoff_mean"] > found["kl_star"]  # the best α of each position is no worse than one for all
+    assert (tmp_path / "alpha.png").stat().st_size > 1000
+
+
 def test_training_draws_theta_toward_q_and_leaves_the_target_alone(data):
     module = build(data)
     before = [weight.clone() for weight in module.target.parameters()]

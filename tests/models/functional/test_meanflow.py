@@ -13,6 +13,7 @@ from models.functional.errors import UsageError
 from models.functional.flow_times import check_interval, sample_interval
 from models.functional.jvp import value_and_jvp
 from models.functional.meanflow import (
+    clean_embedding,
     expected_embedding,
     flow_loss,
     masking_path_tangent,
@@ -41,19 +42,49 @@ class AnalyticFlow:
         return (WEIGHTS.unsqueeze(-1) / 2 * self.v(z * s / t, s)).sum(0)
 
 
-@pytest.mark.parametrize(("tangent", "fits"), [("path", True), ("source", False)])
+@pytest.mark.parametrize(("tangent", "fits"), [("path", True), ("source", False), ("argmax", False), ("random", False)])
 def test_fixed_point_is_the_average_along_the_masking_path(tangent, fits):
-    """u_tgt(u) = u for the path average and the path's tangent; the source's tangent leaves a residual of order 1."""
-    flow, worst = AnalyticFlow(), 0.0
+    """u_tgt(u) = u for the path average and the path's tangent; other tangents leave a residual of order 1."""
+    flow, worst, generator = AnalyticFlow(), 0.0, torch.Generator().manual_seed(0)
     for r, t, z in ((0.1, 0.9, 0.8), (0.0, 1.0, -1.1), (0.5, 0.6, 0.4), (0.3, 0.3, 0.7)):
         r, t, z = (torch.tensor(value, dtype=torch.float64) for value in (r, t, z))
         v = flow.v(z, t)
-        expected = expected_embedding(v.unsqueeze(0), flow.embedding)
-        drift = masking_path_tangent(z.view(1, 1), expected, t.view(1), 0.0, tangent).squeeze()
+        clean = clean_embedding(v.unsqueeze(0), flow.embedding, tangent, generator)
+        drift = masking_path_tangent(z.view(1, 1), clean, t.view(1), 0.0, tangent).squeeze()
         u, du_dt = value_and_jvp(lambda z, t, r=r: flow.u(z, r, t), (z, t), (drift, torch.ones_like(t)))
         target = meanflow_target(v.unsqueeze(0), du_dt.unsqueeze(0), r.view(1), t.view(1))[0]
         worst = max(worst, (target - u).abs().max().item())
     assert (worst < 1e-9) if fits else (worst > 0.1)
+
+
+def test_a_drawn_token_has_the_derivative_of_the_path_in_the_mean():
+    """du/dt of every token, weighted by its probability, is that along the path; weighted alike (`random`) it is not."""
+    flow, (r, t, z) = AnalyticFlow(), torch.tensor([0.1, 0.9, 0.8], dtype=torch.float64)
+    v = torch.tensor([[0.3, -1.0, 2.0]], dtype=torch.float64)
+
+    def derivative(clean):
+        drift = masking_path_tangent(z.view(1, 1), clean, t.view(1), 0.0, "sample").squeeze()
+        return value_and_jvp(lambda z, t: flow.u(z, r, t), (z, t), (drift, torch.ones_like(t)))[1]
+
+    each = torch.stack([derivative(token.view(1, 1)) for token in flow.embedding])
+    along = derivative(expected_embedding(v, flow.embedding))
+    torch.testing.assert_close(v[0].softmax(-1) @ each, along, atol=1e-12, rtol=0)
+    assert (each.mean(0) - along).abs().max() > 0.1
+
+
+def test_tokens_of_tangents_are_drawn_as_their_names_say():
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.5, 0.2, 0.3, 0.0]).log().expand(20_000, -1)
+    embedding = torch.eye(4)
+    frequency = {
+        kind: clean_embedding(logits, embedding, kind, draw).mean(0) for kind in ("sample", "argmax", "random")
+    }
+    torch.testing.assert_close(frequency["sample"], torch.tensor([0.5, 0.2, 0.3, 0.0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(frequency["random"], torch.full((4,), 0.25), atol=0.02, rtol=0)
+    assert frequency["argmax"].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert frequency["sample"][3] == 0
+    with pytest.raises(UsageError, match=r"module\.tangent=up is not known"):
+        masking_path_tangent(logits, logits, logits[:, 0], 0.0, "up")
 
 
 def test_the_target_is_a_constant():

@@ -44,6 +44,10 @@ def test_quota_controls_the_mean_by_hand():
     assert quota_loss(lengths, 2.0) == 0
     quota_loss(lengths, 1.0).backward()
     assert lengths.grad.tolist() == [1.0, 1.0]
+    assert quota_loss(lengths, 1.0, multiplier=-3.0) == 1.0 - 3.0
+    lengths.grad = None
+    quota_loss(lengths, 2.0, multiplier=-3.0).backward()
+    assert lengths.grad.tolist() == [-1.5, -1.5]
 
 
 def test_price_and_divergence_of_plans_by_enumeration():

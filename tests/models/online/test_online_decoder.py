@@ -16,9 +16,17 @@ def stepped(model, ids, start, valid=None):
     return torch.stack(logits, 1), forward
 
 
-@pytest.mark.parametrize(("growth", "gate"), [*((growth, "slot") for growth in GROWTH), ("null", "smooth")])
-def test_forward_is_step(growth, gate):
-    model, ids = tiny_online(growth=growth, gate=gate), texts(rows=4, length=70)  # longer than a chunk of the cache
+@pytest.mark.parametrize(
+    ("growth", "gate", "reads"),
+    [
+        *((growth, "slot", "shallow") for growth in GROWTH),
+        *((growth, "slot", "whole") for growth in ("null", "autoregressive", "accumulate", "entropy", "draft")),
+        ("null", "smooth", "shallow"),
+    ],
+)
+def test_forward_is_step(growth, gate, reads):
+    model = tiny_online(growth=growth, gate=gate, router_reads=reads)
+    ids = texts(rows=4, length=70)  # longer than a chunk of the cache
     with torch.no_grad():
         whole, levels = model.read(ids)
         whole = model.logits(whole)
@@ -34,9 +42,9 @@ def test_forward_is_step_in_single_precision():
         torch.testing.assert_close(steps, model(ids)[:, 4:], atol=1e-5 * float(steps.abs().max()), rtol=1e-5)
 
 
-@pytest.mark.parametrize("growth", ["null", "fixed"])
-def test_concepts_of_concepts_step_too(growth):
-    model, ids = tiny_online([1, [1, 1, 1], 1], growth=growth), texts(rows=4, length=40)
+@pytest.mark.parametrize(("growth", "reads"), [("null", "shallow"), ("null", "whole"), ("fixed", "shallow")])
+def test_concepts_of_concepts_step_too(growth, reads):
+    model, ids = tiny_online([1, [1, 1, 1], 1], growth=growth, router_reads=reads), texts(rows=4, length=40)
     steps, forward = stepped(model, ids, 7)
     with torch.no_grad():
         torch.testing.assert_close(steps, model(ids)[:, 6:], atol=1e-11, rtol=1e-11)
@@ -46,7 +54,7 @@ def test_concepts_of_concepts_step_too(growth):
 
 
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("growth", ["null", "autoregressive", "accumulate"])
+@pytest.mark.parametrize("growth", ["null", "autoregressive", "accumulate", "draft"])
 def test_a_ragged_batch_is_row_by_row(growth, left):
     model, rows = tiny_online(growth=growth), ragged()
     new = texts(rows=3, length=20, seed=5)

@@ -17,6 +17,8 @@ from models.online.model import OnlineConceptModel
 from models.online.options import Gate
 from models.online.router import GROWTH
 
+# ways of growth, and states that they read
+WAYS = [*((growth, "shallow") for growth in GROWTH), *((growth, "whole") for growth in ("null", "entropy", "draft"))]
 NESTED = ([1, [1, 1, 1], 1], {})
 
 
@@ -24,9 +26,9 @@ def commits_of(model, ids, settings=HALF):
     return model.read(ids, settings=settings)[1][0].routing.commit
 
 
-@pytest.mark.parametrize("growth", GROWTH)
-def test_one_forward_is_one_forward_a_position(growth):
-    model, ids = tiny_online(growth=growth, gate="none"), texts()
+@pytest.mark.parametrize(("growth", "reads"), WAYS)
+def test_one_forward_is_one_forward_a_position(growth, reads):
+    model, ids = tiny_online(growth=growth, gate="none", router_reads=reads), texts()
     logits = model.logits(model.read(ids, settings=HALF)[0])
     slow = torch.stack([naive_logits(model, row, HALF) for row in ids])
     assert 0.2 < commits_of(model, ids).double().mean() < 0.9  # both kinds of positions are there
@@ -103,10 +105,10 @@ def test_every_gate_leaves_a_sure_choice_as_it_is():
 
 
 @pytest.mark.parametrize("gate", ["slot", "smooth", "mass", "visibility"])
-@pytest.mark.parametrize("growth", GROWTH)
-def test_nothing_looks_ahead(growth, gate):
+@pytest.mark.parametrize(("growth", "reads"), WAYS)
+def test_nothing_looks_ahead(growth, reads, gate):
     """Neither a value nor a gradient: changing a token changes nothing before it."""
-    model, ids = tiny_online(growth=growth, gate=gate), texts(rows=1)
+    model, ids = tiny_online(growth=growth, gate=gate, router_reads=reads), texts(rows=1)
     model.train()
     states, levels = model.read(ids, settings=HALF)
     for t in (4, 8):
@@ -117,16 +119,16 @@ def test_nothing_looks_ahead(growth, gate):
         assert torch.equal(again[0].routing.commit[:, :t], levels[0].routing.commit[:, :t])
         assert (changed[:, t] - states[:, t]).abs().max() > 1e-4  # the change is seen where it is
     embeds = model.backbone.get_input_embeddings()(ids).detach().requires_grad_()
-    out, _ = model.stack.read(embeds, torch.arange(11)[None], torch.ones_like(ids, dtype=torch.bool), HALF)
+    out, _ = model.stack.read(embeds, torch.arange(11)[None], torch.ones_like(ids, dtype=torch.bool), HALF, tokens=ids)
     (grad,) = torch.autograd.grad(out[0, 5].sum(), embeds)
     assert grad[0, :6].abs().amax(-1).min() > 0
     assert grad[0, 6:].abs().max() == 0
 
 
-@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize(("growth", "reads"), WAYS)
 @pytest.mark.parametrize("left", [True, False])
-def test_padding_moves_nothing(growth, left):
-    model, rows = tiny_online(growth=growth), ragged()
+def test_padding_moves_nothing(growth, reads, left):
+    model, rows = tiny_online(growth=growth, router_reads=reads), ragged()
     ids, valid = padded(rows, left)
     states, levels = model.read(ids, valid, settings=HALF)
     for k, row in enumerate(rows):
@@ -137,16 +139,17 @@ def test_padding_moves_nothing(growth, left):
 
 
 @pytest.mark.parametrize(
-    ("growth", "gate", "split"),
+    ("growth", "reads", "gate", "split"),
     [
-        *((growth, "slot", (1, 2, 1)) for growth in GROWTH),
-        *(("null", gate, (1, 2, 1)) for gate in ("smooth", "visibility")),
-        *(("autoregressive", gate, (1, [1, 1, 1], 1)) for gate in ("slot", "smooth")),
+        *((growth, reads, "slot", (1, 2, 1)) for growth, reads in WAYS),
+        *(("null", "shallow", gate, (1, 2, 1)) for gate in ("smooth", "visibility")),
+        *(("autoregressive", "whole", gate, (1, [1, 1, 1], 1)) for gate in ("slot", "smooth")),
     ],
 )
-def test_documents_of_a_row_are_documents_alone(growth, gate, split):
+def test_documents_of_a_row_are_documents_alone(growth, reads, gate, split):
     """Values and gradients: a row of three documents is three rows, whatever was before them."""
-    model, ids = tiny_online(split, growth=growth, gate=gate).double().train(), texts(rows=2, length=30)
+    model = tiny_online(split, growth=growth, gate=gate, router_reads=reads).double().train()
+    ids = texts(rows=2, length=30)
     documents = torch.tensor([[0] * 11 + [1] * 1 + [2] * 18, [0] * 7 + [1] * 21 + [2] * 2])
     positions = torch.cat([torch.arange(n) for n in (11, 1, 18, 7, 21, 2)]).view(2, 30)
     mix = torch.randn(2, 30, 16, dtype=torch.float64)

@@ -23,6 +23,8 @@ from models.speculative.roles import roles
         ({"gamma": -2}, "module.gamma=-2"),
         ({"lora_rank": 0}, "module.lora_rank=0"),
         ({"exactness_samples": -1}, "module.exactness_samples=-1"),
+        ({"alpha_points": -1}, "module.alpha_points=-1"),
+        ({"alpha_points": 1}, "module.alpha_points=1 is no curve"),
     ],
 )
 def test_wrong_options_are_named(options, message):

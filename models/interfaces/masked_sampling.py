@@ -1,0 +1,84 @@
+"""How a masked model is sampled for the rows of a table: one set of options for teachers, students and models of their own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from models.functional.errors import UsageError, require_at_least, require_choice
+
+Remasking = Literal["low_confidence", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedSampling:
+    """Errors: UsageError for values that cannot work, which begins with the field's name.
+
+    forwards: numbers of forward passes, a row of the table each; guidance doubles them.
+    temperature: 0 takes the most probable token. remasking: which draws of a pass stay, see `generate_masked_diffusion`.
+    guidance: weight of classifier-free guidance; 0 is none.
+    block_length: response tokens that are filled before the next ones begin; None: all of them.
+    """
+
+    forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
+    temperature: float = 1.0
+    remasking: Remasking = "random"
+    guidance: float = 0.0
+    block_length: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forwards", tuple(self.forwards))  # a list, as YAML has it
+        require_choice("remasking", self.remasking, get_args(Remasking))
+        require_at_least(0, temperature=self.temperature)
+        if self.block_length is not None:
+            require_at_least(1, block_length=self.block_length)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of `MaskedDiffusionDecoder`."""
+        names = ("temperature", "remasking", "block_length", "guidance")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions:
+    """The options of every distillation of a masked teacher: the teacher's rows in the table.
+
+    forwards and teacher_<field>: the fields of `MaskedSampling`.
+    """
+
+    forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
+    teacher_temperature: float = 1.0
+    teacher_remasking: Remasking = "random"
+    teacher_guidance: float = 0.0
+    teacher_block_length: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forwards", self.teacher_sampling.forwards)
+
+    @property
+    def teacher_sampling(self) -> MaskedSampling:
+        """The same as one object. Errors: UsageError that names module.teacher_<field>."""
+        try:
+            return MaskedSampling(
+                forwards=self.forwards,
+                temperature=self.teacher_temperature,
+                remasking=self.teacher_remasking,
+                guidance=self.teacher_guidance,
+                block_length=self.teacher_block_length,
+            )
+        except UsageError as error:
+            raise UsageError(f"module.teacher_{error}") from None
+
+
+def require_blocks(option: str, block_length: int | None, forwards: Sequence[int], response_length: int) -> None:
+    """Raise UsageError unless blocks fill a response and each number of forward passes is a multiple of their number."""
+    if block_length is None:
+        return
+    if block_length < 1 or response_length % block_length:
+        raise UsageError(f"{option}={block_length} must divide the response length {response_length}")
+    blocks = response_length // block_length
+    if any(n % blocks for n in forwards):
+        raise UsageError(
+            f"{option}={block_length} makes {blocks} blocks, so each of module.forwards={list(forwards)} must be a multiple of "
+            f"{blocks}; type for example module.forwards=[{blocks},{response_length}]"
+        )

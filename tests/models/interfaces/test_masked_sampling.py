@@ -1,0 +1,39 @@
+"""One set of sampling options: flat names of three distillations, their checks, and blocks that fit."""
+
+import pytest
+
+from models.flow.options import LogitFlowOptions, NoisyMaskFlowOptions, StepHalvingOptions
+from models.functional.errors import UsageError
+from models.interfaces.masked_sampling import MaskedSampling, TeacherOptions, require_blocks
+
+DISTILLATIONS = [TeacherOptions, NoisyMaskFlowOptions, LogitFlowOptions, StepHalvingOptions]
+
+
+@pytest.mark.parametrize("options", DISTILLATIONS)
+def test_the_flat_options_of_a_distillation_are_the_teachers_sampling(options):
+    given = {"teacher_temperature": 0.5, "teacher_remasking": "low_confidence", "teacher_guidance": 2.0}
+    how = options(forwards=[4, 8], teacher_block_length=2, **given).teacher_sampling
+    wanted = {"temperature": 0.5, "remasking": "low_confidence", "guidance": 2.0, "block_length": 2}
+    assert (how.forwards, how.options) == ((4, 8), wanted)
+    assert options().teacher_sampling == MaskedSampling()
+
+
+@pytest.mark.parametrize("options", DISTILLATIONS)
+@pytest.mark.parametrize("change", [{"remasking": "x"}, {"temperature": -1.0}, {"block_length": 0}])
+def test_wrong_values_are_named_as_they_are_typed(options, change):
+    ((name, value),) = change.items()
+    with pytest.raises(UsageError, match=rf"^module\.teacher_{name}={value}"):
+        options(**{f"teacher_{name}": value})
+    with pytest.raises(UsageError, match=rf"^{name}={value}"):
+        MaskedSampling(**change)
+
+
+def test_blocks_have_to_fit_before_anything_is_trained():
+    require_blocks("module.block_length", None, [1, 2], 16)
+    require_blocks("module.block_length", 4, [4, 8, 16], 16)
+    with pytest.raises(UsageError, match=r"^module\.block_length=5 must divide the response length 16"):
+        require_blocks("module.block_length", 5, [4], 16)
+    with pytest.raises(
+        UsageError, match=r"makes 4 blocks.*module\.forwards=\[2, 4\].*type for example module\.forwards=\[4,16\]"
+    ):
+        require_blocks("module.block_length", 4, [2, 4], 16)
