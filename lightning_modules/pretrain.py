@@ -199,9 +199,11 @@ class PretrainModule(LeapModule):
         if self.generation is None:
             return []
         one_by_one = self.generation in ("autoregressive", "prefix")
-        data: Any = self.trainer.datamodule
-        ends, numbers = None if data.end_padding else data.end_ids(), (1,) if one_by_one else self.sampling.forwards
-        scheduled = [self.decoder(data, n, self.sampling.temperature, ends) for n in numbers]
+        if one_by_one:
+            data: Any = self.trainer.datamodule
+            ends = None if data.end_padding else data.end_ids()
+            return [self.decoder(data, 1, self.sampling.temperature, ends)]
+        scheduled = [self.decoder(None, n, self.sampling.temperature) for n in self.sampling.forwards]
         return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
 
     def _rule_decoders(self) -> list[Decoder]:
