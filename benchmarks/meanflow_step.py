@@ -64,9 +64,12 @@ class MeanFlowStep(LogitFlowModule):
     def _log_step(self, *_) -> None:
         pass
 
-    def student_logits_and_derivative(self, sample: MaskingSample, v: Tensor) -> tuple[Tensor, Tensor]:
+    def student_logits_and_derivative(
+        self, sample: MaskingSample, v: Tensor, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         self.mark("draws and teacher forward")
-        found = super().student_logits_and_derivative(sample if self.split else sample._replace(n_equal=0), v)
+        sample = sample if self.split else sample._replace(n_equal=0)
+        found = super().student_logits_and_derivative(sample, v, generator)
         self.mark("student forward and derivative")
         return found
 

@@ -181,6 +181,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         multiplier = 0.0 if self.quota is None else float(self.quota.values)
         raw = self._plan_terms(plan, prior, response_of(batch), multiplier)
         if self.quota is not None:
+            assert self.options.quota is not None
             count = raw["concepts"].new_tensor([len(plan.choices)])
             self.quota.add((raw["concepts"] - self.options.quota) * count, count)
             monitors["quota_multiplier"] = multiplier

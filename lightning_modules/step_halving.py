@@ -59,7 +59,10 @@ class StepHalvingModule(StagedDistillModule):
         self.log("val/loss", terms.loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
 
     def decoders(self) -> list[Decoder]:
-        options = {"temperature": self.options.teacher_temperature, "remasking": self.options.teacher_remasking}
+        options: dict[str, Any] = {
+            "temperature": self.options.teacher_temperature,
+            "remasking": self.options.teacher_remasking,
+        }
         students = [MaskedDiffusionDecoder(self.student.body, n, **options) for n in self.options.student_forwards]
         for decoder in students:
             decoder.method, decoder.name = "student", "step halving"

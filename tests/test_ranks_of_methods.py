@@ -65,7 +65,7 @@ def assert_same_checkpoints(*paths: Path) -> None:
     """Weights, averages, the optimiser's state and what else is kept are the same plain tensors."""
     whole, split = (torch.load(path, weights_only=True) for path in paths)
     assert len(split["optimizer_states"][0]["state"]) > 0
-    for part in ("state_dict", "optimizer_states", "callbacks", "stages"):
+    for part in ("state_dict", "optimizer_states", "callbacks", "stages", "quota_multiplier", "rate_multipliers"):
         a, b = (tree_flatten(kept.get(part, {})) for kept in (whole, split))
         if part != "callbacks":  # the folder of the checkpoint itself is in the key of its callback
             assert a[1] == b[1]
@@ -85,7 +85,7 @@ def test_two_ranks_by_ddp_and_split_take_the_steps_of_one(tmp_path):
     (control,) = trained(tmp_path, "apart", ["noisy_mask"]).values()
     found = differences(alone["noisy_mask"], control)
     assert min(found["gradients"], found["weights"]) > 1e-2
-    for method in ("noisy_mask", "masked_diffusion", "plans", "qstar"):
+    for method in ("noisy_mask", "masked_diffusion", "plans", "online", "qstar"):
         assert_same_checkpoints(*(tmp_path / f"{kind}-{method}" / "step=4.ckpt" for kind in ("ddp", "fsdp")))
 
 

@@ -355,9 +355,9 @@ class DraftRouter(SurpriseRouter):
         count = at.valid.long().cumsum(1)
         # 1. surprise of every token in a draft made 1 .. K positions before it, (B, T, K)
         columns = []
-        for ahead in range(1, self.length + 1):
-            before = pad(hidden, (0, 0, ahead, 0))[:, : hidden.shape[1]]
-            columns.append(self._surprise(before, torch.full_like(at.tokens, ahead), at.tokens))
+        for k in range(1, self.length + 1):
+            before = pad(hidden, (0, 0, k, 0))[:, : hidden.shape[1]]
+            columns.append(self._surprise(before, torch.full_like(at.tokens, k), at.tokens))
         surprises = torch.stack(columns, -1)
         # 2. and in the draft of the last commit before these positions
         ahead = (state.since.unsqueeze(1) + count).clamp(1, self.length)

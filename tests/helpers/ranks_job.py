@@ -62,6 +62,7 @@ WATCHED = (
 )
 WHOLE = ("online_codes",)  # no draws of a rank's own, and as many tokens in every row
 TYPES = {"a": {"codes": 3}, "b": {"codes": 4}}
+ENDING = {"a": {"codes": 3}, "b": {"codes": 4, "most": 3, "least": 0}}
 
 
 def stirred(model: torch.nn.Module) -> torch.nn.Module:
@@ -95,8 +96,9 @@ def qstar(data: Any, **options: Any) -> LightningModule:
 
 
 def online(data: Any) -> LightningModule:
+    """A multiplier of the rate follows the commits of all ranks."""
     weights = {"text": 1.0, "ratio": 0.1, "usage": 0.1}
-    options = {"codes": 8, "compression": (2.0, 2.0), "hold_rate": False, "warmup_steps": 0, "lr": 1e-2}
+    options = {"codes": 8, "compression": (2.0, 2.0), "rate_control": "multiplier", "warmup_steps": 0, "lr": 1e-2}
     return OnlineConceptModule(causal(data, num_hidden_layers=3), split=[1, 1, 1], weights=weights, **options)
 
 
@@ -109,8 +111,14 @@ def online_codes(data: Any) -> LightningModule:
 
 def plans(data: Any, **options: Any) -> LightningModule:
     weights = {"text": 1.0, "planner": 1.0, "posterior": 1.0, "usage": 0.1}
-    options = {"weights": weights, "warmup_steps": 0, "lr": 1e-2, **DRAWN, **options}
-    return ConceptPlannerExecutorModule(causal(data), types=TYPES, **options)
+    options = {"types": TYPES, "weights": weights, "warmup_steps": 0, "lr": 1e-2, **DRAWN, **options}
+    return ConceptPlannerExecutorModule(causal(data), **options)
+
+
+def plans_with_quota(data: Any) -> LightningModule:
+    """A multiplier of the quota follows the plans of all ranks."""
+    weights = {"text": 1.0, "planner": 1.0, "usage": 0.1, "quota": 0.3}
+    return plans(data, types=ENDING, weights=weights, quota=1.5, quota_gain=0.5)
 
 
 def pretrained(model: torch.nn.Module, objective: Any, **options: Any) -> LightningModule:
@@ -133,7 +141,7 @@ METHODS = {
     "span_corruption": lambda data: pretrained(causal(data), SpanCorruption()),
     # one entry of a matrix has a gradient of 2e-8, of whose rounding AdamW would make a step: Muon's are of whole matrices
     "continuous_diffusion": lambda data: pretrained(teacher(data), ContinuousDiffusion(), optimizer="muon"),
-    "plans": plans,
+    "plans": plans_with_quota,
     "hard_em": lambda data: plans(data, search={"begin": 0.34, "candidates": 3}),
     "online": online,
     "online_codes": online_codes,
