@@ -21,9 +21,11 @@ from reporting.command import option, shell
 CONF = Path(__file__).parents[1] / "conf"
 MULTIRUN = ("-m", "--multirun")
 TAKE_A_VALUE = ("-c", "--cfg", "-p", "--package")
-# options that hold plain text; a path may be a list of several
+# options that hold plain text; a path (or a token) may be a list of several
 PROMPTS = ("prompt", "example_prompt")
-PATHS = re.compile(r"(.*[._])?(path|dir|file|field)|data\.(train|val|test|tokenizer)|module\.baseline")
+PATHS = re.compile(
+    r"(.*[._])?(path|dir|file|field)|data\.(train|val|test|tokenizer|template)|.*\.mask_token|module\.baseline"
+)
 NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_llada, or --help for all of them"
 
 

@@ -104,7 +104,7 @@ class QStarDecodingModule(LeapModule):
         ids, counts = batch["input_ids"].clone(), batch["response_mask"].clone()
         ids[:, -columns:] = responses
         counts[:, -columns:] = until_end(responses, self.end_ids)
-        return {**batch, "input_ids": ids, "response_mask": counts}
+        return {**batch, "input_ids": ids, "completion_mask": counts}
 
     def _logp(self, model: nn.Module, text: CausalText) -> Tensor:
         """log-probabilities (M, V) at the positions that count, of the tokens that the corpus has."""

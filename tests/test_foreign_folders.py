@@ -51,7 +51,7 @@ def options(experiment: str, folder: Path, tmp_path: Path) -> list[str]:
     if name == "qstar_qwen":
         models = [f"pair.theta.path={folder}", f"pair.target.path={folder}", "pair.theta.dtype=float32"]
         return [*own, *pairs(tmp_path), *models, "module.lora_rank=2"]
-    data = pairs(tmp_path) if name == "concept_qwen" or "data=pairs" in more else text(tmp_path)
+    data = pairs(tmp_path) if name in ("concept_qwen", "masked_from_causal") or "data=pairs" in more else text(tmp_path)
     return [*own, *data, f"model.path={folder}", "model.lora_rank=2"]
 
 
@@ -61,6 +61,7 @@ EXPERIMENTS = [
     "concept_qwen",
     "concept_online_qwen module.codes=8",
     "qstar_qwen module.cache=false",
+    "masked_from_causal model.mask_token=@ module.forwards=[1]",
 ]
 # layers or parts that an experiment cannot split
 REFUSED_BY = {
@@ -71,6 +72,10 @@ REFUSED_BY = {
         "files of gpt2": "gpt2 has no embed_tokens",
     },
     "concept_qwen": {"short window": "a window of 8 tokens"},
+    "masked_from_causal model.mask_token=@ module.forwards=[1]": {
+        "sliding window": "layers of sliding_attention",
+        "short window": "layers of sliding_attention",
+    },
 }
 
 

@@ -106,6 +106,19 @@ def test_a_test_run_draws_the_divergences_along_alpha(data, tmp_path):
     assert (tmp_path / "alpha.png").stat().st_size > 1000
 
 
+def test_other_responses_are_scored_to_their_own_end(data):
+    """Also where the corpus marks the ends of its own responses."""
+    module, rows = attach(build(data), data), data.rows["test"][:4]
+    end, columns = data.tokenizer.eos_token_id, data.response_length
+    responses = torch.full((4, columns), end)
+    for row in range(4):
+        responses[row, : row + 2] = 5
+    for batch in (rows, rows | {"completion_mask": rows["response_mask"]}):
+        text = causal_text(module._with_responses(batch, responses))
+        assert text.weights.sum(-1).tolist() == [3, 4, 5, 6]
+        assert text.targets[text.weights].tolist() == [t for row in responses for t in row[: int((row == 5).sum()) + 1]]
+
+
 def test_training_draws_theta_toward_q_and_leaves_the_target_alone(data):
     module = build(data)
     before = [weight.clone() for weight in module.target.parameters()]
