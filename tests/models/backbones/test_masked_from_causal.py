@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from models.backbones.autoregressive import generate_autoregressive
 from models.backbones.bidirectional import any_order_nll, fill_nll
-from models.backbones.masked_from_causal import MaskedFromCausal, load_from_causal, load_masked
+from models.backbones.masked_from_causal import MaskedFromCausal, load_from_causal, load_masked, require_attention
 from models.diffusion.sampler import generate_by_rule, generate_masked_diffusion, linear_transfer_counts
 from models.functional.attention import response_attention
 from models.functional.errors import UsageError
@@ -235,3 +235,8 @@ def test_architectures_that_cannot_attend_so_are_refused_by_name(architecture, o
     folder = save_foreign(tmp_path, foreign_model(architecture, **options), foreign_tokenizer())
     with pytest.raises(UsageError, match=message):
         build(folder)
+
+
+def test_the_trial_of_attention_works_around_any_mask_token(llama, monkeypatch):
+    monkeypatch.setattr(MaskedFromCausal, "mask_id", 4)
+    require_attention(build(llama), "model.path=llama")

@@ -5,6 +5,7 @@ import torch
 
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.twin import with_own_weights
+from models.functional.neighbour_heads import neighbour_biases
 
 SIZES = {
     "vocab_size": 20,
@@ -55,3 +56,18 @@ def test_files_and_copies_keep_the_biases(tmp_path):
     assert torch.equal(load_llada(tmp_path)(ids), model(ids))
     assert torch.equal(with_own_weights(model)(ids), model(ids))
     assert not any(name.endswith("bias") for name, _ in build().named_parameters())
+
+
+@pytest.mark.parametrize(("kv_heads", "queries"), [(4, 1), (2, 2)])
+def test_biases_of_the_first_heads_of_every_layer(kv_heads, queries):
+    model = build(neighbour_heads=2, num_key_value_heads=kv_heads, num_hidden_layers=2)
+    frequencies = model.model.rotary_emb.inv_freq
+    for layer in model.model.layers:
+        query_biases = layer.self_attn.q_proj.bias.view(kv_heads, queries, 8)
+        key_biases = layer.self_attn.k_proj.bias.view(kv_heads, 8)
+        for head, offset in enumerate([-1, 1]):
+            query, key = neighbour_biases(frequencies, offset)
+            torch.testing.assert_close(query_biases[head], query.expand(queries, -1))
+            torch.testing.assert_close(key_biases[head], key)
+        assert not query_biases[2:].any()
+        assert not key_biases[2:].any()

@@ -107,6 +107,15 @@ def test_with_blocks_of_one_the_loss_is_the_causal_model_s(model):
 
 
 @torch.no_grad()
+def test_the_next_token_loss_is_that_of_blocks_of_one(model):
+    batch = make_batch()
+    ids, seen, response = batch["input_ids"], batch["attention_mask"], batch["response_mask"]
+    found = CausalToMasked().causal_nll(model.eval(), batch)
+    model.block_length = 1
+    assert_close(found, fill_nll(model, ids, ids, response, seen, response).sum() / response.sum())
+
+
+@torch.no_grad()
 def test_the_next_token_loss_falls_from_its_first_to_its_last_weight(model):
     batch, objective = make_batch(), CausalToMasked(next_token=(0.5, 0.1))
     plain = CausalToMasked()(model.eval(), batch, generator()).loss

@@ -360,3 +360,5 @@ def test_models_that_do_not_fit_are_refused(tiny_llada):
             SpanCorruption(mix)
     with pytest.raises(UsageError, match=r"module.objective.n=0"):
         MultiToken(0)
+    with pytest.raises(UsageError, match=r"module.objective.span=0"):
+        Latent(0)

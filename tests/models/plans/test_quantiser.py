@@ -108,3 +108,10 @@ def test_the_order_of_points_is_all_that_a_start_depends_on():
         found.append([space.codes for space in model.quantiser.spaces])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_codes_that_follow_points_have_no_gradient():
+    (space, *_) = case("ema_vq")[0].quantiser.spaces
+    points = torch.randn(8, space.codes.shape[1], generator=generator(), dtype=space.codes.dtype, requires_grad=True)
+    space.follow(points, 0.9, generator())
+    assert not any(values.requires_grad for values in space.book)

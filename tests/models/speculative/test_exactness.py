@@ -13,6 +13,7 @@ from models.speculative.decoder import QStarDecoder
 from models.speculative.distribution import MixtureDist
 from models.speculative.exactness import enumeration_error, g_test, g_test_of, text_log_probs
 from models.speculative.options import QStarOptions
+from models.speculative.random_source import TorchRandomSource
 
 V = 5
 THETA, TARGET, THIRD = (
@@ -46,6 +47,14 @@ def test_a_g_test_by_hand():
 def test_the_probabilities_of_all_texts_sum_to_one():
     log_q = text_log_probs(THETA, TARGET, MixtureDist(), PROMPT, ALL_TEXTS, V)
     assert log_q.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("scheme", "drafted"), [("naive", False), ("theta", True)])
+def test_a_speed_up_is_expected_where_tokens_were_drafted(scheme, drafted):
+    decoder = build(scheme)
+    out = decoder.decode(PROMPT[None], torch.tensor([3]), 2, TorchRandomSource(torch.Generator().manual_seed(0)))
+    assert (out.drafts > 0) == drafted
+    assert (decoder.expected_speedup(out) is not None) == drafted
 
 
 @pytest.mark.parametrize("verify", ["token", "block"])
