@@ -51,8 +51,12 @@ def test_a_checkpoint_is_compared_and_gone_on_from(configure, name, capsys):
     """The whole of it: weights, optimiser, callbacks, the position in the data."""
     modes.run_mode(configure(*overrides(name), f"ckpt_path={FIXTURES / name / 'last.ckpt'}"))
     old, new = (read_record(path) for path in (FIXTURES / name / "record.json", Path("out/x/run/record.json")))
-    rows = [[(row["method"], row["decoder"], row["nfe"]) for row in record["rows"]] for record in (old, new)]
-    assert rows[0] == rows[1]
+    # the two models alone took all columns then; they now stop at the end of a text
+    passes = [
+        [(row["method"], row["decoder"], None if "alone" in row["decoder"] else row["nfe"]) for row in record["rows"]]
+        for record in (old, new)
+    ]
+    assert passes[0] == passes[1]
 
 
 @pytest.mark.parametrize("name", STUDENTS)
