@@ -142,6 +142,9 @@ def data_of(cfg: DictConfig, weights: Path | None = None, **more: Any) -> Any:
     weights: a checkpoint, student or model, whose run's state of the corpus is taken where it is known. more: options that
     replace those of cfg.data.
     """
+    path = None if cfg.teacher is None else cfg.teacher.path
+    if path is not None and cfg.data.get("tokenizer") == path and not Path(path).expanduser().is_dir():
+        raise UsageError(f"the teacher {path} is not there; type teacher.path=<the folder of the teacher>")
     datamodule = instantiate(cfg.data, **more)
     state = corpus_state(weights, datamodule)
     if state is None and cfg.mode != "fit" and cfg.teacher is not None and cfg.teacher.path is not None:

@@ -31,13 +31,14 @@ from models.interfaces.objective import mean_of
 class MaskingSample(NamedTuple):
     """Rows of the masking process at times t, and the intervals [r, t] that the student averages over.
 
-    z (B, L, D): embeddings of x_t. masked, attention_mask (B, L) bool. r, t (B,). p (B,): the probability of a mask at t.
+    z (B, L, D): embeddings of x_t. masked, attention_mask, response_mask (B, L) bool. r, t (B,). p (B,): that of a mask at t.
     n_equal: the first rows have r = t.
     """
 
     z: Tensor
     masked: Tensor
     attention_mask: Tensor
+    response_mask: Tensor
     r: Tensor
     t: Tensor
     p: Tensor
@@ -79,18 +80,20 @@ class LogitFlowModule(MeanFlowDistillModule):
         return self._step(batch, self.step_generator(batch_idx, stream=1), "val")
 
     def _step(self, batch: dict[str, Tensor], generator: Generator, split: str) -> Tensor:
-        o, x0, attention_mask = self.options, batch["input_ids"], batch["attention_mask"]
+        o, x0 = self.options, batch["input_ids"]
+        attention_mask, response_mask = batch["attention_mask"], batch["response_mask"]
         # 1. an interval for each row and the text corrupted at its noisy end
         shares = {"equal_share": o.equal_share, "endpoint_share": o.endpoint_share}
         r, t, n_equal = sample_interval(len(x0), generator, x0.device, law=o.time_law, **shares)
         p = mask_probability(t, o.eps)
-        xt, masked = mask_tokens(x0, batch["response_mask"], p, self.teacher.mask_id, generator)
+        xt, masked = mask_tokens(x0, response_mask, p, self.teacher.mask_id, generator)
         row = row_of_masked(masked)  # (M,)
         z = self.teacher.embed(xt).detach()
-        sample = MaskingSample(z, masked, attention_mask, r, t, p, n_equal)
+        sample = MaskingSample(z, masked, attention_mask, response_mask, r, t, p, n_equal)
         # 2. instantaneous logits v of the teacher at the masked positions
         with torch.no_grad():
-            v = self.teacher.lm_head(self.teacher.hidden(z, attention_mask)[masked])  # (M, V)
+            hidden = self.teacher.hidden(z, attention_mask, response_mask=response_mask)
+            v = self.teacher.lm_head(hidden[masked])  # (M, V)
         # 3. average logits u of the student and du/dt along the masking path (zero weight where r = t)
         u, du_dt = self.student_logits_and_derivative(sample, v, generator)
         # 4. the identity's right-hand side, held constant
@@ -127,7 +130,8 @@ class LogitFlowModule(MeanFlowDistillModule):
 
     def _logits(self, sample: MaskingSample, rows: slice, z: Tensor, t: Tensor) -> Tensor:
         """u(z, r, t) at the masked positions of some rows."""
-        hidden = self.student.hidden(z, sample.attention_mask[rows], sample.r[rows], t)
+        masks = sample.attention_mask[rows], sample.response_mask[rows]
+        hidden = self.student.hidden(z, masks[0], sample.r[rows], t, masks[1])
         return self.teacher.lm_head(hidden[sample.masked[rows]])
 
     def _logits_and_derivative(

@@ -52,7 +52,7 @@ def test_every_experiment_can_do_without_any_of_its_callbacks(configure, name):
 
 
 STUDENTS = sorted(path.stem for path in (ROOT / "conf" / "training").glob("*.yaml"))
-TAUGHT = ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text"]
+TAUGHT = ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text", "meanflow_from_causal"]
 
 
 @pytest.mark.parametrize("module", STUDENTS)
@@ -66,6 +66,7 @@ def test_every_student_fits_every_experiment_with_a_teacher(configure, module):
             "meanflow_scan",
             "meanflow_e2e",
             "meanflow_text",
+            "meanflow_from_causal",
         )
         stand_in = build_llada(vocab_size=5, mask_token_id=2, eos_token_id=1, pad_token_id=0, **STAND_IN)
         assert instantiate(cfg.module, _convert_="all", teacher=stand_in).teacher is stand_in

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import (
     LlamaModel,
@@ -40,6 +40,13 @@ class Prefix(NamedTuple):
     keys: Tensor  # (layers, B, H_kv, K, d)
     values: Tensor  # (layers, B, H_kv, K, d)
     gate: Tensor  # (layers, H), >= 0
+
+
+def prefix_heads(config: PreTrainedConfig) -> tuple[int, int]:
+    """How many key-value heads a layer has, and their width d."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, width
 
 
 def _leap_attention(

@@ -6,6 +6,7 @@ Legend: B batch, L columns, D width, V vocabulary.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,20 +15,25 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 from models.backbones import checkpoint_files as files
 from models.backbones.abilities import alike, limited_layers, trial
 from models.backbones.causal_lm import load_causal, output_logits, save_merged
-from models.backbones.llada import LladaModel, Prefix, load_llada
+from models.backbones.key_value_cache import cache_argument
+from models.backbones.llada import LladaModel, Prefix, load_llada, prefix_heads
 from models.functional.attention import positions_from_mask, response_attention
 from models.functional.errors import UsageError, require_choice
 from models.functional.next_token import before_response
+from models.functional.rows import response_columns
 from models.functional.vocabulary import choose_mask_token, vocabulary_size
 
 MODEL_TYPE = "leap_masked_from_causal"
 CAUSAL, MASK = "causal", "mask.safetensors"  # in its folder: the causal model, and what the mask is embedded as
 ATTENTION = "leap_bidirectional"  # registered in `llada`
+NEVER = (
+    torch.finfo(torch.float32).min / 2
+)  # added to a logit: probability 0, without the 0 times infinity of KL divergences
 MASK_RATE = 3.0  # times the learning rate: so fast is the mask's embedding trained, which begins untrained
 
 Conversion = Literal["causal_prompt", "bidirectional"]
@@ -67,15 +73,15 @@ class MaskedFromCausal(nn.Module):
         super().__init__()
         self.causal, self.options = causal, options
         self.block_length: int | None = None
-        self._usual_attention = causal.config._attn_implementation
+        self.usual_attention = causal.config._attn_implementation
         self._attend_with(ATTENTION)
         table = causal.get_input_embeddings().weight.detach().float()[: options.vocab_size]
         mean = table.mean(0)
         self.register_buffer("mask_start", mean * table.norm(dim=-1).median() / mean.norm(), persistent=False)
         self.mask_change = nn.Parameter(torch.zeros_like(mean))
         allowed = torch.zeros(causal.config.get_text_config().vocab_size, device=table.device)
-        allowed[options.vocab_size :] = -torch.inf
-        allowed[options.mask_token_id] = -torch.inf
+        allowed[options.vocab_size :] = NEVER
+        allowed[options.mask_token_id] = NEVER
         self.register_buffer("allowed", allowed, persistent=False)
 
     mask_start: Tensor
@@ -126,27 +132,62 @@ class MaskedFromCausal(nn.Module):
         """
         if response_mask is None:
             raise UsageError("model=from_causal needs prompts with responses; type data=pairs")
+        mask, positions = self._layout(attention_mask, response_mask)
+        more = {} if prefix is None else {"prefix": prefix}
+        states = self._states(inputs_embeds, mask, positions, use_cache=False, **more).last_hidden_state
+        return torch.cat([states[:, :1], states[:, :-1]], 1)
+
+    def response_reader(self, attention_mask: Tensor, response_mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function from ids (B, L) of the same prompts to what predicts their response tokens, the states (B, R, D).
+
+        The last R columns are the response. A prompt that does not see it is read in the first call alone: later ones reuse
+        its keys and values. Without derivatives.
+        """
+        mask, positions = self._layout(attention_mask, response_mask)
+        prompt = mask.shape[-1] - response_columns(response_mask) - 1  # the column before the response is read with it
+        if prompt < 1 or self._prompt_sees_response():
+            return lambda ids: self.hidden(self.embed(ids), attention_mask, response_mask=response_mask)[
+                :, prompt + 1 :
+            ]
+        cache = DynamicCache(config=self.config.get_text_config())
+
+        @torch.no_grad()
+        def read(ids: Tensor) -> Tensor:
+            first = cache.get_seq_length()
+            columns = slice(first, None)
+            out = self._states(
+                self.embed(ids[:, columns]),
+                mask[:, :, columns],
+                positions[:, columns],
+                use_cache=True,
+                **cache_argument(cache),
+            )
+            cache.crop(prompt - mask.shape[-1])  # negative: how many to drop
+            return out.last_hidden_state[:, prompt - first : -1]
+
+        return read
+
+    def _layout(self, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Who sees whom (B, 1, L, L) and positions (B, L)."""
         first = before_response(response_mask)
         seen = attention_mask | first
         own = response_mask | first if self.options.separator == "response" else response_mask
         mask = response_attention(
-            seen,
-            own,
-            block_length=self.block_length,
-            prompt_sees_response=self.options.conversion == "bidirectional" and self.block_length is None,
+            seen, own, block_length=self.block_length, prompt_sees_response=self._prompt_sees_response()
         )
-        more = {} if prefix is None else {"prefix": prefix}
-        states = self.causal.get_decoder()(
-            inputs_embeds=inputs_embeds.to(self.causal.get_input_embeddings().weight.dtype),
-            attention_mask=mask,
-            position_ids=positions_from_mask(seen),
-            use_cache=False,
-            **more,
-        ).last_hidden_state
-        return torch.cat([states[:, :1], states[:, :-1]], 1)
+        return mask, positions_from_mask(seen)
+
+    def _prompt_sees_response(self) -> bool:
+        return self.options.conversion == "bidirectional" and self.block_length is None
+
+    def _states(self, inputs_embeds: Tensor, mask: Tensor, positions: Tensor, **more: Any) -> Any:
+        dtype = self.causal.get_input_embeddings().weight.dtype
+        return self.causal.get_decoder()(
+            inputs_embeds=inputs_embeds.to(dtype), attention_mask=mask, position_ids=positions, **more
+        )
 
     def lm_head(self, states: Tensor) -> Tensor:
-        """Logits (..., V) of `hidden` states (..., D); -inf for the mask and for ids that are no tokens."""
+        """Logits (..., V) of `hidden` states (..., D); `NEVER` for the mask and for ids that are no tokens."""
         return output_logits(self.causal, states) + self.allowed
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
@@ -155,7 +196,7 @@ class MaskedFromCausal(nn.Module):
 
     def causal_logits(self, input_ids: Tensor) -> Tensor:
         """(B, L) ids -> (B, L, V) logits of the causal model, with the attention of transformers."""
-        self._attend_with(self._usual_attention)
+        self._attend_with(self.usual_attention)
         try:
             return self.causal(input_ids=input_ids, use_cache=False).logits
         finally:
@@ -218,12 +259,54 @@ def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCau
     return model.eval()
 
 
+def require_merged(model: MaskedFromCausal) -> None:
+    """Raise UsageError for a teacher whose adapters are still beside its weights."""
+    if isinstance(model.causal, PeftModel):
+        raise UsageError(
+            "a student needs a teacher that was trained; type teacher.path=<the model/ folder of a run of "
+            "experiment=masked_from_causal>, in which its adapters are merged"
+        )
+
+
+@torch.no_grad()
+def require_prefix(model: "LladaModel | MaskedFromCausal") -> None:
+    """Raise UsageError for an architecture that a soft prompt does not reach: a gate of 0 changes nothing, another one does."""
+    if not isinstance(model, MaskedFromCausal):
+        return
+    try:
+        reached = _reached_by_prefix(model)
+    except Exception:  # what an architecture makes of keys that it does not expect
+        reached = False
+    if not reached:
+        raise UsageError(
+            f"a model of type {model.config.get_text_config().model_type} takes no soft prompt, which this student needs; type "
+            "module=step_halving, or a teacher of the layout of Llama or Qwen3"
+        )
+
+
+def _reached_by_prefix(model: MaskedFromCausal) -> bool:
+    config = model.config.get_text_config()
+    layers, (heads, width) = config.num_hidden_layers, prefix_heads(config)
+    keys, gate = torch.ones(layers, 1, heads, 2, width), torch.ones(layers, config.num_attention_heads)
+    ids = torch.tensor([[k for k in range(1, 6) if k != model.mask_id][:4]], device=model.device)
+    response = torch.arange(4, device=model.device).expand(1, -1) >= 2
+    with trial(model):
+        plain, closed, opened = (
+            model.hidden(model.embed(ids), torch.ones_like(response), prefix, response)
+            for prefix in (
+                None,
+                *(Prefix(*(part.to(model.device) for part in (keys, keys, g * gate))) for g in (0.0, 5.0)),
+            )
+        )
+    return alike(plain, closed) and not alike(plain, opened)
+
+
 @torch.no_grad()
 def require_attention(model: MaskedFromCausal, where: str) -> None:
     """Raise UsageError for an architecture that does not attend as it is told to. where: what was typed.
 
     With a block length of 1 its logits have to be the causal model's; with the whole response as one block, the prompt must
-    not see the response, and an earlier response position has to see a later one.
+    not see the response, an earlier response position has to see a later one, and a cached prompt changes nothing.
     """
     config = model.config.get_text_config()
     kinds = limited_layers(config)
@@ -253,11 +336,14 @@ def _obeys(model: MaskedFromCausal) -> bool:
         response = torch.arange(6, device=model.device).expand(2, -1) >= 3
         seen = torch.ones_like(response)
         whole = model.hidden(model.embed(ids), seen, response_mask=response)
+        read = model.response_reader(seen, response)
+        again = [read(ids) for _ in range(2)]
         model.block_length = 1
         blocks = model(ids, seen, response)[:, 1:]
         model.block_length = None
         causal = model.causal_logits(ids)
-    tokens = torch.isfinite(model.allowed)
+    tokens = model.allowed == 0
     as_causal = alike(blocks[..., tokens], causal[:, :-1, tokens])
     prompt_apart = model.options.conversion == "bidirectional" or alike(*whole[:, :3])
-    return as_causal and prompt_apart and not torch.equal(*whole[:, 4])
+    same_with_cache = all(alike(found, whole[:, 3:]) for found in again)
+    return as_causal and prompt_apart and same_with_cache and not torch.equal(*whole[:, 4])

@@ -5,12 +5,14 @@ The number of tokens of a pass is scheduled (`generate_masked_diffusion`) or fol
 Legend: B batch, L length, R response columns, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
 
 from models.backbones.llada import LladaModel
+from models.backbones.masked_from_causal import MaskedFromCausal
 from models.diffusion.commit_rules import CommitRule
 from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
@@ -25,24 +27,32 @@ def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
     return [whole + (step < rest) for step in range(steps)]
 
 
-def guided_logits(
-    model: LladaModel, xt: Tensor, attention_mask: Tensor, response_mask: Tensor, guidance: float
-) -> Tensor:
-    """Response logits (B, R, V) with classifier-free guidance un + (w + 1)(c - un); `un` sees the prompt masked.
+def response_states(model: LladaModel, rows: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function from ids (B, L) to the hidden states (B, R, D) of the response; a prompt apart from it is read once."""
+    attention_mask, response_mask = rows["attention_mask"], rows["response_mask"]
+    if isinstance(model, MaskedFromCausal):
+        return model.response_reader(attention_mask, response_mask)
+    columns = response_columns(response_mask)
+    return lambda ids: model.hidden(model.embed(ids), attention_mask, response_mask=response_mask)[:, -columns:]
+
+
+def guided_logits(model: LladaModel, rows: dict[str, Tensor], guidance: float) -> Callable[[Tensor], Tensor]:
+    """A function from ids (B, L) to response logits (B, R, V), with guidance un + (w + 1)(c - un); `un` sees the prompt masked.
 
     w = 0 is the conditional model in one forward pass; otherwise two. The mask token itself is never generated.
     """
-    columns = response_columns(response_mask)
-    conditional = model.lm_head(
-        model.hidden(model.embed(xt), attention_mask, response_mask=response_mask)[:, -columns:]
-    )
-    if guidance != 0:
-        hidden_prompt = torch.where(response_mask, xt, model.mask_id)
-        hidden = model.hidden(model.embed(hidden_prompt), attention_mask, response_mask=response_mask)
-        unconditional = model.lm_head(hidden[:, -columns:])
-        conditional = unconditional + (guidance + 1) * (conditional - unconditional)
-    conditional[..., model.mask_id] = float("-inf")
-    return conditional
+    conditional = response_states(model, rows)
+    unconditional = response_states(model, rows)
+
+    def logits(xt: Tensor) -> Tensor:
+        found = model.lm_head(conditional(xt))
+        if guidance != 0:
+            without = model.lm_head(unconditional(torch.where(rows["response_mask"], xt, model.mask_id)))
+            found = without + (guidance + 1) * (found - without)
+        found[..., model.mask_id] = float("-inf")
+        return found
+
+    return logits
 
 
 @torch.no_grad()
@@ -65,7 +75,7 @@ def generate_masked_diffusion(
     (`low_confidence`; at temperature 1 this favours a few safe texts) or randomly chosen ones (`random`, ancestral sampling).
     on_tokens: see `Decoder`.
     """
-    response_mask, attention_mask = rows["response_mask"], rows["attention_mask"]
+    response_mask = rows["response_mask"]
     length = response_columns(response_mask)
     blocks = block_count(length, block_length)
     block_length = length // blocks
@@ -78,12 +88,13 @@ def generate_masked_diffusion(
     if remasking not in get_args(Remasking):
         raise UsageError(f"remasking={remasking} is not known; type low_confidence or random")
 
+    read = guided_logits(model, rows, guidance)
     xt = torch.where(response_mask, model.mask_id, rows["input_ids"])
     for block in range(blocks):
         start, end = block * block_length, (block + 1) * block_length
         for count in linear_transfer_counts(block_length, steps // blocks):
             # 1. a draw for every response position
-            logits = guided_logits(model, xt, attention_mask, response_mask, guidance)
+            logits = read(xt)
             drawn = sample_categorical(logits, temperature, generator)  # (B, R)
             # 2. the confidence of each; only masked positions of this block compete
             if remasking == "low_confidence":
@@ -125,17 +136,18 @@ def generate_by_rule(
     A block ends when every row has filled it; a row counts only the passes in which it still had masked positions of the
     block. Guidance doubles the passes.
     """
-    response_mask, attention_mask = rows["response_mask"], rows["attention_mask"]
+    response_mask = rows["response_mask"]
     length = response_columns(response_mask)
     blocks = block_count(length, block_length)
     block_length = length // blocks
+    read = guided_logits(model, rows, guidance)
     xt = torch.where(response_mask, model.mask_id, rows["input_ids"])
     passes = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
     for block in range(blocks):
         start, end = block * block_length, (block + 1) * block_length
         while bool((competing := masked_in_block(xt[:, -length:], model.mask_id, start, end)).any()):
             # 1. a draw for every response position, its probability and the entropy behind it
-            logits = guided_logits(model, xt, attention_mask, response_mask, guidance)
+            logits = read(xt)
             drawn = sample_categorical(logits, temperature, generator)
             log_p = logits.double().log_softmax(-1)
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)

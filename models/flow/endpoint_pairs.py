@@ -67,8 +67,10 @@ class EndpointPairs:
         device = batch["input_ids"].device
         chosen = int(torch.randint(len(self.pool), (1,), generator=generator, device=generator.device))
         entry = self.pool[chosen]
-        rows = {name: entry[name].to(device) for name in ("input_ids", "attention_mask", "response_mask")}
-        return path.start_sample(rows, Generator(device=device).manual_seed(entry["seed"])), intervals
+        rows = {name: column.to(device) for name, column in entry.items() if name != "seed"}
+        masked = rows["response_mask"]
+        rows["response_mask"] = rows.get("response", masked)  # older checkpoints have no column of it
+        return path.start_sample(rows, Generator(device=device).manual_seed(entry["seed"]), masked), intervals
 
     def _make(
         self,
@@ -88,7 +90,9 @@ class EndpointPairs:
                 intervals = FlowIntervals(start, interval_rows, self.ode_steps, self.chains, generator, self.few_step)
             end = follow_flow(path, denoiser, start, forwards=self.ode_steps, step="ode", on_step=intervals)
             endpoint = torch.where(masked, end, endpoint)
+        # response_mask: what is noise, as checkpoints have had it from the first
         kept = {"input_ids": endpoint, "attention_mask": batch["attention_mask"], "response_mask": masked}
+        kept["response"] = batch["response_mask"]
         entry = {"seed": seed, **{name: column.cpu() for name, column in kept.items()}}
         return entry, None if intervals is None else intervals.result
 

@@ -74,7 +74,7 @@ def adapt_to_noise(
 def teacher_posterior(teacher: LladaModel, sample: PathSample) -> Tensor:
     """p(token | the text around the masks) of the masked teacher, which sees ordinary masks: (M, V)."""
     xt = torch.where(sample.masked, teacher.mask_id, sample.x0)
-    hidden = teacher.hidden(teacher.embed(xt), sample.attention_mask)
+    hidden = teacher.hidden(teacher.embed(xt), sample.attention_mask, response_mask=sample.response_mask)
     return teacher.lm_head(hidden[sample.masked]).softmax(-1)
 
 

@@ -20,6 +20,9 @@ class MaskedStudent(Student):
         super().__init__(base, adapter=adapter, lora_rank=lora_rank)
         self.body = with_lora(self.base, lora_rank) if adapter == "lora" else with_own_weights(self.base)
 
-    def forward(self, xt: Tensor, masked: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits at the masked positions: (B, L) ids, (B, L), (B, L) -> (M, V)."""
-        return self.body.lm_head(self.body.hidden(self.body.embed(xt), attention_mask)[masked])
+    def forward(
+        self, xt: Tensor, masked: Tensor, attention_mask: Tensor, response_mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits at the masked positions: (B, L) ids, three times (B, L) bool -> (M, V)."""
+        hidden = self.body.hidden(self.body.embed(xt), attention_mask, response_mask=response_mask)
+        return self.body.lm_head(hidden[masked])

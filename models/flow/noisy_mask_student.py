@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.llada import LladaModel
+from models.backbones.masked_from_causal import require_prefix
 from models.backbones.twin import with_lora, with_own_weights
 from models.flow.path import NoisyMaskPath, PathSample
 from models.flow.soft_prompt import SoftPrompt
@@ -54,6 +55,7 @@ class NoisyMaskStudent(Student):
             self.body = with_own_weights(self.base)
         else:
             self.body = self.base
+        require_prefix(base)
         self.soft_prompt = SoftPrompt(base.config, **sizes)
         self.mask_noise = None
         if adapter != "prefix":
@@ -70,8 +72,8 @@ class NoisyMaskStudent(Student):
             read = mask + (gain * apart + self.mask_noise(apart)).to(mask.dtype)
             z = torch.where(sample.masked.unsqueeze(-1), read, z)
         prefix = self.soft_prompt(1 - t, 1 - s)  # its own times are noise times, r <= t
-        logits = self.body.lm_head(self.body.hidden(z, sample.attention_mask, prefix)[sample.masked])
-        return at_least_float32(logits)
+        hidden = self.body.hidden(z, sample.attention_mask, prefix, sample.response_mask)
+        return at_least_float32(self.body.lm_head(hidden[sample.masked]))
 
     def project_weights(self) -> None:
         """A gate cannot be negative."""

@@ -15,7 +15,7 @@ def generate_one_step(student: PrefixStudent, rows: dict[str, Tensor], generator
     base, response_mask = student.base, rows["response_mask"]
     xt = torch.where(response_mask, base.mask_id, rows["input_ids"])
     r = torch.zeros(len(xt), device=xt.device)
-    hidden = student.hidden(base.embed(xt), rows["attention_mask"], r, torch.ones_like(r))
+    hidden = student.hidden(base.embed(xt), rows["attention_mask"], r, torch.ones_like(r), response_mask)
     logits = base.lm_head(hidden[:, -response_columns(response_mask) :])
     logits[..., base.mask_id] = float("-inf")
     return sample_categorical(logits, temperature, generator)

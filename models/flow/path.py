@@ -30,7 +30,8 @@ TEXTS_AT_ONCE = 256  # whose embeddings are in memory together
 class PathSample(NamedTuple):
     """Points of the path, and the texts that they belong to.
 
-    z (B, L, D): a point at masked positions, the token's embedding elsewhere. masked, attention_mask (B, L) bool.
+    z (B, L, D): a point at masked positions, the token's embedding elsewhere. masked, attention_mask, response_mask (B, L)
+    bool: where points are, where text is, and which columns are of the response, of which a part may be masked.
     s: the time of each row (B,), or (1,) where all rows are at the same time. x0 (B, L): ids of the clean text. Where a text
     is still to be generated, its ids at masked positions mean nothing, and no network reads them.
     """
@@ -40,6 +41,7 @@ class PathSample(NamedTuple):
     attention_mask: Tensor
     s: Tensor
     x0: Tensor
+    response_mask: Tensor
 
     def rows(self, index: slice | Tensor) -> "PathSample":
         """Some of the rows; s must be (B,)."""
@@ -85,7 +87,7 @@ class NoisyMaskPath:
     @property
     def mask_embedding(self) -> Tensor:
         """m (D,)"""
-        return self.embedding[self.mask_id]
+        return self.base.embed(torch.tensor(self.mask_id, device=self.base.device))
 
     @property
     def mask_id(self) -> int:
@@ -110,9 +112,8 @@ class NoisyMaskPath:
         """Fresh noise at s = 0, at the whole response, or where `masked` (B, L) is true."""
         masked = batch["response_mask"] if masked is None else masked
         z0 = self.start(batch["input_ids"], masked, generator)
-        return PathSample(
-            z0, masked, batch["attention_mask"], torch.zeros(len(z0), device=z0.device), batch["input_ids"]
-        )
+        zero = torch.zeros(len(z0), device=z0.device)
+        return PathSample(z0, masked, batch["attention_mask"], zero, batch["input_ids"], batch["response_mask"])
 
     def sample(self, batch: dict[str, Tensor], masked: Tensor, s: Tensor, generator: Generator) -> PathSample:
         """A point of each row's line at time s (B,), with fresh noise."""
@@ -120,7 +121,7 @@ class NoisyMaskPath:
         clean = self.embed(x0)
         on_line = line_point(self.start(x0, masked, generator), clean, s.unsqueeze(-1).expand(masked.shape))
         z = torch.where(masked.unsqueeze(-1), on_line, clean)
-        return PathSample(z, masked, batch["attention_mask"], s, x0)
+        return PathSample(z, masked, batch["attention_mask"], s, x0, batch["response_mask"])
 
     # -- from a point to another one --------------------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ class NoisyMaskPath:
     @torch.no_grad()
     def token_posterior(self, sample: PathSample, texts: Tensor) -> Tensor:
         """p(token | z_s) at the masked positions, (M, V), if the text is one of texts (N, L) that have the row's prompt."""
-        z, masked, _, s, x0 = sample
+        z, masked, s, x0 = sample.z, sample.masked, sample.s, sample.x0
         alike, used = same_prompt(x0, masked, texts), masked.any(0)
         possible = alike.any(0)  # neither other texts nor positions of the prompt need products
         mask = at_least_float32(self.mask_embedding)

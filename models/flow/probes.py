@@ -56,7 +56,8 @@ class NoiseProbe:
         z = self.student.path.embed(rows["input_ids"])
         z = torch.cat([z[:, : -noise.shape[1]], noise.to(z.dtype)], 1)
         zero = torch.zeros(len(z), device=z.device)
-        sample = PathSample(z, rows["response_mask"], rows["attention_mask"], zero, rows["input_ids"])
+        response = rows["response_mask"]
+        sample = PathSample(z, response, rows["attention_mask"], zero, rows["input_ids"], response)
         return self.student(sample, zero + 1).view(*noise.shape[:2], -1)
 
 

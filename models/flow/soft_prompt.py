@@ -7,8 +7,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from models.backbones.llada import LladaConfig, Prefix
+from models.backbones.llada import Prefix, prefix_heads
 
 
 def sinusoidal_embedding(time: Tensor, width: int, max_frequency: float = 4.0) -> Tensor:
@@ -28,10 +29,13 @@ class SoftPrompt(nn.Module):
     The gate starts at 0, where the student is exactly its frozen base. `project_weights` keeps it >= 0 after each step.
     """
 
-    def __init__(self, config: LladaConfig, *, prompt_length: int = 16, hidden_size: int = 256, rank: int = 32) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, *, prompt_length: int = 16, hidden_size: int = 256, rank: int = 32
+    ) -> None:
         super().__init__()
         self.prompt_length, self.hidden_size, self.rank = prompt_length, hidden_size, rank
-        self.shape = (config.num_hidden_layers, 2, config.num_key_value_heads, prompt_length, config.head_dim)
+        heads, width = prefix_heads(config)
+        self.shape = (config.num_hidden_layers, 2, heads, prompt_length, width)
         self.time_mlp = nn.Sequential(
             nn.Linear(2 * hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU()
         )

@@ -16,7 +16,7 @@ from models.functional.masked_diffusion import mask_tokens
 from models.functional.noisy_mask import distribution_divergence
 from models.interfaces.objective import Terms, mean_of
 
-MaskedNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]
+MaskedNetwork = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # `MaskedStudent.forward`
 
 
 @torch.no_grad()
@@ -25,6 +25,7 @@ def two_step_target(
     xt: Tensor,
     masked: Tensor,
     attention_mask: Tensor,
+    response_mask: Tensor,
     t: Tensor,
     step: float,
     mask_id: int,
@@ -38,7 +39,7 @@ def two_step_target(
     pending, current = masked, xt
     collected: Tensor | None = None
     for k in range(2):
-        logits = teacher(current, pending, attention_mask)
+        logits = teacher(current, pending, attention_mask, response_mask)
         logits[:, mask_id] = float("-inf")
         p = torch.softmax(logits.float(), -1)
         if collected is None:
@@ -59,13 +60,14 @@ def halve_steps(
     student: MaskedStudent, teacher: MaskedNetwork, batch: dict[str, Tensor], step: float, generator: Generator
 ) -> Terms:
     """KL(two steps of size `step` || one forward pass of the student) at times 2 step, 4 step, ..., 1: the student's grid."""
-    x0, attention_mask, mask_id = batch["input_ids"], batch["attention_mask"], student.base.mask_id
+    x0, mask_id = batch["input_ids"], student.base.mask_id
+    attention_mask, response_mask = batch["attention_mask"], batch["response_mask"]
     # 1. a time at which the student takes a step, and the text there
     student_steps = round(1 / (2 * step))
     t = torch.randint(1, student_steps + 1, (len(x0),), generator=generator, device=x0.device) * (2 * step)
-    xt, masked = mask_tokens(x0, batch["response_mask"], t, mask_id, generator)
+    xt, masked = mask_tokens(x0, response_mask, t, mask_id, generator)
     # 2. the distributions after two of the teacher's steps
-    target = two_step_target(teacher, xt, masked, attention_mask, t, step, mask_id, generator)
+    target = two_step_target(teacher, xt, masked, attention_mask, response_mask, t, step, mask_id, generator)
     # 3. the divergence of one forward pass from them
-    gap = mean_of(distribution_divergence(target, student(xt, masked, attention_mask)))
+    gap = mean_of(distribution_divergence(target, student(xt, masked, attention_mask, response_mask)))
     return Terms(gap, {"halving_gap": gap})

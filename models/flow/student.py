@@ -7,8 +7,7 @@ from torch.func import functional_call
 
 from models.backbones.frozen_layers import freeze
 from models.backbones.llada import LladaModel
-from models.backbones.masked_from_causal import MaskedFromCausal
-from models.functional.errors import UsageError
+from models.backbones.masked_from_causal import MaskedFromCausal, require_merged
 from models.functional.weights import snapshot
 
 
@@ -21,10 +20,7 @@ class Student(nn.Module):
     def __init__(self, base: LladaModel, **options: Any) -> None:
         super().__init__()
         if isinstance(base, MaskedFromCausal):
-            raise UsageError(
-                "a teacher made from a causal LM (model=from_causal) has no student yet; type teacher.path=<the folder of a "
-                "LLaDA model>"
-            )
+            require_merged(base)
         self.options = options
         self.base = freeze(base)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from models.backbones.checkpoint_files import staging_folder
 from models.backbones.llada import LladaModel
-from models.backbones.masked_from_causal import load_masked
+from models.backbones.masked_from_causal import MaskedFromCausal, load_masked
 from models.flow.masked_student import MaskedStudent
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.prefix_student import PrefixStudent
@@ -29,7 +29,10 @@ def base_fingerprint(base: LladaModel) -> str:
     Where weights are split over ranks, every rank has to call it.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(base.state_dict().items()):
+    weights = dict(base.state_dict())
+    if isinstance(base, MaskedFromCausal):
+        weights["mask_embedding"] = base.mask_embedding  # its start is no part of the state_dict
+    for name, weight in sorted(weights.items()):
         flat = full_tensor(weight.detach()).reshape(-1)
         sample = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu()
         digest.update(f"{name}{tuple(weight.shape)}".encode())

@@ -6,7 +6,9 @@ from pathlib import Path
 from app import modes
 from datamodules.tokenizer import build_tokenizer
 from helpers.causal import tiny_causal
+from helpers.foreign import foreign_model, foreign_tokenizer, save_foreign
 from models.backbones.causal_lm import save_causal
+from models.backbones.masked_from_causal import load_from_causal
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["trainer.accelerator=cpu", "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16"]
@@ -35,6 +37,8 @@ def model_overrides(cfg, folder: Path) -> list[str]:
         return [*paths, "trainer.accelerator=cpu", "module.lora_rank=2", "data.tokenizer=byte"]
     if cfg.study is not None:
         return []
+    if cfg.model is None:  # a student of a teacher that is read
+        return [f"teacher.path={masked_teacher(folder)}", "trainer.accelerator=cpu", "module.lora_rank=2"]
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.sequence_length=16"]
     packed = "TextDataModule" in cfg.data._target_
@@ -52,6 +56,16 @@ def tiny_qwen(folder: Path, layers: int = 2) -> Path:
     """A Hugging Face folder with a causal model and its tokenizer (bytes)."""
     model = tiny_causal(264, architecture="qwen3", num_hidden_layers=layers)
     return save_causal(model, folder, build_tokenizer("byte", [], 0, folder, packed=True))
+
+
+def masked_teacher(folder: Path) -> Path:
+    """A folder as experiment=masked_from_causal leaves it, untrained."""
+    save_foreign(folder / "causal", foreign_model("llama"), foreign_tokenizer())
+    load_from_causal(folder / "causal", mask_token="<extra_260>").save_pretrained(folder / "teacher")
+    tokenizer = foreign_tokenizer()
+    tokenizer.mask_token = "<extra_260>"
+    tokenizer.save_pretrained(folder / "teacher")
+    return folder / "teacher"
 
 
 TINY = [

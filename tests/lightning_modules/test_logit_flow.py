@@ -61,7 +61,7 @@ def test_rows_split_off_give_what_the_whole_batch_would(tiny_llada, tiny_oracle)
     r, t = torch.tensor([0.4] * 4 + [0.1] * 4), torch.tensor([0.4] * 4 + [0.7] * 4)
     p = 0.999 * t + 1e-3
     v = module.teacher.lm_head(module.teacher.hidden(embeds, batch["attention_mask"])[masked]).detach()
-    sample = MaskingSample(embeds, masked, batch["attention_mask"], r, t, p, n_equal=4)
+    sample = MaskingSample(embeds, masked, batch["attention_mask"], masked, r, t, p, n_equal=4)
     u, du = module.student_logits_and_derivative(sample, v)
     whole_u, whole_du = module.student_logits_and_derivative(sample._replace(n_equal=0), v)
     torch.testing.assert_close(u, whole_u, atol=1e-5, rtol=1e-5)
@@ -75,7 +75,7 @@ def test_drawn_tangents_are_the_paths_where_the_teacher_is_certain(tiny_llada, t
     batch = next(iter(tiny_oracle.train_dataloader()))
     embeds, masked = build(tiny_llada, tiny_oracle).teacher.embed(batch["input_ids"]), batch["response_mask"]
     r, t = torch.zeros(8), torch.full((8,), 0.5)
-    sample = MaskingSample(embeds, masked, batch["attention_mask"], r, t, 0.999 * t + 1e-3, n_equal=0)
+    sample = MaskingSample(embeds, masked, batch["attention_mask"], masked, r, t, 0.999 * t + 1e-3, n_equal=0)
 
     def derivative(tangent, sharpness, seed=0):
         module = build(tiny_llada, tiny_oracle, tangent=tangent, equal_share=0.0)

@@ -13,7 +13,7 @@ from models.functional.errors import UsageError
 JOINT = torch.tensor([[0.4, 0.1], [0.0, 0.5]])  # p(first, second) of two words that hang together
 
 
-def exact_teacher(xt, masked, attention_mask):
+def exact_teacher(xt, masked, attention_mask, response_mask):
     """Logits of p(x_l | the other word where it is known) over the words 0, 1 and the mask 2."""
     rows = []
     for (a, b), hidden in zip(xt.tolist(), masked, strict=True):
@@ -25,7 +25,8 @@ def exact_teacher(xt, masked, attention_mask):
 
 def target(n, t=1.0, step=0.5, seed=0):
     xt = torch.full((n, 2), 2)
-    options = (exact_teacher, xt, torch.ones(n, 2, dtype=torch.bool), torch.ones(n, 2), torch.full((n,), t))
+    everything = torch.ones(n, 2, dtype=torch.bool)
+    options = (exact_teacher, xt, everything, everything, everything, torch.full((n,), t))
     return two_step_target(*options, step, 2, torch.Generator().manual_seed(seed)).view(n, 2, 3)
 
 

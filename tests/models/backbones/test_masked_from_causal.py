@@ -62,7 +62,7 @@ def test_with_blocks_of_one_logits_are_those_of_transformers(folder):
     for row in range(3):
         ids = batch["input_ids"][row : row + 1, row:]
         alone = causal(input_ids=ids).logits[0, :-1]
-        words = torch.isfinite(model.allowed)
+        words = model.allowed == 0
         assert_close(logits[row, row:, words], alone[:, words], atol=2e-5, rtol=1e-4)
     model.block_length = None
     whole = model(batch["input_ids"], batch["attention_mask"], batch["response_mask"])[:, 1:]
@@ -147,6 +147,49 @@ def test_rows_without_a_response_mask_are_refused(llama):
         model.hidden(model.embed(torch.tensor([[1, 2]])), torch.ones(1, 2).bool())
 
 
+# -- a prompt that is read once --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"separator": "prompt"}, {"conversion": "bidirectional"}])
+def test_a_prompt_is_read_once_and_the_states_are_those_of_whole_rows(folder, options, monkeypatch):
+    model, batch = build(folder, **options), make_batch()
+    response, inner, columns = batch["response_mask"], model._states, []
+    texts = [torch.where(response & (torch.arange(11) >= 11 - k), MASK, batch["input_ids"]) for k in (6, 4, 1)]
+    apart = "conversion" not in options
+    for model.block_length in (None, 2):
+        expected = [
+            model.hidden(model.embed(text), batch["attention_mask"], response_mask=response)[:, -6:] for text in texts
+        ]
+        monkeypatch.setattr(
+            model, "_states", lambda embeds, *a, **k: columns.append(embeds.shape[1]) or inner(embeds, *a, **k)
+        )
+        read = model.response_reader(batch["attention_mask"], response)
+        found = [read(text) for text in texts]
+        monkeypatch.setattr(model, "_states", inner)
+        assert_close(torch.stack(found), torch.stack(expected), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(found[0], found[1], atol=1e-3)
+        assert columns == ([11, 7, 7] if apart or model.block_length else [11, 11, 11])
+        columns.clear()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_texts_with_a_prompt_that_is_read_once_are_those_of_whole_rows(llama, guidance, monkeypatch):
+    """With guidance too, whose second prompt is masked."""
+    model, batch = build(llama), make_batch()
+    options = {"steps": 6, "guidance": guidance, "temperature": 0.0, "remasking": "random"}
+    cached = generate_masked_diffusion(model, batch, generator(), **options)
+
+    def whole(attention_mask, response_mask):
+        return lambda ids: model.hidden(model.embed(ids), attention_mask, response_mask=response_mask)[:, -6:]
+
+    monkeypatch.setattr(model, "response_reader", whole)
+    assert torch.equal(cached, generate_masked_diffusion(model, batch, generator(), **options))
+    without = generate_masked_diffusion(model, batch, generator(), **options | {"guidance": 4.0})
+    assert not torch.equal(cached, without)
+
+
 # -- the mask --------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +217,8 @@ def test_neither_the_mask_nor_padding_of_the_vocabulary_is_ever_drawn(tmp_path):
         assert (tokens != MASK).all()
         assert (tokens < 400).all()
     assert linear_transfer_counts(6, 3) == [2, 2, 2]
+    guided = generate_masked_diffusion(model, batch, generator(), steps=3, guidance=1.5)
+    assert (guided < 400).all()
     free = model.causal.get_output_embeddings()(states(model, batch))
     assert bool((free.argmax(-1) == MASK).any() | (free.argmax(-1) >= 400).any())  # they would have been
 

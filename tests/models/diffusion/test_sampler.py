@@ -85,7 +85,7 @@ def test_guided_logits_follow_the_formula(tiny_llada):
     blind = torch.full_like(xt, 2)
     conditional, unconditional = model(xt)[:, 2:], model(blind)[:, 2:]
     expected = unconditional + 2.5 * (conditional - unconditional)
-    ours = guided_logits(model, xt, rows["attention_mask"], rows["response_mask"], 1.5)
+    ours = guided_logits(model, rows, 1.5)(xt)
     keep = torch.arange(11) != 2
     torch.testing.assert_close(ours[..., keep], expected[..., keep])
     assert ours[..., 2].isinf().all()

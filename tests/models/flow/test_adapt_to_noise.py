@@ -37,7 +37,8 @@ def test_adapting_by_hand(tiny_llada, tiny_oracle):
             xt = batch["input_ids"][one].masked_fill(masked[one], teacher.mask_id)
             p = teacher(xt)[masked[one]].softmax(-1)
             zero, mine = torch.zeros(1), start[row // 8 : row // 8 + 1]
-            noise = PathSample(mine, masked[one], batch["attention_mask"][one], zero, batch["input_ids"][one])
+            seen, text, response = (batch[n][one] for n in ("attention_mask", "input_ids", "response_mask"))
+            noise = PathSample(mine, masked[one], seen, zero, text, response)
             q = student(noise, zero).log_softmax(-1)
             gap.append((p * (p.log() - q)).sum(-1))
     expected = torch.cat(nll).mean() + 0.5 * torch.cat(gap).mean()
@@ -59,7 +60,7 @@ def test_adapting_to_texts_that_could_lie_behind_a_point_by_hand(tiny_llada, tin
         ).loss.item()
 
     _, sample = drawn_again(student, batch)
-    z, masked, _, s, _ = sample
+    z, masked, s = sample.z, sample.masked, sample.s
     nll, shared = [], 0
     for row in range(8):
         one, hidden = slice(row, row + 1), masked[row]
