@@ -31,9 +31,7 @@ from models.functional.vocabulary import choose_mask_token, vocabulary_size
 MODEL_TYPE = "leap_masked_from_causal"
 CAUSAL, MASK = "causal", "mask.safetensors"  # in its folder: the causal model, and what the mask is embedded as
 ATTENTION = "leap_bidirectional"  # registered in `llada`
-NEVER = (
-    torch.finfo(torch.float32).min / 2
-)  # added to a logit: probability 0, without the 0 times infinity of KL divergences
+NEVER = torch.finfo(torch.float32).min / 2  # added to a logit: its probability is 0, and a KL divergence stays finite
 MASK_RATE = 3.0  # times the learning rate: so fast is the mask's embedding trained, which begins untrained
 
 Conversion = Literal["causal_prompt", "bidirectional"]
