@@ -95,10 +95,10 @@ def training_options(cfg: DictConfig) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name.rsplit(".", 1)[-1] not in NOT_OF_TRAINING}
 
 
-def _flat(options: dict[str, Any], place: str) -> dict[str, Any]:
+def _flat(options: dict[str, Any], prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in options.items():
-        found |= _flat(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
 
 

@@ -272,13 +272,13 @@ def _trains_nothing(options: dict[str, Any]) -> bool:
     return options["module"] is None and options["study"] is None
 
 
-def _names(options: dict[str, Any], place: str = "") -> dict[str, Any]:
+def _names(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every option by its full name, the parts that hold others among them."""
     found = {}
     for name, value in options.items():
         if name != "_target_":
-            found[f"{place}{name}"] = value
-            found |= _names(value, f"{place}{name}.") if isinstance(value, dict) else {}
+            found[f"{prefix}{name}"] = value
+            found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
     return found
 
 

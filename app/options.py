@@ -63,20 +63,20 @@ def check_options(cfg: DictConfig) -> None:
                 raise UsageError(
                     f"{group}.{name}={part} is no part of a run; type {group}.{name}=null to do without it"
                 )
-    for place, node in _constructed(cfg, ""):
+    for prefix, node in _constructed(cfg, ""):
         kinds = arguments(node["_target_"])
         for key in node:
             if (wanted := kinds.get(str(key))) and not OmegaConf.is_missing(node, key) and not _is_built(node[key]):
-                _check(f"{place}{key!s}", node[key], wanted)
+                _check(f"{prefix}{key!s}", node[key], wanted)
 
 
-def _constructed(node: DictConfig, place: str) -> Iterator[tuple[str, DictConfig]]:
+def _constructed(node: DictConfig, prefix: str) -> Iterator[tuple[str, DictConfig]]:
     """Every part of the configuration that names what it builds, with where it stands."""
     if "_target_" in node:
-        yield place, node
+        yield prefix, node
     for name in node:
         if name != "hydra" and not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
-            yield from _constructed(node[name], f"{place}{name!s}.")
+            yield from _constructed(node[name], f"{prefix}{name!s}.")
 
 
 def arguments(target: str) -> dict[str, Any]:

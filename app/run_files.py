@@ -92,8 +92,8 @@ def keep_made_with(folder: Path, runs: Path, state: CorpusState, models: dict[st
 
 def run_of(weights: Path) -> Path | None:
     """The folder of the run that a checkpoint, a student's or a model's folder belongs to; None where it kept nothing."""
-    places = [weights, *weights.absolute().parents[:3]]
-    return next((place for place in places if is_state(place / DATA)), None)
+    folders = [weights, *weights.absolute().parents[:3]]
+    return next((folder for folder in folders if is_state(folder / DATA)), None)
 
 
 def corpus_state(weights: Path | None, datamodule: CorpusDataModule) -> CorpusState | None:
@@ -106,8 +106,8 @@ def corpus_state(weights: Path | None, datamodule: CorpusDataModule) -> CorpusSt
         return CorpusState.read(run / DATA)
     if weights is None or getattr(datamodule, "tokenizer_kind", None) not in TRAINED:
         return None
-    places = (weights, weights / TEACHER, weights / BACKBONE, weights.parent.parent / "model")
-    folder = next((place for place in places if (place / TOKENIZER).is_file()), None)
+    folders = (weights, weights / TEACHER, weights / BACKBONE, weights.parent.parent / "model")
+    folder = next((one for one in folders if (one / TOKENIZER).is_file()), None)
     return None if folder is None else CorpusState.of_model(folder, datamodule.packed)
 
 

@@ -100,8 +100,8 @@ class RunsAndSweeps(Callback):
             return
         folder = Path(OmegaConf.select(config, "hydra.sweep.dir"))
         outputs = Path(config.paths.output_dir)
-        places = [outputs] if folder.is_relative_to(outputs) else [outputs, folder]
-        runs = read_sweeps(*places, only=config.started).get(config.started, [])
+        folders = [outputs] if folder.is_relative_to(outputs) else [outputs, folder]
+        runs = read_sweeps(*folders, only=config.started).get(config.started, [])
         if runs:
             report_sweep(runs, folder, f"sweep_{config.started}", report_console())
         missing = missing_runs([run.number for run in runs], _expected(config))

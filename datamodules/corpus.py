@@ -5,6 +5,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning import LightningDataModule
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -25,7 +26,8 @@ class CorpusDataModule(LightningDataModule):
     """
 
     made_from: CorpusState | None = None
-    sources: dict[str, Any]  # {split: where it is read from}, of corpora that are read
+    sources: dict[str, Any]  # {split: where it is read from}; empty for a corpus that is not read
+    held_out_hashes: dict[str, np.ndarray]  # {split: of what was held out of the training rows}
     packed = False  # whether it is a stream of documents
     end_padding = True  # whether causal models are scored on, and generate, the end tokens that fill a response
 
@@ -38,6 +40,7 @@ class CorpusDataModule(LightningDataModule):
         self, *, name: str, batch_size: int, eval_batch_size: int, seed: int = 0, num_workers: int = 0
     ) -> None:
         super().__init__()
+        self.sources, self.held_out_hashes = {}, {}
         require_at_least(1, data__batch_size=batch_size, data__eval_batch_size=eval_batch_size)
         require_at_least(0, data__seed=seed, data__num_workers=num_workers)
         self.name, self.batch_size, self.eval_batch_size = name, batch_size, eval_batch_size
@@ -87,6 +90,9 @@ class CorpusDataModule(LightningDataModule):
             prompt_length=self.prompt_length,
             response_length=self.response_length,
             fingerprint=self.fingerprint(),
+            sources={split: absolute_source(source) for split, source in self.sources.items()},
+            test=self.test_digest(),
+            held_out=self.held_out_hashes,
             example_prompt=self.example_prompt(),
         )
 

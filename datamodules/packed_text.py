@@ -22,7 +22,7 @@ from datamodules.encoder import Encoder
 from datamodules.loader import ResumableLoader, accumulated
 from datamodules.packing import EndlessOrder, OnePass, PackedRows, TokenStream
 from datamodules.sources import Source
-from datamodules.state import CorpusState, absolute_source, still_held_out
+from datamodules.state import CorpusState, still_held_out
 from datamodules.token_cache import TokenCache, tokenize_once
 from datamodules.tokenizer import build_tokenizer, document_start, fixed_kind
 from models.functional.errors import UsageError, require_at_least
@@ -73,7 +73,6 @@ class PackedTextDataModule(CorpusDataModule):
         self.prompt_length, self.response_length = 0, sequence_length
         self.longest_prompt = 0  # tokens, of those encoded so far
         self.rows: dict[str, PackedRows] = {}
-        self.held_out_hashes: dict[str, np.ndarray] = {}
         require_at_least(1, data__sequence_length=sequence_length)
         for split, fraction in self.fractions.items():
             if self.sources[split] is None and not 0 < fraction < 1:
@@ -178,13 +177,7 @@ class PackedTextDataModule(CorpusDataModule):
         return kind | {f"{split}_fraction": f for split, f in self.fractions.items() if self.sources[split] is None}
 
     def state(self) -> CorpusState:
-        return replace(
-            super().state(),
-            sources={split: absolute_source(source) for split, source in self.sources.items()},
-            test=self._test_digest,
-            held_out=self.held_out_hashes,
-            encoding=self._encoding,
-        )
+        return replace(super().state(), encoding=self._encoding)
 
     def test_digest(self) -> str:
         return self._test_digest

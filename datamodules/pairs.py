@@ -21,7 +21,7 @@ from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
 from datamodules.slot_values import Numbers, slot_numbers, slot_values
 from datamodules.sources import Source
-from datamodules.state import CorpusState, absolute_source, still_held_out, text_hashes
+from datamodules.state import CorpusState, still_held_out, text_hashes
 from datamodules.template import Template, build_template
 from datamodules.text_signals import TextSignals
 from datamodules.tokenizer import build_tokenizer, fixed_kind
@@ -91,7 +91,6 @@ class PairsDataModule(PromptResponseDataModule):
         self.end_padding, self.group_by_length = end_padding, group_by_length
         self.too_long, self.val_fraction, self.max_test_rows = too_long, val_fraction, max_test_rows
         self.test_answers = test_answers
-        self.held_out_hashes: dict[str, np.ndarray] = {}
         if too_long not in ("error", "drop"):
             raise UsageError(f"data.too_long={too_long} is unknown; type data.too_long=error or data.too_long=drop")
         if val is None and not 0 < val_fraction < 1:
@@ -184,13 +183,8 @@ class PairsDataModule(PromptResponseDataModule):
         return kind | held_out | own
 
     def state(self) -> CorpusState:
-        return replace(
-            super().state(),
-            sources={split: absolute_source(source) for split, source in self.sources.items()},
-            test=self._test_digest,
-            held_out=self.held_out_hashes,
-            signals={"slots": self._slot_numbers, "text": self._text_signals.state()},
-        )
+        signals = {"slots": self._slot_numbers, "text": self._text_signals.state()}
+        return replace(super().state(), signals=signals)
 
     def test_digest(self) -> str:
         return self._test_digest

@@ -108,8 +108,8 @@ class MaskedFromCausal(nn.Module):
     def embedding(self) -> Tensor:
         """(V, D): the table of the causal model with the mask's own row."""
         table = self.causal.get_input_embeddings().weight
-        place = torch.tensor([self.mask_id], device=table.device)
-        return table.index_copy(0, place, self.mask_embedding.to(table.dtype).unsqueeze(0))
+        row = torch.tensor([self.mask_id], device=table.device)
+        return table.index_copy(0, row, self.mask_embedding.to(table.dtype).unsqueeze(0))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, D)"""

@@ -42,11 +42,11 @@ def guided_logits(model: LladaModel, rows: dict[str, Tensor], guidance: float) -
     w = 0 is the conditional model in one forward pass; otherwise two. The mask token itself is never generated.
     """
     conditional = response_states(model, rows)
-    unconditional = response_states(model, rows)
+    unconditional = response_states(model, rows) if guidance != 0 else None
 
     def logits(xt: Tensor) -> Tensor:
         found = model.lm_head(conditional(xt))
-        if guidance != 0:
+        if unconditional is not None:
             without = model.lm_head(unconditional(torch.where(rows["response_mask"], xt, model.mask_id)))
             found = without + (guidance + 1) * (found - without)
         found[..., model.mask_id] = float("-inf")
