@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
@@ -19,6 +20,7 @@ from models.backbones.causal_lm import causal_nll, require_causal, with_adapters
 from models.backbones.code_space import require_whole_codes
 from models.functional.next_token import CausalText, align_with_columns, causal_text, token_counts
 from models.functional.nll import chosen_nll
+from models.functional.paced import PacedAnnealing
 from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.online.codebook_update import CodebookUpdate
@@ -31,7 +33,7 @@ from models.online.options import OnlineConceptOptions
 from models.online.rate_control import RateController, RateMultipliers
 from models.online.terms import online_monitors, online_terms
 
-MULTIPLIERS = "rate_multipliers"  # key of a checkpoint
+MULTIPLIERS, PACE = "rate_multipliers", "paced_annealing"  # keys of a checkpoint
 
 
 class OnlineConceptModule(LeapModule):
@@ -55,6 +57,7 @@ class OnlineConceptModule(LeapModule):
         self.rates, self.codebooks = RateController(), CodebookUpdate(o.code_decay)
         multiplied = o.hold_rate and o.rate_control == "multiplier"
         self.multipliers = RateMultipliers(len(self.model.stacks())) if multiplied else None
+        self.pace = None if o.gap_tolerance is None else PacedAnnealing(o.gap_tolerance)
         self.meter, self.truth_meter, self.base_meter = NllMeter(), NllMeter(), NllMeter()
         self.commit_rate = MeanMetric()
         self._cost: dict[str, float | None] = {}
@@ -87,11 +90,15 @@ class OnlineConceptModule(LeapModule):
         elif self.options.hold_rate:
             self.rates.add(levels)
         self.codebooks.add(levels, text.ids.shape[1], self.in_row_order)
+        if self.pace is not None and self.global_step % self.options.gap_every == 0:
+            self._measure_gap(self.pace, nll, text)
         # 5. monitors
         self.log("train/loss", loss, prog_bar=True)
         wanted: dict[str, Any] = {"wanted": settings.compression, "quantisation": settings.quantisation}
         if self.multipliers is not None:
             wanted |= {f"rate_multiplier_{k + 1}": value for k, value in enumerate(self.multipliers.values.tolist())}
+        if self.pace is not None:
+            wanted |= {"compression_gap": self.pace.gap, "annealed": self.pace.progress}
         self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
 
@@ -101,6 +108,9 @@ class OnlineConceptModule(LeapModule):
         self.rates.apply([stack.router for stack in stacks], self.gathered)
         if self.multipliers is not None:
             self.multipliers.apply(self.gathered)
+        if self.pace is not None:
+            over = max(1.0, self.options.anneal_share * float(self.trainer.estimated_stepping_batches))
+            self.pace.apply(1 / over, self.gathered)
         spaces: list[Any] = [getattr(stack.codes, "space", None) for stack in stacks]
         dead = self.codebooks.apply(spaces, self.generator_of_all_ranks, start=self.global_step == 0)
         for k, count in dead.items():
@@ -112,11 +122,21 @@ class OnlineConceptModule(LeapModule):
         states, levels = self.model.read(text.ids, valid, text.position_ids, settings, documents=text.document_ids)
         return chosen_nll(self.model.logits(states[text.weights]), text.targets, text.weights), levels
 
+    @torch.no_grad()
+    def _measure_gap(self, pace: PacedAnnealing, nll: Tensor, text: CausalText) -> None:
+        """The loss of this batch less that of the same weights without compression; 0 where they are the same."""
+        plain = self._nll(text, CompressionSettings(compression=1.0, quantisation=0.0))[0]
+        pace.add((nll.detach() - plain).sum(), text.weights.sum())
+
     def _settings(self, batch_idx: int) -> CompressionSettings:
         """The annealed values of this step."""
         o = self.options
         pairs = (o.compression, o.quantisation, o.temperatures, o.noise)
-        compression, quantisation, temperature, noise = (self.annealed(pair, o.anneal_share) for pair in pairs)
+        if self.pace is None:
+            values = [self.annealed(pair, o.anneal_share) for pair in pairs]
+        else:
+            values = [first + (last - first) * self.pace.progress for first, last in pairs]
+        compression, quantisation, temperature, noise = values
         gated = self.global_step % o.gate_every == 0
         generator = self.step_generator(batch_idx)
         return CompressionSettings(compression, quantisation, temperature, noise, generator, gated)
@@ -207,11 +227,15 @@ class OnlineConceptModule(LeapModule):
         checkpoint["state_dict"] |= kept
         if self.multipliers is not None:
             checkpoint[MULTIPLIERS] = self.multipliers.state()
+        if self.pace is not None:
+            checkpoint[PACE] = self.pace.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if self.multipliers is not None:
             self.multipliers.load(checkpoint.get(MULTIPLIERS))
+        if self.pace is not None:
+            self.pace.load(checkpoint.get(PACE))
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the backbone (or its adapter) and the new weights beside it, for mode=generate."""

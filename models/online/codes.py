@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from models.backbones.added_layers import AddedLinear
 from models.backbones.code_space import CodeSpace, Sampler
 from models.functional.commit_gates import keep_null_mass
 from models.functional.gumbel import gumbel_noise, gumbel_st, straight_through
@@ -109,27 +110,27 @@ class TableCodes(ConceptCodes):
 
     def __init__(self, width: int, codes: int, embedding_std: float = 1.0, **like) -> None:
         super().__init__(codes)
-        self.head = nn.Linear(width, codes, bias=False, **like)
+        self.head = AddedLinear(width, codes, bias=False, **like)
         self.embedding = nn.Embedding(codes, width, **like)
         nn.init.normal_(self.head.weight, std=FIRST_LOGITS / width**0.5)
         with torch.no_grad():
             self.embedding.weight.copy_(embedding_std * self.normed(self.head.weight))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., K)"""
-        return self.head(self.normed(hidden))
+        """(..., D) -> (..., K), at least float32."""
+        return self.head(at_least_float32(self.normed(hidden)))
 
     def choose(self, hidden: Tensor, mass: Tensor | None, how: Sampling) -> Coded:
-        logits = at_least_float32(self.logits(hidden))
+        logits = self.logits(hidden)
         noise = how.noise * gumbel_noise(logits, how.generator) if how.noise else torch.zeros_like(logits)
         choice = gumbel_st(logits, how.temperature, noise)
         soft = choice.soft if mass is None else keep_null_mass(choice.soft, mass)
-        weights = straight_through(choice.hard, soft).to(hidden.dtype)
+        weights = straight_through(choice.hard, soft).to(self.embedding.weight.dtype)
         e = weights @ self.embedding.weight
         return Coded(e, choice.hard.argmax(-1), logits.softmax(-1), e)
 
     def log_mass(self, hidden: Tensor) -> Tensor:
-        return at_least_float32(self.logits(hidden)).logsumexp(-1)
+        return self.logits(hidden).logsumexp(-1)
 
     @property
     def multiplied(self) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from models.backbones.added_layers import AddedLinear
 from models.functional.commit_gates import concept_visibility, mix_slots, smooth_concepts, visibility
 from models.functional.commits import (
     Packing,
@@ -96,9 +97,9 @@ class ConceptStack(nn.Module):
         self.router = build_router(options, width, self.codes, read_out, **like)
         # linear maps around the middle layers: of a NULL's own state, of the concept before it, of the mean of a tail.
         # They start at 0, so that a fresh model differs from its backbone as little as it can
-        self.bridge = nn.Linear(width, width, bias=False, **like)
-        self.carry = nn.Linear(width, width, bias=False, **like) if options.carry else None
-        self.pool = nn.Linear(width, width, bias=False, **like) if options.pool else None
+        self.bridge = AddedLinear(width, width, bias=False, **like)
+        self.carry = AddedLinear(width, width, bias=False, **like) if options.carry else None
+        self.pool = AddedLinear(width, width, bias=False, **like) if options.pool else None
         for new in (self.bridge, self.carry, self.pool):
             if new is not None:
                 nn.init.zeros_(new.weight)
@@ -164,7 +165,7 @@ class ConceptStack(nn.Module):
         documents: Tensor | None = None,
         tokens: Tensor | None = None,
     ) -> tuple[Routing, RouterState]:
-        state = self.router.start(len(hidden), hidden.device) if state is None else state
+        state = self.router.start(len(hidden), hidden.device, hidden.dtype) if state is None else state
         more = {"tokens": tokens, "noise": settings.noise, "generator": settings.generator}
         return self.router(hidden, valid, state, self.codes, documents, compression=settings.compression, **more)
 

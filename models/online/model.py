@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from models.backbones.added_layers import added_like
 from models.backbones.causal_lm import output_logits
 from models.functional.attention import positions_from_mask
 from models.online.attention import use_attention
@@ -44,7 +45,7 @@ class OnlineConceptModel(nn.Module):
         use_attention(backbone, options.attention, options.gate)
         split = whole_split(options.split, options.levels, len(decoder.layers))
         table = backbone.get_input_embeddings().weight
-        like = {"device": table.device, "dtype": table.dtype}
+        like = added_like(table)
         self.backbone, self.split = backbone, split
         self.options = replace(options, split=split, levels=1)  # of a saved model: `split` has all levels
         embedding_std = table.detach().float().std().item()  # embeddings of codes start as wide as those of tokens
@@ -54,6 +55,11 @@ class OnlineConceptModel(nn.Module):
             "setting", torch.tensor([compression, quantisation], dtype=torch.float64, device=table.device)
         )
         self._require_same()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self.backbone.get_input_embeddings().weight.dtype
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -93,13 +99,13 @@ class OnlineConceptModel(nn.Module):
 
     def read_out(self, states: Tensor) -> Tensor:
         """Logits of hidden states before the last norm."""
-        return self.logits(self.backbone.get_decoder().norm(states))
+        return self.logits(self.backbone.get_decoder().norm(states.to(self.dtype)))
 
     # -- one token a row ----------------------------------------------------------------------------------------------
 
     def start(self, batch: int) -> StackState:
         """Empty caches for so many rows."""
-        return StackState(self.stack, batch, self.setting.device)
+        return StackState(self.stack, batch, self.setting.device, self.dtype)
 
     def step(
         self, ids: Tensor, positions: Tensor, state: StackState, settings: CompressionSettings | None = None

@@ -92,6 +92,8 @@ class OnlineConceptOptions(OnlineModelOptions):
     compression: positions a concept; at 1 every position commits. quantisation: 0 middle layers read hidden states, 1 codes.
     temperatures: of the relaxed codes. noise: scale of the Gumbel noise of codes and commits; 0 takes the most probable.
 
+    gap_tolerance: they go on only while the text's loss is at most this many nats a token above that of the same
+        weights without compression (`PacedAnnealing`), which one step in `gap_every` measures; None follows the steps alone.
     gate_every: for gate `visibility`; one step of so many computes its gradient, which needs every position in every layer.
     code_decay: for sampler `ema_vq`; weight of the past in the running means of the codebook.
     weights: of the loss terms (`TERMS`); 0 or a missing one switches a term off.
@@ -110,6 +112,8 @@ class OnlineConceptOptions(OnlineModelOptions):
     temperatures: tuple[float, float] = (1.0, 0.5)
     noise: tuple[float, float] = (1.0, 0.0)
     anneal_share: float = 0.5
+    gap_tolerance: float | None = None
+    gap_every: int = 4
     weights: Mapping[str, float] = field(default_factory=default_weights)
     hold_rate: bool = True
     rate_control: RateControl = "offset"
@@ -130,6 +134,9 @@ class OnlineConceptOptions(OnlineModelOptions):
         self._check_pairs()
         if not 0 <= self.anneal_share <= 1:
             raise UsageError(f"module.anneal_share={self.anneal_share} must lie between 0 and 1")
+        if self.gap_tolerance is not None and self.gap_tolerance <= 0:
+            raise UsageError(f"module.gap_tolerance={self.gap_tolerance} must be above 0, such as 0.25, or null")
+        require_at_least(1, module__gap_every=self.gap_every)
         if not 0 <= self.code_decay < 1:
             raise UsageError(f"module.code_decay={self.code_decay} must be at least 0 and less than 1, such as 0.99")
         if self.growth in ("entropy", "draft") and not self.hold_rate:

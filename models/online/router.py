@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import pad
 
+from models.backbones.added_layers import AddedLinear
 from models.functional import commits
 from models.functional.bits_per_byte import token_nll
 from models.functional.commit_rate import correction, null_bias, rate_threshold
@@ -87,10 +88,10 @@ class Router(nn.Module):
         self.most_nulls = most_nulls
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=like.get("device")))
 
-    def start(self, batch: int, device: torch.device) -> RouterState:
-        """State before the first position."""
+    def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> RouterState:
+        """State before the first position. dtype: of hidden states."""
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
-        return RouterState(zeros, zeros.double(), zeros.clone(), zeros.new_zeros(batch, 0))
+        return RouterState(zeros, zeros.double(), zeros.clone(), torch.zeros(batch, 0, device=device, dtype=dtype))
 
     def forward(
         self,
@@ -175,7 +176,7 @@ class NullRouter(Router):
 
     def __init__(self, width: int, most_nulls: int, codes: ConceptCodes, **like) -> None:
         super().__init__(width, most_nulls, **like)
-        self.null = nn.Linear(width, 1, **like)
+        self.null = AddedLinear(width, 1, **like)
         nn.init.zeros_(self.null.weight)
         # the codes' log-sum-exp at random states, so that a fresh router's scores lie around 0
         states = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(next(codes.parameters()))
@@ -196,7 +197,9 @@ class ScoreRouter(Router):
 
     def __init__(self, width: int, most_nulls: int, **like) -> None:
         super().__init__(width, most_nulls, **like)
-        self.score = nn.Sequential(nn.Linear(width, width // 4, **like), nn.SiLU(), nn.Linear(width // 4, 1, **like))
+        self.score = nn.Sequential(
+            AddedLinear(width, width // 4, **like), nn.SiLU(), AddedLinear(width // 4, 1, **like)
+        )
         nn.init.zeros_(self.score[-1].weight)
         nn.init.zeros_(self.score[-1].bias)
 
@@ -301,7 +304,7 @@ class EntropyRouter(SurpriseRouter):
 
     def __init__(self, width: int, most_nulls: int, read_out: ReadOut | None = None, **like) -> None:
         super().__init__(width, most_nulls, read_out, **like)
-        self.adapt = nn.Linear(width, width, bias=False, **like)
+        self.adapt = AddedLinear(width, width, bias=False, **like)
         nn.init.zeros_(self.adapt.weight)
 
     def draft(self, hidden: Tensor) -> Tensor:
@@ -333,11 +336,12 @@ class DraftRouter(SurpriseRouter):
         super().__init__(width, most_nulls, read_out, **like)
         self.length = min(draft_tokens, most_nulls)
         self.ahead = nn.Embedding(self.length, width, **like)
-        self.mix, self.adapt = (nn.Linear(width, width, bias=False, **like) for _ in range(2))
+        self.mix, self.adapt = (AddedLinear(width, width, bias=False, **like) for _ in range(2))
         nn.init.zeros_(self.adapt.weight)
 
-    def start(self, batch: int, device: torch.device) -> RouterState:
-        return super().start(batch, device)._replace(anchor=self.mix.weight.new_zeros(batch, self.mix.in_features))
+    def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> RouterState:
+        anchor = torch.zeros(batch, self.mix.in_features, device=device, dtype=dtype)
+        return super().start(batch, device, dtype)._replace(anchor=anchor)
 
     def draft(self, hidden: Tensor, ahead: Tensor) -> Tensor:
         """Logits (..., V) of the token that is `ahead` (...), 1 to K, positions after states (..., D)."""

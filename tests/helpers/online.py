@@ -85,7 +85,7 @@ def _last(
 ) -> Tensor:
     hidden = _layers(stack.shallow, embeds, positions)
     every = torch.ones(1, len(embeds), dtype=torch.bool)
-    start = stack.router.start(1, embeds.device)
+    start = stack.router.start(1, embeds.device, embeds.dtype)
     read = hidden if stack.rest is None else _layers(stack.rest, hidden, positions)
     more = {"tokens": tokens, "compression": settings.compression}
     routing, _ = stack.router(read[None], every, start, stack.codes, **more)

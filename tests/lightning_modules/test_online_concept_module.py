@@ -13,7 +13,7 @@ from callbacks.ema import TrainableEMA
 from callbacks.frontier import FrontierReport
 from lightning_modules.online_concept import OnlineConceptModule
 from lightning_modules.pretrain import PretrainModule
-from models.backbones.causal_lm import save_causal
+from models.backbones.causal_lm import causal_nll, save_causal
 from models.functional.next_token import causal_text
 from models.objectives.next_token import NextToken
 from models.online.concept_stack import CompressionSettings
@@ -199,6 +199,43 @@ def test_values_are_annealed_from_the_first_to_the_last():
     assert seen == [[1 + k / 4, k / 4] for k in range(4)] + [[2.0, 1.0]] * 4
 
 
+class Settings(Callback):
+    """What every step was trained with, and the progress behind it."""
+
+    def __init__(self) -> None:
+        self.seen, self.gaps = [], []
+
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        self.seen.append(module.model.setting.tolist())
+        self.gaps.append(module.pace.gap)
+
+
+def test_compression_waits_for_the_loss():
+    """Within the tolerance it is annealed as by the steps alone; beyond it, it stays where it is."""
+    data, paced = PackedStream((2, 2)), {"anneal_share": 0.5, "quantisation": (0.0, 1.0), "gap_every": 1}
+    free, held = Settings(), Settings()
+    quiet_trainer(8, callbacks=[free]).fit(build(gap_tolerance=100.0, **paced), data)
+    assert free.seen == [[1 + k / 4, k / 4] for k in range(4)] + [[2.0, 1.0]] * 4
+    assert free.gaps[0] == 0.0  # nothing is compressed yet
+    assert free.gaps[-1] != 0.0
+    module = build(gap_tolerance=1e-6, **paced)
+    module._measure_gap = lambda pace, nll, text: pace.add(nll.new_tensor(1.0), text.weights.sum())
+    quiet_trainer(8, callbacks=[held]).fit(module, data)
+    assert held.seen == [[1.0, 0.0]] * 8
+
+
+def test_the_gap_is_the_loss_beside_that_of_the_same_weights():
+    module = build(gap_tolerance=1.0, compression=(2.0, 2.0), quantisation=(1.0, 1.0), noise=(0.0, 0.0))
+    text = causal_text(packed_batch(4, 12))
+    compressed = module._nll(text)[0]
+    module._measure_gap(module.pace, compressed, text)
+    module.pace.apply(0.0, lambda own: own.unsqueeze(0))
+    plain = causal_nll(module.model.backbone, text)
+    wanted = (compressed.sum() - plain.sum()) / text.weights.sum()
+    assert abs(wanted) > 1e-3
+    assert module.pace.gap == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_codes_start_at_centres_of_their_points_and_follow_them():
     """Before the first step they all lie at 0; a lattice stays where it is."""
     data, seen, dead = PackedStream((4,)), [], []
@@ -325,13 +362,15 @@ def test_documents_of_a_row_are_kept_apart():
     ("growth", "sampler", "control"),
     [("null", "gumbel_st", "offset"), ("accumulate", "ema_vq", "offset"), ("null", "gumbel_st", "multiplier")],
 )
-def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth, sampler, control):
+@pytest.mark.parametrize("tolerance", [None, 0.02])
+def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth, sampler, control, tolerance):
     def options(losses: Losses) -> dict:
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
         return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
 
     def module() -> OnlineConceptModule:
-        return build(oracle_body(tiny_oracle), growth=growth, sampler=sampler, rate_control=control)
+        paced = {"gap_tolerance": tolerance, "gap_every": 2}
+        return build(oracle_body(tiny_oracle), growth=growth, sampler=sampler, rate_control=control, **paced)
 
     whole, first, second = module(), Losses(), Losses()
     quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
@@ -342,5 +381,8 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth, sampler, contro
     assert (float(whole.model.stack.router.offset) != 0) == (control == "offset")
     if control == "multiplier":
         assert whole.multipliers.values.tolist() == resumed.multipliers.values.tolist() != [0.0]
+    if tolerance is not None:
+        assert whole.pace.progress > 0
+        assert whole.pace.state().tolist() == resumed.pace.state().tolist()
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
