@@ -23,11 +23,13 @@ from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
 from models.speculative.alpha_curve import AlphaCurve
 from models.speculative.decoder import QStarDecoder
-from models.speculative.exactness import enumeration_error, g_test_of
+from models.speculative.exactness import enumeration_error, g_test_of, probable_texts, without_ends
 from models.speculative.loss import qstar_terms
 from models.speculative.meter import AcceptanceMeter
 from models.speculative.options import QStarOptions, Scheme
 from models.speculative.probes import PromptProbe
+
+LISTED_TOKENS = 3  # of the texts that a G-test lists where a corpus cannot list its own
 
 
 class QStarDecodingModule(LeapModule):
@@ -144,21 +146,30 @@ class QStarDecodingModule(LeapModule):
     # -- comparison ---------------------------------------------------------------------------------------------------
 
     def on_test_start(self) -> None:
-        """Both exactness tests of each scheme, where the corpus can list all texts."""
+        """The exactness tests of each scheme: both where the corpus can list all texts, else a G-test after one prompt."""
         self._alpha_curve.reset()
-        data = self.trainer.datamodule
-        listed = data.list_texts() if self.options.exactness_samples and hasattr(data, "list_texts") else None
-        if listed is None or self.trainer.fast_dev_run:
+        if not self.options.exactness_samples or self.trainer.fast_dev_run:
             return
-        prompt, texts = (part.to(self.device) for part in listed)
+        data = self.trainer.datamodule
+        listed = data.list_texts() if hasattr(data, "list_texts") else None
         schemes = [(k, decoder) for k, decoder in enumerate(self._decoders) if isinstance(decoder, QStarDecoder)]
         shown = track(schemes, description="exactness of each scheme") if self.trainer.is_global_zero else schemes
         for k, decoder in shown:
             generator = self.step_generator(k, stream=3, epoch=0)
-            self._meters[k].exactness = {
-                "g_test_p": g_test_of(decoder, prompt, texts, self.options.exactness_samples, generator),
-                "max_enumeration_error": enumeration_error(decoder, prompt),
-            }
+            n = self.options.exactness_samples
+            if listed is not None:
+                prompt, texts = (part.to(self.device) for part in listed)
+                errors = {"max_enumeration_error": enumeration_error(decoder, prompt)}
+            else:
+                decoder, prompt, errors = without_ends(decoder), self._first_prompt(data), {}
+                texts = probable_texts(decoder, prompt, LISTED_TOKENS, n // 10)
+            self._meters[k].exactness = {"g_test_p": g_test_of(decoder, prompt, texts, n, generator), **errors}
+
+    def _first_prompt(self, data: Any) -> Tensor:
+        """(P,) The first test prompt, the same on every rank."""
+        batch = next(iter(data.test_dataloader()))
+        real = (batch["attention_mask"].bool() & ~batch["response_mask"].bool())[0]
+        return batch["input_ids"][0][real].to(self.device)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's texts, their likelihood under both models, and what the drafts were worth."""

@@ -78,6 +78,29 @@ def g_test_of(
     return g_test(counts, torch.cat([log_q.exp().cpu(), torch.tensor([rest], dtype=torch.float64)]))
 
 
+@torch.no_grad()
+def probable_texts(decoder: QStarDecoder, prompt: Tensor, length: int, count: int) -> Tensor:
+    """At most `count` texts (T, length) after a prompt (P,): the most probable ones that a beam search under q* finds."""
+    models = [CausalScores(model, decoder.vocab_size) for model in (decoder.theta, decoder.target)]
+    texts, log_p = prompt.new_zeros(1, 0), torch.zeros(1, dtype=torch.float64, device=prompt.device)
+    for _ in range(length):
+        ids = torch.cat([prompt.expand(len(texts), -1), texts], -1)
+        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
+        both = (decoder.mixture.tempered(scores(ids, lengths, 1)) for scores in models)
+        total = (log_p.unsqueeze(-1) + decoder.mixture(*both).log_q[:, 0].double()).flatten()
+        log_p, best = total.topk(min(count, int((total > -torch.inf).sum())))
+        rows, tokens = best // decoder.vocab_size, best % decoder.vocab_size
+        texts = torch.cat([texts[rows], tokens.unsqueeze(-1)], -1)
+    return texts
+
+
+def without_ends(decoder: QStarDecoder) -> QStarDecoder:
+    """The same decoder, whose texts go on behind an end token: every text has the asked length."""
+    endless = copy.copy(decoder)
+    endless.end_ids = ()
+    return endless
+
+
 class _Restricted:
     """Scores of a model that may generate some tokens only, renormalised."""
 
@@ -99,10 +122,10 @@ def enumeration_error(decoder: QStarDecoder, prompt: Tensor, vocabulary: int = 2
     for the position after a draft that is accepted whole. A decoder that drafts less than gamma tokens is taken as it is.
     """
     # 1. the decoder in float64, restricted to a few tokens
-    exact = copy.copy(decoder)
+    exact = without_ends(decoder)
     exact.theta, exact.target = (copy.deepcopy(model).double() for model in (decoder.theta, decoder.target))
     exact.assistant = None if decoder.assistant is None else copy.deepcopy(decoder.assistant).double()
-    exact.end_ids, exact.gamma = (), gamma if decoder.gamma == "auto" else min(gamma, decoder.gamma)
+    exact.gamma = gamma if decoder.gamma == "auto" else min(gamma, decoder.gamma)
     exact.options = replace(decoder.options, costs="parameters")
     models = [CausalScores(model, decoder.vocab_size) for model in (exact.theta, exact.target)]
     tokens = _next_token_log_q(decoder.mixture, models, prompt).topk(vocabulary).indices

@@ -74,6 +74,20 @@ def test_a_test_run_records_that_q_lies_between_the_models(data, tmp_path):
     assert rows["q*, alternating"]["cost"]["speedup_formula"] > 1
 
 
+def test_a_corpus_without_a_list_of_texts_is_tested_after_its_first_prompt(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(data), "list_texts", lambda self: None)
+    report = FrontierReport(str(tmp_path), "trial", {})
+    module = build(data, schemes=("alternate",), exactness_samples=400)
+    quiet_trainer(1, callbacks=[report]).test(module, data, verbose=False)
+    quality = report.record["rows"][2]["quality"]
+    assert quality["g_test_p"] > 1e-3
+    assert "max_enumeration_error" not in quality
+    row = data.rows["test"][:1]
+    first = len(row["input_ids"][0]) - data.response_length
+    prompt = row["input_ids"][0, :first][row["attention_mask"][0, :first].bool()]
+    assert module._first_prompt(data).tolist() == prompt.tolist()
+
+
 def test_a_test_run_draws_the_divergences_along_alpha(data, tmp_path):
     """Over the test texts' own positions up to their ends; both models by hand."""
     report = FrontierReport(str(tmp_path), "trial", {})

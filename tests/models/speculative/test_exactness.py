@@ -11,7 +11,14 @@ import models.speculative.decode as decode
 import models.speculative.state as state
 from models.speculative.decoder import QStarDecoder
 from models.speculative.distribution import MixtureDist
-from models.speculative.exactness import enumeration_error, g_test, g_test_of, text_log_probs
+from models.speculative.exactness import (
+    enumeration_error,
+    g_test,
+    g_test_of,
+    probable_texts,
+    text_log_probs,
+    without_ends,
+)
 from models.speculative.options import QStarOptions
 from models.speculative.random_source import TorchRandomSource
 
@@ -47,6 +54,40 @@ def test_a_g_test_by_hand():
 def test_the_probabilities_of_all_texts_sum_to_one():
     log_q = text_log_probs(THETA, TARGET, MixtureDist(), PROMPT, ALL_TEXTS, V)
     assert log_q.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 10, 25, 99])
+def test_probable_texts_are_the_most_probable_of_all(count):
+    """A beam of more than V texts misses none of two tokens; three texts are among the most probable of a narrow one."""
+    found = probable_texts(build("naive"), PROMPT, 2, count)
+    log_q = text_log_probs(THETA, TARGET, MixtureDist(), PROMPT, ALL_TEXTS, V)
+    order = ALL_TEXTS[log_q.argsort(descending=True)].tolist()
+    assert len(found) == min(count, 25)
+    assert len({tuple(text) for text in found.tolist()}) == len(found)
+    if count >= 10:
+        assert found.tolist() == order[: len(found)]
+    assert found[0].tolist() in order[:2]
+
+
+def test_texts_that_a_mixture_rules_out_are_not_listed():
+    decoder = build("naive", top_k=2)
+    assert len(probable_texts(decoder, PROMPT, 2, 25)) == 4
+
+
+@pytest.mark.parametrize("scheme", ["naive", "theta", "alternate"])
+def test_a_few_listed_texts_suffice_and_a_wrong_rule_still_fails(scheme, monkeypatch):
+    """Texts go on behind end tokens; all texts that are not listed are one cell."""
+    decoder = build(scheme)
+    decoder.end_ids = (2,)
+    endless = without_ends(decoder)
+    assert decoder.end_ids == (2,)
+    listed = probable_texts(endless, PROMPT, 2, 8)
+    draw = torch.Generator().manual_seed(0)
+    assert g_test_of(endless, PROMPT, listed, 4000, draw) > 1e-3
+    assert g_test_of(decoder, PROMPT, listed, 4000, draw) < 1e-6  # texts that end early are others
+    if scheme == "theta":
+        monkeypatch.setattr(state, "residual", lambda log_q, _: log_q.exp())
+        assert g_test_of(endless, PROMPT, listed, 4000, draw) < 1e-4
 
 
 @pytest.mark.parametrize(("scheme", "drafted"), [("naive", False), ("theta", True)])
