@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from models.backbones.added_layers import added_like
 from models.plans.unified import UnifiedModel
 
 
@@ -14,7 +15,7 @@ class BagOfWords(nn.Module):
         table = model.backbone.get_input_embeddings().weight
         self.slots = model.layout.slot_columns
         with torch.random.fork_rng(devices=[]):  # other draws of the run do not depend on this layer
-            self.head = nn.Linear(len(self.slots) * table.shape[1], len(table), device=table.device, dtype=table.dtype)
+            self.head = nn.Linear(len(self.slots) * table.shape[1], len(table), **added_like(table))
 
     def forward(self, embeds: Tensor) -> Tensor:
         return self.head(embeds[:, self.slots].flatten(1))

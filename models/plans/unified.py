@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from models.backbones.added_layers import added_like
 from models.backbones.causal_lm import output_logits, require_known_output
 from models.backbones.key_value_cache import cache_argument
 from models.functional.precision import at_least_float32
@@ -40,7 +41,7 @@ class UnifiedModel(nn.Module):
         require_known_output(backbone)
         self.backbone, self.vocabulary, self.layout = backbone, vocabulary, PlanLayout(vocabulary)
         table = backbone.get_input_embeddings().weight
-        width, like = table.shape[1], {"device": table.device, "dtype": table.dtype}
+        width, like = table.shape[1], added_like(table)
         self.new_embedding = nn.Embedding(vocabulary.new, width, **like)
         self.new_head = nn.Linear(width, vocabulary.new, bias=False, **like)
         self.type_embedding = nn.Embedding(len(vocabulary.types) + 1, width, **like)
@@ -55,6 +56,11 @@ class UnifiedModel(nn.Module):
         own = vocabulary.choices - vocabulary.base
         self.register_buffer("choices", own[vocabulary.slot_types], persistent=False)  # (S, W), among the new ids
         self.register_buffer("possible", vocabulary.possible, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone's hidden states; what is added to it is at least float32."""
+        return self.backbone.get_input_embeddings().weight.dtype
 
     # -- in -----------------------------------------------------------------------------------------------------------
 
@@ -80,25 +86,26 @@ class UnifiedModel(nn.Module):
     def states(
         self, embeds: Tensor, columns: Columns, cache: DynamicCache | None = None, *, apart: bool = False
     ) -> Tensor:
-        """Hidden states (B, L, D) of the last L columns, after the last norm.
+        """Hidden states (B, L, D), at least float32, of the last L columns, after the last norm.
 
         columns: all that are read, those in the cache first. apart: types do not attend to each other.
         """
         new = embeds.shape[1]
         # always pass a mask: without one transformers takes positions that start again for another document
-        return self.backbone.get_decoder()(
-            inputs_embeds=embeds,
+        states = self.backbone.get_decoder()(
+            inputs_embeds=embeds.to(self.dtype),
             attention_mask=types_apart(columns, new) if apart else columns.mask.long(),
             position_ids=columns.position_ids[:, -new:],
             **cache_argument(cache),
             use_cache=cache is not None,
         ).last_hidden_state
+        return at_least_float32(states)
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
     def text_logits(self, states: Tensor) -> Tensor:
         """Logits (..., V) over the base vocabulary: no concept among them."""
-        return output_logits(self.backbone, states)
+        return output_logits(self.backbone, states.to(self.dtype))
 
     def choice_logits(self, states: Tensor, slots: list[int] | None = None) -> Tensor:
         """Logits (B, n, W), at least float32, of these slots or all, from the states (B, n, D) before them."""

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers.ranks_job import METHODS, causal, online, plans
+from helpers.ranks_job import DRAWN, METHODS, TYPES, causal, online, plans
 from helpers.trainer import Losses, quiet_trainer
 
+from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
 from lightning_modules.online_concept import OnlineConceptModule
 from models.backbones.code_space import CodeSpace
 from models.functional.errors import UsageError
@@ -56,3 +57,23 @@ def test_codes_are_not_kept_in_sixteen_bits(tiny_oracle, kind):
     KINDS[kind.split(",")[0] + ", gumbel_st"](tiny_oracle).require_precision("bf16-true")
     with pytest.raises(UsageError, match=r"codes of fsq and ema_vq lie in float32; type trainer\.precision=bf16-mixed"):
         KINDS[kind](tiny_oracle).require_precision("bf16-true")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_plans_add_to_a_bfloat16_model_is_float32(tiny_oracle, sampler):
+    """A base as pretrained models are stored: it trains and is tested, with the losses of float32 but for rounding."""
+    weights = dict.fromkeys(("text", "planner", "posterior", "usage", "bag", "rate", "commitment"), 0.1) | {"text": 1.0}
+    options = {"types": TYPES, "weights": weights, "warmup_steps": 0, "lr": 1e-3, **DRAWN, "sampler": sampler}
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        losses, module = Losses(), ConceptPlannerExecutorModule(causal(tiny_oracle).to(dtype), **options)
+        trainer = quiet_trainer(2, callbacks=[losses], val_check_interval=2)
+        trainer.fit(module, tiny_oracle)
+        found.append(losses.seen)
+    trainer.test(module, tiny_oracle, verbose=False)
+    dtypes = {name.startswith("model.backbone."): p.dtype for name, p in module.named_parameters()}
+    assert dtypes == {True: torch.bfloat16, False: torch.float32}
+    full, half = map(torch.tensor, found)
+    torch.testing.assert_close(half, full, rtol=0.1, atol=0.01)
+    assert not torch.equal(half, full)
