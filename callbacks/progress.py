@@ -1,4 +1,7 @@
-"""One progress bar for a stage, with rate and time left; where the output goes to a file, a line every tenth."""
+"""One progress bar for a stage, with rate and time left; where the output goes to a file, a line every tenth.
+
+A stage that will take long also says so after its first steps.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,6 +11,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+FIRST_ESTIMATE = 2  # steps after which a long stage says how long it will take
+LONG = 600.0  # seconds
 
 
 class StageProgress(ProgressBar):
@@ -88,11 +94,13 @@ class StageProgress(ProgressBar):
         elapsed = time.monotonic() - self._started
         rate = (done - self._first) / max(elapsed, 1e-9)
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, rate=f"{rate:.1f}/s", metrics=metrics())
-        elif done * 10 // self._total > self._printed:
+            self._progress.update(self._task, completed=done, rate=_rate(rate), metrics=metrics())
+            return
+        left = (self._total - done) / max(rate, 1e-9)
+        early = done == self._first + FIRST_ESTIMATE and left >= LONG
+        if early or done * 10 // self._total > self._printed:
             self._printed = done * 10 // self._total
-            left = (self._total - done) / max(rate, 1e-9)
-            line = f"{self._title}: {done}/{self._total}, {rate:.1f}/s, {_clock(elapsed)} gone, {_clock(left)} left"
+            line = f"{self._title}: {done}/{self._total}, {_rate(rate)}, {_clock(elapsed)} gone, {_clock(left)} left"
             self.console.print(f"{line}  {metrics()}", highlight=False, soft_wrap=True)
 
     def _close(self) -> None:
@@ -106,6 +114,11 @@ def _named(name: str, value: float) -> str:
     if name.endswith("_per_s"):
         return f"{name.removeprefix('speed/').removesuffix('_per_s')}/s {value:,.0f}"
     return f"{name.removeprefix('speed/')} {value:.3f}"
+
+
+def _rate(rate: float) -> str:
+    """Steps a second, or seconds each where they take longer."""
+    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
 
 
 def _clock(seconds: float) -> str:

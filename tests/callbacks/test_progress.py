@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import callbacks.progress
 from callbacks.progress import StageProgress
 
-LINE = re.compile(r"(\w[\w ]*): (\d+)/(\d+), ([\d.]+)/s, (\d+:\d\d) gone, (\d+:\d\d) left")
+LINE = re.compile(r"(\w[\w ]*): (\d+)/(\d+), ([\d.]+)(?:/s| s each), (\d+:\d\d) gone, (\d+:\d\d) left")
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_ten_lines_with_rate_and_time_left(clock):
     lines = out.getvalue().splitlines()
     found = [LINE.match(line).groups() for line in lines]
     assert [int(done) for _, done, *_ in found] == list(range(25, 251, 25))
-    assert found[0] == ("teacher", "25", "250", "0.5", "0:50", "7:30")
-    assert found[-1] == ("teacher", "250", "250", "0.5", "8:20", "0:00")
+    assert found[0] == ("teacher", "25", "250", "2.0", "0:50", "7:30")
+    assert found[-1] == ("teacher", "250", "250", "2.0", "8:20", "0:00")
     assert all("train/loss 1.250" in line and "v_num" not in line for line in lines)
 
 
@@ -66,12 +66,32 @@ def test_a_short_stage_prints_at_most_ten_lines_and_always_its_last(clock, steps
     assert done == sorted(set(done))
 
 
+def test_a_long_stage_says_so_after_its_first_steps(clock):
+    progress, out = bar()
+    train(progress, clock, 400)
+    found = [LINE.match(line).groups() for line in out.getvalue().splitlines()]
+    assert found[0] == ("teacher", "2", "400", "2.0", "0:04", "13:16")
+    assert [int(done) for _, done, *_ in found[1:]] == list(range(40, 401, 40))
+    progress, out = bar()
+    train(progress, clock, 100, start=10, seconds=60.0)
+    assert LINE.match(out.getvalue()).groups() == ("teacher", "12", "100", "60.0", "2:00", "88:00")
+
+
+def test_a_rate_is_in_steps_a_second_or_in_seconds(clock):
+    progress, out = bar()
+    train(progress, clock, 10, seconds=0.25)
+    assert "4.0/s" in out.getvalue()
+    progress, out = bar()
+    train(progress, clock, 10, seconds=28.0)
+    assert "28.0 s each" in out.getvalue()
+
+
 def test_a_resumed_stage_goes_on_at_its_count_and_its_rate_is_that_of_the_new_steps(clock):
     progress, out = bar()
     train(progress, clock, 100, start=65)
     found = [LINE.match(line).groups() for line in out.getvalue().splitlines()]
     assert [int(done) for _, done, *_ in found] == [70, 80, 90, 100]
-    assert found[0] == ("teacher", "70", "100", "0.5", "0:10", "1:00")  # 70 steps in 10 seconds would be 7 a second
+    assert found[0] == ("teacher", "70", "100", "2.0", "0:10", "1:00")  # 70 steps in 10 seconds would be 7 a second
 
 
 def test_batches_that_move_no_weight_do_not_count(clock):
@@ -79,7 +99,7 @@ def test_batches_that_move_no_weight_do_not_count(clock):
     train(progress, clock, 20, batches=4)
     found = [LINE.match(line).groups() for line in out.getvalue().splitlines()]
     assert [int(done) for _, done, *_ in found] == list(range(2, 21, 2))
-    assert {rate for _, _, _, rate, *_ in found} == {"0.5"}
+    assert {rate for _, _, _, rate, *_ in found} == {"2.0"}
 
 
 def test_no_time_at_all_and_no_batches_at_all_divide_by_nothing(clock):
@@ -103,7 +123,7 @@ def test_testing_counts_batches_of_all_loaders(clock):
     progress.on_test_epoch_end(trainer, None)
     found = [LINE.match(line).groups() for line in out.getvalue().splitlines()]
     assert [(done, total) for _, done, total, *_ in found] == [(str(n), "5") for n in range(1, 6)]
-    assert found[1][3:] == ("0.2", "0:08", "0:12")
+    assert found[1][3:] == ("4.0", "0:08", "0:12")
 
 
 def test_a_disabled_bar_says_nothing(clock):
