@@ -52,7 +52,7 @@ def check_options(cfg: DictConfig) -> None:
     if isinstance(interval, int | float) and interval <= 0:
         raise UsageError(
             f"trainer.val_check_interval={interval} must be at least 1 step; to leave validation out type "
-            "+trainer.limit_val_batches=0"
+            "trainer.limit_val_batches=0"
         )
     for group in PARTS:
         parts = OmegaConf.select(cfg, group, default={})

@@ -27,7 +27,7 @@ FAST = [
     "logger=none",
     "trainer.max_steps=2",
     "module.lr=1e-2",
-    "+trainer.limit_test_batches=1",
+    "trainer.limit_test_batches=1",
 ]
 
 

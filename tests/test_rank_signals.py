@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = 240
 RUN = [
     "experiment=objectives", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", f"trainer.max_steps={STEPS}",
-    "+trainer.limit_val_batches=0", "logger=none", "data.size=tiny", "data.train_rows=64", "data.val_rows=16",
+    "trainer.limit_val_batches=0", "logger=none", "data.size=tiny", "data.train_rows=64", "data.val_rows=16",
     "data.test_rows=16", "data.batch_size=8", "data.eval_batch_size=8", "module.forwards=[1]", "model.hidden_size=16",
     "model.num_hidden_layers=1", "model.intermediate_size=16", "callbacks.probe=null",
     "callbacks.checkpoint.every_n_train_steps=20", "paths.output_dir=out", "paths.cache_dir=cache",

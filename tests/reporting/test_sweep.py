@@ -30,7 +30,7 @@ def note(
 @pytest.fixture
 def sweep(tmp_path):
     """Four runs: the second is best by its loss, the third failed, the last has no value. Strangers' job.json beside them."""
-    base = ["experiment=objectives", "+trainer.limit_val_batches=1"]
+    base = ["experiment=objectives", "trainer.limit_val_batches=1"]
     for number, (lr, value, failed) in enumerate(
         [(0.1, 0.5, None), (0.01, 0.25, None), (9, None, "lr"), (1, None, None)]
     ):
