@@ -115,6 +115,27 @@ def test_next_token_by_hand():
     assert torch.equal(objective.text_nll(model, batch, draw()), found)
 
 
+def test_one_head_is_next_token_prediction_and_none_is_refused():
+    batch, model = packed_batch(3, 8), ToyCausal()
+    one, own = MultiToken(1), NextToken()
+    one.attach(model), own.attach(model)
+    found, wanted = (objective(model, batch, torch.Generator().manual_seed(0)) for objective in (one, own))
+    assert found.loss.item() == pytest.approx(wanted.loss.item())
+    assert len(one.heads) == 0
+    with pytest.raises(UsageError, match=r"module\.objective\.n=0 must be at least 1"):
+        MultiToken(0)
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_further_heads_are_at_least_float32(stored, kept):
+    objective = MultiToken(2)
+    objective.attach(ToyCausal().to(stored))
+    assert {p.dtype for p in objective.parameters()} == {kept}
+
+
 def test_multi_token_by_hand():
     objective, model = made("multi_token")
     out = objective(model, pair_batch(), draw())

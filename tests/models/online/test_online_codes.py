@@ -84,3 +84,26 @@ def test_drawn_codes_have_the_distribution_of_their_logits_over_the_noise(noise)
     expected = n * (logits / noise).softmax(-1)
     counts, expected = drawn.bincount(minlength=5).numpy(), expected.double().numpy()
     assert chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["gumbel_st", "fsq", "ema_vq"])
+def test_the_distance_of_a_code_pulls_the_code_alone(sampler):
+    """The state that it is measured to is a constant: it gets a gradient only through the choice of the code."""
+    torch.manual_seed(0)
+    codes = build_codes(sampler, 6, 8, 0.5, dtype=torch.float64)
+    if sampler == "ema_vq":
+        torch.nn.init.normal_(codes.space.codes)
+    codes.double()
+    hidden, ones = torch.randn(3, 4, 6, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64)
+    gradients = []
+    for detached in (True, False):
+        own = hidden.clone().requires_grad_()
+        coded = codes(own, ones, quantisation=1.0)
+        to = hidden if detached else own
+        by_hand = (coded.embeds - to).square().mean(-1) / hidden.square().mean(-1)
+        assert_close(by_hand, coded.error)
+        gradients.append(
+            [torch.autograd.grad(part.sum(), own, retain_graph=True)[0] for part in (coded.error, by_hand)]
+        )
+    assert_close(*gradients[0])
+    assert (gradients[1][0] - gradients[1][1]).abs().max() > 1e-3

@@ -79,3 +79,13 @@ def test_the_decision_of_the_whole_model_trains_its_layers():
         if reached:
             probability.backward()
             assert level.hidden.grad.abs().max() > 0
+
+
+def test_a_state_s_parts_are_apart():
+    """Writing one of them for some rows leaves the others as they are."""
+    state = Router(4, 3).start(2, torch.device("cpu"), torch.float32)
+    for name in ("since", "total", "position"):
+        fresh = Router(4, 3).start(2, torch.device("cpu"), torch.float32)
+        getattr(fresh, name)[0] = 5
+        for other in ("since", "total", "position"):
+            assert (getattr(fresh, other) == getattr(state, other)).all() == (other != name)
