@@ -27,6 +27,8 @@ OWN = {
     "recompute": bool,
     "licence": str | None,
 }
+MOST = {"seed": 2**32 - 1}  # of numpy's generator
+LARGEST = 2**63 - 1  # of a whole number in a tensor
 # what Lightning itself does not refuse
 LEAST = {
     "seed": 0,
@@ -44,10 +46,7 @@ def check_options(cfg: DictConfig) -> None:
     for name, kind in OWN.items():
         if name in cfg:
             _check(name, cfg[name], kind)
-    for option, least in LEAST.items():
-        value = OmegaConf.select(cfg, option)
-        if isinstance(value, int) and value < least:
-            raise UsageError(f"{option}={value} must be at least {least}")
+    _require_bounds(cfg)
     interval = OmegaConf.select(cfg, "trainer.val_check_interval")
     if isinstance(interval, int | float) and interval <= 0:
         raise UsageError(
@@ -68,6 +67,32 @@ def check_options(cfg: DictConfig) -> None:
         for key in node:
             if (wanted := kinds.get(str(key))) and not OmegaConf.is_missing(node, key) and not _is_built(node[key]):
                 _check(f"{prefix}{key!s}", node[key], wanted)
+
+
+def _require_bounds(cfg: DictConfig) -> None:
+    """Raise UsageError for the first whole number that is too small or too large for what it is for, or for 64 bits."""
+    for option, least in LEAST.items():
+        value = OmegaConf.select(cfg, option)
+        if isinstance(value, int) and value < least:
+            raise UsageError(f"{option}={value} must be at least {least}")
+    for option, value in _values(cfg, ""):
+        most = MOST.get(option, LARGEST)
+        if isinstance(value, int) and abs(value) > most:
+            raise UsageError(f"{option}={value} must be at most {most}")
+
+
+def _values(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every value of the configuration but Hydra's own, with where it stands; those of a list stand where the list does."""
+    if OmegaConf.is_dict(node):
+        for name in node:
+            if not (prefix == "" and name == "hydra") and not OmegaConf.is_missing(node, name):
+                yield from _values(node[name], f"{prefix}{name!s}.")
+    elif OmegaConf.is_list(node):
+        for k in range(len(node)):
+            if not OmegaConf.is_missing(node, k):
+                yield from _values(node[k], prefix)
+    else:
+        yield prefix.removesuffix("."), node
 
 
 def _constructed(node: DictConfig, prefix: str) -> Iterator[tuple[str, DictConfig]]:

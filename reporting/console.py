@@ -16,6 +16,8 @@ from rich.markup import escape
 from models.functional.errors import UsageError
 from reporting.command import command, option, shell
 
+# torch's on a CPU and on a GPU, numpy's
+OUT_OF_MEMORY = re.compile(r"(?:ried to allocate|Unable to allocate) ([\d.]+) (\w+)")
 DEAD_WORKER = re.compile(r"DataLoader worker.*(exited unexpectedly|is killed by signal)")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,6 +46,11 @@ def sentence_for(error: BaseException) -> str | None:
                 "a process that loads data has died, often because memory ran out; type data.num_workers=0, or fewer workers, "
                 "and ckpt_path=last to go on from the last checkpoint"
             )
+        if (asked := _asked_memory(cause)) is not None:
+            return (
+                f"memory ran out{asked}; type a smaller data.batch_size (with trainer.accumulate_grad_batches a step has as "
+                "many rows), fewer rows or smaller sizes of the model"
+            )
         if isinstance(cause, OSError) and cause.errno in FULL:
             return (
                 f"no space is left to write{f' {cause.filename}' if cause.filename else ''} ({cause.strerror}); free some, "
@@ -56,6 +63,18 @@ def sentence_for(error: BaseException) -> str | None:
                 return f"{option}: {inner}"
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _asked_memory(error: BaseException) -> str | None:
+    """Of an error about too little memory, what was asked for, where it says so; None for any other error."""
+    if not isinstance(error, RuntimeError | MemoryError):
+        return None
+    found = OUT_OF_MEMORY.search(str(error))
+    if found is None:
+        return "" if isinstance(error, MemoryError) else None
+    size, unit = found.groups()
+    asked = f"{int(size) / 2**30:,.1f} GiB" if unit == "bytes" else f"{size} {unit}"
+    return f" ({asked} were asked for at once)"
 
 
 def print_error(sentence: str) -> None:

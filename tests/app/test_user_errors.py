@@ -1,6 +1,7 @@
 """What cannot work is refused by a sentence that names it, before any long work."""
 
 import pytest
+import torch
 from helpers.experiment import FLOWS, SMALL
 from hydra.core.global_hydra import GlobalHydra
 
@@ -93,7 +94,35 @@ MISTAKES = [  # of the main job where no experiment is named
         "type model.attention=causal or model.attention=bidirectional",
     ),
     (["recompute=maybe"], "recompute=maybe should be a valid boolean"),
+    (["seed=4294967296"], "seed=4294967296 must be at most 4294967295"),
+    (["seed=-1"], "seed=-1 must be at least 0"),
+    (
+        ["data.train_rows=9223372036854775808"],
+        "data.train_rows=9223372036854775808 must be at most 9223372036854775807",
+    ),
+    (["module.forwards=[1,100000000000000000000]"], "module.forwards=100000000000000000000 must be at most"),
+    (["data.train_rows=1000000000000000"], "memory ran out ("),
 ]
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total"),
+            " (20.00 MiB were",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5368709120 bytes."),
+            " (5.0 GiB were",
+        ),
+        (MemoryError("Unable to allocate 7.11 PiB for an array"), " (7.11 PiB were"),
+        (MemoryError(), ";"),
+    ],
+)
+def test_too_little_memory_is_named(error, asked):
+    assert sentence_for(error).startswith(f"memory ran out{asked}")
+    assert sentence_for(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 def test_a_damaged_checkpoint_is_refused_before_any_work(configure, tmp_path):
