@@ -67,7 +67,7 @@ def build_online(
     backbone: nn.Module, growth: str, compression: float, args: argparse.Namespace, prompt: Tensor
 ) -> OnlineConceptModel:
     """A model on the same weights. Rate control brings a learned router to the wanted rate."""
-    options = {"codes": args.codes, "growth": growth, "compression": compression}
+    options = {"codes": args.codes, "growth": growth, "compression": compression, "attention": args.attention}
     model = OnlineConceptModel(backbone, split=list(args.split), **options).to(prompt.device).eval()
     router = model.stack.router
     with torch.no_grad():
@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--growth", nargs="+", choices=("fixed", "null", "autoregressive", "accumulate"), default=["fixed"]
     )
+    parser.add_argument("--attention", choices=("sdpa", "flex"), default="sdpa", help="of the deep layers")
     args = parser.parse_args(argv)
     if min(args.compression) <= 1 or args.width % 128:
         parser.error("--compression has to be above 1, and --width a multiple of 128")

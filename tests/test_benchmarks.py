@@ -277,3 +277,23 @@ def test_a_script_runs_from_the_command_line():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert "--json" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_measurement_for_a_gpu_works(tmp_path):
+    """At the smallest sizes on the CPU, so that none fails for the first time where a GPU is."""
+    ran = subprocess.run(
+        ["bash", str(FOLDER / "gpu.sh"), str(tmp_path)],
+        env={**os.environ, "SHORT": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    summary = (tmp_path / "summary.txt").read_text()
+    assert ran.returncode == 0, summary
+    names = [line.split(":")[0] for line in summary.splitlines()]
+    assert len(names) == len(set(names)) == 8
+    assert all(": done (" in line for line in summary.splitlines())
+    for name in names[:6]:
+        assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    broken = subprocess.run(["bash", str(FOLDER / "gpu.sh")], capture_output=True, text=True, check=False)
+    assert broken.returncode == 2
+    assert "gpu.sh FOLDER" in broken.stdout
