@@ -19,12 +19,14 @@ from reporting.record import build_record, write_record
 from reporting.samples import print_samples, samples_markdown
 from reporting.sentences import in_words
 from reporting.table import markdown_table, results_table, split_rows
+from reporting.tpf_figure import aup_of, tpf_curves, tpf_figure
 
 
 class FrontierReport(Callback):
     """Writes record.json and frontier.png to `folder`, prints the table, and sends all of it to TensorBoard.
 
-    Of q*, alpha.png as well: both divergences over α.
+    Where a method has several decoders, tpf.png as well: quality over tokens per forward pass. Of q*, alpha.png: both
+    divergences over α.
 
     experiment, config: of the run, for its record. samples: how many texts of each decoder to print.
     """
@@ -61,7 +63,7 @@ class FrontierReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
-        figures = pl_module.model_figures()
+        known_of_model = pl_module.model_figures()
         parts = pl_module.record_parts()
         known = [pl_module.decoder_figures(k) for k in range(len(self._decoders))]
         rows = (
@@ -75,17 +77,23 @@ class FrontierReport(Callback):
             self._row(k, data.scorer(rows, texts), texts, passes[k], known[k], data)
             for k, texts in enumerate(responses)
         ]
-        if figures:
-            table_rows.append(_model_row(pl_module, figures))
+        if known_of_model:
+            table_rows.append(_model_row(pl_module, known_of_model))
         seed = int(getattr(pl_module, "seed", 0))
         self.record = build_record(self.experiment, seed, pl_module.device, self.config, data.facts(), table_rows)
         self.record |= parts
-        figure, alpha = quality_figure(self.record), alpha_figure(self.record)
+        if (aup := aup_of(self.record)) is not None:
+            self.record["aup"] = aup
+        drawn = {
+            "frontier": quality_figure(self.record),
+            "tpf": tpf_figure(tpf_curves([self.record])),
+            "alpha": alpha_figure(self.record),
+        }
+        figures = {name: figure for name, figure in drawn.items() if figure is not None}
         if not trainer.fast_dev_run:
             write_record(self.record, self.folder / "record.json")
-            figure.savefig(self.folder / "frontier.png", dpi=130)
-            if alpha is not None:
-                alpha.savefig(self.folder / "alpha.png", dpi=130)
+            for name, figure in figures.items():
+                figure.savefig(self.folder / f"{name}.png", dpi=130)
         texts = self._texts(data, rows, responses) if rows else []
         console = report_console()
         print_samples(console, texts)
@@ -97,9 +105,8 @@ class FrontierReport(Callback):
         tables = "\n\n".join(markdown_table(part) for part in split_rows(self.record))
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_figure"):
-                logger.experiment.add_figure("frontier", figure, trainer.global_step)
-                if alpha is not None:
-                    logger.experiment.add_figure("alpha", alpha, trainer.global_step)
+                for name, figure in figures.items():
+                    logger.experiment.add_figure(name, figure, trainer.global_step)
                 logger.experiment.add_text("results", tables, trainer.global_step)
                 logger.experiment.add_text("samples", samples_markdown(texts), trainer.global_step)
                 logger.log_hyperparams(hyperparameters(self.config), headline(self.record))

@@ -34,7 +34,14 @@ def in_words(record: dict[str, Any]) -> list[str]:
     reference = data.get("reference_slot_accuracy")
     if reference is not None:
         sentences.append(f"Slot accuracy of the human references, exact wording: {_percent(reference)}.")
-    sentences += [*_prompted(rows), *_likelihoods(rows), *_one_alpha(record), *_judged(rows), *_speed(rows)]
+    sentences += [
+        *_prompted(rows),
+        *_likelihoods(rows),
+        *_one_alpha(record),
+        *_judged(rows),
+        *_parallel(record),
+        *_speed(rows),
+    ]
     conclusion = summary(rows)
     return sentences if conclusion is None else [*sentences, conclusion]
 
@@ -182,6 +189,15 @@ def _judged(rows: list[Row]) -> list[str]:
         if parts
         else []
     )
+
+
+def _parallel(record: dict[str, Any]) -> list[str]:
+    """One sentence: accuracy under parallelism of each method with several decoders."""
+    aup = record.get("aup")
+    if not aup:
+        return []
+    methods = ", ".join(f"{method} {value:.1f}" for method, value in aup["methods"].items())
+    return [f"AUP, the weighted area under {aup['quality'].replace('_', ' ')} over tokens per forward pass: {methods}."]
 
 
 def _likelihoods(rows: list[Row]) -> list[str]:

@@ -78,7 +78,7 @@ def test_record_has_every_key_of_the_schema_and_is_valid_json(tmp_path, tiny_ora
     report, _ = compare(tmp_path / "run", tiny_oracle)
     text = (tmp_path / "run" / "record.json").read_text()
     record = json.loads(text, parse_constant=refuse)
-    assert tuple(record) == ("format", *KEYS)
+    assert tuple(record) == ("format", *KEYS, "aup")
     assert record == json.loads(json.dumps(report.record))
     assert record["config"] == {"seed": 5, "module": {"lr": 0.1}}
     assert (record["experiment"], record["seed"]) == ("trial", 5)
