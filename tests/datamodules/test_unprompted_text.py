@@ -8,6 +8,7 @@ from torch import Generator
 
 from datamodules.unprompted_text import UnpromptedTextDataModule, token_counts
 from models.functional.errors import UsageError
+from models.functional.generated_text import TextNats
 
 TEXTS = [f"Story {k}: the cat saw {k * k} dogs.\n" for k in range(60)]
 COLUMNS = {"input_ids", "attention_mask", "response_mask", "target_bytes"}
@@ -87,14 +88,13 @@ def test_the_score_of_the_test_rows_has_variety_and_what_the_judge_says(build):
     class Even:
         """Every token equally likely."""
 
+        tokenizer = build().tokenizer
+
         def __call__(self, texts):
-            return torch.full((len(texts), texts.shape[1] - 1), 2.0)
+            counted = torch.tensor([sum(text.counts) for text in texts])
+            return TextNats(2.0 * counted, counted)
 
-        def require_vocabulary(self, tokenizer):
-            self.asked = tokenizer
-
-    data = build(judge=(judge := Even()))
-    assert judge.asked is data.tokenizer
+    data = build(judge=Even())
     rows = data.rows["test"].columns
     score = data.scorer(rows, rows["input_ids"])
     assert score.quality["judge_perplexity"] == pytest.approx(torch.tensor(2.0).exp().item())
