@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class FrontierReport(Callback):
         self._seconds: dict[int, list[float]] = defaultdict(list)
         self._decoders: list[Any] = []
         self._flops: list[float | None] = []
+        self._single: list[Any] = []
         self._peaks: dict[int, list[int | None]] = defaultdict(list)
         self._passes: dict[int, list[Tensor]] = defaultdict(list)
 
@@ -55,6 +57,7 @@ class FrontierReport(Callback):
         if not self._decoders:
             self._decoders = [result.decoder for result in outputs["results"]]
             self._flops = [result.flops_per_token for result in outputs["results"]]
+            self._single = [result.single for result in outputs["results"]]
         for k, result in enumerate(outputs["results"]):
             self._responses[k].append(result.responses.cpu())
             self._seconds[k].append(result.seconds)
@@ -118,6 +121,10 @@ class FrontierReport(Callback):
         decoder, seconds = self._decoders[k], self._seconds[k]
         counts = [r.numel() if data.end_padding else int(until_end(r, ends).sum()) for r in self._responses[k]]
         warm = slice(1, None) if len(seconds) > 1 else slice(None)  # the first batch pays for warming up
+        batch, single = len(self._responses[k][0]), self._single[k]
+        # of a batch the text with the most forward passes decides; the last batch may be a smaller one
+        whole = [n for n, r in enumerate(self._responses[k]) if len(r) == batch]
+        warm_whole = whole[1:] or whole
         return {
             "method": decoder.method,
             "decoder": decoder.name,
@@ -130,7 +137,11 @@ class FrontierReport(Callback):
                 "tokens_per_s": sum(counts[warm]) / sum(seconds[warm]) if decoder.forwards else None,
                 "flops_per_token": self._flops[k],
                 "peak_memory_bytes": max((peak for peak in self._peaks[k] if peak is not None), default=None),
-                "batch": len(self._responses[k][0]),
+                "batch": batch,
+                "seconds_per_batch": fmean(seconds[n] for n in warm_whole) if decoder.forwards else None,
+                "nfe_per_batch": fmean(int(self._passes[k][n].max()) for n in whole) if decoder.forwards else None,
+                "seconds_alone": None if single is None else single.seconds,
+                "first_token_seconds": None if single is None else single.first_token_seconds,
                 **known["cost"],
             },
             "n_samples": len(responses),

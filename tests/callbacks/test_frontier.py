@@ -36,3 +36,7 @@ def test_rows_of_commit_rules_have_the_mean_of_their_passes(tiny_llada, tiny_ora
     assert read_record(tmp_path / "record.json")["aup"] == curve
     assert set(curve["methods"]) == {"teacher"}
     assert (tmp_path / "tpf.png").stat().st_size > 1000
+    # a batch takes as many passes as its text with the most, a text alone its own
+    assert threshold["cost"]["nfe_per_batch"] >= threshold["nfe"]
+    assert whole["cost"]["nfe_per_batch"] == 1
+    assert threshold["cost"]["seconds_alone"] > 0
