@@ -12,7 +12,6 @@ TITLES = {"validity_part": "validity, part of the plan prompted", "validity_none
 PREFERRED = ("validity", "exact_match", "slot_accuracy", "bleu", "judge_perplexity", "text_entropy")
 UNBOUNDED = ("bleu", "judge_perplexity", "text_entropy")
 LOWER_IS_BETTER = ("judge_perplexity",)
-STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 
 
 def quality_figure(record: dict[str, Any]) -> Figure:

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from models.functional.errors import UsageError
-from reporting.figure import PREFERRED, STUDENT_COLOURS, STYLE, scale_quality
+from reporting.figure import PREFERRED, STYLE, scale_quality
 from reporting.intervals import half_width
 from reporting.learning_figure import learning_curves, learning_figure
 from reporting.rate_figure import rate_figure
@@ -31,6 +31,7 @@ from reporting.tpf_figure import aup_sentences, tpf_curves, tpf_figure
 COLUMN = {column.name: column for column in COLUMNS}
 # of these the worst seed is shown, for their mean has no meaning
 WORST = {"g_test_p": min, "max_enumeration_error": max}
+STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Quality against tokens per forward pass (TPF), and the area under it (AUP), of one run or of all runs of `mode=report`."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from reporting.figure import LOWER_IS_BETTER, PREFERRED, STUDENT_COLOURS, STYLE, TITLES, scale_quality
+from reporting.figure import LOWER_IS_BETTER, PREFERRED, STYLE, TITLES
 from reporting.intervals import half_width
 from reporting.parallelism import Point, accuracy_under_parallelism, not_dominated
 from reporting.record import newest_rows
@@ -19,6 +20,7 @@ PERCENT = {
     "slot_accuracy": 100.0,
     "bleu": 1.0,
 }  # accuracy -> its factor to percent
+FURTHER_COLOURS = ("#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")  # of further curves of a method
 COMPARED = ("teacher", "student")  # methods whose decoders generate with a network
 
 
@@ -118,35 +120,34 @@ def tpf_figure(curves: list[TpfCurve]) -> Figure | None:
     figure = Figure(figsize=(6.4 * len(corpora), 4.8), layout="constrained")
     for axis, corpus in zip(figure.subplots(1, len(corpora), squeeze=False)[0], corpora, strict=True):
         own = [curve for curve in curves if curve.corpus == corpus]
-        students = 0
+        further = itertools.cycle(FURTHER_COLOURS)
+        drawn: set[str] = set()
         for curve in own:
             marker, colour = STYLE[curve.method]
-            if curve.method == "student":
-                colour = STUDENT_COLOURS[students % len(STUDENT_COLOURS)]
-                students += 1
-            _draw(axis, curve, marker[0], colour)
+            _draw(axis, curve, marker[0], next(further) if curve.method in drawn else colour)
+            drawn.add(curve.method)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("generated tokens per forward pass (TPF)")
         axis.set_ylabel(_title(own[0]))
         axis.set_title(corpus, fontsize=11)
-        scale_quality(axis, own[0].quality)
+        axis.set_yscale("log" if own[0].quality in LOWER_IS_BETTER else "linear")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.25)
     return figure
 
 
 def _draw(axis: Any, curve: TpfCurve, marker: str, colour: str) -> None:
-    points = curve.points()
-    written = curve.aup_written()
+    points, front, written = curve.points(), curve.front(), curve.aup_written()
     label = f"{curve.experiment}, {curve.method}{f': AUP {written}' if written else ''}"
-    axis.plot(*zip(*curve.front(), strict=True), "-", color=colour, linewidth=1)
-    axis.plot(
-        *zip(*points.values(), strict=True), marker, color=colour, label=label, markersize=9 if marker == "*" else 5
-    )
+    style = {"color": colour, "markersize": 9 if marker == "*" else 4, "label": label}
+    axis.plot(*zip(*front, strict=True), "-", color=colour, linewidth=1)
+    axis.plot(*zip(*points.values(), strict=True), marker, **style)
     for (decoder, nfe), point in points.items():
-        name = decoder.removeprefix(f"{curve.method}, ") + (f", NFE {nfe}" if nfe else "")
-        axis.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=5, color=colour)
+        if point in front:
+            name = decoder.removeprefix(f"{curve.method}, ") + (f", NFE {nfe}" if nfe else "")
+            where = {"xytext": (2, -3), "textcoords": "offset points", "rotation": -50, "ha": "left", "va": "top"}
+            axis.annotate(name, point, fontsize=6, color=colour, rotation_mode="anchor", **where)
 
 
 def _title(curve: TpfCurve) -> str:
