@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from reporting.record import build_record, write_record
 from reporting.samples import print_samples, samples_markdown
 from reporting.sentences import in_words
 from reporting.table import markdown_table, results_table, split_rows
+from reporting.tpf_figure import aup_of, tpf_curves, tpf_figure
 
 
 class FrontierReport(Callback):
     """Writes record.json and frontier.png to `folder`, prints the table, and sends all of it to TensorBoard.
 
-    Of q*, alpha.png as well: both divergences over α.
+    Where a method has several decoders, tpf.png as well: quality over tokens per forward pass. Of q*, alpha.png: both
+    divergences over α.
 
     experiment, config: of the run, for its record. samples: how many texts of each decoder to print.
     """
@@ -40,6 +43,7 @@ class FrontierReport(Callback):
         self._seconds: dict[int, list[float]] = defaultdict(list)
         self._decoders: list[Any] = []
         self._flops: list[float | None] = []
+        self._single: list[Any] = []
         self._peaks: dict[int, list[int | None]] = defaultdict(list)
         self._passes: dict[int, list[Tensor]] = defaultdict(list)
 
@@ -53,6 +57,7 @@ class FrontierReport(Callback):
         if not self._decoders:
             self._decoders = [result.decoder for result in outputs["results"]]
             self._flops = [result.flops_per_token for result in outputs["results"]]
+            self._single = [result.single for result in outputs["results"]]
         for k, result in enumerate(outputs["results"]):
             self._responses[k].append(result.responses.cpu())
             self._seconds[k].append(result.seconds)
@@ -61,7 +66,7 @@ class FrontierReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
-        figures = pl_module.model_figures()
+        known_of_model = pl_module.model_figures()
         parts = pl_module.record_parts()
         known = [pl_module.decoder_figures(k) for k in range(len(self._decoders))]
         rows = (
@@ -75,17 +80,23 @@ class FrontierReport(Callback):
             self._row(k, data.scorer(rows, texts), texts, passes[k], known[k], data)
             for k, texts in enumerate(responses)
         ]
-        if figures:
-            table_rows.append(_model_row(pl_module, figures))
+        if known_of_model:
+            table_rows.append(_model_row(pl_module, known_of_model))
         seed = int(getattr(pl_module, "seed", 0))
         self.record = build_record(self.experiment, seed, pl_module.device, self.config, data.facts(), table_rows)
         self.record |= parts
-        figure, alpha = quality_figure(self.record), alpha_figure(self.record)
+        if (aup := aup_of(self.record)) is not None:
+            self.record["aup"] = aup
+        drawn = {
+            "frontier": quality_figure(self.record),
+            "tpf": tpf_figure(tpf_curves([self.record])),
+            "alpha": alpha_figure(self.record),
+        }
+        figures = {name: figure for name, figure in drawn.items() if figure is not None}
         if not trainer.fast_dev_run:
             write_record(self.record, self.folder / "record.json")
-            figure.savefig(self.folder / "frontier.png", dpi=130)
-            if alpha is not None:
-                alpha.savefig(self.folder / "alpha.png", dpi=130)
+            for name, figure in figures.items():
+                figure.savefig(self.folder / f"{name}.png", dpi=130)
         texts = self._texts(data, rows, responses) if rows else []
         console = report_console()
         print_samples(console, texts)
@@ -97,9 +108,8 @@ class FrontierReport(Callback):
         tables = "\n\n".join(markdown_table(part) for part in split_rows(self.record))
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_figure"):
-                logger.experiment.add_figure("frontier", figure, trainer.global_step)
-                if alpha is not None:
-                    logger.experiment.add_figure("alpha", alpha, trainer.global_step)
+                for name, figure in figures.items():
+                    logger.experiment.add_figure(name, figure, trainer.global_step)
                 logger.experiment.add_text("results", tables, trainer.global_step)
                 logger.experiment.add_text("samples", samples_markdown(texts), trainer.global_step)
                 logger.log_hyperparams(hyperparameters(self.config), headline(self.record))
@@ -111,6 +121,10 @@ class FrontierReport(Callback):
         decoder, seconds = self._decoders[k], self._seconds[k]
         counts = [r.numel() if data.end_padding else int(until_end(r, ends).sum()) for r in self._responses[k]]
         warm = slice(1, None) if len(seconds) > 1 else slice(None)  # the first batch pays for warming up
+        batch, single = len(self._responses[k][0]), self._single[k]
+        # of a batch the text with the most forward passes decides; the last batch may be a smaller one
+        whole = [n for n, r in enumerate(self._responses[k]) if len(r) == batch]
+        warm_whole = whole[1:] or whole
         return {
             "method": decoder.method,
             "decoder": decoder.name,
@@ -123,7 +137,11 @@ class FrontierReport(Callback):
                 "tokens_per_s": sum(counts[warm]) / sum(seconds[warm]) if decoder.forwards else None,
                 "flops_per_token": self._flops[k],
                 "peak_memory_bytes": max((peak for peak in self._peaks[k] if peak is not None), default=None),
-                "batch": len(self._responses[k][0]),
+                "batch": batch,
+                "seconds_per_batch": fmean(seconds[n] for n in warm_whole) if decoder.forwards else None,
+                "nfe_per_batch": fmean(int(self._passes[k][n].max()) for n in whole) if decoder.forwards else None,
+                "seconds_alone": None if single is None else single.seconds,
+                "first_token_seconds": None if single is None else single.first_token_seconds,
                 **known["cost"],
             },
             "n_samples": len(responses),

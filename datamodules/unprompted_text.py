@@ -8,6 +8,7 @@ from torch import Tensor
 
 from datamodules.batch import TensorRows, pack_prompt_response
 from datamodules.controls import HeldOutText, UnigramText
+from datamodules.judged_text import JudgeOf, TextJudge
 from datamodules.loader import ResumableLoader
 from datamodules.packed_text import PackedTextDataModule
 from datamodules.packing import PackedRows, TokenStream
@@ -36,14 +37,14 @@ class WholeRows(PackedRows):
 class UnpromptedTextDataModule(PackedTextDataModule):
     """The options of `PackedTextDataModule`, and:
 
-    judge: texts (N, T) -> nats (N, T - 1), such as `models.backbones.judge.Judge`, or None.
+    judge: scores texts in its own tokens, such as `models.backbones.judge.Judge`, or None.
     max_eval_rows: at most this many rows of val and of test, evenly spread. Every decoder generates as many texts as there
         are test rows.
     """
 
     rows: dict[str, Any]  # train: WholeRows of an endless stream; val and test: TensorRows
 
-    def __init__(self, *, judge: Any = None, max_eval_rows: int | None = None, **options: Any) -> None:
+    def __init__(self, *, judge: TextJudge | None = None, max_eval_rows: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.judge, self.max_eval_rows = judge, max_eval_rows
         if self.document_mask:
@@ -59,9 +60,8 @@ class UnpromptedTextDataModule(PackedTextDataModule):
         super().setup(stage)
         if not self.rows:  # prompts alone
             return
-        if self.judge is not None:
-            self.judge.require_vocabulary(self.tokenizer)
-        self.scorer = TextScorer(self.judge)
+        ends = super().end_ids()
+        self.scorer = TextScorer(None if self.judge is None else JudgeOf(self.judge, self.tokenizer, ends))
         train = WholeRows(self.rows["train"].stream, self.sequence_length, document_mask=False, endless=True)
         self.rows = {"train": train, "val": self._held_out("val"), "test": self._held_out("test")}
 

@@ -217,7 +217,7 @@ class LeapModule(LightningModule):
         for k, decoder in enumerate([*self.decoders(), *self.trainer.datamodule.controls()]):
             # the same draws whenever the comparison is made
             generator = self.step_generator(batch_idx, stream=COMPARISON_STREAM + k, epoch=0)
-            results.append(measure_decoder(decoder, batch, generator, count_flops=batch_idx == 0))
+            results.append(measure_decoder(decoder, batch, generator, in_detail=batch_idx == 0))
         return {"results": results}
 
     # what follows is asked for after a test, on every rank

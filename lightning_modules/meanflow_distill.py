@@ -100,4 +100,4 @@ class MeanFlowDistillModule(LeapModule):
 
     def teacher_decoders(self) -> list[Decoder]:
         how = self.teacher_sampling
-        return [MaskedDiffusionDecoder(self.teacher, n, **how.options) for n in how.forwards]
+        return [MaskedDiffusionDecoder(self.teacher, n, **how.options | {"temperature": t}) for n, t in how.rows]

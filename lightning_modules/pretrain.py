@@ -22,13 +22,13 @@ from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_at_least
 from models.functional.next_token import EndIds, token_counts
 from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
-from models.interfaces.masked_sampling import MaskedSampling, Remasking
+from models.interfaces.masked_sampling import MaskedSampling, Remasking, temperature_name
 from models.interfaces.objective import Generation, Likelihood, Objective, Terms, TextObjective
 
 # streams of random draws, see `step_generator`
@@ -38,9 +38,9 @@ TRAINING_STREAM, VALIDATION_STREAM, LIKELIHOOD_STREAM = 0, 1, 2
 class PretrainModule(LeapModule):
     """model: the network; objective: (model, batch, generator) -> `Terms`.
 
-    forwards, temperature, remasking, guidance, block_length: `MaskedSampling`, which `trainer.test` compares. A model that
-    generates from left to right uses the temperature alone. commit_rules: {rule: values}, more rows of masked models, whose
-    forward passes follow the confidence (`models/diffusion/commit_rules.py`).
+    forwards, temperature, temperatures, remasking, guidance, block_length: `MaskedSampling`, which `trainer.test` compares. A
+    model that generates from left to right uses the temperatures alone. commit_rules: {rule: values}, more rows of masked
+    models, whose forward passes follow the confidence (`models/diffusion/commit_rules.py`), at rule_temperature.
     A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
     Validation logs `val/loss`, what is minimised, and `val/nll` (nats per token), `val/perplexity` and `val/bits_per_byte` of
     the batch's scored tokens; the names of an objective with an upper bound end in `_bound`. `val/nll_truth` is the corpus'
@@ -62,10 +62,12 @@ class PretrainModule(LeapModule):
         warmup_steps: int = 100,
         forwards: tuple[int, ...] = (1, 2, 4, 8, 16),
         temperature: float = 1.0,
+        temperatures: tuple[float, ...] = (),
         remasking: Remasking = "random",
         guidance: float = 0.0,
         block_length: int | None = None,
         commit_rules: dict[str, list[float]] | None = None,
+        rule_temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed, optimizer=optimizer)
@@ -74,11 +76,13 @@ class PretrainModule(LeapModule):
         self.sampling = masked_sampling(
             forwards=forwards,
             temperature=temperature,
+            temperatures=temperatures,
             remasking=remasking,
             guidance=guidance,
             block_length=block_length,
         )
-        self.rules = build_rules(commit_rules)
+        require_at_least(0, module__rule_temperature=rule_temperature)
+        self.rules, self.rule_temperature = build_rules(commit_rules), rule_temperature
         self.figures = ModelFigures()
         self.curve: dict[str, list[float]] = {}
         self.meter, self.truth_meter, self.token_weights = NllMeter(), NllMeter(), TokenWeights()
@@ -202,17 +206,24 @@ class PretrainModule(LeapModule):
         if one_by_one:
             data: Any = self.trainer.datamodule
             ends = None if data.end_padding else data.end_ids()
-            return [self.decoder(data, 1, self.sampling.temperature, ends)]
-        scheduled = [self.decoder(None, n, self.sampling.temperature) for n in self.sampling.forwards]
+            temperatures = (self.sampling.temperature, *self.sampling.temperatures)
+            return [self.decoder(data, 1, temperature, ends) for temperature in temperatures]
+        # a flow has no temperature
+        grid = [(n, t) for n, t in self.sampling.rows if self.generation == "masked" or t == self.sampling.temperature]
+        scheduled = [self.decoder(None, n, temperature) for n, temperature in grid]
         return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
 
     def _rule_decoders(self) -> list[Decoder]:
-        """A row for each of `commit_rules`, at temperature 0 as in the papers of these rules."""
+        """A row for each of `commit_rules`."""
         length, how = self.trainer.datamodule.response_length, self.sampling
-        return [
-            RuleDecoder(self.model, rule, length, block_length=how.block_length, guidance=how.guidance)
-            for rule in self.rules
-        ]
+        options: dict[str, Any] = {"block_length": how.block_length, "guidance": how.guidance}
+        decoders: list[Decoder] = []
+        for rule in self.rules:
+            decoder = RuleDecoder(self.model, rule, length, temperature=self.rule_temperature, **options)
+            if self.rule_temperature:
+                decoder.name += f", {temperature_name(self.rule_temperature)}"
+            decoders.append(decoder)
+        return decoders
 
     def decoder(self, data: Any, forwards: int, temperature: float, end_ids: EndIds = None) -> Decoder:
         """How the model answers prompts.

@@ -94,7 +94,7 @@ def say_where_things_are(
 
     typed: the options that name its model again; without any, only the files are listed. teacher: the student's.
     """
-    written = ["record.json", *(name for name in ("frontier.png", "alpha.png") if (folder / name).exists())]
+    written = ["record.json", *(name for name in ("frontier.png", "tpf.png", "alpha.png") if (folder / name).exists())]
     lines = {"record and figure": ", ".join(f"{folder}/{name}" for name in written)}
     lines["dashboard"] = f"tensorboard --logdir {shell(str(folder))}"
     if teacher is not None:

@@ -11,6 +11,7 @@ STYLE = {"teacher": ("o-", "#3b6ea5"), "student": ("*-", "#c8553d"), "control": 
 TITLES = {"validity_part": "validity, part of the plan prompted", "validity_none": "validity, no prompt"}
 PREFERRED = ("validity", "exact_match", "slot_accuracy", "bleu", "judge_perplexity", "text_entropy")
 UNBOUNDED = ("bleu", "judge_perplexity", "text_entropy")
+LOWER_IS_BETTER = ("judge_perplexity",)
 
 
 def quality_figure(record: dict[str, Any]) -> Figure:

@@ -24,8 +24,9 @@ from reporting.figure import PREFERRED, STYLE, scale_quality
 from reporting.intervals import half_width
 from reporting.learning_figure import learning_curves, learning_figure
 from reporting.rate_figure import rate_figure
-from reporting.record import find_records
+from reporting.record import find_records, newest_rows
 from reporting.table import COLUMNS, NFE, value_at, written
+from reporting.tpf_figure import aup_sentences, tpf_curves, tpf_figure
 
 COLUMN = {column.name: column for column in COLUMNS}
 # of these the worst seed is shown, for their mean has no meaning
@@ -58,17 +59,9 @@ class FrontierRow:
 
 def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
     """The records' rows, oldest record first, by corpus, experiment and decoder."""
-    newest: dict[tuple, dict] = {}
-    for record in records:
-        for row in record["rows"]:
-            # drafts are accepted or not, so that the count differs from seed to seed
-            measured = "speedup_vs_naive" in row["cost"] or isinstance(row["nfe"], float)
-            nfe = 0 if measured else row["nfe"]
-            key = (record["data"]["name"], record["experiment"], row["method"], row["decoder"], nfe)
-            newest[*key, record["seed"]] = row
     rows: dict[tuple, FrontierRow] = {}
     counted: dict[tuple, list[int]] = defaultdict(list)
-    for (*labels, _), row in newest.items():
+    for (*labels, _), row in newest_rows(records).items():
         key = tuple(labels)
         own = rows.setdefault(key, FrontierRow(*key))
         known = row | {"derived": _derived(row["quality"])}
@@ -166,10 +159,11 @@ def frontier_figure(rows: list[FrontierRow]) -> Figure:
 def report_frontier(folder: str | Path, console: Console, elsewhere: Iterable[Path] = ()) -> None:
     """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report.
 
-    learning.png shows validation likelihoods during training, where records have them. elsewhere: folders of further runs.
+    tpf.png shows quality against tokens per forward pass, whose area (AUP) stands below the tables. learning.png shows
+    validation likelihoods during training, where records have them. elsewhere: folders of further runs.
     """
     records = [record for _, record in find_records(folder, elsewhere)]
-    rows = frontier_rows(records)
+    rows, parallel = frontier_rows(records), tpf_curves(records)
     out = Path(folder) / "report"
     try:
         out.mkdir(exist_ok=True)
@@ -184,8 +178,13 @@ def report_frontier(folder: str | Path, console: Console, elsewhere: Iterable[Pa
     for own in tables:
         console.print(frontier_table(own, console.width))
     text = "\n\n".join(f"## {own[0].corpus}\n\n{frontier_markdown(own)}" for own in tables)
+    for corpus, sentence in aup_sentences(parallel).items():
+        console.print(f"{corpus}: {sentence}", highlight=False, soft_wrap=True)
+        text += f"\n\n{corpus}: {sentence}"
     (out / "frontier.md").write_text(text + "\n")
     figures = {"frontier": frontier_figure(rows)}
+    if (tpf := tpf_figure(parallel)) is not None:
+        figures["tpf"] = tpf
     if curves := learning_curves(records):
         figures["learning"] = learning_figure(curves)
     if (rate := rate_figure(rows)) is not None:

@@ -2,9 +2,11 @@
 
 {"format", "experiment", "commit", "seed", "device", "versions": {}, "config": {}, "data": {...}, "rows": [{"method",
 "decoder", "nfe", "quality": {}, "entropy", "distinct", "cost": {"tokens_per_forward", "tokens_per_s", "flops_per_token",
-"peak_memory_bytes", "batch"}, "n_samples", "ci95": {}}]}. A value that was not measured is null. nfe: number of function
-evaluations, the forward passes for one text. The row of a model itself also has "curve": {name: []}. A run of q* has
-"alpha_curve": {name: [] or figure}, see `AlphaCurve`. Records of earlier formats are read, too.
+"peak_memory_bytes", "batch", "seconds_per_batch", "nfe_per_batch", "seconds_alone", "first_token_seconds"}, "n_samples",
+"ci95": {}}]}. A value that was not measured is null. nfe: number of function evaluations, the forward passes for one text. The
+row of a model itself also has "curve": {name: []}. A run of q* has "alpha_curve": {name: [] or figure}, see `AlphaCurve`. A
+run that compares several decoders of one method has "aup": {"quality", "y_max", "methods": {method: AUP}}, see `tpf_figure`.
+Records of earlier formats are read, too.
 """
 
 import json
@@ -87,6 +89,22 @@ def find_records(folder: str | Path, elsewhere: Iterable[Path] = ()) -> list[tup
             f"no record.json below {folder}; run an experiment first: python run.py experiment=meanflow_llada"
         )
     return [(path, read_record(path)) for path in found]
+
+
+def newest_rows(records: Iterable[dict[str, Any]]) -> dict[tuple, dict[str, Any]]:
+    """{(corpus, experiment, method, decoder, NFE, seed): row} of records, oldest first.
+
+    A run repeated with the same seed replaces the earlier one. NFE is 0 where it was measured: it differs from seed to seed.
+    """
+    newest: dict[tuple, dict[str, Any]] = {}
+    for record in records:
+        for row in record["rows"]:
+            # drafts are accepted or not, and rules follow the confidence
+            measured = "speedup_vs_naive" in row["cost"] or isinstance(row["nfe"], float)
+            nfe = 0 if measured else row["nfe"]
+            labels = (record["data"]["name"], record["experiment"], row["method"], row["decoder"], nfe)
+            newest[*labels, record["seed"]] = row
+    return newest
 
 
 def current_commit() -> str | None:

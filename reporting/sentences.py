@@ -1,6 +1,11 @@
 """Sentences below the table of a run, made from the record's own numbers."""
 
+import re
+from collections import defaultdict
 from typing import Any
+
+from models.functional.generated_text import perplexity_at_entropy
+from reporting.table import nfe_cell
 
 Row = dict[str, Any]
 
@@ -34,7 +39,15 @@ def in_words(record: dict[str, Any]) -> list[str]:
     reference = data.get("reference_slot_accuracy")
     if reference is not None:
         sentences.append(f"Slot accuracy of the human references, exact wording: {_percent(reference)}.")
-    sentences += [*_prompted(rows), *_likelihoods(rows), *_one_alpha(record), *_judged(rows), *_speed(rows)]
+    sentences += [
+        *_prompted(rows),
+        *_likelihoods(rows),
+        *_one_alpha(record),
+        *_judged(rows),
+        *_at_equal_entropy(rows),
+        *_parallel(record),
+        *_speed(rows),
+    ]
     conclusion = summary(rows)
     return sentences if conclusion is None else [*sentences, conclusion]
 
@@ -182,6 +195,45 @@ def _judged(rows: list[Row]) -> list[str]:
         if parts
         else []
     )
+
+
+def _at_equal_entropy(rows: list[Row]) -> list[str]:
+    """A sentence for held-out text and each student: what decoders of several temperatures reach at the entropy of its texts.
+
+    Perplexity falls with entropy, so that decoders are compared where their entropies are equal.
+    """
+    known = _known(rows, "judge_perplexity")
+    curves: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+    for row in known:
+        family, _, temperature = row["decoder"].partition(", ")
+        if row["method"] != "control" and re.fullmatch(r"|greedy|sampled( at .*)?", temperature):
+            curves[family, row["nfe"]].append((row["quality"]["text_entropy"], row["quality"]["judge_perplexity"]))
+    said = []
+    for row in known:
+        held_out = row["decoder"] == "held-out text"
+        entropy = row["quality"]["text_entropy"]
+        others = [
+            f"{family}, NFE {nfe_cell(nfe)}: {found:.1f}"
+            for (family, nfe), points in curves.items()
+            if (held_out or (row["method"] == "student" and nfe == row["nfe"]))
+            if len(points) > 1 and (found := perplexity_at_entropy(points, entropy)) is not None
+        ]
+        if others:
+            name = row["decoder"] if held_out else f"{row['decoder']}, NFE {nfe_cell(row['nfe'])}"
+            said.append(
+                f"Judge's perplexity at {entropy:.2f} nats within a text, the entropy of {name} "
+                f"({row['quality']['judge_perplexity']:.1f}), interpolated between temperatures: {'; '.join(others)}."
+            )
+    return said
+
+
+def _parallel(record: dict[str, Any]) -> list[str]:
+    """One sentence: accuracy under parallelism of each method with several decoders."""
+    aup = record.get("aup")
+    if not aup:
+        return []
+    methods = ", ".join(f"{method} {value:.1f}" for method, value in aup["methods"].items())
+    return [f"AUP, the weighted area under {aup['quality'].replace('_', ' ')} over tokens per forward pass: {methods}."]
 
 
 def _likelihoods(rows: list[Row]) -> list[str]:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 MOST_COLUMNS = 8  # of a table on a terminal, the decoder's name and NFE counted
 NFE = "NFE: number of function evaluations, the forward passes for one text"
-SCALES = {"mega": 1e6, "giga": 1e9, "tera": 1e12}
+SCALES = {"milli": 1e-3, "mega": 1e6, "giga": 1e9, "tera": 1e12}
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ COLUMNS = (
     Column("train s", ("quality", "train_seconds"), ".1f"),
     Column("GFLOP/step", ("quality", "flops_per_step"), "giga"),
     Column("train TFLOP", ("quality", "train_flops"), "tera"),
+    # what a text costs alone and in a batch
+    Column("ms alone", ("cost", "seconds_alone"), "milli", "ms alone: of a text at batch 1"),
+    Column("ms to first token", ("cost", "first_token_seconds"), "milli"),
+    Column("ms a batch", ("cost", "seconds_per_batch"), "milli", "ms a batch: of data.eval_batch_size texts"),
+    Column("NFE a batch", ("cost", "nfe_per_batch"), ".1f", "NFE a batch: of its text with the most"),
     Column("prefill tokens/s", ("cost", "prefill_tokens_per_s"), ",.0f"),
     Column("decode tokens/s", ("cost", "decode_tokens_per_s"), ",.0f"),
     Column("KV MB", ("cost", "kv_bytes"), "mega"),

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Generator, Tensor
@@ -9,11 +10,22 @@ from torch import Generator, Tensor
 from lightning_modules.training.flops import run_counted
 from models.interfaces.decoder import Decoder
 
+SINGLE_TEXTS = 3  # of a batch, generated alone after one that warms up
+
+
+@dataclass(frozen=True)
+class SingleText:
+    """Medians over texts that were generated alone: seconds until a text, and its first token where they come one by one."""
+
+    seconds: float
+    first_token_seconds: float | None
+
 
 @dataclass(frozen=True)
 class DecoderResult:
     """responses (B, R); seconds of wall-clock time; FLOPs per response token and peak bytes, None where not measured.
 
+    single: the same texts at batch 1, None where not measured.
     forward_passes (B,): of each text, for a decoder whose number follows the model; None where it is `decoder.forwards`.
     """
 
@@ -23,12 +35,16 @@ class DecoderResult:
     flops_per_token: float | None
     peak_memory_bytes: int | None
     forward_passes: Tensor | None = None
+    single: SingleText | None = None
 
 
 def measure_decoder(
-    decoder: Decoder, batch: dict[str, Tensor], generator: Generator, *, count_flops: bool
+    decoder: Decoder, batch: dict[str, Tensor], generator: Generator, *, in_detail: bool
 ) -> DecoderResult:
-    """Run the decoder once on the batch; its FLOPs are counted in a second run on two rows."""
+    """Run the decoder once on the batch.
+
+    in_detail: its FLOPs are counted in another run on two rows, and some rows are generated alone.
+    """
     device = batch["input_ids"].device
     on_gpu = device.type == "cuda"
     synchronise(device)
@@ -39,15 +55,44 @@ def measure_decoder(
     synchronise(device)
     seconds = time.perf_counter() - start
     passes = getattr(decoder, "forward_passes", None)
-    flops = flops_per_token(decoder, batch) if count_flops and decoder.forwards else None
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return DecoderResult(decoder, responses, seconds, flops, peak, passes)
+    in_detail = in_detail and decoder.forwards > 0
+    flops = flops_per_token(decoder, batch) if in_detail else None
+    single = single_text(decoder, batch) if in_detail else None
+    return DecoderResult(decoder, responses, seconds, flops, peak, passes, single)
 
 
 def synchronise(device: torch.device) -> None:
     """Wait until a GPU has done what it was given; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def single_text(decoder: Decoder, batch: dict[str, Tensor]) -> SingleText:
+    """What a text costs at batch 1."""
+    device = batch["input_ids"].device
+    generator = Generator(device=device).manual_seed(0)
+    streams = not getattr(decoder, "refines", True)
+    seconds, first = [], []
+    for k in [0, *range(min(SINGLE_TEXTS, len(batch["input_ids"])))]:
+        row = {name: column[k : k + 1] for name, column in batch.items()}
+        arrived: list[float] = []
+
+        def note_time(_: Tensor, arrived: list[float] = arrived) -> None:
+            if not arrived:
+                synchronise(device)
+                arrived.append(time.perf_counter())
+
+        synchronise(device)
+        start = time.perf_counter()
+        if streams:
+            decoder(row, generator, note_time)
+        else:
+            decoder(row, generator)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+        first += [at - start for at in arrived]
+    return SingleText(median(seconds[1:]), median(first[1:]) if streams else None)
 
 
 def flops_per_token(decoder: Decoder, batch: dict[str, Tensor]) -> float:

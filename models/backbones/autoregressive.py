@@ -14,6 +14,7 @@ from models.functional.gumbel import sample_categorical
 from models.functional.next_token import EndIds, are_ends, generated_until_end, prefix_mask, read_columns, until_end
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
+from models.interfaces.masked_sampling import temperature_name
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ class AutoregressiveDecoder:
         self.options: dict[str, Any] = {
             "temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size, "end_ids": end_ids,
         }  # fmt: skip
-        self.name = "autoregressive" if temperature else "autoregressive, greedy"
+        self.name = "autoregressive" if temperature == 1 else f"autoregressive, {temperature_name(temperature)}"
         self.forward_passes: Tensor | None = None
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:

@@ -1,52 +1,92 @@
-"""A judge of generated texts: a causal LM, trained on the same corpus by another run, that scores their likelihood.
+"""A judge of generated texts: a causal LM that scores their likelihood, in its own vocabulary.
 
-Legend: N texts, T tokens of each, all of the judge's own vocabulary.
+Legend: N texts.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from models.backbones.abilities import context_of
 from models.backbones.causal_lm import causal_nll, load_trained
+from models.backbones.checkpoint_files import find_folder
 from models.functional.errors import UsageError
-from models.functional.next_token import causal_text
+from models.functional.generated_text import JudgedText, TextNats
+from models.functional.next_token import IGNORED, causal_text
 
 
 class Judge:
-    """model: a causal LM; tokenizer: of the texts that it reads; batch_size: texts read at once."""
+    """model: a causal LM; tokenizer: of the texts that it reads. batch_tokens: tokens read at once.
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64) -> None:
-        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+    context: the tokens that the model can read together. A longer text is read in pieces of that length, as MDLM's code
+    does, and the first token of each is given.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int = 4096) -> None:
+        self.model, self.tokenizer, self.batch_tokens = model.eval(), tokenizer, batch_tokens
+        self.context = context_of(model) if hasattr(model, "config") else None
 
     @torch.no_grad()
-    def __call__(self, texts: Tensor) -> Tensor:
-        """Nats (N, T - 1) of each token given those before it; a text's first token is given."""
-        rows = texts.to(next(self.model.parameters()).device).split(self.batch_size)
-        nll = [causal_nll(self.model, causal_text({"input_ids": r[:, :-1], "labels": r[:, 1:]})) for r in rows]
-        return torch.cat(nll).cpu()
+    def __call__(self, texts: list[JudgedText]) -> TextNats:
+        """The nats of the tokens that count, each given those before it; the first token of a text is given."""
+        # 1. texts in pieces that the model can read
+        pieces = [(n, piece) for n, text in enumerate(texts) for piece in self._pieces(text)]
+        nats, tokens = torch.zeros(len(texts), dtype=torch.float64), torch.zeros(len(texts), dtype=torch.long)
+        for batch in self._batches(pieces):
+            # 2. the NLL of the tokens that count; padding on the right is seen by no token
+            rows, found = torch.tensor([n for n, _ in batch]), self._nll([piece for _, piece in batch])
+            # 3. each text's sum over its pieces
+            nats.index_add_(0, rows, found.nats)
+            tokens.index_add_(0, rows, found.tokens)
+        return TextNats(nats, tokens)
 
-    def require_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise UsageError unless the texts' tokens are the judge's own."""
-        if self.tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise UsageError(
-                f"the judge has a vocabulary of {len(self.tokenizer)} tokens, which is not the corpus' ({len(tokenizer)}); "
-                "type data.tokenizer=<the judge's folder>, or train a judge with this experiment's data options"
-            )
+    def _pieces(self, text: JudgedText) -> Iterator[JudgedText]:
+        step = self.context or max(1, len(text.ids))
+        for at in range(0, len(text.ids), step):
+            piece = JudgedText(text.ids[at : at + step], text.counts[at : at + step])
+            if any(piece.counts[1:]):
+                yield piece
+
+    def _batches(self, pieces: list[tuple[int, JudgedText]]) -> Iterator[list[tuple[int, JudgedText]]]:
+        batch: list[tuple[int, JudgedText]] = []
+        for piece in pieces:
+            longest = max(len(text.ids) for _, text in [*batch, piece])
+            if batch and longest * (len(batch) + 1) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(piece)
+        if batch:
+            yield batch
+
+    def _nll(self, texts: list[JudgedText]) -> TextNats:
+        longest = max(len(text.ids) for text in texts)
+        ids, labels = torch.zeros(2, len(texts), longest, dtype=torch.long)
+        labels.fill_(IGNORED)
+        for row, (own, counts) in enumerate(texts):
+            ids[row, : len(own)] = torch.tensor(own)
+            labels[row, : len(own)] = torch.tensor(own).masked_fill(~torch.tensor(counts), IGNORED)
+        device = next(self.model.parameters()).device
+        read = {"input_ids": ids[:, :-1].to(device), "labels": labels[:, 1:].to(device)}
+        nll = causal_nll(self.model, causal_text(read))
+        return TextNats(nll.sum(-1, dtype=torch.float64).cpu(), (labels[:, 1:] != IGNORED).sum(-1))
 
 
 def load_judge(path: str | Path | None) -> Judge | None:
-    """The judge in a folder that `experiment=next_token_text` exported, or any with a causal LM and its tokenizer.
+    """The judge in a folder, or of the hub: any causal LM of transformers with its tokenizer. It computes in float32.
 
-    None for no path. Raises UsageError as `load_trained` does.
+    None for no path. Raises UsageError, naming data.judge.path, for what cannot be read.
     """
     if path is None:
         return None
-    model = load_trained(path)
-    if not (Path(path) / "tokenizer_config.json").is_file():
-        raise UsageError(
-            f"data.judge.path={path} holds no tokenizer; give a folder that experiment=next_token_text wrote"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return Judge(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+    try:
+        folder = find_folder(path)
+        model = load_trained(folder)
+    except UsageError as error:
+        raise UsageError(str(error).replace("model.path=", "data.judge.path=")) from error
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UsageError(f"data.judge.path={path} holds no tokenizer; give a folder with a causal LM and its tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return Judge(model.float().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)

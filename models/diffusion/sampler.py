@@ -18,7 +18,7 @@ from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
-from models.interfaces.masked_sampling import Remasking
+from models.interfaces.masked_sampling import Remasking, temperature_name
 
 
 def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
@@ -204,7 +204,7 @@ class MaskedDiffusionDecoder:
             "block_length": block_length,
             "guidance": guidance,
         }
-        self.name = f"teacher, {'greedy' if temperature == 0 else 'sampled'}"
+        self.name = f"teacher, {temperature_name(temperature)}"
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         return generate_masked_diffusion(

@@ -23,7 +23,11 @@ class PerToken(NamedTuple):
 
 def per_token(values: Tensor, counts: Tensor) -> PerToken | None:
     """Of values (N, R) at the tokens that count (N, R) bool; None where none does."""
-    totals, tokens = (values * counts).double().sum(-1), counts.double().sum(-1)
+    return of_totals((values * counts).double().sum(-1), counts.double().sum(-1))
+
+
+def of_totals(totals: Tensor, tokens: Tensor) -> PerToken | None:
+    """Of each text's total (N,) and how many tokens it has, (N,), float64 both; None where there are no tokens."""
     if not tokens.sum() > 0:
         return None
     mean = totals.sum() / tokens.sum()

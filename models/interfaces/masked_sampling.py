@@ -9,28 +9,49 @@ from models.functional.errors import UsageError, require_at_least, require_choic
 Remasking = Literal["low_confidence", "random"]
 
 
+def temperature_name(temperature: float) -> str:
+    """How a temperature stands in the names of decoders."""
+    return {0.0: "greedy", 1.0: "sampled"}.get(temperature, f"sampled at {temperature:g}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskedSampling:
     """Errors: UsageError for values that cannot work, which begins with the field's name.
 
     forwards: numbers of forward passes, a row of the table each; guidance doubles them.
-    temperature: 0 takes the most probable token. remasking: which draws of a pass stay, see `generate_masked_diffusion`.
+    temperature: 0 takes the most probable token. temperatures: further ones, with rows of all `forwards` each.
+    remasking: which draws of a pass stay, see `generate_masked_diffusion`.
     guidance: weight of classifier-free guidance; 0 is none.
     block_length: response tokens that are filled before the next ones begin; None: all of them.
     """
 
     forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
     temperature: float = 1.0
+    temperatures: tuple[float, ...] = ()
     remasking: Remasking = "random"
     guidance: float = 0.0
     block_length: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "forwards", tuple(self.forwards))  # a list, as YAML has it
+        for name in ("forwards", "temperatures"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, as YAML has it
         require_choice("remasking", self.remasking, get_args(Remasking))
         require_at_least(0, temperature=self.temperature)
+        if (
+            len({self.temperature, *self.temperatures}) <= len(self.temperatures)
+            or min(self.temperatures, default=0) < 0
+        ):
+            raise UsageError(
+                f"temperatures={list(self.temperatures)} must be at least 0, each another one than temperature="
+                f"{self.temperature:g}; type for example [0.8, 0.9]"
+            )
         if self.block_length is not None:
             require_at_least(1, block_length=self.block_length)
+
+    @property
+    def rows(self) -> list[tuple[int, float]]:
+        """(forward passes, temperature) of each row of the table."""
+        return [(n, t) for t in (self.temperature, *self.temperatures) for n in self.forwards]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,11 +69,13 @@ class TeacherOptions:
 
     forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
     teacher_temperature: float = 1.0
+    teacher_temperatures: tuple[float, ...] = ()
     teacher_remasking: Remasking = "random"
     teacher_guidance: float = 0.0
     teacher_block_length: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "teacher_temperatures", self.teacher_sampling.temperatures)
         object.__setattr__(self, "forwards", self.teacher_sampling.forwards)
 
     @property
@@ -62,6 +85,7 @@ class TeacherOptions:
             return MaskedSampling(
                 forwards=self.forwards,
                 temperature=self.teacher_temperature,
+                temperatures=self.teacher_temperatures,
                 remasking=self.teacher_remasking,
                 guidance=self.teacher_guidance,
                 block_length=self.teacher_block_length,

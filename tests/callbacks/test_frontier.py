@@ -8,6 +8,7 @@ from callbacks.frontier import FrontierReport, tokens_per_forward
 from lightning_modules.pretrain import PretrainModule
 from models.diffusion.objective import MaskedDiffusion
 from reporting.record import read_record
+from reporting.tpf_figure import aup_of
 
 
 def test_tokens_per_forward_by_hand():
@@ -30,3 +31,12 @@ def test_rows_of_commit_rules_have_the_mean_of_their_passes(tiny_llada, tiny_ora
     assert whole["cost"]["tokens_per_forward"] == pytest.approx(
         2 * rows["teacher, sampled"]["cost"]["tokens_per_forward"], rel=0.5
     )
+    # rules stand on the curve of the scheduled decoders
+    curve = aup_of({"experiment": "one", "seed": 0, "data": {"name": "oracle"}, "rows": list(rows.values())})
+    assert read_record(tmp_path / "record.json")["aup"] == curve
+    assert set(curve["methods"]) == {"teacher"}
+    assert (tmp_path / "tpf.png").stat().st_size > 1000
+    # a batch takes as many passes as its text with the most, a text alone its own
+    assert threshold["cost"]["nfe_per_batch"] >= threshold["nfe"]
+    assert whole["cost"]["nfe_per_batch"] == 1
+    assert threshold["cost"]["seconds_alone"] > 0

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Generator
 
+from datamodules.tokenizer import build_tokenizer
 from datamodules.unprompted_text import UnpromptedTextDataModule, token_counts
 from models.functional.errors import UsageError
+from models.functional.generated_text import TextNats
 
 TEXTS = [f"Story {k}: the cat saw {k * k} dogs.\n" for k in range(60)]
 COLUMNS = {"input_ids", "attention_mask", "response_mask", "target_bytes"}
@@ -87,19 +89,35 @@ def test_the_score_of_the_test_rows_has_variety_and_what_the_judge_says(build):
     class Even:
         """Every token equally likely."""
 
+        tokenizer = build().tokenizer
+
         def __call__(self, texts):
-            return torch.full((len(texts), texts.shape[1] - 1), 2.0)
+            counted = torch.tensor([sum(text.counts) for text in texts])
+            return TextNats(2.0 * counted, counted)
 
-        def require_vocabulary(self, tokenizer):
-            self.asked = tokenizer
-
-    data = build(judge=(judge := Even()))
-    assert judge.asked is data.tokenizer
+    data = build(judge=Even())
     rows = data.rows["test"].columns
     score = data.scorer(rows, rows["input_ids"])
     assert score.quality["judge_perplexity"] == pytest.approx(torch.tensor(2.0).exp().item())
     assert 0 < score.quality["text_entropy"] < score.quality["unigram_entropy"]
     assert score.distinct == 1.0
+
+
+def test_a_judge_of_another_vocabulary_reads_the_rows_documents_as_text(build, tmp_path):
+    class Reader:
+        tokenizer = build_tokenizer("bpe", TEXTS, 600, tmp_path, packed=True)
+
+        def __call__(self, texts):
+            self.texts = texts
+            return TextNats(torch.ones(len(texts)), torch.tensor([sum(text.counts) for text in texts]))
+
+    data = build(judge=(reader := Reader()), sequence_length=40)
+    rows = data.rows["test"].columns
+    data.scorer(rows, rows["input_ids"])
+    end = reader.tokenizer.eos_token
+    shown = [reader.tokenizer.decode(text.ids) for text in reader.texts]
+    assert shown == [text.replace("<bos>", end) for text in data.decode_responses(rows["input_ids"])]
+    assert any(end in text.strip(end) for text in shown)
 
 
 def test_mistakes(build):

@@ -2,7 +2,9 @@
 
 from reporting.keys import FORMAT
 
-COST_KEYS = {"tokens_per_forward", "tokens_per_s", "flops_per_token", "peak_memory_bytes", "batch"}
+COST_KEYS = {"tokens_per_forward", "tokens_per_s", "flops_per_token", "peak_memory_bytes", "batch"} | {
+    "seconds_per_batch", "nfe_per_batch", "seconds_alone", "first_token_seconds",
+}  # fmt: skip
 
 
 # -- record files ----------------------------------------------------------------------------------------------------

@@ -281,6 +281,8 @@ def test_decoders_are_named_and_answer(tiny_llada, tiny_oracle):
     ]
     for decoder in module.decoders():
         assert decoder(rows, torch.Generator().manual_seed(0)).shape == (3, tiny_oracle.response_length)
+    warmer = build(tiny_llada, tiny_oracle, teacher_temperatures=(0.8,)).decoders()
+    assert [d.name for d in warmer[:4]] == ["teacher, sampled"] * 2 + ["teacher, sampled at 0.8"] * 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,3 +321,21 @@ def test_its_decoders_are_its_model_at_every_number_of_forwards(tiny_llada, tiny
             module.model, rows, torch.Generator(), steps=steps, temperature=0.0, remasking="low_confidence"
         )
         assert torch.equal(decoder(rows, torch.Generator()), expected)
+
+
+def test_further_temperatures_and_the_temperature_of_rules_have_rows_of_their_own(tiny_llada, tiny_oracle, monkeypatch):
+    monkeypatch.setattr(PretrainModule, "trainer", SimpleNamespace(datamodule=tiny_oracle))
+    options = {"forwards": [1, 3], "temperature": 1.0, "temperatures": [0.5]}
+    module = build(tiny_llada, tiny_oracle, **options, commit_rules={"factor": [1.0]}, rule_temperature=1.0)
+    *scheduled, rule = module.decoders()
+    assert [(d.name, d.forwards) for d in scheduled] == [
+        ("teacher, sampled", 1), ("teacher, sampled", 3), ("teacher, sampled at 0.5", 1), ("teacher, sampled at 0.5", 3),
+    ]  # fmt: skip
+    assert rule.name == "teacher, factor 1, sampled"
+    rows = tiny_oracle.rows["test"].columns
+    texts = [rule(rows, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    assert not torch.equal(*texts)  # drawn, not the most probable
+    expected = generate_masked_diffusion(module.model, rows, torch.Generator().manual_seed(0), steps=3, temperature=0.5)
+    assert torch.equal(scheduled[3](rows, torch.Generator().manual_seed(0)), expected)
+    with pytest.raises(UsageError, match=r"module\.rule_temperature=-1 must be at least 0"):
+        build(tiny_llada, tiny_oracle, rule_temperature=-1)

@@ -78,7 +78,7 @@ def test_record_has_every_key_of_the_schema_and_is_valid_json(tmp_path, tiny_ora
     report, _ = compare(tmp_path / "run", tiny_oracle)
     text = (tmp_path / "run" / "record.json").read_text()
     record = json.loads(text, parse_constant=refuse)
-    assert tuple(record) == ("format", *KEYS)
+    assert tuple(record) == ("format", *KEYS, "aup")
     assert record == json.loads(json.dumps(report.record))
     assert record["config"] == {"seed": 5, "module": {"lr": 0.1}}
     assert (record["experiment"], record["seed"]) == ("trial", 5)
@@ -114,20 +114,27 @@ def test_rows_equal_scoring_the_decoders_output_directly(tmp_path, tiny_oracle):
     assert validity[4] == 1.0
 
 
-def test_tokens_per_second_leaves_the_first_batch_out(tmp_path, tiny_oracle, monkeypatch):
-    """A clock by which the first batch takes 100 seconds and the second one 2."""
+def test_times_of_a_batch_and_of_a_text_alone(tmp_path, tiny_oracle, monkeypatch):
+    """A clock by which the first batch takes 100 seconds, the second one 2, and texts alone 50, then 7, 3 and 4."""
     now, calls = [0.0], [0]
+    # the first batch is decoded again to count its operations
+    durations = [100.0, 100.0, 50.0, 7.0, 3.0, 4.0, 2.0]
 
     def wait():
+        now[0] += durations[calls[0]]
         calls[0] += 1
-        now[0] += 100.0 if calls[0] <= 2 else 2.0  # the first batch is decoded again to count its operations
 
     monkeypatch.setattr(decoder_cost, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    report, _ = compare(tmp_path, tiny_oracle, [Spoiler("student", "student", 1, None, wait)])
+    report, _ = compare(tmp_path, tiny_oracle, [Spoiler("student", "student", 3, None, wait)])
     student, *controls = report.record["rows"]
-    assert calls[0] == 3
-    assert student["cost"]["tokens_per_s"] == 16 * tiny_oracle.response_length / 2.0
-    assert all(row["cost"]["tokens_per_s"] is None for row in controls)  # no network, nothing to time
+    assert calls[0] == 7
+    cost = student["cost"]
+    assert cost["tokens_per_s"] == 16 * tiny_oracle.response_length / 2.0
+    assert (cost["batch"], cost["seconds_per_batch"], cost["nfe_per_batch"]) == (16, 2.0, 3)
+    assert cost["seconds_alone"] == 4.0  # the median, without the first
+    assert cost["first_token_seconds"] is None  # all tokens come together
+    timed = ("tokens_per_s", "seconds_per_batch", "nfe_per_batch", "seconds_alone", "first_token_seconds")
+    assert all(row["cost"][name] is None for row in controls for name in timed)  # no network, nothing to time
 
 
 def test_a_shortened_run_writes_nothing(tmp_path, tiny_oracle):

@@ -119,3 +119,28 @@ def test_a_model_is_compared_with_what_is_known(figures, sentence):
 def test_nothing_is_said_where_nothing_was_compared():
     assert in_words(make_record([row("teacher", "teacher", 4, quality(validity=0.5))])) == []
     assert in_words(make_record([])) == []
+
+
+def test_decoders_of_several_temperatures_are_compared_at_equal_entropy():
+    def judged(method, decoder, nfe, entropy, perplexity):
+        return row(method, decoder, nfe, quality(judge_perplexity=perplexity, text_entropy=entropy))
+
+    rows = [
+        judged("teacher", "teacher, sampled", 1, 3.8, 800.0),
+        judged("teacher", "teacher, sampled", 4, 3.8, 100.0),
+        judged("teacher", "teacher, sampled at 0.8", 4, 3.4, 25.0),
+        judged("teacher", "teacher, confidence ≥ 0.9", 4, 3.7, 1.0),  # no temperature of the same decoder
+        judged("student", "student", 4, 3.7, 60.0),
+        judged("student", "student", 1, 3.7, 90.0),  # the teacher at one forward pass has one temperature
+        judged("control", "held-out text", 0, 3.6, 20.0),
+    ]
+    said = [sentence for sentence in in_words(make_record(rows)) if "interpolated" in sentence]
+    assert said == [
+        "Judge's perplexity at 3.70 nats within a text, the entropy of student, NFE 4 (60.0), interpolated between "
+        "temperatures: teacher, NFE 4: 70.7.",
+        "Judge's perplexity at 3.60 nats within a text, the entropy of held-out text (20.0), interpolated between "
+        "temperatures: teacher, NFE 4: 50.0.",
+    ]
+    assert [
+        s for s in in_words(make_record([r for r in rows if "0.8" not in r["decoder"]])) if "interpolated" in s
+    ] == []

@@ -4,7 +4,7 @@ import pytest
 
 from models.flow.options import LogitFlowOptions, NoisyMaskFlowOptions, StepHalvingOptions
 from models.functional.errors import UsageError
-from models.interfaces.masked_sampling import MaskedSampling, TeacherOptions, require_blocks
+from models.interfaces.masked_sampling import MaskedSampling, TeacherOptions, require_blocks, temperature_name
 
 DISTILLATIONS = [TeacherOptions, NoisyMaskFlowOptions, LogitFlowOptions, StepHalvingOptions]
 
@@ -37,3 +37,18 @@ def test_blocks_have_to_fit_before_anything_is_trained():
         UsageError, match=r"makes 4 blocks.*module\.forwards=\[2, 4\].*type for example module\.forwards=\[4,16\]"
     ):
         require_blocks("module.block_length", 4, [2, 4], 16)
+
+
+def test_every_temperature_has_rows_of_all_forward_passes():
+    how = MaskedSampling(forwards=[1, 4], temperature=1.0, temperatures=[0.8, 0])
+    assert how.rows == [(1, 1.0), (4, 1.0), (1, 0.8), (4, 0.8), (1, 0), (4, 0)]
+    assert TeacherOptions(teacher_temperatures=[0.8]).teacher_sampling.temperatures == (0.8,)
+    assert [temperature_name(t) for t in (1.0, 0.8, 0.0)] == ["sampled", "sampled at 0.8", "greedy"]
+
+
+@pytest.mark.parametrize("temperatures", [[1.0], [0.8, 0.8], [-0.5]])
+def test_temperatures_are_different_and_not_negative(temperatures):
+    with pytest.raises(UsageError, match=r"^temperatures=\[.*type for example \[0\.8, 0\.9\]"):
+        MaskedSampling(temperatures=temperatures)
+    with pytest.raises(UsageError, match=r"^module\.teacher_temperatures="):
+        TeacherOptions(teacher_temperatures=temperatures)
