@@ -179,12 +179,17 @@ def test_each_level_follows_what_the_levels_before_left_by_hand():
         left = left - old.codes[own]
 
 
-def test_dead_codes_of_a_finer_level_start_anew_among_its_residuals():
+def test_dead_codes_of_every_level_start_anew_among_its_own_residuals():
+    """Dead is a fiftieth of a level's points a code: .3 here."""
     space, points = started(2)
-    space.codes[5], space.counts[5] = 1e3, 0.0
-    assert space.follow(points, 0.99, generator()) == 1
-    left = residuals(points, [space.books[0].codes])[-1]
-    assert (left - space.codes[5]).abs().sum(-1).min() < 0.05  # one of them; the coarse codes moved a little since
+    for code, count in ((1, 0.0), (5, 0.25), (6, 0.4)):  # nobody is near them any more
+        space.codes[code], space.counts[code], space.sums[code] = 1e3, count, 1e3 * count
+    before = space.books[0].codes
+    assert space.follow(points, 0.99, generator()) == 2
+    of_levels = residuals(points, [before])
+    for code, own in ((1, of_levels[0]), (5, of_levels[1])):
+        assert (own - space.codes[code]).abs().sum(-1).min() < 1e-9
+    assert (space.codes[6] > 900).all()
 
 
 def test_a_quantiser_follows_the_points_of_coarse_slots():
