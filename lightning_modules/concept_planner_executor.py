@@ -218,7 +218,7 @@ class ConceptPlannerExecutorModule(LeapModule):
             states = planner.slot_states(*read, searched.choices)
             if planner is self.posterior:
                 self.probe.gradient.watch_states(states)
-            log_p = planner.slot_logits(states).log_softmax(-1)
+            log_p = planner.slot_logits(states, searched.choices).log_softmax(-1)
             raw[name] = plan_nll(log_p, searched.choices, is_open).sum(-1).mean() / text.shape[1]
         return self.planner.block(searched.choices), raw, searched.figures
 

@@ -4,9 +4,16 @@ mean of their points.
 .. math:: k = \arg\min_v \|h - c_v\|^2, \qquad e = h + a\, \mathrm{sg}(c_k - h)
 
 a = 1 is the code with a straight-through gradient, 0 the point itself (van den Oord et al., 1711.00937, and its appendix for
-the running means). Legend: N points, V codes, d coordinates.
+the running means). Residual quantisation represents a point by one code of each of L codebooks, coarse to fine
+(SoundStream, 2107.03312; RQ-VAE, 2203.01941):
+
+.. math:: r_1 = h, \qquad r_{l+1} = r_l - c^{(l)}_{k_l}, \qquad k_l = \arg\min_v \|r_l - c^{(l)}_v\|^2, \qquad
+          h \approx \sum_l c^{(l)}_{k_l}
+
+Legend: N points, V codes, d coordinates, L codebooks.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +44,15 @@ def quantised(points: Tensor, codes: Tensor, share: float = 1.0) -> Tensor:
 def nearest_codes(points: Tensor, codes: Tensor) -> Tensor:
     """The nearest code of each point, (..., d) and (V, d) -> (...)."""
     return squared_distances(points, codes).argmin(-1)
+
+
+@torch.no_grad()
+def residuals(points: Tensor, codebooks: Sequence[Tensor]) -> list[Tensor]:
+    """r_1 to r_{L+1} of points (..., d) and L codebooks (V, d): the points, then what each codebook leaves of them."""
+    left = [points]
+    for codes in codebooks:
+        left.append(left[-1] - codes[nearest_codes(left[-1], codes)])
+    return left
 
 
 @torch.no_grad()

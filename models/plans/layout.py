@@ -1,6 +1,7 @@
 """The layout of plans and text: columns, position ids and type ids of what planner and executor read.
 
-A plan is one block of columns. Each type has <SEP_i>, its slots, and one column for an <EOS> after the last slot. Positions
+A plan is one block of columns. Each type has <SEP_i>, its slots, and one column for an <EOS> after the last slot. Each level of
+a concept is a slot: the prior reads the coarse code before it chooses the finer one, and the executor reads the same. Positions
 start again with each type: separator 0, concepts from 1. Text starts at a constant position past the longest type, so that its
 positions depend neither on the length of the plan nor on padding.
 Legend: B batch, T text columns, C columns of a plan's block, S slots.
@@ -63,13 +64,13 @@ class PlanLayout:
         self.vocabulary = vocabulary
         positions, types, skeleton, slots = (list[int]() for _ in range(4))
         for k, t in enumerate(vocabulary.types):
-            slots += range(len(skeleton) + 1, len(skeleton) + 1 + t.most)
-            positions += range(t.most + 2)
-            types += [k + 1] * (t.most + 2)
-            skeleton += [vocabulary.separator(k)] + [vocabulary.pad] * (t.most + 1)
+            slots += range(len(skeleton) + 1, len(skeleton) + 1 + t.slots)
+            positions += range(t.slots + 2)
+            types += [k + 1] * (t.slots + 2)
+            skeleton += [vocabulary.separator(k)] + [vocabulary.pad] * (t.slots + 1)
         self.position_ids, self.type_ids = torch.tensor(positions), torch.tensor(types)
         self.skeleton, self.slot_columns = torch.tensor(skeleton), torch.tensor(slots)
-        self.text_start = max(t.most for t in vocabulary.types) + 2
+        self.text_start = max(t.slots for t in vocabulary.types) + 2
 
     @property
     def columns(self) -> int:
@@ -101,11 +102,11 @@ class PlanLayout:
     def block(self, choices: Tensor) -> Tensor:
         """Ids (B, C) of the plans with these choices (B, S): separators, codes, one <EOS> a type, <PAD> behind it."""
         v = self.vocabulary
-        table = v.choices.to(choices.device)
+        chosen = v.choices.to(choices.device)[torch.arange(choices.shape[1], device=choices.device), choices]
         parts = []
-        for k, own in enumerate(self._by_type(choices)):
+        for k, (own, ids) in enumerate(zip(self._by_type(choices), self._by_type(chosen), strict=True)):
             alive = until_end(own, END)
-            ids = torch.where(alive, table[k][own], v.pad)
+            ids = torch.where(alive, ids, v.pad)
             full = alive[:, -1:] & (own[:, -1:] != END)
             last = torch.where(full, v.eos, v.pad)
             parts += [torch.full_like(last, v.separator(k)), ids, last]
@@ -126,4 +127,4 @@ class PlanLayout:
         return Columns(torch.ones_like(zero, dtype=torch.bool), zero + position, zero)
 
     def _by_type(self, choices: Tensor) -> tuple[Tensor, ...]:
-        return choices.split([t.most for t in self.vocabulary.types], -1)
+        return choices.split([t.slots for t in self.vocabulary.types], -1)

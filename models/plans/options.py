@@ -57,7 +57,9 @@ def _weights() -> dict[str, Weight]:
 class PlanOptions:
     """A pair is the first and the last value, linear over the first `anneal_share` of the steps.
 
-    types: {name: {"codes", "most", "least"}} in planning order; least of None is `most`; a type of None is left out.
+    types: {name: {"codes", "most", "least", "levels"}} in planning order; least of None is `most`; a type of None is left out.
+        With several levels a concept is one of `codes` codes at each (residual quantisation); for `ema_vq` or `fsq` with a
+        posterior planned by `slots`.
     sampler: how the posterior chooses codes.
     planning: `layout.Planning` of prior and posterior; None: both sequential.
     posterior_reads: `text` or `all`, prompt and text.
@@ -235,6 +237,9 @@ class FixedPlanOptions(PlanOptions):
         super().__post_init__()
         require_choice("module.code", self.code, get_args(Code))
         require_at_least(1, module__tokens=self.tokens)
+        for name, kind in self.types.items():
+            if self.code == "hash" and kind is not None and (kind.get("levels") or 1) > 1:
+                raise UsageError(f"module.code=hash has codes of one level; type module.types.{name}.levels=1")
 
 
 def pair(weight: Weight) -> tuple[float, float]:

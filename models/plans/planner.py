@@ -11,7 +11,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Generator, Tensor
 
-from models.functional.errors import require_choice
+from models.functional.errors import UsageError, require_choice
 from models.functional.gumbel import Choice, gumbel_noise, gumbel_st, one_hot_argmax, straight_through
 from models.plans.layout import Columns, Planning, joined
 from models.plans.quantiser import Quantiser
@@ -58,7 +58,7 @@ class Coder:
     """Chooses each slot's code with a quantiser; share: how far the embedding has moved from the point to its code.
 
     numbers: known codes (B,) of slots with `NamedCodes`, taken instead of the predicted ones; -1 where one is not known.
-    points: of the slots chosen so far, (B, d) each, without a gradient.
+    points: of the coarse slots chosen so far, (B, d) each, without a gradient.
     """
 
     def __init__(self, quantiser: Quantiser, share: float = 1.0, numbers: Mapping[int, Tensor] | None = None) -> None:
@@ -67,10 +67,10 @@ class Coder:
 
     def __call__(self, states: Tensor, slots: list[int]) -> Made:
         """Choices of these slots from the states (B, n, D) before them."""
-        pairs = zip(states.unbind(1), slots, strict=True)
-        coded = [self.quantiser(state, slot, self.share, self.numbers.get(slot)) for state, slot in pairs]
-        found = {slot: own.point for slot, own in zip(slots, coded, strict=True) if own.point is not None}
-        self.points |= {slot: point.detach() for slot, point in found.items()}
+        coded = self.quantiser(states, slots, self.share, self.numbers)
+        for slot, own in zip(slots, coded, strict=True):
+            if own.point is not None and slot in self.quantiser.coarse_slots:
+                self.points[slot] = own.point.detach()
         made = (
             Made(c.logits, c.choice.soft, c.choice.hard, c.soft_embeds, c.hard_embeds, c.embeds - c.hard_embeds)
             for c in coded
@@ -154,6 +154,12 @@ class Planner:
         self, model: UnifiedModel, planning: Planning = "sequential", quantiser: Quantiser | None = None
     ) -> None:
         require_choice("module.planning", planning, get_args(Planning))
+        for t in model.vocabulary.types:
+            if quantiser is not None and t.levels > 1 and planning != "slots":
+                raise UsageError(
+                    f"module.types.{t.name}.levels={t.levels} chooses all levels of a concept at once; "
+                    f"type module.planning.posterior=slots (not {planning}), or module.types.{t.name}.levels=1"
+                )
         self.model, self.layout, self.planning, self.quantiser = model, model.layout, planning, quantiser
 
     def draw(self, text: Tensor, mask: Tensor, choose: Chooser | Coder) -> Plan:
@@ -189,7 +195,7 @@ class Planner:
 
     def score(self, text: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
         """Logits (B, S, W) of given choices (B, S), all slots in one forward pass."""
-        return self.slot_logits(self.slot_states(text, mask, choices))
+        return self.slot_logits(self.slot_states(text, mask, choices), choices)
 
     def slot_states(self, text: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
         """Hidden states (B, S, D) from which the slots of given choices (B, S) are chosen."""
@@ -203,8 +209,9 @@ class Planner:
         reading = Reading(self.model, apart=self.planning != "sequential")
         reading.read(*self._opening(text, mask))
         reading.repeat(plans.shape[1])
-        states = reading.read(*self._read(plans.flatten(0, 1), Rounds()))
-        return self.slot_logits(self._before_slots(states)).unflatten(0, plans.shape[:2])
+        flat = plans.flatten(0, 1)
+        states = self._before_slots(reading.read(*self._read(flat, Rounds())))
+        return self.slot_logits(states, flat).unflatten(0, plans.shape[:2])
 
     def certain(self, choices: Tensor) -> Plan:
         """The plan of given choices (B, S) with probability 1; no text is read."""
@@ -220,11 +227,19 @@ class Planner:
         ids = self.layout.block(choices)
         return ids, self._embedded(ids)[0]
 
-    def slot_logits(self, states: Tensor) -> Tensor:
-        """Logits (B, S, W) of all slots from the states (B, S, D) before them."""
+    def slot_logits(self, states: Tensor, choices: Tensor) -> Tensor:
+        """Logits (B, S, W) of all slots of given choices (B, S) from the states (B, S, D) before them."""
         if self.quantiser is None:
             return self.model.choice_logits(states)
-        return torch.stack([self.quantiser.logits(state, slot) for slot, state in enumerate(states.unbind(1))], 1)
+        return self.quantiser.logits(states, choices)
+
+    def independent_slots(self) -> list[list[int]]:
+        """All slots in the order in which they are chosen; those of one list do not depend on each other's choices."""
+        rounds = [slots for _, slots in self.layout.rounds(self.planning)]
+        if self.quantiser is None or self.quantiser.levels == 1:
+            return rounds
+        levels = self.layout.vocabulary.slot_levels.tolist()
+        return [[s for s in rounds[0] if levels[s] == level] for level in range(self.quantiser.levels)]
 
     def _before_slots(self, states: Tensor) -> Tensor:
         """The states (B, S, D) before the slots, of the states (B, C, D) of a block's columns."""

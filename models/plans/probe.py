@@ -54,11 +54,12 @@ class PlanProbe:
 
     @property
     def slot_names(self) -> list[str]:
-        """The type of each slot and, where it has several, the number of the slot."""
+        """The type of each slot and, where it has several, the number of the concept, then `.` and the level."""
         return [
-            t.name if t.most == 1 else f"{t.name}{number}"
+            t.name + (str(number) if t.most > 1 else "") + (f".{level}" if t.levels > 1 else "")
             for t in self.vocabulary.types
             for number in range(1, 1 + t.most)
+            for level in range(1, 1 + t.levels)
         ]
 
     def choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:

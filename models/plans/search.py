@@ -113,7 +113,7 @@ def beam(planner: Planner, text: Tensor, mask: Tensor, width: int) -> Tensor:
     slots = len(layout.slot_columns)
     plans = torch.full((rows, 1, slots), END, device=text.device)
     total = torch.zeros(rows, 1, device=text.device)
-    for _, chosen in layout.rounds(planner.planning):
+    for chosen in planner.independent_slots():
         many = plans.shape[1]
         log_p = planner.score_many(text, mask, plans).log_softmax(-1)
         origin = torch.arange(many, device=text.device).expand(rows, -1)

@@ -33,26 +33,26 @@ def plan_terms(
 
     planner: -log p(z | u), nats a token of text (R = tokens); choices are constants, so that only the prior gets a gradient.
     rate: KL(q || p), each slot at least `floor` nats, a token of text; the prior is a constant, so that only the posterior gets
-    a gradient. commitment: as `commitment`. usage: KL to uniform of each type's mean, averaged over types; not over the
-    `signal_types`, whose codes are as frequent as the values of their signal. eos: nats a type that may end early. quota: (mean
-    concepts a text - quota)², and multiplier * (mean - quota); 0 without one.
+    a gradient. commitment: as `commitment`. usage: KL to uniform of the mean of each type's codes at each level, averaged over
+    these; not over the `signal_types`, whose codes are as frequent as the values of their signal. eos: nats a type that may end
+    early. quota: (mean concepts a text - quota)², and multiplier * (mean - quota); 0 without one.
     Monitors: entropy of a choice (nats), relaxation's cosine, mean concepts a text, and the perplexity of codes.
     """
     is_open = plan.open_slots
     log_q, log_p = plan.logits.log_softmax(-1), prior_logits.log_softmax(-1)
     kl = slot_kl(log_q, log_p.detach(), is_open).mean(0)  # (S,)
     usage, used, ends = [], [], []
-    for k, own in enumerate(vocabulary.type_slots):
-        t = vocabulary.types[k]
-        probabilities = log_q[:, own].exp()
-        codes = probabilities[..., 1 : 1 + t.codes].flatten(0, 1)
-        if t.name not in signal_types:
-            usage.append(usage_kl(codes, is_open[:, own].flatten().to(codes.dtype)))
-        used.append(code_perplexity(codes.detach()))
-        if t.least < t.most:
-            ends.append(eos_loss(probabilities[..., END].masked_fill(~is_open[:, own], 1.0)).mean())
+    for t, levels in zip(vocabulary.types, vocabulary.level_slots, strict=True):
+        for own in levels:
+            probabilities = log_q[:, own].exp()
+            codes = probabilities[..., 1 : 1 + t.codes].flatten(0, 1)
+            if t.name not in signal_types:
+                usage.append(usage_kl(codes, is_open[:, own].flatten().to(codes.dtype)))
+            used.append(code_perplexity(codes.detach()))
+            if t.least < t.most:
+                ends.append(eos_loss(probabilities[..., END].masked_fill(~is_open[:, own], 1.0)).mean())
     none = kl.new_zeros(())
-    lengths = sum((expected_length(plan.stops[:, own]) for own in vocabulary.type_slots), none)
+    lengths = sum((expected_length(plan.stops[:, levels[0]]) for levels in vocabulary.level_slots), none)
     soft, hard = plan.soft_embeds[is_open], plan.hard_embeds[is_open]
     return {
         "planner": plan_nll(log_p, plan.choices, is_open).sum(-1).mean() / tokens,

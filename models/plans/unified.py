@@ -53,8 +53,8 @@ class UnifiedModel(nn.Module):
         self.quantiser: Quantiser | None = build_quantiser(
             sampler, vocabulary, width, EMBEDDING_STD * spread, signal_types
         )
-        own = vocabulary.choices - vocabulary.base
-        self.register_buffer("choices", own[vocabulary.slot_types], persistent=False)  # (S, W), among the new ids
+        # (S, W), among the new ids
+        self.register_buffer("choices", vocabulary.choices - vocabulary.base, persistent=False)
         self.register_buffer("possible", vocabulary.possible, persistent=False)
 
     @property

@@ -44,6 +44,7 @@ QUANTISED = {
 }
 
 
+LEVELS = QUANTISED | {"types": {"a": {"codes": 3, "most": 2, "levels": 2}, "b": {"codes": 4}}}
 NAMED = QUANTISED | {
     "types": {"a": {"codes": 4}, "b": {"codes": 4, "most": 2}},
     "signals": {"a": "who"},
@@ -55,7 +56,7 @@ NAMED = QUANTISED | {
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lora_rank": 2}, QUANTISED, NAMED, {"kind": ConceptBaselineModule, "code": "leading", "tokens": 2}],
+    [{}, {"lora_rank": 2}, QUANTISED, LEVELS, NAMED, {"kind": ConceptBaselineModule, "code": "leading", "tokens": 2}],
 )
 def test_what_is_read_back_answers_as_what_was_trained(tmp_path, tiny_oracle, options):
     module = build(tiny_oracle, **options)

@@ -19,8 +19,10 @@ def coded(data, sampler: str) -> OnlineConceptModule:
 
 
 SAMPLERS = ("gumbel_st", "fsq", "ema_vq")
+LEVELS = {"types": {"a": {"codes": 4, "levels": 2}}, "planning": {"prior": "sequential", "posterior": "slots"}}
 KINDS = {
     **{f"plans, {name}": lambda data, name=name: plans(data, sampler=name, lr=1e-3) for name in SAMPLERS},
+    "plans, levels of ema_vq": lambda data: plans(data, sampler="ema_vq", lr=1e-3, **LEVELS),
     **{f"online, {name}": lambda data, name=name: coded(data, name) for name in SAMPLERS},
     "online, states": online,
     **{name: METHODS[name] for name in ("hard_em", "qstar", "noisy_mask", "logit", "step_halving", "latent")},

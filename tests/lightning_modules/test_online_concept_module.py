@@ -244,7 +244,7 @@ def test_codes_start_at_centres_of_their_points_and_follow_them():
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, *_) -> None:
-            seen.append(space.book)
+            seen.append(space.books[0])
             dead.append(float(trainer.callback_metrics["monitor/dead_codes"]))
 
     quiet_trainer(3, callbacks=[Watch()]).fit(module, data)
@@ -269,7 +269,7 @@ def test_codes_and_rates_of_accumulated_micro_batches_are_those_of_one_big_batch
         options = {"sampler": "ema_vq", "growth": growth, "code_decay": 0.9, "weights": {"text": 1.0}}
         module = build(**options, compression=(2.5, 2.5), quantisation=(1.0, 1.0), noise=(0.0, 0.0))
         quiet_trainer(2, accumulate_grad_batches=accumulated).fit(module, data)
-        found.append((*module.model.stack.codes.space.book, module.model.stack.router.offset))
+        found.append((*module.model.stack.codes.space.books[0], module.model.stack.router.offset))
     for big, small in zip(*found, strict=True):
         assert_close(small, big, atol=1e-5, rtol=1e-4)
     assert (found[0][-1] != 0) == (growth == "entropy")

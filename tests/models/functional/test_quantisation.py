@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -16,6 +17,7 @@ from models.functional.vector_quantisation import (
     k_means,
     quantised,
     reset_dead,
+    residuals,
     squared_distances,
 )
 
@@ -145,3 +147,53 @@ def test_every_centre_is_the_mean_of_its_points_or_a_point_where_it_has_none():
             assert_close(centres[k], points[own == k].mean(0))
     twice = torch.tensor([[3.0, 4.0], [5.0, 6.0]]).repeat(2, 1)
     assert squared_distances(k_means(twice, 3, generator()), twice).amin(-1).max() == 0
+
+
+# -- residual quantisation ---------------------------------------------------------------------------------------------
+
+
+def books_and_points(levels: int = 3) -> tuple[list[torch.Tensor], torch.Tensor]:
+    source = generator(5)
+    books = [torch.randn(4, 3, generator=source, dtype=torch.float64) / 2**level for level in range(levels)]
+    return books, torch.randn(50, 3, generator=source, dtype=torch.float64)
+
+
+def test_residuals_are_those_of_a_loop_over_points_and_codebooks():
+    books, points = books_and_points()
+    found = residuals(points, books)
+    assert len(found) == 4
+    assert torch.equal(found[0], points)
+    for row, point in enumerate(points.numpy()):
+        left = point.copy()
+        for level, codes in enumerate(book.numpy() for book in books):
+            left = left - codes[np.argmin([((left - code) ** 2).sum() for code in codes])]
+            np.testing.assert_allclose(found[level + 1][row].numpy(), left, atol=1e-12)
+
+
+def test_a_further_codebook_of_centres_never_adds_to_the_error():
+    """Exact on the points that the centres were made of: a cluster's mean is nearer to its points than the origin is."""
+    for seed in range(20):
+        source = generator(seed)
+        points = torch.randn(64, 3, generator=source, dtype=torch.float64) + 5 * torch.rand(3, generator=source)
+        books: list[torch.Tensor] = []
+        for _ in range(4):
+            books.append(k_means(residuals(points, books)[-1], 3, source))
+        errors = [float(left.square().sum()) for left in residuals(points, books)]
+        assert errors == sorted(errors, reverse=True)
+        of_the_points = residuals(points, [books[0], k_means(points, 3, source)])[-1]
+        assert float(of_the_points.square().sum()) > errors[1]  # the control: centres of points, not of residuals
+
+
+@pytest.mark.parametrize("steps", [[2], [3, 2], [4, 4]])
+def test_two_levels_of_a_lattice_are_the_lattice_of_their_product(steps):
+    """Coarse and fine code add up to the nearest of the levels² per coordinate that share out the range evenly."""
+    per_coordinate = torch.tensor(steps, dtype=torch.float64)
+    points = fsq_bound(torch.randn(500, len(steps), generator=generator(), dtype=torch.float64), per_coordinate)
+    coarse = fsq_lattice(steps).double()
+    left = residuals(points, [coarse, coarse / per_coordinate])[-1]
+    edge = per_coordinate / (per_coordinate - 1)  # the range is [-edge, edge]
+    cell = 2 * edge / per_coordinate**2
+    nearest = ((points + edge) / cell).floor().clamp(max=per_coordinate**2 - 1) * cell + cell / 2 - edge
+    assert_close(points - left, nearest)
+    same_scale = residuals(points, [coarse, coarse])[-1]
+    assert same_scale.square().sum() > left.square().sum()  # the control

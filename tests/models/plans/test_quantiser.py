@@ -114,4 +114,4 @@ def test_codes_that_follow_points_have_no_gradient():
     (space, *_) = case("ema_vq")[0].quantiser.spaces
     points = torch.randn(8, space.codes.shape[1], generator=generator(), dtype=space.codes.dtype, requires_grad=True)
     space.follow(points, 0.9, generator())
-    assert not any(values.requires_grad for values in space.book)
+    assert not any(values.requires_grad for values in space.books[0])
