@@ -16,7 +16,7 @@ from reporting.alpha_figure import alpha_figure
 from reporting.console import report_console
 from reporting.figure import quality_figure
 from reporting.hparams import headline, hyperparameters
-from reporting.record import build_record, write_record
+from reporting.record import build_record, current_commit, write_record
 from reporting.samples import print_samples, samples_markdown
 from reporting.sentences import in_words
 from reporting.table import markdown_table, results_table, split_rows
@@ -35,6 +35,7 @@ class FrontierReport(Callback):
     def __init__(self, folder: str | Path, experiment: str, config: dict[str, Any], samples: int = 3) -> None:
         self.folder, self.experiment, self.config, self.samples = Path(folder), experiment, config, samples
         self.record: dict[str, Any] | None = None
+        self.commit = current_commit()  # files may change while the run goes on
         self._reset()
 
     def _reset(self) -> None:
@@ -83,7 +84,9 @@ class FrontierReport(Callback):
         if known_of_model:
             table_rows.append(_model_row(pl_module, known_of_model))
         seed = int(getattr(pl_module, "seed", 0))
-        self.record = build_record(self.experiment, seed, pl_module.device, self.config, data.facts(), table_rows)
+        self.record = build_record(
+            self.experiment, seed, pl_module.device, self.config, data.facts(), table_rows, self.commit
+        )
         self.record |= parts
         if (aup := aup_of(self.record)) is not None:
             self.record["aup"] = aup

@@ -27,11 +27,20 @@ KEYS = ("experiment", "commit", "seed", "device", "versions", "config", "data", 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "hydra-core", "omegaconf", "torchmetrics")
 
 
-def build_record(experiment: str, seed: int, device: torch.device, config: dict, data: dict, rows: list[dict]) -> dict:
+def build_record(
+    experiment: str,
+    seed: int,
+    device: torch.device,
+    config: dict,
+    data: dict,
+    rows: list[dict],
+    commit: str | None = None,
+) -> dict:
+    """A record without files. commit: the checkout's where the run began, see `current_commit`."""
     return {
         "format": FORMAT,
         "experiment": experiment,
-        "commit": current_commit(),
+        "commit": commit,
         "seed": seed,
         "device": device_name(device),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

@@ -40,3 +40,12 @@ def test_rows_of_commit_rules_have_the_mean_of_their_passes(tiny_llada, tiny_ora
     assert threshold["cost"]["nfe_per_batch"] >= threshold["nfe"]
     assert whole["cost"]["nfe_per_batch"] == 1
     assert threshold["cost"]["seconds_alone"] > 0
+
+
+def test_a_record_names_the_commit_at_which_its_run_began(tiny_llada, tiny_oracle, tmp_path, monkeypatch):
+    monkeypatch.setattr("callbacks.frontier.current_commit", lambda: "before")
+    report = FrontierReport(tmp_path, "one", {})
+    monkeypatch.setattr("callbacks.frontier.current_commit", lambda: "after")
+    module = PretrainModule(tiny_llada(**tiny_oracle.special_ids()), MaskedDiffusion(), forwards=(1,))
+    quiet_trainer(1, callbacks=[report]).test(module, tiny_oracle, verbose=False)
+    assert read_record(tmp_path / "record.json")["commit"] == "before"
