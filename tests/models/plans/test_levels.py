@@ -1,6 +1,7 @@
 """Concepts of several levels: a coarse code, and finer ones of what the coarser leave of a point."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -128,6 +129,14 @@ def test_the_first_level_is_that_of_a_space_of_one_level():
     }
 
 
+def test_the_levels_of_a_lattice_tell_apart_as_many_points_as_their_product_by_hand():
+    """Two steps a coordinate: the levels are +-1, +-1/2, +-1/4, and their sums are eight points, 1/2 apart."""
+    space = CodeSpace(2, 16, 1.0, "fsq", "codes", 3)
+    assert space.codes.flatten().tolist() == [-1.0, 1.0, -0.5, 0.5, -0.25, 0.25]
+    sums = sorted(sum(codes) for codes in product(*(book.codes.flatten().tolist() for book in space.books)))
+    assert sums == [-1.75, -1.25, -0.75, -0.25, 0.25, 0.75, 1.25, 1.75]
+
+
 def test_the_embeddings_of_a_point_s_codes_add_up_to_that_of_their_sum():
     model, _, posterior = case()
     plan = posterior.draw(*some_texts(6), Coder(model.quantiser))
@@ -200,6 +209,7 @@ def test_a_quantiser_follows_the_points_of_coarse_slots():
     states, space = plan.rounds[0].states.detach(), model.quantiser.spaces[0]
     assert_close(coder.points[2], space.point(states[:, 2]).detach())
     model.quantiser.follow(coder.points, 0.99, generator(), begin=True)
+    assert [float(book.counts.sum()) for book in space.books] == [80, 80]  # of both concepts
     points = torch.cat([coder.points[0], coder.points[2]])
     errors = [float(part.square().sum()) for part in residuals(points, [book.codes for book in space.books])]
     assert errors == sorted(errors, reverse=True)
