@@ -15,10 +15,11 @@ from lightning_modules.training.optimizers import OptimizerName
 from lightning_modules.training.step_cost import flops_of_step
 from lightning_modules.training.token_weights import TokenWeights
 from models.backbones.autoregressive import AutoregressiveDecoder
+from models.backbones.bidirectional import is_block_causal
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
 from models.diffusion.commit_rules import build_rules
-from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder
+from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder, sampling_blocks
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
@@ -28,7 +29,7 @@ from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
-from models.interfaces.masked_sampling import MaskedSampling, Remasking
+from models.interfaces.masked_sampling import MaskedSampling, Remasking, forwards_in_blocks
 from models.interfaces.objective import Generation, Likelihood, Objective, Terms, TextObjective
 
 # streams of random draws, see `step_generator`
@@ -39,8 +40,9 @@ class PretrainModule(LeapModule):
     """model: the network; objective: (model, batch, generator) -> `Terms`.
 
     forwards, temperature, remasking, guidance, block_length: `MaskedSampling`, which `trainer.test` compares. A model that
-    generates from left to right uses the temperature alone. commit_rules: {rule: values}, more rows of masked models, whose
-    forward passes follow the confidence (`models/diffusion/commit_rules.py`).
+    generates from left to right uses the temperature alone; one of block diffusion has the blocks of its objective.
+    commit_rules: {rule: values}, more rows of masked models, whose forward passes follow the confidence
+    (`models/diffusion/commit_rules.py`).
     A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
     Validation logs `val/loss`, what is minimised, and `val/nll` (nats per token), `val/perplexity` and `val/bits_per_byte` of
     the batch's scored tokens; the names of an objective with an upper bound end in `_bound`. `val/nll_truth` is the corpus'
@@ -89,6 +91,7 @@ class PretrainModule(LeapModule):
         self._true_nll: Callable[[dict[str, Tensor]], Tensor] | None = None
         if isinstance(objective, TextObjective):
             objective.attach(model)
+        sampling_blocks(model, block_length)  # other blocks than the model's own are refused before it is trained
 
     def blocks(self) -> list[nn.Module]:
         return [layer for layer in decoder_layers(self) if trainable_weights(layer)]
@@ -203,8 +206,18 @@ class PretrainModule(LeapModule):
             data: Any = self.trainer.datamodule
             ends = None if data.end_padding else data.end_ids()
             return [self.decoder(data, 1, self.sampling.temperature, ends)]
-        scheduled = [self.decoder(None, n, self.sampling.temperature) for n in self.sampling.forwards]
+        scheduled = [self.decoder(None, n, self.sampling.temperature) for n in self.compared_forwards()]
         return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
+
+    def compared_forwards(self, data: Any = None) -> list[int]:
+        """The numbers of forward passes in `forwards`; of block diffusion those that its blocks allow.
+
+        data: the datamodule, that of the trainer where it is None; only read for block diffusion.
+        """
+        if not is_block_causal(self.model):
+            return list(self.sampling.forwards)
+        length = (data or self.trainer.datamodule).response_length
+        return forwards_in_blocks(self.sampling.forwards, sampling_blocks(self.model, None), length)
 
     def _rule_decoders(self) -> list[Decoder]:
         """A row for each of `commit_rules`, at temperature 0 as in the papers of these rules."""
@@ -245,7 +258,7 @@ class PretrainModule(LeapModule):
         """The hidden states of whole texts after the last layer, (B, L, D)."""
         objective = self.objective
         trained = objective.trained(self.model) if isinstance(objective, TextObjective) else self.model
-        return text_states(trained, rows["input_ids"], rows["attention_mask"])
+        return text_states(trained, rows["input_ids"], rows["attention_mask"], rows.get("response_mask"))
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -70,15 +70,26 @@ class TeacherOptions:
             raise UsageError(f"module.teacher_{error}") from None
 
 
+def require_dividing(option: str, block_length: int | None, response_length: int) -> None:
+    """Raise UsageError unless blocks fill a response."""
+    if block_length is not None and (block_length < 1 or response_length % block_length):
+        raise UsageError(f"{option}={block_length} must divide the response length {response_length}")
+
+
 def require_blocks(option: str, block_length: int | None, forwards: Sequence[int], response_length: int) -> None:
     """Raise UsageError unless blocks fill a response and each number of forward passes is a multiple of their number."""
+    require_dividing(option, block_length, response_length)
     if block_length is None:
         return
-    if block_length < 1 or response_length % block_length:
-        raise UsageError(f"{option}={block_length} must divide the response length {response_length}")
     blocks = response_length // block_length
     if any(n % blocks for n in forwards):
         raise UsageError(
             f"{option}={block_length} makes {blocks} blocks, so each of module.forwards={list(forwards)} must be a multiple of "
             f"{blocks}; type for example module.forwards=[{blocks},{response_length}]"
         )
+
+
+def forwards_in_blocks(forwards: Sequence[int], block_length: int | None, response_length: int) -> list[int]:
+    """Those numbers of forward passes that are multiples of the number of blocks; one pass a block where there are none."""
+    blocks = response_length // (block_length or response_length)
+    return [n for n in forwards if n % blocks == 0] or [blocks]

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.ema import TrainableEMA
 from datamodules.batch import TensorRows, pack_prompt_response
 from lightning_modules.pretrain import PretrainModule
+from models.diffusion.block_diffusion import BlockDiffusion
 from models.diffusion.objective import MaskedDiffusion
 from models.diffusion.sampler import generate_masked_diffusion
 from models.flow.denoiser_objective import ContinuousDiffusion
@@ -255,13 +256,14 @@ OBJECTIVES = {
     "sft": MaskedDiffusion,
     "pretrain": lambda: MaskedDiffusion("pretrain", random_length_probability=0.3),
     "masked_lm": MaskedLM,
+    "blocks": lambda: BlockDiffusion(2),
     "continuous": ContinuousDiffusion,
 }
 
 
 @pytest.mark.parametrize(
     ("objective", "stop"),
-    [*itertools.product(("sft", "pretrain"), (3, 8, 11)), ("masked_lm", 11), ("continuous", 11)],
+    [*itertools.product(("sft", "pretrain"), (3, 8, 11)), ("masked_lm", 11), ("blocks", 11), ("continuous", 11)],
 )
 def test_resume_gives_the_same_losses_and_weights_as_an_uninterrupted_run(
     tiny_llada, tiny_oracle, tmp_path, stop, objective
@@ -320,3 +322,20 @@ def test_its_decoders_are_its_model_at_every_number_of_forwards(tiny_llada, tiny
             module.model, rows, torch.Generator(), steps=steps, temperature=0.0, remasking="low_confidence"
         )
         assert torch.equal(decoder(rows, torch.Generator()), expected)
+
+
+def test_a_model_in_blocks_is_compared_where_its_blocks_allow_it(tiny_llada, tiny_oracle):
+    """Three blocks of two tokens: numbers of forward passes that are multiples of three, else one pass a block."""
+    for forwards, wanted in (([1, 2, 3, 4, 6], [3, 6]), ([1, 2], [3])):
+        module = build(tiny_llada, tiny_oracle, BlockDiffusion(2), forwards=forwards)
+        assert module.compared_forwards(tiny_oracle) == wanted
+    whole = build(tiny_llada, tiny_oracle, BlockDiffusion(None), forwards=[1, 4])
+    assert whole.compared_forwards(tiny_oracle) == [1, 4]
+    rows = tiny_oracle.rows["test"].columns
+    decoder = module.decoder(tiny_oracle, 3, 0.0)
+    expected = generate_masked_diffusion(
+        module.model, rows, torch.Generator().manual_seed(0), steps=3, temperature=0.0, block_length=2
+    )
+    assert torch.equal(decoder(rows, torch.Generator().manual_seed(0)), expected)
+    with pytest.raises(UsageError, match=r"block_length=3: .* type module.block_length=null"):
+        build(tiny_llada, tiny_oracle, BlockDiffusion(2), block_length=3)
