@@ -19,6 +19,7 @@ from models.backbones.bidirectional import is_block_causal
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
 from models.diffusion.commit_rules import build_rules
+from models.diffusion.readers import require_bidirectional_body
 from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder, sampling_blocks
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.solver import NoisyMaskDecoder
@@ -29,7 +30,7 @@ from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
-from models.interfaces.masked_sampling import MaskedSampling, Remasking, forwards_in_blocks
+from models.interfaces.masked_sampling import CacheKind, MaskedSampling, Remasking, forwards_in_blocks
 from models.interfaces.objective import Generation, Likelihood, Objective, Terms, TextObjective
 
 # streams of random draws, see `step_generator`
@@ -39,8 +40,9 @@ TRAINING_STREAM, VALIDATION_STREAM, LIKELIHOOD_STREAM = 0, 1, 2
 class PretrainModule(LeapModule):
     """model: the network; objective: (model, batch, generator) -> `Terms`.
 
-    forwards, temperature, remasking, guidance, block_length: `MaskedSampling`, which `trainer.test` compares. A model that
-    generates from left to right uses the temperature alone; one of block diffusion has the blocks of its objective.
+    forwards, temperature, remasking, guidance, block_length, cache, cache_refresh: `MaskedSampling`, which `trainer.test`
+    compares. A model that generates from left to right uses the temperature alone; one of block diffusion has the blocks of
+    its objective.
     commit_rules: {rule: values}, more rows of masked models, whose forward passes follow the confidence
     (`models/diffusion/commit_rules.py`).
     A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
@@ -67,6 +69,8 @@ class PretrainModule(LeapModule):
         remasking: Remasking = "random",
         guidance: float = 0.0,
         block_length: int | None = None,
+        cache: CacheKind = "none",
+        cache_refresh: int | None = None,
         commit_rules: dict[str, list[float]] | None = None,
         seed: int = 0,
     ) -> None:
@@ -79,6 +83,8 @@ class PretrainModule(LeapModule):
             remasking=remasking,
             guidance=guidance,
             block_length=block_length,
+            cache=cache,
+            cache_refresh=cache_refresh,
         )
         self.rules = build_rules(commit_rules)
         self.figures = ModelFigures()
@@ -91,7 +97,15 @@ class PretrainModule(LeapModule):
         self._true_nll: Callable[[dict[str, Tensor]], Tensor] | None = None
         if isinstance(objective, TextObjective):
             objective.attach(model)
-        sampling_blocks(model, block_length)  # other blocks than the model's own are refused before it is trained
+        # what the model cannot be sampled with is refused before it is trained
+        sampling_blocks(model, block_length)
+        if cache != "none":
+            self._require_cache(cache)
+
+    def _require_cache(self, cache: str) -> None:
+        if self.generation != "masked":
+            raise UsageError(f"module.cache={cache} is for models that fill masks; type module.cache=none")
+        require_bidirectional_body(self.model, cache)
 
     def blocks(self) -> list[nn.Module]:
         return [layer for layer in decoder_layers(self) if trainable_weights(layer)]
@@ -223,7 +237,9 @@ class PretrainModule(LeapModule):
         """A row for each of `commit_rules`, at temperature 0 as in the papers of these rules."""
         length, how = self.trainer.datamodule.response_length, self.sampling
         return [
-            RuleDecoder(self.model, rule, length, block_length=how.block_length, guidance=how.guidance)
+            RuleDecoder(
+                self.model, rule, length, block_length=how.block_length, guidance=how.guidance, reused=how.reused
+            )
             for rule in self.rules
         ]
 

@@ -13,12 +13,12 @@ from torch import Generator, Tensor
 from models.backbones.bidirectional import is_block_causal
 from models.backbones.llada import LladaModel
 from models.diffusion.commit_rules import CommitRule
-from models.diffusion.readers import Reader, response_reader
+from models.diffusion.readers import NOTHING_REUSED, Reader, response_reader
 from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
-from models.interfaces.masked_sampling import Remasking, require_dividing
+from models.interfaces.masked_sampling import Remasking, ReusedColumns, require_dividing
 
 
 def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
@@ -27,14 +27,16 @@ def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
     return [whole + (step < rest) for step in range(steps)]
 
 
-def guided_logits(model: LladaModel, rows: dict[str, Tensor], guidance: float) -> Reader:
+def guided_logits(
+    model: LladaModel, rows: dict[str, Tensor], guidance: float, reused: ReusedColumns = NOTHING_REUSED
+) -> Reader:
     """A function from ids (B, L), start and end to logits (B, end - start, V) of these response columns.
 
     Guidance is un + (w + 1)(c - un); `un` sees the prompt masked. w = 0 is the conditional model in one forward pass; otherwise
-    two. The mask token itself is never generated.
+    two, with keys and values of their own. The mask token itself is never generated.
     """
-    conditional = response_reader(model, rows)
-    unconditional = response_reader(model, rows) if guidance != 0 else None
+    conditional = response_reader(model, rows, reused)
+    unconditional = response_reader(model, rows, reused) if guidance != 0 else None
 
     def logits(xt: Tensor, start: int, end: int) -> Tensor:
         found = model.lm_head(conditional(xt, start, end))
@@ -59,6 +61,7 @@ def generate_masked_diffusion(
     temperature: float = 1.0,
     remasking: Remasking = "random",
     guidance: float = 0.0,
+    reused: ReusedColumns = NOTHING_REUSED,
     on_tokens: TokenCallback | None = None,
 ) -> Tensor:
     """Responses (B, R) for rows laid out as prompt columns then R response columns.
@@ -66,7 +69,7 @@ def generate_masked_diffusion(
     Blocks of `block_length` response tokens (all of them by default) are filled left to right, in `steps` forward passes.
     Each of these draws all masked tokens of the block and keeps the scheduled number: the most probable draws
     (`low_confidence`; at temperature 1 this favours a few safe texts) or randomly chosen ones (`random`, ancestral sampling).
-    on_tokens: see `Decoder`.
+    reused: what is not read in every pass; a pass counts as one, whatever it reads. on_tokens: see `Decoder`.
     """
     length = response_columns(rows["response_mask"])
     blocks = block_count(length, sampling_blocks(model, block_length))
@@ -80,7 +83,7 @@ def generate_masked_diffusion(
     if remasking not in get_args(Remasking):
         raise UsageError(f"remasking={remasking} is not known; type low_confidence or random")
 
-    read = guided_logits(model, rows, guidance)
+    read = guided_logits(model, rows, guidance, reused)
     xt = torch.where(rows["response_mask"], model.mask_id, rows["input_ids"])
     response = xt[:, -length:]
     for start in range(0, length, block_length):
@@ -121,6 +124,7 @@ def generate_by_rule(
     block_length: int | None = None,
     temperature: float = 0.0,
     guidance: float = 0.0,
+    reused: ReusedColumns = NOTHING_REUSED,
     on_tokens: TokenCallback | None = None,
 ) -> RuleTexts:
     """Like `generate_masked_diffusion`, where `rule` chooses the positions of each forward pass.
@@ -130,7 +134,7 @@ def generate_by_rule(
     """
     length = response_columns(rows["response_mask"])
     block_length = length // block_count(length, sampling_blocks(model, block_length))
-    read = guided_logits(model, rows, guidance)
+    read = guided_logits(model, rows, guidance, reused)
     xt = torch.where(rows["response_mask"], model.mask_id, rows["input_ids"])
     response = xt[:, -length:]
     passes = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
@@ -190,6 +194,7 @@ class MaskedDiffusionDecoder:
         remasking: Remasking = "random",
         block_length: int | None = None,
         guidance: float = 0.0,
+        reused: ReusedColumns = NOTHING_REUSED,
     ) -> None:
         self.model, self.steps = model, forwards
         self.forwards = forwards * (1 if guidance == 0 else 2)
@@ -198,6 +203,7 @@ class MaskedDiffusionDecoder:
             "remasking": remasking,
             "block_length": block_length,
             "guidance": guidance,
+            "reused": reused,
         }
         self.name = f"teacher, {'greedy' if temperature == 0 else 'sampled'}"
 
@@ -222,23 +228,20 @@ class RuleDecoder:
         temperature: float = 0.0,
         block_length: int | None = None,
         guidance: float = 0.0,
+        reused: ReusedColumns = NOTHING_REUSED,
     ) -> None:
         self.model, self.rule = model, rule
         self.forwards = response_length * (1 if guidance == 0 else 2)
-        self.temperature, self.block_length, self.guidance = temperature, block_length, guidance
+        self.options: dict[str, Any] = {
+            "temperature": temperature,
+            "block_length": block_length,
+            "guidance": guidance,
+            "reused": reused,
+        }
         self.name = f"teacher, {rule.name}"
         self.forward_passes: Tensor | None = None
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
-        found = generate_by_rule(
-            self.model,
-            rows,
-            generator,
-            rule=self.rule,
-            block_length=self.block_length,
-            temperature=self.temperature,
-            guidance=self.guidance,
-            on_tokens=on_tokens,
-        )
+        found = generate_by_rule(self.model, rows, generator, rule=self.rule, on_tokens=on_tokens, **self.options)
         self.forward_passes = found.forward_passes
         return found.responses

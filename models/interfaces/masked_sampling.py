@@ -7,6 +7,28 @@ from typing import Any, Literal, get_args
 from models.functional.errors import UsageError, require_at_least, require_choice
 
 Remasking = Literal["low_confidence", "random"]
+CacheKind = Literal["none", "prefix", "dual"]
+
+
+@dataclass(frozen=True)
+class ReusedColumns:
+    """Whose keys and values a forward pass takes from an earlier one (Fast-dLLM, Wu et al., 2505.22618).
+
+    cache: of no column; `prefix`: of the columns before the block that is filled; `dual`: of those after it, too. In a
+    bidirectional model they are those of an older text, so that the result is approximate.
+    refresh: every so many passes within a block, one reads all columns; None: the first pass of each block alone. With 1 the
+    result is exact, and nothing is saved.
+    """
+
+    cache: CacheKind = "none"
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("cache", self.cache, get_args(CacheKind))
+        if self.refresh is not None:
+            require_at_least(1, cache_refresh=self.refresh)
+            if self.cache == "none":
+                raise UsageError(f"cache_refresh={self.refresh} needs a cache; type module.cache=prefix or dual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +39,7 @@ class MaskedSampling:
     temperature: 0 takes the most probable token. remasking: which draws of a pass stay, see `generate_masked_diffusion`.
     guidance: weight of classifier-free guidance; 0 is none.
     block_length: response tokens that are filled before the next ones begin; None: all of them.
+    cache, cache_refresh: see `ReusedColumns`.
     """
 
     forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -24,6 +47,8 @@ class MaskedSampling:
     remasking: Remasking = "random"
     guidance: float = 0.0
     block_length: int | None = None
+    cache: CacheKind = "none"
+    cache_refresh: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forwards", tuple(self.forwards))  # a list, as YAML has it
@@ -31,11 +56,16 @@ class MaskedSampling:
         require_at_least(0, temperature=self.temperature)
         if self.block_length is not None:
             require_at_least(1, block_length=self.block_length)
+        ReusedColumns(self.cache, self.cache_refresh)  # checks itself
+
+    @property
+    def reused(self) -> ReusedColumns:
+        return ReusedColumns(self.cache, self.cache_refresh)
 
     @property
     def options(self) -> dict[str, Any]:
         """Keywords of `MaskedDiffusionDecoder`."""
-        names = ("temperature", "remasking", "block_length", "guidance")
+        names = ("temperature", "remasking", "block_length", "guidance", "reused")
         return {name: getattr(self, name) for name in names}
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from models.diffusion.objective import MaskedDiffusion
 from models.diffusion.sampler import generate_masked_diffusion
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.functional.errors import UsageError
+from models.interfaces.masked_sampling import ReusedColumns
 from models.objectives.masked_lm import MaskedLM
 
 PAD, EOS, MASK = 0, 1, 2
@@ -339,3 +341,10 @@ def test_a_model_in_blocks_is_compared_where_its_blocks_allow_it(tiny_llada, tin
     assert torch.equal(decoder(rows, torch.Generator().manual_seed(0)), expected)
     with pytest.raises(UsageError, match=r"block_length=3: .* type module.block_length=null"):
         build(tiny_llada, tiny_oracle, BlockDiffusion(2), block_length=3)
+
+
+def test_a_cache_reaches_every_row_of_the_table(tiny_llada, tiny_oracle):
+    options = {"cache": "dual", "cache_refresh": 2, "block_length": 3, "commit_rules": {"confidence": [0.9]}}
+    module = build(tiny_llada, tiny_oracle, forwards=[2], **options)
+    module._trainer = SimpleNamespace(datamodule=tiny_oracle)
+    assert [decoder.options["reused"] for decoder in module.decoders()] == [ReusedColumns("dual", 2)] * 2
