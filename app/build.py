@@ -24,6 +24,7 @@ from lightning_modules.training.checkpoints import ReplacingCheckpointIO
 from lightning_modules.training.compile import compute_layers
 from lightning_modules.training.sharding import ShardedStrategy
 from models.backbones.abilities import context_of, require_separate_documents, require_steps
+from models.backbones.bidirectional import is_block_causal
 from models.backbones.causal import build_causal
 from models.backbones.causal_lm import load_causal
 from models.backbones.llada import LladaModel, build_llada
@@ -31,7 +32,7 @@ from models.backbones.masked_from_causal import load_masked
 from models.backbones.sizes import STAND_IN
 from models.flow.student_files import is_student, teacher_folder
 from models.functional.errors import UsageError, require_forward_passes
-from models.interfaces.masked_sampling import require_blocks
+from models.interfaces.masked_sampling import require_blocks, require_dividing
 from models.speculative.scores import require_one_vocabulary
 from reporting.console import report_console
 
@@ -178,6 +179,8 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     for name in () if one_by_one else ("block_length", "teacher_block_length"):
         forwards = list(cfg.module.get("forwards") or [])
         require_blocks(f"module.{name}", cfg.module.get(name), forwards, datamodule.response_length)
+    own_blocks = None if objective is None else objective.get("block_length")
+    require_dividing("module.objective.block_length", own_blocks, datamodule.response_length)
     trainer = make_trainer(cfg, [], False)
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()
@@ -228,8 +231,18 @@ def load_teacher(path: str | Path, datamodule: Any) -> LladaModel:
         if Path(path).is_dir():
             raise
         raise UsageError(f"the teacher {path} is not there; type teacher.path=<the folder of the teacher>") from error
+    require_bidirectional_teacher(teacher, path)
     require_vocabulary_of(path, datamodule)
     return checked_network(teacher, datamodule, "teacher")
+
+
+def require_bidirectional_teacher(teacher: LladaModel, path: str | Path) -> None:
+    """Raise UsageError for a model of block diffusion, whose blocks do not see what comes after them."""
+    if is_block_causal(teacher):
+        raise UsageError(
+            f"the model in {path} was trained by block diffusion, and a student needs a teacher that fills all positions at "
+            "once; type teacher.path=<a model of module/objective=masked_diffusion>"
+        )
 
 
 def require_vocabulary_of(folder: str | Path, datamodule: Any) -> None:

@@ -112,7 +112,7 @@ def _model_decoder(cfg: DictConfig, weights: Path, datamodule: Any, device: torc
         return trained_decoder(weights, datamodule, temperature, device)
     module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
     fill_from_checkpoint(module, weights)
-    most = min(max(cfg.module.forwards), datamodule.response_length)
+    most = min(max(module.compared_forwards(datamodule)), datamodule.response_length)
     return module.to(device).eval().decoder(datamodule, cfg.forwards or most, temperature, datamodule.end_ids())
 
 

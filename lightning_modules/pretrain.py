@@ -15,10 +15,12 @@ from lightning_modules.training.optimizers import OptimizerName
 from lightning_modules.training.step_cost import flops_of_step
 from lightning_modules.training.token_weights import TokenWeights
 from models.backbones.autoregressive import AutoregressiveDecoder
+from models.backbones.bidirectional import is_block_causal
 from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
 from models.diffusion.commit_rules import build_rules
-from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder
+from models.diffusion.readers import require_bidirectional_body
+from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder, sampling_blocks
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
@@ -28,7 +30,13 @@ from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
-from models.interfaces.masked_sampling import MaskedSampling, Remasking, temperature_name
+from models.interfaces.masked_sampling import (
+    CacheKind,
+    MaskedSampling,
+    Remasking,
+    forwards_in_blocks,
+    temperature_name,
+)
 from models.interfaces.objective import Generation, Likelihood, Objective, Terms, TextObjective
 
 # streams of random draws, see `step_generator`
@@ -38,9 +46,10 @@ TRAINING_STREAM, VALIDATION_STREAM, LIKELIHOOD_STREAM = 0, 1, 2
 class PretrainModule(LeapModule):
     """model: the network; objective: (model, batch, generator) -> `Terms`.
 
-    forwards, temperature, temperatures, remasking, guidance, block_length: `MaskedSampling`, which `trainer.test` compares. A
-    model that generates from left to right uses the temperatures alone. commit_rules: {rule: values}, more rows of masked
-    models, whose forward passes follow the confidence (`models/diffusion/commit_rules.py`), at rule_temperature.
+    forwards, temperature, temperatures, remasking, guidance, block_length, cache, cache_refresh: `MaskedSampling`, which
+    `trainer.test` compares. A model that generates from left to right uses the temperatures alone; one of block diffusion has
+    the blocks of its objective. commit_rules: {rule: values}, more rows of masked models, whose forward passes follow the
+    confidence (`models/diffusion/commit_rules.py`), at rule_temperature.
     A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
     Validation logs `val/loss`, what is minimised, and `val/nll` (nats per token), `val/perplexity` and `val/bits_per_byte` of
     the batch's scored tokens; the names of an objective with an upper bound end in `_bound`. `val/nll_truth` is the corpus'
@@ -66,6 +75,8 @@ class PretrainModule(LeapModule):
         remasking: Remasking = "random",
         guidance: float = 0.0,
         block_length: int | None = None,
+        cache: CacheKind = "none",
+        cache_refresh: int | None = None,
         commit_rules: dict[str, list[float]] | None = None,
         rule_temperature: float = 0.0,
         seed: int = 0,
@@ -80,6 +91,8 @@ class PretrainModule(LeapModule):
             remasking=remasking,
             guidance=guidance,
             block_length=block_length,
+            cache=cache,
+            cache_refresh=cache_refresh,
         )
         require_at_least(0, module__rule_temperature=rule_temperature)
         self.rules, self.rule_temperature = build_rules(commit_rules), rule_temperature
@@ -93,6 +106,15 @@ class PretrainModule(LeapModule):
         self._true_nll: Callable[[dict[str, Tensor]], Tensor] | None = None
         if isinstance(objective, TextObjective):
             objective.attach(model)
+        # what the model cannot be sampled with is refused before it is trained
+        sampling_blocks(model, block_length)
+        if cache != "none":
+            self._require_cache(cache)
+
+    def _require_cache(self, cache: str) -> None:
+        if self.generation != "masked":
+            raise UsageError(f"module.cache={cache} is for models that fill masks; type module.cache=none")
+        require_bidirectional_body(self.model, cache)
 
     def blocks(self) -> list[nn.Module]:
         return [layer for layer in decoder_layers(self) if trainable_weights(layer)]
@@ -206,17 +228,26 @@ class PretrainModule(LeapModule):
         if one_by_one:
             data: Any = self.trainer.datamodule
             ends = None if data.end_padding else data.end_ids()
-            temperatures = (self.sampling.temperature, *self.sampling.temperatures)
-            return [self.decoder(data, 1, temperature, ends) for temperature in temperatures]
+            return [self.decoder(data, 1, temperature, ends) for temperature in self.sampling.all_temperatures]
         # a flow has no temperature
-        grid = [(n, t) for n, t in self.sampling.rows if self.generation == "masked" or t == self.sampling.temperature]
-        scheduled = [self.decoder(None, n, temperature) for n, temperature in grid]
+        temperatures = self.sampling.all_temperatures[: None if self.generation == "masked" else 1]
+        scheduled = [self.decoder(None, n, t) for t in temperatures for n in self.compared_forwards()]
         return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
+
+    def compared_forwards(self, data: Any = None) -> list[int]:
+        """The numbers of forward passes in `forwards`; of block diffusion those that its blocks allow.
+
+        data: the datamodule, that of the trainer where it is None; only read for block diffusion.
+        """
+        if not is_block_causal(self.model):
+            return list(self.sampling.forwards)
+        length = (data or self.trainer.datamodule).response_length
+        return forwards_in_blocks(self.sampling.forwards, sampling_blocks(self.model, None), length)
 
     def _rule_decoders(self) -> list[Decoder]:
         """A row for each of `commit_rules`."""
         length, how = self.trainer.datamodule.response_length, self.sampling
-        options: dict[str, Any] = {"block_length": how.block_length, "guidance": how.guidance}
+        options: dict[str, Any] = {"block_length": how.block_length, "guidance": how.guidance, "reused": how.reused}
         decoders: list[Decoder] = []
         for rule in self.rules:
             decoder = RuleDecoder(self.model, rule, length, temperature=self.rule_temperature, **options)
@@ -256,7 +287,7 @@ class PretrainModule(LeapModule):
         """The hidden states of whole texts after the last layer, (B, L, D)."""
         objective = self.objective
         trained = objective.trained(self.model) if isinstance(objective, TextObjective) else self.model
-        return text_states(trained, rows["input_ids"], rows["attention_mask"])
+        return text_states(trained, rows["input_ids"], rows["attention_mask"], rows.get("response_mask"))
 
     # -- files --------------------------------------------------------------------------------------------------------
 

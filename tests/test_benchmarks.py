@@ -93,6 +93,18 @@ def test_decoding(benchmark):
         assert row["tokens_per_s"] == pytest.approx(row["batch"] * 4 / row["seconds"]["median"])
 
 
+def test_masked_cache(benchmark):
+    sizes = ["--vocabulary", "11", "--prompt", "2", "--response", "8", "--block", "4", "--batch", "2", "--steps", "2"]
+    result = benchmark("masked_cache", *sizes)
+    check_layout(result, ["none", "prefix", "dual"])
+    none, prefix, dual = result["rows"]
+    assert (none["flops"], none["same_tokens"]) == (1.0, 1.0)
+    assert 1 > prefix["flops"] > dual["flops"] > 0
+    assert all(0 <= row[name] <= 1 for row in result["rows"] for name in ("same_tokens", "valid"))
+    exact = benchmark("masked_cache", *sizes, "--refresh", "1")["rows"]
+    assert [row["same_tokens"] for row in exact] == [1.0, 1.0, 1.0]
+
+
 def test_lightning_overhead(benchmark):
     result = benchmark("lightning_overhead", "--batch", "4", "--size", "tiny")
     names = ["loop by hand", "Lightning", "Lightning, logging", "Lightning, logging, weight average"]

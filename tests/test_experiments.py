@@ -81,11 +81,13 @@ def test_a_published_model_fits_every_experiment(configure, name):
 
 OBJECTIVES = {path.stem for path in (ROOT / "conf/module/objective").glob("*.yaml")}
 OF_PRETRAINED = {"causal_to_masked"}  # run by experiment=masked_from_causal
+BLOCKS = {"block_diffusion": ["module.objective.block_length=3"]}  # of a response of 6 tokens
 
 
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES - OF_PRETRAINED))
 def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, capsys, objective):
     short = ["data.train_rows=64", "data.test_rows=32", "data.batch_size=16", "data.size=tiny", "module.forwards=[1,2]"]
+    short += BLOCKS.get(objective, [])
     steps = ["trainer.max_steps=4", "trainer.val_check_interval=2", "logger=none"]
     choice = f"module/objective={objective}"
     folder = tmp_path / "out" / "objectives" / objective / "run"

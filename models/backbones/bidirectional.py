@@ -6,6 +6,7 @@ Legend: B batch, L length.
 import torch
 from torch import Generator, Tensor, nn
 
+from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.masked_lm import any_order_weight, hide_exactly, stratified_count
 from models.functional.next_token import bidirectional_text
@@ -16,6 +17,16 @@ def require_bidirectional(model: nn.Module, objective: str) -> None:
     """Raise UsageError for a model that is not bidirectional."""
     if not hasattr(model, "embed"):
         raise UsageError(f"module/objective={objective} needs a bidirectional model; type model=small (made to fit)")
+    if is_block_causal(model):
+        raise UsageError(
+            f"module/objective={objective} needs a model whose blocks see each other, and this one was trained by block "
+            "diffusion; type module/objective=block_diffusion"
+        )
+
+
+def is_block_causal(model: object) -> bool:
+    """Whether a model was trained by block diffusion: a block sees nothing that comes after it."""
+    return isinstance(model, LladaModel) and model.config.block_causal
 
 
 def fill_nll(

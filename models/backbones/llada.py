@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from models.backbones import checkpoint_files as files
+from models.backbones.column_cache import ColumnCache
 from models.backbones.official_layout import config_from_official, is_official_config, official_to_leap_key
 from models.backbones.sizes import require_fitting_sizes
 from models.functional.attention import (
@@ -30,6 +31,7 @@ from models.functional.attention import (
     padding_mask,
     positions_from_mask,
 )
+from models.functional.block_diffusion import block_attention, block_numbers
 from models.functional.errors import UsageError
 from models.functional.neighbour_heads import neighbour_biases, offset_of_head
 
@@ -57,10 +59,13 @@ def _leap_attention(
     attention_mask: Tensor | None,
     scaling: float,
     prefix: Prefix | None = None,
+    kept: ColumnCache | None = None,
     **_,
 ) -> tuple[Tensor, None]:
     """The attention that transformers calls in each layer: (B, H, L, d) in, (B, L, H, d) out."""
     groups, layer = getattr(module, "num_key_value_groups", 1), module.layer_idx
+    if kept is not None:
+        key, value = kept.put(layer, key, value)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if prefix is None:
         out = bidirectional_attention(query, key, value, attention_mask, scaling)
@@ -76,15 +81,26 @@ AttentionInterface.register("leap_bidirectional", _leap_attention)
 
 
 class LladaConfig(LlamaConfig):
-    """LlamaConfig plus the id of the mask token."""
+    """LlamaConfig plus the id of the mask token, and who sees whom.
+
+    block_causal: a response position sees its own block of `block_length` positions (None: all of the response) and what lies
+    before it, and a prompt sees itself alone (`block_attention`). Otherwise every position sees every other one.
+    """
 
     model_type = "leap_llada"
 
-    def __init__(self, mask_token_id: int | None = None, **kwargs) -> None:
+    def __init__(
+        self,
+        mask_token_id: int | None = None,
+        block_causal: bool = False,
+        block_length: int | None = None,
+        **kwargs,
+    ) -> None:
         kwargs.setdefault("use_cache", False)
         kwargs["attn_implementation"] = "leap_bidirectional"
         super().__init__(**kwargs)
         self.mask_token_id = mask_token_id
+        self.block_causal, self.block_length = block_causal, block_length
 
 
 class LladaModel(LlamaPreTrainedModel):
@@ -123,13 +139,41 @@ class LladaModel(LlamaPreTrainedModel):
         prefix: Prefix | None = None,
         response_mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, L, D), (B, L) bool -> (B, L, D), after the last norm. Prompt and response are alike: no mask of it is read."""
+        """(B, L, D), (B, L) bool -> (B, L, D), after the last norm.
+
+        response_mask (B, L) bool: read where attention is block-causal; None is a row without a prompt.
+        """
+        return self.states(inputs_embeds, *self.layout(attention_mask, response_mask), prefix=prefix)
+
+    def layout(self, attention_mask: Tensor, response_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Who sees whom, (B, 1, L, L) bool, and positions, (B, L)."""
+        positions = positions_from_mask(attention_mask)
+        if not self.config.block_causal:
+            return padding_mask(attention_mask), positions
+        seen = attention_mask.bool()
+        block = block_numbers(seen if response_mask is None else response_mask, self.config.block_length)
+        return block_attention(block, torch.zeros_like(seen), seen), positions
+
+    def states(
+        self,
+        inputs_embeds: Tensor,
+        visible: Tensor,
+        positions: Tensor,
+        *,
+        prefix: Prefix | None = None,
+        kept: ColumnCache | None = None,
+    ) -> Tensor:
+        """(B, Q, D) columns, the keys that each sees (B, 1, Q, K) bool, positions (B, Q) -> (B, Q, D) after the last norm.
+
+        kept: keys and values of further columns, which become those of this pass in its own columns; without it K = Q.
+        """
         return self.model(
             inputs_embeds=inputs_embeds.to(self.embedding.dtype),
-            attention_mask=padding_mask(attention_mask),
-            position_ids=positions_from_mask(attention_mask),
+            attention_mask=visible,
+            position_ids=positions,
             use_cache=False,
             prefix=prefix,
+            kept=kept,
         ).last_hidden_state
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Prefix | None = None) -> Tensor:

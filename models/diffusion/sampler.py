@@ -5,20 +5,20 @@ The number of tokens of a pass is scheduled (`generate_masked_diffusion`) or fol
 Legend: B batch, L length, R response columns, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
 
+from models.backbones.bidirectional import is_block_causal
 from models.backbones.llada import LladaModel
-from models.backbones.masked_from_causal import MaskedFromCausal
 from models.diffusion.commit_rules import CommitRule
+from models.diffusion.readers import NOTHING_REUSED, Reader, response_reader
 from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
-from models.interfaces.masked_sampling import Remasking, temperature_name
+from models.interfaces.masked_sampling import Remasking, ReusedColumns, require_dividing, temperature_name
 
 
 def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
@@ -27,27 +27,22 @@ def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
     return [whole + (step < rest) for step in range(steps)]
 
 
-def response_states(model: LladaModel, rows: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """A function from ids (B, L) to the hidden states (B, R, D) of the response; a prompt apart from it is read once."""
-    attention_mask, response_mask = rows["attention_mask"], rows["response_mask"]
-    if isinstance(model, MaskedFromCausal):
-        return model.response_reader(attention_mask, response_mask)
-    columns = response_columns(response_mask)
-    return lambda ids: model.hidden(model.embed(ids), attention_mask, response_mask=response_mask)[:, -columns:]
+def guided_logits(
+    model: LladaModel, rows: dict[str, Tensor], guidance: float, reused: ReusedColumns = NOTHING_REUSED
+) -> Reader:
+    """A function from ids (B, L), start and end to logits (B, end - start, V) of these response columns.
 
-
-def guided_logits(model: LladaModel, rows: dict[str, Tensor], guidance: float) -> Callable[[Tensor], Tensor]:
-    """A function from ids (B, L) to response logits (B, R, V), with guidance un + (w + 1)(c - un); `un` sees the prompt masked.
-
-    w = 0 is the conditional model in one forward pass; otherwise two. The mask token itself is never generated.
+    Guidance is un + (w + 1)(c - un); `un` sees the prompt masked. w = 0 is the conditional model in one forward pass; otherwise
+    two, with keys and values of their own. The mask token itself is never generated.
     """
-    conditional = response_states(model, rows)
-    unconditional = response_states(model, rows) if guidance != 0 else None
+    conditional = response_reader(model, rows, reused)
+    unconditional = response_reader(model, rows, reused) if guidance != 0 else None
 
-    def logits(xt: Tensor) -> Tensor:
-        found = model.lm_head(conditional(xt))
+    def logits(xt: Tensor, start: int, end: int) -> Tensor:
+        found = model.lm_head(conditional(xt, start, end))
         if unconditional is not None:
-            without = model.lm_head(unconditional(torch.where(rows["response_mask"], xt, model.mask_id)))
+            blind = torch.where(rows["response_mask"], xt, model.mask_id)
+            without = model.lm_head(unconditional(blind, start, end))
             found = without + (guidance + 1) * (found - without)
         found[..., model.mask_id] = float("-inf")
         return found
@@ -66,6 +61,7 @@ def generate_masked_diffusion(
     temperature: float = 1.0,
     remasking: Remasking = "random",
     guidance: float = 0.0,
+    reused: ReusedColumns = NOTHING_REUSED,
     on_tokens: TokenCallback | None = None,
 ) -> Tensor:
     """Responses (B, R) for rows laid out as prompt columns then R response columns.
@@ -73,11 +69,10 @@ def generate_masked_diffusion(
     Blocks of `block_length` response tokens (all of them by default) are filled left to right, in `steps` forward passes.
     Each of these draws all masked tokens of the block and keeps the scheduled number: the most probable draws
     (`low_confidence`; at temperature 1 this favours a few safe texts) or randomly chosen ones (`random`, ancestral sampling).
-    on_tokens: see `Decoder`.
+    reused: what is not read in every pass; a pass counts as one, whatever it reads. on_tokens: see `Decoder`.
     """
-    response_mask = rows["response_mask"]
-    length = response_columns(response_mask)
-    blocks = block_count(length, block_length)
+    length = response_columns(rows["response_mask"])
+    blocks = block_count(length, sampling_blocks(model, block_length))
     block_length = length // blocks
     if steps % blocks:
         raise UsageError(
@@ -88,28 +83,28 @@ def generate_masked_diffusion(
     if remasking not in get_args(Remasking):
         raise UsageError(f"remasking={remasking} is not known; type low_confidence or random")
 
-    read = guided_logits(model, rows, guidance)
-    xt = torch.where(response_mask, model.mask_id, rows["input_ids"])
-    for block in range(blocks):
-        start, end = block * block_length, (block + 1) * block_length
+    read = guided_logits(model, rows, guidance, reused)
+    xt = torch.where(rows["response_mask"], model.mask_id, rows["input_ids"])
+    response = xt[:, -length:]
+    for start in range(0, length, block_length):
+        end = start + block_length
         for count in linear_transfer_counts(block_length, steps // blocks):
-            # 1. a draw for every response position
-            logits = read(xt)
-            drawn = sample_categorical(logits, temperature, generator)  # (B, R)
-            # 2. the confidence of each; only masked positions of this block compete
+            # 1. a draw for every position of the block
+            logits = read(xt, start, end)
+            drawn = sample_categorical(logits, temperature, generator)  # (B, block_length)
+            # 2. the confidence of each; only masked positions compete
             if remasking == "low_confidence":
                 confidence = probability_of(drawn, logits)
             else:
                 confidence = torch.rand(drawn.shape, generator=generator, device=drawn.device, dtype=torch.float64)
-            response = xt[:, -length:]
-            competing = masked_in_block(response, model.mask_id, start, end)
-            confidence = confidence.masked_fill(~competing, -1.0)
+            block = response[:, start:end]
+            confidence = confidence.masked_fill(block != model.mask_id, -1.0)
             # 3. keep the scheduled number
-            kept = torch.zeros_like(competing).scatter(1, confidence.topk(count, dim=-1).indices, True)
-            xt[:, -length:] = torch.where(kept, drawn, response)
+            kept = torch.zeros_like(block, dtype=torch.bool).scatter(1, confidence.topk(count, dim=-1).indices, True)
+            response[:, start:end] = torch.where(kept, drawn, block)
             if on_tokens is not None:
-                on_tokens(xt[:, -length:].clone())
-    return xt[:, -length:].clone()
+                on_tokens(response.clone())
+    return response.clone()
 
 
 class RuleTexts(NamedTuple):
@@ -129,6 +124,7 @@ def generate_by_rule(
     block_length: int | None = None,
     temperature: float = 0.0,
     guidance: float = 0.0,
+    reused: ReusedColumns = NOTHING_REUSED,
     on_tokens: TokenCallback | None = None,
 ) -> RuleTexts:
     """Like `generate_masked_diffusion`, where `rule` chooses the positions of each forward pass.
@@ -136,43 +132,46 @@ def generate_by_rule(
     A block ends when every row has filled it; a row counts only the passes in which it still had masked positions of the
     block. Guidance doubles the passes.
     """
-    response_mask = rows["response_mask"]
-    length = response_columns(response_mask)
-    blocks = block_count(length, block_length)
-    block_length = length // blocks
-    read = guided_logits(model, rows, guidance)
-    xt = torch.where(response_mask, model.mask_id, rows["input_ids"])
+    length = response_columns(rows["response_mask"])
+    block_length = length // block_count(length, sampling_blocks(model, block_length))
+    read = guided_logits(model, rows, guidance, reused)
+    xt = torch.where(rows["response_mask"], model.mask_id, rows["input_ids"])
+    response = xt[:, -length:]
     passes = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
-    for block in range(blocks):
-        start, end = block * block_length, (block + 1) * block_length
-        while bool((competing := masked_in_block(xt[:, -length:], model.mask_id, start, end)).any()):
-            # 1. a draw for every response position, its probability and the entropy behind it
-            logits = read(xt)
+    for start in range(0, length, block_length):
+        end = start + block_length
+        while bool((competing := response[:, start:end] == model.mask_id).any()):
+            # 1. a draw for every position of the block, its probability and the entropy behind it
+            logits = read(xt, start, end)
             drawn = sample_categorical(logits, temperature, generator)
             log_p = logits.double().log_softmax(-1)
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
             # 2. the positions that the rule commits
             commit = rule(probability_of(drawn, logits), entropy, competing)
-            xt[:, -length:] = torch.where(commit, drawn, xt[:, -length:])
+            response[:, start:end] = torch.where(commit, drawn, response[:, start:end])
             passes += competing.any(-1).long() * (1 if guidance == 0 else 2)
             if on_tokens is not None:
-                on_tokens(xt[:, -length:].clone())
-    return RuleTexts(xt[:, -length:].clone(), passes)
+                on_tokens(response.clone())
+    return RuleTexts(response.clone(), passes)
 
 
 def block_count(length: int, block_length: int | None) -> int:
     """How many blocks of `block_length` a response of `length` has; one where it is None. Errors: UsageError."""
-    if block_length is not None and (block_length < 1 or length % block_length):
-        raise UsageError(f"block_length={block_length} must divide the response length {length}")
+    require_dividing("block_length", block_length, length)
     return length // (block_length or length)
 
 
-def masked_in_block(response: Tensor, mask_id: int, start: int, end: int) -> Tensor:
-    """Masked positions of responses (B, R) from column start to end (exclusive)."""
-    masked = response == mask_id
-    masked[:, :start] = False
-    masked[:, end:] = False
-    return masked
+def sampling_blocks(model: LladaModel, block_length: int | None) -> int | None:
+    """Tokens of a block: those of a block-causal model are its own. Errors: UsageError where others are asked for."""
+    if not is_block_causal(model):
+        return block_length
+    own = model.config.block_length
+    if block_length not in (None, own):
+        raise UsageError(
+            f"block_length={block_length}: this model was trained by block diffusion with blocks of "
+            f"{own or 'the whole response'}; type module.block_length=null"
+        )
+    return own
 
 
 def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -195,6 +194,7 @@ class MaskedDiffusionDecoder:
         remasking: Remasking = "random",
         block_length: int | None = None,
         guidance: float = 0.0,
+        reused: ReusedColumns = NOTHING_REUSED,
     ) -> None:
         self.model, self.steps = model, forwards
         self.forwards = forwards * (1 if guidance == 0 else 2)
@@ -203,6 +203,7 @@ class MaskedDiffusionDecoder:
             "remasking": remasking,
             "block_length": block_length,
             "guidance": guidance,
+            "reused": reused,
         }
         self.name = f"teacher, {temperature_name(temperature)}"
 
@@ -227,23 +228,20 @@ class RuleDecoder:
         temperature: float = 0.0,
         block_length: int | None = None,
         guidance: float = 0.0,
+        reused: ReusedColumns = NOTHING_REUSED,
     ) -> None:
         self.model, self.rule = model, rule
         self.forwards = response_length * (1 if guidance == 0 else 2)
-        self.temperature, self.block_length, self.guidance = temperature, block_length, guidance
+        self.options: dict[str, Any] = {
+            "temperature": temperature,
+            "block_length": block_length,
+            "guidance": guidance,
+            "reused": reused,
+        }
         self.name = f"teacher, {rule.name}"
         self.forward_passes: Tensor | None = None
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
-        found = generate_by_rule(
-            self.model,
-            rows,
-            generator,
-            rule=self.rule,
-            block_length=self.block_length,
-            temperature=self.temperature,
-            guidance=self.guidance,
-            on_tokens=on_tokens,
-        )
+        found = generate_by_rule(self.model, rows, generator, rule=self.rule, on_tokens=on_tokens, **self.options)
         self.forward_passes = found.forward_passes
         return found.responses

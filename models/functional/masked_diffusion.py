@@ -29,10 +29,10 @@ def antithetic_times(n: int, generator: Generator, device: torch.device) -> Tens
 def mask_tokens(x0: Tensor, maskable: Tensor, p: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Hide each maskable token independently with probability p.
 
-    x0 (B, L) ids; maskable (B, L) bool; p (B,) or (B, 1). Returns x_t (B, L) and masked (B, L) bool.
+    x0 (B, L) ids; maskable (B, L) bool; p (B,), (B, 1) or (B, L). Returns x_t (B, L) and masked (B, L) bool.
     """
     draws = uniform(*x0.shape, generator=generator)
-    masked = maskable & (draws < p.reshape(-1, 1))
+    masked = maskable & (draws < p.reshape(len(x0), -1))
     return torch.where(masked, mask_id, x0), masked
 
 
@@ -42,12 +42,12 @@ def row_of_masked(masked: Tensor) -> Tensor:
 
 
 def masked_diffusion_nll(masked_logits: Tensor, x0: Tensor, masked: Tensor, p: Tensor) -> Tensor:
-    """Cross entropy of every masked token divided by p of its row, scattered back: (B, L), 0 where not masked.
+    """Cross entropy of every masked token divided by its p, scattered back: (B, L), 0 where not masked.
 
-    masked_logits (M, V) are the logits of the M = masked.sum() hidden positions, in row-major order; p (B,).
+    masked_logits (M, V) are the logits of the M = masked.sum() hidden positions, in row-major order; p (B,) or (B, L).
     Its sum over a row is an unbiased draw of the row's upper bound on -log p(x0), in nats.
     """
-    return chosen_nll(masked_logits, x0, masked) * (1.0 / p).unsqueeze(-1)
+    return chosen_nll(masked_logits, x0, masked) * (1.0 / p).reshape(len(x0), -1)
 
 
 def random_length(length: int, generator: Generator, probability: float = 0.01) -> int:

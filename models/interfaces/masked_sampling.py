@@ -7,6 +7,28 @@ from typing import Any, Literal, get_args
 from models.functional.errors import UsageError, require_at_least, require_choice
 
 Remasking = Literal["low_confidence", "random"]
+CacheKind = Literal["none", "prefix", "dual"]
+
+
+@dataclass(frozen=True)
+class ReusedColumns:
+    """Whose keys and values a forward pass takes from an earlier one (Fast-dLLM, Wu et al., 2505.22618).
+
+    cache: of no column; `prefix`: of the columns before the block that is filled; `dual`: of those after it, too. In a
+    bidirectional model they are those of an older text, so that the result is approximate.
+    refresh: every so many passes within a block, one reads all columns; None: the first pass of each block alone. With 1 the
+    result is exact, and nothing is saved.
+    """
+
+    cache: CacheKind = "none"
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("cache", self.cache, get_args(CacheKind))
+        if self.refresh is not None:
+            require_at_least(1, cache_refresh=self.refresh)
+            if self.cache == "none":
+                raise UsageError(f"cache_refresh={self.refresh} needs a cache; type module.cache=prefix or dual")
 
 
 def temperature_name(temperature: float) -> str:
@@ -23,6 +45,7 @@ class MaskedSampling:
     remasking: which draws of a pass stay, see `generate_masked_diffusion`.
     guidance: weight of classifier-free guidance; 0 is none.
     block_length: response tokens that are filled before the next ones begin; None: all of them.
+    cache, cache_refresh: see `ReusedColumns`.
     """
 
     forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -31,6 +54,8 @@ class MaskedSampling:
     remasking: Remasking = "random"
     guidance: float = 0.0
     block_length: int | None = None
+    cache: CacheKind = "none"
+    cache_refresh: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("forwards", "temperatures"):
@@ -47,16 +72,25 @@ class MaskedSampling:
             )
         if self.block_length is not None:
             require_at_least(1, block_length=self.block_length)
+        ReusedColumns(self.cache, self.cache_refresh)  # checks itself
+
+    @property
+    def reused(self) -> ReusedColumns:
+        return ReusedColumns(self.cache, self.cache_refresh)
+
+    @property
+    def all_temperatures(self) -> tuple[float, ...]:
+        return self.temperature, *self.temperatures
 
     @property
     def rows(self) -> list[tuple[int, float]]:
         """(forward passes, temperature) of each row of the table."""
-        return [(n, t) for t in (self.temperature, *self.temperatures) for n in self.forwards]
+        return [(n, t) for t in self.all_temperatures for n in self.forwards]
 
     @property
     def options(self) -> dict[str, Any]:
         """Keywords of `MaskedDiffusionDecoder`."""
-        names = ("temperature", "remasking", "block_length", "guidance")
+        names = ("temperature", "remasking", "block_length", "guidance", "reused")
         return {name: getattr(self, name) for name in names}
 
 
@@ -94,15 +128,26 @@ class TeacherOptions:
             raise UsageError(f"module.teacher_{error}") from None
 
 
+def require_dividing(option: str, block_length: int | None, response_length: int) -> None:
+    """Raise UsageError unless blocks fill a response."""
+    if block_length is not None and (block_length < 1 or response_length % block_length):
+        raise UsageError(f"{option}={block_length} must divide the response length {response_length}")
+
+
 def require_blocks(option: str, block_length: int | None, forwards: Sequence[int], response_length: int) -> None:
     """Raise UsageError unless blocks fill a response and each number of forward passes is a multiple of their number."""
+    require_dividing(option, block_length, response_length)
     if block_length is None:
         return
-    if block_length < 1 or response_length % block_length:
-        raise UsageError(f"{option}={block_length} must divide the response length {response_length}")
     blocks = response_length // block_length
     if any(n % blocks for n in forwards):
         raise UsageError(
             f"{option}={block_length} makes {blocks} blocks, so each of module.forwards={list(forwards)} must be a multiple of "
             f"{blocks}; type for example module.forwards=[{blocks},{response_length}]"
         )
+
+
+def forwards_in_blocks(forwards: Sequence[int], block_length: int | None, response_length: int) -> list[int]:
+    """Those numbers of forward passes that are multiples of the number of blocks; one pass a block where there are none."""
+    blocks = response_length // (block_length or response_length)
+    return [n for n in forwards if n % blocks == 0] or [blocks]

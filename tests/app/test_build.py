@@ -3,9 +3,11 @@
 import pytest
 from lightning import Trainer
 
-from app.build import make_trainer, training_options
+from app.build import load_teacher, make_trainer, training_options
 from callbacks.interruption import StopOnSignal
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
+from models.diffusion.block_diffusion import BlockDiffusion
+from models.functional.errors import UsageError
 
 
 @pytest.mark.parametrize(("typed", "given"), [("4", 32), ("'00:10:00:00'", "00:10:00:00"), ("0.5", 0.5)])
@@ -30,3 +32,13 @@ def test_options_of_a_training(configure):
     assert options["seed"] == 3
     assert options["trainer.precision"] == "32-true"
     assert not {"trainer.max_steps", "module.seed", "module.forwards", "data.num_workers"} & options.keys()
+
+
+def test_a_model_of_block_diffusion_is_no_teacher(tiny_llada, tiny_oracle, tmp_path):
+    model = tiny_llada(**tiny_oracle.special_ids())
+    model.save_pretrained(tmp_path / "masked")
+    assert not load_teacher(tmp_path / "masked", tiny_oracle).config.block_causal
+    BlockDiffusion(2).attach(model)
+    model.save_pretrained(tmp_path / "blocks")
+    with pytest.raises(UsageError, match=r"blocks was trained by block diffusion.* type teacher\.path="):
+        load_teacher(tmp_path / "blocks", tiny_oracle)

@@ -38,6 +38,7 @@ def test_a_teacher_is_kept_only_when_whole_and_damaged_checkpoints_are_passed_ov
     assert [path.name for path in (tmp_path / "cache" / "teachers").iterdir()] == [kept.name.removesuffix(".partial")]
 
 
+BLOCKS = ["experiment=objectives", "module/objective=block_diffusion"]
 MISTAKES = [  # of the main job where no experiment is named
     (["mode=train"], "mode=train is not known; type mode=fit"),
     (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist; type ckpt_path=last"),
@@ -58,6 +59,15 @@ MISTAKES = [  # of the main job where no experiment is named
         "makes 2 blocks, so each of module.forwards=[1, 2, 4, 8, 16] must be a multiple of 2",
     ),
     (["experiment=llada_oracle", "module.block_length=8"], "module.block_length=8 makes 2 blocks"),
+    (
+        [*BLOCKS, "module.objective.block_length=5"],
+        "module.objective.block_length=5 must divide the response length 16",
+    ),
+    ([*BLOCKS, "module.block_length=8", "module.forwards=[2]"], "with blocks of 4; type module.block_length=null"),
+    ([*BLOCKS, "module.cache=dual"], "module.cache=dual is for LLaDA's bidirectional body"),
+    (["experiment=objectives", "module.cache=dual"], "for models that fill masks; type module.cache=none"),
+    (["experiment=llada_oracle", "module.cache=suffix"], "module.cache=suffix is not known; type one of none, prefix"),
+    (["experiment=llada_oracle", "module.cache_refresh=2"], "module.cache_refresh=2 needs a cache"),
     (["module.teacher_remasking=best"], "module.teacher_remasking=best is not known"),
     (["module=logit_flow", "module.time_law=cauchy"], "type one of uniform, logit_normal"),
     (["module=logit_flow", "module.correction_limit=0"], "must be above 0"),

@@ -13,10 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.ema import TrainableEMA
 from datamodules.batch import TensorRows, pack_prompt_response
 from lightning_modules.pretrain import PretrainModule
+from models.diffusion.block_diffusion import BlockDiffusion
 from models.diffusion.objective import MaskedDiffusion
 from models.diffusion.sampler import generate_masked_diffusion
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.functional.errors import UsageError
+from models.interfaces.masked_sampling import ReusedColumns
 from models.objectives.masked_lm import MaskedLM
 
 PAD, EOS, MASK = 0, 1, 2
@@ -256,13 +258,14 @@ OBJECTIVES = {
     "sft": MaskedDiffusion,
     "pretrain": lambda: MaskedDiffusion("pretrain", random_length_probability=0.3),
     "masked_lm": MaskedLM,
+    "blocks": lambda: BlockDiffusion(2),
     "continuous": ContinuousDiffusion,
 }
 
 
 @pytest.mark.parametrize(
     ("objective", "stop"),
-    [*itertools.product(("sft", "pretrain"), (3, 8, 11)), ("masked_lm", 11), ("continuous", 11)],
+    [*itertools.product(("sft", "pretrain"), (3, 8, 11)), ("masked_lm", 11), ("blocks", 11), ("continuous", 11)],
 )
 def test_resume_gives_the_same_losses_and_weights_as_an_uninterrupted_run(
     tiny_llada, tiny_oracle, tmp_path, stop, objective
@@ -339,3 +342,27 @@ def test_further_temperatures_and_the_temperature_of_rules_have_rows_of_their_ow
     assert torch.equal(scheduled[3](rows, torch.Generator().manual_seed(0)), expected)
     with pytest.raises(UsageError, match=r"module\.rule_temperature=-1 must be at least 0"):
         build(tiny_llada, tiny_oracle, rule_temperature=-1)
+
+
+def test_a_model_in_blocks_is_compared_where_its_blocks_allow_it(tiny_llada, tiny_oracle):
+    """Three blocks of two tokens: numbers of forward passes that are multiples of three, else one pass a block."""
+    for forwards, wanted in (([1, 2, 3, 4, 6], [3, 6]), ([1, 2], [3])):
+        module = build(tiny_llada, tiny_oracle, BlockDiffusion(2), forwards=forwards)
+        assert module.compared_forwards(tiny_oracle) == wanted
+    whole = build(tiny_llada, tiny_oracle, BlockDiffusion(None), forwards=[1, 4])
+    assert whole.compared_forwards(tiny_oracle) == [1, 4]
+    rows = tiny_oracle.rows["test"].columns
+    decoder = module.decoder(tiny_oracle, 3, 0.0)
+    expected = generate_masked_diffusion(
+        module.model, rows, torch.Generator().manual_seed(0), steps=3, temperature=0.0, block_length=2
+    )
+    assert torch.equal(decoder(rows, torch.Generator().manual_seed(0)), expected)
+    with pytest.raises(UsageError, match=r"block_length=3: .* type module.block_length=null"):
+        build(tiny_llada, tiny_oracle, BlockDiffusion(2), block_length=3)
+
+
+def test_a_cache_reaches_every_row_of_the_table(tiny_llada, tiny_oracle):
+    options = {"cache": "dual", "cache_refresh": 2, "block_length": 3, "commit_rules": {"confidence": [0.9]}}
+    module = build(tiny_llada, tiny_oracle, forwards=[2], **options)
+    module._trainer = SimpleNamespace(datamodule=tiny_oracle)
+    assert [decoder.options["reused"] for decoder in module.decoders()] == [ReusedColumns("dual", 2)] * 2

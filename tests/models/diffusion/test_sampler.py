@@ -85,10 +85,12 @@ def test_guided_logits_follow_the_formula(tiny_llada):
     blind = torch.full_like(xt, 2)
     conditional, unconditional = model(xt)[:, 2:], model(blind)[:, 2:]
     expected = unconditional + 2.5 * (conditional - unconditional)
-    ours = guided_logits(model, rows, 1.5)(xt)
+    ours = guided_logits(model, rows, 1.5)(xt, 0, 6)
     keep = torch.arange(11) != 2
     torch.testing.assert_close(ours[..., keep], expected[..., keep])
     assert ours[..., 2].isinf().all()
+    part = guided_logits(model, rows, 1.5)(xt, 1, 4)
+    torch.testing.assert_close(part[..., keep], expected[:, 1:4, keep])
 
 
 def test_prompt_and_padding_do_not_matter_where_they_should_not(tiny_llada):

@@ -4,7 +4,14 @@ import pytest
 
 from models.flow.options import LogitFlowOptions, NoisyMaskFlowOptions, StepHalvingOptions
 from models.functional.errors import UsageError
-from models.interfaces.masked_sampling import MaskedSampling, TeacherOptions, require_blocks, temperature_name
+from models.interfaces.masked_sampling import (
+    MaskedSampling,
+    ReusedColumns,
+    TeacherOptions,
+    forwards_in_blocks,
+    require_blocks,
+    temperature_name,
+)
 
 DISTILLATIONS = [TeacherOptions, NoisyMaskFlowOptions, LogitFlowOptions, StepHalvingOptions]
 
@@ -13,7 +20,13 @@ DISTILLATIONS = [TeacherOptions, NoisyMaskFlowOptions, LogitFlowOptions, StepHal
 def test_the_flat_options_of_a_distillation_are_the_teachers_sampling(options):
     given = {"teacher_temperature": 0.5, "teacher_remasking": "low_confidence", "teacher_guidance": 2.0}
     how = options(forwards=[4, 8], teacher_block_length=2, **given).teacher_sampling
-    wanted = {"temperature": 0.5, "remasking": "low_confidence", "guidance": 2.0, "block_length": 2}
+    wanted = {
+        "temperature": 0.5,
+        "remasking": "low_confidence",
+        "guidance": 2.0,
+        "block_length": 2,
+        "reused": ReusedColumns(),
+    }
     assert (how.forwards, how.options) == ((4, 8), wanted)
     assert options().teacher_sampling == MaskedSampling()
 
@@ -52,3 +65,21 @@ def test_temperatures_are_different_and_not_negative(temperatures):
         MaskedSampling(temperatures=temperatures)
     with pytest.raises(UsageError, match=r"^module\.teacher_temperatures="):
         TeacherOptions(teacher_temperatures=temperatures)
+
+
+def test_numbers_of_forward_passes_are_spread_over_blocks_or_left_out():
+    assert forwards_in_blocks([1, 2, 4, 6, 8], None, 16) == [1, 2, 4, 6, 8]
+    assert forwards_in_blocks([1, 2, 4, 6, 8], 4, 16) == [4, 8]
+    assert forwards_in_blocks([1, 2, 6], 4, 16) == [4]
+
+
+def test_reused_columns_are_options_of_their_own():
+    how = MaskedSampling(cache="dual", cache_refresh=4)
+    assert how.options["reused"] == ReusedColumns("dual", 4)
+    for wrong, message in (
+        ({"cache": "suffix"}, "^cache=suffix is not known; type one of none, prefix, dual"),
+        ({"cache": "dual", "cache_refresh": 0}, "^cache_refresh=0 must be at least 1"),
+        ({"cache_refresh": 2}, "^cache_refresh=2 needs a cache; type module.cache=prefix or dual"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            MaskedSampling(**wrong)

@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
-from helpers.causal import MASK, ToyCausal, ToyFiller, packed_batch, pair_batch
+from helpers.causal import EOS, MASK, PAD, ToyCausal, ToyFiller, packed_batch, pair_batch
+from helpers.llada import build_small
 
 from models.backbones.llada import LladaModel
+from models.diffusion.block_diffusion import BlockDiffusion
 from models.diffusion.objective import MaskedDiffusion
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.losses import adapt_to_noise
@@ -20,11 +22,28 @@ from models.objectives.multi_token import MultiToken
 from models.objectives.next_token import NextToken
 from models.objectives.span_corruption import SpanCorruption
 
+
+def small_body() -> LladaModel:
+    """LLaDA's, with weights so large that every token matters; in float64, norms included."""
+    torch.manual_seed(0)
+    special = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": PAD}
+    model = build_small(vocab_size=7, num_hidden_layers=1, **special)
+    for weight in model.parameters():
+        if weight.ndim >= 2:
+            torch.nn.init.normal_(weight, std=0.4)
+    for part in [*model.modules()]:
+        for name, child in part.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(part, name, torch.nn.RMSNorm(len(child.weight), child.variance_epsilon))
+    return model.double()
+
+
 MAKE = {
     "next_token": (NextToken, ToyCausal),
     "multi_token": (lambda: MultiToken(3), ToyCausal),
     "masked_lm": (lambda: MaskedLM(0.6), ToyFiller),
     "masked_diffusion": (MaskedDiffusion, ToyFiller),
+    "block_diffusion": (lambda: BlockDiffusion(2), small_body),
     "short": (lambda: SpanCorruption({"short": 1.0}), ToyCausal),
     "long": (lambda: SpanCorruption({"long": 1.0}), ToyCausal),
     "prefix": (lambda: SpanCorruption({"prefix": 1.0}), ToyCausal),
