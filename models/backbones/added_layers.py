@@ -4,11 +4,13 @@ A step of AdamW moves a weight by about the learning rate. A bfloat16 weight w d
 added weights stay float32 where the model itself is kept in 16 bits.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-def added_like(table: Tensor) -> dict[str, torch.device | torch.dtype]:
+def added_like(table: Tensor) -> dict[str, Any]:
     """Device and number type of weights that are added to a model with this embedding table: at least float32."""
     return {"device": table.device, "dtype": torch.promote_types(table.dtype, torch.float32)}
 
