@@ -36,10 +36,10 @@ def response_states(model: LladaModel, rows: dict[str, Tensor]) -> Callable[[Ten
     return lambda ids: model.hidden(model.embed(ids), attention_mask, response_mask=response_mask)[:, -columns:]
 
 
-def guided_logits(model: LladaModel, rows: dict[str, Tensor], guidance: float) -> Callable[[Tensor], Tensor]:
+def response_logits(model: LladaModel, rows: dict[str, Tensor], guidance: float) -> Callable[[Tensor], Tensor]:
     """A function from ids (B, L) to response logits (B, R, V), with guidance un + (w + 1)(c - un); `un` sees the prompt masked.
 
-    w = 0 is the conditional model in one forward pass; otherwise two. The mask token itself is never generated.
+    w = 0 is the conditional model in one forward pass; otherwise two.
     """
     conditional = response_states(model, rows)
     unconditional = response_states(model, rows) if guidance != 0 else None
@@ -49,6 +49,17 @@ def guided_logits(model: LladaModel, rows: dict[str, Tensor], guidance: float) -
         if unconditional is not None:
             without = model.lm_head(unconditional(torch.where(rows["response_mask"], xt, model.mask_id)))
             found = without + (guidance + 1) * (found - without)
+        return found
+
+    return logits
+
+
+def guided_logits(model: LladaModel, rows: dict[str, Tensor], guidance: float) -> Callable[[Tensor], Tensor]:
+    """`response_logits` for generation: the mask token itself is never generated."""
+    read = response_logits(model, rows, guidance)
+
+    def logits(xt: Tensor) -> Tensor:
+        found = read(xt)
         found[..., model.mask_id] = float("-inf")
         return found
 
