@@ -248,16 +248,21 @@ def _left_to_right(folder: Path, options: EvaluationOptions) -> Evaluated:
     )
 
 
-def _require_next_token(folder: Path, options: EvaluationOptions) -> None:
-    """Raise UsageError where the record of the model's run says that it was trained for something else than the next token."""
+def _objective_of(folder: Path) -> Any:
+    """The objective that the record of the model's run names, as a class; None where there is no record, or no objective."""
     run = run_of(folder)
     if run is None or not (run / RECORD).is_file():
-        return
-    objective = ((read_record(run / RECORD)["config"].get("module") or {}).get("objective") or {}).get("_target_")
-    declared: Any = None if objective is None else get_class(objective)
-    if declared is not None and getattr(declared, "generation", "autoregressive") in ("prefix", None):
+        return None
+    objective = (read_record(run / RECORD)["config"].get("module") or {}).get("objective") or {}
+    return get_class(objective["_target_"]) if "_target_" in objective else None
+
+
+def _require_next_token(folder: Path, options: EvaluationOptions) -> None:
+    """Raise UsageError where the model's run says that it was trained for something else than the next token."""
+    objective = _objective_of(folder)
+    if getattr(objective, "generation", "autoregressive") in ("prefix", None):
         raise UsageError(
-            f"path={options.path} was trained with {declared.__name__}, whose model does not read texts from left to right "
+            f"path={options.path} was trained with {objective.__name__}, whose model does not read texts from left to right "
             "alone; mode=test measures it"
         )
 
@@ -373,6 +378,10 @@ def _student(folder: Path, options: EvaluationOptions) -> Evaluated:
     noisy = isinstance(student, NoisyMaskStudent)
     kind = "noisy-mask student" if noisy else "one-step student"
     _refuse(options, kind, *OF_MASKS)
+    if options.decoder is None and getattr(_objective_of(folder), "generation", None) == "flow":
+        raise UsageError(
+            f"path={options.path} is a denoiser that no student was made of; type decoder=ode:32, or fewer steps"
+        )
     name, value = chosen_decoder(options.decoder, ("forwards", *(get_args(Step) if noisy else ())))
     forwards = 1 if value is None else int(value)
 

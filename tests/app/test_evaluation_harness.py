@@ -4,21 +4,26 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lm_eval")
 
 import lm_eval
 from helpers.experiment import ROOT
 from helpers.harness import byte_tokenizer, requests, write_model, write_tasks
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from app.evaluated import EvaluationOptions, chosen_decoder
 from app.evaluation_harness import Generation, LeapHarness, say_sentences
 from datamodules.state import CorpusState
+from models.backbones.masked_from_causal import load_from_causal
 from models.functional.errors import UsageError
 from models.online.decoder import IncrementalForward
 
@@ -195,6 +200,33 @@ def test_forward_passes_of_a_masked_model_are_those_of_its_decoder(masked, optio
 def test_texts_of_a_masked_model_do_not_depend_on_the_batch(masked):
     asked = requests(*((prompt, {"until": ["a"], "max_gen_toks": 8}) for prompt in ("ab", "c", "three words here")))
     assert leap(masked).generate_until(asked) == leap(masked, batch_size=3).generate_until(asked)
+
+
+@pytest.mark.parametrize("separator", ["prompt", "response"])
+def test_a_causal_model_that_fills_masks_has_the_likelihood_of_a_first_token(tmp_path, separator):
+    """Where the separator sees the prompt alone, its prediction is the causal model's, without the mask's own share."""
+    folder = write_model(tmp_path / "causal")
+    converted = load_from_causal(folder, mask_token="<mask>", separator=separator).eval()
+    converted.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = leap(tmp_path / "model", mc=4, batch_size=3)
+    assert model.evaluated.kind == "masked diffusion model"
+    ids = model.tok_encode("ab"), model.tok_encode("c")
+    with torch.no_grad():
+        logits = converted.causal_logits(torch.tensor([ids[0]]))[0, -1]
+    logits[model.tokenizer.mask_token_id] = -torch.inf
+    ((log_p, greedy),) = model.loglikelihood(requests(("ab", "c")))
+    assert (log_p == pytest.approx(float(logits.log_softmax(-1)[ids[1][0]]), abs=1e-4)) == (separator == "prompt")
+    assert greedy == (separator == "prompt" and int(logits.argmax()) == ids[1][0])
+    assert model.loglikelihood_rolling(requests(("some text",)))[0] < 0
+    how = {"until": [], "max_gen_toks": 6}
+    alone, together = (
+        leap(tmp_path / "model", decoder=3, batch_size=size).generate_until(
+            requests(("ab", how), ("a longer one", how))
+        )
+        for size in (1, 2)
+    )
+    assert alone == together
 
 
 # -- every other kind ------------------------------------------------------------------------------------------------
@@ -435,7 +467,6 @@ def test_a_model_of_another_vocabulary_is_refused(causal, tmp_path):
 def test_a_model_trained_both_ways_is_refused(causal, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(causal, run / "model")
-    byte_tokenizer().save_pretrained(run / "data")
     CorpusState(folder=run / "data", tokenizer=byte_tokenizer()).save(run / "data")
     record = json.loads((FIXTURES / "next_token" / "record.json").read_text())
     (run / "record.json").write_text(json.dumps(record))
@@ -444,6 +475,19 @@ def test_a_model_trained_both_ways_is_refused(causal, tmp_path):
     (run / "record.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match="SpanCorruption, whose model does not read texts from left to right"):
         leap(run / "model")
+
+
+def test_a_denoiser_without_a_student_needs_a_number_of_steps(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(FIXTURES / "noisy_mask" / "student", run / "model")
+    shutil.copytree(FIXTURES / "noisy_mask" / "teacher", run / "model" / "teacher")
+    CorpusState(folder=run / "data", tokenizer=byte_tokenizer()).save(run / "data")
+    record = json.loads((FIXTURES / "next_token" / "record.json").read_text())
+    record["config"]["module"]["objective"]["_target_"] = "models.flow.denoiser_objective.ContinuousDiffusion"
+    (run / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="type decoder=ode:32"):
+        leap(run / "model")
+    assert leap(run / "model", decoder="ode:3").evaluated.likelihood == "none"
 
 
 def test_an_error_of_the_user_is_shown_as_a_sentence(capsys, monkeypatch):
@@ -458,8 +502,31 @@ def test_an_error_of_the_user_is_shown_as_a_sentence(capsys, monkeypatch):
     assert shown == [(ValueError, defect, None)]
 
 
+PUBLISHED = sorted((ROOT / "docs" / "evaluation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_settings_of_published_evaluations_are_options_that_exist(path):
+    found = EvaluatorConfig.load_yaml_config(path)
+    assert found.keys() <= {option.name for option in fields(EvaluatorConfig)}
+    assert found["model"] == "leap"
+    options = EvaluationOptions(**found["model_args"])
+    name, forwards = chosen_decoder(options.decoder, ("forwards",))
+    if "gen_kwargs" in found:
+        length = Generation.of_task(found["gen_kwargs"]).length
+        assert (name, forwards, length % options.block_length) == ("forwards", length, 0)
+    else:
+        assert options.mc % found["batch_size"] == 0  # as LLaDA's own code demands
+
+
 @pytest.mark.slow
-def test_the_command_runs_tasks_and_a_wrong_path_gets_a_sentence(causal, tasks, tmp_path):
+def test_tasks_of_published_evaluations_exist():
+    named = {task for path in PUBLISHED for task in yaml.safe_load(path.read_text())["tasks"]}
+    assert named <= set(TaskManager().all_tasks)
+
+
+@pytest.mark.slow
+def test_the_command_runs_tasks_and_a_wrong_path_gets_a_sentence(masked, tasks, tmp_path):
     def run(path: Path) -> subprocess.CompletedProcess:
         typed = [
             "--model",
@@ -474,11 +541,11 @@ def test_the_command_runs_tasks_and_a_wrong_path_gets_a_sentence(causal, tasks, 
         command = [sys.executable, "-m", "app.evaluation_harness", *typed, "--output_path", str(tmp_path / "out")]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
-    done = run(causal)
+    done = run(masked)
     assert done.returncode == 0, done.stderr
     assert "tiny_choice" in done.stdout
     (results,) = (tmp_path / "out").glob("**/results_*.json")
-    assert json.loads(results.read_text())["config"]["likelihood"] == "exact"
+    assert json.loads(results.read_text())["config"]["likelihood_draws"] == 128
     wrong = run(tmp_path / "nowhere")
     assert wrong.returncode != 0
     assert "Traceback" not in wrong.stderr
