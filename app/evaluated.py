@@ -13,7 +13,7 @@ from hydra.utils import get_class
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from app.run_files import DATA, run_of
+from app.run_files import DATA, models_of, run_of
 from app.students import student_decoder
 from app.trained import load_model, load_planned
 from datamodules.state import CorpusState
@@ -61,8 +61,8 @@ NO_LENGTH = 256  # tokens of a response where neither the task nor the model's r
 class EvaluationOptions:
     """What is evaluated and how.
 
-    path: an exported folder, or a causal or masked model of the hub. target: folder of π_t; path is then π_θ, and the pair is
-        evaluated as q*. teacher: folder of a student's teacher, where the student does not name it.
+    path: an exported folder, or a causal or masked model of the hub. teacher: a student's, where the student names none.
+    target: folder of π_t, or auto for that of the run of path, which is π_θ; the pair is evaluated as q*.
     decoder: how texts are generated. A number of forward passes for models that fill masks and their students;
         confidence:0.9, entropy:0.1 or factor:1 (commit rules) for models that fill masks; chain:4, renoise:4 or ode:32 for
         noisy-mask students; naive, theta, target, alternate or ngram for q*. None: one forward pass a token, one in all for
@@ -270,7 +270,12 @@ def _require_next_token(folder: Path, options: EvaluationOptions) -> None:
 def _pair(folder: Path, options: EvaluationOptions) -> Evaluated:
     _refuse(options, "q* pair", *OF_MASKS, "teacher")
     assert options.target is not None
-    other = files.find_folder(options.target)
+    target = models_of(folder).get("target") if options.target == "auto" else options.target
+    if target is None:
+        raise UsageError(
+            f"target=auto: no run says which π_t path={options.path} was trained beside; type target=<folder>"
+        )
+    other = files.find_folder(target)
     require_one_vocabulary(folder, other)
     theta, target = load_trained(folder), load_trained(other)
     tokenizer = _tokenizer(folder, other)

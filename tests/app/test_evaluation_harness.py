@@ -313,6 +313,20 @@ def test_the_likelihood_of_qstar_is_that_of_its_generation(tmp_path):
     )
 
 
+def test_the_target_of_a_pair_is_found_in_its_run(tmp_path):
+    theta, target = (FIXTURES / "qstar" / "pair" / part for part in ("theta", "target"))
+    shutil.copytree(theta, tmp_path / "run" / "theta")
+    with pytest.raises(UsageError, match="target=auto: no run says"):
+        leap(tmp_path / "run" / "theta", target="auto")
+    CorpusState(folder=tmp_path, tokenizer=byte_tokenizer()).save(tmp_path / "run" / "data")
+    (tmp_path / "run" / "made_with.json").write_text(
+        json.dumps({"models": {"theta": str(theta), "target": str(target)}})
+    )
+    found = [leap(path, target=other) for path, other in ((tmp_path / "run" / "theta", "auto"), (theta, str(target)))]
+    asked = requests((ORACLE, " anna went"))
+    assert found[0].loglikelihood(asked) == found[1].loglikelihood(asked)
+
+
 def test_the_likelihood_of_an_online_concept_model_is_that_of_its_generation(tmp_path):
     model = fixture_of("online", tmp_path, batch_size=2)
     context, text = model.tok_encode(ORACLE), model.tok_encode(" anna went home")
