@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from datamodules.plain_text import plain_backend
 from models.functional.errors import UsageError
 
+AS_TEXT = "\ue002"  # inside a special token that a text spells: it stays text
 PROMPT, RESPONSE = "\ue000", "\ue001"  # of the private use area: they stand for the texts, and no template changes them
 
 
@@ -76,23 +77,20 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self._backend = plain_backend(tokenizer)
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self._special = special_tokens(tokenizer)
         asked = self._render(PROMPT)
         self.before, _, self.after = asked.partition(PROMPT)
         self.strips = self._render(f" {PROMPT} ") == asked
         answered = self._render(PROMPT, RESPONSE)
         between, _, ending = answered.removeprefix(asked).partition(RESPONSE)
-        unusual = (
-            asked.count(PROMPT) != 1 or not answered.startswith(asked) or between or not self._special.match(ending)
-        )
-        if unusual:
+        end = self._special.match(ending)
+        if asked.count(PROMPT) != 1 or not answered.startswith(asked) or between or end is None:
             raise UsageError(
                 "data.template: the chat template of this tokenizer does not put a response straight behind its generation "
                 "prompt and end it with a special token; type data.template=plain, or data.template=FILE.jinja with one that "
                 "does"
             )
-        self.end = tokenizer.convert_tokens_to_ids(self._special.match(ending).group())
+        self.end = tokenizer.convert_tokens_to_ids(end.group())
         if tokenizer.eos_token_id != self.end:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.end)
 
@@ -178,3 +176,48 @@ def first_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """What the tokenizer puts before every text: [BOS] or nothing."""
     begin = tokenizer.bos_token_id
     return [begin] if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else []
+
+
+class RenderedTurns:
+    """Turns in the chat template of a tokenizer, as one text and as ids, for whoever passes texts on instead of ids.
+
+    The text of `render` has the mark `AS_TEXT` inside special tokens that a turn's own text spells, so that `encode` tells
+    them from the template's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer, self.backend = tokenizer, plain_backend(tokenizer)
+        self.special = special_tokens(tokenizer)
+
+    def mark(self, text: str) -> str:
+        """The text with the mark behind the first character of each special token that it spells."""
+        return self.special.sub(lambda found: found[0][0] + AS_TEXT + found[0][1:], text)
+
+    def render(self, turns: list[dict[str, str]], **asked: Any) -> str:
+        """asked: arguments of `apply_chat_template`. Errors: UsageError for a template that refuses the turns."""
+        own = [turn | {"content": self.mark(turn["content"])} for turn in turns]
+        try:
+            return self.tokenizer.apply_chat_template(own, tokenize=False, **asked)
+        except Exception as error:  # a template may raise anything
+            raise UsageError(
+                f"the chat template refuses these turns ({str(error).splitlines()[0]}); leave the chat template out, or the "
+                "system turn"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a rendered text, nothing added."""
+        if AS_TEXT not in text:
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        ids: list[int] = []
+        for number, part in enumerate(re.split(f"({self.special.pattern})", text)):
+            if number % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(part))
+            elif part:
+                ids += self.backend.encode(part.replace(AS_TEXT, ""), add_special_tokens=False).ids
+        return ids
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Finds the special tokens of a tokenizer in a text, the longest first."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")

@@ -212,9 +212,9 @@ class OnlineConceptModule(LeapModule):
     def decoders(self) -> list[Decoder]:
         """Greedy, then sampled."""
         data = self.trainer.datamodule
-        how = {"vocab_size": vocabulary_size(data.tokenizer)}
+        words = vocabulary_size(data.tokenizer)
         return [
-            OnlineConceptDecoder(self.model, data.response_length, temperature=t, **how)
+            OnlineConceptDecoder(self.model, data.response_length, temperature=t, vocab_size=words)
             for t in (0.0, self.options.temperature)
         ]
 

@@ -11,7 +11,7 @@ from packaging.version import Version
 def test_oldest_versions_are_the_lower_bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = {}
-    for requirement in map(Requirement, project["dependencies"]):
+    for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["eval"]]):
         (lowest,) = [part.version for part in requirement.specifier if part.operator == ">="]
         bounds[requirement.name] = Version(lowest)
     lines = (ROOT / "constraints" / "oldest.txt").read_text().splitlines()

@@ -134,6 +134,15 @@ def test_no_files_import_each_other_in_a_circle():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
+def test_lm_eval_is_imported_by_its_adapter_alone():
+    """It is an extra, and slow to import: `python run.py` must neither need nor read it."""
+    adapter, wanted = "app.evaluation_harness", ("lm_eval", "app.evaluation_harness")
+    sources = {module_name(path): path.read_text(encoding="utf-8") for path in python_files()}
+    assert {
+        module for module, source in sources.items() if any(within(i, wanted) for _, i in imports(source, module))
+    } == {adapter}
+
+
 def test_every_package_is_looked_at():
     names = {module_name(path) for path in python_files()}
     for known in ("run", "models.functional.meanflow", "models.backbones.llada", "datamodules.oracle.score"):

@@ -13,7 +13,7 @@ from models.functional.attention import positions_from_mask
 from models.functional.gumbel import sample_categorical
 from models.functional.next_token import EndIds, are_ends, generated_until_end, prefix_mask, read_columns, until_end
 from models.functional.rows import response_columns
-from models.interfaces.decoder import TokenCallback
+from models.interfaces.decoder import StopRule, TokenCallback
 from models.interfaces.masked_sampling import temperature_name
 
 
@@ -27,6 +27,7 @@ def generate_autoregressive(
     whole_prompt: bool = False,
     vocab_size: int | None = None,
     end_ids: EndIds = None,
+    stop: StopRule | None = None,
     on_tokens: TokenCallback | None = None,
 ) -> Tensor:
     """Responses (B, R), each token a draw from softmax(logits / temperature), the most probable one at temperature 0.
@@ -34,7 +35,8 @@ def generate_autoregressive(
     whole_prompt: attention among prompt tokens is bidirectional, as a prefix language model was trained.
     vocab_size: ids from there on are padding of the output layer and never generated. end_ids: a row ends with the first of
     them that it generates, and the generation with its last row; none leaves what the model generates there. The first of
-    end_ids fills the columns beyond. on_tokens: see `Decoder`.
+    end_ids fills the columns beyond. stop: further texts that have ended; their rows are not filled.
+    on_tokens: see `Decoder`.
     """
     columns = response_columns(rows["response_mask"])
     seen = read_columns(rows)
@@ -51,6 +53,8 @@ def generate_autoregressive(
         if on_tokens is not None:
             on_tokens(generated_until_end(response, end_ids))
         ended |= are_ends(response[-1], end_ids)
+        if stop is not None:
+            ended |= stop(torch.stack(response, -1))
         if column + 1 == columns or bool(ended.all()):
             break
         # 3. read it: its keys and values join the cache
@@ -84,10 +88,12 @@ class AutoregressiveDecoder:
         whole_prompt: bool = False,
         vocab_size: int | None = None,
         end_ids: EndIds = None,
+        stop: StopRule | None = None,
     ) -> None:
         self.model, self.forwards = model, response_length
         self.options: dict[str, Any] = {
             "temperature": temperature, "whole_prompt": whole_prompt, "vocab_size": vocab_size, "end_ids": end_ids,
+            "stop": stop,
         }  # fmt: skip
         self.name = "autoregressive" if temperature == 1 else f"autoregressive, {temperature_name(temperature)}"
         self.forward_passes: Tensor | None = None

@@ -27,13 +27,13 @@ def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
     return [whole + (step < rest) for step in range(steps)]
 
 
-def guided_logits(
+def response_logits(
     model: LladaModel, rows: dict[str, Tensor], guidance: float, reused: ReusedColumns = NOTHING_REUSED
 ) -> Reader:
     """A function from ids (B, L), start and end to logits (B, end - start, V) of these response columns.
 
     Guidance is un + (w + 1)(c - un); `un` sees the prompt masked. w = 0 is the conditional model in one forward pass; otherwise
-    two, with keys and values of their own. The mask token itself is never generated.
+    two, with keys and values of their own.
     """
     conditional = response_reader(model, rows, reused)
     unconditional = response_reader(model, rows, reused) if guidance != 0 else None
@@ -44,6 +44,19 @@ def guided_logits(
             blind = torch.where(rows["response_mask"], xt, model.mask_id)
             without = model.lm_head(unconditional(blind, start, end))
             found = without + (guidance + 1) * (found - without)
+        return found
+
+    return logits
+
+
+def guided_logits(
+    model: LladaModel, rows: dict[str, Tensor], guidance: float, reused: ReusedColumns = NOTHING_REUSED
+) -> Reader:
+    """`response_logits` for generation: the mask token itself is never generated."""
+    read = response_logits(model, rows, guidance, reused)
+
+    def logits(xt: Tensor, start: int, end: int) -> Tensor:
+        found = read(xt, start, end)
         found[..., model.mask_id] = float("-inf")
         return found
 

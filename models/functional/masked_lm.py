@@ -30,10 +30,10 @@ def hide_exactly(maskable: Tensor, count: Tensor, generator: Generator) -> Tenso
     return maskable & (rank < count.unsqueeze(-1))
 
 
-def stratified_count(size: Tensor, k: int, parts: int, generator: Generator) -> Tensor:
+def stratified_count(size: Tensor, k: int | Tensor, parts: int, generator: Generator) -> Tensor:
     """A number from the k-th of `parts` even parts of 1..size for each row, (B,); over all parts together U{1..size}.
 
-    With parts = size it is k + 1.
+    k: the same for all rows, or one for each (B,). With parts = size it is k + 1.
     """
     within = torch.rand(size.shape, generator=generator, device=size.device, dtype=torch.float64)
     return 1 + (size * (k + within) / parts).floor().long().minimum((size - 1).clamp(min=0))

@@ -16,3 +16,9 @@ def chosen_nll(chosen_logits: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
     """
     nll = token_nll(chosen_logits, ids[chosen])
     return torch.zeros(chosen.shape, dtype=nll.dtype, device=nll.device).masked_scatter(chosen, nll)
+
+
+def all_most_probable(chosen_logits: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
+    """(B,) bool: whether every chosen id of a row is the most probable one. Arguments as in `chosen_nll`."""
+    missed = torch.zeros_like(chosen).masked_scatter(chosen, chosen_logits.argmax(-1) != ids[chosen])
+    return ~missed.any(-1)

@@ -10,6 +10,8 @@ from torch import Generator, Tensor
 
 # called with the tokens so far: (B, n) from left to right, or (B, R) with masks where all positions are refined
 TokenCallback = Callable[[Tensor], None]
+# asked after every token with those so far (B, n): which texts have ended, (B,) bool
+StopRule = Callable[[Tensor], Tensor]
 
 
 class Decoder(Protocol):

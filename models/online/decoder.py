@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from models.functional.gumbel import sample_categorical
 from models.functional.next_token import EndIds, are_ends, as_end_ids, generated_until_end, read_columns
 from models.functional.rows import response_columns
-from models.interfaces.decoder import TokenCallback
+from models.interfaces.decoder import StopRule, TokenCallback
 from models.online.model import OnlineConceptModel
 from models.online.row_cache import held_bytes
 
@@ -79,12 +79,13 @@ def generate_online(
     generator: Generator | None = None,
     eos_token_id: EndIds = None,
     vocab_size: int | None = None,
+    stop: StopRule | None = None,
     on_tokens: TokenCallback | None = None,
 ) -> OnlineTexts:
     """Up to max_new_tokens tokens after prompts (B, P) with attention_mask (B, P); the most probable ones at temperature 0.
 
     eos_token_id: one token or several; generation ends early once every row has generated one. vocab_size: larger ids are
-    padding and are never generated.
+    padding and are never generated. stop: further texts that have ended; their rows are not filled.
     on_tokens: see `Decoder`.
     """
     forward, tokens = IncrementalForward(model.eval()), list[Tensor]()
@@ -97,6 +98,8 @@ def generate_online(
         if on_tokens is not None:
             on_tokens(generated_until_end(tokens, eos_token_id))
         ended |= are_ends(tokens[-1], eos_token_id)
+        if stop is not None:
+            ended |= stop(torch.stack(tokens, -1))
         if bool(ended.all()):
             break
     return OnlineTexts(generated_until_end(tokens, eos_token_id), forward.concepts, forward.kv_bytes)
@@ -116,9 +119,10 @@ class OnlineConceptDecoder:
         temperature: float = 1.0,
         vocab_size: int | None = None,
         end_ids: EndIds = None,
+        stop: StopRule | None = None,
     ) -> None:
         self.model, self.forwards = model, response_length
-        self.temperature, self.vocab_size, self.end_ids = temperature, vocab_size, end_ids
+        self.temperature, self.vocab_size, self.end_ids, self.stop = temperature, vocab_size, end_ids, stop
         self.name = "online concepts" if temperature else "online concepts, greedy"
         self.kv_bytes: float | None = None
 
@@ -133,6 +137,7 @@ class OnlineConceptDecoder:
             generator=generator,
             eos_token_id=self.end_ids,
             vocab_size=self.vocab_size,
+            stop=self.stop,
             on_tokens=on_tokens,
         )
         self.kv_bytes = texts.kv_bytes / len(texts.sequences)
