@@ -40,7 +40,7 @@ class SearchOptions:
 
 
 def _types() -> dict[str, dict[str, int | None]]:
-    return {name: {"codes": 8, "most": 1, "least": None} for name in "abcd"}
+    return {name: {"codes": 8, "most": 1, "least": None, "levels": 1} for name in "abcd"}
 
 
 def _planning() -> dict[str, Planning]:

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers.concept import batch_of, build_planner_executor, only_few
+from helpers.concept import batch_of, build_planner_executor, log_prob, only_few
 from helpers.trainer import Losses, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app import modes
 from callbacks.ema import TrainableEMA
-from models.plans.rows import prompt_of
+from models.plans.rows import posterior_input, prompt_of
 from reporting.console import sentence_for
 from reporting.record import read_record
 
@@ -78,6 +78,20 @@ def test_figures_and_record_count_every_level(tmp_path, tiny_oracle):
     assert bits[:2].min() > 0.1
     assert module.decoders()[0].forwards == 4 + tiny_oracle.response_length
     assert module.probe.slot_names == ["a.1", "a.2", "b1", "b2"]
+
+
+def test_the_posterior_learns_the_finer_codes_that_were_found_given_the_coarser_ones(tiny_oracle):
+    """The loss of a step of hard EM is -log q of the cached plans, under the weights before the step."""
+    options = {"sampler": "fsq", "search": {"begin": 0.0, "explore": 1.0}, "weights": {"posterior": 1.0}}
+    trained, fresh, losses = build(tiny_oracle, **options), build(tiny_oracle, **options), Losses()
+    quiet_trainer(1, callbacks=[losses]).fit(trained, tiny_oracle)
+    rows = (trained.em.cache.found >= 0).nonzero().flatten()
+    batch = {name: column[rows] for name, column in tiny_oracle.rows["train"].columns.items()}
+    choices = trained.em.cache.get(rows)
+    assert len(rows) == tiny_oracle.batch_size
+    assert (choices[:, 0] > 1).any()
+    nll = -log_prob(fresh.posterior, *posterior_input(batch, "text"), choices)
+    assert losses.seen[0] == pytest.approx(float(nll.mean()) / tiny_oracle.response_length, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ def test_each_level_is_a_slot_with_codes_of_its_own():
     assert " ".join(names[i] for i in chosen) == "<SEP_1> <a.1:0> <a.2:1> <a.1:1> <a.2:0> <EOS> <SEP_2> <b:2> <EOS>"
     assert [list(v.codes(k)) for k in range(2)] == [[108, 109, 110, 111], [112, 113, 114]]
     assert model.layout.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+    assert model.layout.text_start == 6  # past the longest type, levels included
     assert (v.slot_types.tolist(), v.slot_levels.tolist()) == ([0, 0, 0, 0, 1], [0, 1, 0, 1, 0])
     assert v.level_slots == [[slice(0, 4, 2), slice(1, 4, 2)], [slice(4, 5, 1)]]
     probe = PlanProbe(Planner(model), Executor(model), None, "text")
