@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -93,8 +94,10 @@ def test_texts_are_those_of_hf(causal, batch_size):
         {"until": stops[0], "max_new_tokens": 5, "do_sample": False, "temperature": 0.0},
     ]
     asked = requests(*((prompt, own) for prompt in prompts for own in how))
-    found = leap(causal, batch_size=batch_size).generate_until(asked)
+    model = leap(causal, batch_size=batch_size)
+    found = model.generate_until(asked)
     assert found == theirs.generate_until(asked)
+    assert model.get_model_info()["forward_passes_per_text"] < 10  # of 16 and 5: a stop ends the generation
     assert any(text not in whole for text in found)  # some were cut
 
 
@@ -502,6 +505,12 @@ def test_a_denoiser_without_a_student_needs_a_number_of_steps(tmp_path):
     with pytest.raises(UsageError, match="type decoder=ode:32"):
         leap(run / "model")
     assert leap(run / "model", decoder="ode:3").evaluated.likelihood == "none"
+
+
+def test_the_name_that_lm_eval_looks_up_is_that_of_the_class():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["entry-points"]["lm_eval.models"]
+    assert named == {"leap": f"{LeapHarness.__module__}:{LeapHarness.__name__}"}
 
 
 def test_an_error_of_the_user_is_shown_as_a_sentence(capsys, monkeypatch):
