@@ -400,6 +400,11 @@ def test_prompts_end_as_in_the_run_of_the_model(masked, tmp_path, layout):
     ("options", "sentence"),
     [
         ({"mc": 0}, "mc=0 must be at least 1"),
+        ({"mc": "many"}, "mc=many must be a whole number"),
+        ({"mc": 1.5}, "mc=1.5 must be a whole number"),
+        ({"mc": True}, "mc=True must be a whole number"),
+        ({"guidance": "much"}, "guidance=much must be a number"),
+        ({"greedy": 0}, "greedy=0 must be true or false"),
         ({"decoder": "confidance:0.9"}, "decoder=confidance:0.9 is not known.*decoder=confidence:0.9"),
         ({"decoder": "confidence:2"}, "decoder=confidence:2.0 must lie above 0"),
         ({"decoder": 0}, "decoder=0 is not known"),
@@ -427,6 +432,7 @@ def test_a_causal_model_refuses_options_of_others(causal, option):
         ({"max_gen_toks": 64}, "leaves no room for a prompt in the 64 positions"),
         ({"do_sample": True, "top_p": 0.9}, "--gen_kwargs top_p=0.9"),
         ({"num_beams": 4}, "--gen_kwargs num_beams=4"),
+        ({"repetition_penalty": 1.2}, "--gen_kwargs repetition_penalty=1.2"),
     ],
 )
 def test_requests_that_cannot_be_answered_are_refused(causal, gen_kwargs, sentence):
@@ -449,6 +455,7 @@ def test_greedy_requests_may_name_options_of_sampling():
     assert Generation.of_task({"until": "\n", "do_sample": False, "temperature": 0.7, "top_p": 0.9}) == Generation(
         ("\n",), None, 0.0
     )
+    assert Generation.of_task({"num_beams": 1, "temperature": 0.5}).temperature == 0.5
     assert Generation.of_task({"do_sample": True}).temperature == 1.0
     assert Generation.of_task({"max_new_tokens": 3, "max_gen_toks": 2}).length == 2
 
