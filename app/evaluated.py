@@ -49,6 +49,12 @@ from models.speculative.scores import require_one_vocabulary
 from reporting.record import read_record
 
 Layout = Literal["run", "plain"]
+WORDS: dict[Any, str] = {int: "a whole number", float | int: "a number", bool: "true or false"}
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("mc", "block_length", "max_length", "max_gen_toks", "seed"), int),
+    **dict.fromkeys(("guidance", "theta_weight"), float | int),
+    **dict.fromkeys(("greedy", "add_bos_token", "enable_thinking"), bool),
+}
 # logits or log-probabilities (M, V) of the token after each scored position
 NextToken = Callable[[CausalText], Tensor]
 OF_MASKS = ("block_length", "remasking", "guidance")  # options of models that fill masks
@@ -95,6 +101,10 @@ class EvaluationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in TYPES.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+                raise UsageError(f"{name}={value} must be {WORDS[kind]}")
         require_choice("remasking", self.remasking, get_args(Remasking))
         require_choice("layout", self.layout, get_args(Layout))
         numbers = {"block_length": self.block_length, "max_length": self.max_length, "max_gen_toks": self.max_gen_toks}

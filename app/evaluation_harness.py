@@ -44,6 +44,7 @@ LENGTHS = (
     "max_tokens",
     "max_completion_tokens",
 )  # names of tasks for the same number
+OF_SAMPLING = ("top_p", "top_k", "min_p")  # they change no greedy text
 IDS = tuple[list[int], list[int]]  # of a context and its continuation
 
 
@@ -65,14 +66,13 @@ class Generation:
             temperature = 0.0
         elif options.get("do_sample") and options.get("temperature") is None:
             temperature = 1.0
-        known = {"until", "do_sample", "temperature", *LENGTHS}
-        unknown = {name: value for name, value in options.items() if name not in known and value is not None}
-        if unknown and (temperature or int(unknown.get("num_beams", 1)) > 1):
-            name, value = next(iter(unknown.items()))
-            raise UsageError(
-                f"--gen_kwargs {name}={value}: --model leap samples at a temperature alone; leave {name} out, or type "
-                "--gen_kwargs do_sample=false"
-            )
+        known = {"until", "do_sample", "temperature", *LENGTHS, *(() if temperature else OF_SAMPLING)}
+        for name, value in options.items():
+            if name not in known and value is not None and (name, value) != ("num_beams", 1):
+                raise UsageError(
+                    f"--gen_kwargs {name}={value}: --model leap generates greedily or at a temperature, without {name}; leave "
+                    "it out, or type another task"
+                )
         return cls(tuple([until] if isinstance(until, str) else until), length, temperature)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -93,8 +94,10 @@ def test_texts_are_those_of_hf(causal, batch_size):
         {"until": stops[0], "max_new_tokens": 5, "do_sample": False, "temperature": 0.0},
     ]
     asked = requests(*((prompt, own) for prompt in prompts for own in how))
-    found = leap(causal, batch_size=batch_size).generate_until(asked)
+    model = leap(causal, batch_size=batch_size)
+    found = model.generate_until(asked)
     assert found == theirs.generate_until(asked)
+    assert model.get_model_info()["forward_passes_per_text"] < 10  # of 16 and 5: a stop ends the generation
     assert any(text not in whole for text in found)  # some were cut
 
 
@@ -410,6 +413,11 @@ def test_prompts_end_as_in_the_run_of_the_model(masked, tmp_path, layout):
     ("options", "sentence"),
     [
         ({"mc": 0}, "mc=0 must be at least 1"),
+        ({"mc": "many"}, "mc=many must be a whole number"),
+        ({"mc": 1.5}, "mc=1.5 must be a whole number"),
+        ({"mc": True}, "mc=True must be a whole number"),
+        ({"guidance": "much"}, "guidance=much must be a number"),
+        ({"greedy": 0}, "greedy=0 must be true or false"),
         ({"decoder": "confidance:0.9"}, "decoder=confidance:0.9 is not known.*decoder=confidence:0.9"),
         ({"decoder": "confidence:2"}, "decoder=confidence:2.0 must lie above 0"),
         ({"decoder": 0}, "decoder=0 is not known"),
@@ -437,6 +445,7 @@ def test_a_causal_model_refuses_options_of_others(causal, option):
         ({"max_gen_toks": 64}, "leaves no room for a prompt in the 64 positions"),
         ({"do_sample": True, "top_p": 0.9}, "--gen_kwargs top_p=0.9"),
         ({"num_beams": 4}, "--gen_kwargs num_beams=4"),
+        ({"repetition_penalty": 1.2}, "--gen_kwargs repetition_penalty=1.2"),
     ],
 )
 def test_requests_that_cannot_be_answered_are_refused(causal, gen_kwargs, sentence):
@@ -459,6 +468,7 @@ def test_greedy_requests_may_name_options_of_sampling():
     assert Generation.of_task({"until": "\n", "do_sample": False, "temperature": 0.7, "top_p": 0.9}) == Generation(
         ("\n",), None, 0.0
     )
+    assert Generation.of_task({"num_beams": 1, "temperature": 0.5}).temperature == 0.5
     assert Generation.of_task({"do_sample": True}).temperature == 1.0
     assert Generation.of_task({"max_new_tokens": 3, "max_gen_toks": 2}).length == 2
 
@@ -515,6 +525,12 @@ def test_a_denoiser_without_a_student_needs_a_number_of_steps(tmp_path):
     with pytest.raises(UsageError, match="type decoder=ode:32"):
         leap(run / "model")
     assert leap(run / "model", decoder="ode:3").evaluated.likelihood == "none"
+
+
+def test_the_name_that_lm_eval_looks_up_is_that_of_the_class():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["entry-points"]["lm_eval.models"]
+    assert named == {"leap": f"{LeapHarness.__module__}:{LeapHarness.__name__}"}
 
 
 def test_an_error_of_the_user_is_shown_as_a_sentence(capsys, monkeypatch):

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from datamodules.batch import trim_columns
 from datamodules.loader import EpochSampler
 from datamodules.state import CorpusState
-from datamodules.template import build_template
+from datamodules.template import RenderedTurns, build_template
 from models.functional.errors import UsageError
 from models.functional.next_token import bidirectional_text, causal_text, token_counts
 
@@ -231,3 +231,35 @@ def test_a_grouped_loader_cuts_training_batches_alone(build_pairs):
     assert min(widths) < max(widths) < columns
     # every decoder gets all response columns, whatever the references of its batch
     assert {batch["input_ids"].shape[1] for batch in data.test_dataloader()} == {columns}
+
+
+# -- turns as texts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rendered_turns_are_encoded_as_apply_chat_template_does(name):
+    tokenizer = make_tokenizer(TEMPLATES[name], bos=True)
+    rendered = RenderedTurns(tokenizer)
+    for prompt in PROMPTS:
+        asked = [*turns("before", "an answer"), *turns(prompt)]
+        text = rendered.render(asked, add_generation_prompt=True)
+        assert rendered.encode(text) == tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_special_tokens_that_a_turn_spells_stay_text(name):
+    tokenizer = make_tokenizer(TEMPLATES[name])
+    rendered = RenderedTurns(tokenizer)
+    text = "say <|end|> and <s>"
+    ids = rendered.encode(rendered.render(turns(text), add_generation_prompt=True))
+    plain = rendered.encode(rendered.render(turns("say so"), add_generation_prompt=True))
+    special = set(tokenizer.all_special_ids)
+    assert [token for token in ids if token in special] == [token for token in plain if token in special]
+    assert text in tokenizer.decode(ids)
+    assert not special & set(rendered.encode(rendered.mark(text)))
+
+
+def test_turns_that_a_template_refuses_are_the_users_to_change():
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    with pytest.raises(UsageError, match=r"the chat template refuses these turns .no system turn.*leave .* out"):
+        RenderedTurns(make_tokenizer(refusing)).render([{"role": "system", "content": "be brief"}])

@@ -117,6 +117,23 @@ def test_each_of_several_end_tokens_stops_a_text_as_in_transformers():
     assert (found[:, theirs.shape[1] :] == ends[0]).all()
 
 
+def test_a_stop_rule_ends_the_generation_with_the_last_text_that_it_stops():
+    model, rows, passes = model_of("llama"), pair_batch(), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    free = AutoregressiveDecoder(model, 4, temperature=0.0)(rows, draw())
+    asked = []
+
+    def stop(tokens):  # the first row after one token, the others after two
+        asked.append(tokens.clone())
+        return torch.tensor([tokens.shape[1] == 1, tokens.shape[1] == 2, tokens.shape[1] == 2])
+
+    passes.clear()
+    found = AutoregressiveDecoder(model, 4, temperature=0.0, stop=stop)(rows, draw())
+    assert len(passes) == 2
+    assert torch.equal(found[:, :2], free[:, :2])
+    assert [tokens.tolist() for tokens in asked] == [free[:, :n].tolist() for n in (1, 2)]
+
+
 def test_padding_of_the_output_layer_is_never_said():
     model, rows = model_of("llama"), pair_batch()
     many = {name: column.repeat(50, 1) for name, column in rows.items()}

@@ -111,3 +111,14 @@ def test_generation_stops_at_the_end_token_and_generates_no_padding():
         model, prompt, max_new_tokens=30, generator=torch.Generator().manual_seed(0), temperature=5.0, vocab_size=4
     )
     assert few.sequences.max() == 3 < VOCABULARY
+
+
+def test_generation_stops_where_a_rule_says_so():
+    model, prompt = tiny_online(), texts(rows=2, length=6)
+    free = generate_online(model, prompt, max_new_tokens=5, temperature=0).sequences
+
+    def stop(tokens):
+        return torch.tensor([tokens.shape[1] == 1, tokens.shape[1] == 3])
+
+    found = generate_online(model, prompt, max_new_tokens=5, temperature=0, stop=stop).sequences
+    assert torch.equal(found, free[:, :3])
