@@ -69,6 +69,9 @@ def test_no_area_of_what_is_no_accuracy_or_has_no_tpf():
     assert aup_of(older) is None
     assert tpf_figure(tpf_curves([older])) is None
     assert tpf_curves([make_record([])]) == []
+    drafted = make_record(rows())  # two models, and drafts that change nothing of the distribution
+    drafted["rows"][3]["cost"]["speedup_vs_naive"] = 1.2
+    assert tpf_curves([drafted]) == []
 
 
 def test_the_first_quality_that_a_corpus_knows_and_zeros_everywhere():
