@@ -27,10 +27,11 @@ from lightning_modules.training.decoder_cost import flops_per_token
 from models.backbones.llada import LladaModel
 from models.diffusion.objective import MaskedDiffusion
 from models.diffusion.sampler import MaskedDiffusionDecoder
-from models.interfaces.masked_sampling import ReusedColumns
+from models.interfaces.masked_sampling import CacheKind, ReusedColumns
 from reporting.console import report_console
 
-NONE = "none"
+NONE: CacheKind = "none"
+KINDS: tuple[CacheKind, ...] = (NONE, "prefix", "dual")
 
 READING = """
 All rows take the same number of forward passes; a pass of a cache reads fewer columns. A ratio is the time over that without a
@@ -91,38 +92,39 @@ def measure(base: LladaModel, args: argparse.Namespace, device: torch.device) ->
             block_length=args.block,
             reused=ReusedColumns(kind, None if kind == NONE else args.refresh),
         )
-        for kind in (NONE, "prefix", "dual")
+        for kind in KINDS
     }
 
-    def texts(kind: str) -> Tensor:
-        return decoders[kind](rows, Generator(device=device).manual_seed(args.seed))
+    texts: dict[str, Tensor] = {}
 
-    measures = {kind: timed(lambda kind=kind: texts(kind), device, args.clock) for kind in decoders}
+    def decode(kind: CacheKind) -> None:
+        texts[kind] = decoders[kind](rows, Generator(device=device).manual_seed(args.seed))
+
+    measures = {kind: timed(lambda kind=kind: decode(kind), device, args.clock) for kind in decoders}
     times = interleave(measures, repeats=args.repeats, warmup=args.warmup)
-    plain, flops = texts(NONE), flops_per_token(decoders[NONE], rows)
+    flops = {kind: flops_per_token(decoder, rows) for kind, decoder in decoders.items()}
     found = []
     for kind, decoder in decoders.items():
         row = build_row(kind, times, NONE, forwards=decoder.forwards)
-        responses = texts(kind)
-        row["flops"] = flops_per_token(decoder, rows) / flops
-        row["same_tokens"] = (responses == plain).double().mean().item()
-        row["valid"] = share_valid(responses, args)
+        row["flops"] = flops[kind] / flops[NONE]
+        row["same_tokens"] = (texts[kind] == texts[NONE]).double().mean().item()
+        row["valid"] = share_valid(texts[kind], args)
         found.append(row)
     return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__.splitlines()[0], repeats=5)
+    parser = new_parser(__doc__.splitlines()[0], repeats=3)
     add_shape_options(parser)
     parser.add_argument("--vocabulary", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8, help="rows decoded together")
+    parser.add_argument("--batch", type=int, default=4, help="rows decoded together")
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens in a row")
     parser.add_argument("--response", type=int, default=256, help="response tokens in a row")
     parser.add_argument("--block", type=int, default=32, help="response tokens of a block")
     parser.add_argument("--forwards", type=int, default=None, help="forward passes of a text; one a token if not given")
     parser.add_argument("--refresh", type=int, default=None, help="passes from one that reads everything to the next")
     parser.add_argument("--steps", type=int, default=300, help="of the training before")
-    parser.add_argument("--train-batch", type=int, default=16, help="rows of a training step")
+    parser.add_argument("--train-batch", type=int, default=8, help="rows of a training step")
     args = parser.parse_args(argv)
     device, console = prepare(args), report_console()
     base = build_base(args, device, vocab_size=args.vocabulary, length=args.prompt + args.response)

@@ -1,6 +1,6 @@
 """Block diffusion (Arriola et al., BD3-LM, 2503.09573): masked diffusion of one block after the other.
 
-Legend: B batch, L columns, R response columns, N blocks, b tokens of a block, D width.
+Legend: B batch, L columns, M masked tokens, D width.
 """
 
 import torch
@@ -37,7 +37,6 @@ class BlockDiffusion(TextObjective):
 
     likelihood: Likelihood = "bound"
     generation = "masked"
-    kinds_of_batch = 16
     attention = "bidirectional"
 
     def __init__(self, block_length: int | None = 4, *, eps: float = 1e-3, antithetic: bool = True) -> None:

@@ -49,8 +49,8 @@ def require_bidirectional_body(model: object, cache: str) -> None:
     """Raise UsageError for a model whose keys and values are not reused approximately. cache: what was typed."""
     if not isinstance(model, LladaModel) or is_block_causal(model):
         raise UsageError(
-            f"module.cache={cache} is for LLaDA's bidirectional body; this model reads what is settled only once, without any "
-            "option; type module.cache=none"
+            f"module.cache={cache} is for LLaDA's bidirectional body; other models keep the keys and values that stay "
+            "exact, without any option; type module.cache=none"
         )
 
 
