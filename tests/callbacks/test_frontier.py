@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from helpers.causal import tiny_causal
 from helpers.trainer import quiet_trainer
 
 from callbacks.frontier import FrontierReport, tokens_per_forward
 from lightning_modules.pretrain import PretrainModule
 from models.diffusion.objective import MaskedDiffusion
+from models.objectives.next_token import NextToken
 from reporting.record import read_record
 from reporting.tpf_figure import aup_of
 
@@ -40,3 +42,14 @@ def test_rows_of_commit_rules_have_the_mean_of_their_passes(tiny_llada, tiny_ora
     assert threshold["cost"]["nfe_per_batch"] >= threshold["nfe"]
     assert whole["cost"]["nfe_per_batch"] == 1
     assert threshold["cost"]["seconds_alone"] > 0
+
+
+def test_a_model_that_generates_from_left_to_right_has_the_time_of_its_first_token(tiny_oracle, tmp_path):
+    ids = tiny_oracle.special_ids()
+    module = PretrainModule(tiny_causal(ids.pop("vocab_size"), **ids), NextToken(), temperatures=(0.0,))
+    quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "one", {})]).test(module, tiny_oracle, verbose=False)
+    rows = [row for row in read_record(tmp_path / "record.json")["rows"] if row["method"] == "teacher"]
+    assert [row["decoder"] for row in rows] == ["autoregressive", "autoregressive, greedy"]
+    for row in rows:
+        assert 0 < row["cost"]["first_token_seconds"] < row["cost"]["seconds_alone"]
+        assert row["cost"]["nfe_per_batch"] == tiny_oracle.response_length
