@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from helpers.causal import tiny_causal
 from helpers.trainer import quiet_trainer
 
 from callbacks.frontier import FrontierReport, tokens_per_forward
 from lightning_modules.pretrain import PretrainModule
 from models.diffusion.objective import MaskedDiffusion
+from models.objectives.next_token import NextToken
 from reporting.record import read_record
 from reporting.tpf_figure import aup_of
 
@@ -49,3 +51,14 @@ def test_a_record_names_the_commit_at_which_its_run_began(tiny_llada, tiny_oracl
     module = PretrainModule(tiny_llada(**tiny_oracle.special_ids()), MaskedDiffusion(), forwards=(1,))
     quiet_trainer(1, callbacks=[report]).test(module, tiny_oracle, verbose=False)
     assert read_record(tmp_path / "record.json")["commit"] == "before"
+
+
+def test_a_model_that_generates_from_left_to_right_has_the_time_of_its_first_token(tiny_oracle, tmp_path):
+    ids = tiny_oracle.special_ids()
+    module = PretrainModule(tiny_causal(ids.pop("vocab_size"), **ids), NextToken(), temperatures=(0.0,))
+    quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "one", {})]).test(module, tiny_oracle, verbose=False)
+    rows = [row for row in read_record(tmp_path / "record.json")["rows"] if row["method"] == "teacher"]
+    assert [row["decoder"] for row in rows] == ["autoregressive", "autoregressive, greedy"]
+    for row in rows:
+        assert 0 < row["cost"]["first_token_seconds"] < row["cost"]["seconds_alone"]
+        assert row["cost"]["nfe_per_batch"] == tiny_oracle.response_length
