@@ -231,7 +231,9 @@ class LeapHarness(TemplateLM):
         windows: list[tuple[tuple[str, str] | None, list[int], list[int]]] = []
         owner = []
         for number, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            # a model that fills masks is not asked for the probability of a BOS that its tokenizer adds
+            plain = {} if self.evaluated.next_token is not None else {"add_special_tokens": False}
+            tokens = self.tok_encode(request.args[0], **plain)
             for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, longest, 1):
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owner.append(number)
@@ -256,7 +258,11 @@ class LeapHarness(TemplateLM):
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             for chosen in chunks(order, together):
                 own = [pairs[k] for k in chosen]
-                scores = self._exact(own) if self.evaluated.next_token is not None else [self._bound(*own[0])]
+                if self.evaluated.next_token is not None:
+                    scores = self._exact(own)
+                else:  # nobody asks whether a window of a text is the greedy one
+                    greedy = self.options.greedy and requests[chosen[0]][0] is not None
+                    scores = [self._bound(*own[0], greedy=greedy)]
                 for k, score in zip(chosen, scores, strict=True):
                     found[k] = score
                     if requests[k][0] is not None:
@@ -280,19 +286,21 @@ class LeapHarness(TemplateLM):
         log_p = -chosen_nll(logits, text.targets, text.weights).double().sum(-1)
         return list(zip(log_p.tolist(), all_most_probable(logits, text.targets, text.weights).tolist(), strict=True))
 
-    def _bound(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """A lower bound on log p(continuation | context), and whether greedy filling gives the continuation.
+    def _bound(self, context: list[int], continuation: list[int], *, greedy: bool) -> tuple[float, bool]:
+        """A lower bound on log p(continuation | context), and whether greedy filling gives the continuation, if asked for.
 
         The draws are a function of seed and tokens: other requests and batches change nothing.
         """
         how, model = self.options, self.evaluated.fills_masks
+        if not continuation:
+            return 0.0, True
         row = self._rows([context], len(continuation), [continuation])
         digest = hashlib.sha256(repr((how.seed, context, continuation)).encode()).digest()
         generator = Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         draws = response_nll_draws(
             model, row, generator, samples=how.mc, batch_size=self.batch_size, guidance=how.guidance
         )
-        return -float(draws.mean()), how.greedy and fills_greedily(model, row, how.guidance)
+        return -float(draws.mean()), greedy and fills_greedily(model, row, how.guidance)
 
     # -- texts ----------------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class FrontierReport(Callback):
         self._single: list[Any] = []
         self._peaks: dict[int, list[int | None]] = defaultdict(list)
         self._passes: dict[int, list[Tensor]] = defaultdict(list)
+        self._batch_passes: dict[int, list[int]] = defaultdict(list)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reset()
@@ -63,7 +64,9 @@ class FrontierReport(Callback):
             self._responses[k].append(result.responses.cpu())
             self._seconds[k].append(result.seconds)
             self._peaks[k].append(result.peak_memory_bytes)
-            self._passes[k].append(forward_passes(result).cpu())
+            passes = forward_passes(result).cpu()
+            self._passes[k].append(passes)
+            self._batch_passes[k].append(int(passes.max()) if result.batch_passes is None else result.batch_passes)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
@@ -125,7 +128,7 @@ class FrontierReport(Callback):
         counts = [r.numel() if data.end_padding else int(until_end(r, ends).sum()) for r in self._responses[k]]
         warm = slice(1, None) if len(seconds) > 1 else slice(None)  # the first batch pays for warming up
         batch, single = len(self._responses[k][0]), self._single[k]
-        # of a batch the text with the most forward passes decides; the last batch may be a smaller one
+        # the last batch may be a smaller one
         whole = [n for n, r in enumerate(self._responses[k]) if len(r) == batch]
         warm_whole = whole[1:] or whole
         return {
@@ -142,7 +145,7 @@ class FrontierReport(Callback):
                 "peak_memory_bytes": max((peak for peak in self._peaks[k] if peak is not None), default=None),
                 "batch": batch,
                 "seconds_per_batch": fmean(seconds[n] for n in warm_whole) if decoder.forwards else None,
-                "nfe_per_batch": fmean(int(self._passes[k][n].max()) for n in whole) if decoder.forwards else None,
+                "nfe_per_batch": fmean(self._batch_passes[k][n] for n in whole) if decoder.forwards else None,
                 "seconds_alone": None if single is None else single.seconds,
                 "first_token_seconds": None if single is None else single.first_token_seconds,
                 **known["cost"],

@@ -98,7 +98,11 @@ class OnlineConceptModule(LeapModule):
         if self.multipliers is not None:
             wanted |= {f"rate_multiplier_{k + 1}": value for k, value in enumerate(self.multipliers.values.tolist())}
         if self.pace is not None:
-            wanted |= {"compression_gap": self.pace.gap, "annealed": self.pace.progress}
+            wanted |= {
+                "compression_gap": self.pace.gap,
+                "plain_nll": self.pace.reference,
+                "annealed": self.pace.progress,
+            }
         self.log_monitors(raw | online_monitors(levels) | wanted)
         return self.refuse_nan(loss)
 
@@ -124,9 +128,9 @@ class OnlineConceptModule(LeapModule):
 
     @torch.no_grad()
     def _measure_gap(self, pace: PacedAnnealing, nll: Tensor, text: CausalText) -> None:
-        """The loss of this batch less that of the same weights without compression; 0 where they are the same."""
+        """The loss of this batch, and that of the same weights without compression."""
         plain = self._nll(text, CompressionSettings(compression=1.0, quantisation=0.0))[0]
-        pace.add((nll.detach() - plain).sum(), text.weights.sum())
+        pace.add(nll.detach().sum(), plain.sum(), text.weights.sum())
 
     def _settings(self, batch_idx: int) -> CompressionSettings:
         """The annealed values of this step."""

@@ -22,14 +22,14 @@ from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
 from models.speculative.alpha_curve import AlphaCurve
-from models.speculative.decoder import QStarDecoder
+from models.speculative.decoder import QStarDecoder, prompts_of
 from models.speculative.exactness import enumeration_error, g_test_of, probable_texts, without_ends
 from models.speculative.loss import qstar_terms
 from models.speculative.meter import AcceptanceMeter
 from models.speculative.options import QStarOptions, Scheme
 from models.speculative.probes import PromptProbe
 
-LISTED_TOKENS = 3  # of the texts that a G-test lists where a corpus cannot list its own
+LISTED_TOKENS = 4  # of the texts that a G-test lists where a corpus cannot list its own
 
 
 class QStarDecodingModule(LeapModule):
@@ -162,14 +162,13 @@ class QStarDecodingModule(LeapModule):
                 errors = {"max_enumeration_error": enumeration_error(decoder, prompt)}
             else:
                 decoder, prompt, errors = without_ends(decoder), self._first_prompt(data), {}
-                texts = probable_texts(decoder, prompt, LISTED_TOKENS, n // 10)
+                texts = probable_texts(decoder, prompt, LISTED_TOKENS, max(1, n // 10))
             self._meters[k].exactness = {"g_test_p": g_test_of(decoder, prompt, texts, n, generator), **errors}
 
     def _first_prompt(self, data: Any) -> Tensor:
         """(P,) The first test prompt, the same on every rank."""
-        batch = next(iter(data.test_dataloader()))
-        real = (batch["attention_mask"].bool() & ~batch["response_mask"].bool())[0]
-        return batch["input_ids"][0][real].to(self.device)
+        prompts, lengths = prompts_of(next(iter(data.test_dataloader())))
+        return prompts[0, : int(lengths[0])].to(self.device)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Every decoder's texts, their likelihood under both models, and what the drafts were worth."""

@@ -98,7 +98,7 @@ COLUMNS = (
     Column("ms alone", ("cost", "seconds_alone"), "milli", "ms alone: of a text at batch 1"),
     Column("ms to first token", ("cost", "first_token_seconds"), "milli"),
     Column("ms a batch", ("cost", "seconds_per_batch"), "milli", "ms a batch: of data.eval_batch_size texts"),
-    Column("NFE a batch", ("cost", "nfe_per_batch"), ".1f", "NFE a batch: of its text with the most"),
+    Column("NFE a batch", ("cost", "nfe_per_batch"), ".1f", "NFE a batch: forward passes that a batch takes"),
     Column("prefill tokens/s", ("cost", "prefill_tokens_per_s"), ",.0f"),
     Column("decode tokens/s", ("cost", "decode_tokens_per_s"), ",.0f"),
     Column("KV MB", ("cost", "kv_bytes"), "mega"),

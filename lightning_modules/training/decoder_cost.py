@@ -27,6 +27,7 @@ class DecoderResult:
 
     single: the same texts at batch 1, None where not measured.
     forward_passes (B,): of each text, for a decoder whose number follows the model; None where it is `decoder.forwards`.
+    batch_passes: of the whole batch; None where its text with the most decides.
     """
 
     decoder: Decoder
@@ -36,6 +37,7 @@ class DecoderResult:
     peak_memory_bytes: int | None
     forward_passes: Tensor | None = None
     single: SingleText | None = None
+    batch_passes: int | None = None
 
 
 def measure_decoder(
@@ -54,12 +56,12 @@ def measure_decoder(
     responses = decoder(batch, generator)
     synchronise(device)
     seconds = time.perf_counter() - start
-    passes = getattr(decoder, "forward_passes", None)
+    passes, batch_passes = (getattr(decoder, name, None) for name in ("forward_passes", "batch_passes"))
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     in_detail = in_detail and decoder.forwards > 0
     flops = flops_per_token(decoder, batch) if in_detail else None
     single = single_text(decoder, batch) if in_detail else None
-    return DecoderResult(decoder, responses, seconds, flops, peak, passes, single)
+    return DecoderResult(decoder, responses, seconds, flops, peak, passes, single, batch_passes)
 
 
 def synchronise(device: torch.device) -> None:

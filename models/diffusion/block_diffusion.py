@@ -32,7 +32,8 @@ class BlockDiffusion(TextObjective):
 
     A block is predicted from its own masked copy and the clean text before it; the prompt is clean text before the first
     block. All blocks of a row are scored in one forward pass, see `masked_states`.
-    block_length: tokens of a block; None: the whole response is one. With 1 the model is autoregressive and its NLL exact.
+    block_length: tokens of a block; None: the whole response is one. With 1 the model is autoregressive: every token is masked,
+    and the loss is its exact NLL.
     """
 
     likelihood: Likelihood = "bound"
@@ -57,14 +58,17 @@ class BlockDiffusion(TextObjective):
         return True
 
     def expected_predictions(self, batch: dict[str, Tensor]) -> float:
-        return mask_probability(0.5, self.eps) * int(bidirectional_text(batch)[2].sum())
+        share = 1.0 if self.block_length == 1 else mask_probability(0.5, self.eps)
+        return share * int(bidirectional_text(batch)[2].sum())
 
     def __call__(self, model: LladaModel, batch: dict[str, Tensor], generator: Generator) -> Terms:
         x0, seen, response = bidirectional_text(batch)
         block = block_numbers(response, self.block_length)
         # 1. a time for each block, and its mask probability
-        rows, blocks = len(x0), int(block.max())
-        if self.antithetic:
+        rows, blocks = len(x0), max(1, int(block.max()))
+        if self.block_length == 1:
+            t = torch.ones(rows, blocks, device=x0.device)
+        elif self.antithetic:
             t = antithetic_times(rows * blocks, generator, x0.device).view(rows, blocks)
         else:
             t = uniform(rows, blocks, generator=generator)

@@ -121,10 +121,11 @@ def generate_masked_diffusion(
 
 
 class RuleTexts(NamedTuple):
-    """responses (B, R) and the forward passes that each row needed, (B,)."""
+    """responses (B, R), the forward passes that each row needed, (B,), and those that were made for the batch."""
 
     responses: Tensor
     forward_passes: Tensor
+    batch_passes: int
 
 
 @torch.no_grad()
@@ -150,7 +151,8 @@ def generate_by_rule(
     read = guided_logits(model, rows, guidance, reused)
     xt = torch.where(rows["response_mask"], model.mask_id, rows["input_ids"])
     response = xt[:, -length:]
-    passes = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
+    passes, made = torch.zeros(len(xt), dtype=torch.long, device=xt.device), 0
+    each = 1 if guidance == 0 else 2
     for start in range(0, length, block_length):
         end = start + block_length
         while bool((competing := response[:, start:end] == model.mask_id).any()):
@@ -162,10 +164,11 @@ def generate_by_rule(
             # 2. the positions that the rule commits
             commit = rule(probability_of(drawn, logits), entropy, competing)
             response[:, start:end] = torch.where(commit, drawn, response[:, start:end])
-            passes += competing.any(-1).long() * (1 if guidance == 0 else 2)
+            passes += competing.any(-1).long() * each
+            made += each
             if on_tokens is not None:
                 on_tokens(response.clone())
-    return RuleTexts(response.clone(), passes)
+    return RuleTexts(response.clone(), passes, made)
 
 
 def block_count(length: int, block_length: int | None) -> int:
@@ -227,7 +230,10 @@ class MaskedDiffusionDecoder:
 
 
 class RuleDecoder:
-    """`generate_by_rule` as a `Decoder`. forwards: the most that a text can need; `forward_passes` has the last batch's own."""
+    """`generate_by_rule` as a `Decoder`. forwards: the most that a text can need.
+
+    forward_passes, batch_passes: those of the last batch's texts, and of the batch.
+    """
 
     method = "teacher"
     refines = True
@@ -253,8 +259,9 @@ class RuleDecoder:
         }
         self.name = f"teacher, {rule.name}"
         self.forward_passes: Tensor | None = None
+        self.batch_passes: int | None = None
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         found = generate_by_rule(self.model, rows, generator, rule=self.rule, on_tokens=on_tokens, **self.options)
-        self.forward_passes = found.forward_passes
+        self.forward_passes, self.batch_passes = found.forward_passes, found.batch_passes
         return found.responses

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.stats import power_divergence
+from scipy.stats import chi2, power_divergence
 from torch import Generator, Tensor, nn
 
 from models.speculative.decoder import QStarDecoder
@@ -21,12 +21,14 @@ from models.speculative.scores import CausalScores
 from models.speculative.state import Scores
 
 MIN_EXPECTED = 5.0
+NOISE = 1e-5  # of a sum of probabilities in float32
 
 
-def g_test(counts: Tensor, probability: Tensor) -> float:
-    """p-value of counts (T,) of n samples under probability (T,); what is left of both to 1 and n is one more cell.
+def g_test(counts: Tensor, probability: Tensor) -> float | None:
+    """p-value of counts (T,) of n samples under probability (T,); None where only one cell is left, which shows nothing.
 
-    Cells with an expected count below 5 are pooled.
+    Cells with an expected count below 5 are pooled. G = 2 Σ O ln(O / E) is divided by Williams' correction
+    1 + (Σ 1/p - 1) / (6 n (k - 1)), without which it is too large for small expected counts (Williams, Biometrika 1976).
     """
     n = int(counts.sum())
     expected = n * probability.double().numpy()
@@ -39,8 +41,12 @@ def g_test(counts: Tensor, probability: Tensor) -> float:
             return 0.0
         expected, seen = expected[:-1], seen[:-1]
     if len(expected) < 2:
-        return 1.0
-    return float(power_divergence(seen, expected * seen.sum() / expected.sum(), lambda_="log-likelihood").pvalue)
+        return None
+    expected = expected * seen.sum() / expected.sum()
+    freedom = len(expected) - 1
+    statistic = float(power_divergence(seen, expected, lambda_="log-likelihood").statistic)
+    correction = 1 + ((n / expected).sum() - 1) / (6 * n * freedom)
+    return float(chi2.sf(statistic / correction, freedom))
 
 
 @torch.no_grad()
@@ -62,7 +68,7 @@ def text_log_probs(
 @torch.no_grad()
 def g_test_of(
     decoder: QStarDecoder, prompt: Tensor, texts: Tensor, n: int, generator: Generator, batch: int = 1024
-) -> float:
+) -> float | None:
     """p-value of n generated texts after a prompt (P,) under q* of the listed texts (T, R); all others are one cell."""
     log_q = text_log_probs(decoder.theta, decoder.target, decoder.mixture, prompt, texts, decoder.vocab_size)
     cell = {tuple(text): k for k, text in enumerate(texts.tolist())}
@@ -74,7 +80,8 @@ def g_test_of(
         generated = decoder.decode(prompts, lengths, texts.shape[1], TorchRandomSource(generator)).tokens
         for text in generated.tolist():
             counts[cell.get(tuple(text), len(texts))] += 1
-    rest = max(0.0, 1.0 - float(log_q.exp().sum()))
+    rest = 1.0 - float(log_q.exp().sum())
+    rest = rest if rest > NOISE else 0.0
     return g_test(counts, torch.cat([log_q.exp().cpu(), torch.tensor([rest], dtype=torch.float64)]))
 
 

@@ -19,7 +19,7 @@ class AcceptanceMeter:
     def __init__(self) -> None:
         self.totals = dict.fromkeys(TOTALS, 0.0)
         self.times: list[tuple[float, int]] = []
-        self.exactness: dict[str, float] = {}
+        self.exactness: dict[str, float | None] = {}
 
     def add_texts(self, nll_theta: Tensor, nll_target: Tensor) -> None:
         """-log p of every token of a batch under both models, nats."""
@@ -49,9 +49,9 @@ class AcceptanceMeter:
         """The totals of all ranks. add: sums a list of numbers over the ranks; every rank has to call."""
         return dict(zip(TOTALS, add([self.totals[name] for name in TOTALS]), strict=True))
 
-    def quality(self, totals: dict[str, float]) -> dict[str, float]:
+    def quality(self, totals: dict[str, float]) -> dict[str, float | None]:
         """nats per token under both models, and the exactness tests."""
-        return {name: totals[name] / totals["tokens"] for name in ("nll_theta", "nll_target")} | self.exactness
+        return {**{name: totals[name] / totals["tokens"] for name in ("nll_theta", "nll_target")}, **self.exactness}
 
     def cost(self, totals: dict[str, float], naive: "AcceptanceMeter | None") -> dict[str, float | None]:
         """Acceptance rate, and speed-ups over the decoder that runs both models for every token; {} for a plain decoder.

@@ -66,7 +66,7 @@ class QStarOptions:
     cache: key-value caches; False reads whole prefixes in every forward pass.
     loss: what draws π_θ toward q*, on texts that π_θ generates. lora_rank: of adapters of π_θ; None trains all its weights.
     exactness_samples: texts of the G-test of each scheme; 0 skips the exactness tests. Where the corpus cannot list all texts,
-        they are of three tokens after one prompt.
+        they are of four tokens after one prompt.
     alpha_points: values of α at which a test measures both divergences of q_α (`AlphaCurve`); 0 draws no such curve.
     """
 

@@ -171,15 +171,35 @@ def test_what_a_masked_model_generates_is_greedy(masked):
 
 
 def test_rolling_bounds_count_every_token_once(masked):
-    model = leap(masked, mc=2, batch_size=2, greedy=False)
+    model = leap(masked, mc=2, batch_size=2)
     text = "abc " * 40
     seen = []
-    model._bound = lambda context, continuation: (
-        seen.append((context, continuation)) or (-1.0 * len(continuation), False)
+    model._bound = lambda context, continuation, *, greedy: (
+        seen.append((context, continuation)) or (-1.0 * len(continuation), greedy)
     )
     assert model.loglikelihood_rolling(requests((text,))) == [-160.0]
     assert [token for _, own in seen for token in own] == model.tok_encode(text)
     assert all(len(context) > 0 and len(context) + len(own) <= 64 for context, own in seen)
+
+
+def test_a_window_is_not_filled_greedily_and_a_bound_has_guidance(masked, monkeypatch):
+    asked = []
+    monkeypatch.setattr("app.evaluation_harness.fills_greedily", lambda *a: asked.append(a[-1]) or True)
+    leap(masked, mc=2).loglikelihood_rolling(requests(("abc",)))
+    assert asked == []
+    (guided,), (plain,) = (leap(masked, mc=4, guidance=g).loglikelihood(requests(("ab", "c"))) for g in (1.5, 0.0))
+    assert asked == [1.5, 0.0]
+    assert abs(guided[0] - plain[0]) > 1e-4
+    assert leap(masked)._bound([5], [], greedy=True) == (0.0, True)
+
+
+def test_rolling_bounds_do_not_count_a_bos(tmp_path):
+    torch.manual_seed(0)
+    model = leap(write_model(tmp_path / "model", fills_masks=True, begins=True), mc=1)
+    seen = []
+    model._bound = lambda context, continuation, *, greedy: seen.append(continuation) or (0.0, False)
+    model.loglikelihood_rolling(requests(("abc",)))
+    assert [len(own) for own in seen] == [3]
 
 
 @pytest.mark.parametrize(

@@ -219,9 +219,16 @@ def test_compression_waits_for_the_loss():
     assert free.gaps[0] == 0.0  # nothing is compressed yet
     assert free.gaps[-1] != 0.0
     module = build(gap_tolerance=1e-6, **paced)
-    module._measure_gap = lambda pace, nll, text: pace.add(nll.new_tensor(1.0), text.weights.sum())
+    module._measure_gap = lambda pace, nll, text: pace.add(nll.sum() + 1.0, nll.sum(), text.weights.sum())
     quiet_trainer(8, callbacks=[held]).fit(module, data)
     assert held.seen == [[1.0, 0.0]] * 8
+
+
+def test_the_gap_is_measured_in_one_step_of_so_many():
+    module, seen = build(gap_tolerance=1.0, gap_every=3), []
+    module._measure_gap = lambda *_: seen.append(module.global_step)
+    quiet_trainer(7).fit(module, PackedStream((2, 2)))
+    assert seen == [0, 3, 6]
 
 
 def test_the_gap_is_the_loss_beside_that_of_the_same_weights():

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from models.diffusion.commit_rules import ConfidenceFactor, ConfidenceThreshold, EntropyBudget, build_rules
+from models.diffusion.commit_rules import (
+    ConfidenceFactor,
+    ConfidenceThreshold,
+    EntropyBudget,
+    build_rules,
+    most_confident,
+)
 from models.diffusion.sampler import RuleDecoder, generate_by_rule, generate_masked_diffusion
 from models.functional.errors import UsageError
 
@@ -68,6 +74,31 @@ def test_a_threshold_that_all_reach_is_one_pass_a_block(tiny_llada):
         model, rows, torch.Generator(), rule=ConfidenceThreshold(1e-9), block_length=2, guidance=0.5
     )
     assert blocks.forward_passes.tolist() == [6] * 4  # three blocks, two passes each with guidance
+
+
+class SlowByTurns:
+    """Row 0 commits one token a pass in the second block, row 1 in the first; otherwise all at once."""
+
+    name = "by turns"
+
+    def __init__(self) -> None:
+        self.block = -1
+
+    def __call__(self, confidence, entropy, competing):
+        self.block += int(competing.all())
+        one = most_confident(confidence, competing)
+        return torch.stack([competing[k] if self.block == k else one[k] for k in range(2)])
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+def test_a_batch_takes_the_passes_of_its_slowest_row_in_each_block(tiny_llada, guidance):
+    """Rows that need (1, 3) and (3, 1) passes for their two blocks need four each, and six together."""
+    each = 1 if guidance == 0 else 2
+    found = generate_by_rule(
+        tiny_llada(), rows_of(2), torch.Generator(), rule=SlowByTurns(), block_length=3, guidance=guidance
+    )
+    assert found.forward_passes.tolist() == [4 * each, 4 * each]
+    assert found.batch_passes == 6 * each
 
 
 def test_a_row_of_a_batch_is_the_row_alone(tiny_llada):

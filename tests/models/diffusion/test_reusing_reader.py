@@ -59,7 +59,7 @@ def sample(monkeypatch):
         scheduled = generate_masked_diffusion(model, rows_of(), draw(), steps=6, **common)
         by_rule = generate_by_rule(model, rows_of(), draw(), rule=rule, temperature=1.0, **common)
         monkeypatch.setattr("models.diffusion.sampler.guided_logits", guided_logits)
-        return (scheduled, *by_rule), passes
+        return (scheduled, by_rule.responses, by_rule.forward_passes), passes
 
     return run
 

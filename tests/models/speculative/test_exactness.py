@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers.qwen import tiny_qwen
@@ -41,14 +42,26 @@ def g_test_p(decoder):
 
 
 def test_a_g_test_by_hand():
-    """2 Σ O log(O/E) with k - 1 degrees of freedom; rare cells are pooled; a cell of probability 0 must stay empty."""
+    """2 Σ O log(O/E) over Williams' correction, k - 1 degrees of freedom; rare cells are pooled; one of p = 0 stays empty."""
     counts, expected = torch.tensor([30.0, 50.0, 20.0]), torch.tensor([0.25, 0.5, 0.25])
     statistic = 2 * sum(o * math.log(o / e) for o, e in zip([30, 50, 20], [25, 50, 25], strict=True))
-    assert g_test(counts, expected) == pytest.approx(chi2.sf(statistic, 2))
+    williams = 1 + (4 + 2 + 4 - 1) / (6 * 100 * 2)
+    assert g_test(counts, expected) == pytest.approx(chi2.sf(statistic / williams, 2))
     rare = torch.tensor([0.01, 0.02, 0.97])
     pooled = 2 * (4 * math.log(4 / 3) + 96 * math.log(96 / 97))
-    assert g_test(torch.tensor([1.0, 3.0, 96.0]), rare) == pytest.approx(chi2.sf(pooled, 1))
+    williams = 1 + (1 / 0.03 + 1 / 0.97 - 1) / (6 * 100)
+    assert g_test(torch.tensor([1.0, 3.0, 96.0]), rare) == pytest.approx(chi2.sf(pooled / williams, 1))
     assert g_test(torch.tensor([99.0, 1.0]), torch.tensor([1.0, 0.0])) == 0.0
+    assert g_test(torch.tensor([2.0, 2.0]), torch.tensor([0.5, 0.5])) is None  # one cell after pooling shows nothing
+
+
+def test_p_values_of_small_expected_counts_are_uniform():
+    """Of 800 cells with 8 expected, 5 % lie below .05; without the correction it is more than twice as many."""
+    draws = np.random.default_rng(0).multinomial(6400, [1 / 800] * 800, size=1000)
+    share = np.mean([g_test(torch.from_numpy(d).double(), torch.full((800,), 1 / 800)) < 0.05 for d in draws])
+    plain = np.mean([chi2.sf(2 * np.sum(d * np.log(np.maximum(d, 1) / 8)), 799) < 0.05 for d in draws])
+    assert 0.03 < share < 0.075
+    assert plain > 0.1
 
 
 def test_the_probabilities_of_all_texts_sum_to_one():
