@@ -36,7 +36,7 @@ def load_causal(
 
     lora_rank: low-rank adapters on every linear layer of attention and MLP, which then train alone; None trains everything.
     lora_alpha: their scale is lora_alpha / lora_rank; None is twice the rank.
-    config: what the files hold where config.json is of another layout; then the files of `generate` are not read either.
+    config: what the files hold, where config.json is of another layout; generation_config.json is not read then.
     Errors: UsageError for a folder that does not exist, one without safetensors, and other kinds of models.
     """
     if lora_rank is not None and lora_rank < 1:
@@ -60,7 +60,7 @@ def load_causal(
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=wanted, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
-    if config is not None:
+    if config is not None:  # transformers 5.5 refuses to save the options of another sampler
         model.generation_config = GenerationConfig.from_model_config(config)
     require_left_to_right(model, f"model.path={path}")
     if lora_rank is not None:
