@@ -23,9 +23,11 @@ from models.backbones.abilities import context_of, require_steps
 from models.backbones.autoregressive import AutoregressiveDecoder
 from models.backbones.bidirectional import is_block_causal
 from models.backbones.causal_lm import causal_logits, load_trained
+from models.backbones.dream_layout import is_dream_config
 from models.backbones.llada import LladaConfig
 from models.backbones.masked_from_causal import MODEL_TYPE, load_masked
 from models.backbones.official_layout import is_official_config
+from models.backbones.other_layouts import unsupported_layout
 from models.diffusion.commit_rules import RULES, CommitRule
 from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder, block_count, sampling_blocks
 from models.flow.masked_student import MaskedStudent
@@ -190,11 +192,12 @@ def end_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
 
 def _fills_masks(folder: Path) -> bool:
-    """Whether config.json is of a model that fills masks."""
+    """Whether config.json is of a model that fills masks, also of one whose layout is then refused by name."""
     if not (folder / "config.json").is_file():
         return False
     config = files.read_json(folder / "config.json")
-    return config.get("model_type") in (MODEL_TYPE, LladaConfig.model_type) or is_official_config(config)
+    own = config.get("model_type") in (MODEL_TYPE, LladaConfig.model_type)
+    return own or is_official_config(config) or is_dream_config(config) or unsupported_layout(config) is not None
 
 
 def _tokenizer(*folders: str | Path) -> PreTrainedTokenizerFast:

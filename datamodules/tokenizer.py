@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from models.functional.errors import UsageError
 
@@ -34,6 +34,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+
+# a tokenizer that is published as code beside its model -> the class of transformers that does the same with its files
+READERS = {"DreamTokenizer": Qwen2Tokenizer}
 
 # From this size on a BPE vocabulary holds all 256 bytes, so that it can spell any text; a smaller one could not afford
 # them and holds only the bytes of the training texts.
@@ -238,8 +241,9 @@ def _from_folder(kind: str) -> PreTrainedTokenizerFast:
     # transformers 5.5 answers a folder of a model alone with a tokenizer of special tokens only
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise _no_tokenizer(kind, f"it has no {TOKENIZER_FILES[0]}")
+    reader = READERS.get(_class_of(folder), AutoTokenizer)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a folder that it cannot read
         raise _no_tokenizer(kind, next(iter(str(error).splitlines()), type(error).__name__)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -248,6 +252,14 @@ def _from_folder(kind: str) -> PreTrainedTokenizerFast:
             f"type data.tokenizer=bpe or the folder of a fast tokenizer"
         )
     return tokenizer
+
+
+def _class_of(folder: Path) -> str:
+    """The class that tokenizer_config.json names; empty where it names none or cannot be read."""
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _no_tokenizer(kind: str, reason: str) -> UsageError:

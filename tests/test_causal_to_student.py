@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.dream import write_dream
 from helpers.foreign import foreign_model, foreign_tokenizer, save_foreign
 from safetensors.torch import load_file
 
@@ -77,6 +78,29 @@ def test_a_teacher_made_from_a_causal_model_has_a_student_of_every_method(
     capsys.readouterr()
     modes.generate(configure(*ask, f"student_path={whole}"))
     assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
+
+
+def test_a_published_dream_is_a_teacher(configure, corpus, tmp_path, capsys):
+    folder = write_dream(tmp_path / "dream")
+    typed = ["experiment=meanflow_from_causal", f"teacher.path={folder}", *corpus, *METHODS["noisy_mask_flow_causal"]]
+    typed += ["module.forwards=[1,2]", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    run = tmp_path / "out" / "meanflow_from_causal" / "run"
+    modes.fit(configure(*typed, f"paths.run_dir={run}"))
+    found = json.loads((run / "record.json").read_text())["rows"]
+    assert {row["method"] for row in found} >= {"student", "teacher"}
+    capsys.readouterr()
+    modes.generate(configure(*typed, "mode=generate", "prompt='jump 3'", "temperature=0"))
+    assert "jump 3 →" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_published_dream_is_trained_further(configure, corpus, tmp_path):
+    typed = [f"model.path={write_dream(tmp_path / 'dream')}", "model.conversion=bidirectional", "model.lora_rank=2"]
+    run = tmp_path / "out" / "masked_from_causal" / "run"
+    more = ["module.forwards=[1]", "trainer.max_steps=2", f"paths.run_dir={run}"]
+    modes.fit(configure("experiment=masked_from_causal", *corpus, *typed, *more))
+    described = json.loads((run / "model" / "config.json").read_text())
+    assert (described["mask_token_id"], described["conversion"]) == (261, "bidirectional")
 
 
 def test_a_teacher_that_is_not_there_is_answered_with_what_to_type(configure, corpus):

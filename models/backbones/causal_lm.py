@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -30,11 +30,13 @@ def load_causal(
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The causal LM in `path`, a local folder or a hub name; "auto" keeps the type that its weights are stored in.
 
     lora_rank: low-rank adapters on every linear layer of attention and MLP, which then train alone; None trains everything.
     lora_alpha: their scale is lora_alpha / lora_rank; None is twice the rank.
+    config: what the files hold, where config.json is of another layout; generation_config.json is not read then.
     Errors: UsageError for a folder that does not exist, one without safetensors, and other kinds of models.
     """
     if lora_rank is not None and lora_rank < 1:
@@ -48,7 +50,7 @@ def load_causal(
             f"model.path={path} holds an adapter without its model; type the folder of the whole model, such as the "
             "model_merged/ that experiment=next_token_qwen leaves, or write one with merge_and_unload() of peft"
         )
-    kind = files.read_json(folder / "config.json").get("model_type")
+    kind = files.read_json(folder / "config.json").get("model_type") if config is None else config.model_type
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(
             f"model.path={path} holds a {kind or 'nameless'} model, which is no causal LM of transformers (remote code is "
@@ -56,8 +58,10 @@ def load_causal(
         )
     files.list_tensors(folder)  # refuses pickles and files that are cut short
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=wanted, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        folder, config=config, dtype=wanted, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
+    if config is not None:  # transformers 5.5 refuses to save the options of another sampler
+        model.generation_config = GenerationConfig.from_model_config(config)
     require_left_to_right(model, f"model.path={path}")
     if lora_rank is not None:
         model = with_adapters(model, lora_rank, lora_alpha, lora_dropout)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.functional.errors import UsageError
 
@@ -144,6 +144,14 @@ def read_tensors(
     with _open(file) as opened:
         for name in names:
             yield name, opened.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+
+
+def expected_shapes(model: nn.Module, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """The tensors that a checkpoint of `model` holds; a head that is tied to the embedding table is in no file."""
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if tied:
+        shapes.pop("lm_head.weight")
+    return shapes
 
 
 def match_names(

@@ -23,7 +23,9 @@ from transformers.models.llama.modeling_llama import (
 
 from models.backbones import checkpoint_files as files
 from models.backbones.column_cache import ColumnCache
+from models.backbones.dream_layout import is_dream_config
 from models.backbones.official_layout import config_from_official, is_official_config, official_to_leap_key
+from models.backbones.other_layouts import refuse_unsupported
 from models.backbones.sizes import require_fitting_sizes
 from models.functional.attention import (
     bidirectional_attention,
@@ -272,9 +274,7 @@ def load_llada(
     config = read_config(folder)
     with torch.device("meta"):
         model = _construct(config)
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+    expected = files.expected_shapes(model, tied=config.tie_word_embeddings)
     stored = files.list_tensors(folder)
     names = files.match_names(expected, stored, official_to_leap_key, folder)
     dtype = wanted or stored[names["model.embed_tokens.weight"]].dtype
@@ -292,11 +292,17 @@ def read_config(folder: Path) -> LladaConfig:
     """config.json in our own or the published field names. Errors: UsageError where it is of another architecture."""
     fields = files.read_json(folder / "config.json")
     kind = fields.get("model_type")
+    refuse_unsupported(fields, str(folder))
     try:
         if kind == LladaConfig.model_type:
             config = LladaConfig.from_dict(fields)
         elif is_official_config(fields):
             config = LladaConfig(**config_from_official(fields))
+        elif is_dream_config(fields):
+            raise UsageError(
+                f"{folder} holds a Dream model, not LLaDA; type teacher.path={folder}, or model=from_causal "
+                f"model.conversion=bidirectional model.path={folder}"
+            )
         else:
             raise UsageError(
                 f"{folder} holds a {kind or 'nameless'} model, not LLaDA. Causal models (Llama, Qwen, GPT-2, ...) were "

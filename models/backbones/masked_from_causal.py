@@ -15,11 +15,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from models.backbones import checkpoint_files as files
 from models.backbones.abilities import alike, limited_layers, trial
 from models.backbones.causal_lm import load_causal, output_logits, save_merged
+from models.backbones.dream_layout import config_from_dream, dream_mask_id, is_dream_config
 from models.backbones.key_value_cache import cache_argument
 from models.backbones.llada import LladaModel, Prefix, load_llada, prefix_heads
 from models.functional.attention import positions_from_mask, response_attention
@@ -226,10 +227,18 @@ def load_from_causal(
     """The causal LM in `path`, a local folder or a hub name, as a network that fills masks; options: of `load_causal`.
 
     mask_token: a token of its tokenizer, see `choose_mask_token`.
+    A Dream folder has its mask already, and needs conversion=bidirectional and separator=response, as it was trained.
     Errors: UsageError as in `load_causal`, for architectures that do not follow the attention that is asked for, and for a
     folder without a tokenizer.
     """
     folder = files.find_folder(path)
+    if is_dream_config(files.read_json(folder / "config.json")):
+        if (mask_token, conversion, separator) != ("auto", "bidirectional", "response"):
+            raise UsageError(
+                f"model.path={path} holds a Dream model, which fills masks already; type model.conversion=bidirectional, and "
+                "leave model.mask_token and model.separator out"
+            )
+        return load_dream(folder, **options).train()
     causal = load_causal(folder, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -246,15 +255,53 @@ def load_from_causal(
 
 
 def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCausal":
-    """A network that fills masks: what `MaskedFromCausal.save_pretrained` wrote, or else a LLaDA model (`load_llada`)."""
+    """A network that fills masks: what `MaskedFromCausal.save_pretrained` wrote, a Dream or else a LLaDA model (`load_llada`).
+
+    Errors: UsageError as in `load_llada`, also for masked diffusion models of other layouts, by name.
+    """
     folder = files.find_folder(path)
     described = files.read_json(folder / "config.json")
+    if is_dream_config(described):
+        return load_dream(folder, **options)
     if described.pop("model_type", None) != MODEL_TYPE:
         return load_llada(folder, **options)
     model = MaskedFromCausal(load_causal(folder / CAUSAL, **options), FromCausalOptions(**described))
     with torch.no_grad():
         model.mask_start.copy_(load_file(folder / MASK)["mask_embedding"])
     return model.eval()
+
+
+def load_dream(path: str | Path, **options: Any) -> MaskedFromCausal:
+    """A published Dream model (2508.15487): Qwen2's layers, in which all positions see each other; options: of `load_causal`.
+
+    Its logits are those of the original, but for the mask and for ids that are no tokens, which have probability 0 here.
+    Errors: UsageError as in `load_causal`, for tensors that are missing or unexpected, and for fields that Qwen2 lacks.
+    """
+    folder = files.find_folder(path)
+    fields = files.read_json(folder / "config.json")
+    config, mask_id = Qwen2Config(**config_from_dream(fields)), dream_mask_id(fields)
+    with torch.device("meta"):
+        expected = files.expected_shapes(Qwen2ForCausalLM(config), tied=config.tie_word_embeddings)
+    files.match_names(expected, files.list_tensors(folder), lambda name: None, folder)
+    words = _words_of_dream(folder, mask_id, config.vocab_size)
+    causal = load_causal(folder, config=config, **options)
+    model = MaskedFromCausal(causal, FromCausalOptions(mask_id, words, "bidirectional"))
+    with torch.no_grad():
+        model.mask_start.copy_(causal.get_input_embeddings().weight[mask_id])
+    return model.eval()
+
+
+def _words_of_dream(folder: Path, mask_id: int, rows: int) -> int:
+    """How many ids are tokens: all rows where the folder has no tokenizer. Its own is the code of Qwen2's."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return rows
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.mask_token_id not in (None, mask_id):
+        raise UsageError(
+            f"the mask of {folder} has the id {tokenizer.mask_token_id} in its tokenizer and {mask_id} in config.json; put the "
+            "tokenizer that it was trained with into its folder"
+        )
+    return min(rows, vocabulary_size(tokenizer))
 
 
 def require_merged(model: MaskedFromCausal) -> None:

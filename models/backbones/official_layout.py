@@ -7,8 +7,10 @@ default, which is often not the 8B model's value.
 
 import json
 import re
+from functools import partial
 from typing import Any
 
+from models.backbones.config_fields import positive, require_computed
 from models.functional.errors import UsageError
 
 LLADA_VOCAB_SIZE, LLADA_MASK_ID = 126464, 126336
@@ -89,26 +91,20 @@ def config_from_official(config: dict) -> dict:
     becomes our `vocab_size`. Dropout rates are not carried over: this body has no dropout.
     Errors: UsageError that names the field: missing, impossible, or more than this body can express.
     """
-    for field, (default, accepted) in _EXPRESSIBLE.items():
-        value = config.get(field, default)
-        if value not in accepted:
-            given = f"{field} is {json.dumps(value)}" + ("" if field in config else " (the original's default)")
-            raise UsageError(
-                f"the LLaDA config's {given}, and this body computes only {field} = {json.dumps(accepted[0])}; "
-                "use a checkpoint of the published shape, such as GSAI-ML/LLaDA-8B-Instruct"
-            )
-    width, layers, heads = (_positive(config, field) for field in ("d_model", "n_layers", "n_heads"))
-    kv_heads = heads if config.get("n_kv_heads") is None else _positive(config, "n_kv_heads")
+    require_computed(config, "LLaDA", _EXPRESSIBLE, "GSAI-ML/LLaDA-8B-Instruct")
+    positive_of = partial(positive, "LLaDA", config)
+    width, layers, heads = (positive_of(field) for field in ("d_model", "n_layers", "n_heads"))
+    kv_heads = heads if config.get("n_kv_heads") is None else positive_of("n_kv_heads")
     if width % heads or (width // heads) % 2:
         raise UsageError(f"the LLaDA config's d_model {width} does not give n_heads {heads} an even width each")
     if heads % kv_heads:
         raise UsageError(f"the LLaDA config's n_heads {heads} is not a multiple of n_kv_heads {kv_heads}")
     if config.get("mlp_hidden_size") is None:
-        ffn_width = _positive(config, "mlp_ratio", default=4) * width
+        ffn_width = positive_of("mlp_ratio", default=4) * width
     else:
-        ffn_width = _positive(config, "mlp_hidden_size")
-    vocab_size = _positive(config, "vocab_size")
-    rows = vocab_size if config.get("embedding_size") is None else _positive(config, "embedding_size")
+        ffn_width = positive_of("mlp_hidden_size")
+    vocab_size = positive_of("vocab_size")
+    rows = vocab_size if config.get("embedding_size") is None else positive_of("embedding_size")
     if rows < vocab_size:
         raise UsageError(f"the LLaDA config's embedding_size {rows} is smaller than its vocab_size {vocab_size}")
     return {
@@ -118,23 +114,15 @@ def config_from_official(config: dict) -> dict:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": _positive(config, "max_sequence_length", default=1024),
-        "rope_parameters": {"rope_type": "default", "rope_theta": _positive(config, "rope_theta", float, 10_000.0)},
-        "rms_norm_eps": _positive(config, "rms_norm_eps", float, 1e-5),
+        "max_position_embeddings": positive_of("max_sequence_length", default=1024),
+        "rope_parameters": {"rope_type": "default", "rope_theta": positive_of("rope_theta", float, 10_000.0)},
+        "rms_norm_eps": positive_of("rms_norm_eps", float, 1e-5),
         "tie_word_embeddings": config.get("weight_tying", True),
         "mask_token_id": _mask_id(config, vocab_size, rows),
         "bos_token_id": None,
         "eos_token_id": config.get("eos_token_id"),
         "pad_token_id": config.get("pad_token_id"),
     }
-
-
-def _positive(config: dict, field: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
-    value = config.get(field, default)
-    if not isinstance(value, (int, kind)) or isinstance(value, bool) or value <= 0:
-        what = "a whole number" if kind is int else "a number"
-        raise UsageError(f"the LLaDA config's {field} is {json.dumps(value)}; it has to be {what} above 0")
-    return kind(value)
 
 
 def _mask_id(config: dict, vocab_size: int, rows: int) -> int:

@@ -15,6 +15,7 @@ import yaml
 pytest.importorskip("lm_eval")
 
 import lm_eval
+from helpers.dream import CONFIG, make_weights, reference_logits, write_dream
 from helpers.experiment import ROOT
 from helpers.harness import byte_tokenizer, requests, write_model, write_tasks
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -250,6 +251,25 @@ def test_a_causal_model_that_fills_masks_has_the_likelihood_of_a_first_token(tmp
         for size in (1, 2)
     )
     assert alone == together
+
+
+def test_a_published_dream_has_the_likelihood_of_its_own_logits(tmp_path):
+    model = leap(write_dream(tmp_path), mc=4, batch_size=2)
+    prompt, (word,) = model.tok_encode("he said"), model.tok_encode("x")
+    mask = CONFIG["mask_token_id"]
+    ids = torch.tensor([[*prompt, mask]])
+    logits = reference_logits(CONFIG, make_weights(CONFIG), ids, torch.ones_like(ids).bool())[0, -2]
+    ((log_p, greedy),) = model.loglikelihood(requests(("he said", "x")))
+    assert log_p == pytest.approx(float(logits[:mask].log_softmax(-1)[word]), abs=1e-4)
+    assert greedy == (int(logits[:mask].argmax()) == word)
+    (text,) = model.generate_until(requests(("he said", {"until": [], "max_gen_toks": 6})))
+    assert "<|mask|>" not in text
+
+
+def test_a_masked_model_of_another_layout_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "sdar"}))
+    with pytest.raises(UsageError, match=r"holds a sdar model"):
+        leap(tmp_path)
 
 
 # -- every other kind ------------------------------------------------------------------------------------------------

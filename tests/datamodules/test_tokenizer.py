@@ -1,4 +1,5 @@
 import pytest
+from helpers.dream import write_dream
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -113,6 +114,15 @@ def test_a_local_folder_is_read(tmp_path):
     folder = saved_tokenizer(tmp_path, pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
     tokenizer = build_tokenizer(folder, [], 0, tmp_path)
     assert (tokenizer.pad_token, tokenizer.mask_token_id) == ("[PAD]", 3)
+
+
+def test_the_tokenizer_of_dream_is_read_without_its_code(tmp_path):
+    """Its code is that of Qwen2: bytes of text in the form NFC, and merges."""
+    found = build_tokenizer(str(write_dream(tmp_path)), [], 0, tmp_path)
+    assert (len(found), found.mask_token_id, found.eos_token_id, found.pad_token_id) == (262, 261, 257, 257)
+    assert ids(found, "he")[:1] == [256]
+    assert ids(found, "e\u0301") == ids(found, "\u00e9")
+    assert found.decode(ids(found, "he 12 é")) == "he 12 é"
 
 
 def test_a_folder_without_a_mask_serves_models_that_need_none(tmp_path):
