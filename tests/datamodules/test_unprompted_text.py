@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from torch import Generator
-
 from helpers.word_pieces import word_pieces
+from torch import Generator
 
 from datamodules.tokenizer import build_tokenizer
 from datamodules.unprompted_text import UnpromptedTextDataModule, token_counts
