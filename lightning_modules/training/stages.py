@@ -38,7 +38,7 @@ class Stages:
                 raise UsageError(f"module.stages.{name}.{option} is not known; a stage has share, lr and warmup_steps")
             if options.get("warmup_steps", 0) < 0:
                 raise UsageError(f"module.stages.{name}.warmup_steps={options['warmup_steps']} must be at least 0")
-        self.all = [Stage(n, **wanted[n]) for n in names if n in wanted]
+        self.all = [_stage(n, wanted[n]) for n in names if n in wanted]
         self.all = [stage for stage in self.all if stage.share > 0]
         total = sum(stage.share for stage in self.all)
         if abs(total - 1) > 1e-6:
@@ -66,3 +66,8 @@ class Stages:
         warmup = max(1, min(stage.warmup_steps, (stage.last - stage.first) // 20))
         rise = min(1.0, (step - stage.first + 1) / warmup)
         return stage.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _stage(name: str, options: Mapping[str, float]) -> Stage:
+    warmup = int(options.get("warmup_steps", Stage.warmup_steps))
+    return Stage(name, float(options["share"]), float(options["lr"]), warmup)
