@@ -108,6 +108,8 @@ def make_trainer(cfg: DictConfig, callbacks: list, logger: Any, **changes: Any) 
     interval = cfg.trainer.get("val_check_interval")
     if isinstance(interval, int):  # Lightning counts batches, our option counts optimiser steps
         changes["val_check_interval"] = interval * (cfg.trainer.get("accumulate_grad_batches") or 1)
+    if cfg.trainer.get("fast_dev_run"):  # fewer batches than a step may have
+        changes["accumulate_grad_batches"] = 1
     trainer = instantiate(cfg.trainer, callbacks=[*callbacks, StopOnSignal()], logger=logger, **changes)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else it is the user's choice
         trainer.strategy.checkpoint_io = ReplacingCheckpointIO()

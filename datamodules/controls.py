@@ -18,18 +18,21 @@ class HeldOutText:
 class UnigramText:
     """Every position sampled on its own by how often a token occurs: its marginal, as rows are cut anywhere.
 
-    counts: (V,) of the training tokens.
+    counts: (V,) of the training tokens. around: two ids that every row begins and ends with.
     """
 
     name, method, forwards = "product of marginals", "control", 0
 
-    def __init__(self, counts: Tensor) -> None:
-        self.shares = counts.double() / counts.sum()
+    def __init__(self, counts: Tensor, around: tuple[int, int] | None = None) -> None:
+        self.shares, self.around = counts.double() / counts.sum(), around
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator) -> Tensor:
         shape = (len(rows["input_ids"]), response_columns(rows["response_mask"]))
         sampled = torch.multinomial(self.shares, shape[0] * shape[1], replacement=True, generator=on_cpu(generator))
-        return sampled.view(shape).to(rows["input_ids"].device)
+        texts = sampled.view(shape).to(rows["input_ids"].device)
+        if self.around is not None:
+            texts[:, 0], texts[:, -1] = self.around
+        return texts
 
 
 def on_cpu(generator: Generator) -> Generator:

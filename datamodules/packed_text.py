@@ -71,6 +71,7 @@ class PackedTextDataModule(CorpusDataModule):
         self.tokenizer_megabytes = tokenizer_megabytes
         self.sequence_length, self.shuffle, self.document_mask = sequence_length, shuffle, document_mask
         self.prompt_length, self.response_length = 0, sequence_length
+        self.stream_tokens = sequence_length  # of a row, that come from the stream
         self.longest_prompt = 0  # tokens, of those encoded so far
         self.rows: dict[str, PackedRows] = {}
         require_at_least(1, data__sequence_length=sequence_length)
@@ -94,7 +95,7 @@ class PackedTextDataModule(CorpusDataModule):
         if self.sources["train"] is None:
             raise UsageError("data.train is not set; type data.train=FILE.txt")
         self.tokenizer = self._train_tokenizer() if self.made_from is None else self.made_from.tokenizer
-        self.bos_id = document_start(self.tokenizer, f"data.tokenizer={self.tokenizer_kind}")
+        self.bos_id = self._document_start()
         if stage == "predict" and self.made_from is not None:
             return
         encoder = Encoder(self.tokenizer)
@@ -119,19 +120,23 @@ class PackedTextDataModule(CorpusDataModule):
         hashes = caches["test"].hashes if "test" in caches else caches["train"].hashes[parts["test"]]
         self._test_digest = hashlib.sha256(hashes.tobytes()).hexdigest()
         for split, stream in streams.items():
-            least = self.sequence_length + 1 if split == "train" else 2
+            least = self.stream_tokens + 1 if split == "train" else 2
             if len(stream) < least:
                 raise UsageError(
                     f"the {split} split has {len(stream)} tokens, fewer than one row; "
-                    f"type data.sequence_length={len(stream) - 1} or less, or give data.{split} more text"
+                    f"type data.sequence_length={self.longest_row(stream)} or less, or give data.{split} more text"
                 )
         for split, cache in caches.items():
             _warn_of_losses(f"data.{split}", cache, encoder.unknown_id)
-        _print_statistics(self.name, streams, self.sequence_length)
+        _print_statistics(self.name, streams, self.stream_tokens)
         self.rows = {
-            split: PackedRows(stream, self.sequence_length, document_mask=self.document_mask, endless=split == "train")
+            split: PackedRows(stream, self.stream_tokens, document_mask=self.document_mask, endless=split == "train")
             for split, stream in streams.items()
         }
+
+    def _document_start(self) -> int:
+        """The token before every document of the stream."""
+        return document_start(self.tokenizer, f"data.tokenizer={self.tokenizer_kind}")
 
     def _train_tokenizer(self) -> PreTrainedTokenizerFast:
         folder = os.path.join(self.cache_dir, "tokenizers")
@@ -162,6 +167,10 @@ class PackedTextDataModule(CorpusDataModule):
         end = self.bos_id if ids["eos_token_id"] is None else ids["eos_token_id"]
         pad = end if ids["pad_token_id"] is None else ids["pad_token_id"]
         return ids | {"eos_token_id": end, "pad_token_id": pad}
+
+    def longest_row(self, stream: TokenStream) -> int:
+        """The data.sequence_length at which a whole row is left of a stream."""
+        return len(stream) - 1 + self.sequence_length - self.stream_tokens
 
     def fingerprint(self) -> str:
         """sha256 of the training tokens' own hash, of the documents held out and of how rows are laid out."""
@@ -227,7 +236,7 @@ class PackedTextDataModule(CorpusDataModule):
         rows = self.rows["train"]
         order = EndlessOrder(
             len(rows.stream),
-            self.sequence_length,
+            self.stream_tokens,
             self.batch_size,
             shuffle=self.shuffle,
             seed=self.seed,
@@ -243,7 +252,7 @@ class PackedTextDataModule(CorpusDataModule):
 
     def _one_pass(self, split: str) -> ResumableLoader:
         rows = self.rows[split]
-        order = OnePass(len(rows.stream), self.sequence_length, self.eval_batch_size)
+        order = OnePass(len(rows.stream), self.stream_tokens, self.eval_batch_size)
         return ResumableLoader(rows, order=order, num_workers=self.num_workers)
 
 

@@ -251,6 +251,10 @@ def _from_folder(kind: str) -> PreTrainedTokenizerFast:
             f"data.tokenizer={kind} holds a {type(tokenizer).__name__}, which has no tokenizer.json; "
             f"type data.tokenizer=bpe or the folder of a fast tokenizer"
         )
+    # BERT names the ends of a text [CLS] and [SEP]
+    for name, own in (("bos_token", tokenizer.cls_token), ("eos_token", tokenizer.sep_token)):
+        if getattr(tokenizer, name) is None and own is not None:
+            setattr(tokenizer, name, own)
     return tokenizer
 
 

@@ -1,9 +1,11 @@
 """The way of a user through run.py: train, test, report, export, ask; each method once."""
 
 import json
+import math
 
 import pytest
 from helpers.experiment import FLOWS, SMALL, TINY, answer, model_overrides, pairs_overrides, tiny_qwen
+from helpers.word_pieces import word_pieces
 from hydra.errors import InstantiationException
 
 from app import modes
@@ -57,6 +59,45 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     modes.report(configure("mode=report"))
     assert "resampling floor" in capsys.readouterr().out
     assert (tmp_path / "out" / "report" / "frontier.png").exists()
+
+
+@pytest.mark.slow
+def test_the_row_of_lm1b_has_a_judges_perplexity_and_an_entropy_at_each_number_of_passes(configure, tmp_path):
+    """On a stand-in: word pieces, a judge of another vocabulary, micro-batches, every stage, and the same table from a test."""
+    lines = [
+        json.dumps({"text": f"The {k}th cat met dog {k * k}, and {w} ran."}) for k in range(60) for w in ("it", "he")
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:100]))
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[100:]))
+    short = [
+        "experiment=flow_lm1b",
+        f"data.train={tmp_path}/train.jsonl",
+        f"data.test={tmp_path}/test.jsonl",
+        "logger=none",
+    ]
+    short += [f"data.tokenizer={word_pieces(tmp_path / 'bert')}", f"data.judge.path={tiny_qwen(tmp_path / 'judge')}"]
+    short += [*SMALL, "model.num_attention_heads=2", "model.num_key_value_heads=2", "trainer.accumulate_grad_batches=2"]
+    short += ["data.sequence_length=16", "data.batch_size=4", "data.max_eval_rows=8", "module.forwards=[1,16]"]
+    short += ["teacher.max_steps=2", "trainer.max_steps=6", "trainer.val_check_interval=6", "data.val_fraction=0.05"]
+    tables = []
+    for mode in ("fit", "test"):
+        folder = tmp_path / "out" / "flow_lm1b" / mode
+        more = ["mode=test", "ckpt_path=last"] if mode == "test" else []
+        getattr(modes, mode)(configure(*short, *more, f"paths.run_dir={folder}"))
+        tables.append(json.loads((folder / "record.json").read_text())["rows"])
+    figures = [
+        {
+            (row["decoder"], row["nfe"]): (row["quality"]["judge_perplexity"], row["quality"]["text_entropy"])
+            for row in table
+        }
+        for table in tables
+    ]
+    passes = {method: [r["nfe"] for r in tables[0] if r["method"] == method] for method in ("student", "teacher")}
+    assert {1, 2, 4, 8} <= set(passes["student"])
+    assert passes["teacher"] == [1, 16]
+    assert {"held-out text", "product of marginals"} <= {decoder for decoder, _ in figures[0]}
+    assert all(perplexity > 1 and 0 <= entropy <= math.log(16) + 1e-9 for perplexity, entropy in figures[0].values())
+    assert figures[1] == {key: pytest.approx(own) for key, own in figures[0].items()}
 
 
 def test_a_causal_model_is_adapted_exported_and_answers(configure, tmp_path, capsys):

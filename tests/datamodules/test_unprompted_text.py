@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.word_pieces import word_pieces
 from torch import Generator
 
 from datamodules.tokenizer import build_tokenizer
@@ -118,6 +119,85 @@ def test_a_judge_of_another_vocabulary_reads_the_rows_documents_as_text(build, t
     shown = [reader.tokenizer.decode(text.ids) for text in reader.texts]
     assert shown == [text.replace("<bos>", end) for text in data.decode_responses(rows["input_ids"])]
     assert any(end in text.strip(end) for text in shown)
+
+
+@pytest.fixture
+def build_wrapped(build, tmp_path):
+    def make(**options):
+        return build(tokenizer=str(word_pieces(tmp_path / "pieces")), wrapped=True, **options)
+
+    return make
+
+
+def test_wrapped_rows_are_the_stream_between_the_ends_of_a_text(build_wrapped):
+    data = build_wrapped(shuffle=False, batch_size=1)
+    cls, sep = data.tokenizer.cls_token_id, data.tokenizer.sep_token_id
+    rows = torch.cat([row["input_ids"] for row in data.train_dataloader()])
+    assert rows.shape[1] == data.response_length == 16
+    assert (rows[:, 0] == cls).all()
+    assert (rows[:, -1] == sep).all()
+    # what is between them is the stream, each token once, and documents end with [SEP]
+    read = rows[:, 1:-1].flatten().tolist()
+    stream = data.rows["train"].stream
+    whole = [token for _, at, n in stream.spans(1, len(read)) for token in stream.cache.tokens[at : at + n].tolist()]
+    assert read == whole
+    assert cls not in read
+    texts = "".join(data.tokenizer.decode(read).split()).split("[SEP]")
+    known = ["".join(text.split()).lower() for text in TEXTS]
+    assert len(texts) > 5
+    assert all(text in known for text in texts[:-1])
+    # no byte belongs to the ends
+    sizes = data.rows["test"].columns["target_bytes"]
+    assert sizes[:, [0, -1]].sum() == 0
+    assert sizes.sum() > 0
+
+
+def test_controls_of_wrapped_rows_have_their_ends(build_wrapped):
+    data = build_wrapped()
+    marginals, real = data.controls()
+    rows = data.rows["test"].columns
+    drawn, held_out = (control(rows, Generator().manual_seed(0)) for control in (marginals, real))
+    assert torch.equal(drawn[:, [0, -1]], held_out[:, [0, -1]])
+    assert (drawn[:, 1:-1] != data.tokenizer.cls_token_id).all()
+
+
+def test_a_judge_reads_no_end_of_a_wrapped_row_as_text(build_wrapped, tmp_path):
+    class Reader:
+        tokenizer = build_tokenizer("bpe", TEXTS, 600, tmp_path, packed=True)
+
+        def __call__(self, texts):
+            self.texts = texts
+            return TextNats(torch.ones(len(texts)), torch.tensor([sum(text.counts) for text in texts]))
+
+    data = build_wrapped(judge=(reader := Reader()), sequence_length=40)
+    rows = data.rows["test"].columns
+    data.scorer(rows, rows["input_ids"])
+    end = reader.tokenizer.eos_token_id
+    for text in reader.texts:
+        assert "[" not in reader.tokenizer.decode(text.ids)
+        assert text.ids[0] == text.ids[-1] == end
+        # the first end is given, so no end counts, and every other token does
+        assert text.counts == [token != end for token in text.ids]
+
+
+def test_a_run_of_wrapped_rows_has_data_of_its_own(build_wrapped, build, tmp_path):
+    pieces = str(word_pieces(tmp_path / "pieces"))
+    found = {build_wrapped().fingerprint(), build(tokenizer=pieces).fingerprint()}
+    found |= {
+        build_wrapped(sequence_length=18).fingerprint(),
+        build(tokenizer=pieces, sequence_length=14).fingerprint(),
+    }
+    assert len(found) == 4
+    assert build_wrapped().fingerprint() in found
+
+
+def test_mistakes_of_wrapped_rows(build_wrapped):
+    with pytest.raises(UsageError, match=r"data\.sequence_length=2"):
+        build_wrapped(sequence_length=2)
+    with pytest.raises(UsageError, match="fewer than one row") as caught:
+        build_wrapped(sequence_length=400)
+    longest = int(str(caught.value).split("data.sequence_length=")[1].split()[0])
+    assert len(build_wrapped(sequence_length=longest).rows["test"]) >= 1
 
 
 def test_mistakes(build):

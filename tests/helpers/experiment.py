@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from app import modes
-from datamodules.tokenizer import build_tokenizer
+from datamodules.tokenizer import TRAINED, build_tokenizer
 from helpers.causal import tiny_causal
 from helpers.foreign import foreign_model, foreign_tokenizer, save_foreign
+from helpers.word_pieces import word_pieces
 from models.backbones.causal_lm import save_causal
 from models.backbones.masked_from_causal import load_from_causal
 
@@ -42,6 +43,8 @@ def model_overrides(cfg, folder: Path) -> list[str]:
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.sequence_length=16"]
     packed = "TextDataModule" in cfg.data._target_
+    if packed and cfg.data.tokenizer not in ("byte", *TRAINED):
+        text.append(f"data.tokenizer={word_pieces(folder / 'pieces')}")
     if "Unprompted" in cfg.data._target_:
         text += ["module.forwards=[1,2]"]
     deep = 3 if "split" in cfg.module else None  # a model that is split in three

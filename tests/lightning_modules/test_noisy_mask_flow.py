@@ -42,12 +42,23 @@ def test_steps_are_cut_among_the_stages():
     assert 0 < alone.lr(1) < alone.lr(0) == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize(("own", "peak"), [({}, 99), ({"warmup_steps": 400}, 399), ({"warmup_steps": 4000}, 499)])
+def test_a_stage_warms_up_as_long_as_it_says_but_for_a_twentieth_at_most(own, peak):
+    stages = Stages({"adapt": {"share": 1.0, "lr": 1e-3} | own}, STAGES)
+    stages.plan(10_000)
+    rates = [stages.lr(step) for step in range(1000)]
+    assert max(range(1000), key=rates.__getitem__) == peak
+    assert rates[(peak + 1) // 2 - 1] == pytest.approx(0.5e-3, rel=2e-2)
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
         ({"adapt": {"share": 0.5, "lr": 1e-3}}, "must add up to 1, not 0.5"),
         ({"warm": {"share": 1.0, "lr": 1e-3}}, "module.stages.warm is not known"),
         ({"adapt": {"share": 1.0, "lr": 0.0}}, "lr above 0"),
+        ({"adapt": {"share": 1.0, "lr": 1e-3, "warmup_steps": -1}}, "warmup_steps=-1 must be at least 0"),
+        ({"adapt": {"share": 1.0, "lr": 1e-3, "warmup": 5}}, "adapt.warmup is not known"),
     ],
 )
 def test_wrong_stages_are_named(stages, message):
