@@ -17,6 +17,7 @@ from lightning_modules.pretrain import PretrainModule
 from models.backbones.causal_lm import load_trained
 from models.backbones.judge import load_judge
 from models.functional.errors import UsageError
+from models.functional.generated_text import JudgedText
 from models.functional.vocabulary import vocabulary_size
 from models.objectives.next_token import NextToken
 from reporting.console import sentence_for
@@ -180,9 +181,11 @@ def test_a_merged_folder_has_the_logits_of_the_adapter(configure, tmp_path):
 def test_any_causal_model_judges_texts_of_its_tokenizer(tmp_path):
     model, ids = foreign_model("gemma2", vocab_size=WORDS + 20), torch.randint(2, WORDS, (3, 12))
     judge = load_judge(save_foreign(tmp_path / "judge", model, foreign_tokenizer()))
-    judge.require_vocabulary(foreign_tokenizer())
+    found = judge([JudgedText(row, [True] * len(row)) for row in ids.tolist()])
     log_p = model(input_ids=ids[:, :-1]).logits.log_softmax(-1)
-    assert torch.allclose(judge(ids), -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1), atol=1e-4)
+    wanted = -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1).sum(-1)
+    assert torch.allclose(found.nats, wanted.double(), atol=1e-3)
+    assert found.tokens.tolist() == [11, 11, 11]
 
 
 def test_a_judge_without_a_tokenizer_is_refused(tmp_path):
