@@ -170,8 +170,6 @@ def test_texts_without_a_prompt_are_judged_by_a_model_of_another_run(configure, 
     assert all(text.strip() for text in capsys.readouterr().out.splitlines()[-2:])
     with pytest.raises(UsageError, match="leave prompt= out"):
         modes.generate(configure(*flow, "mode=generate", "prompt=once"))
-    with pytest.raises(UsageError, match="the judge has a vocabulary"):
-        modes.fit(configure(*flow, f"data.judge.path={judge}/model", "data.tokenizer=byte"))
 
 
 def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path, capsys):

@@ -43,7 +43,7 @@ def model_overrides(cfg, folder: Path) -> list[str]:
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.sequence_length=16"]
     packed = "TextDataModule" in cfg.data._target_
-    if packed and cfg.data.tokenizer not in ("byte", *TRAINED):
+    if packed and "path" not in cfg.model and cfg.data.tokenizer not in ("byte", *TRAINED):
         text.append(f"data.tokenizer={word_pieces(folder / 'pieces')}")
     if "Unprompted" in cfg.data._target_:
         text += ["module.forwards=[1,2]"]
