@@ -34,7 +34,8 @@ if [ "${SHORT:-0}" = 1 ]; then
     solver=(--vocabulary 3000 --rows 2)
     qstar=(--batch 1 --width 16 --layers 2 --heads 2 --vocabulary 50 --prompt 3 --new 4)
     online=(--width 128 --split 1 1 1 --vocabulary 50 --codes 4 --batch 1 --prompt 8 --new 4 --compression 2)
-    run=(trainer.accelerator=cpu trainer.fast_dev_run=true teacher.max_steps=2 data.train_rows=64 data.test_rows=8 data.size=tiny)
+    run=(trainer.accelerator=cpu trainer.max_steps=4 trainer.val_check_interval=4 data.train_rows=400 data.val_rows=64 data.test_rows=64)
+    teacher=(teacher.max_steps=2)
 else
     common=(--device cuda --repeats 5 --warmup 2)
     body=(--width 4096 --layers 2 --heads 32 --intermediate 12288 --vocabulary 126464) # two layers of an 8B model
@@ -44,6 +45,7 @@ else
     qstar=(--batch 1 32)
     online=(--batch 1 32 --prompt 4096 --compression 4)
     run=(trainer.accelerator=gpu)
+    teacher=()
 fi
 
 measure qstar_solver 60 python benchmarks/qstar_solver.py "${common[@]}" "${solver[@]}" --json "$folder/qstar_solver.json"
@@ -55,5 +57,5 @@ for attention in sdpa flex; do
         --attention "$attention" --json "$folder/concept_online_$attention.json"
 done
 measure objective 60 python run.py experiment=objectives "${run[@]}" "paths.output_dir=$folder/outputs" "paths.cache_dir=$folder/cache"
-measure main_job 180 python run.py experiment=meanflow_llada "${run[@]}" "paths.output_dir=$folder/outputs" "paths.cache_dir=$folder/cache"
+measure main_job 180 python run.py experiment=meanflow_llada "${run[@]}" "${teacher[@]}" "paths.output_dir=$folder/outputs" "paths.cache_dir=$folder/cache"
 exit "$failed"
