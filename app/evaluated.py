@@ -17,7 +17,7 @@ from app.run_files import DATA, models_of, run_of
 from app.students import student_decoder
 from app.trained import load_model, load_planned
 from datamodules.state import CorpusState
-from datamodules.tokenizer import TOKENIZER_FILES, build_tokenizer, further_ends
+from datamodules.tokenizer import TOKENIZER_FILES, build_tokenizer, end_ids
 from models.backbones import checkpoint_files as files
 from models.backbones.abilities import context_of, require_steps
 from models.backbones.autoregressive import AutoregressiveDecoder
@@ -186,11 +186,6 @@ def _read(folder: Path, options: EvaluationOptions) -> Evaluated:
     return _masked("masked diffusion model", load_masked(folder), _tokenizer(folder), options)
 
 
-def end_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """The tokens at which a text ends."""
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *sorted(further_ends(tokenizer))]))
-
-
 def _fills_masks(folder: Path) -> bool:
     """Whether config.json is of a model that fills masks, also of one whose layout is then refused by name."""
     if not (folder / "config.json").is_file():
@@ -295,7 +290,7 @@ def _pair(folder: Path, options: EvaluationOptions) -> Evaluated:
     tokenizer = _tokenizer(folder, other)
     scheme: Any = "alternate" if options.decoder is None else str(options.decoder)
     require_choice("decoder", scheme, [name for name in get_args(Scheme) if name != "assistant"])
-    words = vocabulary_size(tokenizer)
+    words, ends = vocabulary_size(tokenizer), end_ids(tokenizer)
     mixture = QStarOptions(theta_weight=options.theta_weight).mixture
 
     def decoder(request: TextRequest) -> Decoder:
@@ -308,7 +303,7 @@ def _pair(folder: Path, options: EvaluationOptions) -> Evaluated:
             how,
             response_length=request.length,
             vocab_size=words,
-            end_ids=end_ids(tokenizer),
+            end_ids=ends,
         )
 
     def next_token(text: CausalText) -> Tensor:

@@ -25,9 +25,10 @@ from lm_eval.api.registry import register_model
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from app.evaluated import EvaluationOptions, TextRequest, end_ids, read_evaluated
+from app.evaluated import EvaluationOptions, TextRequest, read_evaluated
 from datamodules.batch import pack_prompt_response
 from datamodules.template import PlainTemplate, RenderedTurns
+from datamodules.tokenizer import end_ids
 from models.backbones.checkpoint_files import parse_device
 from models.diffusion.likelihood import fills_greedily, response_nll_draws
 from models.functional.errors import UsageError
@@ -111,6 +112,7 @@ class LeapHarness(TemplateLM):
         self.evaluated = read_evaluated(self.options, self._device)
         self.tokenizer, self.max_length = self.evaluated.tokenizer, self.evaluated.context
         self.template, self.turns = self._layout(), RenderedTurns(self.tokenizer)
+        self.ends = end_ids(self.tokenizer)
         self.chat = False  # whether prompts are turns in the chat template
         self.passes: list[float] = []  # forward passes of every text that was generated
         logger.info("%s, likelihood: %s", self.evaluated.kind, self.evaluated.likelihood)
@@ -336,8 +338,8 @@ class LeapHarness(TemplateLM):
 
     def _text(self, ids: list[int]) -> str:
         """The text of response ids up to their end, without special tokens."""
-        ends = end_ids(self.tokenizer)
-        return self.tokenizer.decode(list(takewhile(lambda token: token not in ends, ids)), skip_special_tokens=True)
+        own = list(takewhile(lambda token: token not in self.ends, ids))
+        return self.tokenizer.decode(own, skip_special_tokens=True)
 
     def _rows(
         self, prompts: list[list[int]], length: int, responses: list[list[int]] | None = None

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from datamodules.plain_text import plain_backend
 from datamodules.state import CorpusState, absolute_source
-from datamodules.tokenizer import further_ends
+from datamodules.tokenizer import end_ids
 from models.functional.errors import UsageError, require_at_least
 from models.functional.vocabulary import vocabulary_size
 
@@ -183,11 +183,11 @@ class CorpusDataModule(LightningDataModule):
 
         Whatever generates, counts or decodes texts asks here.
         """
-        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *sorted(self._further_ends)]))
+        return self._end_ids
 
     @cached_property
-    def _further_ends(self) -> set[int]:
-        return further_ends(self.tokenizer)
+    def _end_ids(self) -> tuple[int, ...]:
+        return end_ids(self.tokenizer)
 
     def decode_responses(self, responses: Tensor) -> list[str]:
         """Responses (N, R) as text, cut at the first token that ends one."""

@@ -266,6 +266,11 @@ def _class_of(folder: Path) -> str:
         return ""
 
 
+def end_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The tokens at which a text ends: the tokenizer's own, which fills what is beyond, then those of its model."""
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *sorted(further_ends(tokenizer))]))
+
+
 def _no_tokenizer(kind: str, reason: str) -> UsageError:
     return UsageError(
         f"data.tokenizer={kind}: no tokenizer could be read from this folder ({reason}); type the folder of one that "
