@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import LeapModule
 from models.backbones.autoregressive import AutoregressiveDecoder, generate_autoregressive
-from models.backbones.causal_lm import causal_logits, save_causal, save_merged, with_adapters
+from models.backbones.causal_lm import save_causal, save_merged, with_adapters
 from models.functional.errors import UsageError
 from models.functional.next_token import CausalText, causal_text, until_end
 from models.functional.rows import response_columns
@@ -24,6 +24,7 @@ from models.interfaces.objective import Terms
 from models.speculative.alpha_curve import AlphaCurve
 from models.speculative.decoder import QStarDecoder, prompts_of
 from models.speculative.exactness import enumeration_error, g_test_of, probable_texts, without_ends
+from models.speculative.likelihood import next_token_log_probs
 from models.speculative.loss import qstar_terms
 from models.speculative.meter import AcceptanceMeter
 from models.speculative.options import QStarOptions, Scheme
@@ -110,7 +111,7 @@ class QStarDecodingModule(LeapModule):
 
     def _logp(self, model: nn.Module, text: CausalText) -> Tensor:
         """log-probabilities (M, V) at the positions that count, of the tokens that the corpus has."""
-        return causal_logits(model, text)[text.weights][..., : self.vocab_size].float().log_softmax(-1)
+        return next_token_log_probs(model, text, self.vocab_size)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
@@ -150,20 +151,22 @@ class QStarDecodingModule(LeapModule):
         self._alpha_curve.reset()
         if not self.options.exactness_samples or self.trainer.fast_dev_run:
             return
-        data = self.trainer.datamodule
-        listed = data.list_texts() if hasattr(data, "list_texts") else None
+        data, n = self.trainer.datamodule, self.options.exactness_samples
         schemes = [(k, decoder) for k, decoder in enumerate(self._decoders) if isinstance(decoder, QStarDecoder)]
+        listed = data.list_texts() if hasattr(data, "list_texts") else None
+        if listed is not None:
+            prompt, texts = (part.to(self.device) for part in listed)
+        else:
+            prompt = self._first_prompt(data)
+            texts = probable_texts(schemes[0][1], prompt, LISTED_TOKENS, max(1, n // 10))  # of q*, whoever drafts
         shown = track(schemes, description="exactness of each scheme") if self.trainer.is_global_zero else schemes
         for k, decoder in shown:
             generator = self.step_generator(k, stream=3, epoch=0)
-            n = self.options.exactness_samples
+            tested = decoder if listed is not None else without_ends(decoder)
+            found = {"g_test_p": g_test_of(tested, prompt, texts, n, generator)}
             if listed is not None:
-                prompt, texts = (part.to(self.device) for part in listed)
-                errors = {"max_enumeration_error": enumeration_error(decoder, prompt)}
-            else:
-                decoder, prompt, errors = without_ends(decoder), self._first_prompt(data), {}
-                texts = probable_texts(decoder, prompt, LISTED_TOKENS, max(1, n // 10))
-            self._meters[k].exactness = {"g_test_p": g_test_of(decoder, prompt, texts, n, generator), **errors}
+                found["max_enumeration_error"] = enumeration_error(decoder, prompt)
+            self._meters[k].exactness = found
 
     def _first_prompt(self, data: Any) -> Tensor:
         """(P,) The first test prompt, the same on every rank."""

@@ -91,10 +91,8 @@ def probable_texts(decoder: QStarDecoder, prompt: Tensor, length: int, count: in
     models = [CausalScores(model, decoder.vocab_size) for model in (decoder.theta, decoder.target)]
     texts, log_p = prompt.new_zeros(1, 0), torch.zeros(1, dtype=torch.float64, device=prompt.device)
     for _ in range(length):
-        ids = torch.cat([prompt.expand(len(texts), -1), texts], -1)
-        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
-        both = (decoder.mixture.tempered(scores(ids, lengths, 1)) for scores in models)
-        total = (log_p.unsqueeze(-1) + decoder.mixture(*both).log_q[:, 0].double()).flatten()
+        prefixes = torch.cat([prompt.expand(len(texts), -1), texts], -1)
+        total = (log_p.unsqueeze(-1) + _next_token_log_q(decoder.mixture, models, prefixes).double()).flatten()
         log_p, best = total.topk(min(count, int((total > -torch.inf).sum())))
         rows, tokens = best // decoder.vocab_size, best % decoder.vocab_size
         texts = torch.cat([texts[rows], tokens.unsqueeze(-1)], -1)
@@ -135,7 +133,7 @@ def enumeration_error(decoder: QStarDecoder, prompt: Tensor, vocabulary: int = 2
     exact.gamma = gamma if decoder.gamma == "auto" else min(gamma, decoder.gamma)
     exact.options = replace(decoder.options, costs="parameters")
     models = [CausalScores(model, decoder.vocab_size) for model in (exact.theta, exact.target)]
-    tokens = _next_token_log_q(decoder.mixture, models, prompt).topk(vocabulary).indices
+    tokens = _next_token_log_q(decoder.mixture, models, prompt[None])[0].topk(vocabulary).indices
     exact.make_scores = lambda model, vocab_size: _Restricted(decoder.make_scores(model, vocab_size), tokens)
     # 2. the distribution of what it generates; n-grams propose the token that ends the prompt twice
     prompt = torch.cat([prompt, tokens[:1].expand(2)])
@@ -149,13 +147,13 @@ def enumeration_error(decoder: QStarDecoder, prompt: Tensor, vocabulary: int = 2
     for text, probability in found.items():
         prefix, log_q = prompt, 0.0
         for token in text:
-            log_q += _next_token_log_q(decoder.mixture, restricted, prefix)[token].item()
+            log_q += _next_token_log_q(decoder.mixture, restricted, prefix[None])[0, token].item()
             prefix = torch.cat([prefix, prefix.new_tensor([token])])
         worst = max(worst, abs(probability - math.exp(log_q)))
     return worst
 
 
-def _next_token_log_q(mixture: MixtureDist, models: Sequence[Scores], prefix: Tensor) -> Tensor:
-    """log q* (V,) of the token after a prefix (P,), from the scores of theta and target."""
-    ids, lengths = prefix.unsqueeze(0), torch.tensor([len(prefix)], device=prefix.device)
-    return mixture(*(mixture.tempered(scores(ids, lengths, 1)) for scores in models)).log_q[0, 0]
+def _next_token_log_q(mixture: MixtureDist, models: Sequence[Scores], prefixes: Tensor) -> Tensor:
+    """log q* (N, V) of the token after each of prefixes (N, P), from the scores of theta and target."""
+    lengths = torch.full((len(prefixes),), prefixes.shape[1], device=prefixes.device)
+    return mixture(*(mixture.tempered(scores(prefixes, lengths, 1)) for scores in models)).log_q[:, 0]

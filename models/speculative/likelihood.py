@@ -1,4 +1,4 @@
-"""The exact likelihood of texts under q*, which is normalised at every token.
+"""Likelihoods of texts under a model and, exactly, under q*, which is normalised at every token.
 
 Legend: B batch, T positions, M scored positions, V vocabulary.
 """
@@ -12,13 +12,14 @@ from models.functional.precision import at_least_float32
 from models.speculative.distribution import MixtureDist
 
 
+def next_token_log_probs(model: nn.Module, text: CausalText, vocab_size: int) -> Tensor:
+    """log p (M, V) of the token after each scored position; ids from vocab_size on have no probability and no column."""
+    return at_least_float32(causal_logits(model, text)[text.weights][..., :vocab_size]).log_softmax(-1)
+
+
 @torch.no_grad()
 def qstar_log_probabilities(
     theta: nn.Module, target: nn.Module, mixture: MixtureDist, text: CausalText, vocab_size: int
 ) -> Tensor:
-    """log q* (M, V) of the token after each scored position; ids from vocab_size on have no probability and no column."""
-    log_p = [
-        mixture.tempered(at_least_float32(causal_logits(model, text)[text.weights][:, :vocab_size]).log_softmax(-1))
-        for model in (theta, target)
-    ]
-    return mixture(*log_p).log_q
+    """log q* (M, V) of the same tokens."""
+    return mixture(*(mixture.tempered(next_token_log_probs(m, text, vocab_size)) for m in (theta, target))).log_q
