@@ -54,6 +54,25 @@ def require_bidirectional_body(model: object, cache: str) -> None:
         )
 
 
+class CachedColumns:
+    """Rows of a LLaDA body (B, L), of which a pass reads some columns beside the keys and values that others left."""
+
+    def __init__(self, model: LladaModel, rows: dict[str, Tensor]) -> None:
+        self.model, self.cache = model, ColumnCache()
+        self.visible, self.positions = model.layout(rows["attention_mask"], rows["response_mask"])
+        self.count = self.visible.shape[-1]
+        self.prompt = self.count - response_columns(rows["response_mask"])
+
+    def states(self, ids: Tensor, first: int, last: int, keys: int) -> Tensor:
+        """States (B, last - first, D) of the columns from first to last (exclusive), which see the first `keys` columns."""
+        return self.model.states(
+            self.model.embed(ids[:, first:last]),
+            self.visible[:, :, first:last, :keys],
+            self.positions[:, first:last],
+            kept=self.cache.beginning_at(first),
+        )
+
+
 class BlockReader:
     """Reads a block-causal model block by block, from left to right; the result is that of reading all columns.
 
@@ -62,22 +81,12 @@ class BlockReader:
     """
 
     def __init__(self, model: LladaModel, rows: dict[str, Tensor]) -> None:
-        self.model = model
-        self.visible, self.positions = model.layout(rows["attention_mask"], rows["response_mask"])
-        self.prompt = self.visible.shape[-1] - response_columns(rows["response_mask"])
+        self.columns = CachedColumns(model, rows)
         self.known = 0  # columns whose tokens had been settled when they were read
-        self.cache = ColumnCache()
 
     def __call__(self, ids: Tensor, start: int, end: int) -> Tensor:
-        first, last = self.prompt + start, self.prompt + end
-        columns = slice(self.known, last)
-        states = self.model.states(
-            self.model.embed(ids[:, columns]),
-            self.visible[:, :, columns, :last],
-            self.positions[:, columns],
-            kept=self.cache.beginning_at(self.known),
-        )
-        states = states[:, first - self.known :]
+        first, last = self.columns.prompt + start, self.columns.prompt + end
+        states = self.columns.states(ids, self.known, last, keys=last)[:, first - self.known :]
         self.known = first
         return states
 
@@ -89,29 +98,19 @@ class ReusingReader:
     """
 
     def __init__(self, model: LladaModel, rows: dict[str, Tensor], reused: ReusedColumns) -> None:
-        self.model, self.reused = model, reused
-        self.visible, self.positions = model.layout(rows["attention_mask"], rows["response_mask"])
-        self.columns = self.visible.shape[-1]
-        self.prompt = self.columns - response_columns(rows["response_mask"])
-        self.cache = ColumnCache()
+        self.columns, self.reused = CachedColumns(model, rows), reused
         self.start: int | None = None  # of the block that is filled
         self.passes = 0  # over it
 
     def __call__(self, ids: Tensor, start: int, end: int) -> Tensor:
-        first, last = self.prompt + start, self.prompt + end
+        prompt, count = self.columns.prompt, self.columns.count
+        first, last = prompt + start, prompt + end
         # 1. which columns are read
         if start != self.start:
             self.start, self.passes = start, 0
         refresh = self.reused.refresh
         everything = self.passes == 0 or (refresh is not None and self.passes % refresh == 0)
         self.passes += 1
-        changing = slice(first, last if self.reused.cache == "dual" else self.columns)
-        read = slice(0, self.columns) if everything else changing
+        begin, stop = (0, count) if everything else (first, last if self.reused.cache == "dual" else count)
         # 2. their states, beside the keys and values of all others
-        states = self.model.states(
-            self.model.embed(ids[:, read]),
-            self.visible[:, :, read],
-            self.positions[:, read],
-            kept=self.cache.beginning_at(read.start),
-        )
-        return states[:, first - read.start : last - read.start]
+        return self.columns.states(ids, begin, stop, keys=count)[:, first - begin : last - begin]

@@ -316,7 +316,7 @@ def test_keys_and_values_of_unfinished_tokens_would_be_seen(made, monkeypatch):
     class Hasty(BlockReader):
         def __call__(self, ids, start, end):
             states = super().__call__(ids, start, end)
-            self.known = self.prompt + end
+            self.known = self.columns.prompt + end
             return states
 
     _, model = made(2)
