@@ -35,7 +35,6 @@ from models.interfaces.masked_sampling import (
     MaskedSampling,
     Remasking,
     forwards_in_blocks,
-    temperature_name,
 )
 from models.interfaces.objective import Generation, Likelihood, Objective, Terms, TextObjective
 
@@ -230,7 +229,7 @@ class PretrainModule(LeapModule):
             ends = None if data.end_padding else data.end_ids()
             return [self.decoder(data, 1, temperature, ends) for temperature in self.sampling.all_temperatures]
         # a flow has no temperature
-        temperatures = self.sampling.all_temperatures[: None if self.generation == "masked" else 1]
+        temperatures = self.sampling.all_temperatures if self.generation == "masked" else (self.sampling.temperature,)
         scheduled = [self.decoder(None, n, t) for t in temperatures for n in self.compared_forwards()]
         return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
 
@@ -248,13 +247,9 @@ class PretrainModule(LeapModule):
         """A row for each of `commit_rules`."""
         length, how = self.trainer.datamodule.response_length, self.sampling
         options: dict[str, Any] = {"block_length": how.block_length, "guidance": how.guidance, "reused": how.reused}
-        decoders: list[Decoder] = []
-        for rule in self.rules:
-            decoder = RuleDecoder(self.model, rule, length, temperature=self.rule_temperature, **options)
-            if self.rule_temperature:
-                decoder.name += f", {temperature_name(self.rule_temperature)}"
-            decoders.append(decoder)
-        return decoders
+        return [
+            RuleDecoder(self.model, rule, length, temperature=self.rule_temperature, **options) for rule in self.rules
+        ]
 
     def decoder(self, data: Any, forwards: int, temperature: float, end_ids: EndIds = None) -> Decoder:
         """How the model answers prompts.

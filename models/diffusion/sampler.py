@@ -63,6 +63,11 @@ def guided_logits(
     return logits
 
 
+def passes_of_guidance(guidance: float) -> int:
+    """Forward passes for one look at the logits: `response_logits` reads a row without its prompt, too."""
+    return 1 if guidance == 0 else 2
+
+
 @torch.no_grad()
 def generate_masked_diffusion(
     model: LladaModel,
@@ -152,7 +157,7 @@ def generate_by_rule(
     xt = torch.where(rows["response_mask"], model.mask_id, rows["input_ids"])
     response = xt[:, -length:]
     passes, made = torch.zeros(len(xt), dtype=torch.long, device=xt.device), 0
-    each = 1 if guidance == 0 else 2
+    each = passes_of_guidance(guidance)
     for start in range(0, length, block_length):
         end = start + block_length
         while bool((competing := response[:, start:end] == model.mask_id).any()):
@@ -213,7 +218,7 @@ class MaskedDiffusionDecoder:
         reused: ReusedColumns = NOTHING_REUSED,
     ) -> None:
         self.model, self.steps = model, forwards
-        self.forwards = forwards * (1 if guidance == 0 else 2)
+        self.forwards = forwards * passes_of_guidance(guidance)
         self.options: dict[str, Any] = {
             "temperature": temperature,
             "remasking": remasking,
@@ -250,14 +255,15 @@ class RuleDecoder:
         reused: ReusedColumns = NOTHING_REUSED,
     ) -> None:
         self.model, self.rule = model, rule
-        self.forwards = response_length * (1 if guidance == 0 else 2)
+        self.forwards = response_length * passes_of_guidance(guidance)
         self.options: dict[str, Any] = {
             "temperature": temperature,
             "block_length": block_length,
             "guidance": guidance,
             "reused": reused,
         }
-        self.name = f"teacher, {rule.name}"
+        at = f", {temperature_name(temperature)}" if temperature else ""  # 0 as in the papers of the rules
+        self.name = f"teacher, {rule.name}{at}"
         self.forward_passes: Tensor | None = None
         self.batch_passes: int | None = None
 
