@@ -167,8 +167,11 @@ class LeapModule(LightningModule):
 
     def annealed(self, ends: tuple[float, float], share: float) -> float:
         """From the first to the second value, linearly over the first `share` of the steps."""
-        over = max(1.0, share * float(self.trainer.estimated_stepping_batches))
-        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / over)
+        return ends[0] + (ends[1] - ends[0]) * min(1.0, self.global_step / self.annealing_steps(share))
+
+    def annealing_steps(self, share: float) -> float:
+        """How many steps that share of all has, at least one."""
+        return max(1.0, share * float(self.trainer.estimated_stepping_batches))
 
     def refuse_nan(self, loss: Tensor) -> Tensor:
         """The loss. Errors: UsageError if it is not finite, before it reaches the weights: the last checkpoint stays good."""

@@ -113,8 +113,7 @@ class OnlineConceptModule(LeapModule):
         if self.multipliers is not None:
             self.multipliers.apply(self.gathered)
         if self.pace is not None:
-            over = max(1.0, self.options.anneal_share * float(self.trainer.estimated_stepping_batches))
-            self.pace.apply(1 / over, self.gathered)
+            self.pace.apply(1 / self.annealing_steps(self.options.anneal_share), self.gathered)
         spaces: list[Any] = [getattr(stack.codes, "space", None) for stack in stacks]
         dead = self.codebooks.apply(spaces, self.generator_of_all_ranks, start=self.global_step == 0)
         for k, count in dead.items():
