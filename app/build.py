@@ -147,7 +147,7 @@ def data_of(cfg: DictConfig, weights: Path | None = None, **more: Any) -> Any:
     """
     path = None if cfg.teacher is None else cfg.teacher.path
     if path is not None and cfg.data.get("tokenizer") == path and not Path(path).expanduser().is_dir():
-        raise UsageError(f"the teacher {path} is not there; type teacher.path=<the folder of the teacher>")
+        raise missing_teacher(path)
     datamodule = instantiate(cfg.data, **more)
     state = corpus_state(weights, datamodule)
     if state is None and cfg.mode != "fit" and cfg.teacher is not None and cfg.teacher.path is not None:
@@ -232,10 +232,14 @@ def load_teacher(path: str | Path, datamodule: Any) -> LladaModel:
     except UsageError as error:
         if Path(path).is_dir():
             raise
-        raise UsageError(f"the teacher {path} is not there; type teacher.path=<the folder of the teacher>") from error
+        raise missing_teacher(path) from error
     require_bidirectional_teacher(teacher, path)
     require_vocabulary_of(path, datamodule)
     return checked_network(teacher, datamodule, "teacher")
+
+
+def missing_teacher(path: str | Path) -> UsageError:
+    return UsageError(f"the teacher {path} is not there; type teacher.path=<the folder of the teacher>")
 
 
 def require_bidirectional_teacher(teacher: LladaModel, path: str | Path) -> None:
