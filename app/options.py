@@ -77,8 +77,10 @@ def _require_bounds(cfg: DictConfig) -> None:
             raise UsageError(f"{option}={value} must be at least {least}")
     for option, value in _values(cfg, ""):
         most = MOST.get(option, LARGEST)
-        if isinstance(value, int) and abs(value) > most:
+        if isinstance(value, int) and value > most:
             raise UsageError(f"{option}={value} must be at most {most}")
+        if isinstance(value, int) and value < -most:
+            raise UsageError(f"{option}={value} must be at least {-most}")
 
 
 def _values(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

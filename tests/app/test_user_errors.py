@@ -110,6 +110,7 @@ MISTAKES = [  # of the main job where no experiment is named
         ["data.train_rows=9223372036854775808"],
         "data.train_rows=9223372036854775808 must be at most 9223372036854775807",
     ),
+    (["data.seed=-100000000000000000000"], "data.seed=-100000000000000000000 must be at least"),
     (["module.forwards=[1,100000000000000000000]"], "module.forwards=100000000000000000000 must be at most"),
     (["data.train_rows=1000000000000000"], "memory ran out ("),
 ]
