@@ -289,7 +289,7 @@ def _pair(folder: Path, options: EvaluationOptions) -> Evaluated:
     theta, target = load_trained(folder), load_trained(other)
     tokenizer = _tokenizer(folder, other)
     scheme: Any = "alternate" if options.decoder is None else str(options.decoder)
-    require_choice("decoder", scheme, [name for name in get_args(Scheme) if name != "assistant"])
+    require_choice("decoder", scheme, [name for name in get_args(Scheme) if name not in ("assistant", "block_drafter")])
     words, ends = vocabulary_size(tokenizer), end_ids(tokenizer)
     mixture = QStarOptions(theta_weight=options.theta_weight).mixture
 

@@ -16,6 +16,7 @@ from app.students import student_decoder
 from app.trained import fill_from_checkpoint, newest_model, trained_decoder
 from app.typed import as_typed
 from datamodules.prompts import read_prompts
+from lightning_modules.block_draft import BlockDraftModule
 from models.diffusion.sampler import MaskedDiffusionDecoder, block_count
 from models.flow.student_files import load_student, teacher_folder
 from models.functional.errors import UsageError, require_choice
@@ -77,6 +78,10 @@ def find_weights(cfg: DictConfig) -> Path | None:
     objective decodes otherwise.
     """
     runs = runs_of(cfg)
+    if _drafts_blocks(cfg):
+        return newest(
+            runs, "drafter/drafter.json", "no run of it has trained a drafter; type the same command without mode="
+        ).parent
     if cfg.pair is not None:
         return None
     if cfg.teacher is not None:
@@ -95,6 +100,9 @@ def find_weights(cfg: DictConfig) -> Path | None:
 
 def find_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device: torch.device) -> Decoder:
     """The decoder of what `find_weights` has found."""
+    if _drafts_blocks(cfg):
+        assert weights is not None
+        return _drafted_decoder(cfg, weights, datamodule, device)
     if cfg.pair is not None:
         return module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
     if cfg.teacher is None:
@@ -104,6 +112,21 @@ def find_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device:
         return _teacher_decoder(cfg, datamodule, device)
     assert weights is not None
     return _student_decoder(cfg, weights, datamodule, device)
+
+
+def _drafts_blocks(cfg: DictConfig) -> bool:
+    return get_class(cfg.module._target_) is BlockDraftModule
+
+
+def _drafted_decoder(cfg: DictConfig, folder: Path, datamodule: Any, device: torch.device) -> Decoder:
+    """Texts of the model, or of q*, drafted by the drafter in a folder."""
+    if cfg.temperature is not None:
+        cfg.module.temperature = cfg.temperature
+    if cfg.pair is not None:
+        module = module_of_pair(cfg, datamodule)
+    else:
+        module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
+    return module.to(device).eval().answering(datamodule, folder)
 
 
 def _model_decoder(cfg: DictConfig, weights: Path, datamodule: Any, device: torch.device) -> Decoder:

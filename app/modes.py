@@ -30,7 +30,7 @@ from reporting.keys import current_name
 from reporting.sweep import read_sweeps, report_sweep
 
 console = report_console()
-EXPORTED = ("model", "model_merged", "theta", "student")  # folders that a training may leave
+EXPORTED = ("model", "model_merged", "theta", "student", "drafter")  # folders that a training may leave
 
 
 def run_mode(cfg: DictConfig) -> float | None:

@@ -23,6 +23,7 @@ from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
 from models.speculative.alpha_curve import AlphaCurve
 from models.speculative.decoder import QStarDecoder, prompts_of
+from models.speculative.drafter_files import load_drafter, read_drafter
 from models.speculative.exactness import enumeration_error, g_test_of, probable_texts, without_ends
 from models.speculative.likelihood import next_token_log_probs
 from models.speculative.loss import qstar_terms
@@ -60,6 +61,9 @@ class QStarDecodingModule(LeapModule):
         self.options, self.mixture = options, options.mixture
         self.theta = theta if options.lora_rank is None else with_adapters(theta, options.lora_rank)
         self.target, self.assistant = target.requires_grad_(False), assistant
+        if options.drafter is not None:
+            read_drafter(options.drafter)  # a folder without one is named before long work
+        self._loaded: list[nn.Module] = []  # no part of the module: it is not trained here
         self._decoders: list[Decoder] = []
         self._meters: dict[int, AcceptanceMeter] = defaultdict(AcceptanceMeter)
         self._alpha_curve = AlphaCurve(options.alpha_points)
@@ -131,8 +135,16 @@ class QStarDecodingModule(LeapModule):
         """q* decoding of texts of a corpus."""
         return QStarDecoder(
             self.theta, self.target, scheme, self.options, response_length=data.response_length,
-            vocab_size=vocabulary_size(data.tokenizer), end_ids=data.end_ids(), assistant=self.assistant,
+            vocab_size=vocabulary_size(data.tokenizer), end_ids=data.end_ids(),
+            assistant=self._block_drafter() if scheme == "block_drafter" else self.assistant,
         )  # fmt: skip
+
+    def _block_drafter(self) -> nn.Module:
+        """The drafter in the folder of the options, which knows both models as they were before theta is trained here."""
+        if not self._loaded:
+            assert self.options.drafter is not None
+            self._loaded = [load_drafter(self.options.drafter, {"theta": self.theta, "target": self.target})]
+        return self._loaded[0]
 
     def decoders(self) -> list[Decoder]:
         return self._decoders
@@ -164,7 +176,7 @@ class QStarDecodingModule(LeapModule):
             generator = self.step_generator(k, stream=3, epoch=0)
             tested = decoder if listed is not None else without_ends(decoder)
             found = {"g_test_p": g_test_of(tested, prompt, texts, n, generator)}
-            if listed is not None:
+            if listed is not None and not getattr(decoder.drafter, "draws_with_noise", False):
                 found["max_enumeration_error"] = enumeration_error(decoder, prompt)
             self._meters[k].exactness = found
 

@@ -31,6 +31,13 @@ READERS: dict[str, tuple[str, str]] = {
         "leap",
         "from app.trained import load_planned\n\nmodel = load_planned(folder)\n",
     ),
+    "drafter.json": (
+        "leap",
+        "from models.backbones.causal_lm import load_trained\n"
+        "from models.speculative.drafter_files import load_drafter, read_drafter\n\n"
+        'names = read_drafter(folder)["verifiers"]  # of the models that it drafts for\n'
+        'model = load_drafter(folder, {name: load_trained(f"FOLDER_OF_{name}") for name in names})\n',
+    ),
     "student.json": (
         "leap",
         "from models.flow.student_files import load_whole_student\n\nmodel = load_whole_student(folder)\n",

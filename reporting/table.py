@@ -43,6 +43,12 @@ COLUMNS = (
     Column("NLL by θ", ("quality", "nll_theta"), ".3f", "NLL by θ, by t: nats a token under π_θ, under π_t"),
     Column("NLL by t", ("quality", "nll_target"), ".3f"),
     Column("acceptance", ("cost", "acceptance"), ".3f", "acceptance: share of drafted tokens that are accepted"),
+    Column(
+        "tokens/verification",
+        ("cost", "tokens_per_verifier_forward"),
+        ".2f",
+        "tokens/verification: of a text, for each pass of a verifier, the one over its prompt included",
+    ),
     Column("speed-up", ("cost", "speedup_vs_naive"), ".2f"),
     Column("G-test p", ("quality", "g_test_p"), ".3f"),
     Column("max error", ("quality", "max_enumeration_error"), ".0e"),

@@ -1,11 +1,13 @@
 """Any Hugging Face causal LM: read from a folder or the hub, adapted with LoRA, evaluated, written out.
 
 Only safetensors are read and no code of a checkpoint is run.
-Legend: B batch, T positions, D width, V vocabulary.
+Legend: B batch, T positions, D width, V vocabulary, F numbers of all chosen layers together.
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -115,6 +117,20 @@ def causal_logits(model: nn.Module, text: CausalText) -> Tensor:
 def causal_hidden(model: nn.Module, text: CausalText) -> Tensor:
     """Hidden states (B, T, D) after the last norm."""
     return model.get_decoder()(**_arguments(text)).last_hidden_state
+
+
+def causal_logits_and_states(model: nn.Module, text: CausalText, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Logits (B, T, V) of the token after each position, and the hidden states (B, T, F) after these layers."""
+    out = model(**_arguments(text), output_hidden_states=True)
+    return out.logits, chosen_states(out, layers)
+
+
+def chosen_states(output: Any, layers: Sequence[int]) -> Tensor:
+    """(B, T, F): the states after these layers, concatenated. output: of a forward pass with output_hidden_states=True.
+
+    Layer 0 is the embedding; the last one is after the last norm.
+    """
+    return torch.cat([output.hidden_states[layer] for layer in layers], -1)
 
 
 def causal_nll(model: nn.Module, text: CausalText) -> Tensor:

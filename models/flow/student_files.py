@@ -1,6 +1,5 @@
 """Students on disk: the trained part alone (safetensors), beside a small JSON file with the fingerprint of its base."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.prefix_student import PrefixStudent
 from models.flow.student import Student
 from models.functional.errors import UsageError
-from models.functional.weights import full_tensor, trainable_weights
+from models.functional.weights import trainable_weights, weights_fingerprint
 
 FORMAT = "leap-student-3"
 TEACHER = "teacher"  # folder of the base inside the student's folder
@@ -24,20 +23,11 @@ KINDS = {"logit": PrefixStudent, "noisy_mask": NoisyMaskStudent, "masked": Maske
 
 
 def base_fingerprint(base: LladaModel) -> str:
-    """sha256 over every weight's name, shape and up to 1024 evenly spaced values: fast at 8B, and different after training.
-
-    Where weights are split over ranks, every rank has to call it.
-    """
-    digest = hashlib.sha256()
+    """See `weights_fingerprint`; where weights are split over ranks, every rank has to call it."""
     weights = dict(base.state_dict())
     if isinstance(base, MaskedFromCausal):
         weights["mask_embedding"] = base.mask_embedding  # its start is no part of the state_dict
-    for name, weight in sorted(weights.items()):
-        flat = full_tensor(weight.detach()).reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu()
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+    return weights_fingerprint(weights)
 
 
 def save_student(student: Student, folder: str | Path, notes: dict | None = None) -> Path:

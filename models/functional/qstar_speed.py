@@ -38,7 +38,17 @@ def speedup_third_drafter(gamma: int, beta: float, cost: float, position_cost: f
     return sum(beta**k for k in range(gamma + 1)) / (1 + gamma * position_cost + gamma * cost)
 
 
-SPEEDUPS = {"carry": speedup_carry, "alternate": speedup_alternate, "assistant": speedup_third_drafter}
+def speedup_block_drafter(gamma: int, beta: float, cost: float, position_cost: float = 0.0) -> float:
+    """(1 - β^{γ+1}) / (1 - β) / (1 + γ w + c): the same where the third model drafts all γ tokens in one forward pass."""
+    return sum(beta**k for k in range(gamma + 1)) / (1 + gamma * position_cost + cost)
+
+
+SPEEDUPS = {
+    "carry": speedup_carry,
+    "alternate": speedup_alternate,
+    "assistant": speedup_third_drafter,
+    "block_drafter": speedup_block_drafter,
+}
 
 
 def best_gamma(

@@ -3,19 +3,21 @@
 Rows of a batch accept different numbers of drafted tokens. The slot of a rejected token stays in the cache and is masked. The
 tokens that replace it are appended behind, and position_ids hold their positions. A cached call gives the log-probabilities of
 one that reads whole prefixes.
-Legend: B batch, L columns of the buffer, S cache slots, W tokens fed in one forward pass, V vocabulary.
+Legend: B batch, L columns of the buffer, S cache slots, W tokens fed in one forward pass, V vocabulary, F numbers of all
+chosen layers together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from models.backbones.abilities import context_of, limited_layers
+from models.backbones.causal_lm import chosen_states
 from models.backbones.key_value_cache import cache_argument
 from models.functional.errors import UsageError
-from models.speculative.scores import log_probabilities_from
+from models.speculative.scores import log_probabilities_from, window_positions
 
 # masked slots are removed once the cache is this many times as long as its longest row
 MAX_WASTE = 1.5
@@ -39,6 +41,7 @@ class CachedScores:
         _require_position_ids(model.config.get_text_config())
         self.model, self.vocab_size = model.eval(), vocab_size
         self.context = context_of(model)
+        self.layers: tuple[int, ...] = ()
         self._reset(torch.empty(0, 0, dtype=torch.long))
 
     def _reset(self, ids: Tensor) -> None:
@@ -47,13 +50,34 @@ class CachedScores:
         # (B, S): the token of each slot, its position, and whether the slot is in use
         self.tokens = self.positions = ids.new_zeros(len(ids), 0)
         self.valid = self.tokens.bool()
+        self.states: Tensor | None = None  # (B, S, F): of each slot, where states are kept
+
+    def keep_states(self, layers: Sequence[int]) -> None:
+        """See `StateScores`. What is cached without its states is forgotten."""
+        self.layers = tuple(layers)
+        self._reset(torch.empty(0, 0, dtype=torch.long))
+
+    def states_before(self, ids: Tensor, ends: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """See `StateScores`."""
+        if self.states is None:
+            raise ValueError("no states have been kept: call keep_states, and then the scores")
+        # 1. slots in use, of the tokens that are asked for, inside the window
+        column = self.positions - window_positions(ends, 1) + window - 1
+        given = ids.gather(1, self.positions.clamp(max=ids.shape[1] - 1))
+        wanted = self.valid & (given == self.tokens) & (column >= 0) & (column < window)
+        # 2. the slot of each position of the window
+        slots = torch.arange(column.shape[1], device=ids.device).expand_as(column)
+        slot = torch.full((len(ids), window + 1), -1, device=ids.device)  # the last column takes what is not wanted
+        slot = slot.scatter(1, torch.where(wanted, column, window), slots)[:, :window]
+        index = slot.clamp(min=0).unsqueeze(-1).expand(-1, -1, self.states.shape[-1])
+        return self.states.gather(1, index), slot >= 0
 
     def keep_rows(self, stay: Tensor) -> None:
         """Remove the rows that are False in stay (B,); the next call is for the others."""
         if len(stay) != len(self.tokens):
             return
         self._each_layer(lambda states: states[stay])
-        self.tokens, self.positions, self.valid = (part[stay] for part in (self.tokens, self.positions, self.valid))
+        self._each_part(lambda part: part[stay])
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
@@ -74,15 +98,19 @@ class CachedScores:
         self.valid = torch.cat([self.valid, valid], 1)
         # 3. one forward pass; only the columns that are returned go through the output layer
         first = int((end - cached).min()) - count
-        logits = self.model(
+        out = self.model(
             input_ids=fed,
             attention_mask=None if bool(self.valid.all()) else self.valid.long(),
             position_ids=position,
             **cache_argument(self.cache),
             use_cache=True,
             logits_to_keep=width - first,
-        ).logits[..., : self.vocab_size]
-        return log_probabilities_from(logits, end - cached - count - first, count)
+            output_hidden_states=bool(self.layers),
+        )
+        if self.layers:
+            states = chosen_states(out, self.layers)
+            self.states = states if self.states is None else torch.cat([self.states, states], 1)
+        return log_probabilities_from(out.logits[..., : self.vocab_size], end - cached - count - first, count)
 
     def _cached_lengths(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """How many first tokens of each row are cached, (B,); the last one before `lengths` is always fed."""
@@ -102,14 +130,17 @@ class CachedScores:
             order = (~self.valid).long().argsort(dim=-1, stable=True)[:, :longest]
             pick = order[:, None, :, None]
             self._each_layer(lambda states: states.gather(2, pick.expand(-1, states.shape[1], -1, states.shape[3])))
-            self.tokens, self.positions, self.valid = (
-                part.gather(1, order) for part in (self.tokens, self.positions, self.valid)
+            self._each_part(
+                lambda part: part.gather(1, order if part.ndim == 2 else pick[:, 0].expand(-1, -1, part.shape[-1]))
             )
         elif last < slots:
             self._each_layer(lambda states: states[:, :, :last])
-            self.tokens, self.positions, self.valid = (
-                part[:, :last] for part in (self.tokens, self.positions, self.valid)
-            )
+            self._each_part(lambda part: part[:, :last])
+
+    def _each_part(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change what is kept of each slot beside keys and values, (B, S) and (B, S, F)."""
+        self.tokens, self.positions, self.valid = map(change, (self.tokens, self.positions, self.valid))
+        self.states = None if self.states is None else change(self.states)
 
     def _each_layer(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.cache.layers:

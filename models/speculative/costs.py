@@ -27,10 +27,15 @@ class ForwardCosts(NamedTuple):
 def parameter_cost(theta: nn.Module, target: nn.Module, draft: Draft, assistant: Any = None) -> float:
     """The cost of `DraftOptions` if the time of a forward pass were that of its parameters: the same in every run.
 
-    assistant: a third model, or any source of scores, which then counts as one parameter.
+    assistant: a third model, or any source of scores, which then counts as one parameter. One model as both counts once.
     """
     ours, theirs = _parameters(theta), _parameters(target)
-    return max(1, _parameters(assistant)) / (ours + theirs) if draft == "assistant" else ours / theirs
+    if draft not in ("assistant", "block_drafter"):
+        return ours / theirs
+    both = ours if target is theta else ours + theirs
+    # a block drafter shares the embedding and the head of a verifier; its head is what it computes of them
+    own = getattr(assistant, "parameters_read", None) or _parameters(assistant)
+    return max(1, own) / both
 
 
 def _parameters(model: Any) -> int:

@@ -8,11 +8,14 @@ After a draft of π_θ or π_t that is accepted whole, the verifier knows only i
 drawn from that alone would not have distribution q*. Two exact rules:
 - `carry`: the drafter runs once more, and q* is sampled.
 - `alternate`: the verifier's token is a proposal, which the drafter verifies in its next forward pass.
-Where a third model drafts, both have run at the next position, and q* is sampled there without a further pass.
+Where a third model drafts, both have run at the next position, and q* is sampled there without a further pass. A third model
+that proposes blocks (`ProposesBlocks`) makes a draft in one forward pass, from hidden states that the verifiers have kept.
+
+Speculative sampling of one model is the same loop, with that model as both.
 Legend: B batch, L columns, G drafted tokens (gamma), V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +23,8 @@ from torch import Tensor
 from models.functional.errors import UsageError
 from models.functional.qstar_speed import best_gamma
 from models.interfaces.decoder import TokenCallback
-from models.speculative.distribution import MixtureDist
+from models.interfaces.scores import ProposesBlocks, StateScores
+from models.speculative.distribution import MixtureDist, NextTokenDist
 from models.speculative.options import MAX_GAMMA, DraftOptions
 from models.speculative.random_source import RandomSource
 from models.speculative.roles import Roles, roles
@@ -57,26 +61,34 @@ def decode_qstar(
     *,
     rng: RandomSource,
     lengths: Tensor | None = None,
-    assistant: Scores | None = None,
+    assistant: Scores | ProposesBlocks | None = None,
     mixture: MixtureDist | None = None,
     on_tokens: TokenCallback | None = None,
 ) -> QStarOutput:
     """Texts with distribution q* after prompts input_ids (B, L), right-padded, of which lengths (B,) count; None: all.
 
-    assistant: the third model of draft=assistant. mixture: q* itself; None is the one equally far from both models.
+    target may be the very object that theta is: q* is that model then, which runs once, where it does not draft itself.
+    assistant: the third model of draft=assistant, or the `ProposesBlocks` of draft=block_drafter. mixture: q* itself; None is
+    the one equally far from both models.
     on_tokens: called after every round with all new tokens so far (1, n), for a batch of one.
-    Raises UsageError for a third model without draft=assistant or the other way round, and where q* does not exist.
+    Raises UsageError for a third model without its draft= or the other way round, and where q* does not exist.
     """
-    if (drafting.draft == "assistant") != (assistant is not None):
-        raise UsageError("draft=assistant needs a third model, and a third model needs draft=assistant")
     if on_tokens is not None and len(input_ids) > 1:
         raise UsageError(f"tokens can be streamed of one text at a time, not of {len(input_ids)}")
     who = roles(drafting)
+    _require_third(drafting, assistant)
+    alone = target is theta and (who.third or drafting.gamma == 0)
+    if alone:
+        who = who.of_one_model()
     if lengths is None:
         lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
-    models = {"theta": theta, "target": target} | ({} if assistant is None else {"assistant": assistant})
+    models: dict[str, Any] = {"theta": theta} | ({} if alone else {"target": target})
+    models |= {} if assistant is None else {who.drafter: assistant}
+    if isinstance(assistant, ProposesBlocks):
+        _keep_states(models, assistant)
     run = QStarRun(
-        models, input_ids, lengths, rules=rules, draft_columns=drafting.max_gamma + 2, mixture=mixture or MixtureDist(), rng=rng
+        models, input_ids, lengths, rules=rules, draft_columns=drafting.max_gamma + 2,
+        mixture=mixture or MixtureDist(), rng=rng, shared_noise=drafting.verify == "shared_noise",
     )  # fmt: skip
     pending: Pending | None = None
     rounds = 0
@@ -91,7 +103,8 @@ def decode_qstar(
             pending = _draft_and_verify(run, pending, gamma, drafting, who)
         else:
             pending = None  # its proposal was not committed, so it may be dropped
-            dist = run.next_token_dist(run.score("theta", 0, 1), run.score("target", 0, 1)).at(0)
+            run.undrafted += int(run.active.sum())
+            dist = _both(run, {name: run.score(name, 0, 1) for name in ("theta", "target") if name in run.models}).at(0)
             run.sample(run.active, dist)
         rounds += 1
         if on_tokens is not None:
@@ -110,23 +123,22 @@ def _draft_and_verify(
         if not bool(run.active.any()):
             return None
     # 2. the draft
-    draft = _propose(run, gamma, who.drafter, first)
+    draft = _propose_block(run, gamma, who.drafter) if who.in_blocks else _propose(run, gamma, who.drafter, first)
     # 3. one forward pass of each verifier over all positions of the draft and the one after it
     size = draft.tokens.shape[1]
     verifiers = {name: run.score(name, 0, size + 1) for name in who.verifiers}  # (B, G + 1, V)
-    if who.drafter == "assistant":
-        dist = run.next_token_dist(**verifiers)
+    if who.third:
+        dist = _both(run, verifiers)
     else:
         (name,) = who.verifiers
         dist = run.next_token_dist(**{who.drafter: draft.logp, name: verifiers[name][:, :size]})
     # 4. how much of the draft is accepted
-    run.drafts += int(run.active.sum())
-    run.drafted_tokens += int(draft.lengths[run.active].sum())
+    run.count_draft(draft.lengths)
     whole = VERIFICATIONS[drafting.verify](run, draft, dist.at(slice(size)))
     # 5. the position after a draft that was accepted whole: q* where all models have run, else pending
     if not bool(whole.any()):
         return None
-    if who.drafter == "assistant":
+    if who.third:
         run.sample(whole, dist.at(size))
         return None
     after = verifiers[who.verifiers[0]][torch.arange(len(whole), device=whole.device), draft.lengths]
@@ -158,18 +170,18 @@ def _propose(run: QStarRun, gamma: int, drafter: str, first: tuple[Tensor, Tenso
     first: rows (B,) bool where the drafter's log-probabilities (B, V) at the next position are known. The other rows draft
     one token less, so that no forward pass is spent on them alone.
     """
-    # a request that does not fit the context is the models' to judge
-    within = max(1, run.context - int(run.lengths[run.active].max()))
-    size = min(gamma, int(run.remaining[run.active].max()), within)
+    size = _draft_size(run, gamma)
     lengths, tokens, logp = torch.zeros_like(run.lengths), run.ids.new_zeros(len(run.ids), size), None
     for k in range(size):
         if k == 0 and first is not None and bool(first[0].any()):
             rows, own = first
         else:
             rows, own = run.active, run.score(drafter, lengths, 1)[:, 0]
+        if drafter == "assistant":  # of what q* cuts off nothing would be accepted
+            own = run.mixture.truncated(own)
         if logp is None:
             logp = own.unsqueeze(1).repeat(1, size, 1)  # (B, G, V); positions without a drafted token stay as filled
-        drawn, row = run.rng.choose(own.exp()), rows.nonzero().squeeze(-1)
+        drawn, row = run.draw(own.exp(), lengths), rows.nonzero().squeeze(-1)
         run.write(drawn, lengths)
         tokens[row, lengths[row]], logp[row, lengths[row]] = drawn[row], own[row]
         lengths = lengths + rows.long()
@@ -177,11 +189,58 @@ def _propose(run: QStarRun, gamma: int, drafter: str, first: tuple[Tensor, Tenso
     return Drafted(drafter, tokens, lengths, logp)
 
 
+def _propose_block(run: QStarRun, gamma: int, drafter: str) -> Drafted:
+    """The same in one forward pass of the drafter."""
+    blocks: Any = run.models[drafter]
+    size = min(_draft_size(run, gamma), blocks.block_length)
+    tokens, logp = run.propose(drafter, size)
+    for k in range(size):
+        run.write(tokens[:, k], k)
+    return Drafted(drafter, tokens, torch.full_like(run.lengths, size), logp)
+
+
+def _draft_size(run: QStarRun, gamma: int) -> int:
+    """At most gamma, the room of the row with most room, and the context."""
+    # a request that does not fit the context is the models' to judge
+    within = max(1, run.context - int(run.lengths[run.active].max()))
+    return min(gamma, int(run.remaining[run.active].max()), within)
+
+
+def _both(run: QStarRun, found: dict[str, Tensor]) -> NextTokenDist:
+    """q* from the log-probabilities (B, G, V) of theta and target, or of theta, which is both."""
+    return run.next_token_dist(found["theta"], found.get("target", found["theta"]))
+
+
+def _require_third(drafting: DraftOptions, third: Any) -> None:
+    """Raise UsageError unless the third model is what draft= needs."""
+    if (drafting.draft in ("assistant", "block_drafter")) != (third is not None):
+        raise UsageError(
+            "draft=assistant needs a third model, and a third model needs draft=assistant, or draft=block_drafter where it "
+            "proposes blocks"
+        )
+    if third is not None and (drafting.draft == "block_drafter") != isinstance(third, ProposesBlocks):
+        needed = "draft=block_drafter" if isinstance(third, ProposesBlocks) else "draft=assistant"
+        raise UsageError(f"draft={drafting.draft} does not fit the third model; type {needed}")
+
+
+def _keep_states(models: dict[str, Any], drafter: ProposesBlocks) -> None:
+    """Let the verifiers keep what the drafter reads. Raises UsageError for one that is not there or keeps no states."""
+    for name, layers in drafter.state_layers.items():
+        if not isinstance(models.get(name), StateScores):
+            raise UsageError(
+                f"the block drafter reads hidden states of {name}, which is not here or keeps none; decode with the models "
+                "that it was trained with"
+            )
+        models[name].keep_states(layers)
+
+
 def _draft_length(run: QStarRun, drafting: DraftOptions, who: Roles, rounds: int) -> int:
     """gamma, or the length of the highest expected speed-up at the drafter's acceptance rate so far.
 
     It depends on past draws only, so the distribution of the next token is q* for any value.
     """
+    if who.in_blocks and rounds == 0:
+        return 0  # the verifiers read the prompt, so that there are states to draft from
     if drafting.gamma != "auto":
         return drafting.gamma
     beta = (run.accepted[who.drafter] + PRIOR_ACCEPTED) / (run.verified[who.drafter] + PRIOR_VERIFIED)

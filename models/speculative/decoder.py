@@ -1,7 +1,7 @@
 """q* of two causal models as a `Decoder`: one way of drafting, a row of the final table."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -28,11 +28,14 @@ TITLES: dict[Scheme, str] = {
     "alternate": "q*, alternating",
     "ngram": "q*, n-grams draft",
     "assistant": "q*, a third drafts",
+    "block_drafter": "q*, blocks are drafted",
 }
 
 
 class QStarDecoder:
-    """theta, target: causal models of one vocabulary. assistant: a third one, for the scheme of that name.
+    """theta, target: causal models of one vocabulary; where both are the same object, texts are its own and it runs once.
+
+    assistant: a third one, for the scheme of that name; for the scheme block_drafter a `ProposesBlocks`.
 
     options: the mixture, gamma, verify, cache and costs. vocab_size: ids from there on are never generated. Each of end_ids
     ends a text, and the first of them fills what is beyond. outputs: of each call, oldest first; its reader clears them.
@@ -63,25 +66,29 @@ class QStarDecoder:
 
     @property
     def draft(self) -> Draft:
-        if self.scheme == "naive":
-            return "theta"
-        return "assistant" if self.scheme == "ngram" else self.scheme
+        own: dict[Scheme, Draft] = {"naive": "theta", "ngram": "assistant"}
+        return own.get(self.scheme) or cast(Draft, self.scheme)
 
     @property
     def drafter(self) -> nn.Module | NgramScores | None:
         """The third model, or the n-grams, that the scheme drafts with; None where theta or target draft."""
-        return {"ngram": NgramScores(self.vocab_size), "assistant": self.assistant}.get(self.scheme)
+        if self.scheme in ("assistant", "block_drafter"):
+            return self.assistant
+        return NgramScores(self.vocab_size) if self.scheme == "ngram" else None
 
     @property
     def forwards(self) -> int:
-        """Forward passes of both models for a batch, in the oldest call of `outputs`; two a token where there is none."""
+        """Forward passes of both models for a batch, in the oldest call of `outputs`; two a token where there is none.
+
+        One model is counted once.
+        """
         if not self.outputs:
-            return 2 * self.response_length
-        return self.outputs[0].forwards["theta"] + self.outputs[0].forwards["target"]
+            return (1 if self.target is self.theta else 2) * self.response_length
+        return sum(self.outputs[0].forwards.get(name, 0) for name in ("theta", "target"))
 
     def draft_options(self, prompts: Tensor) -> DraftOptions:
         """How a batch after these prompts (B, L) is drafted."""
-        if self.options.costs == "parameters":
+        if self.scheme == "block_drafter" or self.options.costs == "parameters":
             costs = ForwardCosts(parameter_cost(self.theta, self.target, self.draft, self.assistant), 0.0)
         elif (known := self._measured.get(len(prompts))) is not None:
             costs = known
@@ -99,9 +106,11 @@ class QStarDecoder:
         on_tokens: TokenCallback | None = None,
     ) -> QStarOutput:
         """Texts after right-padded prompts (B, L), of which lengths (B,) count. on_tokens: see `decode_qstar`."""
-        theta, target = (self.make_scores(model, self.vocab_size) for model in (self.theta, self.target))
-        drafter = self.drafter
-        assistant = self.make_scores(drafter, self.vocab_size) if isinstance(drafter, nn.Module) else drafter
+        theta = self.make_scores(self.theta, self.vocab_size)
+        target = theta if self.target is self.theta else self.make_scores(self.target, self.vocab_size)
+        drafter: Any = self.drafter
+        in_network = isinstance(drafter, nn.Module) and self.scheme != "block_drafter"
+        assistant = self.make_scores(drafter, self.vocab_size) if in_network else drafter
         rules = TextRules(max_new_tokens, eos_ids=self.end_ids)
         return decode_qstar(
             theta, target, prompts, self.draft_options(prompts), rules,

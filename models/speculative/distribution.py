@@ -59,6 +59,10 @@ class MixtureDist:
         """A model's log-probabilities (..., V) at the temperature."""
         return logp if self.temperature == 1.0 else (logp / self.temperature).log_softmax(-1)
 
+    def proposal(self, logp: Tensor) -> Tensor:
+        """What a drafter of q* draws from: its log-probabilities (..., V) at the temperature, after top-k and top-p."""
+        return self.truncated(self.tempered(logp))
+
     def __call__(self, theta: Tensor, target: Tensor) -> NextTokenDist:
         """theta, target (..., V): log-probabilities at the temperature. Raises UsageError where they share no token."""
         if self.theta_weight is None:

@@ -8,12 +8,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from scipy.stats import chi2, power_divergence
 from torch import Generator, Tensor, nn
 
+from models.interfaces.scores import BlockProposal, StateScores
 from models.speculative.decoder import QStarDecoder
 from models.speculative.distribution import MixtureDist
 from models.speculative.random_source import TorchRandomSource, enumerate_outcomes
@@ -113,10 +115,31 @@ class _Restricted:
         self.scores, self.tokens = scores, tokens
 
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
-        logp = self.scores(ids, lengths, count)
-        allowed = torch.full_like(logp, -torch.inf)
-        allowed[..., self.tokens] = logp[..., self.tokens]
-        return allowed.log_softmax(-1)
+        return _restricted(self.scores(ids, lengths, count), self.tokens)
+
+    def keep_states(self, layers: Sequence[int]) -> None:
+        cast(StateScores, self.scores).keep_states(layers)
+
+    def states_before(self, ids: Tensor, ends: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        return cast(StateScores, self.scores).states_before(ids, ends, window)
+
+
+class _RestrictedBlocks:
+    """A drafter of blocks that may propose some tokens only, renormalised."""
+
+    def __init__(self, drafter: Any, tokens: Tensor) -> None:
+        self.drafter, self.tokens = drafter, tokens
+        self.block_length, self.window, self.state_layers = drafter.block_length, drafter.window, drafter.state_layers
+
+    def propose(self, states, read, last, size, draws, shape) -> BlockProposal:
+        return self.drafter.propose(states, read, last, size, draws, lambda logp: shape(_restricted(logp, self.tokens)))
+
+
+def _restricted(logp: Tensor, tokens: Tensor) -> Tensor:
+    """logp (..., V) of some tokens (n,) alone, renormalised."""
+    allowed = torch.full_like(logp, -torch.inf)
+    allowed[..., tokens] = logp[..., tokens]
+    return allowed.log_softmax(-1)
 
 
 @torch.no_grad()
@@ -125,19 +148,28 @@ def enumeration_error(decoder: QStarDecoder, prompt: Tensor, vocabulary: int = 2
 
     The decoder's own loop runs once for every outcome of its draws. Texts are one token longer than drafts, to include the rule
     for the position after a draft that is accepted whole. A decoder that drafts less than gamma tokens is taken as it is.
+    Not for a drafter that draws with uniform noise, of which only a grid could be enumerated.
     """
     # 1. the decoder in float64, restricted to a few tokens
     exact = without_ends(decoder)
-    exact.theta, exact.target = (copy.deepcopy(model).double() for model in (decoder.theta, decoder.target))
-    exact.assistant = None if decoder.assistant is None else copy.deepcopy(decoder.assistant).double()
+    # one copy of all, so that what they share stays shared
+    parts = (decoder.theta, decoder.target, decoder.assistant)
+    exact.theta, exact.target, exact.assistant = copy.deepcopy(parts)
+    for part in (exact.theta, exact.target, exact.assistant):
+        if part is not None:
+            part.double()
     exact.gamma = gamma if decoder.gamma == "auto" else min(gamma, decoder.gamma)
     exact.options = replace(decoder.options, costs="parameters")
     models = [CausalScores(model, decoder.vocab_size) for model in (exact.theta, exact.target)]
     tokens = _next_token_log_q(decoder.mixture, models, prompt[None])[0].topk(vocabulary).indices
     exact.make_scores = lambda model, vocab_size: _Restricted(decoder.make_scores(model, vocab_size), tokens)
+    if decoder.scheme == "block_drafter":
+        exact.assistant = cast(Any, _RestrictedBlocks(exact.assistant, tokens))
     # 2. the distribution of what it generates; n-grams propose the token that ends the prompt twice
     prompt = torch.cat([prompt, tokens[:1].expand(2)])
-    length, lengths = gamma + 1, torch.tensor([len(prompt)], device=prompt.device)
+    # a drafter of blocks begins behind the first token
+    length = gamma + 1 + (decoder.scheme == "block_drafter")
+    lengths = torch.tensor([len(prompt)], device=prompt.device)
     found = dict.fromkeys(itertools.product(tokens.tolist(), repeat=length), 0.0)
     for probability, out in enumerate_outcomes(lambda source: exact.decode(prompt[None], lengths, length, source)):
         found[tuple(out.tokens[0].tolist())] += probability

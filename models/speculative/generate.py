@@ -1,4 +1,7 @@
-"""q* for users of Hugging Face models: `model.generate(..., custom_generate=qstar_generate, target_model=other)`."""
+"""q* for users of Hugging Face models: `model.generate(..., custom_generate=qstar_generate, target_model=other)`.
+
+And speculative sampling of one model: `model.generate(..., custom_generate=speculative_generate, draft_model=drafter)`.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from models.functional.errors import UsageError
+from models.interfaces.scores import ProposesBlocks
 from models.speculative.cached_scores import CachedScores
 from models.speculative.costs import parameter_cost
 from models.speculative.decode import decode_qstar
@@ -55,7 +59,7 @@ def qstar_generate(
     generation_config: GenerationConfig,
     *,
     target_model: PreTrainedModel,
-    draft_model: PreTrainedModel | Scores | None = None,
+    draft_model: PreTrainedModel | Scores | ProposesBlocks | None = None,
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
     theta_weight: Literal["kl_symmetry"] | float | Weight = "kl_symmetry",
     draft: Draft | Literal["auto"] = "auto",
@@ -70,8 +74,9 @@ def qstar_generate(
     """Texts with distribution q* ∝ model^α target_model^(1-α); arguments of `generate` keep their meaning.
 
     model, target_model: π_θ and π_t, of one vocabulary. tokenizers: theirs, where the sizes of their output layers differ.
-    draft_model: a third model, or any scores such as `NgramScores`. theta_weight: α; `kl_symmetry` is equally far from both.
-    draft: see `DraftOptions`; `auto` is the third model where there is one, else `alternate`. gamma, verify, cost,
+    draft_model: a third model, any scores such as `NgramScores`, or a block drafter (`load_drafter`).
+    theta_weight: α; `kl_symmetry` is equally far from both.
+    draft: see `DraftOptions`; `auto` is what the third model does where there is one, else `alternate`. gamma, verify, cost,
     position_cost: see `DraftOptions`. cost=None is the ratio of parameters;
     `**forward_costs(model, target_model, input_ids, draft_model)._asdict()` measures both costs.
     stream: called with the new tokens (n,) of a single text after every round. generator: of all draws; torch's own seed
@@ -84,12 +89,15 @@ def qstar_generate(
         raise UsageError(f"num_beams={generation_config.num_beams}: q* is sampled, not searched; leave num_beams out")
     # 1. q* and the models
     vocabulary = _shared_vocabulary(model, target_model, tokenizers)
+    in_blocks = isinstance(draft_model, ProposesBlocks)
+    if in_blocks:  # it knows the ids that are more than padding of the output layer
+        vocabulary = min(vocabulary, getattr(draft_model, "vocab_size", vocabulary))
     mixture, processors = _mixture_and_processors(generation_config, logits_processor, theta_weight)
     if draft_model is not None:
         _require_vocabulary(draft_model, vocabulary)
     # 2. how texts are drafted, and what ends them
     if draft == "auto":
-        draft = "alternate" if draft_model is None else "assistant"
+        draft = "alternate" if draft_model is None else "block_drafter" if in_blocks else "assistant"
     cost = parameter_cost(model, target_model, draft, draft_model) if cost is None else cost
     eos_ids = _eos_ids(generation_config)
     drafting = DraftOptions(draft, gamma, verify, cost, position_cost)
@@ -106,15 +114,18 @@ def qstar_generate(
         generator = Generator(device=input_ids.device).manual_seed(int(torch.randint(2**62, ())))
     with _in_eval_mode(model, target_model, draft_model):
         scores = CachedScores if generation_config.use_cache else CausalScores
+        theta = scores(model, vocabulary)
         out = decode_qstar(
-            scores(model, vocabulary),
-            scores(target_model, vocabulary),
+            theta,
+            theta if target_model is model else scores(target_model, vocabulary),
             prompts,
             drafting,
             rules,
             rng=TorchRandomSource(generator),
             lengths=lengths,
-            assistant=scores(draft_model, vocabulary) if isinstance(draft_model, nn.Module) else draft_model,
+            assistant=scores(draft_model, vocabulary)
+            if isinstance(draft_model, nn.Module) and not in_blocks
+            else draft_model,
             mixture=mixture,
             on_tokens=None if stream is None else _NewTokens(stream),
         )
@@ -125,6 +136,33 @@ def qstar_generate(
     beyond = torch.arange(longest, device=input_ids.device) >= out.lengths.unsqueeze(-1)
     sequences = torch.cat([input_ids, out.tokens[:, :longest].masked_fill(beyond, pad)], -1)
     return QStarGenerateOutput(sequences, out) if generation_config.return_dict_in_generate else sequences
+
+
+def speculative_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    draft_model: PreTrainedModel | Scores | ProposesBlocks,
+    gamma: int | Literal["auto"] = "auto",
+    verify: Verify = "token",
+    cost: float | None = None,
+    position_cost: float = 0.0,
+    generator: Generator | None = None,
+    stream: Callable[[Tensor], None] | None = None,
+    **model_kwargs: Any,
+) -> Tensor | QStarGenerateOutput:
+    """Texts with the distribution of `model` itself, drafted by another; arguments of `generate` keep their meaning.
+
+    draft_model and what follows it: see `qstar_generate`.
+    """
+    return qstar_generate(
+        model, input_ids, logits_processor, stopping_criteria, generation_config,
+        target_model=model, draft_model=draft_model, theta_weight=1.0, gamma=gamma, verify=verify, cost=cost,
+        position_cost=position_cost, generator=generator, stream=stream, **model_kwargs,
+    )  # fmt: skip
 
 
 class _NewTokens:

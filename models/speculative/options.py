@@ -6,9 +6,9 @@ from typing import Literal, get_args
 from models.functional.errors import UsageError, require_at_least, require_choice
 from models.speculative.distribution import MixtureDist
 
-Draft = Literal["theta", "target", "alternate", "assistant"]
-Verify = Literal["token", "block"]
-Scheme = Literal["naive", "theta", "target", "alternate", "ngram", "assistant"]
+Draft = Literal["theta", "target", "alternate", "assistant", "block_drafter"]
+Verify = Literal["token", "block", "shared_noise"]
+Scheme = Literal["naive", "theta", "target", "alternate", "ngram", "assistant", "block_drafter"]
 Costs = Literal["parameters", "measured"]
 QStarLoss = Literal["kl", "acceptance"]
 
@@ -26,10 +26,12 @@ class DraftOptions:
     """How tokens of q* are drafted and verified. The distribution of the texts is q* for every value.
 
     draft: the model that drafts. `alternate` is the cheaper of theta and target; after a draft that is accepted whole, the
-    verifier's own token is the next proposal.
+    verifier's own token is the next proposal. `block_drafter` proposes all tokens of a draft in one forward pass.
     gamma: tokens of a draft. 0 runs both models for every token. `auto` takes the length of the highest expected speed-up at
     the acceptance rate so far; that may be 0.
-    verify: token by token (Leviathan et al., 2023) or as a block (Sun et al., 2024).
+    verify: token by token (Leviathan et al., 2023) or as a block (Sun et al., 2024); `shared_noise` draws every token of q*
+    with Gumbel noise of its position, with which a third model drafts too (Daliri et al., 2408.07978). A draft is accepted
+    where both draw the same token, so the texts of a seed are the same whoever drafts.
     cost: seconds of a forward pass of theta over one of target; with an assistant, of its pass over one of both.
     position_cost: what each further position adds to a forward pass, as a fraction of the pass. `forward_costs` measures both
     costs; they only decide who drafts in `alternate`, and how much in `auto`.
@@ -46,6 +48,10 @@ class DraftOptions:
         require_choice("verify", self.verify, get_args(Verify))
         require_draft_length("gamma", self.gamma)
         require_at_least(0, position_cost=self.position_cost)
+        if self.verify == "shared_noise" and self.gamma != 0 and self.draft in ("theta", "target", "alternate"):
+            raise UsageError(
+                f"verify=shared_noise needs a third model that drafts, not draft={self.draft}; type verify=token"
+            )
         if self.cost <= 0:
             raise UsageError(f"cost={self.cost} must be above 0")
 
@@ -67,6 +73,7 @@ class QStarOptions:
     loss: what draws π_θ toward q*, on texts that π_θ generates. lora_rank: of adapters of π_θ; None trains all its weights.
     exactness_samples: texts of the G-test of each scheme; 0 skips the exactness tests. Where the corpus cannot list all texts,
         they are of four tokens after one prompt.
+    drafter: folder of a block drafter that was trained for both models, for the scheme block_drafter.
     alpha_points: values of α at which a test measures both divergences of q_α (`AlphaCurve`); 0 draws no such curve.
     """
 
@@ -83,6 +90,7 @@ class QStarOptions:
     lora_rank: int | None = None
     exactness_samples: int = 8192
     alpha_points: int = 41
+    drafter: str | None = None
     lr: float = 1e-4
     weight_decay: float = 0.0
     warmup_steps: int = 10
@@ -99,8 +107,19 @@ class QStarOptions:
         require_choice("module.loss", self.loss, get_args(QStarLoss))
         require_draft_length("module.gamma", self.gamma)
         require_at_least(0, module__exactness_samples=self.exactness_samples, module__alpha_points=self.alpha_points)
+        if "block_drafter" in self.schemes and self.drafter is None:
+            raise UsageError(
+                "module.schemes names block_drafter, but there is no drafter; type module.drafter=<run folder>/drafter of "
+                "experiment=block_draft_oracle with the same two models"
+            )
         if self.alpha_points == 1:
             raise UsageError("module.alpha_points=1 is no curve; type module.alpha_points=41, or 0 for no curve")
+        own = [scheme for scheme in self.schemes if scheme in ("theta", "target", "alternate")]
+        if self.verify == "shared_noise" and own:
+            raise UsageError(
+                f"module.verify=shared_noise needs a third model that drafts, and module.schemes has {own[0]}; type for "
+                "example module.schemes=[naive,ngram]"
+            )
         if self.lora_rank is not None:
             require_at_least(1, module__lora_rank=self.lora_rank)
         try:

@@ -16,11 +16,25 @@ class Roles(NamedTuple):
     cost: float
     formula: str
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a draft takes one forward pass."""
+        return self.drafter == "block_drafter"
+
+    def of_one_model(self) -> "Roles":
+        """The same where theta is also the target and runs once."""
+        return self._replace(verifiers=("theta",))
+
+    @property
+    def third(self) -> bool:
+        """Whether neither theta nor target drafts, so that all models that q* needs verify the draft."""
+        return self.drafter not in ("theta", "target")
+
 
 def roles(options: DraftOptions) -> Roles:
     draft, cost = options.draft, options.cost
-    if draft == "assistant":
-        return Roles("assistant", ("theta", "target"), cost, "assistant")
+    if draft in ("assistant", "block_drafter"):
+        return Roles(draft, ("theta", "target"), cost, draft)
     formula = "alternate" if draft == "alternate" else "carry"
     if draft == "theta" or (draft == "alternate" and cost <= 1):
         return Roles("theta", ("target",), cost, formula)

@@ -1,8 +1,9 @@
 """A Hugging Face causal LM as the scores that q* decoding calls.
 
-Legend: B batch, L columns of the buffer, W columns that are read, V vocabulary.
+Legend: B batch, L columns of the buffer, W columns that are read, V vocabulary, F numbers of all chosen layers together.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.backbones.abilities import context_of
+from models.backbones.causal_lm import chosen_states
 from models.functional.errors import UsageError
 from models.functional.precision import at_least_float32
 
@@ -25,12 +27,40 @@ class CausalScores:
         """vocab_size: ids from there on are padding of the output layer and never generated."""
         self.model, self.vocab_size = model.eval(), vocab_size
         self.context = context_of(model)
+        self.layers: tuple[int, ...] = ()
+        self._read: tuple[Tensor, Tensor] | None = None  # tokens (B, W) of the last call, and their states (B, W, F)
+
+    def keep_states(self, layers: Sequence[int]) -> None:
+        self.layers = tuple(layers)
+
+    def keep_rows(self, stay: Tensor) -> None:
+        if self._read is not None:
+            self._read = self._read[0][stay], self._read[1][stay]
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> Tensor:
         width = int(lengths.max()) + count - 1
-        logits = self.model(input_ids=ids[:, :width]).logits[..., : self.vocab_size]  # (B, W, V)
-        return log_probabilities_from(logits, lengths - 1, count)
+        out = self.model(input_ids=ids[:, :width], output_hidden_states=bool(self.layers))
+        if self.layers:
+            self._read = ids[:, :width].clone(), chosen_states(out, self.layers)
+        return log_probabilities_from(out.logits[..., : self.vocab_size], lengths - 1, count)  # logits (B, W, V)
+
+    def states_before(self, ids: Tensor, ends: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """See `StateScores`; of the last call alone."""
+        if self._read is None:
+            raise ValueError("no states have been kept: call keep_states, and then the scores")
+        tokens, states = self._read
+        width = tokens.shape[1]
+        place = window_positions(ends, window)
+        read = (place >= 0) & (place < width)
+        place = place.clamp(0, width - 1)
+        read &= ids.gather(1, place) == tokens.gather(1, place)
+        return states.gather(1, place.unsqueeze(-1).expand(-1, -1, states.shape[-1])), read
+
+
+def window_positions(ends: Tensor, window: int) -> Tensor:
+    """The positions ends - window, ..., ends - 1, (B, window), of ends (B,); those before a text are negative."""
+    return ends.unsqueeze(-1) - window + torch.arange(window, device=ends.device)
 
 
 def log_probabilities_from(logits: Tensor, first: Tensor, count: int) -> Tensor:

@@ -5,6 +5,7 @@ Legend: B rows that go on, R rows of the request, L columns of the buffer, N new
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from models.functional.errors import require_at_least
 from models.functional.next_token import are_ends
 from models.functional.qstar import no_common_token, residual
+from models.interfaces.scores import BlockProposal
 from models.speculative.distribution import MixtureDist, NextTokenDist
 from models.speculative.random_source import RandomSource
 
@@ -51,6 +53,9 @@ class QStarOutput:
     drafts: of each row counted alone. drafted_tokens: in all of them.
     verified, accepted: by model, its proposed tokens that were verified (none after a rejection), and those accepted.
     forwards: by model, its forward passes for the whole batch.
+    verified_at, accepted_at: by position in a draft, the tokens that were verified there, and those accepted.
+    draft_starts (D, 2): row and first position in `tokens` of each draft. undrafted: rounds, of each row counted alone, in
+    which q* was sampled without a draft.
     """
 
     tokens: Tensor
@@ -65,18 +70,41 @@ class QStarOutput:
     verified: dict[str, int] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     forwards: dict[str, int] = field(default_factory=dict)
+    verified_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    draft_starts: Tensor | None = None
+    undrafted: int = 0
 
     @property
     def acceptance(self) -> dict[str, float]:
         """The acceptance rate β of each model's proposals."""
         return {name: self.accepted[name] / count for name, count in self.verified.items() if count}
 
+    @property
+    def acceptance_at(self) -> list[float]:
+        """By position in a draft, the share of tokens accepted of those verified there."""
+        return [a / v for a, v in zip(self.accepted_at, self.verified_at, strict=True) if v]
+
+    @property
+    def accepted_length(self) -> float | None:
+        """Accepted tokens of a draft, in the mean; the token after them is not counted. None without a draft."""
+        return sum(self.accepted_at) / self.drafts if self.drafts else None
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens of a row for each forward pass of a verifier over it, the first one, over the prompt, included.
+
+        For drafts of a third model or of n-grams; rows of a batch are counted alone.
+        """
+        return int(self.lengths.sum()) / (self.drafts + self.undrafted)
+
 
 class QStarRun:
     """The state of a batch, and the steps that change it.
 
     models: {"theta", "target", and "assistant" where a third one drafts}. draft_columns: how far drafts may reach beyond the
-    last token of a text. rows (B,): the rows of the request that go on; `drop_ended` removes the others. What is returned of
+    last token of a text. shared_noise: see `DraftOptions`; it takes the memory of R N V numbers of 8 bytes.
+    rows (B,): the rows of the request that go on; `drop_ended` removes the others. What is returned of
     all R rows is kept apart: new_tokens, new_lengths, figures.
     """
 
@@ -90,6 +118,7 @@ class QStarRun:
         draft_columns: int,
         mixture: MixtureDist,
         rng: RandomSource,
+        shared_noise: bool = False,
     ) -> None:
         self.models, self.rules, self.mixture, self.rng = models, rules, mixture, rng
         batch, device, longest = len(input_ids), input_ids.device, rules.max_new_tokens
@@ -102,7 +131,10 @@ class QStarRun:
         }
         # positions that every model can read; a request that fits is never drafted beyond them
         self.context = min(getattr(model, "context", None) or self.ids.shape[1] for model in models.values())
-        self.drafts, self.drafted_tokens = 0, 0
+        self.drafts, self.drafted_tokens, self.undrafted = 0, 0, 0
+        self.verified_at, self.accepted_at = [0] * draft_columns, [0] * draft_columns
+        self.draft_starts: list[Tensor] = []
+        self.shared_noise, self._noise = shared_noise, torch.empty(0)
         self.verified, self.accepted, self.forwards = (dict.fromkeys(models, 0) for _ in range(3))
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -145,6 +177,34 @@ class QStarRun:
         # ended rows must not widen the forward pass
         within = torch.where(active, wanted, wanted[active].min())
         return self.mixture.tempered(self.models[name](self.ids, within, count))
+
+    def draw(self, p: Tensor, offset: int | Tensor) -> Tensor:
+        """Tokens (B,) from p (B, V), `offset` positions beyond the committed ones; with the noise of a position if shared."""
+        if not self.shared_noise:
+            return self.rng.choose(p)
+        if not len(self._noise):  # all at once, so that it does not depend on what is drafted
+            request, longest = self.new_tokens.shape
+            uniform = self.rng.uniform(request * longest, p.shape[-1], p).clamp(min=1e-300)
+            self._noise = -torch.log(-torch.log(uniform)).view(request, longest, -1)
+        position = (self.generated + offset).clamp(max=self._noise.shape[1] - 1)
+        return (p.double().log() + self._noise[self.rows, position]).argmax(-1)
+
+    def propose(self, name: str, size: int) -> BlockProposal:
+        """One forward pass of a drafter of blocks: `size` tokens behind the committed ones, for every row."""
+        drafter: Any = self.models[name]
+        self.forwards[name] += 1
+        # the last token of a row has been committed, but not been read
+        ends = self.lengths - 1
+        found = [self._states(verifier, ends, drafter.window) for verifier in drafter.state_layers]
+        states = torch.cat([part for part, _ in found], -1)
+        read = torch.stack([part for _, part in found]).all(0)
+        last = self.ids.gather(1, ends.unsqueeze(-1)).squeeze(-1)
+        draws = _PositionDraws(self) if self.shared_noise else self.rng
+        return drafter.propose(states, read, last, size, draws, self.mixture.proposal)
+
+    def _states(self, verifier: str, ends: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        model: Any = self.models[verifier]
+        return model.states_before(self.ids, ends, window)
 
     def write(self, tokens: Tensor, offset: int | Tensor) -> None:
         """Put drafted tokens (B,) at `offset` positions beyond the committed tokens."""
@@ -206,7 +266,7 @@ class QStarRun:
 
     def sample(self, rows: Tensor, dist: NextTokenDist) -> None:
         """Commit a token of q* itself to each of the rows (B,) bool."""
-        self.commit(rows, self.rng.choose(dist.log_q.exp()), dist)
+        self.commit(rows, self.draw(dist.log_q.exp(), 0), dist)
 
     def verify(self, rows: Tensor, tokens: Tensor, dist: NextTokenDist, proposer: str, proposal: Tensor) -> Tensor:
         """Accept tokens (B,) of the rows (B,) bool, drawn from log-probabilities proposal (B, V), or replace them; commit.
@@ -227,6 +287,18 @@ class QStarRun:
         self.verified[proposer] += verified
         self.accepted[proposer] += accepted
 
+    def count_at(self, position: int, verified: int, accepted: int) -> None:
+        """position: in a draft."""
+        self.verified_at[position] += verified
+        self.accepted_at[position] += accepted
+
+    def count_draft(self, lengths: Tensor) -> None:
+        """A draft of lengths (B,) is about to be verified."""
+        active = self.active
+        self.drafts += int(active.sum())
+        self.drafted_tokens += int(lengths[active].sum())
+        self.draft_starts.append(torch.stack([self.rows, self.generated], -1)[active])
+
     def output(self) -> QStarOutput:
         beyond = torch.arange(self.rules.max_new_tokens, device=self.ids.device) >= self.new_lengths.unsqueeze(-1)
         tokens = self.new_tokens.masked_fill(beyond, next(iter(self.rules.eos_ids), 0))
@@ -234,4 +306,17 @@ class QStarRun:
         return QStarOutput(
             tokens, self.new_lengths, f["alpha"], f["chernoff"], f["theta"], f["target"], f["log_q"],
             self.drafts, self.drafted_tokens, self.verified, self.accepted, self.forwards,
+            self.verified_at, self.accepted_at, torch.cat(self.draft_starts) if self.draft_starts else None,
+            self.undrafted,
         )  # fmt: skip
+
+
+class _PositionDraws:
+    """The draws of a draft, from its first position on, with the noise of each position."""
+
+    def __init__(self, run: QStarRun) -> None:
+        self.run, self.drawn, self.uniform = run, 0, run.rng.uniform
+
+    def choose(self, p: Tensor) -> Tensor:
+        self.drawn += 1
+        return self.run.draw(p, self.drawn - 1)

@@ -1,4 +1,4 @@
-"""How much of a draft is accepted: token by token (Leviathan et al., 2023) or as a block (Sun et al., 2403.10444).
+"""How much of a draft is accepted: token by token (Leviathan et al., 2023), as a block (Sun et al., 2403.10444), by equality.
 
 Rows of a batch may have drafts of different lengths.
 Legend: B batch, G tokens of the longest draft, V vocabulary.
@@ -36,6 +36,7 @@ def verify_tokens(run: QStarRun, draft: Drafted, dist: NextTokenDist) -> Tensor:
         if not bool(rows.any()):
             break
         accepted = run.verify(rows, draft.tokens[:, k], dist.at(k), draft.drafter, draft.logp[:, k])
+        run.count_at(k, int(rows.sum()), int(accepted.sum()))
         unrejected = (unrejected & ~rows) | (accepted & run.active)
     return unrejected
 
@@ -68,6 +69,8 @@ def verify_block(run: QStarRun, draft: Drafted, dist: NextTokenDist) -> Tensor:
     room = torch.minimum(run.remaining, lengths)[active]
     verified = torch.minimum(accepted[active] + 1, room).sum()
     run.count(drafter, int(verified), int(torch.minimum(accepted[active], room).sum()))
+    for k in range(gamma):
+        run.count_at(k, *(int(((accepted[active] >= n) & (room > k)).sum()) for n in (k, k + 1)))
     # 3. the prefix, then one token from the residual where the draft was not accepted whole
     for k in range(gamma):
         run.commit(active & (accepted > k), tokens[:, k], dist.at(k))
@@ -79,4 +82,24 @@ def verify_block(run: QStarRun, draft: Drafted, dist: NextTokenDist) -> Tensor:
     return active & (accepted == lengths) & run.active
 
 
-VERIFICATIONS: dict[Verify, Verification] = {"token": verify_tokens, "block": verify_block}
+def verify_shared_noise(run: QStarRun, draft: Drafted, dist: NextTokenDist) -> Tensor:
+    """q* is drawn at every position with the noise of that position, and a drafted token is accepted where it is that draw."""
+    unrejected = run.active
+    for k in range(draft.tokens.shape[1]):
+        rows = unrejected & (draft.lengths > k)
+        if not bool(rows.any()):
+            break
+        own = run.draw(dist.log_q[:, k].exp(), 0)
+        accepted = (own == draft.tokens[:, k]) & rows
+        run.count(draft.drafter, int(rows.sum()), int(accepted.sum()))
+        run.count_at(k, int(rows.sum()), int(accepted.sum()))
+        run.commit(rows, own, dist.at(k))
+        unrejected = (unrejected & ~rows) | (accepted & run.active)
+    return unrejected
+
+
+VERIFICATIONS: dict[Verify, Verification] = {
+    "token": verify_tokens,
+    "block": verify_block,
+    "shared_noise": verify_shared_noise,
+}

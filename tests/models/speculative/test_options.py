@@ -33,8 +33,8 @@ def test_wrong_options_are_named(options, message):
 
 
 def test_schemes_may_be_a_list_as_in_yaml_and_each_has_a_title():
-    options = QStarOptions(schemes=list(TITLES))
-    assert options.schemes == ("naive", "theta", "target", "alternate", "ngram", "assistant")
+    options = QStarOptions(schemes=list(TITLES), drafter="drafter")
+    assert options.schemes == ("naive", "theta", "target", "alternate", "ngram", "assistant", "block_drafter")
     assert options.mixture.theta_weight is None
 
 

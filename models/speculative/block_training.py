@@ -1,0 +1,123 @@
+r"""Training a block drafter on texts of its target: the blocks of a text, their loss, and how far they would survive.
+
+Legend: B texts, T input positions, A anchors of a text, N blocks, k tokens of a block, W positions of a window, M scored
+positions, V vocabulary, F numbers of all chosen layers together.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from models.backbones.causal_lm import causal_logits_and_states
+from models.functional.block_draft import DraftLoss, Survival, draft_loss, expected_survival
+from models.functional.next_token import CausalText
+from models.functional.precision import at_least_float32
+from models.functional.uniform import uniform
+from models.speculative.block_drafter import BlockDrafter
+from models.speculative.distribution import MixtureDist
+from models.speculative.scores import window_positions
+
+
+class Read(NamedTuple):
+    """What the verifiers make of texts. states (B, T, F); log_q (M, V): q* at the scored positions, in their order."""
+
+    states: Tensor
+    log_q: Tensor
+
+
+class Blocks(NamedTuple):
+    """Blocks of texts behind their anchors, the last committed tokens.
+
+    row, anchor (N,): the text and the position of the anchor. last (N,): its token. tokens (N, k), at (N, k): the tokens after
+    it and the index of each in M. counts (N, k) bool: those that are scored, up to the first that is not.
+    """
+
+    row: Tensor
+    anchor: Tensor
+    last: Tensor
+    tokens: Tensor
+    at: Tensor
+    counts: Tensor
+
+
+class BlockTerms(NamedTuple):
+    """loss: see `draft_loss`. survival: see `expected_survival`. drafts: N."""
+
+    loss: DraftLoss
+    survival: Survival
+    drafts: int
+
+
+@torch.no_grad()
+def read_texts(
+    verifiers: Mapping[str, nn.Module], drafter: BlockDrafter, mixture: MixtureDist, text: CausalText
+) -> Read:
+    """One forward pass of each verifier; a single one is q* itself."""
+    found = {
+        name: causal_logits_and_states(model, text, drafter.state_layers[name]) for name, model in verifiers.items()
+    }
+    states = torch.cat([own for _, own in found.values()], -1)
+    both = [
+        mixture.tempered(at_least_float32(logits[text.weights][..., : drafter.vocab_size]).log_softmax(-1))
+        for logits, _ in found.values()
+    ]
+    return Read(states, mixture(both[0], both[-1]).log_q)
+
+
+def draw_anchors(text: CausalText, most: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Rows and positions (N,) of at most `most` anchors a text, without replacement among those whose next token is scored."""
+    order = uniform(*text.weights.shape, generator=generator).masked_fill(~text.weights, -1.0)
+    anchors = order.topk(min(most, order.shape[1]), -1).indices
+    rows = torch.arange(len(anchors), device=anchors.device).unsqueeze(-1).expand_as(anchors)
+    scored = text.weights.gather(1, anchors)
+    return rows[scored], anchors[scored]
+
+
+def blocks_at(text: CausalText, row: Tensor, anchor: Tensor, length: int) -> Blocks:
+    """The blocks of `length` tokens behind anchors (N,) of rows (N,)."""
+    place = anchor.unsqueeze(-1) + torch.arange(
+        length, device=anchor.device
+    )  # of the position that predicts each token
+    inside = place < text.ids.shape[1]
+    place = place.clamp(max=text.ids.shape[1] - 1)
+    counts = (text.weights[row.unsqueeze(-1), place] & inside).long().cumprod(-1).bool()
+    index = text.weights.flatten().long().cumsum(0).sub(1).clamp(min=0).view_as(text.ids)
+    at = index[row.unsqueeze(-1), place]
+    return Blocks(row, anchor, text.ids[row, anchor], text.targets[row.unsqueeze(-1), place], at, counts)
+
+
+def drafted_log_probs(
+    drafter: BlockDrafter, read: Read, text: CausalText, blocks: Blocks, mixture: MixtureDist, generator: Generator
+) -> Tensor:
+    """log ψ (N, k, V) of the blocks, as the drafter would have proposed them after their anchors."""
+    place = window_positions(blocks.anchor, drafter.window)  # (N, W)
+    seen = place >= 0
+    place = place.clamp(min=0)
+    if text.attention_mask is not None:
+        seen = seen & text.attention_mask[blocks.row.unsqueeze(-1), place].bool()
+    context = drafter.mix_states(read.states)[blocks.row.unsqueeze(-1), place]
+    fractions = uniform(*blocks.tokens.shape, generator=generator).double()
+    return drafter.log_probs(context, seen, blocks.last, blocks.tokens, fractions, mixture.tempered)
+
+
+def block_terms(
+    drafter: BlockDrafter,
+    read: Read,
+    text: CausalText,
+    blocks: Blocks,
+    mixture: MixtureDist,
+    generator: Generator,
+    *,
+    ce: float,
+    tv: float,
+    decay: float,
+) -> BlockTerms:
+    """The loss of the blocks, with a gradient to the drafter, and how far they survive token verification."""
+    logp = drafted_log_probs(drafter, read, text, blocks, mixture, generator)
+    log_q = read.log_q[blocks.at]
+    loss = draft_loss(logp, log_q, blocks.tokens, blocks.counts, ce=ce, tv=tv, decay=decay)
+    with torch.no_grad():
+        survival = expected_survival(mixture.truncated(logp), log_q, blocks.tokens, blocks.counts)
+    return BlockTerms(loss, survival, len(blocks.row))

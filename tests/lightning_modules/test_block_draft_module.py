@@ -1,0 +1,190 @@
+"""Training of a block drafter for one model and for a pair: texts, resume, files, and its figures beside decoding's."""
+
+import pytest
+import torch
+from helpers.trainer import Losses, quiet_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.frontier import FrontierReport
+from datamodules.oracle.datamodule import OracleDataModule
+from lightning_modules.block_draft import BlockDraftModule
+from lightning_modules.qstar_decoding import QStarDecodingModule
+from models.backbones.causal import build_causal
+from models.functional.errors import UsageError
+from models.speculative.drafter_files import load_drafter
+
+
+def corpus() -> OracleDataModule:
+    data = OracleDataModule(
+        size="tiny", style=0.5, train_rows=64, val_rows=32, test_rows=32, batch_size=16, eval_batch_size=32
+    )
+    data.setup()
+    return data
+
+
+def network(data, seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model = build_causal(**data.special_ids(), **sizes, max_position_embeddings=32, rope_theta=10_000.0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim >= 2:
+                weight.normal_(std=0.4)
+    return model
+
+
+@pytest.fixture
+def data():
+    return corpus()
+
+
+def build(data, alone=False, **options):
+    options = {"draft_length": 3, "window": 6, "rank": 4, "anchors": 3, "lr": 1e-2, "warmup_steps": 0} | options
+    torch.manual_seed(7)
+    if alone:
+        return BlockDraftModule(network(data, 0), **options)
+    return BlockDraftModule(theta=network(data, 0), target=network(data, 1), **options)
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.drafter.own_parameters().items()}
+
+
+@pytest.mark.parametrize("dependence", ["none", "markov", "noise"])
+@pytest.mark.parametrize("alone", [False, True], ids=["pair", "one_model"])
+def test_training_lowers_the_loss_and_leaves_the_verifiers_alone(data, dependence, alone):
+    module, losses = build(data, alone, dependence=dependence, pool=2), Losses()
+    before = {name: p.clone() for name, p in module.theta.named_parameters()}
+    quiet_trainer(40, callbacks=[losses]).fit(module, data)
+    assert sum(losses.seen[-5:]) < 0.9 * sum(losses.seen[:5])
+    assert all(torch.equal(p, before[name]) for name, p in module.theta.named_parameters())
+    assert len(module._pool) == 2
+
+
+@pytest.mark.parametrize("pool", [0, 3])
+@pytest.mark.parametrize("stop", [2, 5])
+def test_resumed_is_uninterrupted(data, tmp_path, stop, pool):
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, resumed = build(data, pool=pool), build(data, pool=pool)
+    start = weights(whole)
+    quiet_trainer(7, callbacks=[keep], enable_checkpointing=True).fit(whole, data)
+    path = tmp_path / f"step={stop}.ckpt"
+    quiet_trainer(7).fit(resumed, corpus(), ckpt_path=path, weights_only=True)
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(resumed)[name], weight, atol=0, rtol=0)
+    assert any(not torch.equal(start[name], weight) for name, weight in weights(whole).items())
+    held = torch.load(path, weights_only=True)["state_dict"]
+    assert set(held) == {f"drafter.{name}" for name in start}
+
+
+def test_texts_are_of_the_target_up_to_their_ends_and_a_pool_keeps_them(data):
+    module = build(data, pool=1)
+    trainer = quiet_trainer(2)
+    trainer.fit(module, data)
+    rows = module._pool[0]
+    assert rows["completion_mask"].sum() <= rows["response_mask"].sum()
+    drawn = module._with_texts(module._rows(data.rows["test"][:8]), torch.Generator().manual_seed(0))
+    given = data.rows["test"][:8]["input_ids"]
+    columns = data.response_length
+    assert torch.equal(drawn["input_ids"][:, :-columns], given[:, :-columns])
+    assert not torch.equal(drawn["input_ids"][:, -columns:], given[:, -columns:])
+    own = build(data, texts="data")
+    own.end_ids = data.end_ids()
+    kept = own._with_texts(own._rows(data.rows["test"][:8]), torch.Generator())
+    assert torch.equal(kept["input_ids"], given)
+
+
+def test_half_a_row_of_packed_text_is_the_prompt(data):
+    ids = torch.arange(12).view(2, 6)
+    rows = build(data)._rows({"input_ids": ids, "labels": ids})
+    assert rows["response_mask"].tolist() == [[False] * 3 + [True] * 3] * 2
+    assert rows["attention_mask"].all()
+
+
+@pytest.mark.parametrize("dependence", ["markov", "noise"])
+def test_validation_shows_what_is_served_beside_the_training_figure(data, dependence):
+    """The same anchors and texts: both figures agree but for sampling noise, and not with another drafter's."""
+    module = build(data, dependence=dependence, pool=2, served_rows=32)
+    trainer = quiet_trainer(20, val_check_interval=20)
+    trainer.fit(module, data)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    rows = {name: column.repeat(8, 1) for name, column in module._rows(next(iter(data.val_dataloader()))).items()}
+    served = module._served(rows, torch.Generator().manual_seed(0))
+    assert float(served["served_length"]) == pytest.approx(float(served["length_at_served"]), rel=0.1)
+    assert {"val/accepted_length", "val/served_length", "val/length_at_served", "val/served_1", "val/accept_3"} <= set(
+        found
+    )
+    with torch.no_grad():
+        module.drafter.norm.weight.mul_(-1.0)
+    other = module._served(rows, torch.Generator().manual_seed(0))
+    assert float(other["served_length"]) < 0.8 * float(served["served_length"])
+
+
+def test_a_test_run_records_what_drafts_were_worth(data, tmp_path):
+    report = FrontierReport(str(tmp_path), "trial", {})
+    quiet_trainer(1, callbacks=[report]).test(build(data, True), data, verbose=False)
+    rows = {row["decoder"]: row for row in report.record["rows"]}
+    assert list(rows)[:3] == [
+        "one model, it runs at every token", "one model, n-grams draft", "one model, blocks are drafted"
+    ]  # fmt: skip
+    drafts = report.record["drafts"]["block_drafter"]
+    assert 0 < drafts["acceptance"] < 1
+    assert len(drafts["acceptance_at"]) == 3
+    assert drafts["expected_accepted_length"] == pytest.approx(drafts["accepted_length"], rel=0.25)
+    assert 1 < drafts["tokens_per_verifier_forward"] < 1 + drafts["accepted_length"] + 1e-9
+    assert rows["one model, blocks are drafted"]["cost"]["acceptance"] == drafts["acceptance"]
+
+
+def test_an_exported_drafter_answers_as_the_module_did(data, tmp_path):
+    module = build(data)
+    quiet_trainer(3).fit(module, data)
+    folder = module.export(tmp_path / "drafter", data.tokenizer)
+    again = build(data, lr=1.0)
+    rows = module._rows(data.rows["test"][:8])
+    texts = [
+        decoder(rows, torch.Generator().manual_seed(1))
+        for decoder in (module.decoder("block_drafter", data.response_length), again.answering(data, folder))
+    ]
+    assert torch.equal(*texts)
+    assert load_drafter(folder, module.verifiers).options == module.drafter.options
+
+
+def test_q_star_decoding_takes_a_saved_drafter(data, tmp_path):
+    module = build(data)
+    quiet_trainer(20).fit(module, data)
+    folder = str(module.export(tmp_path / "drafter"))
+    report = FrontierReport(str(tmp_path), "trial", {})
+    options = {"schemes": ("block_drafter",), "drafter": folder, "exactness_samples": 500, "alpha_points": 0}
+    pair = QStarDecodingModule(network(data, 0), network(data, 1), **options)
+    quiet_trainer(1, callbacks=[report]).test(pair, data, verbose=False)
+    row = {row["decoder"]: row for row in report.record["rows"]}["q*, blocks are drafted"]
+    assert row["quality"]["g_test_p"] > 1e-3
+    assert row["quality"]["max_enumeration_error"] < 1e-12
+    assert 0 < row["cost"]["acceptance"] < 1
+    with pytest.raises(UsageError, match="there is no drafter"):
+        QStarDecodingModule(network(data, 0), network(data, 1), schemes=("block_drafter",))
+    with pytest.raises(UsageError, match="holds no block drafter"):
+        QStarDecodingModule(network(data, 0), network(data, 1), schemes=("block_drafter",), drafter=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dependence": "order"}, "module.dependence=order"),
+        ({"schemes": ()}, "module.schemes is empty"),
+        ({"schemes": ("theta",)}, "module.schemes=theta"),
+        ({"texts": "judge"}, "module.texts=judge"),
+        ({"decay": 0.0}, "module.decay=0.0"),
+        ({"ce": 0.0, "tv": 0.0}, "trains nothing"),
+        ({"temperature": 0.0}, "module.temperature=0.0"),
+        ({"anchors": 0}, "module.anchors=0"),
+    ],
+)
+def test_wrong_options_are_named(data, options, message):
+    with pytest.raises(UsageError, match=message):
+        build(data, **options)
+
+
+def test_a_drafter_without_a_model_is_refused():
+    with pytest.raises(UsageError, match="one causal model, or both"):
+        BlockDraftModule()

@@ -1,0 +1,370 @@
+"""The network that drafts blocks: exactness, what it reads, and that training sees what decoding serves."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from helpers.qwen import tiny_qwen
+
+from models.functional.errors import UsageError
+from models.functional.next_token import CausalText
+from models.interfaces.scores import ProposesBlocks, StateScores
+from models.speculative.block_drafter import BlockDrafter, BlockDrafterOptions, early_middle_late
+from models.speculative.block_training import block_terms, blocks_at, drafted_log_probs, draw_anchors, read_texts
+from models.speculative.cached_scores import CachedScores
+from models.speculative.decode import decode_qstar
+from models.speculative.decoder import QStarDecoder
+from models.speculative.distribution import MixtureDist
+from models.speculative.drafter_files import load_drafter, save_drafter
+from models.speculative.exactness import enumeration_error, g_test_of
+from models.speculative.options import DraftOptions, QStarOptions
+from models.speculative.random_source import TorchRandomSource, enumerate_outcomes
+from models.speculative.scores import CausalScores
+from models.speculative.state import TextRules
+
+V = 7
+NO_ENDS = {"eos_token_id": None, "pad_token_id": None, "bos_token_id": None}
+PROMPT = torch.tensor([1, 4, 2, 6])
+DEPENDENCES = ("none", "markov", "noise")
+
+
+def models(dtype=torch.float32):
+    return {
+        name: tiny_qwen(seed, vocabulary=V, scale=2.0, dtype=dtype, **NO_ENDS)
+        for name, seed in (("theta", 5), ("target", 6))
+    }
+
+
+def drafter_of(verifiers, dependence, seed=0, **options):
+    """A drafter whose proposals depend on all that they may depend on."""
+    torch.manual_seed(seed)
+    options = {"draft_length": 3, "window": 5, "rank": 4} | options
+    drafter = BlockDrafter(verifiers, BlockDrafterOptions(dependence=dependence, **options), V)
+    with torch.no_grad():
+        for weight in drafter.own_parameters().values():
+            if weight.ndim >= 2:
+                weight.normal_(std=0.5)
+    dtype = next(drafter.lender.parameters()).dtype
+    return drafter.to(dtype).eval()
+
+
+def decoder(dependence, verify="token", alone=False, scheme="block_drafter"):
+    own = models()
+    if alone:
+        own = {"theta": own["theta"]}
+    sizes = {"response_length": 3, "vocab_size": V, "end_ids": None}
+    options = QStarOptions(verify=verify, gamma=2)
+    third = drafter_of(own, dependence) if scheme == "block_drafter" else None
+    pair = (own["theta"], own.get("target", own["theta"]))
+    return QStarDecoder(*pair, scheme, options, assistant=third, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("dependence", "verify", "alone"), [("none", "token", True), ("markov", "block", False), ("markov", "token", True)]
+)
+def test_the_network_keeps_the_distribution(dependence, verify, alone):
+    """Every outcome of the decoder's own draws, with key-value caches, in float64."""
+    assert enumeration_error(decoder(dependence, verify, alone), PROMPT) < 1e-12
+
+
+def quantised(logp, tokens, grid):
+    """The nearest distribution over the tokens whose probabilities are multiples of 1 / grid."""
+    p = logp[..., tokens].softmax(-1)
+    low = (p * grid).round().clamp(min=0)
+    low[..., -1] = grid - low[..., :-1].sum(-1)
+    out = torch.full_like(logp, -torch.inf)
+    out[..., tokens] = (low / grid).log()
+    return out
+
+
+@pytest.mark.parametrize("verify", ["token", "block"])
+@pytest.mark.parametrize("peeking", [False, True], ids=["causal", "peeking"])
+def test_noise_keeps_the_distribution_on_a_grid(verify, peeking, monkeypatch):
+    """The network's own code on a grid of noise. The control reads the noise that draws the very token."""
+    own, grid = {"theta": models(torch.float64)["theta"]}, 3
+    drafter, tokens = drafter_of(own, "noise"), torch.tensor([2, 5])
+    if peeking:
+        logits = drafter.logits
+        monkeypatch.setattr(
+            drafter, "logits", lambda memory, read, last, noise: logits(memory, read, last, noise.roll(-1, 1))
+        )
+
+    class Two(CausalScores):
+        def __call__(self, ids, lengths, count):
+            logp = super().__call__(ids, lengths, count)
+            return torch.full_like(logp, -torch.inf).index_copy(-1, tokens, logp[..., tokens]).log_softmax(-1)
+
+    mixture = MixtureDist(1.0)
+    monkeypatch.setattr(MixtureDist, "proposal", lambda self, logp: quantised(logp, tokens, grid))
+
+    def run(rng):
+        scores = Two(own["theta"], V)
+        drafting = DraftOptions("block_drafter", 2, verify)
+        return decode_qstar(
+            scores, scores, PROMPT[None], drafting, TextRules(3), rng=rng, assistant=drafter, mixture=mixture
+        )
+
+    found = {}
+    for probability, out in enumerate_outcomes(run, grid):
+        text = tuple(out.tokens[0].tolist())
+        found[text] = found.get(text, 0.0) + probability
+    worst, scores = 0.0, Two(own["theta"], V)
+    for text, probability in found.items():
+        ids = torch.cat([PROMPT, torch.tensor(text)])[None]
+        logp = scores(ids, torch.tensor([len(PROMPT)]), 3)[0]
+        worst = max(worst, abs(probability - logp.gather(-1, torch.tensor(text)[:, None]).sum().exp().item()))
+    assert (worst > 1e-3) if peeking else (worst < 1e-12)
+
+
+def test_texts_with_noise_pass_a_g_test():
+    texts = torch.cartesian_prod(*[torch.arange(V)] * 2)
+    p = g_test_of(decoder("noise"), PROMPT, texts, 3000, torch.Generator().manual_seed(0))
+    assert p > 1e-3
+
+
+@pytest.mark.parametrize("dependence", DEPENDENCES)
+def test_a_position_reads_what_its_dependence_allows(dependence):
+    """Noise: none of its own and of later positions. The block before it: by the noise alone."""
+    own = models()
+    drafter = drafter_of(own, dependence)
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 5, sum(drafter.widths), generator=draw)
+    read, last = torch.ones(2, 5, dtype=torch.bool), torch.tensor([1, 3])
+    memory = drafter.read_context(drafter.mix_states(states))
+    noise = torch.rand(2, 3, generator=draw).double()
+    before = drafter.logits(memory, read, last, noise)
+    for k in range(3):
+        other = noise.clone()
+        other[:, k] = (other[:, k] + 0.5) % 1
+        change = (drafter.logits(memory, read, last, other) - before).abs().amax((0, 2)) > 1e-6
+        assert change.tolist() == [dependence == "noise" and n > k for n in range(3)]
+    assert not torch.allclose(drafter.logits(memory, read, last.flip(0), noise), before)
+
+
+def test_positions_that_were_not_read_change_nothing():
+    own = models()
+    drafter = drafter_of(own, "none")
+    states = torch.randn(1, 5, sum(drafter.widths))
+    read = torch.tensor([[False, False, True, True, True]])
+    other = states.clone()
+    other[:, :2] = 100.0
+    first, second = (
+        drafter.logits(drafter.read_context(drafter.mix_states(s)), read, torch.tensor([1])) for s in (states, other)
+    )
+    torch.testing.assert_close(first, second)
+    other[:, 2] += 1.0
+    assert not torch.allclose(
+        drafter.logits(drafter.read_context(drafter.mix_states(other)), read, torch.tensor([1])), first
+    )
+
+
+def test_a_longer_window_changes_nothing_where_it_was_not_read():
+    """Positions are relative: the block follows its window, whatever the window's length."""
+    own = models()
+    long, short = drafter_of(own, "none", window=5), drafter_of(own, "none", window=3)
+    states, last = torch.randn(2, 3, sum(long.widths)), torch.tensor([1, 3])
+    padded = torch.cat([torch.zeros(2, 2, states.shape[-1]), states], 1)
+    read = torch.tensor([[False, False, True, True, True]] * 2)
+    found = long.logits(long.read_context(long.mix_states(padded)), read, last)
+    same = short.logits(short.read_context(short.mix_states(states)), read[:, 2:], last)
+    torch.testing.assert_close(found, same, atol=1e-5, rtol=1e-5)
+    moved = torch.cat([states, torch.zeros(2, 2, states.shape[-1])], 1)  # the control: the same states further away
+    assert not torch.allclose(
+        long.logits(long.read_context(long.mix_states(moved)), read.flip(1), last), found, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", [CachedScores, CausalScores])
+def test_states_after_rejections_are_those_of_the_text_read_afresh(kind):
+    """Ragged rows, replaced tokens and removed slots; rows leave the batch."""
+    model = tiny_qwen(0)
+    scores, draw = kind(model), torch.Generator().manual_seed(0)
+    assert isinstance(scores, StateScores)
+    scores.keep_states((1, 2))
+    ids, lengths = torch.randint(0, 50, (4, 90), generator=draw), torch.randint(2, 9, (4,), generator=draw)
+    checked = 0
+    for step in range(16):
+        scores(ids, lengths, 3)
+        # up to two drafted tokens are accepted; the token after them is replaced
+        lengths = lengths + torch.randint(1, 4, (len(ids),), generator=draw)
+        ids[torch.arange(len(ids)), lengths - 1] = torch.randint(0, 50, (len(ids),), generator=draw)
+        states, read = scores.states_before(ids, lengths - 1, 6)
+        hidden = model(input_ids=ids[:, : int(lengths.max())], output_hidden_states=True).hidden_states
+        whole = torch.cat([hidden[1], hidden[2]], -1)
+        for row, end in enumerate((lengths - 1).tolist()):
+            assert read[row].tolist() == [end - 6 + k >= 0 for k in range(6)]
+            have = min(6, end)
+            torch.testing.assert_close(states[row, 6 - have :], whole[row, end - have : end], atol=2e-5, rtol=1e-4)
+            checked += have
+        if step == 9:
+            stay = torch.tensor([True, False, True, True])
+            scores.keep_rows(stay)
+            ids, lengths = ids[stay], lengths[stay]
+    assert checked > 300
+    ids[:, int(lengths.min()) - 2] += 1  # a token that was not read
+    _, read = scores.states_before(ids % 50, lengths - 1, 6)
+    assert not read.all()
+
+
+@pytest.mark.parametrize("dependence", DEPENDENCES)
+def test_training_sees_what_decoding_serves(dependence):
+    """log ψ of a served draft, with caches and after rejections, is that of the training code on the final text."""
+    own = models(torch.float64)
+    drafter, mixture = drafter_of(own, dependence), MixtureDist(temperature=1.3)
+    served = []
+
+    class Recorded:
+        block_length, window, state_layers = drafter.block_length, drafter.window, drafter.state_layers
+
+        def propose(self, states, read, last, size, draws, shape):
+            noise = []
+
+            class Kept(TorchRandomSource):
+                def uniform(self, *shape):
+                    noise.append(super().uniform(*shape))
+                    return noise[-1]
+
+            found = drafter.propose(states, read, last, size, Kept(draws.generator), shape)
+            served.append((found, noise))
+            return found
+
+    rng = TorchRandomSource(torch.Generator().manual_seed(3))
+    out = decode_qstar(
+        *(CachedScores(model) for model in own.values()), PROMPT[None], DraftOptions("block_drafter", 3), TextRules(40),
+        rng=rng, assistant=Recorded(), mixture=mixture,
+    )  # fmt: skip
+    assert 0 < out.acceptance["block_drafter"] < 1
+    checked = 0
+    for (found, noise), (_, start) in zip(served, out.draft_starts.tolist(), strict=True):
+        size = found.tokens.shape[1]
+        if size < drafter.block_length:
+            continue
+        # the text with the drafted tokens, accepted or not
+        ids = torch.cat([PROMPT, out.tokens[0, :start], found.tokens[0]])[None]
+        text = CausalText(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
+        blocks = blocks_at(text, torch.tensor([0]), torch.tensor([len(PROMPT) + start - 1]), size)
+        assert torch.equal(blocks.tokens, found.tokens)
+        read = read_texts(own, drafter, mixture, text)
+        if noise:
+            drafter._noise_of = lambda *given, noise=noise: noise[0]
+        logp = drafted_log_probs(drafter, read, text, blocks, mixture, torch.Generator())
+        torch.testing.assert_close(logp, found.logp, atol=1e-9, rtol=0)
+        checked += 1
+    assert checked >= 5
+
+
+@pytest.mark.parametrize("dependence", DEPENDENCES)
+def test_the_training_figure_is_what_decoding_accepts(dependence):
+    """Behind the anchors that decoding had, on the texts that it wrote: expected against counted acceptance."""
+    own = models()
+    drafter, mixture = drafter_of(own, dependence), MixtureDist()
+    rows, length = 300, 9
+    out = decode_qstar(
+        *(CachedScores(model) for model in own.values()), PROMPT.expand(rows, -1), DraftOptions("block_drafter", 3),
+        TextRules(length), rng=TorchRandomSource(torch.Generator().manual_seed(0)), assistant=drafter, mixture=mixture,
+    )  # fmt: skip
+    ids = torch.cat([PROMPT.expand(rows, -1), out.tokens], 1)
+    scored = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    scored[:, : len(PROMPT) - 1] = False
+    text = CausalText(ids[:, :-1], ids[:, 1:], scored)
+    row, start = out.draft_starts.unbind(-1)
+    blocks = blocks_at(text, row, len(PROMPT) - 1 + start, 3)
+    read = read_texts(own, drafter, mixture, text)
+    terms = block_terms(
+        drafter, read, text, blocks, mixture, torch.Generator().manual_seed(1), ce=0.1, tv=0.9, decay=4.0
+    )
+    expected, counted = terms.survival.accepted / len(row), torch.tensor(out.accepted_at[:3]) / len(row)
+    sd = (counted * (1 - counted) / len(row)).sqrt()
+    assert ((expected - counted).abs() < 4 * sd + 1e-3).all()
+    # the control: the figure of a sharper drafter
+    sharp = MixtureDist(temperature=0.2)
+    other = block_terms(drafter, read, text, blocks, sharp, torch.Generator().manual_seed(1), ce=0.1, tv=0.9, decay=4.0)
+    assert ((other.survival.accepted / len(row) - counted).abs() > 4 * sd).any()
+
+
+def test_blocks_end_with_their_text_and_anchors_are_scored_positions():
+    ids = torch.arange(10, 22).view(2, 6)
+    scored = torch.tensor([[False, True, True, True, True], [False, True, True, False, False]])
+    text = CausalText(ids[:, :-1], ids[:, 1:], scored)
+    blocks = blocks_at(text, torch.tensor([0, 0, 1]), torch.tensor([1, 3, 1]), 3)
+    assert blocks.last.tolist() == [11, 13, 17]
+    assert blocks.tokens[:, 0].tolist() == [12, 14, 18]
+    assert blocks.counts.tolist() == [[True, True, True], [True, True, False], [True, True, False]]
+    assert blocks.at[:, 0].tolist() == [0, 2, 4]
+    row, anchor = draw_anchors(text, 3, torch.Generator().manual_seed(0))
+    assert scored[row, anchor].all()
+    assert len(set(zip(row.tolist(), anchor.tolist(), strict=True))) == len(row) == 5
+
+
+def test_ids_that_are_padding_of_the_output_layer_are_never_proposed(tmp_path):
+    own = models()
+    drafter = drafter_of(own, "markov")
+    drafter.vocab_size = V - 2
+    states, read, last = torch.randn(200, 5, sum(drafter.widths)), torch.ones(200, 5, dtype=torch.bool), torch.ones(200)
+    for kept in (drafter, load_drafter(save_drafter(drafter, own, tmp_path / "drafter"), own)):
+        draws = TorchRandomSource(torch.Generator().manual_seed(0))
+        found = kept.propose(states, read, last.long(), 3, draws, lambda logp: logp)
+        assert found.logp.shape == (200, 3, V - 2)
+        assert set(found.tokens.flatten().tolist()) == set(range(V - 2))
+
+
+def test_layers_are_early_middle_and_late():
+    assert early_middle_late(30) == (8, 15, 30)
+    assert early_middle_late(2) == (1, 2)
+    assert early_middle_late(1) == (1,)
+
+
+def test_only_its_own_weights_are_saved_and_it_reads_back(tmp_path):
+    own = models()
+    drafter = drafter_of(own, "markov")
+    assert isinstance(drafter, ProposesBlocks)
+    folder = save_drafter(drafter, own, tmp_path / "drafter")
+    assert (folder / "drafter.safetensors").stat().st_size < 4 * 1.1 * sum(
+        p.numel() for p in drafter.own_parameters().values()
+    ) + 4096
+    again = load_drafter(folder, own)
+    assert asdict(again.options) == asdict(drafter.options)
+    for name, weight in drafter.own_parameters().items():
+        assert torch.equal(again.own_parameters()[name], weight)
+    states, read, last = torch.randn(1, 5, sum(drafter.widths)), torch.ones(1, 5, dtype=torch.bool), torch.tensor([2])
+    texts = [
+        d.propose(states, read, last, 3, TorchRandomSource(torch.Generator().manual_seed(0)), lambda p: p)
+        for d in (drafter, again)
+    ]
+    assert torch.equal(texts[0].logp, texts[1].logp)
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    own = models()
+    folder = save_drafter(drafter_of(own, "none"), own, tmp_path / "drafter")
+    with pytest.raises(UsageError, match="holds no block drafter"):
+        load_drafter(tmp_path, own)
+    with pytest.raises(UsageError, match="target is not given"):
+        load_drafter(folder, {"theta": own["theta"]})
+    with pytest.raises(UsageError, match="another theta than the one given"):
+        load_drafter(folder, own | {"theta": tiny_qwen(8, vocabulary=V, **NO_ENDS)})
+    description = json.loads((folder / "drafter.json").read_text())
+    (folder / "drafter.json").write_text(json.dumps(description | {"format": "leap-block-drafter-9"}))
+    with pytest.raises(UsageError, match="train the drafter again"):
+        load_drafter(folder, own)
+    (folder / "drafter.json").write_text(json.dumps(description))
+    weights = folder / "drafter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_drafter(folder, own)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dependence": "order"}, "module.dependence=order"),
+        ({"draft_length": 0}, "module.draft_length=0"),
+        ({"window": 0}, "module.window=0"),
+        ({"num_layers": 0}, "module.num_layers=0"),
+        ({"rank": 0}, "module.rank=0"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        BlockDrafterOptions(**options)
