@@ -50,19 +50,17 @@ def weights(module):
     return {name: p.detach().clone() for name, p in module.drafter.own_parameters().items()}
 
 
-@pytest.mark.parametrize("dependence", ["none", "markov", "noise"])
-@pytest.mark.parametrize("alone", [False, True], ids=["pair", "one_model"])
+@pytest.mark.parametrize(("dependence", "alone"), [("none", True), ("markov", False), ("noise", True)])
 def test_training_lowers_the_loss_and_leaves_the_verifiers_alone(data, dependence, alone):
     module, losses = build(data, alone, dependence=dependence, pool=2), Losses()
     before = {name: p.clone() for name, p in module.theta.named_parameters()}
-    quiet_trainer(40, callbacks=[losses]).fit(module, data)
+    quiet_trainer(30, callbacks=[losses]).fit(module, data)
     assert sum(losses.seen[-5:]) < 0.9 * sum(losses.seen[:5])
     assert all(torch.equal(p, before[name]) for name, p in module.theta.named_parameters())
     assert len(module._pool) == 2
 
 
-@pytest.mark.parametrize("pool", [0, 3])
-@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize(("stop", "pool"), [(2, 0), (2, 3), (5, 3)])
 def test_resumed_is_uninterrupted(data, tmp_path, stop, pool):
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     whole, resumed = build(data, pool=pool), build(data, pool=pool)
