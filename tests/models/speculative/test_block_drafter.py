@@ -292,6 +292,8 @@ def test_blocks_end_with_their_text_and_anchors_are_scored_positions():
     assert blocks.tokens[:, 0].tolist() == [12, 14, 18]
     assert blocks.counts.tolist() == [[True, True, True], [True, True, False], [True, True, False]]
     assert blocks.at[:, 0].tolist() == [0, 2, 4]
+    gap = text._replace(weights=torch.tensor([[True, False, True, True, True]] * 2))
+    assert blocks_at(gap, torch.tensor([0]), torch.tensor([0]), 3).counts.tolist() == [[True, False, False]]
     row, anchor = draw_anchors(text, 3, torch.Generator().manual_seed(0))
     assert scored[row, anchor].all()
     assert len(set(zip(row.tolist(), anchor.tolist(), strict=True))) == len(row) == 5
