@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from models.functional.bits_per_byte import token_nll
 from models.functional.next_token import until_end
 from models.functional.vocabulary import vocabulary_size
+from models.interfaces.executor import Executor
 from models.interfaces.probe_batch import Choices, EStep, ProbeBatch
 from models.interfaces.probes import Corruption
 from models.plans.corrupted_plans import block_without, random_plan
-from models.plans.executor import Executor
 from models.plans.planner import Planner
 from models.plans.posterior_gradient import PosteriorGradient
 from models.plans.rows import PosteriorReads, prompt_of, response_of
@@ -79,7 +78,7 @@ class PlanProbe:
         return block_without(self.prior, batch.condition["choices"], batch.condition["seen"])
 
     def nll(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
-        return token_nll(self.executor.logits(*self.block(batch), batch.text), batch.text)
+        return self.executor.nll(*self.block(batch), batch.text)
 
     def predictions(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         forced = self.executor.logits(*self.block(batch), batch.text)[..., : vocabulary_size(self.tokenizer)].argmax(-1)
