@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
+from rich.markup import escape
 from rich.progress import track
 from torch import Generator, Tensor
 
@@ -21,6 +22,8 @@ from models.flow.student_files import load_student, teacher_folder
 from models.functional.errors import UsageError, require_choice
 from models.interfaces.decoder import Decoder
 from models.interfaces.masked_sampling import TeacherOptions
+from models.plans.decoder import PlannedDecoder
+from models.plans.files import OPTIONS
 from reporting.console import print_answers, report_console
 from reporting.stream import TextStream
 
@@ -52,7 +55,7 @@ def generate(cfg: DictConfig) -> None:
             stream_answer(decoder, few, generator, datamodule, prompts[start])
         else:
             texts = datamodule.decode_responses(decoder(few, generator))
-            print_answers(console, prompts[start : start + together], texts)
+            print_answers(console, prompts[start : start + together], texts, plans_of(decoder))
 
 
 def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator, data: Any, prompt: str) -> None:
@@ -68,6 +71,13 @@ def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator
         decoder(row, generator, stream)
     finally:
         stream.finish()
+    for plan in plans_of(decoder) or []:
+        console.print(f"[dim]plan: {escape(plan)}[/]", soft_wrap=True)
+
+
+def plans_of(decoder: Decoder) -> list[str] | None:
+    """What the last responses were written from; None where there are no plans."""
+    return decoder.plans if isinstance(decoder, PlannedDecoder) else None
 
 
 def find_weights(cfg: DictConfig) -> Path | None:
@@ -94,7 +104,9 @@ def find_weights(cfg: DictConfig) -> Path | None:
 
 
 def find_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device: torch.device) -> Decoder:
-    """The decoder of what `find_weights` has found."""
+    """The decoder of what `find_weights` has found. Errors: UsageError for plan= where there are no plans."""
+    if cfg.plan is not None and (weights is None or not (weights / OPTIONS).is_file()):
+        raise UsageError(f"plan={cfg.plan} fixes concepts, and experiment={cfg.name} leaves no planner; leave it out")
     if cfg.pair is not None:
         return module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
     if cfg.teacher is None:
@@ -107,9 +119,10 @@ def find_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device:
 
 
 def _model_decoder(cfg: DictConfig, weights: Path, datamodule: Any, device: torch.device) -> Decoder:
+    plan = as_typed("plan", cfg.plan)
     temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
     if weights.is_dir():
-        return trained_decoder(weights, datamodule, temperature, device)
+        return trained_decoder(weights, datamodule, temperature, device, plan=plan, forwards=cfg.forwards)
     module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
     fill_from_checkpoint(module, weights)
     most = min(max(module.compared_forwards(datamodule)), datamodule.response_length)

@@ -3,18 +3,22 @@
 Legend: B batch, L columns of a row, R response columns.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Generator, Tensor
 
 from models.functional.next_token import EndIds
 from models.interfaces.decoder import TokenCallback
 from models.interfaces.executor import Executor
+from models.plans.plan_text import plan_texts
 from models.plans.planner import Planner, sampled
 
 
 class PlannedDecoder:
     """plan_temperature, temperature: of concepts and tokens; 0 takes the most probable.
 
+    fixed: {slot: choice} of concepts that are not drawn. plans: those of the last batch, as a person reads them.
     forwards: forward passes, those of a plan (as many as it has rounds: one with planning=slots) and those of the executor.
     """
 
@@ -30,10 +34,12 @@ class PlannedDecoder:
         temperature: float = 1.0,
         vocab_size: int | None = None,
         end_ids: EndIds = None,
+        fixed: Mapping[int, int] | None = None,
     ) -> None:
         self.planner, self.executor, self.length = planner, executor, response_length
         self.plan_temperature, self.temperature = plan_temperature, temperature
-        self.vocab_size, self.end_ids = vocab_size, end_ids
+        self.vocab_size, self.end_ids, self.fixed = vocab_size, end_ids, fixed
+        self.plans: list[str] = []
         self.forwards = len(planner.layout.rounds(planner.planning)) + executor.forwards(response_length)
         self.refines = executor.refines
         how = {True: "sampled", False: "greedy"}
@@ -42,7 +48,8 @@ class PlannedDecoder:
     @torch.no_grad()
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         ids, mask = (rows[name][:, : -self.length] for name in ("input_ids", "attention_mask"))
-        plan = self.planner.draw(ids, mask, sampled(generator, self.plan_temperature))
+        plan = self.planner.draw(ids, mask, sampled(generator, self.plan_temperature), self.fixed)
+        self.plans = plan_texts(self.planner.layout.vocabulary, plan.choices)
         return self.executor.generate(
             plan.ids,
             plan.embeds,

@@ -58,6 +58,13 @@ class AutoregressiveExecutor:
         """-log p(x_l | z, x_<l) in nats, (B, R)."""
         return token_nll(self.logits(plan_ids, plan_embeds, text), text)
 
+    def nll_of_pairs(self, plan_ids: Tensor, plan_embeds: Tensor, texts: Tensor) -> Tensor:
+        """-log p(text | plan) of every text (N, R) given every plan (Z, C), (N, Z): a pass of all texts a plan."""
+        plans = zip(plan_ids, plan_embeds, strict=True)
+        rows = len(texts)
+        found = [self.nll(ids.expand(rows, -1), embeds.expand(rows, -1, -1), texts).sum(-1) for ids, embeds in plans]
+        return torch.stack(found, -1)
+
     def training_nll(
         self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, hidden: float, generator: Generator
     ) -> Tensor:

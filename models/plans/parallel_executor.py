@@ -16,6 +16,7 @@ from models.functional.gumbel import sample_categorical
 from models.functional.masked_lm import any_order_weight
 from models.functional.next_token import EndIds, as_end_ids, until_end
 from models.functional.one_forward import hidden_tokens, least_certain, token_entropy
+from models.functional.precision import at_least_float32
 from models.interfaces.decoder import TokenCallback
 from models.plans.executor_columns import opening, text_columns
 from models.plans.layout import joined
@@ -73,6 +74,16 @@ class ParallelExecutor:
         """-log p(x_l | z) in nats of one forward pass, (B, R); 0 after the first end token. Exact: no bound."""
         nll = token_nll(self.logits(plan_ids, plan_embeds, text), text)
         return nll.masked_fill(~until_end(text, self.end_ids), 0.0)
+
+    def nll_of_pairs(self, plan_ids: Tensor, plan_embeds: Tensor, texts: Tensor) -> Tensor:
+        """-log p(text | plan) of every text (N, R) given every plan (Z, C), (N, Z): each plan is read once for all texts."""
+        nothing = texts.new_zeros(len(plan_ids), texts.shape[1])
+        log_p = at_least_float32(self.logits(plan_ids, plan_embeds, nothing)).log_softmax(-1)  # (Z, R, V)
+        counted = until_end(texts, self.end_ids)
+        found = texts.new_zeros(len(texts), len(plan_ids), dtype=log_p.dtype)
+        for column in range(texts.shape[1]):
+            found -= log_p[:, column, texts[:, column]].T.masked_fill(~counted[:, column, None], 0.0)
+        return found
 
     def training_nll(
         self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, hidden: float, generator: Generator
