@@ -11,13 +11,11 @@ from torch.testing import assert_close
 
 from models.functional.errors import UsageError
 from models.plans.decoder import PlannedDecoder
-from models.plans.enumeration import every_plan, log_prob_of_texts, log_priors
+from models.plans.enumeration import every_plan, log_priors, log_prob_of_texts
 from models.plans.options import PlanOptions
 from models.plans.parallel_executor import ParallelExecutor
-from models.plans.planner import Planner, greedy, sampled
 from models.plans.plan_text import parse_plan, plan_texts
-
-FEW = 4  # words of a small corpus, the end among them
+from models.plans.planner import Planner, greedy, sampled
 
 
 def parts(**options):
@@ -33,7 +31,7 @@ def all_texts(length: int) -> torch.Tensor:
 
 
 def test_one_pass_predicts_every_token_from_the_plan_alone():
-    model, planner, executor = parts()
+    _, planner, executor = parts()
     text, _ = some_texts()
     blocks = planner.block(plans_by_hand(planner.layout)[::200][:5])
     with torch.no_grad():
@@ -217,9 +215,8 @@ def test_the_training_loss_by_hand():
 
 def test_gradients_reach_the_plan_through_its_embeddings():
     _, planner, executor = parts()
-    text, mask = some_texts(6)
     ids, embeds = planner.block(plans_by_hand(planner.layout)[::100][:6])
-    embeds = embeds.detach().requires_grad_()
+    text, embeds = some_texts(6)[0], embeds.detach().requires_grad_()
     executor.training_nll(ids, embeds, text, 1.0, generator()).sum().backward()
     slots = planner.layout.slot_columns
     assert (embeds.grad[:, slots].abs().amax(-1) > 0).any(0).all()
@@ -228,7 +225,7 @@ def test_gradients_reach_the_plan_through_its_embeddings():
 
 def test_the_executor_sees_the_plan_and_never_the_prompt():
     model, planner, executor = parts()
-    text, mask = some_texts(8)
+    text, _ = some_texts(8)
     rows = {"input_ids": torch.cat([text, text], 1), "attention_mask": torch.ones(8, 8, dtype=torch.bool)}
     plan = "a=1,2 b=0 c=2"
     fixed = parse_plan(model.vocabulary, plan)
@@ -238,7 +235,9 @@ def test_the_executor_sees_the_plan_and_never_the_prompt():
     other = rows | {"input_ids": rows["input_ids"].flip(0)}
     assert torch.equal(decoder(other, generator(3)), written)
     free = PlannedDecoder(planner, executor, 4, plan_temperature=0.0, temperature=0.0, vocab_size=BASE)
-    assert not torch.equal(free(rows, generator()), free(other, generator()))  # without a plan by hand the prompt decides
+    assert not torch.equal(
+        free(rows, generator()), free(other, generator())
+    )  # without a plan by hand the prompt decides
 
 
 # -- plans by hand ----------------------------------------------------------------------------------------------------
@@ -321,5 +320,5 @@ def test_mistakes_in_options_are_named(options, sentence):
 def test_another_executor_redraws_nothing():
     _, _, causal = concept_parts()
     assert causal.refining(0) is causal
-    with pytest.raises(UsageError, match="module.executor=parallel"):
+    with pytest.raises(UsageError, match="type module.executor=parallel"):
         causal.refining(1)
