@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from models.functional.errors import UsageError
 from models.plans.decoder import PlannedDecoder
 from models.plans.enumeration import every_plan, log_priors, log_prob_of_texts
+from models.plans.executors import build_executor
 from models.plans.options import PlanOptions
 from models.plans.parallel_executor import ParallelExecutor
 from models.plans.plan_text import parse_plan, plan_texts
@@ -320,5 +321,20 @@ def test_mistakes_in_options_are_named(options, sentence):
 def test_another_executor_redraws_nothing():
     _, _, causal = concept_parts()
     assert causal.refining(0) is causal
-    with pytest.raises(UsageError, match="type module.executor=parallel"):
+    with pytest.raises(UsageError, match="redraws tokens"):
         causal.refining(1)
+
+
+def test_a_backbone_that_stays_causal_is_refused():
+    model, _, _ = concept_parts()
+    options = PlanOptions(executor="parallel")
+    assert isinstance(build_executor(model, options, EOS), ParallelExecutor)
+    decoder = model.backbone.get_decoder()
+    read = type(decoder).forward
+
+    def causal(*args, attention_mask=None, **more):
+        return read(decoder, *args, attention_mask=None, **more)
+
+    decoder.forward = causal
+    with pytest.raises(UsageError, match="cannot be read in both directions"):
+        build_executor(model, options, EOS)
