@@ -4,15 +4,19 @@ from itertools import product
 
 import pytest
 import torch
-from helpers.causal import EOS
+from helpers.causal import EOS, TINY_SHAPE
 from helpers.concept import BASE, concept_parts, generator, log_prob, some_texts
 from helpers.concept import every_plan as plans_by_hand
 from torch.testing import assert_close
 
+from models.backbones.llada import build_llada
+from models.functional.attention import padding_mask
 from models.functional.errors import UsageError
 from models.plans.decoder import PlannedDecoder
 from models.plans.enumeration import every_plan, log_priors, log_prob_of_texts
+from models.plans.executor_columns import opening, text_columns
 from models.plans.executors import build_executor
+from models.plans.layout import joined
 from models.plans.options import PlanOptions
 from models.plans.parallel_executor import ParallelExecutor
 from models.plans.plan_text import parse_plan, plan_texts
@@ -42,6 +46,25 @@ def test_one_pass_predicts_every_token_from_the_plan_alone():
     assert torch.equal(plain, other)  # no word of the text is read
     assert (plain - shuffled).abs().max() > 1e-3
     assert (plain[:, 0] - plain[:, 1]).abs().max() > 1e-3  # positions differ
+
+
+def test_it_reads_as_llada_does():
+    """The same weights in a LLaDA body give the logits of each token at its own column."""
+    model, planner, executor = parts()
+    text, _ = some_texts()
+    ids, embeds = planner.block(plans_by_hand(planner.layout)[::200][:5])
+    llada = build_llada(vocab_size=BASE, **TINY_SHAPE).double()
+    llada.load_state_dict(model.backbone.state_dict())
+    hidden = torch.arange(4).expand(5, -1) % 2 == 0
+    opened, columns = opening(model, ids, embeds)
+    words, places = text_columns(model, text.masked_fill(hidden, model.vocabulary.blank))
+    read, both = torch.cat([opened, words], 1), joined(columns, places)
+    with torch.no_grad():
+        states = llada.states(read, padding_mask(both.mask), both.position_ids)
+        expected = llada.lm_head(states[:, -4:])
+        assert_close(executor.logits(ids, embeds, text, hidden), expected, rtol=1e-6, atol=1e-6)
+        causal = model.text_logits(model.states(read, both)[:, -4:])
+    assert (causal - expected).abs().max() > 1e-2  # the control
 
 
 def test_a_token_sees_those_on_both_sides_and_the_hidden_ones_not():
@@ -198,7 +221,8 @@ def test_the_text_after_an_end_is_filled_and_never_generated():
 def test_the_training_loss_by_hand():
     """Rows that are hidden whole have the exact NLL; the others a bound's unbiased draw, by the number of hidden tokens."""
     _, planner, executor = parts()
-    blocks, texts = planner.block(plans_by_hand(planner.layout)[::200][:4]), all_texts(3)[5::150][:4]
+    texts = torch.tensor([[4, EOS, EOS], [EOS, EOS, EOS], [5, 6, EOS], [7, 8, 9]])
+    blocks = planner.block(plans_by_hand(planner.layout)[::200][[0, 1, 2, 1]])
     with torch.no_grad():
         whole = executor.training_nll(*blocks, texts, 1.0, generator())
         assert_close(whole, executor.nll(*blocks, texts).sum(-1) / 3)
