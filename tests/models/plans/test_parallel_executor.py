@@ -164,12 +164,15 @@ class Passes:
     """Counts the forward passes of an executor, and what each of them hides."""
 
     def __init__(self, executor) -> None:
-        self.hidden, self.texts, logits = [], [], executor.logits
+        self.hidden, self.texts, self.entropies, logits = [], [], [], executor.logits
 
         def noted(ids, embeds, text, blank=None):
             self.hidden.append(blank)
             self.texts.append(text)
-            return logits(ids, embeds, text, blank)
+            found = logits(ids, embeds, text, blank)
+            log_p = found.log_softmax(-1)
+            self.entropies.append(-(log_p.exp() * log_p).sum(-1))
+            return found
 
         executor.logits = noted
 
@@ -186,6 +189,15 @@ def test_refinements_redraw_the_least_certain_tokens_under_the_same_plan(refinem
         counted = (before == EOS).cumsum(-1) - (before == EOS).long() == 0
         assert hidden[~counted].all()  # a text may grow
         assert torch.equal((hidden & counted).sum(-1), (counted.sum(-1) * 0.5).ceil().long())
+    # a token keeps the entropy of the pass that drew it
+    doubt = torch.zeros_like(passes.entropies[0])
+    for before, drawn, entropies, hidden in zip(
+        passes.texts[1:], passes.hidden, passes.entropies, passes.hidden[1:], strict=False
+    ):
+        doubt = torch.where(drawn, entropies, doubt)
+        counted = (before == EOS).cumsum(-1) - (before == EOS).long() == 0
+        lowest = doubt.masked_fill(~hidden | ~counted, torch.inf).amin(-1)
+        assert (lowest >= doubt.masked_fill(hidden | ~counted, -torch.inf).amax(-1)).all()
     # the tokens that were not redrawn are those of before
     if refinements == 1:
         kept = ~passes.hidden[1]
