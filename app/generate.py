@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
-from rich.markup import escape
 from rich.progress import track
 from torch import Generator, Tensor
 
@@ -24,7 +23,7 @@ from models.interfaces.decoder import Decoder
 from models.interfaces.masked_sampling import TeacherOptions
 from models.plans.decoder import PlannedDecoder
 from models.plans.files import OPTIONS
-from reporting.console import print_answers, report_console
+from reporting.console import in_brackets, print_answers, report_console
 from reporting.stream import TextStream
 
 console = report_console()
@@ -70,9 +69,7 @@ def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator
     try:
         decoder(row, generator, stream)
     finally:
-        stream.finish()
-    for plan in plans_of(decoder) or []:
-        console.print(f"[dim]plan: {escape(plan)}[/]", soft_wrap=True)
+        stream.finish("".join(map(in_brackets, plans_of(decoder) or [])))
 
 
 def plans_of(decoder: Decoder) -> list[str] | None:

@@ -84,8 +84,13 @@ def print_error(sentence: str) -> None:
 def print_answers(console: Console, prompts: list[str], responses: list[str], plans: list[str] | None = None) -> None:
     """One line for each prompt; a prompt that is empty is left out. plans: what each response was written from."""
     for k, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        before = [part for part in (prompt, plans[k] if plans else "") if part]
-        console.print("".join(f"[dim]{escape(part)}[/] → " for part in before) + escape(response), soft_wrap=True)
+        head = f"[dim]{escape(prompt)}[/] → " if prompt else ""
+        console.print(f"{head}{escape(response)}{escape(in_brackets(plans[k])) if plans else ''}", soft_wrap=True)
+
+
+def in_brackets(plan: str) -> str:
+    """A plan as it stands behind its text."""
+    return f"  ({plan})"
 
 
 def say_where_things_are(
