@@ -141,3 +141,36 @@ def test_an_exported_folder_answers_as_what_was_trained(tmp_path, tiny_oracle):
     blocks = module.planner.block(every_plan(module.model.layout)[:8])
     with torch.no_grad():  # the folder knows where texts end
         torch.testing.assert_close(load_planned(folder).executor.nll(*blocks, text), module.executor.nll(*blocks, text))
+
+
+@torch.no_grad()
+def test_texts_told_what_the_corpus_knows_by_hand(tiny_oracle):
+    """The true plan of a text has, of each matched type, the code that texts with its attribute's value have most often."""
+    module, rows = build(tiny_oracle, **PARALLEL).eval(), batch_of(tiny_oracle, 64, "test")
+    module.executor.end_ids, module.probe.tokenizer = tiny_oracle.end_ids(), tiny_oracle.tokenizer
+    attributes = tiny_oracle.attributes_of(rows)
+    generator = torch.Generator().manual_seed(0)
+    # codes that say the attributes of all texts but a few: type a says the second attribute, b the first, c the third
+    choices = 1 + attributes[:, [1, 0, 2]] % torch.tensor([3, 2, 3])
+    wrong = torch.rand(choices.shape, generator=generator) < 0.1
+    noisy = torch.where(wrong, 1 + torch.randint(0, 2, choices.shape, generator=generator), choices)
+    assert not torch.equal(noisy, choices)
+    batch = module.probe.probe_batch(rows, generator).under({"choices": noisy, "seen": torch.ones_like(noisy).bool()})
+    told = module.probe.tell(batch, attributes)["choices"]
+    for kind, attribute in ((0, 1), (1, 0), (2, 2)):
+        for value in attributes[:, attribute].unique():
+            own = attributes[:, attribute] == value
+            assert (told[own, kind] == noisy[own, kind].mode().values).all()
+    assert (told == choices).double().mean() > (noisy == choices).double().mean()
+    figures = ExactLikelihood(64)
+    figures.attributes_of = tiny_oracle.attributes_of
+    module.probe.probe_batch = lambda *_: batch
+    found = figures.measure(module.probe, rows, generator)
+    text, eos = batch.text, tiny_oracle.tokenizer.eos_token_id
+    for name, own in (("nll_own_plan", noisy), ("nll_true_plan", told)):
+        nll = nll_by_hand(module, module.planner.certain(own), text, eos)
+        assert found[name] == pytest.approx(sum(nll) / text.numel(), rel=1e-4)
+    log_p = module.planner.score(*prompt_of(rows), noisy).log_softmax(-1).gather(-1, noisy.unsqueeze(-1)).sum()
+    expected = found["nll_own_plan"] - float(log_p) / text.numel()
+    assert found["nll_exact_bound"] == pytest.approx(expected, rel=1e-4)
+    assert found["nll_exact"] < found["nll_exact_bound"]
