@@ -79,6 +79,7 @@ def test_searched_plans_are_scored_by_one_pass_each(tiny_oracle):
             torch.testing.assert_close(found[:, k], own - nll, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plan_is_learned_and_all_words_are_written_from_it_at_once(tiny_oracle):
     """Four texts: each is written again in one forward pass, and another text's plan is much worse."""
     rows = tiny_oracle.rows["train"].columns
