@@ -22,7 +22,9 @@ from models.flow.student_files import load_student, teacher_folder
 from models.functional.errors import UsageError, require_choice
 from models.interfaces.decoder import Decoder
 from models.interfaces.masked_sampling import TeacherOptions
-from reporting.console import print_answers, report_console
+from models.plans.decoder import PlannedDecoder
+from models.plans.files import OPTIONS
+from reporting.console import in_brackets, print_answers, report_console
 from reporting.stream import TextStream
 
 console = report_console()
@@ -53,7 +55,7 @@ def generate(cfg: DictConfig) -> None:
             stream_answer(decoder, few, generator, datamodule, prompts[start])
         else:
             texts = datamodule.decode_responses(decoder(few, generator))
-            print_answers(console, prompts[start : start + together], texts)
+            print_answers(console, prompts[start : start + together], texts, plans_of(decoder))
 
 
 def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator, data: Any, prompt: str) -> None:
@@ -68,7 +70,12 @@ def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator
     try:
         decoder(row, generator, stream)
     finally:
-        stream.finish()
+        stream.finish("".join(map(in_brackets, plans_of(decoder) or [])))
+
+
+def plans_of(decoder: Decoder) -> list[str] | None:
+    """What the last responses were written from; None where there are no plans."""
+    return decoder.plans if isinstance(decoder, PlannedDecoder) else None
 
 
 def find_weights(cfg: DictConfig) -> Path | None:
@@ -99,7 +106,9 @@ def find_weights(cfg: DictConfig) -> Path | None:
 
 
 def find_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device: torch.device) -> Decoder:
-    """The decoder of what `find_weights` has found."""
+    """The decoder of what `find_weights` has found. Errors: UsageError for plan= where there are no plans."""
+    if cfg.plan is not None and (weights is None or not (weights / OPTIONS).is_file()):
+        raise UsageError(f"plan={cfg.plan} fixes concepts, and experiment={cfg.name} leaves no planner; leave it out")
     if _drafts_blocks(cfg):
         assert weights is not None
         return _drafted_decoder(cfg, weights, datamodule, device)
@@ -130,9 +139,10 @@ def _drafted_decoder(cfg: DictConfig, folder: Path, datamodule: Any, device: tor
 
 
 def _model_decoder(cfg: DictConfig, weights: Path, datamodule: Any, device: torch.device) -> Decoder:
+    plan = as_typed("plan", cfg.plan)
     temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
     if weights.is_dir():
-        return trained_decoder(weights, datamodule, temperature, device)
+        return trained_decoder(weights, datamodule, temperature, device, plan=plan, forwards=cfg.forwards)
     module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
     fill_from_checkpoint(module, weights)
     most = min(max(module.compared_forwards(datamodule)), datamodule.response_length)

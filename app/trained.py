@@ -17,11 +17,13 @@ from models.functional.errors import UsageError
 from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import copy_weights
 from models.interfaces.decoder import Decoder
+from models.interfaces.executor import Executor
 from models.online.decoder import OnlineConceptDecoder
 from models.online.files import is_online, load_online
 from models.online.model import OnlineConceptModel
 from models.plans.decoder import PlannedDecoder
 from models.plans.files import OPTIONS, fill_tables, load_backbone, read_options
+from models.plans.plan_text import parse_plan
 
 PLANNED = {kind.__name__: kind for kind in (ConceptPlannerExecutorModule, ConceptBaselineModule)}
 
@@ -48,18 +50,46 @@ def load_planned(folder: str | Path) -> ConceptPlannerExecutorModule:
     return module.eval()
 
 
-def trained_decoder(folder: Path, data: Any, temperature: float, device: torch.device) -> Decoder:
-    """The decoder of the model in a folder, whatever its kind, for prompts of the corpus."""
+def trained_decoder(
+    folder: Path,
+    data: Any,
+    temperature: float,
+    device: torch.device,
+    *,
+    plan: str | None = None,
+    forwards: int | None = None,
+) -> Decoder:
+    """The decoder of the model in a folder, whatever its kind, for prompts of the corpus.
+
+    plan, forwards: of a planner-executor, concepts that are not drawn ("a=3 b=1"), and the forward passes of a parallel
+    executor with its plan (None: as its run was told).
+    """
     words, length, ends = vocabulary_size(data.tokenizer), data.response_length, data.end_ids()
     if (folder / OPTIONS).is_file():
         module = load_planned(folder)
         checked_network(module.model.backbone, data, "model")
         module.to(device)
-        options = {"plan_temperature": min(module.options.plan_temperature, temperature), "temperature": temperature}
-        return PlannedDecoder(module.planner, module.executor, length, vocab_size=words, end_ids=ends, **options)
+        options: dict[str, Any] = {
+            "plan_temperature": min(module.options.plan_temperature, temperature),
+            "temperature": temperature,
+        }
+        executor = module.executor if forwards is None else _with_forwards(module, forwards)
+        if plan is not None:
+            options["fixed"] = parse_plan(module.model.vocabulary, plan)
+        return PlannedDecoder(module.planner, executor, length, vocab_size=words, end_ids=ends, **options)
     model = checked_network(load_model(folder), data, "model").to(device)
     decoder = OnlineConceptDecoder if isinstance(model, OnlineConceptModel) else AutoregressiveDecoder
     return decoder(model, length, temperature=temperature, vocab_size=words, end_ids=ends)
+
+
+def _with_forwards(module: ConceptPlannerExecutorModule, forwards: int) -> Executor:
+    """The executor, with as many refinements as the forward passes allow. Errors: UsageError for fewer than it needs."""
+    if module.options.executor == "autoregressive":
+        return module.executor
+    least = len(module.planner.layout.rounds(module.planner.planning)) + 1
+    if forwards < least:
+        raise UsageError(f"forwards={forwards} must be at least {least}: those of a plan, and one for the text")
+    return module.executor.refining(forwards - least)
 
 
 def fill_from_checkpoint(module: LightningModule, path: str | Path) -> None:

@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from models.backbones.causal import build_causal
 from models.functional.bits_per_byte import token_nll
 from models.functional.plan_nll import plan_nll
-from models.plans.executor import Executor
+from models.plans.executor import AutoregressiveExecutor
 from models.plans.planner import Plan, Planner, relaxed
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
@@ -68,7 +68,7 @@ def step(model: UnifiedModel, form: str, text: Tensor, args: argparse.Namespace)
     """Draw plans, NLL of text and plans; the loss after its backward pass."""
     model.zero_grad(set_to_none=True)
     plan, response, prompt = draw(model, form, text, args.seed), text[:, args.prompt :], text[:, : args.prompt]
-    nll = token_nll(Executor(model).logits(plan.ids, plan.embeds, response), response).mean()
+    nll = token_nll(AutoregressiveExecutor(model).logits(plan.ids, plan.embeds, response), response).mean()
     log_p = Planner(model).score(prompt, torch.ones_like(prompt, dtype=torch.bool), plan.choices).log_softmax(-1)
     loss = nll + plan_nll(log_p, plan.choices, plan.open_slots).mean()
     loss.backward()

@@ -19,20 +19,18 @@ from models.backbones.causal_lm import require_causal, with_adapters
 from models.backbones.code_space import require_whole_codes
 from models.backbones.point_buffer import PointBuffer
 from models.functional.bag_of_words import bag_of_words_nll
-from models.functional.bits_per_byte import token_nll
 from models.functional.curriculum import length_limit, mean_of_short, text_lengths
 from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
 from models.functional.quota import QuotaMultipliers
 from models.functional.rows import signals_of
-from models.functional.uniform import uniform
 from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
 from models.interfaces.probe_batch import EStep
 from models.plans.bag import BagOfWords
 from models.plans.decoder import PlannedDecoder
-from models.plans.executor import Executor
+from models.plans.executors import build_executor
 from models.plans.files import save_plans
 from models.plans.hard_em import build_hard_em
 from models.plans.history import PlanHistory
@@ -79,7 +77,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         # 2. prior p(z | u), posterior q(z | u, x), executor p(x | z)
         self.planner = Planner(self.model, options.filled_planning["prior"])
         self.posterior = Planner(self.model, options.filled_planning["posterior"], self.model.quantiser)
-        self.executor = Executor(self.model)
+        self.executor = build_executor(self.model, options, self.model.backbone.config.eos_token_id)
         # 3. where the plan of a training text comes from
         self.signal_codes = SignalCodes(vocabulary, options.signals or {}) if options.signal_codes else None
         self.source = self.build_source()
@@ -112,6 +110,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         super().setup(stage)
         data = self.trainer.datamodule
         self.probe.tokenizer = data.tokenizer
+        self.executor.end_ids = data.end_ids()
         self._require_room(data)
         if not self.options.signals or self.signals is not None:
             return
@@ -146,10 +145,9 @@ class ConceptPlannerExecutorModule(LeapModule):
         else:
             ends_step = self.ends_optimizer_step(batch_idx)
             (ids, embeds), raw, monitors = self._drawn_plan(batch, now, generator, ends_step)
-        # 2. NLL of the text given the plan alone, some of its own tokens hidden; (B, R) nats
-        blank = uniform(*text.shape, generator=generator) < now.corruption
-        nll = token_nll(self.executor.logits(ids, embeds, text, blank), text)
-        raw["text"] = self._curriculum_mean(nll.mean(-1), text)
+        # 2. NLL of the text given the plan alone, some of its own tokens hidden; nats a token
+        nll = self.executor.training_nll(ids, embeds, text, now.hidden, generator)
+        raw["text"] = self._curriculum_mean(nll, text)
         # 3. what else the plan has to predict: the text's tokens without their order, and its signals
         if self.bag is not None:
             raw["bag"] = self._curriculum_mean(bag_of_words_nll(self.bag(embeds), text), text)
@@ -159,7 +157,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         loss = weighted_sum(raw, now.weights)
         self.log("train/loss", loss, prog_bar=True)
         search_share = {} if self.em is None else {"search_share": self.em.share}
-        self.log_monitors(raw | monitors | search_share | {"corruption": now.corruption})
+        self.log_monitors(raw | monitors | search_share | {"corruption": now.hidden})
         return self.refuse_nan(loss)
 
     def _drawn_plan(
@@ -273,7 +271,7 @@ class ConceptPlannerExecutorModule(LeapModule):
 
         weights = {name: annealed(ends) for name, ends in o.weight_ends.items()}
         return StepValues(
-            annealed(o.temperatures), annealed(o.draw_noise), self._code_share(), annealed(o.corruption), weights
+            annealed(o.temperatures), annealed(o.draw_noise), self._code_share(), annealed(o.hidden), weights
         )
 
     def final_values(self) -> StepValues:
@@ -328,13 +326,13 @@ class ConceptPlannerExecutorModule(LeapModule):
         best = self.source.most_probable(batch)
         plan = self.source.draw(batch, final, generator)[0] if self.source.is_random else best
         prior = self.planner.score(*prompt_of(batch), plan.choices)
-        nll = token_nll(self.executor.logits(plan.ids, plan.embeds, text), text)
+        nll = self.executor.nll(plan.ids, plan.embeds, text)
         log_p, log_q = prior.log_softmax(-1), plan.logits.log_softmax(-1)
         prior_nll, posterior_nll = (
             plan_nll(logs, plan.choices, plan.open_slots).sum(-1) for logs in (log_p, log_q * final.noise)
         )
         # 2. the text given another text's plan
-        shuffled = token_nll(self.executor.logits(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text), text)
+        shuffled = self.executor.nll(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text)
         # 3. the most probable plan, and the text written from it
         written = self._greedy_text((best.ids, best.embeds), text.shape[1])
         sums = {"text": nll.sum(-1), "shuffled": shuffled.sum(-1), "rebuilt": (written == text).all(-1)}
@@ -366,18 +364,19 @@ class ConceptPlannerExecutorModule(LeapModule):
     # -- comparison ---------------------------------------------------------------------------------------------------
 
     def decoders(self) -> list[Decoder]:
-        """Greedy plan and text, then both sampled."""
+        """Greedy plan and text, then both sampled; each with every number of refinements."""
         data, o = self.trainer.datamodule, self.options
         return [
             PlannedDecoder(
                 self.planner,
-                self.executor,
+                self.executor.refining(further),
                 data.response_length,
                 plan_temperature=plan,
                 temperature=text,
                 vocab_size=vocabulary_size(data.tokenizer),
             )
             for plan, text in ((0.0, 0.0), (o.plan_temperature, o.temperature))
+            for further in o.refinements
         ]
 
     def on_test_epoch_start(self) -> None:

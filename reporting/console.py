@@ -81,10 +81,16 @@ def print_error(sentence: str) -> None:
     Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
-def print_answers(console: Console, prompts: list[str], responses: list[str]) -> None:
-    """One line for each prompt; a prompt that is empty is left out."""
-    for prompt, response in zip(prompts, responses, strict=True):
-        console.print(f"[dim]{escape(prompt)}[/] → {escape(response)}" if prompt else escape(response), soft_wrap=True)
+def print_answers(console: Console, prompts: list[str], responses: list[str], plans: list[str] | None = None) -> None:
+    """One line for each prompt; a prompt that is empty is left out. plans: what each response was written from."""
+    for k, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        head = f"[dim]{escape(prompt)}[/] → " if prompt else ""
+        console.print(f"{head}{escape(response)}{escape(in_brackets(plans[k])) if plans else ''}", soft_wrap=True)
+
+
+def in_brackets(plan: str) -> str:
+    """A plan as it stands behind its text."""
+    return f"  ({plan})"
 
 
 def say_where_things_are(

@@ -42,15 +42,17 @@ class TextStream:
         else:
             self._print(Text(f"{self._count:3d}  {shown}", style="dim"))
 
-    def finish(self) -> None:
-        """Print what is left, so that the whole text stands there."""
+    def finish(self, after: str = "") -> None:
+        """Print what is left, so that the whole text stands there. after: what stands behind it."""
         if self._live is not None:
+            if after:
+                self._live.update(self.head + Text(self.text + after), refresh=True)
             self._live.stop()
         elif self.refines:
-            self._print(self.head + Text(self.text))
+            self._print(self.head + Text(self.text + after))
         else:
             self._go_on(self.text)
-            self._print(Text("" if self._written == self.text else f"\n{self.text}"))
+            self._print(Text(("" if self._written == self.text else f"\n{self.text}") + after))
 
     def _go_on(self, text: str) -> None:
         if text.startswith(self._written):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from helpers.experiment import FLOWS, SMALL, TINY, answer, model_overrides, pairs_overrides, tiny_qwen
@@ -192,6 +193,11 @@ def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path,
     modes.generate(configure(*short, *ask))  # the newest is the one that was exported from the checkpoint
     assert capsys.readouterr().out == first
     assert answer(configure(*short, *ask, "stream=true"), capsys) == first.splitlines()[-1]
+    assert all("  (a=" in line for line in first.splitlines())
+    fixed = answer(configure(*short, *ask, "plan='b=3 d=0'"), capsys)
+    assert re.search(r"  \(a=\d b=3 c=\d d=0\)$", fixed)
+    with pytest.raises(UsageError, match="names no type"):
+        modes.generate(configure(*short, *ask, "plan='z=3'"))
 
 
 def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, capsys):

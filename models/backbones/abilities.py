@@ -72,6 +72,20 @@ def require_left_to_right(model: nn.Module, where: str) -> None:
 
 
 @torch.no_grad()
+def require_free_attention(model: nn.Module) -> None:
+    """Raise UsageError for a causal model that stays causal where a mask lets every token see every other one."""
+    with trial(model) as device:
+        ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
+        seen = torch.ones(2, 1, 3, 3, dtype=torch.bool, device=device)
+        states = model.get_decoder()(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
+    if torch.equal(*states[:, 0]):
+        raise UsageError(
+            f"a model of type {model.config.model_type} cannot be read in both directions, which module.executor=parallel "
+            "needs; type module.executor=autoregressive, or a model such as model.path=Qwen/Qwen3-0.6B"
+        )
+
+
+@torch.no_grad()
 def require_separate_documents(model: nn.Module) -> None:
     """Raise UsageError where a document is read as if the one before it in a packed row were part of it."""
     first, second = [1, 2, 3, 4], [5, 6, 7]

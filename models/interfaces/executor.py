@@ -17,13 +17,43 @@ class Executor(Protocol):
 
     A plan is its choices plan_ids (B, C) int64 and the embeddings plan_embeds (B, C, D) that are read; a relaxed plan has
     embeddings that are no row of a table, so that gradients reach the planner.
+    end_ids: the tokens that end a text, known once the corpus is. refines: as of a `Decoder`. suffix: of a decoder's
+    name.
     """
 
-    def logits(self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, blank: Tensor | None = None) -> Tensor:
-        """Logits (B, R, V) of each token of text (B, R), given the plan and the tokens before it.
+    end_ids: EndIds
+    refines: bool
 
-        blank (B, R) bool: tokens that are hidden from the positions after them, which then depend on the plan.
+    @property
+    def suffix(self) -> str: ...
+
+    def refining(self, refinements: int) -> "Executor":
+        """The same executor with so many passes that redraw tokens. Errors: UsageError where it has none."""
+        ...
+
+    def forwards(self, length: int) -> int:
+        """Forward passes of a text of `length` tokens, at most."""
+        ...
+
+    def logits(self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, blank: Tensor | None = None) -> Tensor:
+        """Logits (B, R, V) of each token of text (B, R), given the plan and the tokens that are read before it is written.
+
+        blank (B, R) bool: tokens that are hidden, so that others depend on the plan. None: as in `nll`.
         """
+        ...
+
+    def nll(self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor) -> Tensor:
+        """Nats of each token (B, R), 0 where a column does not count; their sum is -log p(text | plan), exactly."""
+        ...
+
+    def nll_of_pairs(self, plan_ids: Tensor, plan_embeds: Tensor, texts: Tensor) -> Tensor:
+        """-log p(text | plan) in nats of every text (N, R) given every plan (Z, C) and (Z, C, D), (N, Z)."""
+        ...
+
+    def training_nll(
+        self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, hidden: float, generator: Generator
+    ) -> Tensor:
+        """The loss of each text in nats a column, (B,), with some of its tokens hidden; `hidden` says how many."""
         ...
 
     def generate(
@@ -43,4 +73,8 @@ class Executor(Protocol):
         generator: of every random draw. vocab_size: ids from there on are padding of the output layer and never generated.
         end_ids: each ends a text, and the first of them fills what is beyond. on_tokens: see `Decoder`.
         """
+        ...
+
+    def generate_greedily(self, ids: Tensor, embeds: Tensor, length: int, vocab_size: int) -> Tensor:
+        """The texts (B, length) of the most probable tokens."""
         ...

@@ -88,6 +88,20 @@ class ConceptProbe(TextProbe, Protocol):
 
 
 @runtime_checkable
+class MixtureProbe(ConceptProbe, Protocol):
+    """Knows the likelihood of a text as the sum over all plans, p(x | u) = sum_z p(z | u) p(x | z)."""
+
+    def log_prob(self, rows: dict[str, Tensor]) -> Tensor | None:
+        """log p(x | u) in nats, (B,) float64; None where there are too many plans."""
+
+    def bound(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
+        """-log p(x | z) - log p(z | u) of the batch's own plans in nats, (B,), at least -log p(x | u)."""
+
+    def tell(self, batch: ProbeBatch, attributes: Tensor) -> dict[str, Tensor] | None:
+        """The condition that says the texts' known attributes (B, A); None where types have several concepts."""
+
+
+@runtime_checkable
 class RebuildProbe(TextProbe, Protocol):
     """Reconstructs texts from plans, of which concepts can be hidden."""
 

@@ -3,23 +3,26 @@
 Legend: B batch, L columns of a row, R response columns.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Generator, Tensor
 
 from models.functional.next_token import EndIds
 from models.interfaces.decoder import TokenCallback
-from models.plans.executor import Executor
+from models.interfaces.executor import Executor
+from models.plans.plan_text import plan_texts
 from models.plans.planner import Planner, sampled
 
 
 class PlannedDecoder:
     """plan_temperature, temperature: of concepts and tokens; 0 takes the most probable.
 
-    forwards: forward passes, one for each slot of a plan and each token of a response, all with key-value caches.
+    fixed: {slot: choice} of concepts that are not drawn. plans: those of the last batch, as a person reads them.
+    forwards: forward passes, those of a plan (as many as it has rounds: one with planning=slots) and those of the executor.
     """
 
     method = "student"
-    refines = False
 
     def __init__(
         self,
@@ -31,18 +34,22 @@ class PlannedDecoder:
         temperature: float = 1.0,
         vocab_size: int | None = None,
         end_ids: EndIds = None,
+        fixed: Mapping[int, int] | None = None,
     ) -> None:
         self.planner, self.executor, self.length = planner, executor, response_length
         self.plan_temperature, self.temperature = plan_temperature, temperature
-        self.vocab_size, self.end_ids = vocab_size, end_ids
-        self.forwards = len(planner.layout.slot_columns) + response_length
+        self.vocab_size, self.end_ids, self.fixed = vocab_size, end_ids, fixed
+        self.plans: list[str] = []
+        self.forwards = len(planner.layout.rounds(planner.planning)) + executor.forwards(response_length)
+        self.refines = executor.refines
         how = {True: "sampled", False: "greedy"}
-        self.name = f"plan {how[plan_temperature > 0]}, text {how[temperature > 0]}"
+        self.name = f"plan {how[plan_temperature > 0]}, text {how[temperature > 0]}" + executor.suffix
 
     @torch.no_grad()
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         ids, mask = (rows[name][:, : -self.length] for name in ("input_ids", "attention_mask"))
-        plan = self.planner.draw(ids, mask, sampled(generator, self.plan_temperature))
+        plan = self.planner.draw(ids, mask, sampled(generator, self.plan_temperature), self.fixed)
+        self.plans = plan_texts(self.planner.layout.vocabulary, plan.choices)
         return self.executor.generate(
             plan.ids,
             plan.embeds,

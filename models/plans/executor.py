@@ -1,4 +1,4 @@
-"""The executor p(x | z): concepts in, text out. It reads [<BOS>, plan, <TEXT>] and the text so far, never the prompt.
+"""The autoregressive executor p(x | z): it reads [<BOS>, plan, <TEXT>] and the text so far, never the prompt.
 
 Legend: B batch, C columns of a plan's block, R text columns, D width, V text vocabulary.
 """
@@ -6,32 +6,71 @@ Legend: B batch, C columns of a plan's block, R text columns, D width, V text vo
 import torch
 from torch import Generator, Tensor
 
+from models.functional.bits_per_byte import token_nll
+from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
 from models.functional.next_token import EndIds, are_ends, generated_until_end
+from models.functional.uniform import uniform
 from models.interfaces.decoder import TokenCallback
-from models.plans.layout import Columns, joined
+from models.plans.executor_columns import opening, text_columns
+from models.plans.layout import joined
 from models.plans.unified import Reading, UnifiedModel
 
 
-class Executor:
-    """Scores and generates text given a plan, with a shared `UnifiedModel`; it has no weights of its own."""
+class AutoregressiveExecutor:
+    """Scores and generates text given a plan, with a shared `UnifiedModel`; it has no weights of its own.
 
-    def __init__(self, model: UnifiedModel) -> None:
-        self.model, self.layout = model, model.layout
+    Every column of a text counts, the end tokens that fill it among them, whatever end_ids are.
+    """
+
+    refines = False
+    suffix = ""
+
+    def __init__(self, model: UnifiedModel, end_ids: EndIds = None) -> None:
+        self.model, self.layout, self.end_ids = model, model.layout, end_ids
+
+    def refining(self, refinements: int) -> "AutoregressiveExecutor":
+        """Errors: UsageError for any number but 0: what was written stays."""
+        if refinements:
+            raise UsageError(f"module.refinements={refinements} redraws tokens; type module.executor=parallel")
+        return self
+
+    def forwards(self, length: int) -> int:
+        """One a token."""
+        return length
 
     def logits(self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, blank: Tensor | None = None) -> Tensor:
         """Logits (B, R, V) of each token of text (B, R) given the plan and the tokens before it.
 
-        blank (B, R) bool: tokens that are read as <BLANK>, so that the tokens after them have to come from the plan.
+        blank (B, R) bool: tokens that are read as <BLANK>, so that the tokens after them have to come from the plan. None: no
+        token.
         """
         # 1. the plan
-        embeds, columns = self._opening(plan_ids, plan_embeds)
+        embeds, columns = opening(self.model, plan_ids, plan_embeds)
         # 2. all tokens but the last, some of them blank
         read = text if blank is None else text.masked_fill(blank, self.layout.vocabulary.blank)
-        tokens = self._tokens(read[:, :-1], 0)
+        tokens = text_columns(self.model, read[:, :-1])
         # 3. each token from the column before it
         states = self.model.states(torch.cat([embeds, tokens[0]], 1), joined(columns, tokens[1]))
         return self.model.text_logits(states[:, embeds.shape[1] - 1 :])
+
+    def nll(self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor) -> Tensor:
+        """-log p(x_l | z, x_<l) in nats, (B, R)."""
+        return token_nll(self.logits(plan_ids, plan_embeds, text), text)
+
+    def nll_of_pairs(self, plan_ids: Tensor, plan_embeds: Tensor, texts: Tensor) -> Tensor:
+        """-log p(text | plan) of every text (N, R) given every plan (Z, C), (N, Z): a pass of all texts a plan."""
+        plans = zip(plan_ids, plan_embeds, strict=True)
+        rows = len(texts)
+        found = [self.nll(ids.expand(rows, -1), embeds.expand(rows, -1, -1), texts).sum(-1) for ids, embeds in plans]
+        return torch.stack(found, -1)
+
+    def training_nll(
+        self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, hidden: float, generator: Generator
+    ) -> Tensor:
+        """Nats a column (B,); each token is hidden from those after it with probability `hidden`."""
+        blank = uniform(*text.shape, generator=generator) < hidden
+        return token_nll(self.logits(plan_ids, plan_embeds, text, blank), text).mean(-1)
 
     @torch.no_grad()
     def generate(
@@ -53,7 +92,7 @@ class Executor:
         """
         reading, tokens = Reading(self.model), list[Tensor]()
         ended = torch.zeros(len(plan_ids), dtype=torch.bool, device=plan_ids.device)
-        states = reading.read(*self._opening(plan_ids, plan_embeds))
+        states = reading.read(*opening(self.model, plan_ids, plan_embeds))
         for position in range(length):
             logits = self.model.text_logits(states[:, -1])[:, :vocab_size]
             tokens.append(sample_categorical(logits, temperature, generator))
@@ -62,27 +101,10 @@ class Executor:
             ended |= are_ends(tokens[-1], end_ids)
             if position + 1 == length or bool(ended.all()):
                 break
-            states = reading.read(*self._tokens(tokens[-1].unsqueeze(-1), position))
+            states = reading.read(*text_columns(self.model, tokens[-1].unsqueeze(-1), position))
         return generated_until_end(tokens, end_ids, length)
 
     def generate_greedily(self, ids: Tensor, embeds: Tensor, length: int, vocab_size: int) -> Tensor:
         """The greedy texts (B, length) of plans."""
         unused = Generator(device=ids.device)
         return self.generate(ids, embeds, length, unused, temperature=0.0, vocab_size=vocab_size)
-
-    def _opening(self, ids: Tensor, embeds: Tensor) -> tuple[Tensor, Columns]:
-        """[<BOS>, plan, <TEXT>]"""
-        v, layout = self.layout.vocabulary, self.layout
-        bos, text = layout.of_special(ids), layout.of_special(ids, layout.text_start)
-        ends = (
-            self.model.embed(torch.full_like(ids[:, :1], token), c.type_ids)
-            for token, c in ((v.bos, bos), (v.text, text))
-        )
-        first, last = ends
-        return torch.cat([first, embeds, last], 1), joined(bos, layout.of_block(ids), text)
-
-    def _tokens(self, ids: Tensor, first: int) -> tuple[Tensor, Columns]:
-        """Text (B, T) whose first token is number `first`."""
-        columns = self.layout.of_text(torch.ones_like(ids, dtype=torch.bool))
-        columns = columns._replace(position_ids=columns.position_ids + first)
-        return self.model.embed(ids, columns.type_ids), columns

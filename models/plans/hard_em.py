@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from models.functional.errors import UsageError
+from models.interfaces.executor import Executor
 from models.plans.cache import PlanCache, Refresh
-from models.plans.executor import Executor
 from models.plans.options import SearchOptions
 from models.plans.planner import Planner
 from models.plans.rows import Tokens

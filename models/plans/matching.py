@@ -28,6 +28,19 @@ def match_types(
     return pairs, [float(table[pair]) for pair in pairs]
 
 
+def told_by(concepts: Tensor, plans: Tensor, pairs: Pairs) -> Tensor:
+    """Concepts (N, K) that say each text's attributes (N, A): of a matched attribute the code that its texts have most often.
+
+    Types without an attribute keep their codes.
+    """
+    told = concepts.clone()
+    for kind, attribute in pairs:
+        for value in plans[:, attribute].unique():
+            own = plans[:, attribute] == value
+            told[own, kind] = concepts[own, kind].mode().values
+    return told
+
+
 def hungarian_accuracy(codes: Tensor, values: Tensor) -> float:
     """Share of texts whose code (N,) is the one matched to their value (N,), codes to values one to one."""
     codes, values = as_numbers(codes.unsqueeze(-1)), as_numbers(values.unsqueeze(-1))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from models.backbones.code_space import Sampler
 from models.functional.errors import UsageError, require_at_least, require_choice
@@ -12,6 +12,7 @@ from models.plans.sources import Code
 from models.plans.terms import NAMES
 
 Weight = float | Sequence[float]
+ExecutorKind = Literal["autoregressive", "parallel"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class PlanOptions:
     noise: 1 draws concepts from the posterior, 0 takes the most probable ones; a pair.
     corruption: share of the executor's tokens that are hidden in training, a pair.
     anneal_share: share of the steps until pairs are at their last value.
+    executor: writes texts token after token (`AutoregressiveExecutor`), or all tokens at once (`ParallelExecutor`).
+    hidden_rows: share of a parallel executor's rows whose tokens are all hidden in training, a pair; of the others a random
+        part is. `corruption` is the other executor's.
+    refinements: further forward passes of a parallel executor, a row of the table each; texts are generated with the last.
+    redraw: share of a text's tokens that a refinement draws again.
     plan_temperature, temperature: of concepts and of tokens in the sampled decoder.
     lora_rank: of adapters that are trained with the new tables; None trains all weights.
     """
@@ -100,6 +106,10 @@ class PlanOptions:
     noise: tuple[float, float] = (1.0, 1.0)
     corruption: tuple[float, float] = (1.0, 0.0)
     anneal_share: float = 0.6
+    executor: ExecutorKind = "autoregressive"
+    hidden_rows: tuple[float, float] = (0.5, 0.5)
+    refinements: tuple[int, ...] = (0,)
+    redraw: float = 0.25
     plan_temperature: float = 1.0
     temperature: float = 1.0
     lora_rank: int | None = None
@@ -109,7 +119,7 @@ class PlanOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("quantise", "temperatures", "noise", "corruption"):
+        for name in ("quantise", "temperatures", "noise", "corruption", "hidden_rows", "refinements"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         sequential = {"prior": "sequential", "posterior": "sequential"}
         planning = sequential if self.planning is None else _planning() | dict(self.planning)
@@ -121,6 +131,7 @@ class PlanOptions:
         self._check_weights()
         self._check_schedules()
         self._check_signal_codes()
+        self._check_executor()
         _ = self.search_options
 
     @property
@@ -161,6 +172,26 @@ class PlanOptions:
     def draw_noise(self) -> tuple[float, float]:
         """`noise`, which a quantiser has none of."""
         return self.noise if self.sampler == "gumbel_st" else (0.0, 0.0)
+
+    @property
+    def hidden(self) -> tuple[float, float]:
+        """What the executor's training hides, first and last: a share of its tokens, or of its rows."""
+        return self.hidden_rows if self.executor == "parallel" else self.corruption
+
+    def _check_executor(self) -> None:
+        require_choice("module.executor", self.executor, get_args(ExecutorKind))
+        rows, further = list(self.hidden_rows), list(self.refinements)
+        if len(rows) != 2 or min(rows) < 0 or max(rows) > 1:
+            raise UsageError(f"module.hidden_rows={rows} must be two shares from 0 to 1, such as [0.5, 0.5]")
+        if not further or min(further) < 0 or len(set(further)) < len(further):
+            raise UsageError(f"module.refinements={further} must be different numbers of at least 0, such as [0, 1, 2]")
+        if not 0 < self.redraw <= 1:
+            raise UsageError(f"module.redraw={self.redraw} must be a share above 0 and at most 1")
+        if self.executor != "parallel" and further != [0]:
+            raise UsageError(
+                f"module.refinements={further} redraws tokens of the parallel executor; type module.executor=parallel, or "
+                "module.refinements=[0]"
+            )
 
     def _check_choices(self) -> None:
         require_choice("module.sampler", self.sampler, get_args(Sampler))

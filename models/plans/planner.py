@@ -162,10 +162,11 @@ class Planner:
                 )
         self.model, self.layout, self.planning, self.quantiser = model, model.layout, planning, quantiser
 
-    def draw(self, text: Tensor, mask: Tensor, choose: Chooser | Coder) -> Plan:
+    def draw(self, text: Tensor, mask: Tensor, choose: Chooser | Coder, fixed: Mapping[int, int] | None = None) -> Plan:
         """A plan for each text (B, T), real where mask (B, T) bool, round by round with a key-value cache.
 
-        choose: chooses from the slots' logits; a `Coder` chooses from the states before them.
+        choose: chooses from the slots' logits; a `Coder` chooses from the states before them. fixed: {slot: choice} that are
+        given; slots that are read after them know them, earlier ones do not.
         """
         model, layout = self.model, self.layout
         choices = torch.full((len(text), len(layout.slot_columns)), END, device=text.device)
@@ -181,7 +182,7 @@ class Planner:
                 part = torch.cat([opening[0], part[0]], 1), joined(opening[1], part[1])
             states = reading.read(*part)[:, -len(slots) :]
             # 3. a choice for each of them
-            own = choose(states, slots) if isinstance(choose, Coder) else self._made(states, slots, choose)
+            own = choose(states, slots) if isinstance(choose, Coder) else self._made(states, slots, choose, fixed or {})
             made.add(slots, own)
             rounds.append(Round(layout.slot_columns[slots].to(text.device), states, own.moved))
             numbers = own.weights_hard.argmax(-1)
@@ -267,8 +268,13 @@ class Planner:
         slots = self.layout.slot_columns[made.slots].to(ids.device)
         return embeds.index_add(1, slots, torch.cat([m.moved for m in made.rounds], 1).to(embeds.dtype)), columns
 
-    def _made(self, states: Tensor, slots: list[int], choose: Chooser) -> Made:
+    def _made(self, states: Tensor, slots: list[int], choose: Chooser, fixed: Mapping[int, int]) -> Made:
         logits, table = self.model.choice_logits(states, slots), self.model.choice_embeddings(slots)
+        for place, slot in enumerate(slots):
+            if slot in fixed:
+                others = torch.arange(logits.shape[-1], device=logits.device) != fixed[slot]
+                logits = logits.index_fill(1, torch.tensor([place], device=logits.device), 0.0)
+                logits[:, place, others] = IMPOSSIBLE
         choice = choose(logits)
         soft, hard = (torch.einsum("bsw,swd->bsd", weights.to(table.dtype), table) for weights in choice)
         return Made(logits, *choice, soft, hard, soft - soft.detach())

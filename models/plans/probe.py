@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from models.functional.bits_per_byte import token_nll
 from models.functional.next_token import until_end
+from models.functional.plan_nll import plan_nll
 from models.functional.vocabulary import vocabulary_size
+from models.interfaces.executor import Executor
 from models.interfaces.probe_batch import Choices, EStep, ProbeBatch
 from models.interfaces.probes import Corruption
 from models.plans.corrupted_plans import block_without, random_plan
-from models.plans.executor import Executor
+from models.plans.enumeration import every_plan, log_prob_of_texts
+from models.plans.matching import match_types, told_by
 from models.plans.planner import Planner
 from models.plans.posterior_gradient import PosteriorGradient
 from models.plans.rows import PosteriorReads, prompt_of, response_of
@@ -79,7 +81,7 @@ class PlanProbe:
         return block_without(self.prior, batch.condition["choices"], batch.condition["seen"])
 
     def nll(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
-        return token_nll(self.executor.logits(*self.block(batch), batch.text), batch.text)
+        return self.executor.nll(*self.block(batch), batch.text)
 
     def predictions(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         forced = self.executor.logits(*self.block(batch), batch.text)[..., : vocabulary_size(self.tokenizer)].argmax(-1)
@@ -90,6 +92,26 @@ class PlanProbe:
 
     def _greedy_text(self, batch: ProbeBatch) -> Tensor:
         return self.executor.generate_greedily(*self.block(batch), batch.text.shape[1], vocabulary_size(self.tokenizer))
+
+    def log_prob(self, rows: dict[str, Tensor]) -> Tensor | None:
+        plans = every_plan(self.prior.layout)
+        if plans is None:
+            return None
+        text = response_of(rows)
+        return log_prob_of_texts(self.prior, self.executor, prompt_of(rows), text, plans.to(text.device))
+
+    def bound(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
+        choices = batch.condition["choices"]
+        log_p = self.prior.score(*prompt_of(rows), choices).log_softmax(-1)
+        own = plan_nll(log_p, choices, self.prior.layout.open_slots(choices)).sum(-1)
+        return self.nll(rows, batch).sum(-1) + own
+
+    def tell(self, batch: ProbeBatch, attributes: Tensor) -> dict[str, Tensor] | None:
+        choices = batch.condition["choices"]
+        if len(self.vocabulary.types) < choices.shape[1]:
+            return None
+        known = attributes.to(choices.device)
+        return batch.condition | {"choices": told_by(choices, known, match_types(choices.cpu(), known.cpu())[0])}
 
     # -- other conditions ---------------------------------------------------------------------------------------------
 

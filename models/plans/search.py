@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from models.functional.bits_per_byte import token_nll
 from models.functional.plan_nll import plan_nll
 from models.functional.plan_search import margin, plan_score, repeats, staleness
-from models.plans.executor import Executor
+from models.interfaces.executor import Executor
 from models.plans.planner import Planner
 from models.plans.rows import Tokens
 from models.plans.vocabulary import END, IMPOSSIBLE
@@ -89,7 +88,7 @@ class PlanSearch:
         """S of every plan (B, K, S) of its text (B, R), (B, K) nats; all candidates in one batch, the prompt read once."""
         count = plans.shape[1]
         flat, repeated = plans.flatten(0, 1), text.repeat_interleave(count, 0)
-        log_text = -token_nll(self.executor.logits(*self.prior.block(flat), repeated), repeated).sum(-1)
+        log_text = -self.executor.nll(*self.prior.block(flat), repeated).sum(-1)
         logits = self.prior.score_many(*prompt, plans).flatten(0, 1)
         log_plan = -plan_nll(logits.log_softmax(-1), flat, self.prior.layout.open_slots(flat)).sum(-1)
         return plan_score(log_text, log_plan, self.prior_weight).view(-1, count)

@@ -23,13 +23,13 @@ class StepValues(NamedTuple):
     """What changes with the steps of a training.
 
     temperature, noise: of the relaxed draw. code_share: how far what is read has moved from the point to its code.
-    corruption: share of the executor's tokens that are hidden. weights: of the losses.
+    hidden: how much the executor's training hides (`PlanOptions.hidden`). weights: of the losses.
     """
 
     temperature: float
     noise: float
     code_share: float
-    corruption: float
+    hidden: float
     weights: dict[str, float]
 
 

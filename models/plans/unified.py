@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from models.backbones.added_layers import added_like
 from models.backbones.causal_lm import output_logits, require_known_output
 from models.backbones.key_value_cache import cache_argument
+from models.functional.attention import padding_mask
 from models.functional.precision import at_least_float32
 from models.plans.layout import Columns, PlanLayout, joined, types_apart
 from models.plans.quantiser import Quantiser, build_quantiser
@@ -84,17 +85,29 @@ class UnifiedModel(nn.Module):
         return self.new_table()[self.choices[slots]]
 
     def states(
-        self, embeds: Tensor, columns: Columns, cache: DynamicCache | None = None, *, apart: bool = False
+        self,
+        embeds: Tensor,
+        columns: Columns,
+        cache: DynamicCache | None = None,
+        *,
+        apart: bool = False,
+        bidirectional: bool = False,
     ) -> Tensor:
         """Hidden states (B, L, D), at least float32, of the last L columns, after the last norm.
 
-        columns: all that are read, those in the cache first. apart: types do not attend to each other.
+        columns: all that are read, those in the cache first. apart: types do not attend to each other. bidirectional: every
+        column sees every other one, without a cache.
         """
         new = embeds.shape[1]
+        mask = columns.mask.long()
+        if apart:
+            mask = types_apart(columns, new)
+        elif bidirectional:
+            mask = padding_mask(columns.mask)
         # always pass a mask: without one transformers takes positions that start again for another document
         states = self.backbone.get_decoder()(
             inputs_embeds=embeds.to(self.dtype),
-            attention_mask=types_apart(columns, new) if apart else columns.mask.long(),
+            attention_mask=mask,
             position_ids=columns.position_ids[:, -new:],
             **cache_argument(cache),
             use_cache=cache is not None,

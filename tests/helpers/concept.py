@@ -7,7 +7,7 @@ import torch
 from helpers.causal import tiny_causal
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
 from models.functional.plan_nll import plan_nll
-from models.plans.executor import Executor
+from models.plans.executor import AutoregressiveExecutor
 from models.plans.planner import Planner
 from models.plans.terms import NAMES
 from models.plans.unified import UnifiedModel
@@ -21,7 +21,7 @@ TYPES = {
 }
 
 
-def concept_parts(types=TYPES, base: int = BASE, **options) -> tuple[UnifiedModel, Planner, Executor]:
+def concept_parts(types=TYPES, base: int = BASE, **options) -> tuple[UnifiedModel, Planner, AutoregressiveExecutor]:
     """In float64, with weights so large that every choice and every token matters."""
     torch.manual_seed(0)
     model = UnifiedModel(tiny_causal(base, **options), ConceptVocabulary(types, base)).double()
@@ -31,7 +31,7 @@ def concept_parts(types=TYPES, base: int = BASE, **options) -> tuple[UnifiedMode
         (model.type_embedding.weight, 0.7),
     ):
         torch.nn.init.normal_(weight, std=std)
-    return model.eval(), Planner(model), Executor(model)
+    return model.eval(), Planner(model), AutoregressiveExecutor(model)
 
 
 def some_texts(rows: int = 5, columns: int = 4, base: int = BASE) -> tuple[torch.Tensor, torch.Tensor]:

@@ -142,6 +142,7 @@ METHODS = {
     # one entry of a matrix has a gradient of 2e-8, of whose rounding AdamW would make a step: Muon's are of whole matrices
     "continuous_diffusion": lambda data: pretrained(teacher(data), ContinuousDiffusion(), optimizer="muon"),
     "plans": plans_with_quota,
+    "plans_parallel": lambda data: plans(data, executor="parallel", search={"begin": 0.5, "candidates": 3}),
     "hard_em": lambda data: plans(data, search={"begin": 0.34, "candidates": 3}),
     "online": online,
     "online_codes": online_codes,

@@ -8,11 +8,13 @@ from helpers.concept import concept_parts
 
 from models.interfaces.executor import Executor
 from models.interfaces.scores import CachedRows, Drafter, Scores
+from models.plans.parallel_executor import ParallelExecutor
 from models.speculative.cached_scores import CachedScores
 from models.speculative.ngram import NgramScores
 from models.speculative.scores import CausalScores
 
-METHODS = {Scores: ["__call__"], CachedRows: ["keep_rows"], Executor: ["logits", "generate"]}
+EXECUTOR = ["forwards", "refining", "logits", "nll", "nll_of_pairs", "training_nll", "generate", "generate_greedily"]
+METHODS = {Scores: ["__call__"], CachedRows: ["keep_rows"], Executor: EXECUTOR}
 
 
 def assert_fits(part, protocol) -> None:
@@ -38,6 +40,7 @@ def test_cached_scores_follow_their_rows():
 
 
 def test_the_executor_of_plans():
-    _, planner, executor = concept_parts()
+    model, planner, executor = concept_parts()
     assert_fits(executor, Executor)
+    assert_fits(ParallelExecutor(model), Executor)
     assert not isinstance(planner, Executor)

@@ -16,7 +16,7 @@ from models.functional.errors import UsageError
 from models.functional.plan_nll import plan_nll
 from models.functional.usage import usage_kl
 from models.functional.vector_quantisation import residuals
-from models.plans.executor import Executor
+from models.plans.executor import AutoregressiveExecutor
 from models.plans.options import FixedPlanOptions
 from models.plans.planner import Coder, Planner
 from models.plans.posterior_gradient import PosteriorGradient
@@ -61,7 +61,7 @@ def test_each_level_is_a_slot_with_codes_of_its_own():
     assert model.layout.text_start == 6  # past the longest type, levels included
     assert (v.slot_types.tolist(), v.slot_levels.tolist()) == ([0, 0, 0, 0, 1], [0, 1, 0, 1, 0])
     assert v.level_slots == [[slice(0, 4, 2), slice(1, 4, 2)], [slice(4, 5, 1)]]
-    probe = PlanProbe(Planner(model), Executor(model), None, "text")
+    probe = PlanProbe(Planner(model), AutoregressiveExecutor(model), None, "text")
     assert probe.slot_names == ["a1.1", "a1.2", "a2.1", "a2.2", "b"]
 
 
@@ -254,7 +254,7 @@ def test_a_monitor_s_gradient_is_that_of_the_text_through_all_levels():
     model, _, posterior = case()
     watched, text = PosteriorGradient(), some_texts(5)
     plan = posterior.draw(*text, Coder(model.quantiser, 0.3))
-    nll = token_nll(Executor(model).logits(plan.ids, plan.embeds, text[0]), text[0]).mean()
+    nll = token_nll(AutoregressiveExecutor(model).logits(plan.ids, plan.embeds, text[0]), text[0]).mean()
     (by_autograd,) = torch.autograd.grad(nll, plan.rounds[0].states, retain_graph=True)
     watched.watch_plan(plan)
     (nll + plan.logits.logsumexp(-1).mean()).backward()

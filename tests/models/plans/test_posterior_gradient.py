@@ -7,7 +7,7 @@ from helpers.concept import BASE, generator, some_texts
 from torch.testing import assert_close
 
 from models.functional.bits_per_byte import token_nll
-from models.plans.executor import Executor
+from models.plans.executor import AutoregressiveExecutor
 from models.plans.planner import Coder, Planner, relaxed
 from models.plans.posterior_gradient import PosteriorGradient
 from models.plans.unified import UnifiedModel
@@ -23,7 +23,7 @@ def test_it_is_that_of_the_text_and_no_other_loss(sampler):
     posterior, watched = Planner(model, "slots", model.quantiser), PosteriorGradient()
     text = some_texts(5)
     plan = posterior.draw(*text, relaxed(generator(), 1.0) if model.quantiser is None else Coder(model.quantiser, 0.3))
-    nll = token_nll(Executor(model).logits(plan.ids, plan.embeds, text[0]), text[0]).mean()
+    nll = token_nll(AutoregressiveExecutor(model).logits(plan.ids, plan.embeds, text[0]), text[0]).mean()
     (by_autograd,) = torch.autograd.grad(nll, plan.rounds[0].states, retain_graph=True)
     watched.watch_plan(plan)
     others = plan.logits.logsumexp(-1).mean() + (plan.soft_embeds - plan.hard_embeds).square().mean()

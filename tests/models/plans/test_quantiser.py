@@ -6,7 +6,7 @@ from helpers.causal import tiny_causal
 from helpers.concept import BASE, generator, some_texts
 from torch.testing import assert_close
 
-from models.plans.executor import Executor
+from models.plans.executor import AutoregressiveExecutor
 from models.plans.planner import Coder, Planner
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import IMPOSSIBLE, ConceptVocabulary
@@ -63,7 +63,13 @@ def test_a_text_s_price_reaches_the_posterior_and_not_the_codes(sampler):
     model, planner = case(sampler)
     text, mask = some_texts(6)
     plan = planner.draw(text, mask, Coder(model.quantiser, 0.5))
-    nll = -Executor(model).logits(plan.ids, plan.embeds, text).log_softmax(-1).gather(-1, text.unsqueeze(-1)).mean()
+    nll = (
+        -AutoregressiveExecutor(model)
+        .logits(plan.ids, plan.embeds, text)
+        .log_softmax(-1)
+        .gather(-1, text.unsqueeze(-1))
+        .mean()
+    )
     nll.backward()
     for space in model.quantiser.spaces:
         assert space.to_point.weight.grad.abs().max() > 1e-6

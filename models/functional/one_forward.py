@@ -1,0 +1,69 @@
+r"""Texts whose tokens are all drawn in one forward pass, given a plan z.
+
+.. math:: p(x \mid z) = \prod_{l \le e(x)} p(x_l \mid z), \qquad e(x) \text{ the position of the first end token}
+
+What comes after the first end token is no part of a text: these products sum to 1 over the texts that are cut there.
+Legend: B batch, R text columns, V vocabulary, Z plans, N texts.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from models.functional.masked_lm import hide_exactly, stratified_count
+from models.functional.plan_information import entropy
+from models.functional.uniform import uniform
+
+SURE = 1e-3  # nats: a position with less entropy is not redrawn
+
+
+def hidden_tokens(counted: Tensor, whole: float, generator: Generator) -> Tensor:
+    """Which tokens of each text are hidden in training, (B, R) bool, among those that count, (B, R) bool.
+
+    With probability `whole` all of a text's n tokens; else a number from 1 to n, each as likely, and a uniform choice: the law
+    of tokens that are hidden with probability t ~ U(0, 1) each, where at least one is.
+    """
+    size = counted.sum(-1)
+    all_of_them = uniform(len(counted), generator=generator) < whole
+    count = torch.where(all_of_them, size, stratified_count(size, 0, 1, generator))
+    return hide_exactly(counted, count, generator)
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """H(softmax(logits)) in nats: (..., V) -> (...)."""
+    return entropy(logits.softmax(-1))
+
+
+def least_certain(entropies: Tensor, counted: Tensor, share: float) -> Tensor:
+    """The share of a text's tokens, rounded up, that had the highest entropy when they were drawn; (B, R) bool.
+
+    entropies (B, R) nats; counted (B, R) bool. Tokens of less than `SURE` nats are never among them. Mask-Predict
+    (Ghazvininejad et al., 1904.09324) takes those of the lowest probability; the entropy does not depend on which token was
+    drawn, so that an improbable one stays as likely as it was.
+    """
+    rank = entropies.masked_fill(~counted, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    most = (share * counted.sum(-1, keepdim=True)).ceil()
+    return counted & (rank < most) & (entropies > SURE)
+
+
+def log_mixture(log_prior: Tensor, log_text: Tensor) -> Tensor:
+    r"""log p(x | u) = log sum_z p(z | u) p(x | z), nats in float64, of all Z plans: (N, Z) and (N, Z) -> (N,)."""
+    return (log_prior.double() + log_text.double()).logsumexp(-1)
+
+
+def total_correlation_given(texts: Tensor, probability: Tensor, codes: Tensor) -> float:
+    r"""TC(x | z) = sum_l H(x_l | z) - H(x | z) in nats, of a code z = f(x): the least KL from the truth to one-forward texts.
+
+    texts (N, R): all texts of positive probability (N,); codes (N,): the number of each text's code.
+    """
+    weight = probability.double() / probability.sum()
+    of_code = torch.zeros(int(codes.max()) + 1, dtype=torch.float64).index_add_(0, codes, weight)
+    # H(x_l | z) = H(x_l, z) - H(z), and H(x | z) = H(x) - H(z), because z is a function of x
+    given = sum(float(_entropy_of(torch.stack([column, codes], -1), weight)) for column in texts.unbind(-1))
+    of_z = float(entropy(of_code))
+    return given - texts.shape[-1] * of_z - (float(_entropy_of(texts, weight)) - of_z)
+
+
+def _entropy_of(rows: Tensor, weight: Tensor) -> Tensor:
+    """H in nats of rows (N, F) whose probabilities (N,) add up where rows are equal."""
+    _, number = torch.unique(rows, dim=0, return_inverse=True)
+    return entropy(torch.zeros(int(number.max()) + 1, dtype=weight.dtype).index_add_(0, number, weight))

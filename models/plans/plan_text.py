@@ -1,0 +1,60 @@
+"""Plans as a person reads and types them: "a=3 b=1", a type and its codes; "a=3,1" of two concepts, "a=3.1" of two levels.
+
+A type that ended before its first concept is "a=none". Codes are numbered from 0.
+Legend: B batch, S slots.
+"""
+
+from torch import Tensor
+
+from models.functional.errors import UsageError
+from models.plans.vocabulary import END, ConceptType, ConceptVocabulary
+
+NOTHING = "none"
+
+
+def plan_texts(vocabulary: ConceptVocabulary, choices: Tensor) -> list[str]:
+    """One line for each plan of choices (B, S)."""
+    slots = list(zip(vocabulary.types, vocabulary.type_slots, strict=True))
+    return [" ".join(f"{t.name}={_codes(t, row[own].tolist())}" for t, own in slots) for row in choices]
+
+
+def parse_plan(vocabulary: ConceptVocabulary, typed: str) -> dict[int, int]:
+    """{slot: choice} of the types that a plan names; the others are left open.
+
+    Errors: UsageError for an unknown type, a code or a number of concepts that it does not have.
+    """
+    found: dict[int, int] = {}
+    kinds = {t.name: (t, own) for t, own in zip(vocabulary.types, vocabulary.type_slots, strict=True)}
+    for part in typed.split():
+        name, _, codes = part.partition("=")
+        if name not in kinds:
+            raise UsageError(f"plan: “{part}” names no type; the types are {', '.join(kinds)}")
+        t, own = kinds[name]
+        if own.start in found:
+            raise UsageError(f"plan: {name} is there twice; type its concepts with commas, such as {name}=0,1")
+        for slot, choice in enumerate(_choices(t, codes), own.start):
+            found[slot] = choice
+    return found
+
+
+def _codes(t: ConceptType, choices: list[int]) -> str:
+    """The codes of a type's choices, up to its end."""
+    codes = [str(choice - 1) for choice in (choices[: choices.index(END)] if END in choices else choices)]
+    concepts = [".".join(codes[at : at + t.levels]) for at in range(0, len(codes), t.levels)]
+    return ",".join(concepts) or NOTHING
+
+
+def _choices(t: ConceptType, codes: str) -> list[int]:
+    """The choices behind a type's codes, an end among them where there are fewer than the most."""
+    concepts = [] if codes == NOTHING else [concept.split(".") for concept in codes.split(",")]
+    numbers = [code for concept in concepts for code in concept]
+    if any(len(concept) != t.levels for concept in concepts) or not all(
+        code.isascii() and code.isdigit() and int(code) < t.codes for code in numbers
+    ):
+        wanted = f"a number from 0 to {t.codes - 1}" + (f" for each of its {t.levels} levels" if t.levels > 1 else "")
+        example = ".".join(["0"] * t.levels)
+        raise UsageError(f"plan: “{t.name}={codes}” must be {wanted}; type for example plan='{t.name}={example}'")
+    if not t.least <= len(concepts) <= t.most:
+        count = str(t.most) if t.least == t.most else f"{t.least} to {t.most}"
+        raise UsageError(f"plan: “{t.name}={codes}” has {len(concepts)} concepts; {t.name} needs {count}")
+    return [int(code) + 1 for code in numbers] + [END] * (len(concepts) < t.most)

@@ -1,0 +1,80 @@
+"""One-forward texts against enumeration: what is hidden, what is redrawn, mixtures over plans, total correlation."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from models.functional.one_forward import (
+    hidden_tokens,
+    least_certain,
+    log_mixture,
+    token_entropy,
+    total_correlation_given,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_half_the_rows_are_hidden_whole_and_the_others_by_any_number_alike():
+    counted = torch.ones(40_000, 4, dtype=torch.bool)
+    counted[:, 3] = False
+    hidden = hidden_tokens(counted, 0.5, generator())
+    assert not (hidden & ~counted).any()
+    share = hidden.sum(-1).bincount(minlength=4) / len(hidden)
+    assert_close(share, torch.tensor([0.0, 1 / 6, 1 / 6, 2 / 3]), atol=0.01, rtol=0)
+    one = hidden[hidden.sum(-1) == 1].double().mean(0)
+    assert_close(one, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]).double(), atol=0.02, rtol=0)
+    assert torch.equal(hidden_tokens(counted, 1.0, generator()), counted)
+    never = hidden_tokens(counted, 0.0, generator()).sum(-1).bincount(minlength=4) / len(hidden)
+    assert_close(never, torch.tensor([0.0, 1 / 3, 1 / 3, 1 / 3]), atol=0.01, rtol=0)
+
+
+def test_the_least_certain_tokens_by_hand():
+    entropies = torch.tensor([[0.5, 0.1, 0.9, 0.3, 2.0], [0.0, 0.0, 0.7, 0.0005, 0.0], [0.1, 0.2, 0.3, 0.4, 0.5]])
+    counted = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
+    found = least_certain(entropies, counted, 0.5)
+    # the last column does not count; of the second row only one token is unsure
+    expected = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    assert torch.equal(found, expected)
+    assert torch.equal(least_certain(entropies, counted, 0.1).sum(-1), torch.tensor([1, 1, 0]))  # rounded up
+    assert torch.equal(least_certain(entropies, counted, 1.0)[0], counted[0])
+    assert not least_certain(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), 1.0).any()
+
+
+def test_entropy_of_tokens():
+    logits = torch.tensor([[0.0, 0.0, -1e9], [5.0, -1e9, -1e9]])
+    assert_close(token_entropy(logits), torch.tensor([math.log(2), 0.0]))
+
+
+def test_the_mixture_is_the_sum_of_probabilities():
+    prior = torch.rand(3, 5, generator=generator(), dtype=torch.float64)
+    given = torch.rand(3, 5, generator=generator(1), dtype=torch.float64)
+    assert_close(log_mixture(prior.log(), given.log()).exp(), (prior * given).sum(-1))
+
+
+def test_total_correlation_given_a_code_by_enumeration():
+    """Against the divergence from the truth to the product of the true marginals, code by code."""
+    texts = torch.tensor(list(product(range(3), range(2), range(2))))
+    p = torch.rand(len(texts), generator=generator(), dtype=torch.float64)
+    p = p / p.sum()
+    codes = torch.randint(0, 3, (len(texts),), generator=generator(2))
+    expected = 0.0
+    for code in codes.unique():
+        own, weight = texts[codes == code], p[codes == code]
+        total, weight = weight.sum(), weight / weight.sum()
+        for text, chance in zip(own, weight, strict=True):
+            apart = math.prod(float(weight[own[:, place] == text[place]].sum()) for place in range(3))
+            expected += float(total * chance) * math.log(float(chance) / apart)
+    assert expected > 0.05
+    assert total_correlation_given(texts, p, codes) == pytest.approx(expected)
+    # a code that tells the whole text leaves nothing; texts of independent tokens have none either
+    assert total_correlation_given(texts, p, torch.arange(len(texts))) == pytest.approx(0, abs=1e-12)
+    chances = [torch.rand(n, generator=generator(n), dtype=torch.float64) for n in (3, 2, 4)]
+    free = torch.tensor(list(product(range(3), range(2), range(4))))
+    flat = torch.stack([chances[place][free[:, place]] for place in range(3)]).prod(0)
+    assert total_correlation_given(free, flat, torch.zeros(len(free), dtype=torch.long)) == pytest.approx(0, abs=1e-12)
