@@ -23,6 +23,7 @@ from models.backbones.abilities import context_of, require_steps
 from models.backbones.autoregressive import AutoregressiveDecoder
 from models.backbones.bidirectional import is_block_causal
 from models.backbones.causal_lm import causal_logits, load_trained
+from models.backbones.dit_layout import is_mdlm_config
 from models.backbones.dream_layout import is_dream_config
 from models.backbones.llada import LladaConfig
 from models.backbones.masked_from_causal import MODEL_TYPE, load_masked
@@ -192,7 +193,8 @@ def _fills_masks(folder: Path) -> bool:
         return False
     config = files.read_json(folder / "config.json")
     own = config.get("model_type") in (MODEL_TYPE, LladaConfig.model_type)
-    return own or is_official_config(config) or is_dream_config(config) or unsupported_layout(config) is not None
+    published = is_official_config(config) or is_dream_config(config) or is_mdlm_config(config)
+    return own or published or unsupported_layout(config) is not None
 
 
 def _tokenizer(*folders: str | Path) -> PreTrainedTokenizerFast:

@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, Qwen2Conf
 from models.backbones import checkpoint_files as files
 from models.backbones.abilities import alike, limited_layers, trial
 from models.backbones.causal_lm import load_causal, output_logits, save_merged
+from models.backbones.dit import DitModel, load_dit
+from models.backbones.dit_layout import is_mdlm_config
 from models.backbones.dream_layout import config_from_dream, dream_mask_id, is_dream_config
 from models.backbones.key_value_cache import cache_argument
 from models.backbones.llada import LladaModel, Prefix, load_llada, prefix_heads
@@ -254,8 +256,8 @@ def load_from_causal(
     return model.train()
 
 
-def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCausal":
-    """A network that fills masks: what `MaskedFromCausal.save_pretrained` wrote, a Dream or else a LLaDA model (`load_llada`).
+def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCausal | DitModel":
+    """A network that fills masks: what `MaskedFromCausal.save_pretrained` wrote, a Dream, an MDLM or else a LLaDA model.
 
     Errors: UsageError as in `load_llada`, also for masked diffusion models of other layouts, by name.
     """
@@ -263,6 +265,8 @@ def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCau
     described = files.read_json(folder / "config.json")
     if is_dream_config(described):
         return load_dream(folder, **options)
+    if is_mdlm_config(described):
+        return load_dit(folder, **options)
     if described.pop("model_type", None) != MODEL_TYPE:
         return load_llada(folder, **options)
     model = MaskedFromCausal(load_causal(folder / CAUSAL, **options), FromCausalOptions(**described))
