@@ -20,11 +20,11 @@ from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
 from models.diffusion.commit_rules import build_rules
 from models.diffusion.readers import require_bidirectional_body
-from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder, sampling_blocks
+from models.diffusion.sampler import MaskedDiffusionDecoder, rule_decoders, sampling_blocks
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
-from models.functional.errors import UsageError, require_at_least
+from models.functional.errors import UsageError
 from models.functional.next_token import EndIds, token_counts
 from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
@@ -92,9 +92,10 @@ class PretrainModule(LeapModule):
             block_length=block_length,
             cache=cache,
             cache_refresh=cache_refresh,
+            commit_rules=commit_rules,
+            rule_temperature=rule_temperature,
         )
-        require_at_least(0, module__rule_temperature=rule_temperature)
-        self.rules, self.rule_temperature = build_rules(commit_rules), rule_temperature
+        self.rules = build_rules(commit_rules)
         self.figures = ModelFigures()
         self.curve: dict[str, list[float]] = {}
         self.meter, self.truth_meter, self.token_weights = NllMeter(), NllMeter(), TokenWeights()
@@ -231,7 +232,12 @@ class PretrainModule(LeapModule):
         # a flow has no temperature
         temperatures = self.sampling.all_temperatures if self.generation == "masked" else (self.sampling.temperature,)
         scheduled = [self.decoder(None, n, t) for t in temperatures for n in self.compared_forwards()]
-        return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
+        if self.generation != "masked" or not self.rules:
+            return scheduled
+        return [
+            *scheduled,
+            *rule_decoders(self.model, self.rules, self.sampling, self.trainer.datamodule.response_length),
+        ]
 
     def compared_forwards(self, data: Any = None) -> list[int]:
         """The numbers of forward passes in `forwards`; of block diffusion those that its blocks allow.
@@ -242,14 +248,6 @@ class PretrainModule(LeapModule):
             return list(self.sampling.forwards)
         length = (data or self.trainer.datamodule).response_length
         return forwards_in_blocks(self.sampling.forwards, sampling_blocks(self.model, None), length)
-
-    def _rule_decoders(self) -> list[Decoder]:
-        """A row for each of `commit_rules`."""
-        length, how = self.trainer.datamodule.response_length, self.sampling
-        options: dict[str, Any] = {"block_length": how.block_length, "guidance": how.guidance, "reused": how.reused}
-        return [
-            RuleDecoder(self.model, rule, length, temperature=self.rule_temperature, **options) for rule in self.rules
-        ]
 
     def decoder(self, data: Any, forwards: int, temperature: float, end_ids: EndIds = None) -> Decoder:
         """How the model answers prompts.

@@ -5,6 +5,7 @@ The number of tokens of a pass is scheduled (`generate_masked_diffusion`) or fol
 Legend: B batch, L length, R response columns, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -18,7 +19,13 @@ from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
-from models.interfaces.masked_sampling import Remasking, ReusedColumns, require_dividing, temperature_name
+from models.interfaces.masked_sampling import (
+    MaskedSampling,
+    Remasking,
+    ReusedColumns,
+    require_dividing,
+    temperature_name,
+)
 
 
 def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
@@ -271,3 +278,15 @@ class RuleDecoder:
         found = generate_by_rule(self.model, rows, generator, rule=self.rule, on_tokens=on_tokens, **self.options)
         self.forward_passes, self.batch_passes = found.forward_passes, found.batch_passes
         return found.responses
+
+
+def scheduled_decoders(model: LladaModel, how: MaskedSampling) -> list[MaskedDiffusionDecoder]:
+    """A decoder for each number of forward passes and temperature."""
+    return [MaskedDiffusionDecoder(model, n, **how.options | {"temperature": t}) for n, t in how.rows]
+
+
+def rule_decoders(
+    model: LladaModel, rules: Sequence[CommitRule], how: MaskedSampling, response_length: int
+) -> list[RuleDecoder]:
+    """A decoder for each rule, those of `how.commit_rules`."""
+    return [RuleDecoder(model, rule, response_length, **how.rule_options) for rule in rules]
