@@ -272,7 +272,9 @@ def test_a_saved_network_is_trained_further_with_its_own_mask_and_options(llama,
     assert "mask_change" in trained
     assert all("lora" in name or name == "mask_change" for name in trained)
     for wrong in ({}, {"separator": "prompt", "mask_token": "<extra_260>"}, {"conversion": "bidirectional"}):
-        with pytest.raises(UsageError, match=r"type model\.conversion=causal_prompt model\.separator=prompt, and leave"):
+        with pytest.raises(
+            UsageError, match=r"type model\.conversion=causal_prompt model\.separator=prompt, and leave"
+        ):
             load_from_causal(tmp_path / "saved", **wrong)
 
 
