@@ -56,11 +56,11 @@ WORDS: dict[Any, str] = {int: "a whole number", float | int: "a number", bool: "
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("mc", "block_length", "max_length", "max_gen_toks", "seed"), int),
     **dict.fromkeys(("guidance", "theta_weight"), float | int),
-    **dict.fromkeys(("greedy", "add_bos_token", "enable_thinking"), bool),
+    **dict.fromkeys(("greedy", "ends_last", "add_bos_token", "enable_thinking"), bool),
 }
 # logits or log-probabilities (M, V) of the token after each scored position
 NextToken = Callable[[CausalText], Tensor]
-OF_MASKS = ("block_length", "remasking", "guidance")  # options of models that fill masks
+OF_MASKS = ("block_length", "remasking", "guidance", "ends_last")  # options of models that fill masks
 MODEL_FILES = ("student.json", OPTIONS, DESCRIPTION, "adapter_config.json", "config.json")
 RECORD = "record.json"  # of a run
 NO_CONTEXT = 2048  # context of a model whose configuration sets no limit, as lm-evaluation-harness assumes
@@ -79,7 +79,7 @@ class EvaluationOptions:
         students, alternate for q*.
     mc: draws of the bound on the likelihood of a model that fills masks. greedy: whether such a model is asked if it would
         fill in a continuation itself, which takes one forward pass for each token of it.
-    block_length, remasking, guidance: of generation by filling masks; guidance of its likelihood, too.
+    block_length, remasking, guidance, ends_last: of generation by filling masks; guidance of its likelihood, too.
     theta_weight: α of q*; None is equally far from both models.
     layout: prompts end as the run of the model ended them (`run`), or are text alone (`plain`).
     add_bos_token: whether a text begins with the tokenizer's BOS; None as the tokenizer does.
@@ -95,6 +95,7 @@ class EvaluationOptions:
     block_length: int | None = None
     remasking: Remasking = "low_confidence"
     guidance: float = 0.0
+    ends_last: bool = False
     theta_weight: float | None = None
     layout: Layout = "run"
     add_bos_token: bool | None = None
@@ -354,7 +355,7 @@ def _masked(kind: str, model: Any, tokenizer: PreTrainedTokenizerFast, options: 
     def decoder(request: TextRequest) -> Decoder:
         blocks = block_count(request.length, sampling_blocks(model, options.block_length))
         how: dict[str, Any] = {"temperature": request.temperature, "guidance": options.guidance}
-        how |= {"block_length": options.block_length}
+        how |= {"block_length": options.block_length, "ends_last": end_ids(tokenizer) if options.ends_last else None}
         if rule is not None:
             return RuleDecoder(model, rule, request.length, **how)
         forwards = request.length if value is None else int(value)

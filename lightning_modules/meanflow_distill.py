@@ -103,10 +103,9 @@ class MeanFlowDistillModule(LeapModule):
     def teacher_decoders(self) -> list[Decoder]:
         """Of scheduled forward passes, and of the rules that commit by confidence."""
         how = self.teacher_sampling
-        scheduled = scheduled_decoders(self.teacher, how)
+        ends = self.trainer.datamodule.end_ids() if how.ends_last else None
+        scheduled = scheduled_decoders(self.teacher, how, ends)
         if not self.teacher_rules:
             return [*scheduled]
-        return [
-            *scheduled,
-            *rule_decoders(self.teacher, self.teacher_rules, how, self.trainer.datamodule.response_length),
-        ]
+        length = self.trainer.datamodule.response_length
+        return [*scheduled, *rule_decoders(self.teacher, self.teacher_rules, how, length, ends)]

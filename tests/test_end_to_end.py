@@ -6,12 +6,15 @@ import math
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from helpers.experiment import FLOWS, SMALL, TINY, answer, model_overrides, pairs_overrides, tiny_qwen
 from helpers.gpt2_bytes import gpt2_bytes
 from helpers.word_pieces import word_pieces
 from hydra.errors import InstantiationException
 
 from app import modes
+from app.build import data_of
+from app.generate import find_decoder
 from datamodules import lm1b, owt
 from models.functional.errors import UsageError
 from reporting.console import sentence_for
@@ -47,6 +50,10 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     more = ["mode=generate", "prompt='who=anna'", "n=2", "forwards=2"]
     modes.generate(configure(*short, *more, "decoder=teacher", "temperature=1.0"))
     assert capsys.readouterr().out.count("→") == 2
+    ends_last = configure(*short, *more, "decoder=teacher", "module.teacher_ends_last=true")
+    data = data_of(ends_last)
+    asked = find_decoder(ends_last, None, data, torch.device("cpu"))
+    assert asked.options["ends_last"] == data.end_ids()
     if flow == "logit_flow":
         with pytest.raises(UsageError, match="type decoder=teacher for more"):
             modes.generate(configure(*short, *more))

@@ -17,6 +17,7 @@ from models.diffusion.commit_rules import CommitRule
 from models.diffusion.readers import NOTHING_REUSED, Reader, response_reader
 from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
+from models.functional.next_token import EndIds, are_ends
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 from models.interfaces.masked_sampling import (
@@ -87,6 +88,7 @@ def generate_masked_diffusion(
     remasking: Remasking = "random",
     guidance: float = 0.0,
     reused: ReusedColumns = NOTHING_REUSED,
+    ends_last: EndIds = None,
     on_tokens: TokenCallback | None = None,
 ) -> Tensor:
     """Responses (B, R) for rows laid out as prompt columns then R response columns.
@@ -94,7 +96,9 @@ def generate_masked_diffusion(
     Blocks of `block_length` response tokens (all of them by default) are filled left to right, in `steps` forward passes.
     Each of these draws all masked tokens of the block and keeps the scheduled number: the most probable draws
     (`low_confidence`; at temperature 1 this favours a few safe texts) or randomly chosen ones (`random`, ancestral sampling).
-    reused: what is not read in every pass; a pass counts as one, whatever it reads. on_tokens: see `Decoder`.
+    reused: what is not read in every pass; a pass counts as one, whatever it reads. ends_last: draws of these tokens are
+    committed after all others (`confidence_eos_eot_inf` in LLaDA's code): the padding behind a text is easily predicted, and
+    once it is committed, the text must end before it. on_tokens: see `Decoder`.
     """
     length = response_columns(rows["response_mask"])
     blocks = block_count(length, sampling_blocks(model, block_length))
@@ -122,8 +126,9 @@ def generate_masked_diffusion(
                 confidence = probability_of(drawn, logits)
             else:
                 confidence = torch.rand(drawn.shape, generator=generator, device=drawn.device, dtype=torch.float64)
+            confidence = ranked_last(confidence, are_ends(drawn, ends_last))
             block = response[:, start:end]
-            confidence = confidence.masked_fill(block != model.mask_id, -1.0)
+            confidence = confidence.masked_fill(block != model.mask_id, -2.0)
             # 3. keep the scheduled number
             kept = torch.zeros_like(block, dtype=torch.bool).scatter(1, confidence.topk(count, dim=-1).indices, True)
             response[:, start:end] = torch.where(kept, drawn, block)
@@ -151,12 +156,14 @@ def generate_by_rule(
     temperature: float = 0.0,
     guidance: float = 0.0,
     reused: ReusedColumns = NOTHING_REUSED,
+    ends_last: EndIds = None,
     on_tokens: TokenCallback | None = None,
 ) -> RuleTexts:
     """Like `generate_masked_diffusion`, where `rule` chooses the positions of each forward pass.
 
     A block ends when every row has filled it; a row counts only the passes in which it still had masked positions of the
-    block. Guidance doubles the passes.
+    block. Guidance doubles the passes. ends_last: draws of these tokens are committed once a row draws nothing else, and then
+    all together.
     """
     length = response_columns(rows["response_mask"])
     block_length = length // block_count(length, sampling_blocks(model, block_length))
@@ -174,13 +181,20 @@ def generate_by_rule(
             log_p = logits.double().log_softmax(-1)
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
             # 2. the positions that the rule commits
-            commit = rule(probability_of(drawn, logits), entropy, competing)
+            others = competing & ~are_ends(drawn, ends_last)
+            ended = competing & ~others.any(-1, keepdim=True)
+            commit = ended | rule(probability_of(drawn, logits), entropy, others)
             response[:, start:end] = torch.where(commit, drawn, response[:, start:end])
             passes += competing.any(-1).long() * each
             made += each
             if on_tokens is not None:
                 on_tokens(response.clone())
     return RuleTexts(response.clone(), passes, made)
+
+
+def ranked_last(confidence: Tensor, last: Tensor) -> Tensor:
+    """Confidence (B, R) in 0..1 of draws; less 1 where `last` (B, R) bool, below that of all others."""
+    return confidence - last.to(confidence.dtype)
 
 
 def block_count(length: int, block_length: int | None) -> int:
@@ -223,6 +237,7 @@ class MaskedDiffusionDecoder:
         block_length: int | None = None,
         guidance: float = 0.0,
         reused: ReusedColumns = NOTHING_REUSED,
+        ends_last: EndIds = None,
     ) -> None:
         self.model, self.steps = model, forwards
         self.forwards = forwards * passes_of_guidance(guidance)
@@ -232,6 +247,7 @@ class MaskedDiffusionDecoder:
             "block_length": block_length,
             "guidance": guidance,
             "reused": reused,
+            "ends_last": ends_last,
         }
         self.name = f"teacher, {temperature_name(temperature)}"
 
@@ -260,6 +276,7 @@ class RuleDecoder:
         block_length: int | None = None,
         guidance: float = 0.0,
         reused: ReusedColumns = NOTHING_REUSED,
+        ends_last: EndIds = None,
     ) -> None:
         self.model, self.rule = model, rule
         self.forwards = response_length * passes_of_guidance(guidance)
@@ -268,6 +285,7 @@ class RuleDecoder:
             "block_length": block_length,
             "guidance": guidance,
             "reused": reused,
+            "ends_last": ends_last,
         }
         at = f", {temperature_name(temperature)}" if temperature else ""  # 0 as in the papers of the rules
         self.name = f"teacher, {rule.name}{at}"
@@ -280,13 +298,19 @@ class RuleDecoder:
         return found.responses
 
 
-def scheduled_decoders(model: LladaModel, how: MaskedSampling) -> list[MaskedDiffusionDecoder]:
-    """A decoder for each number of forward passes and temperature."""
-    return [MaskedDiffusionDecoder(model, n, **how.options | {"temperature": t}) for n, t in how.rows]
+def scheduled_decoders(model: LladaModel, how: MaskedSampling, end_ids: EndIds = None) -> list[MaskedDiffusionDecoder]:
+    """A decoder for each number of forward passes and temperature. end_ids: where texts end, which `how.ends_last` needs."""
+    last = {"ends_last": end_ids if how.ends_last else None}
+    return [MaskedDiffusionDecoder(model, n, **how.options | {"temperature": t} | last) for n, t in how.rows]
 
 
 def rule_decoders(
-    model: LladaModel, rules: Sequence[CommitRule], how: MaskedSampling, response_length: int
+    model: LladaModel,
+    rules: Sequence[CommitRule],
+    how: MaskedSampling,
+    response_length: int,
+    end_ids: EndIds = None,
 ) -> list[RuleDecoder]:
-    """A decoder for each rule, those of `how.commit_rules`."""
-    return [RuleDecoder(model, rule, response_length, **how.rule_options) for rule in rules]
+    """A decoder for each rule, those of `how.commit_rules`. end_ids: as in `scheduled_decoders`."""
+    last = {"ends_last": end_ids if how.ends_last else None}
+    return [RuleDecoder(model, rule, response_length, **how.rule_options | last) for rule in rules]

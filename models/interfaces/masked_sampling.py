@@ -48,6 +48,7 @@ class MaskedSampling:
     cache, cache_refresh: see `ReusedColumns`.
     commit_rules: {rule: values}, further rows whose forward passes follow the confidence (`models/diffusion/commit_rules.py`).
     rule_temperature: of these rows.
+    ends_last: end tokens are committed after all others, see `generate_masked_diffusion`.
     """
 
     forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -60,6 +61,7 @@ class MaskedSampling:
     cache_refresh: int | None = None
     commit_rules: Mapping[str, Sequence[float]] | None = None
     rule_temperature: float = 0.0
+    ends_last: bool = False
 
     def __post_init__(self) -> None:
         for name in ("forwards", "temperatures"):
@@ -120,6 +122,7 @@ class TeacherOptions:
     teacher_block_length: int | None = None
     teacher_commit_rules: Mapping[str, Sequence[float]] | None = None
     teacher_rule_temperature: float = 0.0
+    teacher_ends_last: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher_temperatures", self.teacher_sampling.temperatures)
@@ -138,6 +141,7 @@ class TeacherOptions:
                 block_length=self.teacher_block_length,
                 commit_rules=self.teacher_commit_rules,
                 rule_temperature=self.teacher_rule_temperature,
+                ends_last=self.teacher_ends_last,
             )
         except UsageError as error:
             raise UsageError(f"module.teacher_{error}") from None

@@ -113,3 +113,18 @@ def test_wrong_rules_of_the_teacher_are_named_as_they_are_typed(tiny_llada, tiny
     ):
         with pytest.raises(UsageError, match=said):
             kind(teacher_of(tiny_llada, tiny_oracle), **rules_of(**change), **STUDENTS[kind])
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_end_tokens_come_last_in_every_row_of_a_model_where_the_option_says_so(tiny_llada, tiny_oracle, kind):
+    """In scheduled passes and by rule, of a model on its own and of a teacher: with the corpus' end tokens."""
+    teacher = teacher_of(tiny_llada, tiny_oracle)
+    rules = {name.removeprefix("teacher_"): value for name, value in rules_of().items()}
+    for last in (False, True):
+        alone = PretrainModule(teacher, MaskedDiffusion(), forwards=[2], ends_last=last, **rules)
+        module = kind(teacher, forwards=(2,), teacher_ends_last=last, **rules_of(), **STUDENTS[kind])
+        for one in (alone, module):
+            one.trainer = type("Data", (), {"datamodule": tiny_oracle})()
+        for decoders in (alone.decoders(), module.teacher_decoders()):
+            ends = [decoder.options["ends_last"] for decoder in decoders]
+            assert ends == [tiny_oracle.end_ids() if last else None] * 3

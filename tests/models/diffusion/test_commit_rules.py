@@ -76,6 +76,43 @@ def test_a_threshold_that_all_reach_is_one_pass_a_block(tiny_llada):
     assert blocks.forward_passes.tolist() == [6] * 4  # three blocks, two passes each with guidance
 
 
+@torch.no_grad()
+def test_end_tokens_wait_for_all_others_and_are_then_committed_together(tiny_llada):
+    model, rows, ends = tiny_llada(), rows_of(16), (5, 7, 9)
+    model.lm_head.weight[list(ends)] *= 1.5
+    written = []
+    found = generate_by_rule(
+        model,
+        rows,
+        torch.Generator().manual_seed(0),
+        rule=ConfidenceThreshold(1.0),
+        ends_last=ends,
+        on_tokens=written.append,
+    )
+    text = torch.where(rows["response_mask"], 2, rows["input_ids"])
+    passes, together = torch.zeros(16, dtype=torch.long), 0
+    for committed in written:
+        logits = model(text)[:, 2:]
+        logits[..., 2] = -torch.inf
+        p, word = logits.double().softmax(-1).max(-1)
+        competing, end = text[:, 2:] == 2, torch.isin(word, torch.tensor(ends))
+        for row in range(16):
+            if not competing[row].any():
+                continue
+            passes[row] += 1
+            others = competing[row] & ~end[row]
+            new = committed[row] != text[row, 2:]
+            if others.any():
+                assert new.tolist() == (p[row] == p[row][others].max()).logical_and(others).tolist()
+            else:
+                assert torch.equal(new, competing[row])
+                together += int(new.sum() > 1)
+        text[:, 2:] = committed
+    assert together > 0
+    assert found.forward_passes.tolist() == passes.tolist()
+    assert torch.equal(found.responses, text[:, 2:])
+
+
 class SlowByTurns:
     """Row 0 commits one token a pass in the second block, row 1 in the first; otherwise all at once."""
 
