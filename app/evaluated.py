@@ -355,16 +355,18 @@ def _masked(kind: str, model: Any, tokenizer: PreTrainedTokenizerFast, options: 
     def decoder(request: TextRequest) -> Decoder:
         blocks = block_count(request.length, sampling_blocks(model, options.block_length))
         how: dict[str, Any] = {"temperature": request.temperature, "guidance": options.guidance}
-        how |= {"block_length": options.block_length, "ends_last": end_ids(tokenizer) if options.ends_last else None}
+        how |= {"block_length": options.block_length}
+        ends = end_ids(tokenizer)
         if rule is not None:
-            return RuleDecoder(model, rule, request.length, **how)
+            return RuleDecoder(model, rule, request.length, end_ids=ends, ends_last=options.ends_last, **how)
         forwards = request.length if value is None else int(value)
         if forwards % blocks or forwards > request.length:
             raise UsageError(
                 f"decoder={forwards} must be a multiple of the {blocks} blocks and at most the {request.length} tokens of a "
                 f"response; type decoder={blocks} or decoder={request.length}"
             )
-        return MaskedDiffusionDecoder(model, forwards, remasking=options.remasking, **how)
+        last = ends if options.ends_last else None
+        return MaskedDiffusionDecoder(model, forwards, remasking=options.remasking, ends_last=last, **how)
 
     return Evaluated(
         kind=kind,

@@ -103,9 +103,9 @@ class MeanFlowDistillModule(LeapModule):
     def teacher_decoders(self) -> list[Decoder]:
         """Of scheduled forward passes, and of the rules that commit by confidence."""
         how = self.teacher_sampling
-        ends = self.trainer.datamodule.end_ids() if how.ends_last else None
-        scheduled = scheduled_decoders(self.teacher, how, ends)
-        if not self.teacher_rules:
-            return [*scheduled]
-        length = self.trainer.datamodule.response_length
-        return [*scheduled, *rule_decoders(self.teacher, self.teacher_rules, how, length, ends)]
+        if not (how.ends_last or self.teacher_rules):
+            return [*scheduled_decoders(self.teacher, how)]
+        data = self.trainer.datamodule
+        scheduled = scheduled_decoders(self.teacher, how, data.end_ids())
+        rules = rule_decoders(self.teacher, self.teacher_rules, how, data.response_length, data.end_ids())
+        return [*scheduled, *rules]

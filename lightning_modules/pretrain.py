@@ -233,7 +233,7 @@ class PretrainModule(LeapModule):
             return [self.decoder(data, 1, temperature, ends) for temperature in self.sampling.all_temperatures]
         # a flow has no temperature
         temperatures = self.sampling.all_temperatures if self.generation == "masked" else (self.sampling.temperature,)
-        ends = self.trainer.datamodule.end_ids() if self.sampling.ends_last else None
+        ends = self.trainer.datamodule.end_ids() if self.sampling.ends_last or self.rules else None
         scheduled = [self.decoder(None, n, t, ends) for t in temperatures for n in self.compared_forwards()]
         if self.generation != "masked" or not self.rules:
             return scheduled

@@ -17,7 +17,7 @@ from models.diffusion.commit_rules import CommitRule
 from models.diffusion.readers import NOTHING_REUSED, Reader, response_reader
 from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
-from models.functional.next_token import EndIds, are_ends
+from models.functional.next_token import EndIds, are_ends, as_end_ids
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 from models.interfaces.masked_sampling import (
@@ -156,14 +156,16 @@ def generate_by_rule(
     temperature: float = 0.0,
     guidance: float = 0.0,
     reused: ReusedColumns = NOTHING_REUSED,
-    ends_last: EndIds = None,
+    end_ids: EndIds = None,
+    ends_last: bool = False,
     on_tokens: TokenCallback | None = None,
 ) -> RuleTexts:
     """Like `generate_masked_diffusion`, where `rule` chooses the positions of each forward pass.
 
     A block ends when every row has filled it; a row counts only the passes in which it still had masked positions of the
-    block. Guidance doubles the passes. ends_last: draws of these tokens are committed once a row draws nothing else, and then
-    all together.
+    block. Guidance doubles the passes.
+    end_ids: where a text ends. A row with one of them in an earlier block takes no more passes: the first of them fills it.
+    ends_last: they are committed once a row draws nothing else, and then all together.
     """
     length = response_columns(rows["response_mask"])
     block_length = length // block_count(length, sampling_blocks(model, block_length))
@@ -174,6 +176,9 @@ def generate_by_rule(
     each = passes_of_guidance(guidance)
     for start in range(0, length, block_length):
         end = start + block_length
+        ended = are_ends(response[:, :start], end_ids).any(-1, keepdim=True)
+        if start and end_ids is not None:
+            response[:, start:end] = torch.where(ended, as_end_ids(end_ids)[0], response[:, start:end])
         while bool((competing := response[:, start:end] == model.mask_id).any()):
             # 1. a draw for every position of the block, its probability and the entropy behind it
             logits = read(xt, start, end)
@@ -181,9 +186,9 @@ def generate_by_rule(
             log_p = logits.double().log_softmax(-1)
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
             # 2. the positions that the rule commits
-            others = competing & ~are_ends(drawn, ends_last)
-            ended = competing & ~others.any(-1, keepdim=True)
-            commit = ended | rule(probability_of(drawn, logits), entropy, others)
+            others = competing & ~are_ends(drawn, end_ids if ends_last else None)
+            only_ends = competing & ~others.any(-1, keepdim=True)
+            commit = only_ends | rule(probability_of(drawn, logits), entropy, others)
             response[:, start:end] = torch.where(commit, drawn, response[:, start:end])
             passes += competing.any(-1).long() * each
             made += each
@@ -276,7 +281,8 @@ class RuleDecoder:
         block_length: int | None = None,
         guidance: float = 0.0,
         reused: ReusedColumns = NOTHING_REUSED,
-        ends_last: EndIds = None,
+        end_ids: EndIds = None,
+        ends_last: bool = False,
     ) -> None:
         self.model, self.rule = model, rule
         self.forwards = response_length * passes_of_guidance(guidance)
@@ -285,6 +291,7 @@ class RuleDecoder:
             "block_length": block_length,
             "guidance": guidance,
             "reused": reused,
+            "end_ids": end_ids,
             "ends_last": ends_last,
         }
         at = f", {temperature_name(temperature)}" if temperature else ""  # 0 as in the papers of the rules
@@ -311,6 +318,5 @@ def rule_decoders(
     response_length: int,
     end_ids: EndIds = None,
 ) -> list[RuleDecoder]:
-    """A decoder for each rule, those of `how.commit_rules`. end_ids: as in `scheduled_decoders`."""
-    last = {"ends_last": end_ids if how.ends_last else None}
-    return [RuleDecoder(model, rule, response_length, **how.rule_options | last) for rule in rules]
+    """A decoder for each rule, those of `how.commit_rules`. end_ids: where texts end, see `generate_by_rule`."""
+    return [RuleDecoder(model, rule, response_length, end_ids=end_ids, **how.rule_options) for rule in rules]

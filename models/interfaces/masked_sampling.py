@@ -103,7 +103,7 @@ class MaskedSampling:
     @property
     def rule_options(self) -> dict[str, Any]:
         """Keywords of `RuleDecoder`."""
-        names = ("block_length", "guidance", "reused")
+        names = ("block_length", "guidance", "reused", "ends_last")
         return {"temperature": self.rule_temperature} | {name: getattr(self, name) for name in names}
 
 

@@ -224,10 +224,14 @@ def test_forward_passes_of_a_masked_model_are_those_of_its_decoder(masked, optio
 
 @pytest.mark.parametrize("decoder", [2, "confidence:0.5"])
 def test_end_tokens_of_a_masked_model_come_last_where_the_option_says_so(masked, decoder):
-    model = leap(masked, decoder=decoder, ends_last=True)
-    found = model.evaluated.decoder(TextRequest(8)).options["ends_last"]
-    assert found == end_ids(model.tokenizer)
-    assert leap(masked, decoder=decoder).evaluated.decoder(TextRequest(8)).options["ends_last"] is None
+    for last in (False, True):
+        model = leap(masked, decoder=decoder, ends_last=last)
+        options = model.evaluated.decoder(TextRequest(8)).options
+        ends = end_ids(model.tokenizer)
+        if decoder == 2:
+            assert options["ends_last"] == (ends if last else None)
+        else:
+            assert (options["end_ids"], options["ends_last"]) == (ends, last)
 
 
 def test_texts_of_a_masked_model_do_not_depend_on_the_batch(masked):

@@ -126,5 +126,7 @@ def test_end_tokens_come_last_in_every_row_of_a_model_where_the_option_says_so(t
         for one in (alone, module):
             one.trainer = type("Data", (), {"datamodule": tiny_oracle})()
         for decoders in (alone.decoders(), module.teacher_decoders()):
-            ends = [decoder.options["ends_last"] for decoder in decoders]
-            assert ends == [tiny_oracle.end_ids() if last else None] * 3
+            scheduled, *by_rule = (decoder.options for decoder in decoders)
+            assert scheduled["ends_last"] == (tiny_oracle.end_ids() if last else None)
+            found = [(options["end_ids"], options["ends_last"]) for options in by_rule]
+            assert found == [(tiny_oracle.end_ids(), last)] * 2
