@@ -321,7 +321,7 @@ def checked_network(model: LladaModel, datamodule: Any, what: str) -> LladaModel
     mask_id = getattr(model.config, "mask_token_id", None) or getattr(model, "mask_id", None)
     known = {"vocab_size": model.config.get_text_config().vocab_size, "mask_token_id": mask_id}
     datamodule.check_network(what, **known, context=context_of(model) or sys.maxsize)
-    if isinstance(model, PreTrainedModel | PeftModel) and not isinstance(model, LladaModel):
+    if isinstance(model, PreTrainedModel | PeftModel) and not hasattr(model, "embed"):
         if getattr(datamodule, "document_mask", False):
             require_separate_documents(model)
         if datamodule.prompt_length:

@@ -23,6 +23,7 @@ from models.backbones.abilities import context_of, require_steps
 from models.backbones.autoregressive import AutoregressiveDecoder
 from models.backbones.bidirectional import is_block_causal
 from models.backbones.causal_lm import causal_logits, load_trained
+from models.backbones.dit_layout import is_mdlm_config
 from models.backbones.dream_layout import is_dream_config
 from models.backbones.llada import LladaConfig
 from models.backbones.masked_from_causal import MODEL_TYPE, load_masked
@@ -55,11 +56,11 @@ WORDS: dict[Any, str] = {int: "a whole number", float | int: "a number", bool: "
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("mc", "block_length", "max_length", "max_gen_toks", "seed"), int),
     **dict.fromkeys(("guidance", "theta_weight"), float | int),
-    **dict.fromkeys(("greedy", "add_bos_token", "enable_thinking"), bool),
+    **dict.fromkeys(("greedy", "ends_last", "add_bos_token", "enable_thinking"), bool),
 }
 # logits or log-probabilities (M, V) of the token after each scored position
 NextToken = Callable[[CausalText], Tensor]
-OF_MASKS = ("block_length", "remasking", "guidance")  # options of models that fill masks
+OF_MASKS = ("block_length", "remasking", "guidance", "ends_last")  # options of models that fill masks
 MODEL_FILES = ("student.json", OPTIONS, DESCRIPTION, "adapter_config.json", "config.json")
 RECORD = "record.json"  # of a run
 NO_CONTEXT = 2048  # context of a model whose configuration sets no limit, as lm-evaluation-harness assumes
@@ -78,7 +79,7 @@ class EvaluationOptions:
         students, alternate for q*.
     mc: draws of the bound on the likelihood of a model that fills masks. greedy: whether such a model is asked if it would
         fill in a continuation itself, which takes one forward pass for each token of it.
-    block_length, remasking, guidance: of generation by filling masks; guidance of its likelihood, too.
+    block_length, remasking, guidance, ends_last: of generation by filling masks; guidance of its likelihood, too.
     theta_weight: α of q*; None is equally far from both models.
     layout: prompts end as the run of the model ended them (`run`), or are text alone (`plain`).
     add_bos_token: whether a text begins with the tokenizer's BOS; None as the tokenizer does.
@@ -94,6 +95,7 @@ class EvaluationOptions:
     block_length: int | None = None
     remasking: Remasking = "low_confidence"
     guidance: float = 0.0
+    ends_last: bool = False
     theta_weight: float | None = None
     layout: Layout = "run"
     add_bos_token: bool | None = None
@@ -192,7 +194,8 @@ def _fills_masks(folder: Path) -> bool:
         return False
     config = files.read_json(folder / "config.json")
     own = config.get("model_type") in (MODEL_TYPE, LladaConfig.model_type)
-    return own or is_official_config(config) or is_dream_config(config) or unsupported_layout(config) is not None
+    published = is_official_config(config) or is_dream_config(config) or is_mdlm_config(config)
+    return own or published or unsupported_layout(config) is not None
 
 
 def _tokenizer(*folders: str | Path) -> PreTrainedTokenizerFast:
@@ -353,15 +356,17 @@ def _masked(kind: str, model: Any, tokenizer: PreTrainedTokenizerFast, options: 
         blocks = block_count(request.length, sampling_blocks(model, options.block_length))
         how: dict[str, Any] = {"temperature": request.temperature, "guidance": options.guidance}
         how |= {"block_length": options.block_length}
+        ends = end_ids(tokenizer)
         if rule is not None:
-            return RuleDecoder(model, rule, request.length, **how)
+            return RuleDecoder(model, rule, request.length, end_ids=ends, ends_last=options.ends_last, **how)
         forwards = request.length if value is None else int(value)
         if forwards % blocks or forwards > request.length:
             raise UsageError(
                 f"decoder={forwards} must be a multiple of the {blocks} blocks and at most the {request.length} tokens of a "
                 f"response; type decoder={blocks} or decoder={request.length}"
             )
-        return MaskedDiffusionDecoder(model, forwards, remasking=options.remasking, **how)
+        last = ends if options.ends_last else None
+        return MaskedDiffusionDecoder(model, forwards, remasking=options.remasking, ends_last=last, **how)
 
     return Evaluated(
         kind=kind,

@@ -1,6 +1,7 @@
 """What an experiment with a noisy-mask student will need of one device: GPU hours and memory, computed from its configuration.
 
     python benchmarks/gpu_hours.py experiment=flow_lm1b
+    python benchmarks/gpu_hours.py experiment=flow_owt
     python benchmarks/gpu_hours.py --peak 312 --utilisation 0.3 experiment=flow_lm1b trainer.max_steps=100000
 
 Nothing is run or measured. Hours are FLOPs of all steps / (peak x utilisation); a training shows its own utilisation as
@@ -29,6 +30,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 TEACHER_COPIES = 1 + 1 + 2 + 1
 STUDENT_COPIES = 1 + 1 + 2 + 2 + 1  # and the frozen teacher
 MASKED_AT_ONCE = 0.5  # of a teacher's row, on average
+TOKENS = {"bert": 30_522, "gpt2": 50_258}  # of the tokenizers that recipes name, GPT-2's with a mask
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def bytes_of(cfg: DictConfig, shape: Shape, copies: int) -> float:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("options", nargs="+", help="of run.py, such as experiment=flow_lm1b")
-    parser.add_argument("--vocab-size", type=int, default=30_522, help="tokens; bert-base-uncased's unless given")
+    parser.add_argument("--vocab-size", type=int, help="tokens; those of the recipe's tokenizer unless given")
     parser.add_argument("--device", default="H100 or H200 in bfloat16", help="what --peak is of")
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s that the maker states, without sparsity")
     parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak that a training reaches")
@@ -106,8 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
         cfg = compose("config", args.options)
     if "noisy_mask" not in cfg.module.get("_target_", "") or cfg.module.adapter != "full":
         parser.error("only experiments with module=noisy_mask_flow... and module.adapter=full are counted")
-    body = cfg.model
-    shape = Shape(args.vocab_size, body.hidden_size, body.intermediate_size, body.num_hidden_layers)
+    body, tokens = cfg.model, args.vocab_size or TOKENS.get(cfg.data.tokenizer)
+    if tokens is None:
+        parser.error(f"data.tokenizer={cfg.data.tokenizer} is not one of a recipe; type --vocab-size N")
+    shape = Shape(tokens, body.hidden_size, body.intermediate_size, body.num_hidden_layers)
     table = Table(title=f"computed, not measured: {shape.whole:,} parameters, {args.device}")
     for name in ("training", "steps", "TFLOP a step", "GPU hours"):
         table.add_column(name, justify="left" if name == "training" else "right")

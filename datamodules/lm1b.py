@@ -5,12 +5,11 @@
 writes lm1b/train.jsonl and lm1b/test.jsonl, a sentence a line.
 """
 
-import argparse
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from datamodules.benchmark_files import convert
 from models.functional.errors import UsageError
 
 # split -> its files, a sentence a line; the held-out ones are the split that publications test on
@@ -65,23 +64,8 @@ def sentences(folder: Path, split: str) -> Iterator[str]:
             yield from (detokenize(line.rstrip("\n")) for line in lines)
 
 
-def write(texts: Iterator[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder that the benchmark's archive was unpacked to")
-    parser.add_argument("target", type=Path, help="folder for the files")
-    args = parser.parse_args(arguments)
-    try:
-        for split in FILES:
-            write(sentences(args.source, split), args.target / f"{split}.jsonl")
-    except UsageError as error:
-        parser.error(str(error))
+    convert(sentences, "folder that the benchmark's archive was unpacked to", __doc__, arguments)
 
 
 if __name__ == "__main__":

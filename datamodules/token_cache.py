@@ -190,6 +190,7 @@ class TokenWriter:
         """ids, sizes (N,): the passage's tokens, and the bytes that each stands for."""
         if sizes.max(initial=0) > np.iinfo(self.encoder.bytes_type).max:
             raise UsageError(f"{passage.location}: one token stands for {sizes.max()} bytes of text, which is too much")
+        self.unknown += int((ids == self.encoder.unknown_id).sum())  # of the text: GPT-2's end token is its unknown one
         if passage.opens:
             self._end_document()
             self._hash = hashlib.sha256()
@@ -201,7 +202,6 @@ class TokenWriter:
         self._bytes.write(sizes.astype(self.encoder.bytes_type).tobytes())
         self.tokens += len(ids)
         self.text_bytes += int(sizes.sum())
-        self.unknown += int((ids == self.encoder.unknown_id).sum())
 
     def about(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("tokens", "documents", "text_bytes", "unknown")}

@@ -11,7 +11,8 @@ from typing import Any
 from lightning_modules.base import LeapModule
 from lightning_modules.training.optimizers import OptimizerName
 from models.backbones.llada import LladaModel
-from models.diffusion.sampler import MaskedDiffusionDecoder
+from models.diffusion.commit_rules import build_rules
+from models.diffusion.sampler import rule_decoders, scheduled_decoders
 from models.flow.student import Student
 from models.flow.student_files import FORMAT, base_fingerprint, save_student, save_whole_student
 from models.functional.errors import UsageError
@@ -39,6 +40,7 @@ class MeanFlowDistillModule(LeapModule):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed, optimizer=optimizer)
         self.student, self.teacher_sampling = student, teacher_sampling
+        self.teacher_rules = build_rules(teacher_sampling.commit_rules, "module.teacher_commit_rules")
 
     def require_precision(self, precision: str) -> None:
         """Weights that train are float32, whatever the base's precision: averages and derivatives need it."""
@@ -99,5 +101,11 @@ class MeanFlowDistillModule(LeapModule):
             return save_whole_student(self.student, folder, tokenizer)
 
     def teacher_decoders(self) -> list[Decoder]:
+        """Of scheduled forward passes, and of the rules that commit by confidence."""
         how = self.teacher_sampling
-        return [MaskedDiffusionDecoder(self.teacher, n, **how.options | {"temperature": t}) for n, t in how.rows]
+        if not (how.ends_last or self.teacher_rules):
+            return [*scheduled_decoders(self.teacher, how)]
+        data = self.trainer.datamodule
+        scheduled = scheduled_decoders(self.teacher, how, data.end_ids())
+        rules = rule_decoders(self.teacher, self.teacher_rules, how, data.response_length, data.end_ids())
+        return [*scheduled, *rules]

@@ -20,11 +20,11 @@ from models.backbones.causal_lm import save_causal, save_merged
 from models.backbones.states import text_states
 from models.diffusion.commit_rules import build_rules
 from models.diffusion.readers import require_bidirectional_body
-from models.diffusion.sampler import MaskedDiffusionDecoder, RuleDecoder, sampling_blocks
+from models.diffusion.sampler import MaskedDiffusionDecoder, rule_decoders, sampling_blocks
 from models.flow.denoiser_objective import ContinuousDiffusion
 from models.flow.solver import NoisyMaskDecoder
 from models.flow.student_files import save_whole_student
-from models.functional.errors import UsageError, require_at_least
+from models.functional.errors import UsageError
 from models.functional.next_token import EndIds, token_counts
 from models.functional.vocabulary import vocabulary_size
 from models.functional.weights import trainable_weights
@@ -45,9 +45,9 @@ TRAINING_STREAM, VALIDATION_STREAM, LIKELIHOOD_STREAM = 0, 1, 2
 class PretrainModule(LeapModule):
     """model: the network; objective: (model, batch, generator) -> `Terms`.
 
-    forwards, temperature, temperatures, remasking, guidance, block_length, cache, cache_refresh: `MaskedSampling`, which
-    `trainer.test` compares. A model that generates from left to right uses the temperatures alone; one of block diffusion has
-    the blocks of its objective. commit_rules: {rule: values}, more rows of masked models, whose forward passes follow the
+    forwards, temperature, temperatures, remasking, guidance, block_length, cache, cache_refresh, ends_last: `MaskedSampling`,
+    which `trainer.test` compares. A model that generates from left to right uses the temperatures alone; one of block diffusion
+    has the blocks of its objective. commit_rules: {rule: values}, more rows of masked models, whose forward passes follow the
     confidence (`models/diffusion/commit_rules.py`), at rule_temperature.
     A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
     Validation logs `val/loss`, what is minimised, and `val/nll` (nats per token), `val/perplexity` and `val/bits_per_byte` of
@@ -78,6 +78,7 @@ class PretrainModule(LeapModule):
         cache_refresh: int | None = None,
         commit_rules: dict[str, list[float]] | None = None,
         rule_temperature: float = 0.0,
+        ends_last: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, seed=seed, optimizer=optimizer)
@@ -92,9 +93,11 @@ class PretrainModule(LeapModule):
             block_length=block_length,
             cache=cache,
             cache_refresh=cache_refresh,
+            commit_rules=commit_rules,
+            rule_temperature=rule_temperature,
+            ends_last=ends_last,
         )
-        require_at_least(0, module__rule_temperature=rule_temperature)
-        self.rules, self.rule_temperature = build_rules(commit_rules), rule_temperature
+        self.rules = build_rules(commit_rules)
         self.figures = ModelFigures()
         self.curve: dict[str, list[float]] = {}
         self.meter, self.truth_meter, self.token_weights = NllMeter(), NllMeter(), TokenWeights()
@@ -230,8 +233,12 @@ class PretrainModule(LeapModule):
             return [self.decoder(data, 1, temperature, ends) for temperature in self.sampling.all_temperatures]
         # a flow has no temperature
         temperatures = self.sampling.all_temperatures if self.generation == "masked" else (self.sampling.temperature,)
-        scheduled = [self.decoder(None, n, t) for t in temperatures for n in self.compared_forwards()]
-        return [*scheduled, *(self._rule_decoders() if self.generation == "masked" and self.rules else [])]
+        ends = self.trainer.datamodule.end_ids() if self.sampling.ends_last or self.rules else None
+        scheduled = [self.decoder(None, n, t, ends) for t in temperatures for n in self.compared_forwards()]
+        if self.generation != "masked" or not self.rules:
+            return scheduled
+        length = self.trainer.datamodule.response_length
+        return [*scheduled, *rule_decoders(self.model, self.rules, self.sampling, length, ends)]
 
     def compared_forwards(self, data: Any = None) -> list[int]:
         """The numbers of forward passes in `forwards`; of block diffusion those that its blocks allow.
@@ -243,19 +250,12 @@ class PretrainModule(LeapModule):
         length = (data or self.trainer.datamodule).response_length
         return forwards_in_blocks(self.sampling.forwards, sampling_blocks(self.model, None), length)
 
-    def _rule_decoders(self) -> list[Decoder]:
-        """A row for each of `commit_rules`."""
-        length, how = self.trainer.datamodule.response_length, self.sampling
-        options: dict[str, Any] = {"block_length": how.block_length, "guidance": how.guidance, "reused": how.reused}
-        return [
-            RuleDecoder(self.model, rule, length, temperature=self.rule_temperature, **options) for rule in self.rules
-        ]
-
     def decoder(self, data: Any, forwards: int, temperature: float, end_ids: EndIds = None) -> Decoder:
         """How the model answers prompts.
 
         data: the datamodule; only read for a model that generates from left to right. forwards: forward passes of any other.
-        end_ids: where such a model stops; none where it has learned to fill a response with end tokens.
+        end_ids: where such a model stops; none where it has learned to fill a response with end tokens. With
+            `module.ends_last`, the tokens that a model which fills masks commits last.
         Errors: UsageError for an objective that predicts no tokens.
         """
         if self.generation is None:
@@ -266,7 +266,8 @@ class PretrainModule(LeapModule):
             assert isinstance(self.objective, ContinuousDiffusion)
             return NoisyMaskDecoder(self.objective.student, forwards, step="ode")
         if self.generation == "masked":
-            options = self.sampling.options | {"temperature": temperature}
+            last = end_ids if self.sampling.ends_last else None
+            options = self.sampling.options | {"temperature": temperature, "ends_last": last}
             return MaskedDiffusionDecoder(self.model, forwards, **options)
         return AutoregressiveDecoder(
             self.model,

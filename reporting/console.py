@@ -116,10 +116,16 @@ def say_where_things_are(
         console.print(f"{what + ':':18} {where}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _names_no_unknown_type(record: logging.LogRecord) -> bool:
+    """False for what transformers says of the type of a folder from which a tokenizer alone is read."""
+    return not record.getMessage().startswith("You are using a model of type")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Hold back library messages that no user of a run can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("transformers.configuration_utils").addFilter(_names_no_unknown_type)
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")

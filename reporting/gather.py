@@ -25,7 +25,7 @@ from reporting.intervals import half_width
 from reporting.learning_figure import learning_curves, learning_figure
 from reporting.rate_figure import rate_figure
 from reporting.record import find_records, newest_rows
-from reporting.table import COLUMNS, NFE, value_at, written
+from reporting.table import COLUMNS, NFE, nfe_cell, value_at, written
 from reporting.tpf_figure import aup_sentences, tpf_curves, tpf_figure
 
 COLUMN = {column.name: column for column in COLUMNS}
@@ -36,13 +36,17 @@ STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a52
 
 @dataclass
 class FrontierRow:
-    """One decoder of one experiment on one corpus; `values` holds each figure's values, one for each seed."""
+    """One decoder of one experiment on one corpus; `values` holds each figure's values, one for each seed.
+
+    nfe: a mean with a fraction where it was measured. ci95: {figure: (low, high)} over the texts of the last run.
+    """
 
     corpus: str
     experiment: str
     method: str
     decoder: str
-    nfe: int
+    nfe: float
+    ci95: dict[str, tuple[float, float]] = field(default_factory=dict)
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -60,7 +64,7 @@ class FrontierRow:
 def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
     """The records' rows, oldest record first, by corpus, experiment and decoder."""
     rows: dict[tuple, FrontierRow] = {}
-    counted: dict[tuple, list[int]] = defaultdict(list)
+    counted: dict[tuple, list[float]] = defaultdict(list)
     for (*labels, _), row in newest_rows(records).items():
         key = tuple(labels)
         own = rows.setdefault(key, FrontierRow(*key))
@@ -69,8 +73,9 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
             if (value := value_at(known, column.path)) is not None:
                 own.values[column.name].append(value)
         counted[key].append(row["nfe"])
+        own.ci95 = {name: tuple(interval) for name, interval in row["ci95"].items()}
     for key, own in rows.items():
-        own.nfe = round(fmean(counted[key]))
+        own.nfe = fmean(counted[key]) if len(set(counted[key])) > 1 else counted[key][0]
     return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))
 
 
@@ -93,7 +98,7 @@ def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
     """Rows of one corpus: the figures that some row has, as many of the most important as `width` has room for."""
     heads, names = _heads(rows), _known(rows)
     left = width - 2 - sum(2 + max(map(len, [head, *texts])) for head, texts in heads.items())
-    widths = [2 + max(len(COLUMN[name].title), *(len(_written(row, name)) for row in rows)) for name in names]
+    widths = [2 + max(len(COLUMN[name].title), *(len(written_mean(row, name)) for row in rows)) for name in names]
     while len(names) > 1 and sum(widths[: len(names)]) > left:
         names = names[:-1]
     notes = "; ".join(_notes(heads, names)) or None
@@ -105,7 +110,7 @@ def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
     for name in names:
         table.add_column(COLUMN[name].title, justify="right", no_wrap=True)
     for k, row in enumerate(rows):
-        table.add_row(*(texts[k] for texts in heads.values()), *(_written(row, name) for name in names))
+        table.add_row(*(texts[k] for texts in heads.values()), *(written_mean(row, name) for name in names))
     return table
 
 
@@ -115,7 +120,7 @@ def frontier_markdown(rows: list[FrontierRow]) -> str:
     titles = [*heads, *(COLUMN[name].title for name in names)]
     lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * (len(titles) - 2)]
     for k, row in enumerate(rows):
-        cells = [*(texts[k] for texts in heads.values()), *(_written(row, name) for name in names)]
+        cells = [*(texts[k] for texts in heads.values()), *(written_mean(row, name) for name in names)]
         lines.append("| " + " | ".join(cells) + " |")
     notes = "; ".join(_notes(heads, names))
     return "\n".join([*lines, *(["", f"{notes}."] if notes else [])])
@@ -125,7 +130,7 @@ def _heads(rows: list[FrontierRow]) -> dict[str, list[str]]:
     """The first columns; NFE only where forward passes were counted."""
     heads = {"experiment": [row.experiment for row in rows], "decoder": [row.decoder for row in rows]}
     if any(row.nfe for row in rows):
-        heads["NFE"] = [str(row.nfe or "-") for row in rows]
+        heads["NFE"] = [nfe_cell(row.nfe) for row in rows]
     return heads | {"seeds": [str(row.seeds) for row in rows]}
 
 
@@ -232,7 +237,8 @@ def _known(rows: list[FrontierRow]) -> list[str]:
     return [column.name for column in COLUMNS if any(row.values.get(column.name) for row in rows)]
 
 
-def _written(row: FrontierRow, name: str) -> str:
+def written_mean(row: FrontierRow, name: str) -> str:
+    """A figure's mean over seeds with its 95 % interval; "-" where it was not measured."""
     if name in WORST and row.values.get(name):
         return written(WORST[name](row.values[name]), COLUMN[name].form)
     mean, half, form = row.mean(name), row.half_width(name), COLUMN[name].form

@@ -62,8 +62,44 @@ def test_links_of_the_front_page_lead_to_pages_of_the_site(hooks):
 def test_reference_pages_name_every_module_of_an_existing_package(hooks):
     for path in (ROOT / "docs" / "reference").glob("*.md"):
         meta = re.match(r"---\npackage: (\S+)\n---", path.read_text())
-        if path.name != "index.md":
+        if path.name != "index.md" and not path.name.startswith("options"):
             shown = hooks.on_page_markdown("", SimpleNamespace(meta={"package": meta[1]}))
             modules = {file.stem for file in (ROOT / meta[1]).glob("*.py")} - {"__init__"}
             assert modules
             assert {line.rsplit(".", 1)[-1] for line in shown.split() if "." in line} == modules
+
+
+def leaves(options: dict, above: str = "") -> list[str]:
+    """Dotted names of the values in nested options that are typed; a list or a mapping on one line is a value."""
+    found = []
+    for name, value in options.items():
+        if name == "defaults" or str(name).startswith("_"):
+            continue
+        nested = isinstance(value, dict) and any(str(part).startswith("_target_") for part in value)
+        found += leaves(value, f"{above}{name}.") if nested else [f"{above}{name}"]
+    return found
+
+
+def test_option_pages_have_every_option_with_its_default_and_meaning(hooks, tmp_path):
+    """Also nested ones, values with signs of a table, comments with a colon, and options without a comment."""
+    (tmp_path / "one.yaml").write_text(
+        "# @package _global_\n# What it is for.\ndefaults:\n  - _self_\n_target_: a.B\nrate: 1.0e-3 # a | b: of <c>\n"
+        "  # more of it\nplain: [1, 2]\n\n# a new part\nstages: # shares\n  adapt: {share: 0.3} # first\nempty: null\n"
+    )
+    text = hooks.options_of(tmp_path / "one.yaml", "module/code")
+    assert text.startswith("\n## `module/code=one`\n\nWhat it is for.\n")
+    assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        "| `module.code.rate` | `1.0e-3` | a \\| b: of &lt;c> more of it |",
+        "| `module.code.plain` | `[1, 2]` |  |",
+        "| `module.code.stages` |  | shares |",
+        "| `module.code.stages.adapt` | `{share: 0.3}` | first |",
+        "| `module.code.empty` | `null` |  |",
+    ]
+    for page in ("options_methods", "options_runs"):
+        header = yaml.safe_load((ROOT / "docs" / "reference" / f"{page}.md").read_text().split("---")[1])
+        shown = hooks.on_page_markdown("", SimpleNamespace(meta=header))
+        for group in header["options"]:
+            for file in (ROOT / "conf" / group).glob("*.yaml"):
+                prefix = f"{group.replace('/', '.')}." if group else ""
+                for name in leaves(yaml.safe_load(file.read_text()) or {}):
+                    assert f"| `{prefix}{name}" in shown, (file, name)

@@ -4,12 +4,19 @@ import json
 import math
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
 from helpers.experiment import FLOWS, SMALL, TINY, answer, model_overrides, pairs_overrides, tiny_qwen
+from helpers.gpt2_bytes import gpt2_bytes
 from helpers.word_pieces import word_pieces
 from hydra.errors import InstantiationException
 
 from app import modes
+from app.build import data_of
+from app.generate import find_decoder
+from datamodules import lm1b, owt
 from models.functional.errors import UsageError
 from reporting.console import sentence_for
 
@@ -44,6 +51,10 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     more = ["mode=generate", "prompt='who=anna'", "n=2", "forwards=2"]
     modes.generate(configure(*short, *more, "decoder=teacher", "temperature=1.0"))
     assert capsys.readouterr().out.count("→") == 2
+    ends_last = configure(*short, *more, "decoder=teacher", "module.teacher_ends_last=true")
+    data = data_of(ends_last)
+    asked = find_decoder(ends_last, None, data, torch.device("cpu"))
+    assert asked.options["ends_last"] == data.end_ids()
     if flow == "logit_flow":
         with pytest.raises(UsageError, match="type decoder=teacher for more"):
             modes.generate(configure(*short, *more))
@@ -62,27 +73,40 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     assert (tmp_path / "out" / "report" / "frontier.png").exists()
 
 
+def of_lm1b(folder, monkeypatch):
+    """The benchmark's files, then its command; returns the tokenizer's folder."""
+    for split, count in (("train", 100), ("test", 20)):
+        path = folder / "raw" / lm1b.FILES[split].replace("*", "00000")
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(f"The {k}th cat met dog {k * k} , and it ran .\n" for k in range(count)))
+    lm1b.main([str(folder / "raw"), str(folder)])
+    return word_pieces(folder / "tokenizer")
+
+
+def of_owt(folder, monkeypatch):
+    (folder / "raw").mkdir()
+    texts = [f"The {k}th cat met dog {k * k}.\n\nIt ran." for k in range(120)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "raw" / "train-00000-of-00001.parquet")
+    monkeypatch.setattr(owt, "HELD_OUT", 20)
+    owt.main([str(folder / "raw"), str(folder)])
+    return gpt2_bytes(folder / "tokenizer")
+
+
 @pytest.mark.slow
-def test_the_row_of_lm1b_has_a_judges_perplexity_and_an_entropy_at_each_number_of_passes(configure, tmp_path):
-    """On a stand-in: word pieces, a judge of another vocabulary, micro-batches, every stage, and the same table from a test."""
-    lines = [
-        json.dumps({"text": f"The {k}th cat met dog {k * k}, and {w} ran."}) for k in range(60) for w in ("it", "he")
-    ]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines[:100]))
-    (tmp_path / "test.jsonl").write_text("\n".join(lines[100:]))
-    short = [
-        "experiment=flow_lm1b",
-        f"data.train={tmp_path}/train.jsonl",
-        f"data.test={tmp_path}/test.jsonl",
-        "logger=none",
-    ]
-    short += [f"data.tokenizer={word_pieces(tmp_path / 'bert')}", f"data.judge.path={tiny_qwen(tmp_path / 'judge')}"]
+@pytest.mark.parametrize(("recipe", "prepare"), [("flow_lm1b", of_lm1b), ("flow_owt", of_owt)])
+def test_a_recipe_has_a_judges_perplexity_and_an_entropy_at_each_number_of_passes(
+    configure, tmp_path, monkeypatch, recipe, prepare
+):
+    """On a stand-in of its format: a judge of another vocabulary, micro-batches, every stage, the same table from a test."""
+    short = [f"experiment={recipe}", f"data.tokenizer={prepare(tmp_path, monkeypatch)}", "logger=none"]
+    short += [f"data.{split}={tmp_path}/{split}.jsonl" for split in ("train", "test")]
+    short += [f"data.judge.path={tiny_qwen(tmp_path / 'judge')}"]
     short += [*SMALL, "model.num_attention_heads=2", "model.num_key_value_heads=2", "trainer.accumulate_grad_batches=2"]
     short += ["data.sequence_length=16", "data.batch_size=4", "data.max_eval_rows=8", "module.forwards=[1,16]"]
     short += ["teacher.max_steps=2", "trainer.max_steps=6", "trainer.val_check_interval=6", "data.val_fraction=0.05"]
     tables = []
     for mode in ("fit", "test"):
-        folder = tmp_path / "out" / "flow_lm1b" / mode
+        folder = tmp_path / "out" / recipe / mode
         more = ["mode=test", "ckpt_path=last"] if mode == "test" else []
         getattr(modes, mode)(configure(*short, *more, f"paths.run_dir={folder}"))
         tables.append(json.loads((folder / "record.json").read_text())["rows"])

@@ -84,3 +84,18 @@ def test_the_recipe_of_lm1b_says_what_it_needs(needs, capsys, configure):
     assert hours[1] == pytest.approx(hours[0] / 2, abs=1)
     with pytest.raises(SystemExit):
         needs.main(["experiment=flow_lm1b", "module=step_halving"])
+
+
+def test_the_recipe_of_openwebtext_has_the_steps_of_lm1b_and_longer_rows(needs, capsys, configure):
+    cfg, other = configure("experiment=flow_owt"), configure("experiment=flow_lm1b")
+    assert cfg.data.batch_size * cfg.trainer.accumulate_grad_batches == 512
+    assert (cfg.trainer.max_steps, cfg.teacher) == (other.trainer.max_steps, other.teacher)
+    needs.main(["experiment=flow_owt"])
+    said = capsys.readouterr().out
+    assert "computed, not measured: 162,150,144 parameters" in said  # 2 x 50,258 x 768 of them are tables
+    assert "GB for the student (16 rows at once)" in said
+    with pytest.raises(SystemExit):
+        needs.main(["experiment=flow_owt", "data.tokenizer=elsewhere"])
+    assert "type --vocab-size N" in capsys.readouterr().err
+    needs.main(["experiment=flow_owt", "data.tokenizer=elsewhere", "--vocab-size", "50258"])
+    assert capsys.readouterr().out == said

@@ -1,11 +1,15 @@
 """A run through run.py shows no warning that its user cannot act on."""
 
+import logging
 import warnings
 
 import pytest
 from helpers.experiment import tiny_qwen
+from helpers.foreign import foreign_model, foreign_tokenizer, save_foreign
 
 from app import modes
+from datamodules.tokenizer import build_tokenizer
+from models.backbones.masked_from_causal import load_from_causal
 from reporting.console import quiet_libraries
 
 
@@ -36,6 +40,23 @@ def test_an_adapted_model_is_trained_tested_asked_and_exported_without_a_warning
         modes.export(configure(*short, "mode=export"))
     assert [str(warning.message) for warning in shown] == []
     assert "warn" not in "".join(capfd.readouterr()).lower()
+
+
+def test_a_tokenizer_is_read_from_the_folder_of_a_model_of_ours_without_a_message(tmp_path, monkeypatch):
+    folder = save_foreign(tmp_path / "causal", foreign_model("llama"), foreign_tokenizer())
+    load_from_causal(folder, mask_token="<extra_260>").save_pretrained(tmp_path / "masked")
+    foreign_tokenizer().save_pretrained(tmp_path / "masked")
+    found = []
+    logger = logging.getLogger("transformers.configuration_utils")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "callHandlers", found.append)
+    build_tokenizer(str(tmp_path / "masked"), [], 0, tmp_path / "cache")
+    assert any("leap_masked_from_causal" in record.getMessage() for record in found)
+    found.clear()
+    with quiet_libraries():
+        build_tokenizer(str(tmp_path / "masked"), [], 0, tmp_path / "cache")
+        logger.warning("something to act on")
+    assert [record.getMessage() for record in found] == ["something to act on"]
 
 
 def test_other_warnings_are_shown(shown):

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from models.backbones import checkpoint_files as files
 from models.backbones.abilities import alike, require_left_to_right, trial
-from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.next_token import CausalText
 from models.functional.nll import chosen_nll
@@ -103,7 +102,7 @@ def with_adapters(model: PreTrainedModel, rank: int, alpha: float | None = None,
 
 def require_causal(model: nn.Module, objective: str) -> None:
     """Raise UsageError for a model that sees the tokens it would have to predict."""
-    if isinstance(model, LladaModel):
+    if hasattr(model, "embed"):
         raise UsageError(
             f"module/objective={objective} needs a causal model; type model=small (made to fit) or model=causal_lm"
         )

@@ -186,6 +186,16 @@ def match_names(
     return names
 
 
+def fill_model(
+    model: nn.Module, names: dict[str, str], stored: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put the tensors of the files into a model without memory, file by file. names: of `match_names`."""
+    for file in sorted({stored[name].file for name in names.values()}):
+        ours = {name: our_name for our_name, name in names.items() if stored[name].file == file}
+        weights = {ours[name]: weight for name, weight in read_tensors(file, ours, dtype, device)}
+        model.load_state_dict(weights, strict=False, assign=True)
+
+
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():

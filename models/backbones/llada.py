@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import (
 
 from models.backbones import checkpoint_files as files
 from models.backbones.column_cache import ColumnCache
+from models.backbones.dit_layout import is_mdlm_config
 from models.backbones.dream_layout import is_dream_config
 from models.backbones.official_layout import config_from_official, is_official_config, official_to_leap_key
 from models.backbones.other_layouts import refuse_unsupported
@@ -278,10 +279,7 @@ def load_llada(
     stored = files.list_tensors(folder)
     names = files.match_names(expected, stored, official_to_leap_key, folder)
     dtype = wanted or stored[names["model.embed_tokens.weight"]].dtype
-    for file in sorted({stored[name].file for name in names.values()}):
-        ours = {name: our_name for our_name, name in names.items() if stored[name].file == file}
-        weights = {ours[name]: weight for name, weight in files.read_tensors(file, ours, dtype, device)}
-        model.load_state_dict(weights, strict=False, assign=True)
+    files.fill_model(model, names, stored, dtype, device)
     # No file holds the tied head, nor the rotary frequencies.
     model.tie_weights()
     model.model.rotary_emb = ExactRotaryEmbedding(config).to(device)
@@ -302,6 +300,10 @@ def read_config(folder: Path) -> LladaConfig:
             raise UsageError(
                 f"{folder} holds a Dream model, not LLaDA; type teacher.path={folder}, or model=from_causal "
                 f"model.conversion=bidirectional model.path={folder}"
+            )
+        elif is_mdlm_config(fields):
+            raise UsageError(
+                f"{folder} holds an MDLM model, not LLaDA; type teacher.path={folder}, or model=mdlm model.path={folder}"
             )
         else:
             raise UsageError(

@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, Qwen2Conf
 from models.backbones import checkpoint_files as files
 from models.backbones.abilities import alike, limited_layers, trial
 from models.backbones.causal_lm import load_causal, output_logits, save_merged
+from models.backbones.dit import DitModel, load_dit
+from models.backbones.dit_layout import is_mdlm_config
 from models.backbones.dream_layout import config_from_dream, dream_mask_id, is_dream_config
 from models.backbones.key_value_cache import cache_argument
 from models.backbones.llada import LladaModel, Prefix, load_llada, prefix_heads
@@ -227,12 +229,17 @@ def load_from_causal(
     """The causal LM in `path`, a local folder or a hub name, as a network that fills masks; options: of `load_causal`.
 
     mask_token: a token of its tokenizer, see `choose_mask_token`.
-    A Dream folder has its mask already, and needs conversion=bidirectional and separator=response, as it was trained.
-    Errors: UsageError as in `load_causal`, for architectures that do not follow the attention that is asked for, and for a
-    folder without a tokenizer.
+    What `save_pretrained` wrote is trained further: it has its mask already, and needs the options that it was made with. A
+    Dream folder too, with conversion=bidirectional and separator=response, as it was trained.
+    Errors: UsageError as in `load_causal`, for architectures that do not follow the attention that is asked for, for a folder
+    without a tokenizer, and for options that a folder with a mask was not made with.
     """
     folder = files.find_folder(path)
-    if is_dream_config(files.read_json(folder / "config.json")):
+    described = files.read_json(folder / "config.json")
+    if described.get("model_type") == MODEL_TYPE:
+        _require_own_options(path, described, mask_token, conversion, separator)
+        return load_masked(folder, **options).train()
+    if is_dream_config(described):
         if (mask_token, conversion, separator) != ("auto", "bidirectional", "response"):
             raise UsageError(
                 f"model.path={path} holds a Dream model, which fills masks already; type model.conversion=bidirectional, and "
@@ -254,8 +261,18 @@ def load_from_causal(
     return model.train()
 
 
-def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCausal":
-    """A network that fills masks: what `MaskedFromCausal.save_pretrained` wrote, a Dream or else a LLaDA model (`load_llada`).
+def _require_own_options(path: str | Path, described: dict[str, Any], mask_token: str, *given: str) -> None:
+    """Raise UsageError unless the options are those that the masked model in `path` was made with."""
+    own = described["conversion"], described["separator"]
+    if mask_token != "auto" or given != own:
+        raise UsageError(
+            f"model.path={path} holds a masked model, which is trained further with what it was made with; type "
+            f"model.conversion={own[0]} model.separator={own[1]}, and leave model.mask_token out"
+        )
+
+
+def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCausal | DitModel":
+    """A network that fills masks: what `MaskedFromCausal.save_pretrained` wrote, a Dream, an MDLM or else a LLaDA model.
 
     Errors: UsageError as in `load_llada`, also for masked diffusion models of other layouts, by name.
     """
@@ -263,6 +280,8 @@ def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCau
     described = files.read_json(folder / "config.json")
     if is_dream_config(described):
         return load_dream(folder, **options)
+    if is_mdlm_config(described):
+        return load_dit(folder, **options)
     if described.pop("model_type", None) != MODEL_TYPE:
         return load_llada(folder, **options)
     model = MaskedFromCausal(load_causal(folder / CAUSAL, **options), FromCausalOptions(**described))

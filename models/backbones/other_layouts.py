@@ -10,6 +10,9 @@ _UNSUPPORTED = {
     "sdar": "SDAR: block-causal attention on Qwen3's layers",
     "sdar_moe": "SDAR: a mixture of experts with block-causal attention",
     "Fast_dLLM_Qwen": "Fast-dLLM: block-causal attention on Qwen2's layers",
+    "bd3lm": "BD3-LM: block-causal attention on a DiT",
+    "duo": "Duo: uniform-state diffusion, which has no masks",
+    "DUO": "Duo: uniform-state diffusion, which has no masks",
     "a2d-llama": "bidirectional attention on Llama's layers",
     "a2d-qwen2": "bidirectional attention on Qwen2's layers",
     "a2d-qwen3": "bidirectional attention on Qwen3's layers",
@@ -28,5 +31,6 @@ def refuse_unsupported(config: dict, where: str) -> None:
     if name is not None:
         raise UsageError(
             f"{where} holds a {name} model ({_UNSUPPORTED[name]}), which is not supported; type a model of LLaDA's layout "
-            "(GSAI-ML/LLaDA-8B-Instruct), of Dream's (Dream-org/Dream-v0-Instruct-7B), or a folder that this framework saved"
+            "(GSAI-ML/LLaDA-8B-Instruct), of Dream's (Dream-org/Dream-v0-Instruct-7B), of MDLM's (kuleshov-group/mdlm-owt), or "
+            "a folder that this framework saved"
         )

@@ -43,7 +43,8 @@ def with_lora(base: Network, rank: int) -> Network:
     if isinstance(twin, MaskedFromCausal):
         with_adapters(twin.causal, rank)  # puts them into the layers
         return twin
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LORA_TARGETS))
+    targets = getattr(twin, "lora_targets", list(LORA_TARGETS))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
     return inject_adapter_in_model(config, twin)
 
 

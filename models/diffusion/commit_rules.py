@@ -5,7 +5,7 @@ forward pass makes progress.
 Legend: B batch, R response columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -115,10 +115,13 @@ RULES: dict[str, Callable[[float], CommitRule]] = {
 }
 
 
-def build_rules(wanted: dict[str, list[float]] | None) -> list[CommitRule]:
-    """{rule: values} -> one rule for each value. Errors: UsageError for other names and values out of range."""
+def build_rules(wanted: Mapping[str, Sequence[float]] | None, option: str = "module.commit_rules") -> list[CommitRule]:
+    """{rule: values} -> one rule for each value. Errors: UsageError that names the option, for other names and values."""
     rules: list[CommitRule] = []
     for name, values in (wanted or {}).items():
-        require_choice("module.commit_rules", name, get_args(RuleName))
-        rules += [RULES[name](float(value)) for value in values]
+        require_choice(option, name, get_args(RuleName))
+        try:
+            rules += [RULES[name](float(value)) for value in values]
+        except UsageError as error:
+            raise UsageError(str(error).replace("module.commit_rules", option)) from None
     return rules

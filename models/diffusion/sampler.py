@@ -5,6 +5,7 @@ The number of tokens of a pass is scheduled (`generate_masked_diffusion`) or fol
 Legend: B batch, L length, R response columns, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -16,9 +17,16 @@ from models.diffusion.commit_rules import CommitRule
 from models.diffusion.readers import NOTHING_REUSED, Reader, response_reader
 from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
+from models.functional.next_token import EndIds, are_ends, as_end_ids
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
-from models.interfaces.masked_sampling import Remasking, ReusedColumns, require_dividing, temperature_name
+from models.interfaces.masked_sampling import (
+    MaskedSampling,
+    Remasking,
+    ReusedColumns,
+    require_dividing,
+    temperature_name,
+)
 
 
 def linear_transfer_counts(tokens: int, steps: int) -> list[int]:
@@ -80,6 +88,7 @@ def generate_masked_diffusion(
     remasking: Remasking = "random",
     guidance: float = 0.0,
     reused: ReusedColumns = NOTHING_REUSED,
+    ends_last: EndIds = None,
     on_tokens: TokenCallback | None = None,
 ) -> Tensor:
     """Responses (B, R) for rows laid out as prompt columns then R response columns.
@@ -87,7 +96,9 @@ def generate_masked_diffusion(
     Blocks of `block_length` response tokens (all of them by default) are filled left to right, in `steps` forward passes.
     Each of these draws all masked tokens of the block and keeps the scheduled number: the most probable draws
     (`low_confidence`; at temperature 1 this favours a few safe texts) or randomly chosen ones (`random`, ancestral sampling).
-    reused: what is not read in every pass; a pass counts as one, whatever it reads. on_tokens: see `Decoder`.
+    reused: what is not read in every pass; a pass counts as one, whatever it reads. ends_last: draws of these tokens are
+    committed after all others (`confidence_eos_eot_inf` in LLaDA's code): the padding behind a text is easily predicted, and
+    once it is committed, the text must end before it. on_tokens: see `Decoder`.
     """
     length = response_columns(rows["response_mask"])
     blocks = block_count(length, sampling_blocks(model, block_length))
@@ -115,8 +126,9 @@ def generate_masked_diffusion(
                 confidence = probability_of(drawn, logits)
             else:
                 confidence = torch.rand(drawn.shape, generator=generator, device=drawn.device, dtype=torch.float64)
+            confidence = ranked_last(confidence, are_ends(drawn, ends_last))
             block = response[:, start:end]
-            confidence = confidence.masked_fill(block != model.mask_id, -1.0)
+            confidence = confidence.masked_fill(block != model.mask_id, -2.0)
             # 3. keep the scheduled number
             kept = torch.zeros_like(block, dtype=torch.bool).scatter(1, confidence.topk(count, dim=-1).indices, True)
             response[:, start:end] = torch.where(kept, drawn, block)
@@ -144,12 +156,16 @@ def generate_by_rule(
     temperature: float = 0.0,
     guidance: float = 0.0,
     reused: ReusedColumns = NOTHING_REUSED,
+    end_ids: EndIds = None,
+    ends_last: bool = False,
     on_tokens: TokenCallback | None = None,
 ) -> RuleTexts:
     """Like `generate_masked_diffusion`, where `rule` chooses the positions of each forward pass.
 
     A block ends when every row has filled it; a row counts only the passes in which it still had masked positions of the
     block. Guidance doubles the passes.
+    end_ids: where a text ends. A row with one of them in an earlier block takes no more passes: the first of them fills it.
+    ends_last: they are committed once a row draws nothing else, and then all together.
     """
     length = response_columns(rows["response_mask"])
     block_length = length // block_count(length, sampling_blocks(model, block_length))
@@ -160,6 +176,9 @@ def generate_by_rule(
     each = passes_of_guidance(guidance)
     for start in range(0, length, block_length):
         end = start + block_length
+        ended = are_ends(response[:, :start], end_ids).any(-1, keepdim=True)
+        if start and end_ids is not None:
+            response[:, start:end] = torch.where(ended, as_end_ids(end_ids)[0], response[:, start:end])
         while bool((competing := response[:, start:end] == model.mask_id).any()):
             # 1. a draw for every position of the block, its probability and the entropy behind it
             logits = read(xt, start, end)
@@ -167,13 +186,20 @@ def generate_by_rule(
             log_p = logits.double().log_softmax(-1)
             entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
             # 2. the positions that the rule commits
-            commit = rule(probability_of(drawn, logits), entropy, competing)
+            others = competing & ~are_ends(drawn, end_ids if ends_last else None)
+            only_ends = competing & ~others.any(-1, keepdim=True)
+            commit = only_ends | rule(probability_of(drawn, logits), entropy, others)
             response[:, start:end] = torch.where(commit, drawn, response[:, start:end])
             passes += competing.any(-1).long() * each
             made += each
             if on_tokens is not None:
                 on_tokens(response.clone())
     return RuleTexts(response.clone(), passes, made)
+
+
+def ranked_last(confidence: Tensor, last: Tensor) -> Tensor:
+    """Confidence (B, R) in 0..1 of draws; less 1 where `last` (B, R) bool, below that of all others."""
+    return confidence - last.to(confidence.dtype)
 
 
 def block_count(length: int, block_length: int | None) -> int:
@@ -216,6 +242,7 @@ class MaskedDiffusionDecoder:
         block_length: int | None = None,
         guidance: float = 0.0,
         reused: ReusedColumns = NOTHING_REUSED,
+        ends_last: EndIds = None,
     ) -> None:
         self.model, self.steps = model, forwards
         self.forwards = forwards * passes_of_guidance(guidance)
@@ -225,6 +252,7 @@ class MaskedDiffusionDecoder:
             "block_length": block_length,
             "guidance": guidance,
             "reused": reused,
+            "ends_last": ends_last,
         }
         self.name = f"teacher, {temperature_name(temperature)}"
 
@@ -253,6 +281,8 @@ class RuleDecoder:
         block_length: int | None = None,
         guidance: float = 0.0,
         reused: ReusedColumns = NOTHING_REUSED,
+        end_ids: EndIds = None,
+        ends_last: bool = False,
     ) -> None:
         self.model, self.rule = model, rule
         self.forwards = response_length * passes_of_guidance(guidance)
@@ -261,6 +291,8 @@ class RuleDecoder:
             "block_length": block_length,
             "guidance": guidance,
             "reused": reused,
+            "end_ids": end_ids,
+            "ends_last": ends_last,
         }
         at = f", {temperature_name(temperature)}" if temperature else ""  # 0 as in the papers of the rules
         self.name = f"teacher, {rule.name}{at}"
@@ -271,3 +303,20 @@ class RuleDecoder:
         found = generate_by_rule(self.model, rows, generator, rule=self.rule, on_tokens=on_tokens, **self.options)
         self.forward_passes, self.batch_passes = found.forward_passes, found.batch_passes
         return found.responses
+
+
+def scheduled_decoders(model: LladaModel, how: MaskedSampling, end_ids: EndIds = None) -> list[MaskedDiffusionDecoder]:
+    """A decoder for each number of forward passes and temperature. end_ids: where texts end, which `how.ends_last` needs."""
+    last = {"ends_last": end_ids if how.ends_last else None}
+    return [MaskedDiffusionDecoder(model, n, **how.options | {"temperature": t} | last) for n, t in how.rows]
+
+
+def rule_decoders(
+    model: LladaModel,
+    rules: Sequence[CommitRule],
+    how: MaskedSampling,
+    response_length: int,
+    end_ids: EndIds = None,
+) -> list[RuleDecoder]:
+    """A decoder for each rule, those of `how.commit_rules`. end_ids: where texts end, see `generate_by_rule`."""
+    return [RuleDecoder(model, rule, response_length, end_ids=end_ids, **how.rule_options) for rule in rules]

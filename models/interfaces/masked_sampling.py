@@ -1,6 +1,6 @@
 """How a masked model is sampled for the rows of a table: one set of options for teachers, students and models of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -46,6 +46,9 @@ class MaskedSampling:
     guidance: weight of classifier-free guidance; 0 is none.
     block_length: response tokens that are filled before the next ones begin; None: all of them.
     cache, cache_refresh: see `ReusedColumns`.
+    commit_rules: {rule: values}, further rows whose forward passes follow the confidence (`models/diffusion/commit_rules.py`).
+    rule_temperature: of these rows.
+    ends_last: end tokens are committed after all others, see `generate_masked_diffusion`.
     """
 
     forwards: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -56,12 +59,16 @@ class MaskedSampling:
     block_length: int | None = None
     cache: CacheKind = "none"
     cache_refresh: int | None = None
+    commit_rules: Mapping[str, Sequence[float]] | None = None
+    rule_temperature: float = 0.0
+    ends_last: bool = False
 
     def __post_init__(self) -> None:
         for name in ("forwards", "temperatures"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, as YAML has it
         require_choice("remasking", self.remasking, get_args(Remasking))
         require_at_least(0, temperature=self.temperature)
+        require_at_least(0, rule_temperature=self.rule_temperature)
         if (
             len({self.temperature, *self.temperatures}) <= len(self.temperatures)
             or min(self.temperatures, default=0) < 0
@@ -93,6 +100,12 @@ class MaskedSampling:
         names = ("temperature", "remasking", "block_length", "guidance", "reused")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def rule_options(self) -> dict[str, Any]:
+        """Keywords of `RuleDecoder`."""
+        names = ("block_length", "guidance", "reused", "ends_last")
+        return {"temperature": self.rule_temperature} | {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions:
@@ -107,6 +120,9 @@ class TeacherOptions:
     teacher_remasking: Remasking = "random"
     teacher_guidance: float = 0.0
     teacher_block_length: int | None = None
+    teacher_commit_rules: Mapping[str, Sequence[float]] | None = None
+    teacher_rule_temperature: float = 0.0
+    teacher_ends_last: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher_temperatures", self.teacher_sampling.temperatures)
@@ -123,6 +139,9 @@ class TeacherOptions:
                 remasking=self.teacher_remasking,
                 guidance=self.teacher_guidance,
                 block_length=self.teacher_block_length,
+                commit_rules=self.teacher_commit_rules,
+                rule_temperature=self.teacher_rule_temperature,
+                ends_last=self.teacher_ends_last,
             )
         except UsageError as error:
             raise UsageError(f"module.teacher_{error}") from None

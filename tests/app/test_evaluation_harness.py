@@ -22,9 +22,10 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from app.evaluated import EvaluationOptions, chosen_decoder
+from app.evaluated import EvaluationOptions, TextRequest, chosen_decoder
 from app.evaluation_harness import Generation, LeapHarness, say_sentences
 from datamodules.state import CorpusState
+from datamodules.tokenizer import end_ids
 from models.backbones.masked_from_causal import load_from_causal
 from models.functional.errors import UsageError
 from models.online.decoder import IncrementalForward
@@ -219,6 +220,18 @@ def test_forward_passes_of_a_masked_model_are_those_of_its_decoder(masked, optio
     model = leap(masked, batch_size=2, **options)
     model.generate_until(requests(*((prompt, {"until": [], "max_gen_toks": 8}) for prompt in ("ab", "c", "three"))))
     assert model.get_model_info()["forward_passes_per_text"] == passes
+
+
+@pytest.mark.parametrize("decoder", [2, "confidence:0.5"])
+def test_end_tokens_of_a_masked_model_come_last_where_the_option_says_so(masked, decoder):
+    for last in (False, True):
+        model = leap(masked, decoder=decoder, ends_last=last)
+        options = model.evaluated.decoder(TextRequest(8)).options
+        ends = end_ids(model.tokenizer)
+        if decoder == 2:
+            assert options["ends_last"] == (ends if last else None)
+        else:
+            assert (options["end_ids"], options["ends_last"]) == (ends, last)
 
 
 def test_texts_of_a_masked_model_do_not_depend_on_the_batch(masked):
@@ -457,6 +470,7 @@ def test_prompts_end_as_in_the_run_of_the_model(masked, tmp_path, layout):
         ({"mc": 1.5}, "mc=1.5 must be a whole number"),
         ({"mc": True}, "mc=True must be a whole number"),
         ({"guidance": "much"}, "guidance=much must be a number"),
+        ({"ends_last": "perhaps"}, "ends_last=perhaps must be true or false"),
         ({"greedy": 0}, "greedy=0 must be true or false"),
         ({"decoder": "confidance:0.9"}, "decoder=confidance:0.9 is not known.*decoder=confidence:0.9"),
         ({"decoder": "confidence:2"}, "decoder=confidence:2.0 must lie above 0"),
@@ -473,7 +487,9 @@ def test_options_that_cannot_work_are_refused(masked, options, sentence):
         leap(masked, **options)
 
 
-@pytest.mark.parametrize("option", [{"decoder": 4}, {"block_length": 4}, {"guidance": 1.0}, {"theta_weight": 0.5}])
+@pytest.mark.parametrize(
+    "option", [{"decoder": 4}, {"block_length": 4}, {"ends_last": True}, {"guidance": 1.0}, {"theta_weight": 0.5}]
+)
 def test_a_causal_model_refuses_options_of_others(causal, option):
     with pytest.raises(UsageError, match=f"{next(iter(option))}=.*: a causal model has no such option"):
         leap(causal, **option)

@@ -257,6 +257,27 @@ def test_a_saved_network_reads_back_with_adapters_merged(folder, tmp_path):
     assert_close(plain(input_ids=arguments[0]).logits, model.causal_logits(arguments[0]), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_saved_network_is_trained_further_with_its_own_mask_and_options(llama, tmp_path):
+    model, batch = build(llama, separator="prompt", lora_rank=2), make_batch()
+    model.mask_change += 0.1
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "saved" / name).write_text((llama / name).read_text())
+    again = load_from_causal(tmp_path / "saved", separator="prompt", lora_rank=2)
+    assert again.training
+    assert_close(again.mask_embedding, model.mask_embedding)
+    assert_close(states(again.eval(), batch), states(model, batch), atol=1e-5, rtol=1e-5)
+    trained = {name for name, weight in again.named_parameters() if weight.requires_grad}
+    assert "mask_change" in trained
+    assert all("lora" in name or name == "mask_change" for name in trained)
+    for wrong in ({}, {"separator": "prompt", "mask_token": "<extra_260>"}, {"conversion": "bidirectional"}):
+        with pytest.raises(
+            UsageError, match=r"type model\.conversion=causal_prompt model\.separator=prompt, and leave"
+        ):
+            load_from_causal(tmp_path / "saved", **wrong)
+
+
 def test_bfloat16_weights_train_adapters_and_a_mask_in_float32(llama):
     model, batch = build(llama, dtype="bfloat16", lora_rank=2), make_batch()
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

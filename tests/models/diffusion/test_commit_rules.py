@@ -12,6 +12,7 @@ from models.diffusion.commit_rules import (
 )
 from models.diffusion.sampler import RuleDecoder, generate_by_rule, generate_masked_diffusion
 from models.functional.errors import UsageError
+from models.functional.next_token import until_end
 
 RULES = {"confidence": ConfidenceThreshold, "factor": ConfidenceFactor, "entropy": EntropyBudget}
 
@@ -74,6 +75,66 @@ def test_a_threshold_that_all_reach_is_one_pass_a_block(tiny_llada):
         model, rows, torch.Generator(), rule=ConfidenceThreshold(1e-9), block_length=2, guidance=0.5
     )
     assert blocks.forward_passes.tolist() == [6] * 4  # three blocks, two passes each with guidance
+
+
+@torch.no_grad()
+def test_end_tokens_wait_for_all_others_and_are_then_committed_together(tiny_llada):
+    model, rows, ends = tiny_llada(), rows_of(16), (5, 7, 9)
+    model.lm_head.weight[list(ends)] *= 1.5
+    written = []
+    found = generate_by_rule(
+        model,
+        rows,
+        torch.Generator().manual_seed(0),
+        rule=ConfidenceThreshold(1.0),
+        end_ids=ends,
+        ends_last=True,
+        on_tokens=written.append,
+    )
+    text = torch.where(rows["response_mask"], 2, rows["input_ids"])
+    passes, together = torch.zeros(16, dtype=torch.long), 0
+    for committed in written:
+        logits = model(text)[:, 2:]
+        logits[..., 2] = -torch.inf
+        p, word = logits.double().softmax(-1).max(-1)
+        competing, end = text[:, 2:] == 2, torch.isin(word, torch.tensor(ends))
+        for row in range(16):
+            if not competing[row].any():
+                continue
+            passes[row] += 1
+            others = competing[row] & ~end[row]
+            new = committed[row] != text[row, 2:]
+            if others.any():
+                assert new.tolist() == (p[row] == p[row][others].max()).logical_and(others).tolist()
+            else:
+                assert torch.equal(new, competing[row])
+                together += int(new.sum() > 1)
+        text[:, 2:] = committed
+    assert together > 0
+    assert found.forward_passes.tolist() == passes.tolist()
+    assert torch.equal(found.responses, text[:, 2:])
+
+
+@torch.no_grad()
+def test_a_text_that_ended_in_an_earlier_block_takes_no_more_passes_and_is_the_same(tiny_llada):
+    model, rows, ends = tiny_llada(), rows_of(32), (7, 5)
+    options = {"rule": ConfidenceThreshold(1.0), "block_length": 2}
+    usual = generate_by_rule(model, rows, torch.Generator(), **options)
+    found = generate_by_rule(model, rows, torch.Generator(), end_ids=ends, **options)
+    same = until_end(usual.responses, ends)
+    assert torch.equal(until_end(found.responses, ends), same)
+    assert torch.equal(found.responses[same], usual.responses[same])
+    # blocks after that of the first end token are filled with the first of them, without a pass
+    blocks = -(-same.sum(-1) // 2)
+    later = torch.arange(6) >= 2 * blocks.unsqueeze(-1)
+    assert (found.responses[later] == 7).all()
+    assert torch.equal(found.responses[~later], usual.responses[~later])
+    assert found.forward_passes.tolist() == (2 * blocks).tolist()
+    assert set(blocks.tolist()) == {1, 2, 3}
+    assert usual.forward_passes.tolist() == [6] * 32
+    short = blocks < 3
+    alone = {name: column[short] for name, column in rows.items()}
+    assert generate_by_rule(model, alone, torch.Generator(), end_ids=ends, **options).batch_passes == 4
 
 
 class SlowByTurns:

@@ -43,6 +43,47 @@ def test_one_token_a_step_at_temperature_zero_is_sequential_greedy(tiny_llada):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+def test_end_tokens_are_committed_after_all_others(tiny_llada, remasking):
+    """By hand: in each pass the surest position whose most probable token ends no text, an end token where all do."""
+    model, rows, ends = tiny_llada(), None, (5, 7, 9)
+    with torch.no_grad():
+        model.lm_head.weight[list(ends)] *= 1.5  # end tokens are probable at some positions
+    rows = _rows(model, batch=16)
+    options = {"steps": 6, "temperature": 0.0, "remasking": remasking}
+    written = []
+
+    def keep(response):
+        written.append(response)
+
+    last = generate_masked_diffusion(
+        model, rows, torch.Generator().manual_seed(0), ends_last=ends, on_tokens=keep, **options
+    )
+    usual = generate_masked_diffusion(model, rows, torch.Generator().manual_seed(0), **options)
+    chosen_end = 0
+    text = torch.where(rows["response_mask"], 2, rows["input_ids"])
+    for committed in written:
+        logits = model(text)[:, 2:]
+        logits[..., 2] = -math.inf
+        p, word = logits.double().softmax(-1).max(-1)
+        open_, end = text[:, 2:] == 2, torch.isin(word, torch.tensor(ends))
+        others = open_ & ~end
+        new = committed != text[:, 2:]
+        assert torch.equal(new.sum(-1), torch.ones(16, dtype=torch.long))
+        assert torch.equal(committed[new], word[new])
+        for row in range(16):
+            allowed = others[row] if others[row].any() else open_[row]
+            assert allowed[new[row]].all()
+            if remasking == "low_confidence":
+                assert p[row][new[row]] == p[row][allowed].max()
+            chosen_end += int(end[row][new[row]] and others[row].any())
+        text[:, 2:] = committed
+    assert chosen_end == 0
+    assert torch.isin(last, torch.tensor(ends)).any()
+    assert not torch.equal(last, usual)
+
+
+@torch.no_grad()
 def test_blocks_fill_from_left_to_right(tiny_llada):
     """With two blocks the first is decided while the whole second one is still masked."""
     model, generator = tiny_llada(), torch.Generator().manual_seed(0)

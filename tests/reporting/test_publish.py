@@ -1,0 +1,164 @@
+"""Tables of the documentation are what the kept records say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models.functional.errors import UsageError
+from reporting import publish
+from reporting.keys import FORMAT
+from reporting.publish import DOCS, differing_pages, keep_records, main, with_tables, write_pages
+
+COMMAND = "python run.py experiment=masked data.train=TRAIN"
+PAGE = """# Page
+
+<!-- results
+name: masked
+columns: [NFE, BLEU, slot acc.]
+rows: {"teacher, greedy": random remasking, product of marginals: control}
+-->
+old figures
+<!-- end of results -->
+
+After it.
+"""
+
+
+def row(decoder, nfe, bleu, **more):
+    quality = {"bleu": bleu, "slot_accuracy": None} | more
+    known = {"method": "teacher", "decoder": decoder, "nfe": nfe, "quality": quality, "entropy": None, "distinct": None}
+    return known | {"cost": {}, "n_samples": 8, "ci95": {"slot_accuracy": [0.25, 0.75]} if more else {}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that writes the record of a run and gives its folder."""
+
+    def write(seed, rows, experiment="masked", commit="0123456789"):
+        folder = tmp_path / f"{experiment}_{seed}"
+        folder.mkdir()
+        record = {
+            "format": FORMAT,
+            "experiment": experiment,
+            "commit": commit,
+            "seed": seed,
+            "device": "cpu, 1 threads",
+        }
+        record |= {"versions": {}, "config": {"path": "/home/me"}, "data": {"name": "pairs"}, "rows": rows}
+        (folder / "record.json").write_text(json.dumps(record))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def docs(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "page.md").write_text(PAGE)
+    return folder
+
+
+def table_lines(docs):
+    return [line for line in (docs / "page.md").read_text().splitlines() if line.startswith("|")]
+
+
+def test_every_table_of_the_documentation_is_what_its_records_say():
+    assert differing_pages(DOCS) == []
+
+
+def test_a_page_is_written_from_the_records_of_a_run(run, docs):
+    rows = [row("product of marginals", 0, 1.23456789), row("teacher, greedy", 4, 20.0, slot_accuracy=0.5)]
+    (kept,) = keep_records("masked", [run(0, [*rows, row("another", 1, 9.0)])], COMMAND, docs)
+    assert "home" not in kept.read_text()
+    assert json.loads(kept.read_text())["rows"][0]["quality"]["bleu"] == 1.23457
+    assert write_pages(docs) == [docs / "page.md"]
+    text = (docs / "page.md").read_text()
+    assert f"· commit 0123456 · cpu, 1 threads · seed 0 · `{COMMAND}`\n" in text
+    assert table_lines(docs) == [
+        "| decoder | NFE | BLEU | slot acc. |",
+        "| --- | ---: | ---: | ---: |",
+        "| random remasking | 4 | 20.0 | 0.500 [0.250, 0.750] |",
+        "| control | - | 1.2 | - |",
+    ]
+    assert text.startswith("# Page\n\n<!-- results\n")
+    assert text.endswith("<!-- end of results -->\n\nAfter it.\n")
+    assert write_pages(docs) == differing_pages(docs) == []
+
+
+def test_seeds_become_a_mean_with_an_interval(run, docs):
+    both = [("teacher, greedy", 4), ("product of marginals", 0)]
+    runs = [run(seed, [row(name, nfe, bleu) for name, nfe in both]) for seed, bleu in ((0, 10.0), (1, 20.0))]
+    keep_records("masked", runs, COMMAND, docs)
+    write_pages(docs)
+    # t of one degree of freedom: 12.706 * 7.071 / sqrt(2)
+    assert table_lines(docs)[2] == "| random remasking | 4 | 15.0 ± 63.5 | - |"
+    assert "· seeds 0, 1 (mean and 95 % interval) ·" in (docs / "page.md").read_text()
+
+
+def test_experiments_are_compared_in_the_order_of_the_mark(run, docs):
+    runs = [run(0, [row("teacher, greedy", 1.5, 3.0)], name) for name in ("first", "second")]
+    keep_records("two", runs, COMMAND, docs)
+    mark = "<!-- results\nname: two\ncolumns: [NFE]\nexperiments: {second: B, first: A}\n-->\n<!-- end of results -->\n"
+    lines = [line for line in with_tables(mark, docs / "results" / "records").splitlines() if line.startswith("|")]
+    assert lines[0] == "| experiment | decoder | NFE |"
+    assert lines[2:] == ["| B | teacher, greedy | 1.5 |", "| A | teacher, greedy | 1.5 |"]
+
+
+def test_a_changed_figure_is_found(run, docs, capsys):
+    keep_records(
+        "masked", [run(0, [row("teacher, greedy", 4, 20.0), row("product of marginals", 0, 1.0)])], COMMAND, docs
+    )
+    options = ["--docs", str(docs)]
+    assert main(options) == 0
+    assert main([*options, "--check"]) == 0
+    page = docs / "page.md"
+    page.write_text(page.read_text().replace("20.0", "21.0"))
+    capsys.readouterr()
+    assert main([*options, "--check"]) == 1
+    assert capsys.readouterr().out == f"{page} differs from its records; type python -m reporting.publish\n"
+    assert "21.0" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "name: masked",
+            "name: nothing",
+            "no record is kept under this name; type python -m reporting.publish add nothing",
+        ),
+        ("[NFE, BLEU", "[NFE, BLUE", "no column is called BLUE; known are NFE, valid"),
+        (
+            "teacher, greedy",
+            "teacher",
+            "no record has the decoder 'teacher'; known are product of marginals, teacher, greedy",
+        ),
+        ("rows:", "row:", "the mark of a table cannot be read"),
+        ("columns:", "heads:", "the mark of a table cannot be read"),
+        ("rows: {", "rows: {[", "the mark of a table cannot be read"),
+    ],
+)
+def test_a_mark_that_cannot_be_followed_is_told_why(run, docs, capsys, old, new, message):
+    keep_records(
+        "masked", [run(0, [row("teacher, greedy", 4, 20.0), row("product of marginals", 0, 1.0)])], COMMAND, docs
+    )
+    (docs / "page.md").write_text(PAGE.replace(old, new))
+    assert main(["--docs", str(docs)]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_record_of_uncommitted_files_is_refused(run, docs):
+    with pytest.raises(UsageError, match="no commit holds; commit them and run it again"):
+        keep_records("masked", [run(0, [], commit="012+changes")], COMMAND, docs)
+    assert not (docs / publish.RECORDS).exists()
+
+
+def test_the_command_keeps_records(run, docs, capsys):
+    folder = run(0, [row("teacher, greedy", 4, 20.0)])
+    assert main(["--docs", str(docs), "add", "masked", str(folder), "--command", COMMAND]) == 0
+    kept = Path(capsys.readouterr().out.removeprefix("kept ").strip())
+    assert kept == docs / "results" / "records" / "masked" / "masked_0.json"
+    assert main(["--docs", str(docs), "add", "masked", str(docs), "--command", COMMAND]) == 2
+    assert "record.json is not a readable record" in capsys.readouterr().err
