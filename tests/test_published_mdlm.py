@@ -122,7 +122,16 @@ def test_a_checkpoint_is_the_teacher_of_the_recipe(configure, tmp_path):
     """A Lightning checkpoint, converted, as teacher.path of experiment=flow_owt; its student's table."""
     from models.backbones.dit_checkpoint import main
 
-    main([str(write_checkpoint(tmp_path / "a.ckpt")), str(tmp_path / "mdlm"), "--mask-token-id", "257"])
+    main(
+        [
+            str(write_checkpoint(tmp_path / "a.ckpt")),
+            str(tmp_path / "mdlm"),
+            "--weights",
+            "raw",
+            "--mask-token-id",
+            "257",
+        ]
+    )
     texts = "\n".join(json.dumps({"text": f"A text about {k}."}) for k in range(60))
     (tmp_path / "rows.jsonl").write_text(texts)
     short = ["experiment=flow_owt", f"teacher.path={tmp_path}/mdlm", f"data.tokenizer={gpt2_bytes(tmp_path / 'gpt2')}"]
