@@ -205,6 +205,12 @@ def new_model(cfg: DictConfig, datamodule: Any) -> LladaModel:
     return checked_network(model, datamodule, "model")
 
 
+def is_published(cfg: DictConfig) -> bool:
+    """Whether a run is about the model of model.path= as it is: there is no teacher, and no run has trained it."""
+    given = cfg.teacher is None and cfg.model is not None and "path" in cfg.model
+    return given and not run_files.found(runs_of(cfg), "checkpoints/last.ckpt")
+
+
 def settle_attention(cfg: DictConfig) -> None:
     """model.attention=null becomes what the objective needs: the module's, or that of the teacher which is trained first."""
     module = cfg.module if cfg.teacher is None else cfg.teacher.module

@@ -10,7 +10,16 @@ from omegaconf import DictConfig
 from rich.progress import track
 from torch import Generator, Tensor
 
-from app.build import data_of, load_teacher, module_of_pair, new_model, runs_of, settle_models, trained_teacher
+from app.build import (
+    data_of,
+    is_published,
+    load_teacher,
+    module_of_pair,
+    new_model,
+    runs_of,
+    settle_models,
+    trained_teacher,
+)
 from app.run_files import found, newest, newest_student
 from app.students import student_decoder
 from app.trained import fill_from_checkpoint, newest_model, trained_decoder
@@ -79,10 +88,11 @@ def plans_of(decoder: Decoder) -> list[str] | None:
 
 
 def find_weights(cfg: DictConfig) -> Path | None:
-    """What the experiment's newest run has left: the folder of a student or model, or a checkpoint. None for a pair of models.
+    """What the experiment's newest run has left: the folder of a student or model, or a checkpoint.
 
-    The teacher of the options is asked without a student too. A model's checkpoint counts where there is no folder or its
-    objective decodes otherwise.
+    None for a pair of models, and for a model of model.path= that fills masks and that no run has trained. The teacher of the
+    options is asked without a student too. A model's checkpoint counts where there is no folder or its objective decodes
+    otherwise.
     """
     runs = runs_of(cfg)
     if _drafts_blocks(cfg):
@@ -99,6 +109,8 @@ def find_weights(cfg: DictConfig) -> Path | None:
     objective = cfg.module.get("objective")
     exported = found(runs, "model/*.json")
     declared: Any = None if objective is None else get_class(objective._target_)
+    if declared is not None and declared.generation == "masked" and is_published(cfg):
+        return None
     if declared is None or (exported and declared.generation == "autoregressive"):
         return newest_model(runs)
     advice = "it trains no student, and no run of it left a causal model in model/ or a checkpoint; train one first"
@@ -115,7 +127,6 @@ def find_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device:
     if cfg.pair is not None:
         return module_of_pair(cfg, datamodule).to(device).decoder(cfg.module.schemes[-1], datamodule)
     if cfg.teacher is None:
-        assert weights is not None
         return _model_decoder(cfg, weights, datamodule, device)
     if cfg.decoder == "teacher":
         return _teacher_decoder(cfg, datamodule, device)
@@ -138,13 +149,14 @@ def _drafted_decoder(cfg: DictConfig, folder: Path, datamodule: Any, device: tor
     return module.to(device).eval().answering(datamodule, folder)
 
 
-def _model_decoder(cfg: DictConfig, weights: Path, datamodule: Any, device: torch.device) -> Decoder:
+def _model_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device: torch.device) -> Decoder:
     plan = as_typed("plan", cfg.plan)
     temperature = cfg.module.temperature if cfg.temperature is None else cfg.temperature
-    if weights.is_dir():
+    if weights is not None and weights.is_dir():
         return trained_decoder(weights, datamodule, temperature, device, plan=plan, forwards=cfg.forwards)
     module = instantiate(cfg.module, _convert_="all", model=new_model(cfg, datamodule))
-    fill_from_checkpoint(module, weights)
+    if weights is not None:
+        fill_from_checkpoint(module, weights)
     most = min(max(module.compared_forwards(datamodule)), datamodule.response_length)
     return module.to(device).eval().decoder(datamodule, cfg.forwards or most, temperature, datamodule.end_ids())
 

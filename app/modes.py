@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig
 
-from app.build import build, keep_made_with, run_dir, runs_of
+from app.build import build, is_published, keep_made_with, run_dir, runs_of
 from app.command_line import NO_EXPERIMENT
 from app.generate import generate
 from app.locks import exclusive_run, leads
@@ -105,8 +105,11 @@ def _optimised(name: str, logged: dict[str, torch.Tensor], trainer: Trainer) -> 
 
 
 def test(cfg: DictConfig) -> None:
-    """Compare every decoder again, from ckpt_path= or student_path=; a pair of models as it is, unless ckpt_path= is given."""
-    if cfg.ckpt_path is None and cfg.student_path is None and cfg.pair is None:
+    """Compare every decoder again, from ckpt_path= or student_path=.
+
+    Without ckpt_path= a pair of models is compared as it is, and so is the model of model.path= that no run has trained.
+    """
+    if cfg.ckpt_path is None and cfg.student_path is None and cfg.pair is None and not is_published(cfg):
         if cfg.teacher is None:
             cfg.ckpt_path = "last"
         else:

@@ -1,12 +1,15 @@
 """Tokens per second of the student against its teacher's sampler at several numbers of forward passes (NFE).
 
 python benchmarks/decoding.py --forwards 1 8 32 --batch 1 32
+python benchmarks/decoding.py --batch 1 --fill                the largest batch that fits a GPU, beside one text
+python benchmarks/decoding.py --batch 1 --fill --memory 2     on a CPU: that takes at most 2 GiB
 Legend: B batch, P prompt columns, R response columns, V vocabulary.
 """
 
 import argparse
 
 import torch
+from full_batch import largest_batch
 from shapes import FIRST_WORD_ID, add_shape_options, build_base
 from timing import (
     Row,
@@ -70,6 +73,18 @@ def build_prompts(batch: int, args: argparse.Namespace, device: torch.device) ->
     return {"input_ids": input_ids, "attention_mask": everywhere, "response_mask": response}
 
 
+def filling_batch(decoders: dict[str, Decoder], args: argparse.Namespace, device: torch.device) -> int:
+    """The largest batch that every decoder has room for, see `largest_batch`."""
+    limit = None if args.memory is None else args.memory * 2**30
+
+    def peak_of(batch: int) -> int:
+        rows = build_prompts(batch, args, device)
+        generator = Generator(device=device).manual_seed(args.seed)
+        return max(peak_bytes(lambda one=one: one(rows, generator), device) or 0 for one in decoders.values())
+
+    return largest_batch(peak_of, limit)
+
+
 def measure_batch(
     batch: int, decoders: dict[str, Decoder], args: argparse.Namespace, device: torch.device
 ) -> list[Row]:
@@ -96,6 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flow", choices=("noisy_mask", "logit"), default="noisy_mask", help="of the student")
     parser.add_argument("--vocabulary", type=int, default=300)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="rows decoded together")
+    parser.add_argument("--fill", action="store_true", help="also the largest batch, by doubling, that fits the device")
+    parser.add_argument(
+        "--memory", type=float, help="GiB that --fill may take beside the weights; on a GPU what is free"
+    )
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens in a row")
     parser.add_argument("--response", type=int, default=64, help="response tokens in a row")
     parser.add_argument("--forwards", type=int, nargs="+", default=[1, 8, 32], help="of the teacher's sampler")
@@ -105,10 +124,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if max(args.forwards) > args.response:
         parser.error(f"--forwards {max(args.forwards)} exceeds the {args.response} tokens of --response")
+    if args.fill and args.memory is None and args.device == "cpu":
+        parser.error("--fill on a CPU needs --memory GIB: a CPU does not say when it is full")
     device, console = prepare(args), report_console()
     base = build_base(args, device, vocab_size=args.vocabulary, length=args.prompt + args.response)
     decoders = build_decoders(base, args, device)
 
+    if args.fill:
+        filling = filling_batch(decoders, args, device)
+        if filling == 0:
+            parser.error(f"--memory {args.memory}: not one row fits; type more GiB")
+        args.batch = sorted({*args.batch, filling})
+        console.print(f"largest batch that fits: {filling}", highlight=False)
     rows = [row for batch in args.batch for row in measure_batch(batch, decoders, args, device)]
     result = build_result("decoding", args, device, rows, READING)
     columns = {

@@ -173,6 +173,50 @@ def test_concept_online(benchmark):
     assert all(row["tokens_per_s"] > 0 for row in result["rows"])
 
 
+@pytest.mark.parametrize(("limit", "wanted"), [(1000, 8), (999, 4), (125, 1), (124, 0), (1e9, 64)])
+def test_the_largest_batch_is_the_last_power_of_two_within_a_limit(monkeypatch, limit, wanted):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from full_batch import largest_batch
+
+    tried = []
+
+    def peak_of(batch):
+        tried.append(batch)
+        return 125 * batch
+
+    assert largest_batch(peak_of, limit, most=64) == wanted
+    assert tried == [2**k for k in range(len(tried))]
+    assert len(tried) == (wanted.bit_length() + 1 if wanted < 64 else 7)  # one that does not fit ends it
+
+
+def test_a_device_that_runs_out_of_memory_ends_the_search(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from full_batch import largest_batch
+
+    def peak_of(batch):
+        if batch > 16:
+            raise torch.OutOfMemoryError("full")
+        return None
+
+    assert largest_batch(peak_of, None) == 16
+
+
+@pytest.mark.slow
+def test_decoding_at_the_batch_that_fills_a_stated_memory(benchmark, capsys):
+    sizes = ("--vocabulary", "11", "--prompt", "2", "--response", "4", "--forwards", "1")
+    small, large = (
+        max(row["batch"] for row in benchmark("decoding", "--batch", "1", "--fill", "--memory", gib, *sizes)["rows"])
+        for gib in ("0.0001", "0.0008")
+    )
+    assert 1 <= small < large <= 16 * small
+    assert f"largest batch that fits: {large}" in capsys.readouterr().out
+    for wrong in (("--fill",), ("--fill", "--memory", "0.0000001")):
+        with pytest.raises(SystemExit):
+            benchmark("decoding", *wrong, *sizes)
+    assert "needs --memory GIB" in (said := capsys.readouterr().err)
+    assert "not one row fits" in said
+
+
 def test_qstar_decoding(benchmark):
     sizes = ["--width", "16", "--layers", "3", "--trunk", "1", "--heads", "2", "--vocabulary", "11"]
     result = benchmark("qstar_decoding", "--batch", "1", "2", "--prompt", "3", "--new", "8", shape=sizes)
@@ -302,9 +346,9 @@ def test_every_measurement_for_a_gpu_works(tmp_path):
     summary = (tmp_path / "summary.txt").read_text()
     assert ran.returncode == 0, summary
     names = [line.split(":")[0] for line in summary.splitlines()]
-    assert len(names) == len(set(names)) == 8
+    assert len(names) == len(set(names)) == 9
     assert all(": done (" in line for line in summary.splitlines())
-    for name in names[:6]:
+    for name in names[:7]:
         assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]
     broken = subprocess.run(["bash", str(FOLDER / "gpu.sh")], capture_output=True, text=True, check=False)
     assert broken.returncode == 2

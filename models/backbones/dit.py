@@ -256,14 +256,9 @@ def load_dit(path: str | Path, *, dtype: torch.dtype | str = "auto", device: tor
         model = DitModel(config)
     stored = without_frequencies(files.list_tensors(folder), config, str(folder))
     expected = files.expected_shapes(model, tied=False)
-    names = files.match_names(expected, stored, published_name, folder)
+    names = files.match_names(expected, stored, lambda name: None, folder)
     files.fill_model(model, names, stored, wanted or stored[names["backbone.vocab_embed.embedding"]].dtype, device)
     return model.eval()
-
-
-def published_name(name: str) -> str:
-    """A name of the backbone alone -> that of the whole model."""
-    return f"backbone.{name}"
 
 
 def without_frequencies(stored: dict, config: DitConfig, where: str) -> dict:

@@ -7,6 +7,8 @@ from app import modes
 from datamodules.tokenizer import TRAINED, build_tokenizer
 from helpers.causal import tiny_causal
 from helpers.foreign import foreign_model, foreign_tokenizer, save_foreign
+from helpers.gpt2_bytes import gpt2_bytes
+from helpers.mdlm import write_mdlm
 from helpers.word_pieces import word_pieces
 from models.backbones.causal_lm import save_causal
 from models.backbones.masked_from_causal import load_from_causal
@@ -40,6 +42,12 @@ def model_overrides(cfg, folder: Path) -> list[str]:
         return []
     if cfg.model is None:  # a student of a teacher that is read
         return [f"teacher.path={masked_teacher(folder)}", "trainer.accelerator=cpu", "module.lora_rank=2"]
+    if "load_dit" in cfg.model._target_:
+        gpt2_bytes(folder / "mdlm")
+        few = ["data.sequence_length=16", "module.forwards=[1,2]", "trainer.accelerator=cpu"]
+        (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"A text about {k}."}) for k in range(60)))
+        files = [f"data.{split}={folder}/rows.jsonl" for split in ("train", "test")]
+        return [f"model.path={write_mdlm(folder / 'mdlm')}", f"data.tokenizer={folder}/mdlm", *few, *files]
     (folder / "text.txt").write_text("".join(f"A paragraph about {k}.\n\n" for k in range(60)))
     text = [f"data.train={folder}/text.txt", "data.cut=blank_line", "data.sequence_length=16"]
     packed = "TextDataModule" in cfg.data._target_
