@@ -6,13 +6,14 @@ Legend: B batch, T positions, M scored positions, R response columns, V vocabula
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from hydra.utils import get_class
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from app.options import check_value
 from app.run_files import DATA, models_of, run_of
 from app.students import student_decoder
 from app.trained import load_model, load_planned
@@ -51,12 +52,6 @@ from models.speculative.scores import require_one_vocabulary
 from reporting.record import read_record
 
 Layout = Literal["run", "plain"]
-WORDS: dict[Any, str] = {int: "a whole number", float | int: "a number", bool: "true or false"}
-TYPES: dict[str, Any] = {
-    **dict.fromkeys(("mc", "block_length", "max_length", "max_gen_toks", "seed"), int),
-    **dict.fromkeys(("guidance", "theta_weight"), float | int),
-    **dict.fromkeys(("greedy", "add_bos_token", "enable_thinking"), bool),
-}
 # logits or log-probabilities (M, V) of the token after each scored position
 NextToken = Callable[[CausalText], Tensor]
 OF_MASKS = ("block_length", "remasking", "guidance")  # options of models that fill masks
@@ -103,12 +98,8 @@ class EvaluationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in TYPES.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-                raise UsageError(f"{name}={value} must be {WORDS[kind]}")
-        require_choice("remasking", self.remasking, get_args(Remasking))
-        require_choice("layout", self.layout, get_args(Layout))
+        for name, kind in get_type_hints(EvaluationOptions).items():
+            check_value(name, getattr(self, name), kind)
         numbers = {"block_length": self.block_length, "max_length": self.max_length, "max_gen_toks": self.max_gen_toks}
         given = {name: value for name, value in numbers.items() if value is not None}
         require_at_least(1, mc=self.mc, **given)
@@ -156,11 +147,8 @@ class Evaluated:
 
 def read_evaluated(options: EvaluationOptions, device: torch.device) -> Evaluated:
     """The model of a folder, whatever its kind. Errors: UsageError for a folder without one, and options of another kind."""
-    try:
-        folder = files.find_folder(options.path)
-        found = _read(folder, options)
-    except UsageError as error:
-        raise UsageError(str(error).replace("model.path=", "path=")) from error
+    folder = files.find_folder(options.path, "path")
+    found = _read(folder, options)
     found.network.to(device).eval()
     run = run_of(folder)
     state = None if run is None or options.layout == "plain" else CorpusState.read(run / DATA)
@@ -183,7 +171,7 @@ def _read(folder: Path, options: EvaluationOptions) -> Evaluated:
     if is_online(folder) or not _fills_masks(folder):
         return _left_to_right(folder, options)
     _refuse(options, "masked diffusion model", "teacher", "theta_weight")
-    return _masked("masked diffusion model", load_masked(folder), _tokenizer(folder), options)
+    return _masked("masked diffusion model", load_masked(folder, option="path"), _tokenizer(folder), options)
 
 
 def _fills_masks(folder: Path) -> bool:
@@ -234,7 +222,7 @@ def _left_to_right(folder: Path, options: EvaluationOptions) -> Evaluated:
     kind = "online concept model" if online else "causal model"
     _refuse(options, kind, "decoder", *OF_MASKS, "teacher", "theta_weight")
     _require_next_token(folder, options)
-    model, tokenizer = load_model(folder), _tokenizer(folder)
+    model, tokenizer = load_model(folder, "path"), _tokenizer(folder)
     fixed: dict[str, Any] = {"vocab_size": vocabulary_size(tokenizer), "end_ids": end_ids(tokenizer)}
 
     def decoder(request: TextRequest) -> Decoder:
@@ -284,9 +272,9 @@ def _pair(folder: Path, options: EvaluationOptions) -> Evaluated:
         raise UsageError(
             f"target=auto: no run says which π_t path={options.path} was trained beside; type target=<folder>"
         )
-    other = files.find_folder(target)
+    other = files.find_folder(target, "target")
     require_one_vocabulary(folder, other)
-    theta, target = load_trained(folder), load_trained(other)
+    theta, target = load_trained(folder, "path"), load_trained(other, "target")
     tokenizer = _tokenizer(folder, other)
     scheme: Any = "alternate" if options.decoder is None else str(options.decoder)
     require_choice("decoder", scheme, [name for name in get_args(Scheme) if name != "assistant"])
@@ -386,7 +374,7 @@ def _student(folder: Path, options: EvaluationOptions) -> Evaluated:
     base = options.teacher or teacher_folder(folder)
     if base is None:
         raise UsageError(f"{folder} does not say where its teacher is; type teacher=<folder>")
-    student, tokenizer = load_student(folder, load_masked(base)), _tokenizer(folder, base)
+    student, tokenizer = load_student(folder, load_masked(base, option="teacher")), _tokenizer(folder, base)
     if isinstance(student, MaskedStudent):
         few = replace(options, decoder=1 if options.decoder is None else options.decoder)
         return _masked("step-halving student", student.body, tokenizer, few)

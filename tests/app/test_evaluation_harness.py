@@ -453,11 +453,11 @@ def test_prompts_end_as_in_the_run_of_the_model(masked, tmp_path, layout):
     ("options", "sentence"),
     [
         ({"mc": 0}, "mc=0 must be at least 1"),
-        ({"mc": "many"}, "mc=many must be a whole number"),
-        ({"mc": 1.5}, "mc=1.5 must be a whole number"),
-        ({"mc": True}, "mc=True must be a whole number"),
-        ({"guidance": "much"}, "guidance=much must be a number"),
-        ({"greedy": 0}, "greedy=0 must be true or false"),
+        ({"mc": "many"}, "mc=many should be a valid integer"),
+        ({"mc": 1.5}, "mc=1.5 should be a valid integer"),
+        ({"mc": True}, "mc=true should be a valid integer"),
+        ({"guidance": "much"}, "guidance=much should be a valid number"),
+        ({"greedy": 0}, "greedy=0 should be a valid boolean; type true or false"),
         ({"decoder": "confidance:0.9"}, "decoder=confidance:0.9 is not known.*decoder=confidence:0.9"),
         ({"decoder": "confidence:2"}, "decoder=confidence:2.0 must lie above 0"),
         ({"decoder": 0}, "decoder=0 is not known"),
@@ -516,6 +516,9 @@ def test_greedy_requests_may_name_options_of_sampling():
 def test_folders_without_a_model_are_refused(causal, tmp_path):
     with pytest.raises(UsageError, match="path=/no/such/folder: this folder does not exist"):
         leap("/no/such/folder")
+    for option in ("target", "teacher"):
+        with pytest.raises(UsageError, match=f"{option}=2026"):
+            leap(FIXTURES / "logit" / "student" if option == "teacher" else causal, **{option: 2026})
     with pytest.raises(UsageError, match="holds no exported model"):
         leap(tmp_path)
     (tmp_path / "run").mkdir()

@@ -43,6 +43,10 @@ MISTAKES = [  # of the main job where no experiment is named
     (["mode=train"], "mode=train is not known; type mode=fit"),
     (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist; type ckpt_path=last"),
     (["teacher.path=nowhere"], "nowhere"),
+    (["teacher.path={gpt2}"], "type teacher.path=GSAI-ML/LLaDA-8B-Instruct"),
+    (["experiment=qstar_oracle", "pair.target.path=nowhere"], "pair.target.path=nowhere: this folder does not exist"),
+    (["experiment=qstar_oracle", "pair.theta.path={file}"], "pair.theta.path={file} is a file"),
+    (["module.sigma=nan"], "module.sigma=nan is not a number"),
     (["mode=generate", "prompt='who=anna'"], "no student has been trained"),
     (["mode=generate", "prompt_file=none.txt"], "prompt_file=none.txt does not exist"),
     (["mode=report", "paths.output_dir=empty"], "the folder empty does not exist"),
@@ -143,8 +147,14 @@ def test_a_damaged_checkpoint_is_refused_before_any_work(configure, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES)
-def test_mistakes_get_a_sentence(configure, overrides, message):
+def test_mistakes_get_a_sentence(configure, tmp_path, overrides, message):
     """What `main` would print, and that it comes before any training."""
+    places = {"gpt2": tmp_path / "gpt2", "file": tmp_path / "gpt2" / "config.json"}
+    places["gpt2"].mkdir()
+    places["file"].write_text('{"model_type": "gpt2"}')
+    for name, place in places.items():
+        overrides = [option.replace(f"{{{name}}}", str(place)) for option in overrides]
+        message = message.replace(f"{{{name}}}", str(place))
     try:
         named = any(option.startswith(("experiment=", "mode=report")) for option in overrides)
         cfg = configure(*([] if named else [MAIN]), *overrides)
