@@ -13,7 +13,7 @@ from hydra.utils import get_class
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from app.options import check_value
+from app.options import LARGEST, check_value, require_within
 from app.run_files import DATA, models_of, run_of
 from app.students import student_decoder
 from app.trained import load_model, load_planned
@@ -35,7 +35,7 @@ from models.flow.masked_student import MaskedStudent
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.solver import Step
 from models.flow.student_files import is_student, load_student, teacher_folder
-from models.functional.errors import UsageError, require_at_least, require_choice
+from models.functional.errors import UsageError, require_at_least, require_choice, require_share
 from models.functional.next_token import CausalText
 from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder, StopRule
@@ -100,6 +100,9 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(EvaluationOptions).items():
             check_value(name, getattr(self, name), kind)
+        require_within("seed", self.seed, 0, LARGEST)
+        if self.theta_weight is not None:
+            require_share(theta_weight=self.theta_weight)
         numbers = {"block_length": self.block_length, "max_length": self.max_length, "max_gen_toks": self.max_gen_toks}
         given = {name: value for name, value in numbers.items() if value is not None}
         require_at_least(1, mc=self.mc, **given)
@@ -188,7 +191,7 @@ def _tokenizer(*folders: str | Path) -> PreTrainedTokenizerFast:
     run = run_of(Path(folders[0]))
     for place in map(Path, [*folders, *([] if run is None else [run / DATA])]):
         if any((place / name).is_file() for name in TOKENIZER_FILES):
-            return build_tokenizer(str(place), [], 0, place)
+            return build_tokenizer(str(place), [], 0, place, option="the tokenizer of path")
     raise UsageError(
         f"path={folders[0]} holds no tokenizer; write it there with tokenizer.save_pretrained(FOLDER), or export the model "
         "again"
@@ -374,7 +377,7 @@ def _student(folder: Path, options: EvaluationOptions) -> Evaluated:
     base = options.teacher or teacher_folder(folder)
     if base is None:
         raise UsageError(f"{folder} does not say where its teacher is; type teacher=<folder>")
-    student, tokenizer = load_student(folder, load_masked(base, option="teacher")), _tokenizer(folder, base)
+    student, tokenizer = load_student(folder, load_masked(base, option="teacher"), "teacher"), _tokenizer(folder, base)
     if isinstance(student, MaskedStudent):
         few = replace(options, decoder=1 if options.decoder is None else options.decoder)
         return _masked("step-halving student", student.body, tokenizer, few)
@@ -387,6 +390,8 @@ def _student(folder: Path, options: EvaluationOptions) -> Evaluated:
         )
     name, value = chosen_decoder(options.decoder, ("forwards", *(get_args(Step) if noisy else ())))
     forwards = 1 if value is None else int(value)
+    if not noisy and forwards != 1:
+        raise UsageError(f"decoder={options.decoder}: this student takes one forward pass; type decoder=1")
 
     def decoder(request: TextRequest) -> Decoder:
         if noisy:

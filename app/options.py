@@ -73,18 +73,24 @@ def check_options(cfg: DictConfig) -> None:
 
 def _require_bounds(cfg: DictConfig) -> None:
     """Raise UsageError for the first number that is none (nan), and for whole numbers too small or large for their use."""
-    for option, least in LEAST.items():
-        value = OmegaConf.select(cfg, option)
-        if isinstance(value, int) and value < least:
-            raise UsageError(f"{option}={value} must be at least {least}")
     for option, value in _values(cfg, ""):
-        if isinstance(value, float) and math.isnan(value):
-            raise UsageError(f"{option}=nan is not a number; type one")
-        most = MOST.get(option, LARGEST)
-        if isinstance(value, int) and value > most:
-            raise UsageError(f"{option}={value} must be at most {most}")
-        if isinstance(value, int) and value < -most:
-            raise UsageError(f"{option}={value} must be at least {-most}")
+        _require_number(option, value)
+        if isinstance(value, int):
+            most = MOST.get(option, LARGEST)
+            require_within(option, value, LEAST.get(option, -most), most)
+
+
+def require_within(option: str, value: int, least: int, most: int) -> None:
+    """Raise UsageError for a whole number below `least` or above `most`."""
+    if value < least:
+        raise UsageError(f"{option}={value} must be at least {least}")
+    if value > most:
+        raise UsageError(f"{option}={value} must be at most {most}")
+
+
+def _require_number(option: str, value: Any) -> None:
+    if isinstance(value, float) and math.isnan(value):
+        raise UsageError(f"{option}=nan is not a number; type one")
 
 
 def _values(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -135,6 +141,7 @@ def check_value(option: str, value: Any, kind: Any) -> None:
     Types are not converted, but for a whole number where any number will do: what is built is given the value itself.
     """
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    _require_number(option, plain)
     try:
         read = TypeAdapter(kind, config=LENIENT).validate_python(plain)
     except ValidationError as error:

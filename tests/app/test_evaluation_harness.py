@@ -461,6 +461,9 @@ def test_prompts_end_as_in_the_run_of_the_model(masked, tmp_path, layout):
         ({"decoder": "confidance:0.9"}, "decoder=confidance:0.9 is not known.*decoder=confidence:0.9"),
         ({"decoder": "confidence:2"}, "decoder=confidence:2.0 must lie above 0"),
         ({"decoder": 0}, "decoder=0 is not known"),
+        ({"seed": 2**70}, "seed=1180591620717411303424 must be at most"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"guidance": float("nan")}, "guidance=nan is not a number"),
         ({"remasking": "best"}, "remasking=best is not known"),
         ({"theta_weight": 0.5}, "theta_weight=0.5: a masked diffusion model has no such option"),
         ({"steps": 4}, "--model_args: got an unexpected keyword argument 'steps'"),
@@ -531,9 +534,26 @@ def test_folders_without_a_model_are_refused(causal, tmp_path):
         leap(tmp_path / "run" / "model")
 
 
-def test_a_student_without_its_teacher_says_what_to_type():
+def test_a_student_without_its_teacher_says_what_to_type(masked):
     with pytest.raises(UsageError, match="teacher"):
         leap(FIXTURES / "logit" / "student")
+    with pytest.raises(UsageError, match=r"another base model than the one given; type teacher=<the folder"):
+        leap(FIXTURES / "logit" / "student", teacher=masked)
+    with pytest.raises(UsageError, match=r"decoder=4: this student takes one forward pass; type decoder=1"):
+        leap(FIXTURES / "logit" / "student", teacher=FIXTURES / "logit" / "teacher", decoder=4)
+
+
+@pytest.mark.parametrize("weight", [2, -0.5])
+def test_a_weight_of_q_star_outside_its_range_is_refused(causal, weight):
+    with pytest.raises(UsageError, match=f"^theta_weight={weight} must lie between 0 and 1"):
+        leap(causal, target=causal, theta_weight=weight)
+
+
+def test_a_damaged_tokenizer_is_said_to_be_that_of_the_path(causal, tmp_path):
+    shutil.copytree(causal, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match=r"^the tokenizer of path=.*no tokenizer could be read"):
+        leap(tmp_path / "model")
 
 
 def test_a_model_of_another_vocabulary_is_refused(causal, tmp_path):
