@@ -1,5 +1,8 @@
 """What cannot work is refused by a sentence that names it, before any long work."""
 
+import errno
+import os
+
 import pytest
 import torch
 from helpers.experiment import FLOWS, SMALL
@@ -138,6 +141,27 @@ MISTAKES = [  # of the main job where no experiment is named
 def test_too_little_memory_is_named(error, asked):
     assert sentence_for(error).startswith(f"memory ran out{asked}")
     assert sentence_for(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_what_may_not_be_written_is_named(code):
+    error = OSError(code, os.strerror(code), "out/runs.txt")
+    assert sentence_for(error).startswith(f"out/runs.txt: {os.strerror(code)}; change whose it is")
+    assert sentence_for(OSError(code, os.strerror(code))) is None  # nothing to name
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+@pytest.mark.parametrize(("folder", "option"), [("out/meanflow_llada/run", "run_dir"), ("data", "cache_dir")])
+def test_a_folder_of_someone_else_is_named(configure, tmp_path, folder, option):
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    place.chmod(0o555)
+    try:
+        with pytest.raises(OSError, match="denied") as caught:
+            modes.run_mode(configure(MAIN, *SMALL, f"paths.{option}={place}/new"))
+    finally:
+        place.chmod(0o755)
+    assert f"{place}/new" in sentence_for(caught.value)
 
 
 def test_a_damaged_checkpoint_is_refused_before_any_work(configure, tmp_path):
