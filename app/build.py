@@ -234,7 +234,7 @@ def trained_teacher(cfg: DictConfig, datamodule: Any) -> LladaModel:
 def load_teacher(path: str | Path, datamodule: Any) -> LladaModel:
     """The teacher in a folder, or of the hub. Errors: UsageError where it is not there, or is of another vocabulary."""
     try:
-        teacher = load_masked(path)
+        teacher = load_masked(path, option="teacher.path")
     except UsageError as error:
         if Path(path).is_dir():
             raise
@@ -274,9 +274,11 @@ def module_of_pair(cfg: DictConfig, datamodule: Any) -> LightningModule:
     stand_ins = {name: build_causal(**datamodule.special_ids(), **STAND_IN) for name in cfg.pair}
     instantiate(cfg.module, _convert_="all", **stand_ins)  # a wrong option is refused before a model is trained
     models = {}
-    for name, recipe in cfg.pair.items():
+    # a folder that cannot be read is refused before a model is trained
+    for name, recipe in sorted(cfg.pair.items(), key=lambda named: named[1].path is None):
         if recipe.path is not None:
-            models[name] = checked_network(load_causal(recipe.path, dtype=recipe.dtype), datamodule, name)
+            model = load_causal(recipe.path, dtype=recipe.dtype, option=f"pair.{name}.path")
+            models[name] = checked_network(model, datamodule, name)
         else:
             models[name] = _trained(cfg, recipe, data_of(cfg, None, **recipe.data), name, load_causal)
     require_one_vocabulary(*(recipe.path for recipe in cfg.pair.values()))

@@ -95,7 +95,9 @@ def _check(arguments: list[str]) -> None:
     set_before: list[str] = []
     for override in overrides:
         name = override.key_or_group
-        if override not in groups and not name.startswith("hydra") and not _within(name, set_before):
+        if override in groups:
+            continue
+        if not name.startswith("hydra") and not _within(name, set_before):
             _require_known(override, options)
         set_before.append(name)
     reports = any(override.key_or_group == "mode" and override.value() == "report" for override in overrides)
@@ -290,8 +292,12 @@ def _accepted(part: dict[str, Any]) -> set[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """The names that come nearest: spelled alike, or of the same last part in another place."""
-    last = name.rpartition(".")[2]
+    """The names that come nearest: of a last part spelled alike below the same one, spelled alike, or of the same last part."""
+    begin, _, last = name.rpartition(".")
+    below = {other: other.rpartition(".")[2] for other in known if other.startswith(f"{begin}.") or not begin}
+    alike = get_close_matches(last, set(below.values()), cutoff=0.75)
+    beside = sorted((other for other in below if below[other] in alike), key=lambda other: alike.index(below[other]))
     same = [other for other in known if other.rpartition(".")[2] == last]
-    close = list(dict.fromkeys([*get_close_matches(name, known, cutoff=0.75), *same]))[:3]
+    found = dict.fromkeys([*beside, *get_close_matches(name, known, cutoff=0.75), *same])
+    close = [other for other in found if not name.startswith(f"{other}.")][:3]
     return f"did you mean {' or '.join(close)}?" if close else "see them all with --cfg job"

@@ -6,13 +6,14 @@ Legend: B batch, T positions, M scored positions, R response columns, V vocabula
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from hydra.utils import get_class
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from app.options import LARGEST, check_value, require_within
 from app.run_files import DATA, models_of, run_of
 from app.students import student_decoder
 from app.trained import load_model, load_planned
@@ -35,7 +36,7 @@ from models.flow.masked_student import MaskedStudent
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.solver import Step
 from models.flow.student_files import is_student, load_student, teacher_folder
-from models.functional.errors import UsageError, require_at_least, require_choice
+from models.functional.errors import UsageError, require_at_least, require_choice, require_share
 from models.functional.next_token import CausalText
 from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder, StopRule
@@ -52,12 +53,6 @@ from models.speculative.scores import require_one_vocabulary
 from reporting.record import read_record
 
 Layout = Literal["run", "plain"]
-WORDS: dict[Any, str] = {int: "a whole number", float | int: "a number", bool: "true or false"}
-TYPES: dict[str, Any] = {
-    **dict.fromkeys(("mc", "block_length", "max_length", "max_gen_toks", "seed"), int),
-    **dict.fromkeys(("guidance", "theta_weight"), float | int),
-    **dict.fromkeys(("greedy", "ends_last", "add_bos_token", "enable_thinking"), bool),
-}
 # logits or log-probabilities (M, V) of the token after each scored position
 NextToken = Callable[[CausalText], Tensor]
 OF_MASKS = ("block_length", "remasking", "guidance", "ends_last")  # options of models that fill masks
@@ -105,12 +100,11 @@ class EvaluationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in TYPES.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-                raise UsageError(f"{name}={value} must be {WORDS[kind]}")
-        require_choice("remasking", self.remasking, get_args(Remasking))
-        require_choice("layout", self.layout, get_args(Layout))
+        for name, kind in get_type_hints(EvaluationOptions).items():
+            check_value(name, getattr(self, name), kind)
+        require_within("seed", self.seed, 0, LARGEST)
+        if self.theta_weight is not None:
+            require_share(theta_weight=self.theta_weight)
         numbers = {"block_length": self.block_length, "max_length": self.max_length, "max_gen_toks": self.max_gen_toks}
         given = {name: value for name, value in numbers.items() if value is not None}
         require_at_least(1, mc=self.mc, **given)
@@ -158,11 +152,8 @@ class Evaluated:
 
 def read_evaluated(options: EvaluationOptions, device: torch.device) -> Evaluated:
     """The model of a folder, whatever its kind. Errors: UsageError for a folder without one, and options of another kind."""
-    try:
-        folder = files.find_folder(options.path)
-        found = _read(folder, options)
-    except UsageError as error:
-        raise UsageError(str(error).replace("model.path=", "path=")) from error
+    folder = files.find_folder(options.path, "path")
+    found = _read(folder, options)
     found.network.to(device).eval()
     run = run_of(folder)
     state = None if run is None or options.layout == "plain" else CorpusState.read(run / DATA)
@@ -185,7 +176,7 @@ def _read(folder: Path, options: EvaluationOptions) -> Evaluated:
     if is_online(folder) or not _fills_masks(folder):
         return _left_to_right(folder, options)
     _refuse(options, "masked diffusion model", "teacher", "theta_weight")
-    return _masked("masked diffusion model", load_masked(folder), _tokenizer(folder), options)
+    return _masked("masked diffusion model", load_masked(folder, option="path"), _tokenizer(folder), options)
 
 
 def _fills_masks(folder: Path) -> bool:
@@ -203,7 +194,7 @@ def _tokenizer(*folders: str | Path) -> PreTrainedTokenizerFast:
     run = run_of(Path(folders[0]))
     for place in map(Path, [*folders, *([] if run is None else [run / DATA])]):
         if any((place / name).is_file() for name in TOKENIZER_FILES):
-            return build_tokenizer(str(place), [], 0, place)
+            return build_tokenizer(str(place), [], 0, place, option="the tokenizer of path")
     raise UsageError(
         f"path={folders[0]} holds no tokenizer; write it there with tokenizer.save_pretrained(FOLDER), or export the model "
         "again"
@@ -237,7 +228,7 @@ def _left_to_right(folder: Path, options: EvaluationOptions) -> Evaluated:
     kind = "online concept model" if online else "causal model"
     _refuse(options, kind, "decoder", *OF_MASKS, "teacher", "theta_weight")
     _require_next_token(folder, options)
-    model, tokenizer = load_model(folder), _tokenizer(folder)
+    model, tokenizer = load_model(folder, "path"), _tokenizer(folder)
     fixed: dict[str, Any] = {"vocab_size": vocabulary_size(tokenizer), "end_ids": end_ids(tokenizer)}
 
     def decoder(request: TextRequest) -> Decoder:
@@ -287,9 +278,9 @@ def _pair(folder: Path, options: EvaluationOptions) -> Evaluated:
         raise UsageError(
             f"target=auto: no run says which π_t path={options.path} was trained beside; type target=<folder>"
         )
-    other = files.find_folder(target)
+    other = files.find_folder(target, "target")
     require_one_vocabulary(folder, other)
-    theta, target = load_trained(folder), load_trained(other)
+    theta, target = load_trained(folder, "path"), load_trained(other, "target")
     tokenizer = _tokenizer(folder, other)
     scheme: Any = "alternate" if options.decoder is None else str(options.decoder)
     require_choice("decoder", scheme, [name for name in get_args(Scheme) if name not in ("assistant", "block_drafter")])
@@ -391,7 +382,7 @@ def _student(folder: Path, options: EvaluationOptions) -> Evaluated:
     base = options.teacher or teacher_folder(folder)
     if base is None:
         raise UsageError(f"{folder} does not say where its teacher is; type teacher=<folder>")
-    student, tokenizer = load_student(folder, load_masked(base)), _tokenizer(folder, base)
+    student, tokenizer = load_student(folder, load_masked(base, option="teacher"), "teacher"), _tokenizer(folder, base)
     if isinstance(student, MaskedStudent):
         few = replace(options, decoder=1 if options.decoder is None else options.decoder)
         return _masked("step-halving student", student.body, tokenizer, few)
@@ -404,6 +395,8 @@ def _student(folder: Path, options: EvaluationOptions) -> Evaluated:
         )
     name, value = chosen_decoder(options.decoder, ("forwards", *(get_args(Step) if noisy else ())))
     forwards = 1 if value is None else int(value)
+    if not noisy and forwards != 1:
+        raise UsageError(f"decoder={options.decoder}: this student takes one forward pass; type decoder=1")
 
     def decoder(request: TextRequest) -> Decoder:
         if noisy:

@@ -100,8 +100,9 @@ class LeapHarness(TemplateLM):
         say_sentences()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UsageError(f"--batch_size {batch_size}: --model leap takes a number, such as --batch_size 8")
-        try:
-            self.options = EvaluationOptions(path=str(path), **options)
+        folders = {name: str(options[name]) for name in ("target", "teacher") if options.get(name) is not None}
+        try:  # the command makes a number of a folder named 2026
+            self.options = EvaluationOptions(path=str(path), **options | folders)
         except TypeError as error:
             raise UsageError(
                 f"--model_args: {str(error).partition('__init__() ')[2]}; the page evaluation_harness lists them"

@@ -1,6 +1,7 @@
 """Checks the types of options before any work begins, against the annotations of what they build."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
@@ -38,6 +39,7 @@ LEAST = {
 }
 # hold parts that are built, each of which may be null
 PARTS = ("callbacks", "logger", "teacher.callbacks", "pair.theta.callbacks", "pair.target.callbacks")
+KINDS: dict[type, str] = {int: "integer", float: "number", bool: "boolean"}
 LENIENT = ConfigDict(arbitrary_types_allowed=True)
 
 
@@ -45,7 +47,7 @@ def check_options(cfg: DictConfig) -> None:
     """Raise UsageError, naming the option, for the first value that is of another type than what it is for."""
     for name, kind in OWN.items():
         if name in cfg:
-            _check(name, cfg[name], kind)
+            check_value(name, cfg[name], kind)
     _require_bounds(cfg)
     interval = OmegaConf.select(cfg, "trainer.val_check_interval")
     if isinstance(interval, int | float) and interval <= 0:
@@ -66,21 +68,29 @@ def check_options(cfg: DictConfig) -> None:
         kinds = arguments(node["_target_"])
         for key in node:
             if (wanted := kinds.get(str(key))) and not OmegaConf.is_missing(node, key) and not _is_built(node[key]):
-                _check(f"{prefix}{key!s}", node[key], wanted)
+                check_value(f"{prefix}{key!s}", node[key], wanted)
 
 
 def _require_bounds(cfg: DictConfig) -> None:
-    """Raise UsageError for the first whole number that is too small or too large for what it is for, or for 64 bits."""
-    for option, least in LEAST.items():
-        value = OmegaConf.select(cfg, option)
-        if isinstance(value, int) and value < least:
-            raise UsageError(f"{option}={value} must be at least {least}")
+    """Raise UsageError for the first number that is none (nan), and for whole numbers too small or large for their use."""
     for option, value in _values(cfg, ""):
-        most = MOST.get(option, LARGEST)
-        if isinstance(value, int) and value > most:
-            raise UsageError(f"{option}={value} must be at most {most}")
-        if isinstance(value, int) and value < -most:
-            raise UsageError(f"{option}={value} must be at least {-most}")
+        _require_number(option, value)
+        if isinstance(value, int):
+            most = MOST.get(option, LARGEST)
+            require_within(option, value, LEAST.get(option, -most), most)
+
+
+def require_within(option: str, value: int, least: int, most: int) -> None:
+    """Raise UsageError for a whole number below `least` or above `most`."""
+    if value < least:
+        raise UsageError(f"{option}={value} must be at least {least}")
+    if value > most:
+        raise UsageError(f"{option}={value} must be at most {most}")
+
+
+def _require_number(option: str, value: Any) -> None:
+    if isinstance(value, float) and math.isnan(value):
+        raise UsageError(f"{option}=nan is not a number; type one")
 
 
 def _values(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -125,29 +135,64 @@ def _is_built(value: Any) -> bool:
     return OmegaConf.is_list(value) and any(_is_built(part) for part in value)
 
 
-def _check(option: str, value: Any, kind: Any) -> None:
+def check_value(option: str, value: Any, kind: Any) -> None:
+    """Raise UsageError, naming the option or the part of it, for a value that is no `kind` as it is given.
+
+    Types are not converted, but for a whole number where any number will do: what is built is given the value itself.
+    """
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    _require_number(option, plain)
     try:
         read = TypeAdapter(kind, config=LENIENT).validate_python(plain)
     except ValidationError as error:
-        raise UsageError(f"{option}={'null' if value is None else value}{_sentence(error)}") from None
+        raise UsageError(_sentence(option, plain, error)) from None
     except PydanticUserError:  # a type that cannot be checked by looking at a value
         return
-    if _has_float_for_int(plain, read):
-        raise UsageError(f"{option}={value} should be a valid integer")
+    if (found := _converted(option, plain, read)) is not None:
+        name, part, wanted = found
+        quotes = ", without quotes" if isinstance(part, str) else ""
+        advice = "; type true or false" if wanted is bool else quotes
+        raise UsageError(f"{name}={_shown(part)} should be a valid {KINDS[wanted]}{advice}")
 
 
-def _has_float_for_int(given: Any, read: Any) -> bool:
-    """Whether a float such as 1.0, or one in a list, was read as an integer: constructors are given the float itself."""
+def _converted(option: str, given: Any, read: Any) -> tuple[str, Any, type] | None:
+    """What was read as another type, such as 1.0 as an integer or "no" as false: the option or its part, the value, the type.
+
+    A list is shown whole.
+    """
     if isinstance(given, list) and isinstance(read, list | tuple):
-        return any(_has_float_for_int(*pair) for pair in zip(given, read, strict=False))
-    return isinstance(given, float) and isinstance(read, int)
+        parts = [_converted(option, *pair) for pair in zip(given, read, strict=False)]
+        return next(((option, given, part[2]) for part in parts if part is not None), None)
+    if isinstance(given, dict) and isinstance(read, dict):
+        parts = [_converted(f"{option}.{name}", given[name], read[name]) for name in given.keys() & read.keys()]
+        return next((part for part in parts if part is not None), None)
+    if type(read) not in KINDS or type(given) is type(read) or (type(read) is float and type(given) is int):
+        return None
+    return option, given, type(read)
 
 
-def _sentence(error: ValidationError) -> str:
-    found = error.errors()
+def _shown(value: Any) -> str:
+    """A value as it is typed."""
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else f"{value}"
+    )
+
+
+def _sentence(option: str, value: Any, error: ValidationError) -> str:
+    """What is wrong with the first part of a value that does not fit, such as module.types.a.levels of module.types."""
+    parts = [(_part(option, value, problem["loc"]), problem) for problem in error.errors()]
+    (name, part), _ = parts[0]
+    found = [problem for (other, _), problem in parts if other == name]
     if all(problem["type"] == "literal_error" for problem in found):
         choices = [problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ") for problem in found]
-        return f" is not known; type one of {', '.join(choices)}"
+        return f"{name}={_shown(part)} is not known; type one of {', '.join(choices)}"
     wanted = [problem["msg"].removeprefix("Input should be ") for problem in found]
-    return f" should be {' or '.join(dict.fromkeys(wanted))}"
+    return f"{name}={_shown(part)} should be {' or '.join(dict.fromkeys(wanted))}"
+
+
+def _part(option: str, value: Any, place: tuple[int | str, ...]) -> tuple[str, Any]:
+    """The part of an option's value that pydantic's `place` leads to, by name; a list is one part."""
+    for step in place:
+        if isinstance(value, dict) and step in value:  # other steps name one of several types
+            option, value = f"{option}.{step}", value[step]
+    return option, value

@@ -34,9 +34,12 @@ def newest_model(runs: Path) -> Path:
     return newest(runs, "model/*.json", advice).parent
 
 
-def load_model(folder: str | Path) -> nn.Module:
-    """A causal LM, an adapter on one, or an online concept model. Errors: UsageError for a folder that is none of them."""
-    return load_online(folder) if is_online(folder) else causal_lm.load_trained(folder)
+def load_model(folder: str | Path, option: str = "model.path") -> nn.Module:
+    """A causal LM, an adapter on one, or an online concept model. option: what `folder` is the value of.
+
+    Errors: UsageError for a folder that is none of them.
+    """
+    return load_online(folder) if is_online(folder) else causal_lm.load_trained(folder, option)
 
 
 def load_planned(folder: str | Path) -> ConceptPlannerExecutorModule:

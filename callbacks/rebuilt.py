@@ -6,6 +6,7 @@ from torch import Generator
 from torchmetrics.functional.text import sacre_bleu_score
 
 from callbacks.monitors.rows import first_rows, in_parts
+from models.functional.errors import require_at_least
 from models.interfaces.probes import RebuildProbe, find_probe
 from reporting.console import report_console
 
@@ -21,6 +22,7 @@ class Rebuilt(Callback):
     """
 
     def __init__(self, rows: int = 512) -> None:
+        require_at_least(1, callbacks__rebuilt__rows=rows)
         self.rows = rows
 
     @torch.no_grad()

@@ -41,6 +41,7 @@ class CorpusDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources, self.held_out_hashes = {}, {}
+        self._digests: dict[str, str] = {}  # of the val and test splits that are read
         require_at_least(1, data__batch_size=batch_size, data__eval_batch_size=eval_batch_size)
         require_at_least(0, data__seed=seed, data__num_workers=num_workers)
         self.name, self.batch_size, self.eval_batch_size = name, batch_size, eval_batch_size
@@ -91,24 +92,35 @@ class CorpusDataModule(LightningDataModule):
             response_length=self.response_length,
             fingerprint=self.fingerprint(),
             sources={split: absolute_source(source) for split, source in self.sources.items()},
-            test=self.test_digest(),
+            val=self.digest("val"),
+            test=self.digest("test"),
             held_out=self.held_out_hashes,
             example_prompt=self.example_prompt(),
         )
 
     def require_same_training(self) -> None:
-        """Raise UsageError unless the training rows are those of the run that is gone on with."""
+        """Raise UsageError unless the rows to train on and to validate on are those of the run that is gone on with.
+
+        Validation rows that are read from another path may be others.
+        """
         state = self.made_from
         if state is not None and state.fingerprint not in (None, self.fingerprint()):
             raise UsageError(
                 f"the training rows are not those of the run in {state.folder.parent}: data.train, or an option of its rows, "
                 "has changed since; restore it to go on with ckpt_path, or leave ckpt_path out and start a new run"
             )
+        if state is None or state.val in (None, self.digest("val")):
+            return
+        if absolute_source(self.sources["val"]) == state.sources["val"]:
+            raise UsageError(
+                f"the validation rows are not those of the run in {state.folder.parent}, whose losses could not be compared; "
+                "restore its data.val, or name other data by another path (data.val=FILE)"
+            )
 
     def require_same_test(self) -> None:
         """Raise UsageError where the test rows have changed since the run, though no other source is named for them."""
         state = self.made_from
-        if state is None or state.test is None or state.test == self.test_digest():
+        if state is None or state.test is None or state.test == self.digest("test"):
             return
         now = {split: absolute_source(source) for split, source in self.sources.items()}
         named, train = self.named_test(now), now["train"]
@@ -119,9 +131,9 @@ class CorpusDataModule(LightningDataModule):
                 "restore its data.train, data.val and data.test, or name other data by another path (data.test=FILE)"
             )
 
-    def test_digest(self) -> str | None:
-        """sha256 of the texts of the test split; None for a corpus that is not read."""
-        return None
+    def digest(self, split: str) -> str | None:
+        """sha256 of the texts of the val or test split; None for a corpus that is not read."""
+        return self._digests.get(split)
 
     @staticmethod
     def named_test(sources: dict[str, list[str] | None]) -> list[str] | None:

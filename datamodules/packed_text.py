@@ -117,8 +117,9 @@ class PackedTextDataModule(CorpusDataModule):
             parts = self._split(caches["train"].hashes, wanted)
             streams |= {split: TokenStream(caches["train"], chosen) for split, chosen in parts.items()}
             self.held_out_hashes = {split: np.unique(caches["train"].hashes[parts[split]]) for split in wanted}
-        hashes = caches["test"].hashes if "test" in caches else caches["train"].hashes[parts["test"]]
-        self._test_digest = hashlib.sha256(hashes.tobytes()).hexdigest()
+        for split in ("val", "test"):
+            hashes = caches[split].hashes if split in caches else caches["train"].hashes[parts[split]]
+            self._digests[split] = hashlib.sha256(hashes.tobytes()).hexdigest()
         for split, stream in streams.items():
             least = self.stream_tokens + 1 if split == "train" else 2
             if len(stream) < least:
@@ -187,9 +188,6 @@ class PackedTextDataModule(CorpusDataModule):
 
     def state(self) -> CorpusState:
         return replace(super().state(), encoding=self._encoding)
-
-    def test_digest(self) -> str:
-        return self._test_digest
 
     def example_prompt(self) -> str | None:
         """How the first test document begins."""

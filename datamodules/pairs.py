@@ -143,7 +143,7 @@ class PairsDataModule(PromptResponseDataModule):
         if "test" not in splits:
             rank_zero_warn("data.test is not set, so the test figures are those of the val split")
             splits["test"] = EncodedSplit(**vars(splits["val"]))
-        self._test_digest = _digest(splits["test"].pairs)
+        self._digests = {split: _digest(splits[split].pairs) for split in ("val", "test")}
         if self.sources["val"] is None:
             self.held_out_hashes = {"val": text_hashes(dict.fromkeys(pairs["val"].prompts))}
         self._choose_test_rows(splits["test"])
@@ -185,9 +185,6 @@ class PairsDataModule(PromptResponseDataModule):
     def state(self) -> CorpusState:
         signals = {"slots": self._slot_numbers, "text": self._text_signals.state()}
         return replace(super().state(), signals=signals)
-
-    def test_digest(self) -> str:
-        return self._test_digest
 
     @staticmethod
     def named_test(sources: dict[str, list[str] | None]) -> list[str] | None:

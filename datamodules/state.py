@@ -31,7 +31,8 @@ class CorpusState:
 
     kind: the class of the datamodule. options: those that decide what ids and rows mean; they must not change.
     seed: of the held-out rows and of the order of rows. prompt_length, response_length: columns of a row.
-    fingerprint: of the training rows. sources: {split: where it was read from}. test: digest of the test split.
+    fingerprint: of the training rows. sources: {split: where it was read from}. val, test: digests
+    of these splits.
     held_out: {split: hashes (N,) uint64 of its prompts or documents}, of splits without a source of their own.
     signals: how texts and slots are numbered. encoding: fingerprint of the tokenizer in the names of token caches.
     example_prompt: the first test prompt.
@@ -46,6 +47,7 @@ class CorpusState:
     response_length: int | None = None
     fingerprint: str | None = None
     sources: dict[str, list[str] | None] = field(default_factory=dict)
+    val: str | None = None
     test: str | None = None
     held_out: dict[str, np.ndarray] = field(default_factory=dict)
     signals: dict[str, Any] | None = None

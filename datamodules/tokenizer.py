@@ -50,7 +50,13 @@ CACHE_LAYOUT = 1
 
 
 def build_tokenizer(
-    kind: str, texts: Iterable[str], vocab_size: int, cache_dir: str | os.PathLike, *, packed: bool = False
+    kind: str,
+    texts: Iterable[str],
+    vocab_size: int,
+    cache_dir: str | os.PathLike,
+    *,
+    packed: bool = False,
+    option: str = "data.tokenizer",
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer that `data.tokenizer=kind` asks for.
 
@@ -63,6 +69,7 @@ def build_tokenizer(
         on, below that a byte that is not in the training texts becomes `<unk>`.
     packed: for a stream of documents: our own tokenizers have `<bos>` too, and a folder needs no more than a token that can
         precede a document (see `document_start`).
+    option: what `kind` is the value of, as errors about a folder name it.
 
     Raises UsageError for a folder that does not exist or has no usable tokenizer, and for a too small vocab_size.
     """
@@ -71,11 +78,11 @@ def build_tokenizer(
         return _with_special_tokens(_byte_level(models.BPE(_byte_vocabulary(special), []), split=False), special)
     if kind in TRAINED:
         return _trained(kind, texts, vocab_size, Path(cache_dir).expanduser(), special)
-    tokenizer = _from_folder(kind)
+    tokenizer = _from_folder(kind, option)
     if packed:
-        document_start(tokenizer, f"data.tokenizer={kind}")
+        document_start(tokenizer, f"{option}={kind}")
     else:
-        require_end_token(tokenizer, f"data.tokenizer={kind}")
+        require_end_token(tokenizer, f"{option}={kind}")
         if tokenizer.pad_token_id is None:
             # Padding is never attended to, so any token serves. A new one would be outside the vocabulary of the model.
             tokenizer.pad_token = tokenizer.eos_token
@@ -230,26 +237,26 @@ def _with_special_tokens(backend: Tokenizer, special: list[str]) -> PreTrainedTo
     )
 
 
-def _from_folder(kind: str) -> PreTrainedTokenizerFast:
+def _from_folder(kind: str, option: str) -> PreTrainedTokenizerFast:
     folder = Path(os.path.expanduser(kind))
     if not os.path.isdir(folder):
         raise UsageError(
-            f"data.tokenizer={kind} is neither byte, bpe, phrases or words nor a folder (looked for {folder.absolute()}); "
-            f"type data.tokenizer=bpe, or fetch one with `hf download NAME --local-dir FOLDER` "
-            f"and type data.tokenizer=FOLDER"
+            f"{option}={kind} is neither byte, bpe, phrases or words nor a folder (looked for {folder.absolute()}); "
+            f"type {option}=bpe, or fetch one with `hf download NAME --local-dir FOLDER` "
+            f"and type {option}=FOLDER"
         )
     # transformers 5.5 answers a folder of a model alone with a tokenizer of special tokens only
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise _no_tokenizer(kind, f"it has no {TOKENIZER_FILES[0]}")
+        raise _no_tokenizer(kind, option, f"it has no {TOKENIZER_FILES[0]}")
     reader = READERS.get(_class_of(folder), AutoTokenizer)
     try:
         tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a folder that it cannot read
-        raise _no_tokenizer(kind, next(iter(str(error).splitlines()), type(error).__name__)) from error
+        raise _no_tokenizer(kind, option, next(iter(str(error).splitlines()), type(error).__name__)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UsageError(
-            f"data.tokenizer={kind} holds a {type(tokenizer).__name__}, which has no tokenizer.json; "
-            f"type data.tokenizer=bpe or the folder of a fast tokenizer"
+            f"{option}={kind} holds a {type(tokenizer).__name__}, which has no tokenizer.json; "
+            f"type {option}=bpe or the folder of a fast tokenizer"
         )
     # BERT names the ends of a text [CLS] and [SEP]
     for name, own in (("bos_token", tokenizer.cls_token), ("eos_token", tokenizer.sep_token)):
@@ -271,8 +278,8 @@ def end_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *sorted(further_ends(tokenizer))]))
 
 
-def _no_tokenizer(kind: str, reason: str) -> UsageError:
+def _no_tokenizer(kind: str, option: str, reason: str) -> UsageError:
     return UsageError(
-        f"data.tokenizer={kind}: no tokenizer could be read from this folder ({reason}); type the folder of one that "
+        f"{option}={kind}: no tokenizer could be read from this folder ({reason}); type the folder of one that "
         "tokenizer.save_pretrained(FOLDER) wrote, with a tokenizer.json in it"
     )

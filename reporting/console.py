@@ -20,6 +20,7 @@ from reporting.command import command, option, shell
 OUT_OF_MEMORY = re.compile(r"(?:ried to allocate|Unable to allocate) ([\d.]+) (\w+)")
 DEAD_WORKER = re.compile(r"DataLoader worker.*(exited unexpectedly|is killed by signal)")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def report_console() -> Console:
@@ -55,6 +56,11 @@ def sentence_for(error: BaseException) -> str | None:
             return (
                 f"no space is left to write{f' {cause.filename}' if cause.filename else ''} ({cause.strerror}); free some, "
                 "then type the same command with ckpt_path=last: earlier checkpoints are complete"
+            )
+        if isinstance(cause, OSError) and cause.errno in FORBIDDEN and cause.filename:
+            return (
+                f"{cause.filename}: {cause.strerror}; change whose it is or its permissions, or type another folder with "
+                "paths.output_dir=, hydra.run.dir= or paths.cache_dir="
             )
         if type(cause).__name__ == "InstantiationException" and "target 'lightning." in str(cause):
             option = str(cause).rsplit("full_key: ", 1)[-1]

@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 
+from models.functional.errors import require_at_least
 from models.interfaces.probe_batch import ProbeBatch, rows_at
 from models.interfaces.probes import find_probe
 
@@ -29,6 +30,7 @@ class RowMonitor(Callback):
     cheap: bool = False
 
     def __init__(self, rows: int = 256) -> None:
+        require_at_least(1, rows=rows)
         self.rows = rows
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """The base of monitors of texts that are written from a condition, token by token."""
 
 from callbacks.monitors.rows import RowMonitor
+from models.functional.errors import require_at_least
 from models.interfaces.probes import TextProbe
 
 
@@ -11,4 +12,5 @@ class TextMonitor(RowMonitor):
 
     def __init__(self, rows: int = 256, width: int = 64) -> None:
         super().__init__(rows)
+        require_at_least(1, width=width)
         self.width = width

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_modules.base import LeapModule
 from lightning_modules.training.torch_2_11 import let_checkpoints_pass_tangents
+from models.backbones.key_value_cache import CACHE_ARGUMENT
 from models.functional.errors import UsageError, require_choice
 from models.functional.weights import trainable_weights
 
@@ -49,12 +50,15 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
 
 
 def recompute_layer(layer: nn.Module) -> None:
-    """Keep nothing of the layer but its inputs for the backward pass (Chen et al., Sublinear Memory Cost, 2016)."""
+    """Keep nothing of the layer but its inputs for the backward pass (Chen et al., Sublinear Memory Cost, 2016).
+
+    A pass with a key-value cache is kept as it is: a second one would write to the cache again.
+    """
     let_checkpoints_pass_tangents()
     forward = layer.forward
 
     def recomputed(*inputs: Any, **options: Any) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and options.get(CACHE_ARGUMENT) is None:
             return checkpoint(forward, *inputs, use_reentrant=False, **options)
         return forward(*inputs, **options)
 

@@ -6,6 +6,7 @@ Architectures differ in what they make of positions, masks and caches, and most 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +61,14 @@ def require_free_layout(model: nn.Module, columns: int, option: str) -> None:
 
 
 @torch.no_grad()
-def require_left_to_right(model: nn.Module, where: str) -> None:
-    """Raise UsageError for a model whose logits change with later tokens, such as an encoder. where: what was typed."""
+def require_left_to_right(model: nn.Module, option: str, path: str | Path) -> None:
+    """Raise UsageError for a model whose logits change with later tokens, such as an encoder. option: that of its path."""
     with trial(model) as device:
         logits = model(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]], device=device), use_cache=False).logits
     if not alike(*logits[:, :2]):
         raise UsageError(
-            f"{where} holds a {model.config.model_type} model that reads texts in both directions; type the folder of a model "
-            "that generates from left to right, such as model.path=Qwen/Qwen3-0.6B"
+            f"{option}={path} holds a {model.config.model_type} model that reads texts in both directions; type the folder of "
+            f"a model that generates from left to right, such as {option}=Qwen/Qwen3-0.6B"
         )
 
 

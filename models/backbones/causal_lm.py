@@ -32,12 +32,14 @@ def load_causal(
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     config: PreTrainedConfig | None = None,
+    option: str = "model.path",
 ) -> PreTrainedModel | PeftModel:
     """The causal LM in `path`, a local folder or a hub name; "auto" keeps the type that its weights are stored in.
 
     lora_rank: low-rank adapters on every linear layer of attention and MLP, which then train alone; None trains everything.
     lora_alpha: their scale is lora_alpha / lora_rank; None is twice the rank.
     config: what the files hold, where config.json is of another layout; generation_config.json is not read then.
+    option: what `path` is the value of, as errors name it.
     Errors: UsageError for a folder that does not exist, one without safetensors, and other kinds of models.
     """
     if lora_rank is not None and lora_rank < 1:
@@ -45,17 +47,17 @@ def load_causal(
     if not 0 <= lora_dropout < 1:
         raise UsageError(f"model.lora_dropout={lora_dropout} must be at least 0 and less than 1")
     device, wanted = files.parse_device(device), "auto" if dtype == "auto" else files.parse_dtype(dtype)
-    folder = files.find_folder(path)
+    folder = files.find_folder(path, option)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UsageError(
-            f"model.path={path} holds an adapter without its model; type the folder of the whole model, such as the "
+            f"{option}={path} holds an adapter without its model; type the folder of the whole model, such as the "
             "model_merged/ that experiment=next_token_qwen leaves, or write one with merge_and_unload() of peft"
         )
     kind = files.read_json(folder / "config.json").get("model_type") if config is None else config.model_type
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(
-            f"model.path={path} holds a {kind or 'nameless'} model, which is no causal LM of transformers (remote code is "
-            "not run); type a folder or hub name such as model.path=Qwen/Qwen3-0.6B"
+            f"{option}={path} holds a {kind or 'nameless'} model, which is no causal LM of transformers (remote code is "
+            f"not run); type a folder or hub name such as {option}=Qwen/Qwen3-0.6B"
         )
     files.list_tensors(folder)  # refuses pickles and files that are cut short
     model = AutoModelForCausalLM.from_pretrained(
@@ -63,20 +65,21 @@ def load_causal(
     )
     if config is not None:  # transformers 5.5 refuses to save the options of another sampler
         model.generation_config = GenerationConfig.from_model_config(config)
-    require_left_to_right(model, f"model.path={path}")
+    require_left_to_right(model, option, path)
     if lora_rank is not None:
         model = with_adapters(model, lora_rank, lora_alpha, lora_dropout)
     return model.to(device).train()
 
 
-def load_trained(folder: str | Path) -> PreTrainedModel | PeftModel:
+def load_trained(folder: str | Path, option: str = "model.path") -> PreTrainedModel | PeftModel:
     """What `save_causal` wrote: a whole model, or an adapter on the base that it names. Ready to answer.
 
+    option: what `folder` is the value of.
     Errors: UsageError as in `load_causal`, also for an adapter whose base is no longer there.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        return load_causal(folder).eval()
+        return load_causal(folder, option=option).eval()
     if not (folder / "adapter_model.safetensors").is_file():
         raise UsageError(f"{folder} holds no adapter_model.safetensors; only safetensors are read")
     base = files.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -84,7 +87,8 @@ def load_trained(folder: str | Path) -> PreTrainedModel | PeftModel:
         raise UsageError(
             f"{folder}/adapter_config.json names no base_model_name_or_path; write the path of its base there"
         )
-    return PeftModel.from_pretrained(load_causal(base), folder).eval()
+    whole = load_causal(base, option=f"{folder}/adapter_config.json: base_model_name_or_path")
+    return PeftModel.from_pretrained(whole, folder).eval()
 
 
 def with_adapters(model: PreTrainedModel, rank: int, alpha: float | None = None, dropout: float = 0.0) -> PeftModel:

@@ -53,26 +53,29 @@ def parse_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def local_folder(path: str | Path) -> Path | None:
-    """The folder where it exists here, None for a name that the hub may know. Errors: UsageError for anything else."""
+def local_folder(path: str | Path, option: str = "model.path") -> Path | None:
+    """The folder where it exists here, None for a name that the hub may know. option: what `path` is the value of.
+
+    Errors: UsageError, naming the option, for anything else.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UsageError(f"model.path={path} is a file; type the folder that holds config.json and *.safetensors")
+        raise UsageError(f"{option}={path} is a file; type the folder that holds config.json and *.safetensors")
     if not _HUB_NAME.fullmatch(str(path)):
         raise UsageError(
-            f"model.path={path}: this folder does not exist here; type an existing folder or a hub name OWNER/NAME"
+            f"{option}={path}: this folder does not exist here; type an existing folder or a hub name OWNER/NAME"
         )
     return None
 
 
-def find_folder(path: str | Path) -> Path:
+def find_folder(path: str | Path, option: str = "model.path") -> Path:
     """A local folder as it is; a hub name such as GSAI-ML/LLaDA-8B-Instruct after a download (or from the hub's cache).
 
-    Errors: UsageError where neither works.
+    option: what `path` is the value of. Errors: UsageError, naming it, where neither works.
     """
-    folder = local_folder(path)
+    folder = local_folder(path, option)
     if folder is not None:
         return folder
     try:
@@ -80,9 +83,9 @@ def find_folder(path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"model.path={path}: this folder does not exist here, and the Hugging Face hub did not give it ({reason}). "
+            f"{option}={path}: this folder does not exist here, and the Hugging Face hub did not give it ({reason}). "
             f"Without network, run `hf download {path} --local-dir FOLDER` on a machine that has one, copy FOLDER here "
-            "and type model.path=FOLDER"
+            f"and type {option}=FOLDER"
         ) from error
 
 

@@ -17,6 +17,8 @@ from models.functional.errors import UsageError
 from models.functional.generated_text import JudgedText, TextNats
 from models.functional.next_token import IGNORED, causal_text
 
+OPTION = "data.judge.path"
+
 
 class Judge:
     """model: a causal LM; tokenizer: of the texts that it reads. batch_tokens: tokens read at once.
@@ -81,12 +83,9 @@ def load_judge(path: str | Path | None) -> Judge | None:
     """
     if path is None:
         return None
-    try:
-        folder = find_folder(path)
-        model = load_trained(folder)
-    except UsageError as error:
-        raise UsageError(str(error).replace("model.path=", "data.judge.path=")) from error
+    folder = find_folder(path, OPTION)
+    model = load_trained(folder, OPTION)
     if not (folder / "tokenizer_config.json").is_file():
-        raise UsageError(f"data.judge.path={path} holds no tokenizer; give a folder with a causal LM and its tokenizer")
+        raise UsageError(f"{OPTION}={path} holds no tokenizer; give a folder with a causal LM and its tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return Judge(model.float().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)

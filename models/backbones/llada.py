@@ -261,18 +261,23 @@ def _turn_to_neighbours(model: LladaModel, heads: int) -> None:
 
 
 def load_llada(
-    path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    option: str = "model.path",
 ) -> LladaModel:
     """A model from a folder that `save_pretrained` wrote, from a published LLaDA folder, or from the hub by name.
 
     `dtype` "auto" keeps the type that the embedding table is stored in. The model is built without memory and filled
     shard by shard, so that one copy of the weights is the most it takes; nothing in the folder is run or unpickled.
+    option: what `path` is the value of, as errors name it.
     Errors: UsageError for a folder or hub name that does not exist, files cut short, another architecture, and tensors
     that are missing, unexpected or of another shape; it names them and what to type.
     """
     device, wanted = files.parse_device(device), None if dtype == "auto" else files.parse_dtype(dtype)
-    folder = files.find_folder(path)
-    config = read_config(folder)
+    folder = files.find_folder(path, option)
+    config = read_config(folder, option)
     with torch.device("meta"):
         model = _construct(config)
     expected = files.expected_shapes(model, tied=config.tie_word_embeddings)
@@ -286,7 +291,7 @@ def load_llada(
     return model
 
 
-def read_config(folder: Path) -> LladaConfig:
+def read_config(folder: Path, option: str = "model.path") -> LladaConfig:
     """config.json in our own or the published field names. Errors: UsageError where it is of another architecture."""
     fields = files.read_json(folder / "config.json")
     kind = fields.get("model_type")
@@ -308,7 +313,7 @@ def read_config(folder: Path) -> LladaConfig:
         else:
             raise UsageError(
                 f"{folder} holds a {kind or 'nameless'} model, not LLaDA. Causal models (Llama, Qwen, GPT-2, ...) were "
-                "trained to look backwards only and cannot fill masks; type model.path=GSAI-ML/LLaDA-8B-Instruct or a "
+                f"trained to look backwards only and cannot fill masks; type {option}=GSAI-ML/LLaDA-8B-Instruct or a "
                 "folder that this framework saved"
             )
     except StrictDataclassError as error:

@@ -271,19 +271,22 @@ def _require_own_options(path: str | Path, described: dict[str, Any], mask_token
         )
 
 
-def load_masked(path: str | Path, **options: Any) -> "LladaModel | MaskedFromCausal | DitModel":
+def load_masked(
+    path: str | Path, *, option: str = "model.path", **options: Any
+) -> "LladaModel | MaskedFromCausal | DitModel":
     """A network that fills masks: what `MaskedFromCausal.save_pretrained` wrote, a Dream, an MDLM or else a LLaDA model.
 
-    Errors: UsageError as in `load_llada`, also for masked diffusion models of other layouts, by name.
+    option: what `path` is the value of. Errors: UsageError as in `load_llada`, also for masked diffusion models of other
+    layouts, by name.
     """
-    folder = files.find_folder(path)
+    folder = files.find_folder(path, option)
     described = files.read_json(folder / "config.json")
     if is_dream_config(described):
         return load_dream(folder, **options)
     if is_mdlm_config(described):
         return load_dit(folder, **options)
     if described.pop("model_type", None) != MODEL_TYPE:
-        return load_llada(folder, **options)
+        return load_llada(folder, option=option, **options)
     model = MaskedFromCausal(load_causal(folder / CAUSAL, **options), FromCausalOptions(**described))
     with torch.no_grad():
         model.mask_start.copy_(load_file(folder / MASK)["mask_embedding"])

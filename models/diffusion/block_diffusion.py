@@ -17,7 +17,13 @@ from models.functional.block_diffusion import (
     of_own_block,
 )
 from models.functional.errors import UsageError
-from models.functional.masked_diffusion import antithetic_times, mask_probability, mask_tokens, masked_diffusion_nll
+from models.functional.masked_diffusion import (
+    antithetic_times,
+    mask_probability,
+    mask_tokens,
+    masked_diffusion_nll,
+    require_least_probability,
+)
 from models.functional.masked_lm import stratified_count
 from models.functional.next_token import bidirectional_text
 from models.functional.nll import chosen_nll
@@ -45,6 +51,7 @@ class BlockDiffusion(TextObjective):
             raise UsageError(
                 f"module.objective.block_length={block_length} must be at least 1, or null for the whole response"
             )
+        require_least_probability(eps)
         self.block_length, self.eps, self.antithetic = block_length, eps, antithetic
         if block_length == 1:
             self.likelihood = "exact"

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from models.backbones.bidirectional import any_order_nll, fill_nll
 from models.backbones.masked_from_causal import MaskedFromCausal
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_share
 from models.functional.masked_diffusion import mask_tokens
 from models.functional.next_token import bidirectional_text
 from models.functional.uniform import uniform
@@ -43,9 +43,8 @@ class CausalToMasked(TextObjective):
         growth: tuple[int, ...] = (1, 4, 16),
         growth_share: float = 0.0,
     ) -> None:
-        for name, value in {"t_min": t_min, "all_masked_share": all_masked_share, "growth_share": growth_share}.items():
-            if not 0 <= value <= 1:
-                raise UsageError(f"module.objective.{name}={value} must lie between 0 and 1")
+        shares = {"t_min": t_min, "all_masked_share": all_masked_share, "growth_share": growth_share}
+        require_share(**{f"module__objective__{name}": value for name, value in shares.items()})
         if not growth or min(growth) < 1:
             raise UsageError(f"module.objective.growth={list(growth)} must be block lengths of at least 1")
         self.t_min, self.all_masked_share, self.complementary = t_min, all_masked_share, complementary

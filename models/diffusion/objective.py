@@ -9,13 +9,14 @@ from torch import Generator, Tensor
 
 from models.backbones.bidirectional import any_order_nll, require_bidirectional
 from models.backbones.llada import LladaModel
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_share
 from models.functional.masked_diffusion import (
     antithetic_times,
     mask_probability,
     mask_tokens,
     masked_diffusion_nll,
     random_length,
+    require_least_probability,
 )
 from models.functional.next_token import bidirectional_text
 from models.functional.uniform import uniform
@@ -49,6 +50,8 @@ class MaskedDiffusion(TextObjective):
     ) -> None:
         if form not in ("sft", "pretrain"):
             raise UsageError(f"objective.form={form} is not known; type sft or pretrain")
+        require_least_probability(eps)
+        require_share(module__objective__random_length_probability=random_length_probability)
         self.form, self.eps, self.antithetic = form, eps, antithetic
         self.random_length_probability = random_length_probability
 

@@ -10,6 +10,7 @@ from models.backbones.bidirectional import require_bidirectional
 from models.backbones.llada import LladaModel
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.path import hide_response
+from models.functional.errors import require_share
 from models.functional.masked_diffusion import antithetic_times
 from models.functional.next_token import bidirectional_text
 from models.functional.nll import chosen_nll
@@ -28,6 +29,7 @@ class ContinuousDiffusion(TextObjective, nn.Module):
 
     def __init__(self, sigma: float = 2.0, time_center: float = 0.5, observed_share: float = 0.1) -> None:
         super().__init__()
+        require_share(module__objective__observed_share=observed_share)
         self.sigma, self.time_center, self.observed_share = sigma, time_center, observed_share
 
     def attach(self, model: LladaModel) -> None:

@@ -104,7 +104,8 @@ class NoisyMaskFlowOptions(TeacherOptions):
         require_shares(growth=self.growth, observed_share=self.observed_share)
         require_shares(diagonal_share=self.diagonal_share, endpoint_share=self.endpoint_share, together=True)
         require_at_least(0, module__recent_texts=self.recent_texts, module__teacher_weight=self.teacher_weight)
-        require_at_least(1, module__ode_steps=self.ode_steps)
+        require_at_least(1, module__ode_steps=self.ode_steps, module__lora_rank=self.lora_rank)
+        _require_prompt_and_step(self)
         require_at_least(1, module__pair_reuse=self.pair_reuse, module__pair_window=self.pair_window)
         require_flow_options(self.few_step, self.promote, (*self.student_forwards, *self.ode_forwards))
         if not 0 <= self.interval_share < 1:
@@ -163,6 +164,9 @@ class LogitFlowOptions(TeacherOptions):
         require_choice("module.jvp_backend", self.jvp_backend, get_args(JvpBackend))
         require_choice("module.time_law", self.time_law, get_args(TimeLaw))
         require_shares(equal_share=self.equal_share, endpoint_share=self.endpoint_share, together=True)
+        require_shares(eps=self.eps)
+        require_at_least(0, module__data_weight=self.data_weight)
+        _require_prompt_and_step(self)
         if self.correction_limit is not None and self.correction_limit <= 0:
             raise UsageError(f"module.correction_limit={self.correction_limit} must be above 0; type null for no limit")
 
@@ -189,5 +193,14 @@ class StepHalvingOptions(TeacherOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _as_tuples(self, "student_forwards")
+        require_at_least(1, module__lora_rank=self.lora_rank)
         if self.start_forwards < 2 or self.start_forwards & (self.start_forwards - 1):
             raise UsageError(f"module.start_forwards={self.start_forwards} must be a power of two above 1, such as 16")
+
+
+def _require_prompt_and_step(options: NoisyMaskFlowOptions | LogitFlowOptions) -> None:
+    """Raise UsageError for sizes of the trained prompt below 1, and for a step of finite differences that is none."""
+    names = ("prompt_length", "prompt_hidden_size", "prompt_rank")
+    require_at_least(1, **{f"module__{name}": getattr(options, name) for name in names})
+    if options.jvp_step <= 0:
+        raise UsageError(f"module.jvp_step={options.jvp_step} must be above 0, such as 1e-2")

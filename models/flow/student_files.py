@@ -97,13 +97,13 @@ def load_whole_student(folder: str | Path) -> Student:
     return load_student(folder, load_masked(base))
 
 
-def load_student(folder: str | Path, base: LladaModel) -> Student:
-    """Put a saved trained part on the base it was trained on. Raises UsageError when the base is another one."""
+def load_student(folder: str | Path, base: LladaModel, option: str = "teacher.path") -> Student:
+    """Put a saved trained part on the base it was trained on. Raises UsageError, naming the option, for another base."""
     description = read_student(folder)
     if description["base"] != base_fingerprint(base):
         raise UsageError(
             f"the student in {folder} was trained on another base model than the one given; "
-            f"type teacher.path=<the folder of its teacher>; its notes name {description['notes'].get('teacher')}"
+            f"type {option}=<the folder of its teacher>; its notes name {description['notes'].get('teacher')}"
         )
     student = KINDS[description["kind"]](base, **description["options"])
     weights = Path(folder) / "student.safetensors"

@@ -24,6 +24,13 @@ def require_at_least(least: float, **options: float) -> None:
             raise UsageError(f"{name.replace('__', '.')}={value} must be at least {least}")
 
 
+def require_share(**options: float) -> None:
+    """Raise UsageError for the first option that does not lie between 0 and 1; data__share stands for data.share."""
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise UsageError(f"{name.replace('__', '.')}={value} must lie between 0 and 1")
+
+
 def require_forward_passes(option: str, numbers: list[int], response_length: int) -> None:
     """Raise UsageError unless all numbers of forward passes lie between 1 and the response length."""
     if min(numbers) < 1 or max(numbers) > response_length:

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_share
 
 TimeLaw = Literal["uniform", "logit_normal"]
 
@@ -45,9 +45,7 @@ def sample_interval(
 
 def require_shares(*, together: bool = False, **shares: float) -> None:
     """Raise UsageError unless every module.<name> lies in [0, 1], and their sum too where they share the same rows."""
-    for name, share in shares.items():
-        if not 0.0 <= share <= 1.0:
-            raise UsageError(f"module.{name}={share} must lie between 0 and 1")
+    require_share(**{f"module__{name}": share for name, share in shares.items()})
     if together and sum(shares.values()) > 1.0:
         raise UsageError(f"{' + '.join(f'module.{name}' for name in shares)} = {sum(shares.values())} exceeds 1")
 

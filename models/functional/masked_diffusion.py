@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Generator, Tensor
 
+from models.functional.errors import UsageError
 from models.functional.nll import chosen_nll
 from models.functional.uniform import uniform
 
@@ -18,6 +19,12 @@ Number = TypeVar("Number", float, Tensor)
 def mask_probability(t: Number, eps: float = 1e-3) -> Number:
     """p(t) = (1 - eps) t + eps: the chance that a token is masked at time t; never 0, so that 1/p stays finite."""
     return (1 - eps) * t + eps
+
+
+def require_least_probability(eps: float) -> None:
+    """Raise UsageError for an eps with which p(t) is no probability, or 0."""
+    if not 0 < eps <= 1:
+        raise UsageError(f"module.objective.eps={eps} must lie above 0 and at most at 1, such as 1e-3")
 
 
 def antithetic_times(n: int, generator: Generator, device: torch.device) -> Tensor:

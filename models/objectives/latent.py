@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from models.backbones.causal_lm import causal_hidden, output_head, require_causal
-from models.functional.errors import UsageError
+from models.functional.errors import UsageError, require_at_least
 from models.functional.latent import covariance_penalty, next_span_mean, variance_penalty
 from models.functional.next_token import align_with_columns, causal_text, shifted_targets
 from models.functional.weights import trainable_weights, update_average
@@ -31,6 +31,10 @@ class Latent(TextObjective, nn.Module):
         super().__init__()
         if span < 1:
             raise UsageError(f"module.objective.span={span} must be at least 1")
+        if not 0 <= decay < 1:
+            raise UsageError(f"module.objective.decay={decay} must be at least 0 and less than 1")
+        weights = {"variance_weight": variance_weight, "covariance_weight": covariance_weight}
+        require_at_least(0, **{f"module__objective__{name}": weight for name, weight in weights.items()})
         self.span, self.decay = span, decay
         self.variance_weight, self.covariance_weight = variance_weight, covariance_weight
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))

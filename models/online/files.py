@@ -55,7 +55,7 @@ def load_online(folder: str | Path) -> OnlineConceptModel:
 
 def load_baseline(folder: str, model: OnlineConceptModel) -> nn.Module:
     """The causal LM to compare with. Raises UsageError where the folder has none, or one of another vocabulary."""
-    base = load_trained(folder)
+    base = load_trained(folder, "module.baseline")
     if base.config.vocab_size != model.config.vocab_size:
         raise UsageError(
             f"module.baseline={folder} has {base.config.vocab_size} tokens, this model {model.config.vocab_size}; "

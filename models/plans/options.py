@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from models.backbones.code_space import Sampler
-from models.functional.errors import UsageError, require_at_least, require_choice
+from models.functional.errors import UsageError, require_at_least, require_choice, require_share
 from models.plans.layout import Planning
 from models.plans.rows import PosteriorReads
 from models.plans.sources import Code
@@ -38,6 +38,7 @@ class SearchOptions:
             )
         if self.candidates < 1 or self.interval < 1 or not 0 <= self.explore <= 1:
             raise UsageError("module.search needs candidates and interval of at least 1 and explore from 0 to 1")
+        require_at_least(0, module__search__prior_weight=self.prior_weight, module__search__tolerance=self.tolerance)
 
 
 def _types() -> dict[str, dict[str, int | None]]:
@@ -218,6 +219,8 @@ class PlanOptions:
         if self.quota_gain and not weights.get("quota"):
             raise UsageError("module.quota_gain adapts the loss quota; type for example module.weights.quota=1")
         require_at_least(0, module__free_bits=self.free_bits, module__quota_gain=self.quota_gain)
+        if self.quota is not None:
+            require_at_least(0, module__quota=self.quota)
 
     def _check_schedules(self) -> None:
         ends = {name: list(getattr(self, name)) for name in ("temperatures", "noise", "corruption", "quantise")}
@@ -228,11 +231,13 @@ class PlanOptions:
             raise UsageError(f"module.noise={noise} must begin between 0 and 1 and end in 0 or 1, such as [0.0, 1.0]")
         if len(hidden) != 2 or min(hidden) < 0 or max(hidden) > 1:
             raise UsageError(f"module.corruption={hidden} must be two shares from 0 to 1, such as [0.5, 0.0]")
-        if len(moved) != 2 or not 0 <= moved[0] <= moved[1]:
+        if len(moved) != 2 or not 0 <= moved[0] <= moved[1] <= 1:
             raise UsageError(f"module.quantise={moved} must be two shares in this order, such as [0.1, 0.4]")
-        for name in ("anneal_share", "curriculum", "code_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"module.{name}={getattr(self, name)} must lie between 0 and 1")
+        require_share(module__anneal_share=self.anneal_share, module__curriculum=self.curriculum)
+        require_share(module__code_decay=self.code_decay)
+        require_at_least(0, module__plan_temperature=self.plan_temperature, module__temperature=self.temperature)
+        if self.lora_rank is not None:
+            require_at_least(1, module__lora_rank=self.lora_rank)
 
     def _check_signal_codes(self) -> None:
         if not self.signal_codes:

@@ -20,6 +20,9 @@ from reporting.command import command, option
 MISTAKES = [
     (["module.sigmaa=1"], "there is no option module.sigmaa; did you mean module.sigma?"),
     (["trainer.max_step=10"], "did you mean trainer.max_steps or"),
+    (["module.lrr=1"], "did you mean module.stages.adapt.lr or module.stages.flow.lr or module.stages.polish.lr?"),
+    (["module=logit_flow", "module.lrr=1"], "did you mean module.lr or"),
+    (["module.stages.flow.shar=1"], "did you mean module.stages.flow.share or"),
     (["modul.lr=1"], "there is no option modul.lr"),
     (["data.sise=tiny"], "did you mean data.size or"),
     (["qqq=1"], "there is no option qqq; see them all with --cfg job"),

@@ -466,15 +466,18 @@ def test_prompts_end_as_in_the_run_of_the_model(masked, tmp_path, layout):
     ("options", "sentence"),
     [
         ({"mc": 0}, "mc=0 must be at least 1"),
-        ({"mc": "many"}, "mc=many must be a whole number"),
-        ({"mc": 1.5}, "mc=1.5 must be a whole number"),
-        ({"mc": True}, "mc=True must be a whole number"),
-        ({"guidance": "much"}, "guidance=much must be a number"),
-        ({"ends_last": "perhaps"}, "ends_last=perhaps must be true or false"),
-        ({"greedy": 0}, "greedy=0 must be true or false"),
+        ({"mc": "many"}, "mc=many should be a valid integer"),
+        ({"mc": 1.5}, "mc=1.5 should be a valid integer"),
+        ({"mc": True}, "mc=true should be a valid integer"),
+        ({"guidance": "much"}, "guidance=much should be a valid number"),
+        ({"ends_last": "perhaps"}, "ends_last=perhaps should be a valid boolean; type true or false"),
+        ({"greedy": 0}, "greedy=0 should be a valid boolean; type true or false"),
         ({"decoder": "confidance:0.9"}, "decoder=confidance:0.9 is not known.*decoder=confidence:0.9"),
         ({"decoder": "confidence:2"}, "decoder=confidence:2.0 must lie above 0"),
         ({"decoder": 0}, "decoder=0 is not known"),
+        ({"seed": 2**70}, "seed=1180591620717411303424 must be at most"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"guidance": float("nan")}, "guidance=nan is not a number"),
         ({"remasking": "best"}, "remasking=best is not known"),
         ({"theta_weight": 0.5}, "theta_weight=0.5: a masked diffusion model has no such option"),
         ({"steps": 4}, "--model_args: got an unexpected keyword argument 'steps'"),
@@ -532,6 +535,9 @@ def test_greedy_requests_may_name_options_of_sampling():
 def test_folders_without_a_model_are_refused(causal, tmp_path):
     with pytest.raises(UsageError, match="path=/no/such/folder: this folder does not exist"):
         leap("/no/such/folder")
+    for option in ("target", "teacher"):
+        with pytest.raises(UsageError, match=f"{option}=2026"):
+            leap(FIXTURES / "logit" / "student" if option == "teacher" else causal, **{option: 2026})
     with pytest.raises(UsageError, match="holds no exported model"):
         leap(tmp_path)
     (tmp_path / "run").mkdir()
@@ -544,9 +550,26 @@ def test_folders_without_a_model_are_refused(causal, tmp_path):
         leap(tmp_path / "run" / "model")
 
 
-def test_a_student_without_its_teacher_says_what_to_type():
+def test_a_student_without_its_teacher_says_what_to_type(masked):
     with pytest.raises(UsageError, match="teacher"):
         leap(FIXTURES / "logit" / "student")
+    with pytest.raises(UsageError, match=r"another base model than the one given; type teacher=<the folder"):
+        leap(FIXTURES / "logit" / "student", teacher=masked)
+    with pytest.raises(UsageError, match=r"decoder=4: this student takes one forward pass; type decoder=1"):
+        leap(FIXTURES / "logit" / "student", teacher=FIXTURES / "logit" / "teacher", decoder=4)
+
+
+@pytest.mark.parametrize("weight", [2, -0.5])
+def test_a_weight_of_q_star_outside_its_range_is_refused(causal, weight):
+    with pytest.raises(UsageError, match=f"^theta_weight={weight} must lie between 0 and 1"):
+        leap(causal, target=causal, theta_weight=weight)
+
+
+def test_a_damaged_tokenizer_is_said_to_be_that_of_the_path(causal, tmp_path):
+    shutil.copytree(causal, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match=r"^the tokenizer of path=.*no tokenizer could be read"):
+        leap(tmp_path / "model")
 
 
 def test_a_model_of_another_vocabulary_is_refused(causal, tmp_path):

@@ -176,6 +176,24 @@ def test_test_rows_that_have_changed_are_refused_and_other_data_are_taken(config
     assert len(found.rows["test"]) == 31
 
 
+@pytest.mark.filterwarnings("ignore:data.test is not set")
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_validation_rows_that_have_changed_are_refused_when_a_run_goes_on(configure, tmp_path, corpus):
+    write, options, (_, more) = CORPORA[corpus]
+    end = "csv" if corpus == "pairs" else "txt"
+    train, val = write(tmp_path / f"train.{end}"), write(tmp_path / f"val.{end}")
+    short = [*CAUSAL, *options, f"data.train={train}", "data.vocab_size=120"]
+    short += [f"data.test={write(tmp_path / f'test.{end}')}"]
+    modes.run_mode(configure(*short, f"data.val={val}", f"paths.run_dir={tmp_path}/out/next_token_text/run"))
+    checkpoint = find_checkpoint(tmp_path / "out" / "next_token_text", "last")
+    data_of(configure(*short, f"data.val={val}"), checkpoint).require_same_training()
+    write(Path(val), more)
+    with pytest.raises(UsageError, match=r"the validation rows are not those of the run in .*data\.val=FILE"):
+        modes.run_mode(configure(*short, f"data.val={val}", "ckpt_path=last", "trainer.max_steps=4"))
+    other = write(tmp_path / f"other.{end}", more)
+    data_of(configure(*short, f"data.val={other}"), checkpoint).require_same_training()
+
+
 def test_runs_in_other_folders_are_found_while_they_are_the_experiments_own(configure, tmp_path):
     notes = write_notes(tmp_path / "notes.txt")
     short = [*CAUSAL, *CORPORA["packed_text"][1], f"data.train={notes}", "data.vocab_size=120"]

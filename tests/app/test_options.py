@@ -55,12 +55,34 @@ def test_what_an_experiment_sets_has_the_right_type(name):
             "trainer.val_check_interval=0",
             "trainer.val_check_interval=0 must be at least 1 step; to leave validation out",
         ),
+        ("recompute=no", "recompute=no should be a valid boolean; type true or false"),
+        ("recompute=1", "recompute=1 should be a valid boolean; type true or false"),
+        ("seed=true", "seed=true should be a valid integer"),
+        ("trainer.max_steps='5'", "trainer.max_steps=5 should be a valid integer, without quotes"),
+        ("teacher.module.lr='1e-3'", "teacher.module.lr=1e-3 should be a valid number, without quotes"),
+        ("module.forwards=['1']", r"module.forwards=\['1'\] should be a valid integer"),
         ("callbacks.checkpoint.save_top_k=all", "callbacks.checkpoint.save_top_k=all should be a valid integer"),
     ],
 )
 def test_values_of_a_wrong_type_are_named(override, message):
     with pytest.raises(UsageError, match=message):
         check_options(composed("experiment=meanflow_llada", override))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("module.types.a.levels=two", "module.types.a.levels=two should be a valid integer"),
+        ("module.types.a.levels=2.5", "module.types.a.levels=2.5 should be a valid integer"),
+        ("module.types.a.levels=2.0", "module.types.a.levels=2.0 should be a valid integer"),
+        ("module.types.b.codes='4'", "module.types.b.codes=4 should be a valid integer, without quotes"),
+        ("module.weights.text=[1,x]", "module.weights.text=.* should be a valid number"),
+        ("module.search.begin=soon", "module.search.begin=soon should be a valid number"),
+    ],
+)
+def test_a_part_of_an_option_is_named_alone(override, message):
+    with pytest.raises(UsageError, match=f"^{message}"):
+        check_options(composed("experiment=concept_oracle", override))
 
 
 @pytest.mark.parametrize(

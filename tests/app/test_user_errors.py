@@ -1,5 +1,8 @@
 """What cannot work is refused by a sentence that names it, before any long work."""
 
+import errno
+import os
+
 import pytest
 import torch
 from helpers.experiment import FLOWS, SMALL
@@ -43,6 +46,10 @@ MISTAKES = [  # of the main job where no experiment is named
     (["mode=train"], "mode=train is not known; type mode=fit"),
     (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist; type ckpt_path=last"),
     (["teacher.path=nowhere"], "nowhere"),
+    (["teacher.path={gpt2}"], "type teacher.path=GSAI-ML/LLaDA-8B-Instruct"),
+    (["experiment=qstar_oracle", "pair.target.path=nowhere"], "pair.target.path=nowhere: this folder does not exist"),
+    (["experiment=qstar_oracle", "pair.theta.path={file}"], "pair.theta.path={file} is a file"),
+    (["module.sigma=nan"], "module.sigma=nan is not a number"),
     (["mode=generate", "prompt='who=anna'"], "no student has been trained"),
     (["mode=generate", "prompt_file=none.txt"], "prompt_file=none.txt does not exist"),
     (["mode=report", "paths.output_dir=empty"], "the folder empty does not exist"),
@@ -136,6 +143,27 @@ def test_too_little_memory_is_named(error, asked):
     assert sentence_for(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_what_may_not_be_written_is_named(code):
+    error = OSError(code, os.strerror(code), "out/runs.txt")
+    assert sentence_for(error).startswith(f"out/runs.txt: {os.strerror(code)}; change whose it is")
+    assert sentence_for(OSError(code, os.strerror(code))) is None  # nothing to name
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+@pytest.mark.parametrize(("folder", "option"), [("out/meanflow_llada/run", "run_dir"), ("data", "cache_dir")])
+def test_a_folder_of_someone_else_is_named(configure, tmp_path, folder, option):
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    place.chmod(0o555)
+    try:
+        with pytest.raises(OSError, match="denied") as caught:
+            modes.run_mode(configure(MAIN, *SMALL, f"paths.{option}={place}/new"))
+    finally:
+        place.chmod(0o755)
+    assert f"{place}/new" in sentence_for(caught.value)
+
+
 def test_a_damaged_checkpoint_is_refused_before_any_work(configure, tmp_path):
     (tmp_path / "half.ckpt").write_bytes(b"PK half of a checkpoint")
     with pytest.raises(UsageError, match=r"ckpt_path=half.ckpt is damaged"):
@@ -143,8 +171,14 @@ def test_a_damaged_checkpoint_is_refused_before_any_work(configure, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES)
-def test_mistakes_get_a_sentence(configure, overrides, message):
+def test_mistakes_get_a_sentence(configure, tmp_path, overrides, message):
     """What `main` would print, and that it comes before any training."""
+    places = {"gpt2": tmp_path / "gpt2", "file": tmp_path / "gpt2" / "config.json"}
+    places["gpt2"].mkdir()
+    places["file"].write_text('{"model_type": "gpt2"}')
+    for name, place in places.items():
+        overrides = [option.replace(f"{{{name}}}", str(place)) for option in overrides]
+        message = message.replace(f"{{{name}}}", str(place))
     try:
         named = any(option.startswith(("experiment=", "mode=report")) for option in overrides)
         cfg = configure(*([] if named else [MAIN]), *overrides)

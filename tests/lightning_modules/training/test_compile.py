@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.concept import build_planner_executor
 from helpers.trainer import Losses, quiet_trainer
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -88,6 +89,15 @@ def test_recomputed_layers_train_as_kept_ones(build, tiny_oracle, kind, options)
     """Frozen layers are differentiated in forward mode in the last two, and may be recomputed all the same."""
     found = trained(compute_layers(build(kind, **options), None, recompute=True), tiny_oracle)
     assert_alike(found, trained(build(kind, **options), tiny_oracle), tolerance=1e-6)
+
+
+def test_choosing_concepts_with_a_cache_trains_as_without_recomputation(tiny_oracle):
+    """The keys and values of a plan's slots are written once, whichever layers are recomputed."""
+    runs = {}
+    for recompute in (False, True):
+        module = build_planner_executor(tiny_oracle)
+        runs[recompute] = trained(compute_layers(module, None, recompute), tiny_oracle)
+    assert_alike(runs[True], runs[False], tolerance=1e-6)
 
 
 def test_recomputed_layers_keep_less(build, tiny_oracle):

@@ -209,7 +209,7 @@ def test_checks_leave_the_model_as_it_was():
     model = foreign_model("gpt2").train()
     model.transformer.h[0].eval()
     state = torch.get_rng_state()
-    for check in (require_steps, require_separate_documents, lambda m: require_left_to_right(m, "model.path=x")):
+    for check in (require_steps, require_separate_documents, lambda m: require_left_to_right(m, "model.path", "x")):
         check(model)
     assert model.training
     assert not model.transformer.h[0].mlp.training

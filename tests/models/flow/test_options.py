@@ -24,6 +24,9 @@ def test_options_do_not_change_and_a_changed_copy_is_checked():
         replace(options, growth=2.0)
 
 
+AT_LEAST_ONE = ("prompt_length", "prompt_hidden_size", "prompt_rank")
+
+
 @pytest.mark.parametrize(
     ("options_class", "change"),
     [
@@ -38,6 +41,12 @@ def test_options_do_not_change_and_a_changed_copy_is_checked():
         (LogitFlowOptions, {"correction_limit": 0.0}),
         (LogitFlowOptions, {"equal_share": 1.5}),
         (StepHalvingOptions, {"start_forwards": 0}),
+        (StepHalvingOptions, {"lora_rank": 0}),
+        (NoisyMaskFlowOptions, {"lora_rank": 0}),
+        *((kind, {name: 0}) for kind in (NoisyMaskFlowOptions, LogitFlowOptions) for name in AT_LEAST_ONE),
+        (LogitFlowOptions, {"jvp_step": 0.0}),
+        (LogitFlowOptions, {"eps": -0.1}),
+        (LogitFlowOptions, {"data_weight": -0.1}),
     ],
 )
 def test_wrong_values_are_named(options_class, change):

@@ -402,3 +402,21 @@ def test_models_that_do_not_fit_are_refused(tiny_llada):
         MultiToken(0)
     with pytest.raises(UsageError, match=r"module.objective.span=0"):
         Latent(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "values"),
+    [
+        (MaskedDiffusion, "eps", (0.0, -1.0, 1.5)),
+        (BlockDiffusion, "eps", (0.0, -1.0, 1.5)),
+        (MaskedDiffusion, "random_length_probability", (-0.1, 1.1)),
+        (ContinuousDiffusion, "observed_share", (-0.1, 1.1)),
+        (Latent, "decay", (-0.1, 1.0)),
+        (Latent, "variance_weight", (-1.0,)),
+        (Latent, "covariance_weight", (-1.0,)),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(kind, option, values):
+    for value in values:
+        with pytest.raises(UsageError, match=f"^module.objective.{option}={value} must"):
+            kind(**{option: value})

@@ -39,6 +39,8 @@ def test_what_a_fixed_code_switches_off_are_options():
     [
         ({"quantise": (0.4, 0.1)}, r"module\.quantise=\[0\.4, 0\.1\] must be two shares in this order"),
         ({"planning": {"prior": "both"}}, r"module\.planning\.prior=both is not known; type one of sequential"),
+        ({"search": {"prior_weight": -0.1}}, r"module\.search\.prior_weight=-0\.1 must be at least 0"),
+        ({"search": {"tolerance": -0.1}}, r"module\.search\.tolerance=-0\.1 must be at least 0"),
         ({"planning": {"executor": "slots"}}, r"module\.planning=executor is not known; type one of prior, posterior"),
     ],
 )
@@ -53,7 +55,11 @@ def test_mistakes_get_a_sentence(options, sentence):
         ("temperatures", [(0.1, 0.1)], [(0.0, 0.5), (0.5, 0.0), (1.0,)]),
         ("noise", [(0.0, 1.0), (1.0, 0.0), (0.5, 1.0)], [(-0.1, 1.0), (1.1, 1.0), (0.0, 0.5), (1.0,)]),
         ("corruption", [(0.0, 1.0), (1.0, 0.0)], [(-0.1, 0.0), (0.0, -0.1), (1.1, 0.0), (0.0, 1.1), (1.0,)]),
-        ("quantise", [(0.0, 0.0), (0.5, 0.5)], [(-0.1, 0.5), (0.5, 0.4), (0.5,)]),
+        ("quantise", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)], [(-0.1, 0.5), (0.5, 0.4), (0.5, 1.1), (0.5,)]),
+        ("plan_temperature", [0.0], [-0.1]),
+        ("temperature", [0.0], [-0.1]),
+        ("lora_rank", [1, None], [0]),
+        ("quota", [0.0, None], [-0.1]),
         ("anneal_share", [0.0, 1.0], [-0.1, 1.1]),
         ("curriculum", [0.0, 1.0], [-0.1, 1.1]),
         ("code_decay", [0.0, 1.0], [-0.1, 1.1]),
