@@ -86,9 +86,11 @@ def trained_decoder(
 
 
 def _with_forwards(module: ConceptPlannerExecutorModule, forwards: int) -> Executor:
-    """The executor, with as many refinements as the forward passes allow. Errors: UsageError for fewer than it needs."""
+    """The executor, with as many refinements as the forward passes allow. Errors: UsageError for a number that cannot be."""
     if module.options.executor == "autoregressive":
-        return module.executor
+        raise UsageError(
+            f"forwards={forwards}: this executor writes token after token, one forward pass each; leave forwards out"
+        )
     least = len(module.planner.layout.rounds(module.planner.planning)) + 1
     if forwards < least:
         raise UsageError(f"forwards={forwards} must be at least {least}: those of a plan, and one for the text")

@@ -19,9 +19,11 @@ def largest_batch(peak_of: Callable[[int], int | None], limit: float | None, mos
         try:
             peak = peak_of(batch)
         except torch.OutOfMemoryError:
+            failed = True  # the error holds what the batch had made until it has been handled
+        else:
+            failed = limit is not None and (peak or 0) > limit
+        if failed:
             give_back()
-            break
-        if limit is not None and (peak or 0) > limit:
             break
         fits, batch = batch, 2 * batch
     return fits

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 
 from callbacks.monitors.rows import in_parts
+from models.functional.next_token import until_end
 from models.functional.one_forward import total_correlation_given
 from models.functional.plan_information import code_ceiling, entropy
 from models.functional.rows import signal_columns
@@ -22,7 +23,7 @@ class CodeCeiling(Callback):
     nll_enumerated: the executor's NLL over all texts, weighted by p(x), nats a token; nll_enumerated_best: H(x | z), the
         least that any executor can reach. A mean over test texts has sampling noise, which these have not.
     total_correlation_given_plan: TC(x | z), nats a token, the least that an executor loses which writes a text in one forward
-        pass; one that writes token after token loses nothing.
+        pass (`total_correlation_given`); one that writes token after token loses nothing.
     """
 
     @torch.no_grad()
@@ -46,10 +47,10 @@ class CodeCeiling(Callback):
         rate, gain = code_ceiling(whole, conditional, counts.double() / counts.sum(), codes)
         bits = {"rate_bits_best": rate / math.log(2), "gain_bits_best": gain / math.log(2)}
         pl_module.figures.add(bits | ({"efficiency_best": gain / rate} if rate > 0 else {}))
-        # 4. what the executor makes of them
         # 3. what one forward pass must lose, whatever the executor
-        lost = total_correlation_given(texts, whole, codes)
+        lost = total_correlation_given(texts, whole, codes, until_end(texts, data.end_ids()))
         pl_module.figures.add({"total_correlation_given_plan": lost / texts.shape[1]})
+        # 4. what the executor makes of them
         of_codes = torch.zeros(len(codes), dtype=whole.dtype).index_add_(0, codes, whole)
         least = float(entropy(whole) - entropy(of_codes)) / texts.shape[1]
         nll = in_parts(probe.nll, rows, probe.probe_batch(rows, Generator(device=pl_module.device)))

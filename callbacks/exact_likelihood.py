@@ -11,6 +11,8 @@ from models.interfaces.probes import MixtureProbe
 class ExactLikelihood(RowMonitor):
     """Of the first `rows` test texts, nats a token; where all plans can be listed (at most 256).
 
+    The law is that of plans and texts at temperature 1, written without refinements, whose law is another one.
+
     nll_exact: -log p(x | u), the sum over all plans. nll_exact_bound: -log p(x | z) - log p(z | u) of the texts' own plans.
     nll_true_plan: -log p(x | z) of the plans that say the attributes which the corpus knows of the texts: each type has the
     code that goes with its attribute's value; nll_own_plan: of the texts' own plans.

@@ -33,9 +33,10 @@ class BlockDraftModule(LeapModule):
     """model: the causal model that is drafted for; or theta and target, for q* of both. All stay frozen.
 
     options: see `BlockDraftOptions`; changes replace single ones of them.
-    A step's texts are drawn from the target itself, and its blocks begin behind random anchors. Validation logs the expected
-    accepted length of such blocks (`val/accepted_length`), what decoding accepts (`val/served_length`), and what the training
-    figure says at the very anchors that decoding had (`val/length_at_served`); the last two agree but for sampling noise.
+    A step's texts are drawn from the target itself (texts=target), and its blocks begin behind random anchors. Validation logs
+    the expected accepted length of such blocks (`val/accepted_length`), what decoding accepts (`val/served_length`), and what
+    the training figure says at the very anchors that decoding had (`val/length_at_served`). With verify=token and texts of the
+    target the last two agree but for sampling noise.
     """
 
     options_class: ClassVar[type] = BlockDraftOptions
@@ -76,7 +77,7 @@ class BlockDraftModule(LeapModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = self.step_generator(batch_idx, TRAINING_STREAM)
         # 1. texts of the target
-        rows = self._texts(batch, generator)
+        rows = self._texts(batch, batch_idx, generator)
         # 2. blocks behind random anchors, and their loss
         text = causal_text(rows)
         terms = self._terms(text, *draw_anchors(text, self.options.anchors, generator), generator)
@@ -100,13 +101,14 @@ class BlockDraftModule(LeapModule):
 
     # -- texts --------------------------------------------------------------------------------------------------------
 
-    def _texts(self, batch: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+    def _texts(self, batch: dict[str, Tensor], batch_idx: int, generator: Generator) -> dict[str, Tensor]:
         """The rows of a training step, with responses of the target."""
         rows = self._rows(batch)
         pool = self.options.pool
         if self.options.texts == "data" or not pool:
             return self._with_texts(rows, generator)
-        slot = self.global_step % pool
+        parts = self.trainer.accumulate_grad_batches
+        slot = (self.global_step * parts + batch_idx % parts) % pool
         if slot not in self._pool:
             self._pool[slot] = self._with_texts(rows, generator)
         return {name: column.to(self.device) for name, column in self._pool[slot].items()}
@@ -167,7 +169,9 @@ class BlockDraftModule(LeapModule):
         if out.draft_starts is None:
             return {}
         terms = self._at_served(rows, responses, out, generator)
-        served = {f"served_{k + 1}": share for k, share in enumerate(out.acceptance_at)}
+        # the same names on every rank: 0 where no draft was so long
+        shares = [*out.acceptance_at, *[0.0] * self.options.draft_length][: self.options.draft_length]
+        served = {f"served_{k + 1}": share for k, share in enumerate(shares)}
         return {
             "served_length": out.accepted_length or 0.0,
             "length_at_served": _length(terms.survival, terms.drafts),
@@ -208,7 +212,7 @@ class BlockDraftModule(LeapModule):
         o, m = self.options, self.mixture
         how = QStarOptions(
             theta_weight=m.theta_weight, temperature=m.temperature, top_k=m.top_k, top_p=m.top_p,  # type: ignore[arg-type]
-            gamma=o.draft_length, verify=o.verify, cache=o.cache,
+            gamma=o.draft_length, verify=o.verify, cache=o.cache, schemes=("naive",),
         )  # fmt: skip
         decoder = QStarDecoder(
             self.theta, self.target, scheme, how, response_length=response_length, vocab_size=self.drafter.vocab_size,

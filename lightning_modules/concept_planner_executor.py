@@ -145,7 +145,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         else:
             ends_step = self.ends_optimizer_step(batch_idx)
             (ids, embeds), raw, monitors = self._drawn_plan(batch, now, generator, ends_step)
-        # 2. NLL of the text given the plan alone, some of its own tokens hidden; nats a token
+        # 2. NLL of the text given the plan alone, some of its own tokens hidden; nats a column
         nll = self.executor.training_nll(ids, embeds, text, now.hidden, generator)
         raw["text"] = self._curriculum_mean(nll, text)
         # 3. what else the plan has to predict: the text's tokens without their order, and its signals
@@ -157,7 +157,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         loss = weighted_sum(raw, now.weights)
         self.log("train/loss", loss, prog_bar=True)
         search_share = {} if self.em is None else {"search_share": self.em.share}
-        self.log_monitors(raw | monitors | search_share | {"corruption": now.hidden})
+        self.log_monitors(raw | monitors | search_share | {self.options.hidden_name: now.hidden})
         return self.refuse_nan(loss)
 
     def _drawn_plan(

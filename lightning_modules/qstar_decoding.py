@@ -22,6 +22,7 @@ from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
 from models.speculative.alpha_curve import AlphaCurve
+from models.speculative.block_drafter import BlockDrafter
 from models.speculative.decoder import QStarDecoder, prompts_of
 from models.speculative.drafter_files import load_drafter, read_drafter
 from models.speculative.exactness import enumeration_error, g_test_of, probable_texts, without_ends
@@ -63,7 +64,7 @@ class QStarDecodingModule(LeapModule):
         self.target, self.assistant = target.requires_grad_(False), assistant
         if options.drafter is not None:
             read_drafter(options.drafter)  # a folder without one is named before long work
-        self._loaded: list[nn.Module] = []  # no part of the module: it is not trained here
+        self._loaded: list[BlockDrafter] = []  # no part of the module: it is not trained here
         self._decoders: list[Decoder] = []
         self._meters: dict[int, AcceptanceMeter] = defaultdict(AcceptanceMeter)
         self._alpha_curve = AlphaCurve(options.alpha_points)
@@ -139,12 +140,25 @@ class QStarDecodingModule(LeapModule):
             assistant=self._block_drafter() if scheme == "block_drafter" else self.assistant,
         )  # fmt: skip
 
-    def _block_drafter(self) -> nn.Module:
+    def _block_drafter(self) -> BlockDrafter:
         """The drafter in the folder of the options, which knows both models as they were before theta is trained here."""
         if not self._loaded:
             assert self.options.drafter is not None
             self._loaded = [load_drafter(self.options.drafter, {"theta": self.theta, "target": self.target})]
         return self._loaded[0]
+
+    def _move_drafter(self) -> None:
+        """To the models' device: it is no part of the module, so Lightning does not move it with them."""
+        for drafter in self._loaded:
+            drafter.to(self.device)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._move_drafter()
+
+    def on_predict_start(self) -> None:
+        super().on_predict_start()
+        self._move_drafter()
 
     def decoders(self) -> list[Decoder]:
         return self._decoders
@@ -160,6 +174,7 @@ class QStarDecodingModule(LeapModule):
 
     def on_test_start(self) -> None:
         """The exactness tests of each scheme: both where the corpus can list all texts, else a G-test after one prompt."""
+        self._move_drafter()
         self._alpha_curve.reset()
         if not self.options.exactness_samples or self.trainer.fast_dev_run:
             return
@@ -176,7 +191,9 @@ class QStarDecodingModule(LeapModule):
             generator = self.step_generator(k, stream=3, epoch=0)
             tested = decoder if listed is not None else without_ends(decoder)
             found = {"g_test_p": g_test_of(tested, prompt, texts, n, generator)}
-            if listed is not None and not getattr(decoder.drafter, "draws_with_noise", False):
+            # outcomes of noise cannot be listed
+            noisy = self.options.verify == "shared_noise" or getattr(decoder.drafter, "draws_with_noise", False)
+            if listed is not None and not noisy:
                 found["max_enumeration_error"] = enumeration_error(decoder, prompt)
             self._meters[k].exactness = found
 

@@ -73,7 +73,7 @@ def frontier_rows(records: list[dict[str, Any]]) -> list[FrontierRow]:
             if (value := value_at(known, column.path)) is not None:
                 own.values[column.name].append(value)
         counted[key].append(row["nfe"])
-        own.ci95 = {name: tuple(interval) for name, interval in row["ci95"].items()}
+        own.ci95 = {name: tuple(interval) for name, interval in row.get("ci95", {}).items()}
     for key, own in rows.items():
         own.nfe = fmean(counted[key]) if len(set(counted[key])) > 1 else counted[key][0]
     return sorted(rows.values(), key=lambda r: (r.corpus, r.method == "control", r.experiment))

@@ -38,7 +38,8 @@ from reporting.table import COLUMNS, nfe_cell, written
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECORDS = Path("results") / "records"  # in the folder of the documentation
-BLOCK = re.compile(r"(<!-- results\n(.*?)-->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+BEGIN = "<!-- results\n"
+BLOCK = re.compile(r"(<!-- results\n(.*?)-->\n)((?:(?!<!-- results\n).)*?)(<!-- end of results -->)", re.DOTALL)
 BY_TITLE = {column.title: column for column in COLUMNS}
 DIGITS = 6  # significant ones of a kept figure
 
@@ -79,7 +80,11 @@ def differing_pages(docs: Path) -> list[Path]:
 
 
 def with_tables(text: str, records: Path) -> str:
-    """A page with all its tables as the records below `records` have them."""
+    """A page with all its tables as the records below `records` have them. Errors: UsageError for a mark without its end."""
+    if text.count(BEGIN) != len(BLOCK.findall(text)):
+        raise UsageError(
+            "a page has a table that begins with <!-- results and does not end with <!-- end of results -->"
+        )
     return BLOCK.sub(lambda found: found[1] + "\n" + table_of(_read_mark(found[2]), records) + "\n\n" + found[4], text)
 
 
@@ -91,7 +96,7 @@ def table_of(table: PublishedTable, records: Path) -> str:
             f"table {table.name}: no record is kept under this name; type "
             f'python -m reporting.publish add {table.name} RUN_FOLDER --command "..."'
         )
-    rows = _chosen(frontier_rows(known), table)
+    rows = _chosen(known := _of_experiments(known, table), table)
     heads = {"experiment": [_named(row.experiment, table.experiments) for row in rows]} if table.experiments else {}
     heads["decoder"] = [_named(row.decoder, table.rows) for row in rows]
     lines = ["| " + " | ".join([*heads, *table.columns]) + " |"]
@@ -102,8 +107,8 @@ def table_of(table: PublishedTable, records: Path) -> str:
     return "\n".join([*provenance(known), "", *lines])
 
 
-def provenance(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Date, commit, machine, seeds and command of the runs: a line for each command."""
+def provenance(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Date, commit, machine, seeds and command of the runs: a line for each command, and what an interval is."""
 
     def command(record: dict[str, Any]) -> str:
         return record["published"]["command"]
@@ -115,10 +120,10 @@ def provenance(records: Iterable[dict[str, Any]]) -> list[str]:
         parts.append("commit " + _joined((run["commit"] or "unknown")[:7] for run in runs))
         parts.append(_joined(run["device"] for run in runs))
         seeds = sorted({run["seed"] for run in runs})
-        noted = " (mean and 95 % interval)" if len(seeds) > 1 else ""
-        parts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{noted}")
+        parts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
         lines += [" · ".join([*parts, f"`{typed}`"]), ""]
-    return lines[:-1]
+    many = len({run["seed"] for run in records}) > 1
+    return [*lines, "Mean over seeds and 95 % interval of it." if many else "An interval is 95 % over texts."]
 
 
 def keep_records(name: str, runs: Sequence[Path], command: str, docs: Path) -> list[Path]:
@@ -135,7 +140,7 @@ def keep_records(name: str, runs: Sequence[Path], command: str, docs: Path) -> l
             raise UsageError(f"{path} was measured with files that no commit holds; commit them and run it again")
         when = date.fromtimestamp(path.stat().st_mtime).isoformat()
         small = {**_rounded(record), "config": {}, "published": {"date": when, "command": command}}
-        target = docs / RECORDS / name / f"{record['experiment']}_{record['seed']}.json"
+        target = docs / RECORDS / name / f"{record['data']['name']}_{record['experiment']}_{record['seed']}.json"
         kept.append(write_record(small, target))
     return kept
 
@@ -180,14 +185,37 @@ def _read_mark(text: str) -> PublishedTable:
         raise UsageError(f"the mark of a table cannot be read ({error}): {text.strip()}") from error
 
 
-def _chosen(rows: list[FrontierRow], table: PublishedTable) -> list[FrontierRow]:
-    """The rows that the table names, in its order. Errors: UsageError for a name without a row."""
-    _require_known(table.name, table.experiments, {row.experiment for row in rows}, "experiment")
+def _of_experiments(records: list[dict[str, Any]], table: PublishedTable) -> list[dict[str, Any]]:
+    """The records of the table's experiments, which are of one corpus. Errors: UsageError for what one table cannot show."""
+    names = {record["experiment"] for record in records}
+    _require_known(table.name, table.experiments, names, "experiment")
+    if table.experiments is None and len(names) > 1:
+        raise UsageError(
+            f"table {table.name}: its records are of {', '.join(sorted(names))}; name them with experiments:"
+        )
+    own = [record for record in records if table.experiments is None or record["experiment"] in table.experiments]
+    corpora = {record["data"]["name"] for record in own}
+    if len(corpora) > 1:
+        raise UsageError(
+            f"table {table.name}: its records are of {' and '.join(sorted(corpora))}; keep a table for each"
+        )
+    return own
+
+
+def _chosen(records: list[dict[str, Any]], table: PublishedTable) -> list[FrontierRow]:
+    """The rows that the table names, in its order. Errors: UsageError for a name without a row, or a row without some seed."""
+    rows = frontier_rows(records)
     _require_known(table.name, table.rows, {row.decoder for row in rows}, "decoder")
     for names, label in ((table.experiments, "experiment"), (table.rows, "decoder")):
         if names is not None:
             order = list(names)
             rows = sorted((r for r in rows if getattr(r, label) in names), key=lambda r: order.index(getattr(r, label)))
+    for row in rows:
+        wanted = len({record["seed"] for record in records if record["experiment"] == row.experiment})
+        if any(0 < len(values) < wanted for values in row.values.values()):
+            raise UsageError(
+                f"table {table.name}: some of the {wanted} seeds have no {row.decoder!r}, or not all of its figures"
+            )
     return rows
 
 

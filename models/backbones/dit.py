@@ -30,7 +30,6 @@ from models.functional.precision import at_least_float32
 ROTARY_BASE = 10_000.0
 FREQUENCIES = 256  # that a time is embedded in, sines and cosines together
 FEED_FORWARD = 4  # times the width
-NEVER = torch.finfo(torch.float32).min / 2  # a logit: its probability is 0, and a KL divergence stays finite
 
 
 class DitConfig(PreTrainedConfig):
@@ -63,7 +62,7 @@ class DitConfig(PreTrainedConfig):
 
 
 def time_embedding(sigma: Tensor, width: int = FREQUENCIES) -> Tensor:
-    """(B,) -> (B, width): cosines, then sines, of sigma times frequencies from 1 down to 1 / 10,000 (Vaswani et al., 2017)."""
+    """(B,) -> (B, width): cosines, then sines, of sigma times frequencies 10,000^(-k / half) (Vaswani et al., 2017)."""
     half = width // 2
     rates = torch.exp(-math.log(1e4) / half * torch.arange(half, device=sigma.device, dtype=sigma.dtype))
     angles = sigma.unsqueeze(-1) * rates
@@ -225,11 +224,15 @@ class DitModel(PreTrainedModel):
         return angles.cos(), angles.sin()
 
     def lm_head(self, states: Tensor) -> Tensor:
-        """Logits (..., V) of `hidden` states (..., D); `NEVER` for the mask."""
+        """Logits (..., V) of `hidden` states (..., D).
+
+        That of the mask is half of what its type can hold: its probability is 0, and a KL divergence stays finite.
+        """
         logits = self.backbone.output_layer.linear(states)
         if self.config.mask_token_id is None:
             return logits
-        return logits.index_fill(-1, torch.tensor([self.mask_id], device=logits.device), NEVER)
+        never = torch.finfo(logits.dtype).min / 2
+        return logits.index_fill(-1, torch.tensor([self.mask_id], device=logits.device), never)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, sigma: Tensor | None = None) -> Tensor:
         """(B, L) ids -> (B, L, V) logits of the clean token at every position."""

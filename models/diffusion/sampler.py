@@ -177,7 +177,7 @@ def generate_by_rule(
     for start in range(0, length, block_length):
         end = start + block_length
         ended = are_ends(response[:, :start], end_ids).any(-1, keepdim=True)
-        if start and end_ids is not None:
+        if start and as_end_ids(end_ids):
             response[:, start:end] = torch.where(ended, as_end_ids(end_ids)[0], response[:, start:end])
         while bool((competing := response[:, start:end] == model.mask_id).any()):
             # 1. a draw for every position of the block, its probability and the entropy behind it

@@ -5,8 +5,9 @@ drew x_{<l}. Verification token by token accepts x_l with probability min(1, q/Ï
 
 .. math:: P(\text{at least } i \text{ accepted}) = E_{x \sim q} \prod_{l \le i} \min(1, \psi_l(x_l) / q(x_l \mid x_{<l}))
 
-The loss is that of DSpark without its confidence term (github.com/deepseek-ai/DeepSpec): .1 CE + .9 total variation, with
-weights that decay along the draft. Noise as an input: Parallel Token Prediction (2512.21323).
+The loss is .1 CE + .9 total variation, with weights that decay along the draft. It is DSpark's without its confidence term
+(github.com/deepseek-ai/DeepSpec), but that DSpark's distance is twice the total variation. Noise as an input: Parallel Token
+Prediction (2512.21323).
 Legend: (...) any leading dimensions, N drafts, k tokens of a draft, V vocabulary.
 """
 
@@ -64,7 +65,10 @@ def expected_survival(logp: Tensor, log_q: Tensor, tokens: Tensor, counts: Tenso
 
     Unbiased: see the head of this file. logp, log_q (N, k, V); tokens (N, k); counts (N, k) bool: positions inside the text.
     """
-    ratio = (logp - log_q).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).exp().clamp(max=1.0)
+    own, wanted = (values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for values in (logp, log_q))
+    # a token that the target never generates, as texts of others may have, ends a draft
+    possible = counts & (wanted > -torch.inf)
+    ratio = torch.where(possible, (own - wanted.masked_fill(~possible, 0.0)).exp().clamp(max=1.0), 0.0)
     survived = ratio.cumprod(-1)  # (N, k)
     before = torch.cat([torch.ones_like(survived[:, :1]), survived[:, :-1]], -1)
     return Survival((before * counts).sum(0), (survived * counts).sum(0))

@@ -19,7 +19,7 @@ class PlannedDecoder:
     """plan_temperature, temperature: of concepts and tokens; 0 takes the most probable.
 
     fixed: {slot: choice} of concepts that are not drawn. plans: those of the last batch, as a person reads them.
-    forwards: forward passes, those of a plan (as many as it has rounds: one with planning=slots) and those of the executor.
+    forwards: forward passes, those of a plan (as many as it has rounds: one with planning=slots) and the most of the executor.
     """
 
     method = "student"

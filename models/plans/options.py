@@ -83,7 +83,8 @@ class PlanOptions:
     executor: writes texts token after token (`AutoregressiveExecutor`), or all tokens at once (`ParallelExecutor`).
     hidden_rows: share of a parallel executor's rows whose tokens are all hidden in training, a pair; of the others a random
         part is. `corruption` is the other executor's.
-    refinements: further forward passes of a parallel executor, a row of the table each; texts are generated with the last.
+    refinements: numbers of further forward passes of a parallel executor. The table has a row for each; an exported model
+        generates with the last.
     redraw: share of a text's tokens that a refinement draws again.
     plan_temperature, temperature: of concepts and of tokens in the sampled decoder.
     lora_rank: of adapters that are trained with the new tables; None trains all weights.
@@ -178,6 +179,11 @@ class PlanOptions:
     def hidden(self) -> tuple[float, float]:
         """What the executor's training hides, first and last: a share of its tokens, or of its rows."""
         return self.hidden_rows if self.executor == "parallel" else self.corruption
+
+    @property
+    def hidden_name(self) -> str:
+        """The option that `hidden` is."""
+        return "hidden_rows" if self.executor == "parallel" else "corruption"
 
     def _check_executor(self) -> None:
         require_choice("module.executor", self.executor, get_args(ExecutorKind))

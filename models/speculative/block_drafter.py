@@ -240,7 +240,7 @@ class BlockDrafter(nn.Module):
         fractions: Tensor | None = None,
         shape: Callable[[Tensor], Tensor] = lambda logp: logp,
     ) -> Tensor:
-        """log ψ (N, k, V) at every position of given blocks tokens (N, k), as `propose` would have drawn from it.
+        """log ψ (N, k, V) at every position of given blocks tokens (N, k): what `propose` draws from with the same `shape`.
 
         context (N, W, D), read (N, W), last (N,). fractions (N, k): of dependence=noise, where in its interval the noise of
         each token lies (`noise_that_draws`). shape: as in `propose`.

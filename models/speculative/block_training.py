@@ -91,7 +91,7 @@ def blocks_at(text: CausalText, row: Tensor, anchor: Tensor, length: int) -> Blo
 def drafted_log_probs(
     drafter: BlockDrafter, read: Read, text: CausalText, blocks: Blocks, mixture: MixtureDist, generator: Generator
 ) -> Tensor:
-    """log ψ (N, k, V) of the blocks, as the drafter would have proposed them after their anchors."""
+    """log ψ (N, k, V) of the blocks behind their anchors, before top-k and top-p cut it."""
     place = window_positions(blocks.anchor, drafter.window)  # (N, W)
     seen = place >= 0
     place = place.clamp(min=0)

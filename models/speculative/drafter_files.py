@@ -15,6 +15,7 @@ from models.speculative.block_drafter import BlockDrafter, BlockDrafterOptions
 
 FORMAT = "leap-block-drafter-1"
 DESCRIPTION, WEIGHTS = "drafter.json", "drafter.safetensors"
+KEYS = ("format", "options", "vocab_size", "state_layers", "verifiers")
 
 
 def save_drafter(drafter: BlockDrafter, verifiers: dict[str, nn.Module], folder: str | Path) -> Path:
@@ -52,6 +53,8 @@ def read_drafter(folder: str | Path) -> dict:
         raise UsageError(
             f"{path} is of format {description['format']!r}; this version reads {FORMAT!r}: train the drafter again"
         )
+    if missing := [key for key in KEYS if key not in description]:
+        raise UsageError(f"{path} lacks {', '.join(missing)}; copy the folder again, or train the drafter again")
     return description
 
 

@@ -74,7 +74,8 @@ def qstar_generate(
     """Texts with distribution q* ∝ model^α target_model^(1-α); arguments of `generate` keep their meaning.
 
     model, target_model: π_θ and π_t, of one vocabulary. tokenizers: theirs, where the sizes of their output layers differ.
-    draft_model: a third model, any scores such as `NgramScores`, or a block drafter (`load_drafter`).
+    draft_model: a third model, any scores such as `NgramScores`, or a block drafter (`load_drafter`). With a block drafter,
+        ids from its vocabulary's end on are never generated: padding of the output layer, unless tokens were added since.
     theta_weight: α; `kl_symmetry` is equally far from both.
     draft: see `DraftOptions`; `auto` is what the third model does where there is one, else `alternate`. gamma, verify, cost,
     position_cost: see `DraftOptions`. cost=None is the ratio of parameters;
@@ -90,7 +91,7 @@ def qstar_generate(
     # 1. q* and the models
     vocabulary = _shared_vocabulary(model, target_model, tokenizers)
     in_blocks = isinstance(draft_model, ProposesBlocks)
-    if in_blocks:  # it knows the ids that are more than padding of the output layer
+    if in_blocks:  # it knows which ids are tokens, and which ones padding of the output layer
         vocabulary = min(vocabulary, getattr(draft_model, "vocab_size", vocabulary))
     mixture, processors = _mixture_and_processors(generation_config, logits_processor, theta_weight)
     if draft_model is not None:
@@ -194,14 +195,15 @@ class QStarLogitsProcessor(LogitsProcessor):
 @contextmanager
 def _in_eval_mode(*models: Any) -> Iterator[None]:
     """Without dropout; afterwards every network is in its former mode."""
-    training = [model for model in models if isinstance(model, nn.Module) and model.training]
-    for model in training:
-        model.eval()
+    networks = [model for model in models if isinstance(model, nn.Module)]
+    before = {part: part.training for network in networks for part in network.modules()}
+    for network in networks:
+        network.eval()
     try:
         yield
     finally:
-        for model in training:
-            model.train()
+        for part, training in before.items():
+            part.training = training
 
 
 def _mixture_and_processors(

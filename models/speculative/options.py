@@ -30,8 +30,9 @@ class DraftOptions:
     gamma: tokens of a draft. 0 runs both models for every token. `auto` takes the length of the highest expected speed-up at
     the acceptance rate so far; that may be 0.
     verify: token by token (Leviathan et al., 2023) or as a block (Sun et al., 2024); `shared_noise` draws every token of q*
-    with Gumbel noise of its position, with which a third model drafts too (Daliri et al., 2408.07978). A draft is accepted
-    where both draw the same token, so the texts of a seed are the same whoever drafts.
+    with Gumbel noise of its position, and a drafted token is accepted where it is that draw. The texts of a seed are then the
+    same whoever drafts, up to the rounding of the forward passes. A third model draws with the same noise (Daliri et al.,
+    2408.07978); a block drafter of dependence=noise draws with its own.
     cost: seconds of a forward pass of theta over one of target; with an assistant, of its pass over one of both.
     position_cost: what each further position adds to a forward pass, as a fraction of the pass. `forward_costs` measures both
     costs; they only decide who drafts in `alternate`, and how much in `auto`.
@@ -122,6 +123,10 @@ class QStarOptions:
             )
         if self.lora_rank is not None:
             require_at_least(1, module__lora_rank=self.lora_rank)
+            if self.drafter is not None:
+                raise UsageError(
+                    "module.drafter was trained for π_θ as it was, and module.lora_rank trains π_θ further; leave one out"
+                )
         try:
             self.mixture  # noqa: B018
         except UsageError as error:

@@ -60,6 +60,8 @@ class EnumeratedSource:
         return torch.tensor([self._take([1 - yes, yes]) == 1], device=log_ratio.device)
 
     def uniform(self, rows: int, count: int, like: Tensor) -> Tensor:
+        if rows != 1:
+            raise ValueError(f"outcomes are enumerated for one row, not for {rows}")
         taken = [self._take([1 / self.grid] * self.grid) for _ in range(count)]
         return (torch.tensor([taken], dtype=torch.float64, device=like.device) + 0.5) / self.grid
 

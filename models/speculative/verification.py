@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.functional.next_token import until_end
 from models.speculative.distribution import NextTokenDist
 from models.speculative.options import Verify
 from models.speculative.state import QStarRun
@@ -67,6 +68,9 @@ def verify_block(run: QStarRun, draft: Drafted, dist: NextTokenDist) -> Tensor:
             accepted = torch.where(run.rng.accept(probability.log()) & (lengths >= k), k, accepted)
     # 2. acceptance, of the tokens that a row has room for
     room = torch.minimum(run.remaining, lengths)[active]
+    room = torch.minimum(
+        room, until_end(tokens, run.rules.eos_ids).sum(-1)[active]
+    )  # what is behind the end is no text
     verified = torch.minimum(accepted[active] + 1, room).sum()
     run.count(drafter, int(verified), int(torch.minimum(accepted[active], room).sum()))
     for k in range(gamma):

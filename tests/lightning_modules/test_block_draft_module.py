@@ -1,5 +1,7 @@
 """Training of a block drafter for one model and for a pair: texts, resume, files, and its figures beside decoding's."""
 
+import json
+
 import pytest
 import torch
 from helpers.trainer import Losses, quiet_trainer
@@ -11,7 +13,8 @@ from lightning_modules.block_draft import BlockDraftModule
 from lightning_modules.qstar_decoding import QStarDecodingModule
 from models.backbones.causal import build_causal
 from models.functional.errors import UsageError
-from models.speculative.drafter_files import load_drafter
+from models.speculative.drafter_files import load_drafter, read_drafter
+from models.speculative.options import QStarOptions
 
 
 def corpus() -> OracleDataModule:
@@ -131,6 +134,70 @@ def test_a_test_run_records_what_drafts_were_worth(data, tmp_path):
     assert drafts["expected_accepted_length"] == pytest.approx(drafts["accepted_length"], rel=0.25)
     assert 1 < drafts["tokens_per_verifier_forward"] < 1 + drafts["accepted_length"] + 1e-9
     assert rows["one model, blocks are drafted"]["cost"]["acceptance"] == drafts["acceptance"]
+
+
+@pytest.mark.parametrize("verify", ["token", "block", "shared_noise"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_drafts_are_verified_as_the_options_say(data, verify, cache):
+    module = build(data, verify=verify, cache=cache, top_k=4, theta_weight=0.25)
+    module.end_ids = data.end_ids()
+    for scheme in ("naive", "ngram", "block_drafter"):
+        how = module.decoder(scheme, data.response_length)
+        assert (how.options.verify, how.options.cache, how.options.gamma) == (verify, cache, 3)
+        assert (how.options.top_k, how.options.theta_weight) == (4, 0.25)
+        assert how(module._rows(data.rows["test"][:4]), torch.Generator().manual_seed(0)).shape[0] == 4
+
+
+def test_every_micro_batch_has_texts_of_its_own_in_the_pool(data):
+    module = build(data, pool=4)
+    quiet_trainer(2, accumulate_grad_batches=2).fit(module, data)
+    assert sorted(module._pool) == [0, 1, 2, 3]
+    assert len({tuple(rows["input_ids"].flatten().tolist()) for rows in module._pool.values()}) == 4
+
+
+def test_figures_of_decoding_have_the_same_names_whatever_was_drafted(data):
+    module = build(data, draft_length=8)
+    module.end_ids = data.end_ids()
+    served = module._served(module._rows(data.rows["test"][:1]), torch.Generator().manual_seed(0))
+    assert {name for name in served if name.startswith("served_") and name != "served_length"} == {
+        f"served_{k}" for k in range(1, 9)
+    }
+
+
+def test_a_loaded_drafter_goes_where_the_models_go(data, tmp_path):
+    folder = str(build(data).export(tmp_path / "drafter"))
+    pair = QStarDecodingModule(network(data, 0), network(data, 1), schemes=("block_drafter",), drafter=folder)
+    drafter = pair._block_drafter()
+    pair.to("meta")
+    assert drafter.fuse.weight.device.type == "cpu"  # the control: it is no part of the module
+    pair.on_predict_start()
+    assert {p.device.type for p in drafter.own_parameters().values()} == {"meta"}
+    assert drafter.cos.device.type == "meta"
+
+
+def test_exactness_under_shared_noise_is_a_g_test_alone(data, tmp_path):
+    report = FrontierReport(str(tmp_path), "trial", {})
+    options = {"schemes": ("naive", "ngram"), "verify": "shared_noise", "exactness_samples": 200, "alpha_points": 0}
+    pair = QStarDecodingModule(network(data, 0), network(data, 1), **options)
+    quiet_trainer(1, callbacks=[report]).test(pair, data, verbose=False)
+    rows = [row for row in report.record["rows"] if row["decoder"].startswith("q*")]
+    assert all(row["quality"]["g_test_p"] > 1e-3 for row in rows)
+    assert all(row["quality"].get("max_enumeration_error") is None for row in rows)
+
+
+def test_a_drafter_of_a_pair_and_adapters_are_refused_together(tmp_path):
+    with pytest.raises(UsageError, match=r"module\.drafter was trained for .* leave one out"):
+        QStarOptions(schemes=("block_drafter",), drafter=str(tmp_path), lora_rank=2)
+
+
+@pytest.mark.parametrize("key", ["format", "options", "vocab_size", "state_layers", "verifiers"])
+def test_a_description_without_a_key_is_named(data, tmp_path, key):
+    folder = build(data).export(tmp_path / "drafter")
+    path = folder / "drafter.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in known.items() if name != key}))
+    with pytest.raises(UsageError, match=rf"drafter\.json (lacks|cannot be read \().*{key}"):
+        read_drafter(folder)
 
 
 def test_an_exported_drafter_answers_as_the_module_did(data, tmp_path):

@@ -134,6 +134,9 @@ def test_an_exported_folder_answers_as_what_was_trained(tmp_path, tiny_oracle):
     assert trained_decoder(folder, tiny_oracle, 1.0, device, forwards=2).forwards == 2
     with pytest.raises(UsageError, match="forwards=1 must be at least 2"):
         trained_decoder(folder, tiny_oracle, 1.0, device, forwards=1)
+    causal = build(tiny_oracle).export(tmp_path / "causal", tiny_oracle.tokenizer)
+    with pytest.raises(UsageError, match="forwards=2: this executor writes token after token"):
+        trained_decoder(causal, tiny_oracle, 1.0, device, forwards=2)
     fixed = trained_decoder(folder, tiny_oracle, 1.0, device, plan="b=1 c=0")
     answer(fixed)
     assert all(plan.endswith("b=1 c=0") for plan in fixed.plans)

@@ -35,8 +35,8 @@ def row(decoder, nfe, bleu, **more):
 def run(tmp_path):
     """A function that writes the record of a run and gives its folder."""
 
-    def write(seed, rows, experiment="masked", commit="0123456789"):
-        folder = tmp_path / f"{experiment}_{seed}"
+    def write(seed, rows, experiment="masked", commit="0123456789", corpus="pairs"):
+        folder = tmp_path / f"{corpus}_{experiment}_{seed}"
         folder.mkdir()
         record = {
             "format": FORMAT,
@@ -45,7 +45,7 @@ def run(tmp_path):
             "seed": seed,
             "device": "cpu, 1 threads",
         }
-        record |= {"versions": {}, "config": {"path": "/home/me"}, "data": {"name": "pairs"}, "rows": rows}
+        record |= {"versions": {}, "config": {"path": "/home/me"}, "data": {"name": corpus}, "rows": rows}
         (folder / "record.json").write_text(json.dumps(record))
         return folder
 
@@ -94,7 +94,21 @@ def test_seeds_become_a_mean_with_an_interval(run, docs):
     write_pages(docs)
     # t of one degree of freedom: 12.706 * 7.071 / sqrt(2)
     assert table_lines(docs)[2] == "| random remasking | 4 | 15.0 ± 63.5 | - |"
-    assert "· seeds 0, 1 (mean and 95 % interval) ·" in (docs / "page.md").read_text()
+    text = (docs / "page.md").read_text()
+    assert "· seeds 0, 1 ·" in text
+    assert "\n\nMean over seeds and 95 % interval of it.\n\n| decoder" in text
+
+
+def test_seeds_of_different_commands_are_one_mean(run, docs):
+    """A row whose texts have an interval of their own has that of the seeds."""
+    for seed in (0, 1):
+        rows = [row("teacher, greedy", 4, 1.0, slot_accuracy=seed / 2), row("product of marginals", 0, 1.0)]
+        keep_records("masked", [run(seed, rows)], f"{COMMAND} seed={seed}", docs)
+    write_pages(docs)
+    text = (docs / "page.md").read_text()
+    assert text.count("0.250 ± 3.177") == 1
+    assert text.count("Mean over seeds and 95 % interval of it.") == 1
+    assert [line.split(" · ")[3] for line in text.splitlines() if " · " in line] == ["seed 0", "seed 1"]
 
 
 def test_experiments_are_compared_in_the_order_of_the_mark(run, docs):
@@ -149,6 +163,50 @@ def test_a_mark_that_cannot_be_followed_is_told_why(run, docs, capsys, old, new,
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([(0, "masked", "a"), (1, "masked", "b")], "its records are of a and b; keep a table for each"),
+        ([(0, "masked", "a"), (0, "masked", "b")], "its records are of a and b; keep a table for each"),
+        ([(0, "masked", "a"), (0, "other", "a")], "its records are of masked, other; name them with experiments:"),
+    ],
+)
+def test_records_that_one_table_cannot_show_are_refused(run, docs, runs, message):
+    rows = [row("teacher, greedy", 4, 1.0), row("product of marginals", 0, 1.0)]
+    for seed, experiment, corpus in runs:
+        keep_records("masked", [run(seed, rows, experiment, corpus=corpus)], COMMAND, docs)
+    with pytest.raises(UsageError, match=message):
+        write_pages(docs)
+
+
+def test_a_row_that_some_seed_lacks_is_refused(run, docs):
+    rows = [row("teacher, greedy", 4, 1.0), row("product of marginals", 0, 1.0)]
+    keep_records("masked", [run(0, rows), run(1, rows[:1])], COMMAND, docs)
+    with pytest.raises(UsageError, match="some of the 2 seeds have no 'product of marginals'"):
+        write_pages(docs)
+
+
+def test_a_decoder_of_an_experiment_that_is_not_shown_is_unknown_and_so_is_its_command(run, docs):
+    keep_records("two", [run(0, [row("a", 1, 1.0)], "first")], "python run.py experiment=first", docs)
+    keep_records("two", [run(0, [row("b", 1, 1.0)], "second")], "python run.py experiment=second", docs)
+    mark = "<!-- results\nname: two\ncolumns: [NFE]\nexperiments: {first: A}\nrows: {a: one}\n-->\n<!-- end of results -->\n"
+    text = with_tables(mark, docs / "results" / "records")
+    assert "second" not in text
+    with pytest.raises(UsageError, match="no record has the decoder 'b'; known are a"):
+        with_tables(mark.replace("{a: one}", "{b: one}"), docs / "results" / "records")
+
+
+def test_a_table_without_its_end_is_refused_and_nothing_is_written(run, docs):
+    keep_records(
+        "masked", [run(0, [row("teacher, greedy", 4, 1.0), row("product of marginals", 0, 1.0)])], COMMAND, docs
+    )
+    broken = PAGE.replace("<!-- end of results -->", "") + "\n## Prose\n\n" + PAGE
+    (docs / "page.md").write_text(broken)
+    with pytest.raises(UsageError, match="does not end with <!-- end of results -->"):
+        write_pages(docs)
+    assert (docs / "page.md").read_text() == broken
+
+
 def test_a_record_of_uncommitted_files_is_refused(run, docs):
     with pytest.raises(UsageError, match="no commit holds; commit them and run it again"):
         keep_records("masked", [run(0, [], commit="012+changes")], COMMAND, docs)
@@ -159,6 +217,6 @@ def test_the_command_keeps_records(run, docs, capsys):
     folder = run(0, [row("teacher, greedy", 4, 20.0)])
     assert main(["--docs", str(docs), "add", "masked", str(folder), "--command", COMMAND]) == 0
     kept = Path(capsys.readouterr().out.removeprefix("kept ").strip())
-    assert kept == docs / "results" / "records" / "masked" / "masked_0.json"
+    assert kept == docs / "results" / "records" / "masked" / "pairs_masked_0.json"
     assert main(["--docs", str(docs), "add", "masked", str(docs), "--command", COMMAND]) == 2
     assert "record.json is not a readable record" in capsys.readouterr().err

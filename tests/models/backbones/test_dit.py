@@ -79,6 +79,15 @@ def test_a_time_conditions_the_network_as_it_does_the_original():
     assert (found[1:] - model(ids)[1:]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@torch.no_grad()
+def test_in_half_precision_the_mask_is_never_predicted(folder, dtype):
+    model = load_dit(folder, dtype=dtype)
+    logits = model(texts())
+    assert logits.isfinite().all()
+    assert (logits.float().softmax(-1)[..., model.mask_id] == 0).all()
+
+
 def test_left_padding_changes_nothing(folder):
     ids, model = texts(), load_dit(folder).double()
     padded = torch.cat([torch.full((3, 4), 5), ids], 1)

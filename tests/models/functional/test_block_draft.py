@@ -101,6 +101,24 @@ def test_positions_behind_the_end_do_not_count():
     assert found.accepted[1] > 0
 
 
+def test_tokens_that_top_k_has_cut_end_a_draft_and_poison_nothing():
+    """Cut from both, from the target alone, and from the draft alone."""
+    cut, kept = -torch.inf, torch.tensor(0.5).double().log().item()
+    tokens, counts = torch.zeros(4, 2).long(), torch.tensor([[True, True]] * 3 + [[True, False]])
+    pairs = [
+        ([kept, cut], [kept, cut]),
+        ([kept, kept], [kept, cut]),
+        ([kept, cut], [kept, kept]),
+        ([kept, cut], [kept, cut]),
+    ]
+    logp, log_q = (torch.zeros(4, 2, 2).double() for _ in range(2))
+    for row, (own, wanted) in enumerate(pairs):
+        logp[row, :, 0], log_q[row, :, 0] = torch.tensor(own).double(), torch.tensor(wanted).double()
+    found = expected_survival(logp, log_q, tokens, counts)
+    torch.testing.assert_close(found.reached, torch.tensor([4.0, 3.0]).double())
+    torch.testing.assert_close(found.accepted, torch.tensor([4.0, 0.0]).double())
+
+
 def test_a_grid_of_noise_draws_multiples_of_its_step_exactly():
     p = torch.tensor([0.25, 0.0, 0.5, 0.25]).double()
     noise = (torch.arange(4).double() + 0.5) / 4

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from models.functional.next_token import until_end
 from models.functional.one_forward import (
     hidden_tokens,
     least_certain,
@@ -78,3 +79,32 @@ def test_total_correlation_given_a_code_by_enumeration():
     free = torch.tensor(list(product(range(3), range(2), range(4))))
     flat = torch.stack([chances[place][free[:, place]] for place in range(3)]).prod(0)
     assert total_correlation_given(free, flat, torch.zeros(len(free), dtype=torch.long)) == pytest.approx(0, abs=1e-12)
+
+
+def test_columns_after_the_end_of_a_text_are_no_part_of_what_one_forward_pass_loses():
+    """Against the best law q(x) = prod_{l <= e} q_l(x_l), whose q_l is the truth's among the texts that have not ended."""
+    # token 0 ends a text and fills what is beyond
+    texts = torch.tensor([[0, 0, 0], [1, 0, 0], [2, 0, 0], [1, 1, 0], [1, 2, 0], [2, 2, 0], [2, 1, 0]])
+    p = torch.rand(len(texts), generator=generator(), dtype=torch.float64)
+    p, counted = p / p.sum(), until_end(texts, 0)
+    expected = 0.0
+    for text, chance, own in zip(texts, p, counted, strict=True):
+        best = 1.0
+        for place in range(int(own.sum())):
+            alive = counted[:, place]
+            best *= float(p[alive & (texts[:, place] == text[place])].sum() / p[alive].sum())
+        expected += float(chance) * math.log(float(chance) / best)
+    none = torch.zeros(len(texts), dtype=torch.long)
+    assert total_correlation_given(texts, p, none, counted) == pytest.approx(expected)
+    assert total_correlation_given(texts, p, none) > expected + 0.05
+    two = torch.tensor([[0, 0, 0], [1, 1, 0]])  # an end, or two words: one forward pass writes both laws exactly
+    half = torch.tensor([0.5, 0.5])
+    assert total_correlation_given(two, half, none[:2], until_end(two, 0)) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_share_of_tokens_is_rounded_up_from_its_exact_value():
+    for hundredths in range(1, 101):
+        for size in (7, 50, 99, 100):
+            entropies = torch.ones(1, size)
+            found = least_certain(entropies, torch.ones(1, size, dtype=torch.bool), hundredths / 100)
+            assert int(found.sum()) == -(-hundredths * size // 100)

@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, set_seed
 
 from models.functional.errors import UsageError
 from models.speculative.distribution import MixtureDist
-from models.speculative.generate import QStarLogitsProcessor, qstar_generate
+from models.speculative.generate import QStarLogitsProcessor, _in_eval_mode, qstar_generate
 from models.speculative.ngram import NgramScores
 from models.speculative.scores import CausalScores
 
@@ -220,6 +220,16 @@ def test_models_in_training_are_in_training_again_afterwards():
     assert model.training
     assert third.training
     assert not TARGET.training
+
+
+def test_a_part_that_is_in_training_changes_no_other_part_afterwards():
+    drafter = torch.nn.ModuleDict({"lender": THETA, "own": torch.nn.Linear(1, 1)}).train()
+    THETA.eval()
+    before = [part.training for part in drafter.modules()]
+    assert before.count(True) == 2
+    with _in_eval_mode(THETA, drafter):
+        assert not any(part.training for part in drafter.modules())
+    assert [part.training for part in drafter.modules()] == before
 
 
 def test_processors_that_depend_on_the_row_need_one_text():
