@@ -140,8 +140,10 @@ def keep_records(name: str, runs: Sequence[Path], command: str, docs: Path) -> l
             raise UsageError(f"{path} was measured with files that no commit holds; commit them and run it again")
         when = date.fromtimestamp(path.stat().st_mtime).isoformat()
         small = {**_rounded(record), "config": {}, "published": {"date": when, "command": command}}
-        target = docs / RECORDS / name / f"{record['data']['name']}_{record['experiment']}_{record['seed']}.json"
-        kept.append(write_record(small, target))
+        file = f"{record['data']['name']}_{record['experiment']}_{record['seed']}".replace(
+            "/", "-"
+        )  # a sweep's name has one
+        kept.append(write_record(small, docs / RECORDS / name / f"{file}.json"))
     return kept
 
 

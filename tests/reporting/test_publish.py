@@ -37,7 +37,7 @@ def run(tmp_path):
 
     def write(seed, rows, experiment="masked", commit="0123456789", corpus="pairs"):
         folder = tmp_path / f"{corpus}_{experiment}_{seed}"
-        folder.mkdir()
+        folder.mkdir(parents=True)
         record = {
             "format": FORMAT,
             "experiment": experiment,
@@ -112,9 +112,11 @@ def test_seeds_of_different_commands_are_one_mean(run, docs):
 
 
 def test_experiments_are_compared_in_the_order_of_the_mark(run, docs):
-    runs = [run(0, [row("teacher, greedy", 1.5, 3.0)], name) for name in ("first", "second")]
-    keep_records("two", runs, COMMAND, docs)
-    mark = "<!-- results\nname: two\ncolumns: [NFE]\nexperiments: {second: B, first: A}\n-->\n<!-- end of results -->\n"
+    runs = [run(0, [row("teacher, greedy", 1.5, 3.0)], name) for name in ("all/first", "all/second")]
+    assert [path.name for path in keep_records("two", runs, COMMAND, docs)] == [
+        "pairs_all-first_0.json", "pairs_all-second_0.json",
+    ]  # fmt: skip
+    mark = "<!-- results\nname: two\ncolumns: [NFE]\nexperiments: {all/second: B, all/first: A}\n-->\n<!-- end of results -->\n"
     lines = [line for line in with_tables(mark, docs / "results" / "records").splitlines() if line.startswith("|")]
     assert lines[0] == "| experiment | decoder | NFE |"
     assert lines[2:] == ["| B | teacher, greedy | 1.5 |", "| A | teacher, greedy | 1.5 |"]
