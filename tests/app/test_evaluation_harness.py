@@ -470,7 +470,7 @@ def test_prompts_end_as_in_the_run_of_the_model(masked, tmp_path, layout):
         ({"mc": 1.5}, "mc=1.5 should be a valid integer"),
         ({"mc": True}, "mc=true should be a valid integer"),
         ({"guidance": "much"}, "guidance=much should be a valid number"),
-        ({"ends_last": "perhaps"}, "ends_last=perhaps should be a valid boolean; type true or false"),
+        ({"ends_last": "perhaps"}, "ends_last=perhaps should be a valid boolean"),
         ({"greedy": 0}, "greedy=0 should be a valid boolean; type true or false"),
         ({"decoder": "confidance:0.9"}, "decoder=confidance:0.9 is not known.*decoder=confidence:0.9"),
         ({"decoder": "confidence:2"}, "decoder=confidence:2.0 must lie above 0"),
