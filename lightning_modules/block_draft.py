@@ -14,8 +14,8 @@ from torch import Generator, Tensor, nn
 from lightning_modules.base import LeapModule
 from models.functional.block_draft import Survival
 from models.functional.errors import UsageError
-from models.functional.next_token import CausalText, causal_text, until_end
-from models.functional.rows import response_columns
+from models.functional.next_token import CausalText, causal_text
+from models.functional.rows import response_columns, with_responses
 from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.speculative.block_drafter import BlockDrafter
@@ -128,15 +128,9 @@ class BlockDraftModule(LeapModule):
         """The rows with responses of the target, or with their own where texts=data; scored up to the first end token."""
         columns = response_columns(rows["response_mask"])
         if self.options.texts == "data":
-            return self._with_responses(rows, rows["input_ids"][:, -columns:])
+            return with_responses(rows, rows["input_ids"][:, -columns:], self.end_ids)
         decoder = self.decoder("naive", columns)
-        return self._with_responses(rows, decoder(rows, generator))
-
-    def _with_responses(self, rows: dict[str, Tensor], responses: Tensor) -> dict[str, Tensor]:
-        ids, counts = rows["input_ids"].clone(), rows["response_mask"].clone()
-        ids[:, -responses.shape[1] :] = responses
-        counts[:, -responses.shape[1] :] = until_end(responses, self.end_ids)
-        return {**rows, "input_ids": ids, "completion_mask": counts}
+        return with_responses(rows, decoder(rows, generator), self.end_ids)
 
     # -- validation: the training figure, and what decoding makes of the same weights ---------------------------------
 
@@ -185,7 +179,7 @@ class BlockDraftModule(LeapModule):
     ) -> BlockTerms:
         """The training figure behind the anchors that decoding had, on the texts that it wrote."""
         assert out.draft_starts is not None
-        text = causal_text(self._with_responses(rows, responses))
+        text = causal_text(with_responses(rows, responses, self.end_ids))
         row, start = out.draft_starts.unbind(-1)
         # the last committed token is one before the draft, and the inputs of a causal model are one column shorter
         return self._terms(text, row, text.ids.shape[1] - responses.shape[1] + start, generator)

@@ -16,8 +16,8 @@ from lightning_modules.base import LeapModule
 from models.backbones.autoregressive import AutoregressiveDecoder, generate_autoregressive
 from models.backbones.causal_lm import save_causal, save_merged, with_adapters
 from models.functional.errors import UsageError
-from models.functional.next_token import CausalText, causal_text, until_end
-from models.functional.rows import response_columns
+from models.functional.next_token import CausalText, causal_text
+from models.functional.rows import response_columns, with_responses
 from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
@@ -104,15 +104,7 @@ class QStarDecodingModule(LeapModule):
         """The rows with responses that π_θ generates."""
         generator = self.step_generator(batch_idx, stream)
         options = {"temperature": self.mixture.temperature, "vocab_size": self.vocab_size, "end_ids": self.end_ids}
-        return self._with_responses(batch, generate_autoregressive(self.theta, batch, generator, **options))
-
-    def _with_responses(self, batch: dict[str, Tensor], responses: Tensor) -> dict[str, Tensor]:
-        """The rows with other responses (B, R), whose tokens count up to the first end token."""
-        columns = responses.shape[1]
-        ids, counts = batch["input_ids"].clone(), batch["response_mask"].clone()
-        ids[:, -columns:] = responses
-        counts[:, -columns:] = until_end(responses, self.end_ids)
-        return {**batch, "input_ids": ids, "completion_mask": counts}
+        return with_responses(batch, generate_autoregressive(self.theta, batch, generator, **options), self.end_ids)
 
     def _logp(self, model: nn.Module, text: CausalText) -> Tensor:
         """log-probabilities (M, V) at the positions that count, of the tokens that the corpus has."""
@@ -224,7 +216,7 @@ class QStarDecodingModule(LeapModule):
     def _add_to_curve(self, batch: dict[str, Tensor]) -> None:
         """Both models at every position of the corpus' own texts, up to their ends."""
         text = causal_text(
-            self._with_responses(batch, batch["input_ids"][:, -response_columns(batch["response_mask"]) :])
+            with_responses(batch, batch["input_ids"][:, -response_columns(batch["response_mask"]) :], self.end_ids)
         )
         models = (self.theta, self.target)
         self._alpha_curve.add(*(self.mixture.tempered(self._logp(model, text)) for model in models))
@@ -236,7 +228,7 @@ class QStarDecodingModule(LeapModule):
     @torch.no_grad()
     def _nll(self, batch: dict[str, Tensor], responses: Tensor) -> tuple[Tensor, Tensor]:
         """-log p of responses under both models, nats, one figure for each token up to the end."""
-        text = causal_text(self._with_responses(batch, responses))
+        text = causal_text(with_responses(batch, responses, self.end_ids))
         tokens = text.targets[text.weights].unsqueeze(-1)
         theta, target = (-self._logp(model, text).gather(-1, tokens).squeeze(-1) for model in (self.theta, self.target))
         return theta, target

@@ -13,6 +13,7 @@ from lightning_modules.qstar_decoding import QStarDecodingModule
 from models.backbones.causal import build_causal
 from models.functional.errors import UsageError
 from models.functional.next_token import causal_text, until_end
+from models.functional.rows import with_responses
 from models.speculative.options import QStarOptions
 
 
@@ -128,7 +129,7 @@ def test_other_responses_are_scored_to_their_own_end(data):
     for row in range(4):
         responses[row, : row + 2] = 5
     for batch in (rows, rows | {"completion_mask": rows["response_mask"]}):
-        text = causal_text(module._with_responses(batch, responses))
+        text = causal_text(with_responses(batch, responses, module.end_ids))
         assert text.weights.sum(-1).tolist() == [3, 4, 5, 6]
         assert text.targets[text.weights].tolist() == [t for row in responses for t in row[: int((row == 5).sum()) + 1]]
 
@@ -163,7 +164,7 @@ def test_what_follows_the_end_does_not_count(data):
     end, batch = data.tokenizer.eos_token_id, next(iter(data.train_dataloader()))
     responses = torch.full((len(batch["input_ids"]), data.response_length), 9)
     responses[0, 2], responses[1, 0] = end, end
-    rows = module._with_responses(batch, responses)
+    rows = with_responses(batch, responses, module.end_ids)
     counts = causal_text(rows).weights.sum(-1)
     assert counts[:3].tolist() == [3, 1, data.response_length]
     other = responses.clone()
