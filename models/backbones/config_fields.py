@@ -22,6 +22,13 @@ def require_computed(config: dict, name: str, fields: dict[str, tuple[Any, list[
             )
 
 
+def row_of_table(name: str, field: str, value: Any, rows: int) -> int:
+    """The id in a field. Errors: UsageError that names the field, where it is none of the rows of the table."""
+    if not isinstance(value, int) or not 0 <= value < rows:
+        raise UsageError(f"the {name} config's {field} {json.dumps(value)} is not one of the {rows} rows of its table")
+    return value
+
+
 def positive(
     name: str, config: dict, field: str, kind: type[int] | type[float] = int, default: float | None = None
 ) -> Any:

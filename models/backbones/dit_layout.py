@@ -4,11 +4,10 @@ Pure functions; nothing here opens a file or builds a model. Sources: configurat
 the configurations of github.com/kuleshov-group/mdlm (2406.07524) and github.com/s-sahoo/duo (2506.10892).
 """
 
-import json
 from functools import partial
 from typing import Any
 
-from models.backbones.config_fields import positive, require_computed
+from models.backbones.config_fields import positive, require_computed, row_of_table
 from models.functional.errors import UsageError
 
 MDLM = "mdlm"
@@ -71,11 +70,7 @@ def _mask_id(config: dict, rows: int) -> int:
             f"the MDLM config has no mask_token_id, and with a table of {rows} rows it cannot be guessed; add "
             '"mask_token_id": ID to config.json: the id of the tokenizer\'s mask token, or the last row where it has none'
         )
-    if not isinstance(value, int) or not 0 <= value < rows:
-        raise UsageError(
-            f"the MDLM config's mask_token_id {json.dumps(value)} is not one of the {rows} rows of its table"
-        )
-    return value
+    return row_of_table("MDLM", "mask_token_id", value, rows)
 
 
 def config_from_training(training: dict, shapes: dict[str, tuple[int, ...]]) -> dict:

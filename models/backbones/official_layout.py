@@ -5,12 +5,11 @@ the published weights (GSAI-ML/LLaDA-8B-Base, -Instruct). A field that config.js
 default, which is often not the 8B model's value.
 """
 
-import json
 import re
 from functools import partial
 from typing import Any
 
-from models.backbones.config_fields import positive, require_computed
+from models.backbones.config_fields import positive, require_computed, row_of_table
 from models.functional.errors import UsageError
 
 LLADA_VOCAB_SIZE, LLADA_MASK_ID = 126464, 126336
@@ -134,8 +133,4 @@ def _mask_id(config: dict, vocab_size: int, rows: int) -> int:
             f"the LLaDA config has no mask_token_id, and with a vocabulary of {vocab_size} it cannot be guessed; "
             'add "mask_token_id": ID to config.json, with the id of the tokenizer\'s mask token'
         )
-    if not isinstance(value, int) or not 0 <= value < rows:
-        raise UsageError(
-            f"the LLaDA config's mask_token_id {json.dumps(value)} is not one of the {rows} rows of its table"
-        )
-    return value
+    return row_of_table("LLaDA", "mask_token_id", value, rows)
