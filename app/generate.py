@@ -175,7 +175,7 @@ def _student_decoder(cfg: DictConfig, folder: Path, datamodule: Any, device: tor
 def _teacher_decoder(cfg: DictConfig, datamodule: Any, device: torch.device) -> Decoder:
     known = [part.name for part in fields(TeacherOptions) if part.name in cfg.module]
     how = TeacherOptions(**{name: cfg.module[name] for name in known}).teacher_sampling
-    options = how.options | {"ends_last": datamodule.end_ids() if how.ends_last else None}
+    options = how.options | {"ends_last": how.last(datamodule.end_ids())}
     if cfg.temperature is not None:
         options["temperature"] = cfg.temperature
     least = block_count(datamodule.response_length, how.block_length)

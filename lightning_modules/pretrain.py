@@ -266,8 +266,7 @@ class PretrainModule(LeapModule):
             assert isinstance(self.objective, ContinuousDiffusion)
             return NoisyMaskDecoder(self.objective.student, forwards, step="ode")
         if self.generation == "masked":
-            last = end_ids if self.sampling.ends_last else None
-            options = self.sampling.options | {"temperature": temperature, "ends_last": last}
+            options = self.sampling.options | {"temperature": temperature, "ends_last": self.sampling.last(end_ids)}
             return MaskedDiffusionDecoder(self.model, forwards, **options)
         return AutoregressiveDecoder(
             self.model,

@@ -307,7 +307,7 @@ class RuleDecoder:
 
 def scheduled_decoders(model: LladaModel, how: MaskedSampling, end_ids: EndIds = None) -> list[MaskedDiffusionDecoder]:
     """A decoder for each number of forward passes and temperature. end_ids: where texts end, which `how.ends_last` needs."""
-    last = {"ends_last": end_ids if how.ends_last else None}
+    last = {"ends_last": how.last(end_ids)}
     return [MaskedDiffusionDecoder(model, n, **how.options | {"temperature": t} | last) for n, t in how.rows]
 
 

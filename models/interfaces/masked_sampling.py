@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from models.functional.errors import UsageError, require_at_least, require_choice
+from models.functional.next_token import EndIds
 
 Remasking = Literal["low_confidence", "random"]
 CacheKind = Literal["none", "prefix", "dual"]
@@ -99,6 +100,10 @@ class MaskedSampling:
         """Keywords of `MaskedDiffusionDecoder`."""
         names = ("temperature", "remasking", "block_length", "guidance", "reused")
         return {name: getattr(self, name) for name in names}
+
+    def last(self, end_ids: EndIds) -> EndIds:
+        """The tokens that are committed after all others, of those that end a text; None where `ends_last` is off."""
+        return end_ids if self.ends_last else None
 
     @property
     def rule_options(self) -> dict[str, Any]:
