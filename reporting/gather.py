@@ -25,7 +25,7 @@ from reporting.intervals import half_width
 from reporting.learning_figure import learning_curves, learning_figure
 from reporting.rate_figure import rate_figure
 from reporting.record import find_records, newest_rows
-from reporting.table import COLUMNS, NFE, nfe_cell, value_at, written
+from reporting.table import COLUMNS, NFE, as_markdown, nfe_cell, value_at, written
 from reporting.tpf_figure import aup_sentences, tpf_curves, tpf_figure
 
 COLUMN = {column.name: column for column in COLUMNS}
@@ -118,12 +118,12 @@ def frontier_markdown(rows: list[FrontierRow]) -> str:
     """The same table as Markdown, with every figure that some row has, and what its heads mean."""
     heads, names = _heads(rows), _known(rows)
     titles = [*heads, *(COLUMN[name].title for name in names)]
-    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * (len(titles) - 2)]
-    for k, row in enumerate(rows):
-        cells = [*(texts[k] for texts in heads.values()), *(written_mean(row, name) for name in names)]
-        lines.append("| " + " | ".join(cells) + " |")
+    cells = [
+        [*(texts[k] for texts in heads.values()), *(written_mean(row, name) for name in names)]
+        for k, row in enumerate(rows)
+    ]
     notes = "; ".join(_notes(heads, names))
-    return "\n".join([*lines, *(["", f"{notes}."] if notes else [])])
+    return as_markdown(titles, cells, left=2) + (f"\n\n{notes}." if notes else "")
 
 
 def _heads(rows: list[FrontierRow]) -> dict[str, list[str]]:

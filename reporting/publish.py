@@ -34,7 +34,7 @@ from models.functional.errors import UsageError
 from reporting.console import print_error
 from reporting.gather import FrontierRow, frontier_rows, written_mean
 from reporting.record import read_record, write_record
-from reporting.table import COLUMNS, nfe_cell, written
+from reporting.table import COLUMNS, as_markdown, nfe_cell, written
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECORDS = Path("results") / "records"  # in the folder of the documentation
@@ -62,21 +62,27 @@ class PublishedTable:
 
 
 def write_pages(docs: Path) -> list[Path]:
-    """Write every table of the pages below `docs` anew; the pages that changed."""
-    changed = []
-    for page in sorted(docs.rglob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        new = with_tables(text, docs / RECORDS)
-        if new != text:
-            page.write_text(new, encoding="utf-8")
-            changed.append(page)
-    return changed
+    """Write every table of the pages below `docs` anew; the pages that changed. Nothing is written where one cannot be."""
+    changed = _as_recorded(docs)
+    for page, text in changed.items():
+        page.write_text(text, encoding="utf-8")
+    return list(changed)
 
 
 def differing_pages(docs: Path) -> list[Path]:
     """The pages whose tables are not those of their records."""
-    pages = sorted(docs.rglob("*.md"))
-    return [page for page in pages if (text := page.read_text(encoding="utf-8")) != with_tables(text, docs / RECORDS)]
+    return list(_as_recorded(docs))
+
+
+def _as_recorded(docs: Path) -> dict[Path, str]:
+    """Those pages, with the text that they should have."""
+    found = {}
+    for page in sorted(docs.rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        new = with_tables(text, docs / RECORDS)
+        if new != text:
+            found[page] = new
+    return found
 
 
 def with_tables(text: str, records: Path) -> str:
@@ -99,12 +105,11 @@ def table_of(table: PublishedTable, records: Path) -> str:
     rows = _chosen(known := _of_experiments(known, table), table)
     heads = {"experiment": [_named(row.experiment, table.experiments) for row in rows]} if table.experiments else {}
     heads["decoder"] = [_named(row.decoder, table.rows) for row in rows]
-    lines = ["| " + " | ".join([*heads, *table.columns]) + " |"]
-    lines.append("|" + " --- |" * len(heads) + " ---: |" * len(table.columns))
-    for k, row in enumerate(rows):
-        cells = [texts[k] for texts in heads.values()] + [_cell(row, title) for title in table.columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*provenance(known), "", *lines])
+    cells = [
+        [*(texts[k] for texts in heads.values()), *(_cell(row, title) for title in table.columns)]
+        for k, row in enumerate(rows)
+    ]
+    return "\n".join([*provenance(known), "", as_markdown([*heads, *table.columns], cells, left=len(heads))])
 
 
 def provenance(records: Sequence[dict[str, Any]]) -> list[str]:

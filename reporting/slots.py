@@ -4,6 +4,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from reporting.table import as_markdown
+
 
 def slot_lines(slots: list[str], nmi: Tensor, matched: dict[int, int]) -> list[list[str]]:
     """A line for each slot: its name and its NMI (S, A) with each attribute, a star at the one it is matched to."""
@@ -22,5 +24,4 @@ def slot_table(attributes: list[str], lines: list[list[str]]) -> Table:
 
 
 def slot_markdown(attributes: list[str], lines: list[list[str]]) -> str:
-    heads = ["| slot | " + " | ".join(attributes) + " |", "| --- |" + " ---: |" * len(attributes)]
-    return "\n".join([*heads, *("| " + " | ".join(line) + " |" for line in lines)])
+    return as_markdown(["slot", *attributes], lines)

@@ -1,5 +1,6 @@
 """The table of a run's results: one row for each decoder, and one for the model itself."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,12 +156,17 @@ def results_table(record: dict[str, Any], width: int = 120) -> Table:
 def markdown_table(record: dict[str, Any]) -> str:
     """The same table as Markdown, with every column that has a value."""
     heads, columns = _heads(record), used_columns(record["rows"])
-    lines = ["| " + " | ".join([*heads, *(column.title for column in columns)]) + " |"]
-    lines.append("| --- |" + " ---: |" * (len(heads) - 1 + len(columns)))
-    for k, row in enumerate(record["rows"]):
-        cells = [*(texts[k] for texts in heads.values()), *(column.cell(row) for column in columns)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = [
+        [*(texts[k] for texts in heads.values()), *(column.cell(row) for column in columns)]
+        for k, row in enumerate(record["rows"])
+    ]
+    return as_markdown([*heads, *(column.title for column in columns)], cells)
+
+
+def as_markdown(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table. left: how many columns, from the first on, are set to the left; the others are numbers."""
+    lines = [titles, ["---"] * left + ["---:"] * (len(titles) - left), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def used_columns(rows: list[dict[str, Any]]) -> list[Column]:
