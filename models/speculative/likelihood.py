@@ -14,7 +14,12 @@ from models.speculative.distribution import MixtureDist
 
 def next_token_log_probs(model: nn.Module, text: CausalText, vocab_size: int) -> Tensor:
     """log p (M, V) of the token after each scored position; ids from vocab_size on have no probability and no column."""
-    return at_least_float32(causal_logits(model, text)[text.weights][..., :vocab_size]).log_softmax(-1)
+    return scored_log_probs(causal_logits(model, text), text, vocab_size)
+
+
+def scored_log_probs(logits: Tensor, text: CausalText, vocab_size: int) -> Tensor:
+    """The same from the logits (B, T, V) of a forward pass."""
+    return at_least_float32(logits[text.weights][..., :vocab_size]).log_softmax(-1)
 
 
 @torch.no_grad()
