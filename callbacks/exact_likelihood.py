@@ -1,4 +1,4 @@
-"""The exact likelihood of texts beside its bound, and texts given the plan that says what is known of them."""
+"""The exact likelihood of texts beside its bound, and the likelihood of texts given the plan of their attributes."""
 
 import torch
 from lightning import LightningModule, Trainer
@@ -14,7 +14,7 @@ class ExactLikelihood(RowMonitor):
     The law is that of plans and texts at temperature 1, written without refinements, whose law is another one.
 
     nll_exact: -log p(x | u), the sum over all plans. nll_exact_bound: -log p(x | z) - log p(z | u) of the texts' own plans.
-    nll_true_plan: -log p(x | z) of the plans that say the attributes which the corpus knows of the texts: each type has the
+    nll_true_plan: -log p(x | z) of the plans of the attributes that the corpus knows of the texts: each type has the
     code that goes with its attribute's value; nll_own_plan: of the texts' own plans.
     """
 
@@ -38,9 +38,9 @@ class ExactLikelihood(RowMonitor):
         tokens = batch.text.numel()
         found = {"nll_exact": -log_p.sum(), "nll_exact_bound": in_parts(probe.bound, rows, batch).sum()}
         found["nll_own_plan"] = in_parts(probe.nll, rows, batch).sum()
-        # 3. the plans that say what is known
+        # 3. the plans of the attributes that are known
         attributes = None if self.attributes_of is None else self.attributes_of(rows)
-        told = None if attributes is None else probe.tell(batch, attributes)
-        if told is not None:
-            found["nll_true_plan"] = in_parts(probe.nll, rows, batch.under(told)).sum()
+        given = None if attributes is None else probe.given_attributes(batch, attributes)
+        if given is not None:
+            found["nll_true_plan"] = in_parts(probe.nll, rows, batch.under(given)).sum()
         return {name: float(value) / tokens for name, value in found.items()}

@@ -97,8 +97,8 @@ class MixtureProbe(ConceptProbe, Protocol):
     def bound(self, rows: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         """-log p(x | z) - log p(z | u) of the batch's own plans in nats, (B,), at least -log p(x | u)."""
 
-    def tell(self, batch: ProbeBatch, attributes: Tensor) -> dict[str, Tensor] | None:
-        """The condition that says the texts' known attributes (B, A); None where types have several concepts."""
+    def given_attributes(self, batch: ProbeBatch, attributes: Tensor) -> dict[str, Tensor] | None:
+        """The condition of plans that have the attributes (B, A) of the texts; None where types have several concepts."""
 
 
 @runtime_checkable

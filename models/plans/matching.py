@@ -28,17 +28,17 @@ def match_types(
     return pairs, [float(table[pair]) for pair in pairs]
 
 
-def told_by(concepts: Tensor, plans: Tensor, pairs: Pairs) -> Tensor:
+def codes_of_attributes(concepts: Tensor, plans: Tensor, pairs: Pairs) -> Tensor:
     """Concepts (N, K) that say each text's attributes (N, A): of a matched attribute the code that its texts have most often.
 
     Types without an attribute keep their codes.
     """
-    told = concepts.clone()
+    codes = concepts.clone()
     for kind, attribute in pairs:
         for value in plans[:, attribute].unique():
             own = plans[:, attribute] == value
-            told[own, kind] = concepts[own, kind].mode().values
-    return told
+            codes[own, kind] = concepts[own, kind].mode().values
+    return codes
 
 
 def hungarian_accuracy(codes: Tensor, values: Tensor) -> float:

@@ -17,7 +17,7 @@ from models.interfaces.probe_batch import Choices, EStep, ProbeBatch
 from models.interfaces.probes import Corruption
 from models.plans.corrupted_plans import block_without, random_plan
 from models.plans.enumeration import every_plan, log_prob_of_texts
-from models.plans.matching import match_types, told_by
+from models.plans.matching import codes_of_attributes, match_types
 from models.plans.planner import Planner
 from models.plans.posterior_gradient import PosteriorGradient
 from models.plans.rows import PosteriorReads, prompt_of, response_of
@@ -106,12 +106,14 @@ class PlanProbe:
         own = plan_nll(log_p, choices, self.prior.layout.open_slots(choices)).sum(-1)
         return self.nll(rows, batch).sum(-1) + own
 
-    def tell(self, batch: ProbeBatch, attributes: Tensor) -> dict[str, Tensor] | None:
+    def given_attributes(self, batch: ProbeBatch, attributes: Tensor) -> dict[str, Tensor] | None:
         choices = batch.condition["choices"]
         if len(self.vocabulary.types) < choices.shape[1]:
             return None
         known = attributes.to(choices.device)
-        return batch.condition | {"choices": told_by(choices, known, match_types(choices.cpu(), known.cpu())[0])}
+        return batch.condition | {
+            "choices": codes_of_attributes(choices, known, match_types(choices.cpu(), known.cpu())[0])
+        }
 
     # -- other conditions ---------------------------------------------------------------------------------------------
 

@@ -160,7 +160,7 @@ def test_texts_told_what_the_corpus_knows_by_hand(tiny_oracle):
     noisy = torch.where(wrong, 1 + torch.randint(0, 2, choices.shape, generator=generator), choices)
     assert not torch.equal(noisy, choices)
     batch = module.probe.probe_batch(rows, generator).under({"choices": noisy, "seen": torch.ones_like(noisy).bool()})
-    told = module.probe.tell(batch, attributes)["choices"]
+    told = module.probe.given_attributes(batch, attributes)["choices"]
     for kind, attribute in ((0, 1), (1, 0), (2, 2)):
         for value in attributes[:, attribute].unique():
             own = attributes[:, attribute] == value
