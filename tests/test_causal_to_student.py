@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.daily import daily
 from helpers.dream import write_dream
 from helpers.foreign import foreign_model, foreign_tokenizer, save_foreign
 from safetensors.torch import load_file
@@ -44,7 +45,7 @@ def teacher(configure, corpus, tmp_path):
     return run / "model"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", daily(METHODS, "noisy_mask_flow_causal"))
 def test_a_teacher_made_from_a_causal_model_has_a_student_of_every_method(
     configure, corpus, teacher, tmp_path, capsys, method
 ):

@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from helpers.daily import daily
 from helpers.experiment import FLOWS, SMALL, TINY, answer, model_overrides, pairs_overrides, tiny_qwen
 from helpers.gpt2_bytes import gpt2_bytes
 from helpers.word_pieces import word_pieces
@@ -21,7 +22,7 @@ from models.functional.errors import UsageError
 from reporting.console import sentence_for
 
 
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", daily(FLOWS, "noisy_mask_flow"))
 def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, capsys, flow):
     """A few steps of everything: teacher cached and reused, student saved, answers printed, record complete."""
     short = [*TINY, f"module={flow}", *FLOWS[flow]]
@@ -249,6 +250,7 @@ def test_each_stage_runs_alone_from_the_student_of_another(configure, tmp_path):
         modes.fit(configure(*short, *only["flow"], "module.sigma=1.0", f"student_path={first}/student"))
 
 
+@pytest.mark.slow
 def test_the_whole_way_between_two_models(configure, tmp_path, capsys):
     """A pair trained and kept, compared, drawn together, exported, asked; a second run takes both from the cache."""
     short = [

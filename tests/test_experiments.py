@@ -4,6 +4,7 @@ import inspect
 import json
 
 import pytest
+from helpers.daily import daily
 from helpers.experiment import ROOT, SMALL, answer, model_overrides, pairs_overrides
 from hydra.utils import get_method, instantiate
 from lightning import Callback
@@ -34,7 +35,12 @@ def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, caps
     assert f"python run.py experiment={name}" in header
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+# one of those that have the same callbacks
+CALLBACKS = ["block_draft_oracle", "concept_oracle", "concept_online_oracle", "masked_from_causal", "meanflow_llada"]
+CALLBACKS += ["meanflow_text", "objectives", "qstar_gaussian", "qstar_oracle"]
+
+
+@pytest.mark.parametrize("name", daily(EXPERIMENTS, *CALLBACKS))
 def test_every_experiment_can_do_without_any_of_its_callbacks(configure, name):
     """No part of the configuration reads an option of a callback that may be null, and each can be built without it."""
     cfg = configure(f"experiment={name}")
@@ -84,7 +90,9 @@ OF_PRETRAINED = {"causal_to_masked"}  # run by experiment=masked_from_causal
 BLOCKS = {"block_diffusion": ["module.objective.block_length=3"]}  # of a response of 6 tokens
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES - OF_PRETRAINED))
+@pytest.mark.parametrize(
+    "objective", daily(sorted(OBJECTIVES - OF_PRETRAINED), "masked_diffusion", "latent", "block_diffusion")
+)
 def test_every_objective_runs_and_is_a_row_of_the_report(configure, tmp_path, capsys, objective):
     short = ["data.train_rows=64", "data.test_rows=32", "data.batch_size=16", "data.size=tiny", "module.forwards=[1,2]"]
     short += BLOCKS.get(objective, [])

@@ -132,7 +132,7 @@ class Lives:
 
 
 @pytest.mark.parametrize(
-    ("method", "kills"), [("objectives", 4), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in METHODS)]
+    ("method", "kills"), [("objectives", 2), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in METHODS)]
 )
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, method, kills):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -25,6 +25,7 @@ def finished(running: subprocess.Popen, out: Path) -> dict[str, float]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(tmp_path):
     files = {ranks: tmp_path / f"{ranks}.json" for ranks in (1, 2)}
     running = {ranks: job(ranks, out) for ranks, out in files.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.daily import daily
 from safetensors.torch import load_file
 
 from app import modes
@@ -46,7 +47,7 @@ def test_a_checkpoint_fills_its_module(configure, name):
     assert all(torch.equal(held[key], weight) for key, weight in kept.items())
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", daily(RUNS, *RUNS[:3]))
 def test_a_checkpoint_is_compared_and_gone_on_from(configure, name, capsys):
     """The whole of it: weights, optimiser, callbacks, the position in the data."""
     modes.run_mode(configure(*overrides(name), f"ckpt_path={FIXTURES / name / 'last.ckpt'}"))

@@ -76,10 +76,10 @@ ALIKE = {
         ("nll", "nll_truth", "compression"),
     ),
 }  # fmt: skip
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("concept_oracle", "concept_online_oracle")]
 
 
-@pytest.mark.parametrize("experiment", ["objectives", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ALIKE)
 def test_two_ranks_train_and_measure_what_one_does(tmp_path, experiment):
     options, names = ALIKE[experiment]
     short = [

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.daily import daily
 from helpers.experiment import SMALL
 
 from app import modes
@@ -72,7 +73,7 @@ def figures(run: Path) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:data.test is not set")
-@pytest.mark.parametrize("tokenizer", ["bpe", "phrases", "words"])
+@pytest.mark.parametrize("tokenizer", daily(["bpe", "phrases", "words"], "bpe"))
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_answers_and_scores_stay_when_the_seed_changes_and_rows_are_appended(
     configure, tmp_path, capsys, corpus, tokenizer

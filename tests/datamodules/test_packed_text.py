@@ -305,7 +305,7 @@ print("tokens", next(iter(data.train_dataloader()))["labels"].numel(), len(data.
 @pytest.mark.parametrize(
     ("kind", "tokenizer"),
     [
-        ("txt", "byte"),
+        pytest.param("txt", "byte", marks=pytest.mark.slow),
         pytest.param("txt", "bpe", marks=pytest.mark.slow),
         pytest.param("parquet", "byte", marks=pytest.mark.slow),
     ],

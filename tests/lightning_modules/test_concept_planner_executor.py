@@ -192,6 +192,7 @@ class Concepts(Callback):
         self.seen.append(float(trainer.callback_metrics["monitor/concepts"]))
 
 
+@pytest.mark.slow
 def test_a_multiplier_holds_the_mean_number_of_concepts_at_the_quota(tiny_oracle):
     """Another loss asks for early ends; the penalty alone leaves the mean where both forces balance."""
     found = []

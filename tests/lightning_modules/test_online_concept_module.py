@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.causal import PackedStream, packed_batch
+from helpers.daily import daily
 from helpers.online_module import ALL, PLAIN, body, build, oracle_body
 from helpers.trainer import Losses, quiet_trainer
 from lightning import Callback
@@ -127,7 +128,7 @@ def test_ratio_is_skipped_where_nothing_is_compressed_or_learned():
         assert bool(online_terms(module.model, levels, text)["ratio"]) == there
 
 
-@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("growth", daily(GROWTH, "null", "accumulate", "draft"))
 def test_the_realised_rate_is_held(growth):
     data = PackedStream((4, 4, 4))
     data.batches = [packed_batch(6, 40, seed=k) for k in range(3)]
@@ -137,7 +138,7 @@ def test_the_realised_rate_is_held(growth):
     assert sum(rates.seen[-15:]) / 15 == pytest.approx(0.4, abs=0.05)
 
 
-@pytest.mark.parametrize("growth", ["null", "accumulate"])
+@pytest.mark.parametrize("growth", daily(["null", "accumulate"], "null"))
 def test_multipliers_train_a_router_to_the_rate(growth):
     """From an offset that leaves forced commits nearly alone; a router without rate control stays off the rate."""
     found = []

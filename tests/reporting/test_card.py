@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.daily import daily
 from helpers.experiment import FLOWS, TINY, tiny_qwen
 
 from app import modes
@@ -49,7 +50,7 @@ def export(configure, tmp_path, options: list[str]) -> tuple[Path, Path]:
     return run, again / "model"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS, "causal", "filler", "flow"))
 def test_the_card_has_the_records_numbers_and_its_code_reads_the_folder(configure, tmp_path, monkeypatch, capsys, kind):
     library, options = KINDS[kind]
     run, folder = export(configure, tmp_path, options)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 import torch
 from helpers.noisy_mask import build, perturb
 from helpers.trainer import quiet_trainer
@@ -125,6 +126,7 @@ def test_pairs_are_the_ends_of_their_own_noise_and_are_used_again(tiny_llada, ti
     assert torch.equal(drawn.masked, batch["response_mask"])
 
 
+@pytest.mark.slow
 def test_coupled_noise_decides_the_text_and_independent_noise_is_ignored(tiny_llada):
     """The control: where noise is independent of the text, one forward pass gives hardly more than one text."""
     sizes = {"train_rows": 2048, "val_rows": 16, "test_rows": 512, "batch_size": 64, "eval_batch_size": 512}

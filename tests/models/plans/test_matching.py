@@ -96,6 +96,7 @@ def few_texts(tiny_oracle):
     return tiny_oracle
 
 
+@pytest.mark.slow
 def test_types_that_must_predict_a_signal_are_about_it(few_texts):
     """On few texts: with signals each type is its attribute; the same training without them leaves that to chance."""
     tiny_oracle, shared = few_texts, {}
