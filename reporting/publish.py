@@ -13,6 +13,7 @@ A page marks where a table stands; what lies between the marks is written anew f
 columns: heads of `reporting.table.COLUMNS`, or NFE. rows: which decoders, and how the page calls them; all without it.
 experiments: the same for a table that compares experiments. Records of several seeds give means and 95 % intervals.
 figure: a file beside the page, in which the table's rows are drawn as `mode=report` draws them; anew where the table changes.
+Speeds are drawn where the table has tokens/s.
 
     python -m reporting.publish                            write every table of docs anew
     python -m reporting.publish --check                    say which pages differ from their records, with exit status 1
@@ -204,14 +205,12 @@ def _marks(text: str) -> list[PublishedTable]:
 
 
 def _drawn(table: PublishedTable, records: Path) -> Figure:
-    """The rows of a table, called as it calls them, quality against forward passes and against tokens/s."""
-    rows = _chosen(_kept(table, records), table)
-    return frontier_figure(
-        [
-            replace(row, experiment=_named(row.experiment, table.experiments), decoder=_named(row.decoder, table.rows))
-            for row in rows
-        ]
-    )
+    """The rows of a table, called as it calls them, quality against forward passes."""
+    rows = [
+        replace(row, experiment=_named(row.experiment, table.experiments), decoder=_named(row.decoder, table.rows))
+        for row in _chosen(_kept(table, records), table)
+    ]
+    return frontier_figure(rows, speed="tokens/s" in table.columns)
 
 
 def _kept(table: PublishedTable, records: Path) -> list[dict[str, Any]]:

@@ -125,11 +125,12 @@ def test_experiments_are_compared_in_the_order_of_the_mark(run, docs):
 
 def test_the_rows_of_a_table_are_drawn_as_it_calls_them(run, docs, monkeypatch):
     """Where the table is new, or has changed; a page that is as it was keeps its figure."""
-    drawn = []
+    drawn, panels = [], []
 
-    def noted(rows):
+    def noted(rows, speed):
         drawn.append([(row.experiment, row.decoder) for row in rows])
-        return frontier_figure(rows)
+        panels.append(len((made := frontier_figure(rows, speed=speed)).axes))
+        return made
 
     monkeypatch.setattr(publish, "frontier_figure", noted)
     (docs / "page.md").write_text(PAGE.replace("name: masked", "name: masked\nfigure: masked.png"))
@@ -146,6 +147,9 @@ def test_the_rows_of_a_table_are_drawn_as_it_calls_them(run, docs, monkeypatch):
     keep_records("masked", [run(1, rows)], COMMAND, docs)
     write_pages(docs)
     assert len(drawn) == 3
+    (docs / "page.md").write_text((docs / "page.md").read_text().replace("[NFE, BLEU", "[NFE, tokens/s, BLEU"))
+    write_pages(docs)
+    assert panels == [panels[0]] * 3 + [panels[0] + 1]
     assert differing_pages(docs) == []
 
 
