@@ -31,7 +31,7 @@ from reporting.tpf_figure import aup_sentences, tpf_curves, tpf_figure
 COLUMN = {column.name: column for column in COLUMNS}
 # of these the worst seed is shown, for their mean has no meaning
 WORST = {"g_test_p": min, "max_enumeration_error": max}
-STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
+STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230", "#e377a2", "#222222")
 
 
 @dataclass
