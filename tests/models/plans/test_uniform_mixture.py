@@ -4,10 +4,12 @@ from itertools import product
 
 import pytest
 import torch
-from helpers.causal import EOS, tiny_causal
+from helpers.causal import EOS, TINY_SHAPE, tiny_causal
 from helpers.concept import BASE, generator, some_texts
 from torch.testing import assert_close
 
+from models.backbones.llada import build_llada
+from models.functional.attention import padding_mask
 from models.functional.one_forward import responsibilities
 from models.plans.unified import UnifiedModel
 from models.plans.uniform_mixture import MixtureDecoder, UniformMixture, index_vocabulary
@@ -48,6 +50,33 @@ def test_the_probability_of_a_text_is_the_mean_over_indices():
             assert max(each) > 1.5 * min(each)  # the index matters
         other = mix.log_prob(mix.nll_of_indices((prompt.flip(0), mask.flip(0)), text)).exp()
     assert ((found / other).log().abs() > 0.01).any()  # the prompt matters
+
+
+def test_it_reads_as_llada_does_and_not_what_is_padding():
+    """The weights in a LLaDA body, at positions that padding does not move."""
+    mix, (prompt, mask), index = mixture(), some_texts(3), torch.tensor([0, 3, 4])
+    mask = mask.clone()
+    mask[1, :2] = False
+    v, layout = mix.model.vocabulary, mix.layout
+    llada = build_llada(vocab_size=BASE, **TINY_SHAPE).double()
+    llada.load_state_dict(mix.model.backbone.state_dict())
+    block = layout.block(1 + index.unsqueeze(-1))
+    wide = torch.ones(3, 1, dtype=torch.long)
+    ids = torch.cat([wide * v.bos, block, wide * v.text, prompt, (wide * v.blank).expand(-1, 2)], 1)
+    kinds = torch.zeros_like(ids)
+    kinds[:, 1 : 1 + block.shape[1]] = layout.type_ids
+    start = layout.text_start
+    places = torch.tensor([[0, *layout.position_ids, start, *range(start + 1, start + 7)]]).expand(3, -1).clone()
+    places[1, -4:] -= 2  # two columns of padding
+    seen = torch.cat([torch.ones(3, 1), block != v.pad, torch.ones(3, 1), mask, torch.ones(3, 2)], 1).bool()
+    with torch.no_grad():
+        found = mix.logits((prompt, mask), index, 2)
+        expected = llada.lm_head(llada.states(mix.model.embed(ids, kinds), padding_mask(seen), places)[:, -2:])
+        assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        other = prompt.clone()
+        other[1, :2] = other[1, :2].flip(0) + 1
+        assert torch.equal(mix.logits((other, mask), index, 2), found)
+        assert not torch.equal(mix.logits((other, torch.ones_like(mask)), index, 2)[1], found[1])  # the control
 
 
 @pytest.mark.parametrize("indices", [1, 5])
