@@ -31,7 +31,7 @@ from reporting.tpf_figure import aup_sentences, tpf_curves, tpf_figure
 COLUMN = {column.name: column for column in COLUMNS}
 # of these the worst seed is shown, for their mean has no meaning
 WORST = {"g_test_p": min, "max_enumeration_error": max}
-STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")
+STUDENT_COLOURS = ("#c8553d", "#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230", "#e377a2", "#222222")
 
 
 @dataclass
@@ -139,8 +139,8 @@ def _notes(heads: dict[str, list[str]], names: list[str]) -> list[str]:
     return [NFE, *own] if "NFE" in heads else own
 
 
-def frontier_figure(rows: list[FrontierRow]) -> Figure:
-    """A line of panels for each corpus: its qualities against NFE, then its first quality against tokens/s."""
+def frontier_figure(rows: list[FrontierRow], *, speed: bool = True) -> Figure:
+    """A line of panels for each corpus: its qualities against NFE, then with `speed` its first quality against tokens/s."""
     corpora = list(dict.fromkeys(row.corpus for row in rows))
     figure = Figure(figsize=(13.5, 4.2 * len(corpora)), layout="constrained")
     for part, corpus in zip(figure.subfigures(len(corpora), 1, squeeze=False)[:, 0], corpora, strict=True):
@@ -151,7 +151,7 @@ def frontier_figure(rows: list[FrontierRow]) -> Figure:
         main = next((name for name in PREFERRED if name in shown), None)
         if main is None:
             continue
-        panels = [("nfe", name) for name in shown] + [("tokens_per_s", main)]
+        panels = [("nfe", name) for name in shown] + ([("tokens_per_s", main)] if speed else [])
         axes = part.subplots(1, len(panels), squeeze=False)[0]
         for axis, (cost, quality) in zip(axes, panels, strict=True):
             _panel(axis, own, cost, quality)

@@ -74,6 +74,7 @@ COLUMNS = (
     # a model itself, whatever it generates
     Column("NLL", ("quality", "nll"), ".4f", "NLL: nats a token"),
     Column("NLL ≤", ("quality", "nll_bound"), ".4f", "NLL ≤: upper bound, nats a token"),
+    Column("NLL exact", ("quality", "nll_exact"), ".4f", "NLL exact: nats a token, the sum over all plans or indices"),
     Column("data NLL", ("quality", "nll_truth"), ".4f", "data NLL: under the corpus' own distribution"),
     Column("above data", ("derived", "above_truth"), ".4f"),
     Column("perplexity", ("quality", "perplexity"), ".3f"),
@@ -91,6 +92,7 @@ COLUMNS = (
     Column("s to goal", ("quality", "goal_seconds"), ".1f"),
     Column("TFLOP to goal", ("derived", "goal_flops"), "tera"),
     Column("NLL given plan", ("quality", "nll_given_plan"), ".4f"),
+    Column("NLL any order", ("quality", "nll_any_order"), ".4f", "NLL any order: bound, one token a pass"),
     Column("reconstruction", ("quality", "reconstruction"), ".3f"),
     Column("MI/H(plan)", ("quality", "joint_information"), ".3f"),
     Column("MI/H, shuffled", ("quality", "joint_information_shuffled"), ".3f"),

@@ -12,6 +12,8 @@ from models.functional.one_forward import (
     hidden_tokens,
     least_certain,
     log_mixture,
+    nll_of_texts,
+    responsibilities,
     token_entropy,
     total_correlation_given,
 )
@@ -56,6 +58,21 @@ def test_the_mixture_is_the_sum_of_probabilities():
     prior = torch.rand(3, 5, generator=generator(), dtype=torch.float64)
     given = torch.rand(3, 5, generator=generator(1), dtype=torch.float64)
     assert_close(log_mixture(prior.log(), given.log()).exp(), (prior * given).sum(-1))
+
+
+def test_the_nll_of_every_text_given_every_plan_by_hand():
+    log_p = torch.randn(2, 3, 4, generator=generator()).double().log_softmax(-1)
+    texts, counted = torch.tensor([[1, 3, 0], [2, 0, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    found = nll_of_texts(log_p, texts, counted)
+    for plan in range(2):
+        assert float(found[0, plan]) == pytest.approx(-float(log_p[plan, 0, 1] + log_p[plan, 1, 3] + log_p[plan, 2, 0]))
+        assert float(found[1, plan]) == pytest.approx(-float(log_p[plan, 0, 2] + log_p[plan, 1, 0]))
+
+
+def test_responsibilities_are_bayes_rule():
+    prior, text = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.1, 0.4, 0.0001]])
+    joint = prior * text
+    assert_close(responsibilities(prior.log(), text.log()), (joint / joint.sum()).double(), atol=1e-6, rtol=0)
 
 
 def test_total_correlation_given_a_code_by_enumeration():
