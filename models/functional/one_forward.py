@@ -46,9 +46,25 @@ def least_certain(entropies: Tensor, counted: Tensor, share: float) -> Tensor:
     return counted & (rank < most) & (entropies > SURE)
 
 
+def nll_of_texts(log_p: Tensor, texts: Tensor, counted: Tensor) -> Tensor:
+    r"""-log p(x | z) = -sum_l log p(x_l | z) of every text given every plan, nats: (N, Z).
+
+    log_p (Z, R, V): of one forward pass a plan; texts (N, R); counted (N, R) bool: the tokens that are part of a text.
+    """
+    found = log_p.new_zeros(len(texts), len(log_p))
+    for column in range(texts.shape[1]):
+        found -= log_p[:, column, texts[:, column]].T.masked_fill(~counted[:, column, None], 0.0)
+    return found
+
+
 def log_mixture(log_prior: Tensor, log_text: Tensor) -> Tensor:
     r"""log p(x | u) = log sum_z p(z | u) p(x | z), nats in float64, of all Z plans: (N, Z) and (N, Z) -> (N,)."""
     return (log_prior.double() + log_text.double()).logsumexp(-1)
+
+
+def responsibilities(log_prior: Tensor, log_text: Tensor) -> Tensor:
+    r"""p(z | u, x) = p(z | u) p(x | z) / p(x | u), float64, of all Z plans: (N, Z) and (N, Z) -> (N, Z)."""
+    return (log_prior.double() + log_text.double()).softmax(-1)
 
 
 def total_correlation_given(texts: Tensor, probability: Tensor, codes: Tensor, counted: Tensor | None = None) -> float:

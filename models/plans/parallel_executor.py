@@ -15,7 +15,7 @@ from models.functional.bits_per_byte import token_nll
 from models.functional.gumbel import sample_categorical
 from models.functional.masked_lm import any_order_weight
 from models.functional.next_token import EndIds, as_end_ids, until_end
-from models.functional.one_forward import hidden_tokens, least_certain, token_entropy
+from models.functional.one_forward import hidden_tokens, least_certain, nll_of_texts, token_entropy
 from models.functional.precision import at_least_float32
 from models.interfaces.decoder import TokenCallback
 from models.plans.executor_columns import opening, text_columns
@@ -79,11 +79,7 @@ class ParallelExecutor:
         """-log p(text | plan) of every text (N, R) given every plan (Z, C), (N, Z): each plan is read once for all texts."""
         nothing = texts.new_zeros(len(plan_ids), texts.shape[1])
         log_p = at_least_float32(self.logits(plan_ids, plan_embeds, nothing)).log_softmax(-1)  # (Z, R, V)
-        counted = until_end(texts, self.end_ids)
-        found = texts.new_zeros(len(texts), len(plan_ids), dtype=log_p.dtype)
-        for column in range(texts.shape[1]):
-            found -= log_p[:, column, texts[:, column]].T.masked_fill(~counted[:, column, None], 0.0)
-        return found
+        return nll_of_texts(log_p, texts, until_end(texts, self.end_ids))
 
     def training_nll(
         self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, hidden: float, generator: Generator
