@@ -17,8 +17,8 @@ from models.functional.errors import require_at_least
 from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.plans.rows import prompt_of, response_of
-from models.plans.uniform_mixture import MixtureDecoder, UniformMixture, index_vocabulary
 from models.plans.unified import UnifiedModel
+from models.plans.uniform_mixture import MixtureDecoder, UniformMixture, index_vocabulary
 
 
 class UniformMixtureModule(LeapModule):

@@ -2,10 +2,10 @@ r"""Texts of one forward pass under a uniform index instead of a learned plan: w
 
 .. math:: p(x \mid u) = \frac{1}{K} \sum_{k=1}^{K} \prod_{l \le e(x)} p(x_l \mid k, u)
 
-The index is one more input of a network that reads the prompt, as the mixture index of Di4C is (Hayakawa et al., 2410.08709). No
-prior is learned: every index has probability 1/K for every prompt. With K = 1 the tokens are independent given the prompt, as
-in one step of a masked model. Di4C distils a teacher of many steps; here the likelihood of texts is maximised, whose sum over
-indices is exact.
+The index is one more input of a network that reads the prompt, as that of Di4C is (Hayakawa et al., 2410.08709). No prior is
+learned: every index has probability 1/K for every prompt. With K = 1 the tokens are independent given the prompt, as in one
+step of a masked model. Di4C distils a teacher of many steps; here the likelihood of texts is maximised, whose sum over indices
+is exact.
 Legend: B batch, N texts, T prompt columns, R text columns, K indices, V text vocabulary.
 """
 

@@ -9,8 +9,8 @@ from helpers.concept import BASE, generator, some_texts
 from torch.testing import assert_close
 
 from models.functional.one_forward import responsibilities
-from models.plans.uniform_mixture import MixtureDecoder, UniformMixture, index_vocabulary
 from models.plans.unified import UnifiedModel
+from models.plans.uniform_mixture import MixtureDecoder, UniformMixture, index_vocabulary
 
 
 def mixture(indices: int = 5) -> UniformMixture:
