@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,6 +33,7 @@ from models.plans.executors import build_executor
 from models.plans.files import save_plans
 from models.plans.hard_em import build_hard_em
 from models.plans.history import PlanHistory
+from models.plans.measurement import Block, Measurement
 from models.plans.meter import PlanMeter
 from models.plans.options import PlanOptions, plain
 from models.plans.planner import Plan, Planner
@@ -48,8 +48,6 @@ from models.plans.vocabulary import ConceptVocabulary
 # keys of a checkpoint: plans of validation texts, a quantiser's codes, the best plans of training rows, the quota's multiplier
 PREVIOUS, CODES, FOUND = "concepts_before", "concepts_codes", "concepts_found"
 QUOTA = "quota_multiplier"
-
-Block = tuple[Tensor, Tensor]  # ids (B, C) and embeddings (B, C, D) of a plan, as the executor reads them
 
 
 class ConceptPlannerExecutorModule(LeapModule):
@@ -94,6 +92,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.probes = (self.probe,)
         names = [t.name for t in vocabulary.types]
         self.meter = PlanMeter(dict(zip(names, vocabulary.type_slots, strict=True)))
+        self.measurement = Measurement(self.planner, self.executor, self.source, self.meter)
         self.figures = ModelFigures()
         self.history = PlanHistory()
 
@@ -315,51 +314,15 @@ class ConceptPlannerExecutorModule(LeapModule):
         for name, value in self.meter.compute().items():
             self.log(f"val/{name}", value, sync_dist=True)  # the same on every rank: the meter sums over them
 
-    @torch.no_grad()
     def _measure(
         self, batch: dict[str, Tensor], batch_idx: int, previous: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Add the batch to the meter, with the same draws at every call; the loss and the most probable plans (B, S)."""
         generator, final = self.step_generator(batch_idx, stream=1, epoch=0), self.final_values()
-        text, data = response_of(batch), self.trainer.datamodule
-        # 1. a plan: its NLL under posterior and prior, and the text's given the plan
-        best = self.source.most_probable(batch)
-        plan = self.source.draw(batch, final, generator)[0] if self.source.is_random else best
-        prior = self.planner.score(*prompt_of(batch), plan.choices)
-        nll = self.executor.nll(plan.ids, plan.embeds, text)
-        log_p, log_q = prior.log_softmax(-1), plan.logits.log_softmax(-1)
-        prior_nll, posterior_nll = (
-            plan_nll(logs, plan.choices, plan.open_slots).sum(-1) for logs in (log_p, log_q * final.noise)
-        )
-        # 2. the text given another text's plan
-        shuffled = self.executor.nll(plan.ids.roll(1, 0), plan.embeds.roll(1, 0), text)
-        # 3. the most probable plan, and the text written from it
-        written = self._greedy_text((best.ids, best.embeds), text.shape[1])
-        sums = {"text": nll.sum(-1), "shuffled": shuffled.sum(-1), "rebuilt": (written == text).all(-1)}
-        sums |= {"prior": prior_nll, "posterior": posterior_nll}
-        # 4. what the corpus knows
-        if hasattr(data, "true_nll"):
-            sums["truth"] = data.true_nll(batch)
-        hidden = data.hidden_plans(batch) if hasattr(data, "hidden_plans") else None
-        self.meter.update(sums, text.shape[1], best.choices, hidden, previous)
-        if self.trainer.testing and hidden is not None:
-            self.meter.update_swaps(hidden.roll(1, 0), self._swapped(batch, best.choices))
-        raw = {"text": nll.mean(), **self._plan_terms(plan, prior, text)}
-        return weighted_sum(raw, final.weights), best.choices
-
-    def _swapped(self, batch: dict[str, Tensor], choices: Tensor) -> Tensor:
-        """Hidden plans (B, K, A) of the texts written with one type's concepts of the previous text in the batch."""
-        found, prompt = [], prompt_of(batch)[0]
-        for own in self.model.vocabulary.type_slots:
-            mixed = choices.clone()
-            mixed[:, own] = choices.roll(1, 0)[:, own]
-            text = self._greedy_text(self.planner.block(mixed), response_of(batch).shape[1])
-            rows = batch | {"input_ids": torch.cat([prompt, text], -1)}
-            found.append(self.trainer.datamodule.hidden_plans(rows))
-        return torch.stack(found, 1)
-
-    def _greedy_text(self, block: Block, length: int) -> Tensor:
-        return self.executor.generate_greedily(*block, length, vocabulary_size(self.trainer.datamodule.tokenizer))
+        data, swaps = self.trainer.datamodule, bool(self.trainer.testing)
+        found = self.measurement.add(batch, data, final, generator, previous=previous, swaps=swaps)
+        raw = {"text": found.nll.mean(), **self._plan_terms(found.plan, found.prior, response_of(batch))}
+        return weighted_sum(raw, final.weights), found.choices
 
     # -- comparison ---------------------------------------------------------------------------------------------------
 

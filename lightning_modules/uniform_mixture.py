@@ -42,7 +42,7 @@ class UniformMixtureModule(LeapModule):
         require_at_least(1, module__indices=indices)
         require_at_least(0, module__temperature=temperature)
         require_causal(model, "a uniform mixture")
-        require_free_attention(model)
+        require_free_attention(model, "a uniform mixture")
         self.save_hyperparameters(ignore=["model"])
         self.temperature = temperature
         vocabulary = index_vocabulary(indices, model.get_input_embeddings().num_embeddings)

@@ -73,16 +73,19 @@ def require_left_to_right(model: nn.Module, option: str, path: str | Path) -> No
 
 
 @torch.no_grad()
-def require_free_attention(model: nn.Module) -> None:
-    """Raise UsageError for a causal model that stays causal where a mask lets every token see every other one."""
+def require_free_attention(model: nn.Module, option: str, instead: str = "") -> None:
+    """Raise UsageError for a causal model that stays causal where a mask lets every token see every other one.
+
+    option: what needs it. instead: what to type to do without, ending in ", or ".
+    """
     with trial(model) as device:
         ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
         seen = torch.ones(2, 1, 3, 3, dtype=torch.bool, device=device)
         states = model.get_decoder()(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
     if torch.equal(*states[:, 0]):
         raise UsageError(
-            f"a model of type {model.config.model_type} cannot be read in both directions, which module.executor=parallel "
-            "needs; type module.executor=autoregressive, or a model such as model.path=Qwen/Qwen3-0.6B"
+            f"a model of type {model.config.model_type} cannot be read in both directions, which {option} needs; type "
+            f"{instead}a model such as model.path=Qwen/Qwen3-0.6B"
         )
 
 

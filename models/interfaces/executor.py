@@ -75,6 +75,8 @@ class Executor(Protocol):
         """
         ...
 
-    def generate_greedily(self, ids: Tensor, embeds: Tensor, length: int, vocab_size: int) -> Tensor:
-        """The texts (B, length) of the most probable tokens."""
-        ...
+
+def greedy_texts(executor: Executor, plan_ids: Tensor, plan_embeds: Tensor, length: int, vocab_size: int) -> Tensor:
+    """The texts (B, length) of the most probable tokens below vocab_size, given plans."""
+    unused = Generator(device=plan_ids.device)
+    return executor.generate(plan_ids, plan_embeds, length, unused, temperature=0.0, vocab_size=vocab_size)

@@ -103,8 +103,3 @@ class AutoregressiveExecutor:
                 break
             states = reading.read(*text_columns(self.model, tokens[-1].unsqueeze(-1), position))
         return generated_until_end(tokens, end_ids, length)
-
-    def generate_greedily(self, ids: Tensor, embeds: Tensor, length: int, vocab_size: int) -> Tensor:
-        """The greedy texts (B, length) of plans."""
-        unused = Generator(device=ids.device)
-        return self.generate(ids, embeds, length, unused, temperature=0.0, vocab_size=vocab_size)

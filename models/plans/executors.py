@@ -13,5 +13,5 @@ def build_executor(model: UnifiedModel, options: PlanOptions, end_ids: EndIds) -
     """end_ids: the tokens that end a text. Errors: UsageError for a backbone that cannot be read without a causal mask."""
     if options.executor == "autoregressive":
         return AutoregressiveExecutor(model, end_ids)
-    require_free_attention(model.backbone)
+    require_free_attention(model.backbone, "module.executor=parallel", "module.executor=autoregressive, or ")
     return ParallelExecutor(model, end_ids, refinements=options.refinements[-1], redraw=options.redraw)

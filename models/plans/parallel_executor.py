@@ -130,8 +130,3 @@ class ParallelExecutor:
                 break
             hidden = doubtful | ~counted
         return text.masked_fill(~counted, fill)
-
-    def generate_greedily(self, ids: Tensor, embeds: Tensor, length: int, vocab_size: int) -> Tensor:
-        """The greedy texts (B, length) of plans."""
-        unused = Generator(device=ids.device)
-        return self.generate(ids, embeds, length, unused, temperature=0.0, vocab_size=vocab_size)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from models.functional.next_token import until_end
 from models.functional.plan_nll import plan_nll
 from models.functional.vocabulary import vocabulary_size
-from models.interfaces.executor import Executor
+from models.interfaces.executor import Executor, greedy_texts
 from models.interfaces.probe_batch import Choices, EStep, ProbeBatch
 from models.interfaces.probes import Corruption
 from models.plans.corrupted_plans import block_without, random_plan
@@ -91,7 +91,8 @@ class PlanProbe:
         return ((self._greedy_text(batch) == batch.text) | ~batch.counts).all(-1)
 
     def _greedy_text(self, batch: ProbeBatch) -> Tensor:
-        return self.executor.generate_greedily(*self.block(batch), batch.text.shape[1], vocabulary_size(self.tokenizer))
+        block, length = self.block(batch), batch.text.shape[1]
+        return greedy_texts(self.executor, *block, length, vocabulary_size(self.tokenizer))
 
     def log_prob(self, rows: dict[str, Tensor]) -> Tensor | None:
         plans = every_plan(self.prior.layout)

@@ -13,7 +13,7 @@ from models.speculative.cached_scores import CachedScores
 from models.speculative.ngram import NgramScores
 from models.speculative.scores import CausalScores
 
-EXECUTOR = ["forwards", "refining", "logits", "nll", "nll_of_pairs", "training_nll", "generate", "generate_greedily"]
+EXECUTOR = ["forwards", "refining", "logits", "nll", "nll_of_pairs", "training_nll", "generate"]
 METHODS = {Scores: ["__call__"], CachedRows: ["keep_rows"], Executor: EXECUTOR}
 
 

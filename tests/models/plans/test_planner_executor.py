@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from models.backbones.causal_lm import with_adapters
 from models.functional.gumbel import sample_categorical
+from models.interfaces.executor import greedy_texts
 from models.plans.planner import Planner, greedy, relaxed, sampled
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
@@ -104,7 +105,7 @@ def executor_case(rows: int = 6):
 
 def test_saying_step_by_step_equals_reading_at_once():
     _, _, executor, _, _, plan = executor_case()
-    said = executor.generate_greedily(plan.ids, plan.embeds, 5, BASE)
+    said = greedy_texts(executor, plan.ids, plan.embeds, 5, BASE)
     with torch.no_grad():
         logits = executor.logits(plan.ids, plan.embeds, said)
     assert torch.equal(logits.argmax(-1), said)
