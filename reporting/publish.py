@@ -12,6 +12,7 @@ A page marks where a table stands; what lies between the marks is written anew f
 
 columns: heads of `reporting.table.COLUMNS`, or NFE. rows: which decoders, and how the page calls them; all without it.
 experiments: the same for a table that compares experiments. Records of several seeds give means and 95 % intervals.
+figure: a file beside the page, in which the table's rows are drawn as `mode=report` draws them; anew where the table changes.
 
     python -m reporting.publish                            write every table of docs anew
     python -m reporting.publish --check                    say which pages differ from their records, with exit status 1
@@ -22,17 +23,18 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 
 from models.functional.errors import UsageError
 from reporting.console import print_error
-from reporting.gather import FrontierRow, frontier_rows, written_mean
+from reporting.gather import FrontierRow, frontier_figure, frontier_rows, written_mean
 from reporting.record import read_record, write_record
 from reporting.table import COLUMNS, as_markdown, nfe_cell, written
 
@@ -52,6 +54,7 @@ class PublishedTable:
     columns: tuple[str, ...]
     rows: dict[str, str] | None = None
     experiments: dict[str, str] | None = None
+    figure: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [title for title in self.columns if title not in (*BY_TITLE, "NFE")]
@@ -59,11 +62,20 @@ class PublishedTable:
             raise UsageError(
                 f"table {self.name}: no column is called {unknown[0]}; known are NFE, {', '.join(BY_TITLE)}"
             )
+        if self.figure is not None and Path(self.figure).name != self.figure:
+            raise UsageError(
+                f"table {self.name}: figure={self.figure} is a path; type the name of a file beside the page"
+            )
 
 
 def write_pages(docs: Path) -> list[Path]:
     """Write every table of the pages below `docs` anew; the pages that changed. Nothing is written where one cannot be."""
     changed = _as_recorded(docs)
+    for page in sorted(docs.rglob("*.md")):
+        for table in _marks(page.read_text(encoding="utf-8")):
+            path = None if table.figure is None else page.parent / table.figure
+            if path is not None and (page in changed or not path.exists()):
+                _drawn(table, docs / RECORDS).savefig(path, dpi=130)
     for page, text in changed.items():
         page.write_text(text, encoding="utf-8")
     return list(changed)
@@ -96,13 +108,8 @@ def with_tables(text: str, records: Path) -> str:
 
 def table_of(table: PublishedTable, records: Path) -> str:
     """Where the figures come from, then the table: Markdown."""
-    known = [read_record(path) for path in sorted((records / table.name).glob("*.json"))]
-    if not known:
-        raise UsageError(
-            f"table {table.name}: no record is kept under this name; type "
-            f'python -m reporting.publish add {table.name} RUN_FOLDER --command "..."'
-        )
-    rows = _chosen(known := _of_experiments(known, table), table)
+    known = _kept(table, records)
+    rows = _chosen(known, table)
     heads = {"experiment": [_named(row.experiment, table.experiments) for row in rows]} if table.experiments else {}
     heads["decoder"] = [_named(row.decoder, table.rows) for row in rows]
     cells = [
@@ -190,6 +197,32 @@ def _read_mark(text: str) -> PublishedTable:
         return PublishedTable(columns=columns, **options)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"the mark of a table cannot be read ({error}): {text.strip()}") from error
+
+
+def _marks(text: str) -> list[PublishedTable]:
+    return [_read_mark(found[2]) for found in BLOCK.finditer(text)]
+
+
+def _drawn(table: PublishedTable, records: Path) -> Figure:
+    """The rows of a table, called as it calls them, quality against forward passes and against tokens/s."""
+    rows = _chosen(_kept(table, records), table)
+    return frontier_figure(
+        [
+            replace(row, experiment=_named(row.experiment, table.experiments), decoder=_named(row.decoder, table.rows))
+            for row in rows
+        ]
+    )
+
+
+def _kept(table: PublishedTable, records: Path) -> list[dict[str, Any]]:
+    """The records of a table. Errors: UsageError where none is kept."""
+    known = [read_record(path) for path in sorted((records / table.name).glob("*.json"))]
+    if not known:
+        raise UsageError(
+            f"table {table.name}: no record is kept under this name; type "
+            f'python -m reporting.publish add {table.name} RUN_FOLDER --command "..."'
+        )
+    return _of_experiments(known, table)
 
 
 def _of_experiments(records: list[dict[str, Any]], table: PublishedTable) -> list[dict[str, Any]]:

@@ -74,6 +74,7 @@ COLUMNS = (
     # a model itself, whatever it generates
     Column("NLL", ("quality", "nll"), ".4f", "NLL: nats a token"),
     Column("NLL ≤", ("quality", "nll_bound"), ".4f", "NLL ≤: upper bound, nats a token"),
+    Column("NLL exact", ("quality", "nll_exact"), ".4f", "NLL exact: nats a token, the sum over all plans or indices"),
     Column("data NLL", ("quality", "nll_truth"), ".4f", "data NLL: under the corpus' own distribution"),
     Column("above data", ("derived", "above_truth"), ".4f"),
     Column("perplexity", ("quality", "perplexity"), ".3f"),

@@ -7,6 +7,7 @@ import pytest
 
 from models.functional.errors import UsageError
 from reporting import publish
+from reporting.gather import frontier_figure
 from reporting.keys import FORMAT
 from reporting.publish import DOCS, differing_pages, keep_records, main, with_tables, write_pages
 
@@ -122,6 +123,32 @@ def test_experiments_are_compared_in_the_order_of_the_mark(run, docs):
     assert lines[2:] == ["| B | teacher, greedy | 1.5 |", "| A | teacher, greedy | 1.5 |"]
 
 
+def test_the_rows_of_a_table_are_drawn_as_it_calls_them(run, docs, monkeypatch):
+    """Where the table is new, or has changed; a page that is as it was keeps its figure."""
+    drawn = []
+
+    def noted(rows):
+        drawn.append([(row.experiment, row.decoder) for row in rows])
+        return frontier_figure(rows)
+
+    monkeypatch.setattr(publish, "frontier_figure", noted)
+    (docs / "page.md").write_text(PAGE.replace("name: masked", "name: masked\nfigure: masked.png"))
+    rows = [row("product of marginals", 0, 1.0), row("teacher, greedy", 4, 20.0), row("another", 1, 9.0)]
+    keep_records("masked", [run(0, rows)], COMMAND, docs)
+    write_pages(docs)
+    assert (docs / "masked.png").stat().st_size > 1000
+    assert drawn == [[("masked", "random remasking"), ("masked", "control")]]
+    write_pages(docs)
+    assert len(drawn) == 1
+    (docs / "masked.png").unlink()
+    write_pages(docs)
+    assert len(drawn) == 2
+    keep_records("masked", [run(1, rows)], COMMAND, docs)
+    write_pages(docs)
+    assert len(drawn) == 3
+    assert differing_pages(docs) == []
+
+
 def test_a_changed_figure_is_found(run, docs, capsys):
     keep_records(
         "masked", [run(0, [row("teacher, greedy", 4, 20.0), row("product of marginals", 0, 1.0)])], COMMAND, docs
@@ -154,6 +181,7 @@ def test_a_changed_figure_is_found(run, docs, capsys):
         ("rows:", "row:", "the mark of a table cannot be read"),
         ("columns:", "heads:", "the mark of a table cannot be read"),
         ("rows: {", "rows: {[", "the mark of a table cannot be read"),
+        ("name: masked", "name: masked\nfigure: ../a.png", "figure=../a.png is a path; type the name of a file"),
     ],
 )
 def test_a_mark_that_cannot_be_followed_is_told_why(run, docs, capsys, old, new, message):
