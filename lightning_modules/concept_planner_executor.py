@@ -38,7 +38,7 @@ from models.plans.meter import PlanMeter
 from models.plans.options import PlanOptions, plain
 from models.plans.planner import Plan, Planner
 from models.plans.probe import PlanProbe
-from models.plans.rows import posterior_input, prompt_of, response_of
+from models.plans.rows import posterior_input, prompt_of, require_all_columns, response_of
 from models.plans.signals import SignalCodes, SignalHeads, log_prob_of_plans
 from models.plans.sources import PlanSource, QuantisedPlans, SampledPlans, StepValues
 from models.plans.terms import plan_terms
@@ -111,6 +111,8 @@ class ConceptPlannerExecutorModule(LeapModule):
         self.probe.tokenizer = data.tokenizer
         self.executor.end_ids = data.end_ids()
         self._require_room(data)
+        if self.options.executor == "parallel":
+            require_all_columns(data, "module.executor=parallel")
         if not self.options.signals or self.signals is not None:
             return
         if not hasattr(data, "signal_sizes"):

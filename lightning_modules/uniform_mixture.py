@@ -16,7 +16,7 @@ from models.backbones.causal_lm import require_causal
 from models.functional.errors import require_at_least
 from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
-from models.plans.rows import prompt_of, response_of
+from models.plans.rows import prompt_of, require_all_columns, response_of
 from models.plans.unified import UnifiedModel
 from models.plans.uniform_mixture import MixtureDecoder, UniformMixture, index_vocabulary
 
@@ -54,7 +54,9 @@ class UniformMixtureModule(LeapModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.mixture.end_ids = self.trainer.datamodule.end_ids()
+        data = self.trainer.datamodule
+        self.mixture.end_ids = data.end_ids()
+        require_all_columns(data, "a text of one forward pass")
 
     # -- training -----------------------------------------------------------------------------------------------------
 

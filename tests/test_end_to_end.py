@@ -224,16 +224,20 @@ def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path,
         modes.generate(configure(*short, *ask, "plan='z=3'"))
 
 
-def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, capsys):
-    plain = configure("experiment=concept_qwen")
+@pytest.mark.parametrize("name", ["concept_qwen", "plan_write_qwen"])
+def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, capsys, name):
+    plain = configure(f"experiment={name}")
     lengths = ["data.prompt_length=16", "data.response_length=16", "trainer.max_steps=2", "logger=none"]
     small = [*model_overrides(plain, tmp_path), *pairs_overrides(plain, tmp_path), *lengths]
-    folder = tmp_path / "out" / "concept_qwen" / "first"
-    modes.fit(configure("experiment=concept_qwen", *small, f"paths.run_dir={folder}"))
+    folder = tmp_path / "out" / name / "first"
+    modes.fit(configure(f"experiment={name}", *small, f"paths.run_dir={folder}"))
     assert (folder / "model" / "backbone" / "model.safetensors").is_file()  # adapters added in
     capsys.readouterr()
-    modes.generate(configure("experiment=concept_qwen", *small, "mode=generate", "prompt='jump 3'", "temperature=0"))
+    modes.generate(configure(f"experiment={name}", *small, "mode=generate", "prompt='jump 3'", "temperature=0"))
     assert "jump 3 → " in capsys.readouterr().out
+    if name == "plan_write_qwen":
+        with pytest.raises(UsageError, match="module.executor=parallel depends on how many there are"):
+            modes.fit(configure(f"experiment={name}", *small, "data.group_by_length=true"))
 
 
 def test_each_stage_runs_alone_from_the_student_of_another(configure, tmp_path):

@@ -3,10 +3,11 @@
 Legend: B batch, T columns that are read, R response columns.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from models.functional.errors import UsageError
 from models.functional.rows import response_columns
 
 Tokens = tuple[Tensor, Tensor]  # ids (B, T) and which of them are real (B, T) bool
@@ -27,3 +28,15 @@ def posterior_input(batch: dict[str, Tensor], reads: PosteriorReads) -> Tokens:
     """`all`: prompt and response; `text`: the response alone."""
     first = -response_columns(batch["response_mask"]) if reads == "text" else 0
     return batch["input_ids"][:, first:], batch["attention_mask"][:, first:]
+
+
+def require_all_columns(data: Any, what: str) -> None:
+    """Raise UsageError for a corpus whose training rows have fewer response columns than texts that are generated.
+
+    what: the option whose texts are written at once. Such a text depends on how many masks there are.
+    """
+    if getattr(data, "group_by_length", False):
+        raise UsageError(
+            f"data.group_by_length=true cuts columns off in training that are there when texts are generated, and {what} "
+            "depends on how many there are; type data.group_by_length=false"
+        )
