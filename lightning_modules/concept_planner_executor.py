@@ -321,8 +321,8 @@ class ConceptPlannerExecutorModule(LeapModule):
     ) -> tuple[Tensor, Tensor]:
         """Add the batch to the meter, with the same draws at every call; the loss and the most probable plans (B, S)."""
         generator, final = self.step_generator(batch_idx, stream=1, epoch=0), self.final_values()
-        data, swaps = self.trainer.datamodule, bool(self.trainer.testing)
-        found = self.measurement.add(batch, data, final, generator, previous=previous, swaps=swaps)
+        data, testing = self.trainer.datamodule, bool(self.trainer.testing)
+        found = self.measurement.add(batch, data, final, generator, previous=previous, testing=testing)
         raw = {"text": found.nll.mean(), **self._plan_terms(found.plan, found.prior, response_of(batch))}
         return weighted_sum(raw, final.weights), found.choices
 

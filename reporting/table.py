@@ -92,6 +92,7 @@ COLUMNS = (
     Column("s to goal", ("quality", "goal_seconds"), ".1f"),
     Column("TFLOP to goal", ("derived", "goal_flops"), "tera"),
     Column("NLL given plan", ("quality", "nll_given_plan"), ".4f"),
+    Column("NLL any order", ("quality", "nll_any_order"), ".4f", "NLL any order: bound, one token a pass"),
     Column("reconstruction", ("quality", "reconstruction"), ".3f"),
     Column("MI/H(plan)", ("quality", "joint_information"), ".3f"),
     Column("MI/H, shuffled", ("quality", "joint_information_shuffled"), ".3f"),

@@ -236,7 +236,7 @@ def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, c
     modes.generate(configure(f"experiment={name}", *small, "mode=generate", "prompt='jump 3'", "temperature=0"))
     assert "jump 3 → " in capsys.readouterr().out
     if name == "plan_write_qwen":
-        with pytest.raises(UsageError, match="module.executor=parallel depends on how many there are"):
+        with pytest.raises(UsageError, match=r"module\.executor=parallel depends on how many there are"):
             modes.fit(configure(f"experiment={name}", *small, "data.group_by_length=true"))
 
 

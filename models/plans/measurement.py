@@ -50,9 +50,13 @@ class Measurement:
         generator: Generator,
         *,
         previous: Tensor | None = None,
-        swaps: bool = False,
+        testing: bool = False,
     ) -> Measured:
-        """final: the last values of all schedules. previous (B, S): earlier plans of the texts. swaps: measure those, too."""
+        """final: the last values of all schedules. previous (B, S): earlier plans of the texts.
+
+        testing: also what is too slow for a validation: texts with swapped concepts, and the any-order bound of an executor
+        that can read any part of a text.
+        """
         text = response_of(batch)
         # 1. a plan: its NLL under posterior and prior, and the text's given the plan
         best = self.source.most_probable(batch)
@@ -69,12 +73,14 @@ class Measurement:
         written = self.greedy_text((best.ids, best.embeds), text.shape[1], data)
         sums = {"text": nll.sum(-1), "shuffled": shuffled.sum(-1), "rebuilt": (written == text).all(-1)}
         sums |= {"prior": prior_nll, "posterior": posterior_nll}
+        if testing and self.executor.refines:
+            sums["any_order"] = self.executor.training_nll(plan.ids, plan.embeds, text, 0.0, generator) * text.shape[1]
         # 4. what the corpus knows
         if hasattr(data, "true_nll"):
             sums["truth"] = data.true_nll(batch)
         hidden = data.hidden_plans(batch) if hasattr(data, "hidden_plans") else None
         self.meter.update(sums, text.shape[1], best.choices, hidden, previous)
-        if swaps and hidden is not None:
+        if testing and hidden is not None:
             self.meter.update_swaps(hidden.roll(1, 0), self._swapped(batch, best.choices, data))
         return Measured(plan, prior, nll, best.choices)
 

@@ -16,7 +16,7 @@ from models.functional.monitor import plug_in_entropy
 from models.functional.plan_information import efficiency, flip_rate, joint_information, shuffled_information
 from models.plans.matching import as_numbers, hungarian_accuracy, match_types, swap_locality
 
-SUMS = ("text", "shuffled", "prior", "posterior", "truth", "rebuilt", "texts", "tokens")
+SUMS = ("text", "shuffled", "prior", "posterior", "truth", "rebuilt", "any_order", "texts", "tokens")
 
 
 class PlanMeter(Metric):
@@ -77,6 +77,8 @@ class PlanMeter(Metric):
         figures["concept_bits"] = plug_in_entropy(concepts) / math.log(2)
         if len(self.before) > 0:  # a list, or one tensor once ranks were gathered
             figures["flip_rate"] = flip_rate(dim_zero_cat(self.before).cpu(), concepts)
+        if nats["any_order"] > 0:
+            figures["nll_any_order"] = nats["any_order"] / tokens
         if nats["truth"] > 0:
             figures["nll_truth"] = nats["truth"] / tokens
             figures["gain_bits"] = (nats["truth"] - nats["text"]) / bits

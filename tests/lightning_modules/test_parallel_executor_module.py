@@ -118,6 +118,32 @@ def test_the_record_has_the_exact_likelihood_and_a_row_for_every_number_of_passe
     assert figures["nll_exact"] == pytest.approx(float(-total.log().sum()) / text.numel(), rel=1e-4)
 
 
+def test_the_record_has_the_any_order_bound_of_the_texts(tmp_path, tiny_oracle):
+    """By hand with the same draws; validations do not measure it, and the autoregressive executor has none."""
+    module = build(tiny_oracle, **PARALLEL, sampler="ema_vq", planning={"prior": "slots", "posterior": "slots"})
+    quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "plans", {})]).test(module, tiny_oracle, verbose=False)
+    (found,) = quiet_trainer(1).validate(module, tiny_oracle, verbose=False)
+    assert "val/nll_any_order" not in found
+    figures = {row["decoder"]: row for row in read_record(tmp_path / "record.json")["rows"]}[type(module).__name__][
+        "quality"
+    ]
+    module, total, tokens = module.eval(), 0.0, 0
+    for number, batch in enumerate(tiny_oracle.test_dataloader()):
+        plan, text = module.source.most_probable(batch), response_of(batch)
+        with torch.no_grad():
+            draws = module.step_generator(number, stream=1, epoch=0)
+            total += float(module.executor.training_nll(plan.ids, plan.embeds, text, 0.0, draws).sum()) * text.shape[1]
+        tokens += text.numel()
+    assert figures["nll_any_order"] == pytest.approx(total / tokens, rel=1e-5)
+    assert figures["nll_any_order"] != pytest.approx(figures["nll_given_plan"], rel=1e-3)
+    causal = build(tiny_oracle, types=TYPES, quota=None, weights={"text": 1.0, "planner": 1.0})
+    quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "plans", {})]).test(causal, tiny_oracle, verbose=False)
+    figures = {row["decoder"]: row for row in read_record(tmp_path / "record.json")["rows"]}[type(module).__name__][
+        "quality"
+    ]
+    assert "nll_any_order" not in figures
+
+
 def test_an_exported_folder_answers_as_what_was_trained(tmp_path, tiny_oracle):
     module = build(tiny_oracle, **PARALLEL, refinements=(0, 2), planning={"prior": "slots"})
     quiet_trainer(2).fit(module, tiny_oracle)
