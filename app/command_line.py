@@ -26,7 +26,7 @@ PROMPTS = ("prompt", "example_prompt")
 PATHS = re.compile(
     r"(.*[._])?(path|dir|file|field)|data\.(train|val|test|tokenizer|template)|.*\.mask_token|module\.baseline"
 )
-NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_llada, or --help for all of them"
+NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_llada, or --list for all of them"
 
 
 def quoted(arguments: list[str]) -> list[str]:
@@ -129,7 +129,7 @@ def _parsed(text: str) -> Override:
         return override
     name, equals, value = text.partition("=")
     if not equals:
-        raise UsageError(f"{text}: an option is written <name>=<value>; python run.py --help lists what there is")
+        raise UsageError(f"{text}: an option is written <name>=<value>; python run.py --help shows more")
     if value[:1] in ("[", "{"):
         raise UsageError(
             f"{text}: the brackets hold something that needs quotes, or do not match; type for example "
@@ -191,7 +191,8 @@ def _require_known_choice(override: Override) -> None:
         if instead is not None:
             raise UsageError(f"{group}={choice} has another name today; type {instead}")
         close = [f"{group}={name}" for name in get_close_matches(choice, known)]
-        meant = f"did you mean {' or '.join(close)}?" if close else f"type one of {', '.join(known)}"
+        others = "python run.py --list shows all" if group == "experiment" else f"type one of {', '.join(known)}"
+        meant = f"did you mean {' or '.join(close)}?" if close else others
         raise UsageError(f"{group}={choice} is not known; {meant}")
 
 

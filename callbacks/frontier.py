@@ -17,7 +17,7 @@ from reporting.console import report_console
 from reporting.figure import quality_figure
 from reporting.hparams import headline, hyperparameters
 from reporting.record import build_record, current_commit, write_record
-from reporting.samples import print_samples, samples_markdown
+from reporting.samples import Sample, as_records, print_samples, samples_markdown
 from reporting.sentences import in_words
 from reporting.table import markdown_table, results_table, split_rows
 from reporting.tpf_figure import aup_of, tpf_curves, tpf_figure
@@ -29,7 +29,7 @@ class FrontierReport(Callback):
     Where a method has several decoders, tpf.png as well: quality over tokens per forward pass. Of q*, alpha.png: both
     divergences over α.
 
-    experiment, config: of the run, for its record. samples: how many texts of each decoder to print.
+    experiment, config: of the run, for its record. samples: how many texts of each decoder to print and to keep in the record.
     """
 
     def __init__(self, folder: str | Path, experiment: str, config: dict[str, Any], samples: int = 3) -> None:
@@ -93,6 +93,9 @@ class FrontierReport(Callback):
         self.record |= parts
         if (aup := aup_of(self.record)) is not None:
             self.record["aup"] = aup
+        texts = self._texts(data, rows, responses) if rows else []
+        if texts:
+            self.record["texts"] = as_records(texts)
         drawn = {
             "frontier": quality_figure(self.record),
             "tpf": tpf_figure(tpf_curves([self.record])),
@@ -103,7 +106,6 @@ class FrontierReport(Callback):
             write_record(self.record, self.folder / "record.json")
             for name, figure in figures.items():
                 figure.savefig(self.folder / f"{name}.png", dpi=130)
-        texts = self._texts(data, rows, responses) if rows else []
         console = report_console()
         print_samples(console, texts)
         for part in split_rows(self.record):
@@ -154,7 +156,7 @@ class FrontierReport(Callback):
             "ci95": {name: list(interval) for name, interval in score.ci95.items()},
         }
 
-    def _texts(self, data: Any, rows: dict[str, Tensor], responses: list[Tensor]) -> list[tuple[str, str, str, str]]:
+    def _texts(self, data: Any, rows: dict[str, Tensor], responses: list[Tensor]) -> list[Sample]:
         """(decoder, prompt, response, fault) of the first prompts; of a teacher at the fewest and the most passes alone."""
         few = {name: column[: self.samples] for name, column in rows.items()}
         prompts = data.decode_prompts(few)
