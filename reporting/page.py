@@ -60,8 +60,10 @@ def report_page(records: list[dict[str, Any]]) -> str:
         _section([row for row in rows if row.corpus == corpus], [r for r in records if r["data"]["name"] == corpus])
         for corpus in corpora
     ]
-    head = f"<h1>Runs, quality against forward passes</h1>\n<p class='faint'>{_safe(NFE)}. ± is a 95 % interval of "
-    head += "the mean over seeds. Hover over a mark for its values; a table's heads sort it.</p>\n"
+    head = (
+        f"<h1>Runs, quality against forward passes</h1>\n<p class='faint'>{_safe(NFE)}. ± is a 95 % interval of the mean over "
+        "seeds. Hover over a mark for its values. A name below the charts hides its marks; a head sorts its table.</p>\n"
+    )
     before, after = TEMPLATE.read_text(encoding="utf-8").split(BODY)
     return before + head + "\n".join(sections) + after
 
