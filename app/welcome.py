@@ -14,8 +14,8 @@ Name an experiment:
 
 Your own data:
 
-    python run.py experiment=meanflow_e2e data.train=FILE.jsonl data.prompt_field=ask
-    python run.py experiment=next_token_text data.train=FILE.txt
+    python run.py experiment=meanflow_e2e data.train=FILE.jsonl   lines {"slots": ..., "text": ...}
+    python run.py experiment=next_token_text data.train=FILE.txt  documents
 
 Every run leaves a table, a figure and record.json in outputs/<experiment>/<time>.
 

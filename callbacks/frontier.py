@@ -13,7 +13,7 @@ from torch import Tensor
 from models.functional.next_token import EndIds, until_end
 from models.functional.ranks import gathered
 from reporting.alpha_figure import alpha_figure
-from reporting.console import report_console
+from reporting.console import from_here, report_console
 from reporting.figure import has_quality, quality_figure
 from reporting.hparams import headline, hyperparameters
 from reporting.record import build_record, current_commit, write_record
@@ -117,7 +117,7 @@ class FrontierReport(Callback):
                 console.print(f"· {escape(sentence)}", highlight=False)
         if conclusion is not None:
             drawn = "frontier" in figures and not trainer.fast_dev_run
-            picture = f" Figure: {self.folder / 'frontier.png'}" if drawn else ""
+            picture = f" Figure: {from_here(self.folder / 'frontier.png')}" if drawn else ""
             console.print(f"\n[bold]{escape(conclusion)}[/]{escape(picture)}", highlight=False, soft_wrap=True)
         tables = "\n\n".join(markdown_table(part) for part in split_rows(self.record))
         for logger in trainer.loggers:

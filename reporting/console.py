@@ -99,6 +99,11 @@ def in_brackets(plan: str) -> str:
     return f"  ({plan})"
 
 
+def from_here(path: Path) -> Path:
+    """The path as one types it in the current folder, where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def say_where_things_are(
     console: Console, folder: Path, typed: list[str], teacher: str | None, example_prompt: str | None
 ) -> None:
@@ -106,6 +111,7 @@ def say_where_things_are(
 
     typed: the options that name its model again; without any, only the files are listed. teacher: the student's.
     """
+    folder = from_here(folder)
     written = ["record.json", *(name for name in ("frontier.png", "tpf.png", "alpha.png") if (folder / name).exists())]
     lines = {"record and figure": ", ".join(f"{folder}/{name}" for name in written)}
     lines["dashboard"] = f"tensorboard --logdir {shell(str(folder))}"
