@@ -34,7 +34,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(WELCOME)
         sys.exit(0)
-    if sys.argv[1:] == ["--list"]:
+    if "--list" in sys.argv[1:]:
         print(experiment_list())
         sys.exit(0)
     sys.argv[1:] = quoted(sys.argv[1:])

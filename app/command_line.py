@@ -21,6 +21,11 @@ from reporting.command import option, shell
 CONF = Path(__file__).parents[1] / "conf"
 MULTIRUN = ("-m", "--multirun")
 TAKE_A_VALUE = ("-c", "--cfg", "-p", "--package")
+# Hydra's own flags
+FLAGS = (
+    "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "config-path",
+    "config-name", "config-dir", "experimental-rerun", "info",
+)  # fmt: skip
 # options that hold plain text; a path (or a token) may be a list of several
 PROMPTS = ("prompt", "example_prompt")
 PATHS = re.compile(
@@ -77,6 +82,7 @@ def mistake_in(arguments: list[str]) -> str | None:
 
 
 def _check(arguments: list[str]) -> None:
+    _require_no_dashes(arguments)
     typed = _options(arguments)
     if typed is None:
         return
@@ -105,6 +111,15 @@ def _check(arguments: list[str]) -> None:
         raise UsageError(NO_EXPERIMENT)
 
 
+def _require_no_dashes(arguments: list[str]) -> None:
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name not in FLAGS:
+            raise UsageError(
+                f"{argument}: options have no dashes; type {name}={value if equals else '<value>'}, or --help or --list"
+            )
+
+
 def _options(arguments: list[str]) -> list[str] | None:
     """The arguments that are options; None where a flag asks for something that is not ours to check."""
     options, skip = [], False
@@ -128,8 +143,12 @@ def _parsed(text: str) -> Override:
     if override is not None:
         return override
     name, equals, value = text.partition("=")
+    if not equals and (CONF / "experiment" / f"{name}.yaml").is_file():
+        raise UsageError(f"{text}: type experiment={name}")
     if not equals:
-        raise UsageError(f"{text}: an option is written <name>=<value>; python run.py --help shows more")
+        raise UsageError(
+            f"{text}: an option is written <name>=<value>, without spaces; python run.py --help shows more"
+        )
     if value[:1] in ("[", "{"):
         raise UsageError(
             f"{text}: the brackets hold something that needs quotes, or do not match; type for example "

@@ -36,6 +36,8 @@ def sentence_for(error: BaseException) -> str | None:
         if isinstance(cause, UsageError):
             return str(cause)
         if isinstance(cause, MisconfigurationException):
+            if "No supported gpu backend" in str(cause):
+                return "PyTorch sees no GPU here; type trainer=cpu, or leave trainer= out to take what there is"
             return f"{cause}"
         if type(cause).__name__ == "MissingMandatoryValue":  # OmegaConf's; only run.py knows configurations
             name = getattr(cause, "full_key", None)

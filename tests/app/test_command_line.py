@@ -33,7 +33,10 @@ MISTAKES = [
     (["module=step_halvin"], "module=step_halvin is not known; did you mean module=step_halving?"),
     (["logger=wandb"], "logger=wandb is not known; type one of none, tensorboard"),
     (["module/code=leading"], "this experiment chooses no module/code; type +module/code=..."),
-    (["seed"], "seed: an option is written <name>=<value>"),
+    (["seed"], "seed: an option is written <name>=<value>, without spaces"),
+    (["objectives"], "objectives: type experiment=objectives"),
+    (["--module=logit_flow"], "--module=logit_flow: options have no dashes; type module=logit_flow"),
+    (["--seed", "1"], "--seed: options have no dashes; type seed=<value>"),
     (["seed=0,1"], "holds several values; for a run of each type python run.py -m"),
     (["module.forwards=[1,2"], 'type for example "module.forwards=[1,2]"'),
     (["flow=logit"], "flow has another name today; type module=logit_flow"),
@@ -60,6 +63,7 @@ def test_a_mistake_is_answered_with_what_to_type(arguments, sentence):
         ["++module.anything=1", "module.stages={adapt: {share: 1}}", "module.stages.adapt.anything=1"],
         ["--cfg", "job", "--resolve"],
         ["--help", "nonsense"],
+        ["--config-dir=conf", "--multirun", "seed=1"],
     ],
 )
 def test_what_can_be_composed_is_left_alone(arguments):
