@@ -54,7 +54,7 @@ def in_words(record: dict[str, Any]) -> list[str]:
 
 def summary(rows: list[Row]) -> str | None:
     """What happened, in one sentence; None where nothing was measured that has a name here."""
-    for comparison in (_drafts, _compression, _plans, _few_steps, _excess, _one_method, _likelihood):
+    for comparison in (_drafts, _compression, _plans, _few_steps, _excess, _one_method, _likelihood, _probe):
         sentence = comparison(rows)
         if sentence is not None:
             return sentence
@@ -165,6 +165,16 @@ def _likelihood(rows: list[Row]) -> str | None:
                 byte = known.get("bits_per_byte", known.get("bits_per_byte_bound"))
                 more = "" if byte is None else f", {byte:.3f} bits a byte"
                 return f"NLL of the test texts{bound}: {known[name]:.3f} nats a token{more}."
+    return None
+
+
+def _probe(rows: list[Row]) -> str | None:
+    """What the hidden states of a model tell that predicts no tokens."""
+    for row in _of(rows, "model"):
+        read, untrained = row["quality"].get("probe"), row["quality"].get("probe_untrained")
+        if read is not None:
+            more = "" if untrained is None else f"; without training: {_percent(untrained)}"
+            return f"A linear probe reads {_percent(read)} of the attributes from a hidden state{more}."
     return None
 
 

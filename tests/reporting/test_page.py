@@ -103,6 +103,7 @@ def test_ticks_lie_on_the_axis():
 def test_numbers_of_a_table_are_there_for_sorting(pairs_record):
     text = report_page([pairs_record])
     assert "<td data-value='0.375'>0.375</td>" in text
+    assert "<td data-value='1234.5'>1,234</td>" in text
     assert "<td data-value=''>-</td>" in text  # not measured
 
 
@@ -167,11 +168,16 @@ def test_nothing_is_loaded(oracle_record):
     assert not re.search(r"https?:|//\w|\bsrc=|\bhref=|url\(|@import|\bimport\b|fetch\(|XMLHttp", text)
 
 
-def test_runs_without_a_quality_have_tables_alone():
-    text = report_page([make_record([row("model", "NextToken", 0, {"nll": 0.75})])])
+def test_runs_without_a_quality_have_tables_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    record = make_record([row("model", "NextToken", 0, {"nll": 0.75})])
+    (tmp_path / "run" / "record.json").write_text(json.dumps(record))
+    report_frontier(tmp_path, Console(quiet=True))
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert not list((tmp_path / "report").glob("*.png"))
     assert "<svg" not in text
     assert "NLL of the test texts: 0.750 nats a token." in text
-    Page(text)
+    assert {"NextToken", "0.7500"} <= set(Page(text).all("td"))
 
 
 SORT = """

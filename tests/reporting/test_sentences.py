@@ -112,6 +112,11 @@ def test_a_plan_has_a_price_and_a_gain():
         ({"nll": 2.0}, "NLL of the test texts: 2.000 nats a token."),
         ({"nll_bound": 2.0, "nll": None}, "NLL of the test texts at most: 2.000 nats a token."),
         ({"nll": 2.0, "bits_per_byte": 0.5}, "NLL of the test texts: 2.000 nats a token, 0.500 bits a byte."),
+        ({"probe": 0.75}, "A linear probe reads 75.0 % of the attributes from a hidden state."),
+        (
+            {"probe": 0.75, "probe_untrained": 0.5},
+            "A linear probe reads 75.0 % of the attributes from a hidden state; without training: 50.0 %.",
+        ),
         ({"rate": 2.0}, None),
     ],
 )
