@@ -21,10 +21,10 @@ from reporting.command import option, shell
 CONF = Path(__file__).parents[1] / "conf"
 MULTIRUN = ("-m", "--multirun")
 TAKE_A_VALUE = ("-c", "--cfg", "-p", "--package")
-# Hydra's own flags
+# those of Hydra, and run.py's own
 FLAGS = (
     "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "config-path",
-    "config-name", "config-dir", "experimental-rerun", "info",
+    "config-name", "config-dir", "experimental-rerun", "info", "list",
 )  # fmt: skip
 # options that hold plain text; a path (or a token) may be a list of several
 PROMPTS = ("prompt", "example_prompt")
