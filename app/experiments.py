@@ -43,6 +43,8 @@ ROUTES = {
         "concept_dropout": "what happens when concepts are hidden from the executor",
         "plan_write_oracle": "a plan, then every word in one forward pass",
         "plan_write_e2e": "the same for restaurant descriptions (E2E)",
+        "plan_write_qwen": "the same with a pretrained causal model",
+        "mixture_oracle": "baseline: a uniform index of as many bits instead of a plan",
         "concept_e2e": "plans of E2E descriptions: which concept finds which slot",
         "concept_e2e_signals": "a type of concepts for each slot",
         "concept_e2e_code": "plans that nobody learns, for comparison",
