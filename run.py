@@ -7,6 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from app.command_line import mistake_in, quoted
+from app.experiments import experiment_list
 from app.welcome import WELCOME
 
 
@@ -32,6 +33,9 @@ def main(cfg: DictConfig) -> float | None:
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(WELCOME)
+        sys.exit(0)
+    if "--list" in sys.argv[1:]:
+        print(experiment_list())
         sys.exit(0)
     sys.argv[1:] = quoted(sys.argv[1:])
     mistake = mistake_in(sys.argv[1:])

@@ -21,12 +21,17 @@ from reporting.command import option, shell
 CONF = Path(__file__).parents[1] / "conf"
 MULTIRUN = ("-m", "--multirun")
 TAKE_A_VALUE = ("-c", "--cfg", "-p", "--package")
+# those of Hydra, and run.py's own
+FLAGS = (
+    "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "config-path",
+    "config-name", "config-dir", "experimental-rerun", "info", "list",
+)  # fmt: skip
 # options that hold plain text; a path (or a token) may be a list of several
 PROMPTS = ("prompt", "example_prompt")
 PATHS = re.compile(
     r"(.*[._])?(path|dir|file|field)|data\.(train|val|test|tokenizer|template)|.*\.mask_token|module\.baseline"
 )
-NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_llada, or --help for all of them"
+NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_llada, or --list for all of them"
 
 
 def quoted(arguments: list[str]) -> list[str]:
@@ -77,6 +82,7 @@ def mistake_in(arguments: list[str]) -> str | None:
 
 
 def _check(arguments: list[str]) -> None:
+    _require_no_dashes(arguments)
     typed = _options(arguments)
     if typed is None:
         return
@@ -105,6 +111,15 @@ def _check(arguments: list[str]) -> None:
         raise UsageError(NO_EXPERIMENT)
 
 
+def _require_no_dashes(arguments: list[str]) -> None:
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name not in FLAGS:
+            raise UsageError(
+                f"{argument}: options have no dashes; type {name}={value if equals else '<value>'}, or --help or --list"
+            )
+
+
 def _options(arguments: list[str]) -> list[str] | None:
     """The arguments that are options; None where a flag asks for something that is not ours to check."""
     options, skip = [], False
@@ -128,8 +143,12 @@ def _parsed(text: str) -> Override:
     if override is not None:
         return override
     name, equals, value = text.partition("=")
+    if not equals and (CONF / "experiment" / f"{name}.yaml").is_file():
+        raise UsageError(f"{text}: type experiment={name}")
     if not equals:
-        raise UsageError(f"{text}: an option is written <name>=<value>; python run.py --help lists what there is")
+        raise UsageError(
+            f"{text}: an option is written <name>=<value>, without spaces; python run.py --help shows more"
+        )
     if value[:1] in ("[", "{"):
         raise UsageError(
             f"{text}: the brackets hold something that needs quotes, or do not match; type for example "
@@ -191,7 +210,8 @@ def _require_known_choice(override: Override) -> None:
         if instead is not None:
             raise UsageError(f"{group}={choice} has another name today; type {instead}")
         close = [f"{group}={name}" for name in get_close_matches(choice, known)]
-        meant = f"did you mean {' or '.join(close)}?" if close else f"type one of {', '.join(known)}"
+        others = "python run.py --list shows all" if group == "experiment" else f"type one of {', '.join(known)}"
+        meant = f"did you mean {' or '.join(close)}?" if close else others
         raise UsageError(f"{group}={choice} is not known; {meant}")
 
 

@@ -24,9 +24,9 @@ from models.functional.errors import UsageError
 from reporting.card import write_card
 from reporting.command import option, shell
 from reporting.console import report_console, say_where_things_are
-from reporting.gather import report_frontier
 from reporting.hparams import headline
 from reporting.keys import current_name
+from reporting.report import report_frontier
 from reporting.sweep import read_sweeps, report_sweep
 
 console = report_console()

@@ -13,12 +13,12 @@ from torch import Tensor
 from models.functional.next_token import EndIds, until_end
 from models.functional.ranks import gathered
 from reporting.alpha_figure import alpha_figure
-from reporting.console import report_console
-from reporting.figure import quality_figure
+from reporting.console import from_here, report_console
+from reporting.figure import has_quality, quality_figure
 from reporting.hparams import headline, hyperparameters
 from reporting.record import build_record, current_commit, write_record
-from reporting.samples import print_samples, samples_markdown
-from reporting.sentences import in_words
+from reporting.samples import Sample, as_records, print_samples, samples_markdown
+from reporting.sentences import in_words, summary
 from reporting.table import markdown_table, results_table, split_rows
 from reporting.tpf_figure import aup_of, tpf_curves, tpf_figure
 
@@ -26,10 +26,10 @@ from reporting.tpf_figure import aup_of, tpf_curves, tpf_figure
 class FrontierReport(Callback):
     """Writes record.json and frontier.png to `folder`, prints the table, and sends all of it to TensorBoard.
 
-    Where a method has several decoders, tpf.png as well: quality over tokens per forward pass. Of q*, alpha.png: both
-    divergences over α.
+    The last line says what happened. There is no frontier.png where no texts were scored. Where a method has several
+    decoders, tpf.png as well: quality over tokens per forward pass. Of q*, alpha.png: both divergences over α.
 
-    experiment, config: of the run, for its record. samples: how many texts of each decoder to print.
+    experiment, config: of the run, for its record. samples: how many texts of each decoder to print and to keep in the record.
     """
 
     def __init__(self, folder: str | Path, experiment: str, config: dict[str, Any], samples: int = 3) -> None:
@@ -93,24 +93,32 @@ class FrontierReport(Callback):
         self.record |= parts
         if (aup := aup_of(self.record)) is not None:
             self.record["aup"] = aup
-        drawn = {
-            "frontier": quality_figure(self.record),
+        texts = self._texts(data, rows, responses) if rows else []
+        if texts:
+            self.record["texts"] = as_records(texts)
+        possible = {
+            "frontier": quality_figure(self.record) if has_quality(self.record) else None,
             "tpf": tpf_figure(tpf_curves([self.record])),
             "alpha": alpha_figure(self.record),
         }
-        figures = {name: figure for name, figure in drawn.items() if figure is not None}
+        figures = {name: figure for name, figure in possible.items() if figure is not None}
         if not trainer.fast_dev_run:
             write_record(self.record, self.folder / "record.json")
             for name, figure in figures.items():
                 figure.savefig(self.folder / f"{name}.png", dpi=130)
-        texts = self._texts(data, rows, responses) if rows else []
         console = report_console()
         print_samples(console, texts)
         for part in split_rows(self.record):
             console.print()
             console.print(results_table(part, console.width))
+        conclusion = summary(table_rows)
         for sentence in in_words(self.record):
-            console.print(f"· {escape(sentence)}", highlight=False)
+            if sentence != conclusion:
+                console.print(f"· {escape(sentence)}", highlight=False)
+        if conclusion is not None:
+            drawn = "frontier" in figures and not trainer.fast_dev_run
+            picture = f" Figure: {from_here(self.folder / 'frontier.png')}" if drawn else ""
+            console.print(f"\n[bold]{escape(conclusion)}[/]{escape(picture)}", highlight=False, soft_wrap=True)
         tables = "\n\n".join(markdown_table(part) for part in split_rows(self.record))
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_figure"):
@@ -154,7 +162,7 @@ class FrontierReport(Callback):
             "ci95": {name: list(interval) for name, interval in score.ci95.items()},
         }
 
-    def _texts(self, data: Any, rows: dict[str, Tensor], responses: list[Tensor]) -> list[tuple[str, str, str, str]]:
+    def _texts(self, data: Any, rows: dict[str, Tensor], responses: list[Tensor]) -> list[Sample]:
         """(decoder, prompt, response, fault) of the first prompts; of a teacher at the fewest and the most passes alone."""
         few = {name: column[: self.samples] for name, column in rows.items()}
         prompts = data.decode_prompts(few)

@@ -19,9 +19,9 @@ HERE = Path(__file__).parent / "images"
 PAGES = {
     "monitors": ("#custom_scalars", 1000),
     "hparams": ("#hparams", 480),
-    "text": ("#text", 900),
+    "text": ("#text&tagFilter=samples", 640),
     "health": ("#text&tagFilter=health", 440),
-    "figures": ("#images", 700),
+    "figures": ("#images&tagFilter=frontier", 640),
     "speed": ("#scalars&tagFilter=speed", 480),
 }
 WIDTH, PATIENCE = 1280, 60.0

@@ -36,6 +36,8 @@ def sentence_for(error: BaseException) -> str | None:
         if isinstance(cause, UsageError):
             return str(cause)
         if isinstance(cause, MisconfigurationException):
+            if "No supported gpu backend" in str(cause):
+                return "PyTorch sees no GPU here; type trainer=cpu, or leave trainer= out to take what there is"
             return f"{cause}"
         if type(cause).__name__ == "MissingMandatoryValue":  # OmegaConf's; only run.py knows configurations
             name = getattr(cause, "full_key", None)
@@ -99,6 +101,11 @@ def in_brackets(plan: str) -> str:
     return f"  ({plan})"
 
 
+def from_here(path: Path) -> Path:
+    """The path as one types it in the current folder, where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def say_where_things_are(
     console: Console, folder: Path, typed: list[str], teacher: str | None, example_prompt: str | None
 ) -> None:
@@ -106,6 +113,7 @@ def say_where_things_are(
 
     typed: the options that name its model again; without any, only the files are listed. teacher: the student's.
     """
+    folder = from_here(folder)
     written = ["record.json", *(name for name in ("frontier.png", "tpf.png", "alpha.png") if (folder / name).exists())]
     lines = {"record and figure": ", ".join(f"{folder}/{name}" for name in written)}
     lines["dashboard"] = f"tensorboard --logdir {shell(str(folder))}"

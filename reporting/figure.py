@@ -14,6 +14,11 @@ UNBOUNDED = ("bleu", "judge_perplexity", "text_entropy")
 LOWER_IS_BETTER = ("judge_perplexity",)
 
 
+def has_quality(record: dict[str, Any]) -> bool:
+    """Whether there is something to draw: a likelihood alone is no point over forward passes."""
+    return any(row["quality"].get(name) is not None for row in record["rows"] for name in PREFERRED)
+
+
 def quality_figure(record: dict[str, Any]) -> Figure:
     """One panel for each kind of quality that the record knows: multi-step decoders as lines, controls as levels."""
     rows = record["rows"]

@@ -1,32 +1,23 @@
-"""`mode=report`: every record below a folder in one table and one figure, quality against cost.
+"""Rows, tables and the figure of all records together, quality against cost.
 
 Runs of the same experiment with different seeds become one row: mean and 95 % interval (Student's t) over the seeds. A run
 repeated with the same seed replaces the earlier one; give a variant its own name=... to keep it apart.
 """
 
-import os
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
-from models.functional.errors import UsageError
 from reporting.figure import PREFERRED, STYLE, scale_quality
 from reporting.intervals import half_width
-from reporting.learning_figure import learning_curves, learning_figure
-from reporting.rate_figure import rate_figure
-from reporting.record import find_records, newest_rows
+from reporting.record import newest_rows
 from reporting.table import COLUMNS, NFE, as_markdown, nfe_cell, value_at, written
-from reporting.tpf_figure import aup_sentences, tpf_curves, tpf_figure
 
 COLUMN = {column.name: column for column in COLUMNS}
 # of these the worst seed is shown, for their mean has no meaning
@@ -96,7 +87,7 @@ def _derived(quality: dict[str, float | None]) -> dict[str, float]:
 
 def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
     """Rows of one corpus: the figures that some row has, as many of the most important as `width` has room for."""
-    heads, names = _heads(rows), _known(rows)
+    heads, names = _heads(rows), known_figures(rows)
     left = width - 2 - sum(2 + max(map(len, [head, *texts])) for head, texts in heads.items())
     widths = [2 + max(len(COLUMN[name].title), *(len(written_mean(row, name)) for row in rows)) for name in names]
     while len(names) > 1 and sum(widths[: len(names)]) > left:
@@ -116,7 +107,7 @@ def frontier_table(rows: list[FrontierRow], width: int = 160) -> Table:
 
 def frontier_markdown(rows: list[FrontierRow]) -> str:
     """The same table as Markdown, with every figure that some row has, and what its heads mean."""
-    heads, names = _heads(rows), _known(rows)
+    heads, names = _heads(rows), known_figures(rows)
     titles = [*heads, *(COLUMN[name].title for name in names)]
     cells = [
         [*(texts[k] for texts in heads.values()), *(written_mean(row, name) for name in names)]
@@ -145,9 +136,7 @@ def frontier_figure(rows: list[FrontierRow], *, speed: bool = True) -> Figure:
     figure = Figure(figsize=(13.5, 4.2 * len(corpora)), layout="constrained")
     for part, corpus in zip(figure.subfigures(len(corpora), 1, squeeze=False)[:, 0], corpora, strict=True):
         own = [row for row in rows if row.corpus == corpus]
-        # TV beside validity: a generator that always writes the same valid text is perfect in one and worst in the other
-        known = [name for name in (*PREFERRED, "validity_none", "tv") if any(row.values.get(name) for row in own)]
-        shown = [name for name in known if name != "exact_match" or "validity" not in known][:3]
+        shown = shown_qualities(own)
         main = next((name for name in PREFERRED if name in shown), None)
         if main is None:
             continue
@@ -161,46 +150,11 @@ def frontier_figure(rows: list[FrontierRow], *, speed: bool = True) -> Figure:
     return figure
 
 
-def report_frontier(folder: str | Path, console: Console, elsewhere: Iterable[Path] = ()) -> None:
-    """Print the tables, and write frontier.png, frontier.md and a TensorBoard page to <folder>/report.
-
-    tpf.png shows quality against tokens per forward pass, whose area (AUP) stands below the tables. learning.png shows
-    validation likelihoods during training, where records have them. elsewhere: folders of further runs.
-    """
-    records = [record for _, record in find_records(folder, elsewhere)]
-    rows, parallel = frontier_rows(records), tpf_curves(records)
-    out = Path(folder) / "report"
-    try:
-        out.mkdir(exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(None, "no permission to write there")
-    except OSError as error:
-        raise UsageError(
-            f"the report cannot be written to {out}: {error.strerror}; copy the runs to a folder of your own"
-        ) from None
-    parts = dict.fromkeys((row.corpus, row.method == "model") for row in rows)  # models have figures of their own
-    tables = [[r for r in rows if (r.corpus, r.method == "model") == part] for part in parts]
-    for own in tables:
-        console.print(frontier_table(own, console.width))
-    text = "\n\n".join(f"## {own[0].corpus}\n\n{frontier_markdown(own)}" for own in tables)
-    for corpus, sentence in aup_sentences(parallel).items():
-        console.print(f"{corpus}: {sentence}", highlight=False, soft_wrap=True)
-        text += f"\n\n{corpus}: {sentence}"
-    (out / "frontier.md").write_text(text + "\n")
-    figures = {"frontier": frontier_figure(rows)}
-    if (tpf := tpf_figure(parallel)) is not None:
-        figures["tpf"] = tpf
-    if curves := learning_curves(records):
-        figures["learning"] = learning_figure(curves)
-    if (rate := rate_figure(rows)) is not None:
-        figures["rate"] = rate
-    with SummaryWriter(str(out)) as writer:
-        for name, drawn in figures.items():
-            drawn.savefig(out / f"{name}.png", dpi=130)
-            writer.add_figure(name, drawn)
-        writer.add_text("frontier", text)
-    files = ", ".join(f"{out}/{name}.png" for name in figures)
-    console.print(f"figures: {files}   table: {out}/frontier.md", highlight=False, soft_wrap=True)
+def shown_qualities(rows: list[FrontierRow]) -> list[str]:
+    """At most three qualities to draw of one corpus."""
+    # TV beside validity: a generator that always writes the same valid text is perfect in one and worst in the other
+    known = [name for name in (*PREFERRED, "validity_none", "tv") if any(row.values.get(name) for row in rows)]
+    return [name for name in known if name != "exact_match" or "validity" not in known][:3]
 
 
 def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
@@ -233,7 +187,8 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
     axis.grid(alpha=0.25)
 
 
-def _known(rows: list[FrontierRow]) -> list[str]:
+def known_figures(rows: list[FrontierRow]) -> list[str]:
+    """Names of the figures that some row has, the most important first."""
     return [column.name for column in COLUMNS if any(row.values.get(column.name) for row in rows)]
 
 

@@ -140,7 +140,7 @@ def provenance(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def keep_records(name: str, runs: Sequence[Path], command: str, docs: Path) -> list[Path]:
-    """Copy the records of finished runs, without their options, to where tables are made from; the new files.
+    """Copy the records of finished runs, without their options and texts, to where tables are made from; the new files.
 
     command: how such a run is started, with words such as TRAIN in the place of paths.
     Errors: UsageError where a run has no record, or its commit had changes.
@@ -152,7 +152,8 @@ def keep_records(name: str, runs: Sequence[Path], command: str, docs: Path) -> l
         if (record["commit"] or "").endswith("+changes"):
             raise UsageError(f"{path} was measured with files that no commit holds; commit them and run it again")
         when = date.fromtimestamp(path.stat().st_mtime).isoformat()
-        small = {**_rounded(record), "config": {}, "published": {"date": when, "command": command}}
+        known = {key: value for key, value in record.items() if key != "texts"}  # of corpora that are not ours
+        small = {**_rounded(known), "config": {}, "published": {"date": when, "command": command}}
         file = f"{record['data']['name']}_{record['experiment']}_{record['seed']}".replace(
             "/", "-"
         )  # a sweep's name has one

@@ -6,6 +6,7 @@
 "ci95": {}}]}. A value that was not measured is null. nfe: number of function evaluations, the forward passes for one text. The
 row of a model itself also has "curve": {name: []}. A run of q* has "alpha_curve": {name: [] or figure}, see `AlphaCurve`. A
 run that compares several decoders of one method has "aup": {"quality", "y_max", "methods": {method: AUP}}, see `tpf_figure`.
+"texts" are the first ones of each decoder: [{"decoder", "prompt", "response", "fault"}], by prompt in the order of test rows.
 Records of earlier formats are read, too.
 """
 

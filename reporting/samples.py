@@ -1,4 +1,4 @@
-"""Texts of each decoder, on the console and as Markdown."""
+"""Texts of each decoder, on the console, as Markdown and in a record."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,3 +22,8 @@ def samples_markdown(texts: list[Sample]) -> str:
     """The same as a Markdown table."""
     lines = ["| decoder | prompt | response | what is wrong |", "| --- | --- | --- | --- |"]
     return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "/") for cell in text) + " |" for text in texts])
+
+
+def as_records(texts: list[Sample]) -> list[dict[str, str]]:
+    """The same as a record's "texts"."""
+    return [dict(zip(("decoder", "prompt", "response", "fault"), text, strict=True)) for text in texts]

@@ -53,8 +53,8 @@ def in_words(record: dict[str, Any]) -> list[str]:
 
 
 def summary(rows: list[Row]) -> str | None:
-    """What happened, in one sentence; None where no comparison was made."""
-    for comparison in (_drafts, _compression, _plans, _few_steps, _excess):
+    """What happened, in one sentence; None where nothing was measured that has a name here."""
+    for comparison in (_drafts, _compression, _plans, _few_steps, _excess, _one_method, _likelihood, _probe):
         sentence = comparison(rows)
         if sentence is not None:
             return sentence
@@ -138,6 +138,43 @@ def _excess(rows: list[Row]) -> str | None:
         if nll is not None and quality.get("nll_truth") is not None:
             least = " at most" if bound else ""
             return f"NLL{least} {nll:.3f} nats a token; under the corpus' own distribution: {quality['nll_truth']:.3f}."
+    return None
+
+
+def _one_method(rows: list[Row]) -> str | None:
+    """A method alone, with the fewest forward passes and with the most."""
+    own = _of(rows, "teacher") or _of(rows, "student")
+    name = next((n for n in MAIN if _known(own, n)), None)
+    if name is None:
+        return None
+    known = sorted(_known(own, name), key=lambda row: row["nfe"])
+    title, form = MAIN[name]
+    said = [_written(row["quality"][name], form) for row in known]
+    first = f"{said[0]} {title}" if name == "validity" else f"{title} {said[0]}"
+    passes = "forward pass" if known[0]["nfe"] == 1 else "forward passes"
+    more = f"; with {_number(known[-1]['nfe'])}: {said[-1]}" if known[-1]["nfe"] > known[0]["nfe"] else ""
+    return f"{_number(known[0]['nfe']).capitalize()} {passes}: {first}{more}."
+
+
+def _likelihood(rows: list[Row]) -> str | None:
+    """What a model makes of texts that it has not seen."""
+    for row in _of(rows, "model"):
+        known = {name: value for name, value in row["quality"].items() if value is not None}
+        for name, bound in (("nll", ""), ("nll_bound", " at most")):
+            if name in known:
+                byte = known.get("bits_per_byte", known.get("bits_per_byte_bound"))
+                more = "" if byte is None else f", {byte:.3f} bits a byte"
+                return f"NLL of the test texts{bound}: {known[name]:.3f} nats a token{more}."
+    return None
+
+
+def _probe(rows: list[Row]) -> str | None:
+    """What the hidden states of a model tell that predicts no tokens."""
+    for row in _of(rows, "model"):
+        read, untrained = row["quality"].get("probe"), row["quality"].get("probe_untrained")
+        if read is not None:
+            more = "" if untrained is None else f"; without training: {_percent(untrained)}"
+            return f"A linear probe reads {_percent(read)} of the attributes from a hidden state{more}."
     return None
 
 

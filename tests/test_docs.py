@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,3 +104,30 @@ def test_option_pages_have_every_option_with_its_default_and_meaning(hooks, tmp_
                 prefix = f"{group.replace('/', '.')}." if group else ""
                 for name in leaves(yaml.safe_load(file.read_text()) or {}):
                     assert f"| `{prefix}{name}" in shown, (file, name)
+
+
+def versions(changelog: str, citation: str, project: str) -> list[tuple[str, str | None]]:
+    """(version, date) of the newest released heading, of the citation and, without a date, of the package."""
+    newest = re.search(r"^## (\d+\.\d+\.\d+) - (\d{4}-\d{2}-\d{2})$", changelog, re.MULTILINE)
+    cited = yaml.safe_load(citation)
+    return [
+        (newest[1], newest[2]),
+        (str(cited["version"]), str(cited["date-released"])),
+        (tomllib.loads(project)["project"]["version"], None),
+    ]
+
+
+def test_the_version_is_the_same_everywhere():
+    texts = [(ROOT / name).read_text() for name in ("CHANGELOG.md", "CITATION.cff", "pyproject.toml")]
+    newest, cited, package = versions(*texts)
+    assert newest == cited
+    assert package[0] == newest[0]
+    headings = re.findall(r"^## (.*)$", texts[0], re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert headings[1] == " - ".join(newest)
+
+
+def test_versions_that_differ_are_seen():
+    changelog = "# Changelog\n\n## Unreleased\n\n- 9.9.9\n\n## 1.2.3 - 2026-01-02\n\n## 1.2.2 - 2026-01-01\n"
+    found = versions(changelog, "version: 1.2.2\ndate-released: 2026-01-02\n", '[project]\nversion = "1.2.3"\n')
+    assert found == [("1.2.3", "2026-01-02"), ("1.2.2", "2026-01-02"), ("1.2.3", None)]

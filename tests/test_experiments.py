@@ -30,6 +30,8 @@ def test_every_experiment_runs_one_step_of_every_stage(configure, tmp_path, caps
     printed = capsys.readouterr().out
     assert cfg.name.split("/")[0] == name
     assert ("C" if cfg.study else f"seed {cfg.seed}") in printed
+    last = printed.strip().splitlines()[-1]  # what happened, in one line
+    assert cfg.study or (last.endswith(".") and not last.startswith("·"))
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # a shortened teacher is never kept
     header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
     assert f"python run.py experiment={name}" in header

@@ -38,7 +38,10 @@ def launch(arguments: list[str], output: str) -> None:
 
 
 class Shell:
-    """Runs the page's commands in a folder. run.py starts in a process that has imported everything, others in bash."""
+    """Runs the page's commands in a folder, without the comments behind them.
+
+    run.py starts in a process that has imported everything, others in bash.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,7 +61,7 @@ class Shell:
 
     def _run(self, command: str) -> tuple[int, str]:
         output = self.folder / "printed.txt"
-        child = self.context.Process(target=launch, args=(shlex.split(command)[2:], str(output)))
+        child = self.context.Process(target=launch, args=(shlex.split(command, comments=True)[2:], str(output)))
         before = Path.cwd()
         os.chdir(self.folder)
         try:

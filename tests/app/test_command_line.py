@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from app import command_line
 from app.command_line import mistake_in, quoted
+from app.experiments import OTHERS, WIDTH, experiment_list, listed
 from app.renamed import FLOWS, NAMES
 from reporting.command import command, option
 
@@ -32,7 +33,10 @@ MISTAKES = [
     (["module=step_halvin"], "module=step_halvin is not known; did you mean module=step_halving?"),
     (["logger=wandb"], "logger=wandb is not known; type one of none, tensorboard"),
     (["module/code=leading"], "this experiment chooses no module/code; type +module/code=..."),
-    (["seed"], "seed: an option is written <name>=<value>"),
+    (["seed"], "seed: an option is written <name>=<value>, without spaces"),
+    (["objectives"], "objectives: type experiment=objectives"),
+    (["--module=logit_flow"], "--module=logit_flow: options have no dashes; type module=logit_flow"),
+    (["--seed", "1"], "--seed: options have no dashes; type seed=<value>"),
     (["seed=0,1"], "holds several values; for a run of each type python run.py -m"),
     (["module.forwards=[1,2"], 'type for example "module.forwards=[1,2]"'),
     (["flow=logit"], "flow has another name today; type module=logit_flow"),
@@ -59,6 +63,7 @@ def test_a_mistake_is_answered_with_what_to_type(arguments, sentence):
         ["++module.anything=1", "module.stages={adapt: {share: 1}}", "module.stages.adapt.anything=1"],
         ["--cfg", "job", "--resolve"],
         ["--help", "nonsense"],
+        ["--config-dir=conf", "--multirun", "seed=1"],
     ],
 )
 def test_what_can_be_composed_is_left_alone(arguments):
@@ -212,27 +217,55 @@ def run(*arguments: str, folder) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
-def test_the_bare_command_says_what_to_type_and_imports_no_torch(tmp_path):
-    done = run(folder=tmp_path)
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_what_is_printed_without_a_task_fits_a_screen_and_imports_no_torch(tmp_path, arguments):
+    done = run(*arguments, folder=tmp_path)
     *screen, imported = done.stdout.splitlines()
     assert done.returncode == 0
     assert imported == "False"
-    assert len(screen) <= 24
-    assert max(map(len, screen)) <= 120
+    assert 15 < len(screen) <= 24
+    assert max(map(len, screen)) <= 100
     assert not list(tmp_path.iterdir())
-    typed = [re.match(r"    (python run\.py .*?)(\s{3,}.*)?$", line) for line in screen]
-    for match in filter(None, typed):
-        if "NAME" not in match[1]:
-            assert mistake_in(shlex.split(match[1])[2:]) is None
+    typed = [re.match(r" *(python run\.py .*?)(\s{2,}.*)?$", line) for line in screen]
+    commands = [shlex.split(match[1])[2:] for match in typed if match and "NAME" not in match[1]]
+    assert len(commands) > 3
+    for options in commands:
+        assert options[0] in ("--list", "--help") or mistake_in(options) is None
+    groups = [line.split("=")[0].strip() for line in re.findall(r"[a-z/]+=(?=[a-z0-9_]+, )", done.stdout)]
+    for group in groups:  # choices that the help names exist
+        for choice in re.search(rf"(?<![/\w]){group}=([\w, ]+)", done.stdout)[1].split("  ")[0].split(", "):
+            assert (ROOT / "conf" / group / f"{choice.strip()}.yaml").is_file() or group == "mode"
+
+
+def test_the_list_has_every_experiment_on_a_line(tmp_path):
+    done = run("--list", folder=tmp_path)
+    *lines, _ = done.stdout.splitlines()
+    named = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+    assert max(map(len, lines)) <= WIDTH
+    assert OTHERS not in lines  # add a line to app/experiments.py
+
+
+def test_the_list_has_what_no_route_names_with_its_own_words(tmp_path):
+    (tmp_path / "mine.yaml").write_text("# @package _global_\n# What I try" + 30 * " now" + "\n# more\nname: mine\n")
+    (tmp_path / "bare.yaml").write_text("name: bare\n")
+    (tmp_path / "meanflow_scan.yaml").write_text("name: meanflow_scan\n")
+    assert listed(tmp_path)[OTHERS] == {"bare": "", "mine": "What I try" + 30 * " now"}
+    lines = experiment_list(tmp_path).splitlines()
+    assert "  meanflow_scan  SCAN: the prompt determines the answer" in lines
+    (mine,) = (line for line in lines if line.startswith("  mine"))
+    assert mine.startswith("  mine           What I try now now")
+    assert mine.endswith("...")
+    assert len(mine) <= WIDTH
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected", "code"),
     [
         (["experiment=objective"], "did you mean experiment=objectives", 2),
+        (["experiment=zzz"], "experiment=zzz is not known; python run.py --list shows all", 2),
         (["experiment=objectives", "modul.lr=1"], "there is no option modul.lr", 2),
         (["experiment=objectives", "mode=train"], "mode=train is not known; type mode=fit", 2),
-        (["--help"], "python run.py experiment=meanflow_llada", 0),
     ],
 )
 def test_the_command_line_itself(tmp_path, arguments, expected, code):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.experiment import FLOWS, SMALL
 from hydra.core.global_hydra import GlobalHydra
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from app import modes
 from models.functional.errors import UsageError
@@ -148,6 +149,13 @@ def test_what_may_not_be_written_is_named(code):
     error = OSError(code, os.strerror(code), "out/runs.txt")
     assert sentence_for(error).startswith(f"out/runs.txt: {os.strerror(code)}; change whose it is")
     assert sentence_for(OSError(code, os.strerror(code))) is None  # nothing to name
+
+
+def test_a_missing_gpu_is_answered_with_what_to_type():
+    """By the words of Lightning's own error, which it raises where there is none."""
+    missing = MisconfigurationException("No supported gpu backend found!")
+    assert sentence_for(missing).startswith("PyTorch sees no GPU here; type trainer=cpu")
+    assert sentence_for(MisconfigurationException("other")) == "other"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")

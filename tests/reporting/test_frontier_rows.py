@@ -6,7 +6,8 @@ import math
 import pytest
 from rich.console import Console
 
-from reporting.gather import frontier_figure, frontier_markdown, frontier_rows, frontier_table, report_frontier
+from reporting.gather import frontier_figure, frontier_markdown, frontier_rows, frontier_table
+from reporting.report import report_frontier
 
 
 def record(seed, validity, experiment="one", corpus="oracle", decoder="student", nfe=1):

@@ -78,7 +78,7 @@ def test_record_has_every_key_of_the_schema_and_is_valid_json(tmp_path, tiny_ora
     report, _ = compare(tmp_path / "run", tiny_oracle)
     text = (tmp_path / "run" / "record.json").read_text()
     record = json.loads(text, parse_constant=refuse)
-    assert tuple(record) == ("format", *KEYS, "aup")
+    assert tuple(record) == ("format", *KEYS, "aup", "texts")
     assert record == json.loads(json.dumps(report.record))
     assert record["config"] == {"seed": 5, "module": {"lr": 0.1}}
     assert (record["experiment"], record["seed"]) == ("trial", 5)
@@ -137,10 +137,11 @@ def test_times_of_a_batch_and_of_a_text_alone(tmp_path, tiny_oracle, monkeypatch
     assert all(row["cost"][name] is None for row in controls for name in timed)  # no network, nothing to time
 
 
-def test_a_shortened_run_writes_nothing(tmp_path, tiny_oracle):
+def test_a_shortened_run_writes_nothing(tmp_path, tiny_oracle, capsys):
     report, _ = compare(tmp_path / "run", tiny_oracle, fast_dev_run=True)
     assert report.record["rows"][0]["n_samples"] == 16
     assert not (tmp_path / "run").exists()
+    assert "Figure" not in capsys.readouterr().out
 
 
 def test_report_says_what_was_generated_and_what_is_wrong_with_it(tmp_path, tiny_oracle, capsys):
@@ -152,6 +153,26 @@ def test_report_says_what_was_generated_and_what_is_wrong_with_it(tmp_path, tiny
     assert all(prompt in printed for prompt in prompts)
     assert "word 1" in printed
     assert "trial on oracle-tiny, seed 5" in printed
+    assert printed.splitlines()[-1] == (
+        f"One forward pass: 50.0 % valid; the teacher with one: 0.0 %, with 4: 75.0 %. Figure: {tmp_path}/frontier.png"
+    )
+
+
+def test_a_record_has_the_first_texts_of_each_decoder(tmp_path, tiny_oracle):
+    report, _ = compare(tmp_path, tiny_oracle)
+    names = ["teacher, sampled, NFE 1", "teacher, sampled, NFE 4", "student, greedy, NFE 1", "product of marginals"]
+    texts = report.record["texts"]
+    assert [text["decoder"] for text in texts[::2]] == [*names, "resampling floor"]
+    first = {k: v[:2] for k, v in tiny_oracle.rows["test"].columns.items()}
+    assert [text["prompt"] for text in texts] == 5 * tiny_oracle.decode_prompts(first)
+    truth = tiny_oracle.decode_responses(first["input_ids"][first["response_mask"]].view(2, -1))
+    spoilt = dict.fromkeys(("teacher, sampled, NFE 1", "teacher, sampled, NFE 4"))
+    answers = {name: [t["response"] for t in texts if t["decoder"] == name] for name in spoilt}
+    assert answers["teacher, sampled, NFE 4"][1] == truth[1]
+    assert truth[0] not in answers["teacher, sampled, NFE 1"]
+    faults = [text["fault"] for text in texts if text["decoder"] == "teacher, sampled, NFE 4"]
+    assert "word 1" in faults[0]
+    assert faults[1] == ""
 
 
 def test_tensorboard_gets_the_figure_the_texts_and_the_scalars(tmp_path, tiny_oracle):

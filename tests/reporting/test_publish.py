@@ -47,6 +47,7 @@ def run(tmp_path):
             "device": "cpu, 1 threads",
         }
         record |= {"versions": {}, "config": {"path": "/home/me"}, "data": {"name": corpus}, "rows": rows}
+        record |= {"texts": [{"decoder": "teacher, greedy", "prompt": "mine", "response": "mine", "fault": ""}]}
         (folder / "record.json").write_text(json.dumps(record))
         return folder
 
@@ -252,5 +253,6 @@ def test_the_command_keeps_records(run, docs, capsys):
     assert main(["--docs", str(docs), "add", "masked", str(folder), "--command", COMMAND]) == 0
     kept = Path(capsys.readouterr().out.removeprefix("kept ").strip())
     assert kept == docs / "results" / "records" / "masked" / "pairs_masked_0.json"
+    assert "mine" not in kept.read_text()
     assert main(["--docs", str(docs), "add", "masked", str(docs), "--command", COMMAND]) == 2
     assert "record.json is not a readable record" in capsys.readouterr().err

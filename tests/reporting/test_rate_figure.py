@@ -5,8 +5,9 @@ import json
 import pytest
 from rich.console import Console
 
-from reporting.gather import frontier_rows, report_frontier
+from reporting.gather import frontier_rows
 from reporting.rate_figure import family_and_size, rate_figure
+from reporting.report import report_frontier
 
 
 def record(experiment: str, seed: int = 0, **quality) -> dict:

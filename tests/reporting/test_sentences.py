@@ -109,15 +109,34 @@ def test_a_plan_has_a_price_and_a_gain():
             {"nll": 2.0, "compression": 4.0, "baseline_nll": 1.5},
             "One concept for 4.0 tokens: NLL 2.000 nats a token; without concepts: 1.500.",
         ),
-        ({"nll": 2.0}, None),
+        ({"nll": 2.0}, "NLL of the test texts: 2.000 nats a token."),
+        ({"nll_bound": 2.0, "nll": None}, "NLL of the test texts at most: 2.000 nats a token."),
+        ({"nll": 2.0, "bits_per_byte": 0.5}, "NLL of the test texts: 2.000 nats a token, 0.500 bits a byte."),
+        ({"probe": 0.75}, "A linear probe reads 75.0 % of the attributes from a hidden state."),
+        (
+            {"probe": 0.75, "probe_untrained": 0.5},
+            "A linear probe reads 75.0 % of the attributes from a hidden state; without training: 50.0 %.",
+        ),
+        ({"rate": 2.0}, None),
     ],
 )
 def test_a_model_is_compared_with_what_is_known(figures, sentence):
     assert summary([row("model", "Model", 0, figures)]) == sentence
 
 
-def test_nothing_is_said_where_nothing_was_compared():
-    assert in_words(make_record([row("teacher", "teacher", 4, quality(validity=0.5))])) == []
+def test_a_method_alone_says_what_it_reaches_with_fewest_and_with_most():
+    rows = [row("teacher", "teacher", nfe, quality(validity=nfe / 16)) for nfe in (16, 1, 4)]
+    assert summary(rows) == "One forward pass: 6.2 % valid; with 16: 100.0 %."
+    assert summary(rows[:1]) == "16 forward passes: 100.0 % valid."
+    assert summary([row("teacher", "autoregressive", 20.84, quality(slot_accuracy=0.5))]) == (
+        "20.8 forward passes: slot accuracy 50.0 %."
+    )
+    model = row("model", "Model", 0, {"nll": 0.75, "nll_truth": 0.5})
+    assert summary([*rows, model]).startswith("NLL 0.750")  # what the truth is known of comes first
+
+
+def test_nothing_is_said_where_nothing_was_measured():
+    assert in_words(make_record([row("teacher", "teacher", 4, quality())])) == []
     assert in_words(make_record([])) == []
 
 

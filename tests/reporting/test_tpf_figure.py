@@ -7,7 +7,7 @@ import pytest
 from helpers.record import make_record, quality, row
 from rich.console import Console
 
-from reporting.gather import report_frontier
+from reporting.report import report_frontier
 from reporting.sentences import in_words
 from reporting.tpf_figure import aup_of, aup_sentences, tpf_curves, tpf_figure
 
