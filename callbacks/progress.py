@@ -1,6 +1,7 @@
 """One progress bar for a stage, with rate and time left; where the output goes to a file, a line every tenth.
 
-The comparison at the end says when it begins and when texts are scored. A stage that will take long also says so after its first steps.
+The comparison at the end says when it begins and when texts are scored. A stage that will take long also says so after its
+first steps.
 """
 
 import time
