@@ -58,7 +58,7 @@ class StageProgress(ProgressBar):
         batches = int(sum(trainer.num_test_batches))
         self._begin(batches, "comparing decoders")
         if batches and self._progress is None:
-            self._say(f"comparing decoders: {batches} batches of texts")  # the first one may take long
+            self._say(f"comparing decoders: 0/{batches} batches")  # the first one may take long
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._advance(self._done + 1)

@@ -122,7 +122,7 @@ def test_testing_counts_batches_of_all_loaders(clock):
         progress.on_test_batch_end(trainer, None, None, None, 0)
     progress.on_test_epoch_end(trainer, None)
     first, *lines, last = out.getvalue().splitlines()
-    assert first == "comparing decoders: 5 batches of texts"  # before the first batch, which may take long
+    assert first == "comparing decoders: 0/5 batches"  # before the first batch, which may take long
     assert last == "scoring the texts and drawing figures"
     found = [LINE.match(line).groups() for line in lines]
     assert [(done, total) for _, done, total, *_ in found] == [(str(n), "5") for n in range(1, 6)]
