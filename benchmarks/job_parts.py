@@ -4,7 +4,6 @@ python benchmarks/job_parts.py --threads 1 --clock cpu experiment=meanflow_llada
 """
 
 import functools
-import importlib
 import runpy
 import sys
 import time
@@ -14,8 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning import Trainer
 from timing import Row, build_result, new_parser, prepare, show, write_json
 
+from app import modes
+from callbacks.flow_monitor import FlowMonitor
+from callbacks.frontier import FrontierReport
+from callbacks.monitors.rows import RowMonitor
+from lightning_modules import base, noisy_mask_flow, staged_distill
+from lightning_modules.pretrain import PretrainModule
+from lightning_modules.training import decoder_cost
+from lightning_modules.training.optimizers import Muon
+from models.flow.endpoint_pairs import EndpointPairs
+from models.flow.path import NoisyMaskPath
 from reporting.console import report_console
 
 ROOT = Path(__file__).parent.parent
@@ -64,55 +75,45 @@ class Parts:
         return [{"name": n, "seconds": s, "share": s / whole, "calls": self.calls[n]} for n, s in parts]
 
 
-def watched(parts: Parts) -> dict[str, Callable[..., str]]:
-    """The methods and functions that are timed, `module:name`, each with a function of its arguments: the part's name."""
-    return {
-        "lightning_modules.noisy_mask_flow:NoisyMaskFlowModule.stage_terms": lambda _, stage, *a: parts.staged(
-            stage, "forward"
-        ),
-        "lightning_modules.pretrain:PretrainModule.training_step": lambda *_, **k: parts.staged("teacher", "forward"),
-        "torch:Tensor.backward": lambda *_, **k: f"{parts.stage}: backward",
-        "torch.optim:AdamW.step": lambda *_, **k: (
-            "optimizer: AdamW"
-        ),  # its closure is the forward and the backward pass
-        "lightning_modules.training.optimizers:Muon.step": lambda *_, **k: "optimizer: Muon",
-        "lightning_modules.staged_distill:update_average": lambda *_, **k: "running average",
-        "models.flow.endpoint_pairs:EndpointPairs._make": lambda *_, **k: "polish: making pairs",
-        "models.flow.path:NoisyMaskPath.token_posterior": lambda *_, **k: "adapt: targets over recent texts",
-        "lightning_modules.noisy_mask_flow:NoisyMaskFlowModule.validation_step": lambda *_, **k: "validation",
-        "lightning_modules.pretrain:PretrainModule.validation_step": lambda *_, **k: "validation",
-        "callbacks.flow_monitor:FlowMonitor.on_validation_epoch_end": lambda *_, **k: "monitors",
-        "callbacks.monitors.rows:RowMonitor.on_validation_epoch_end": lambda *_, **k: "monitors",
-        "lightning:Trainer.save_checkpoint": lambda *_, **k: "checkpoints",
-        "lightning_modules.base:measure_decoder": lambda decoder, *_, **k: f"comparison: {decoder.method}",
-        "lightning_modules.training.decoder_cost:single_text": lambda *_, **k: (
-            "comparison: texts alone, counting FLOPs"
-        ),
-        "lightning_modules.training.decoder_cost:flops_per_token": lambda *_, **k: (
-            "comparison: texts alone, counting FLOPs"
-        ),
-        "callbacks.frontier:FrontierReport.on_test_epoch_end": lambda *_, **k: "comparison: scores and figures",
-        "lightning:Trainer.fit": lambda *_, **k: "rest of the training loops",
-        "lightning:Trainer.test": lambda *_, **k: "comparison: the rest",
-        "app.modes:run_mode": lambda *_, **k: "start-up, the rest",
-    }
+def watched(parts: Parts) -> list[tuple[Any, str, Callable[..., str]]]:
+    """What is timed: where a function stands, its name, and a function of its arguments that gives the part's name."""
+    student = noisy_mask_flow.NoisyMaskFlowModule
+    return [
+        (student, "stage_terms", lambda _, stage, *a: parts.staged(stage, "forward")),
+        (PretrainModule, "training_step", lambda *_, **k: parts.staged("teacher", "forward")),
+        (torch.Tensor, "backward", lambda *_, **k: f"{parts.stage}: backward"),
+        (torch.optim.AdamW, "step", lambda *_, **k: "optimizer: AdamW"),  # its closure is counted for itself
+        (Muon, "step", lambda *_, **k: "optimizer: Muon"),
+        (staged_distill, "update_average", lambda *_, **k: "running average"),
+        (EndpointPairs, "_make", lambda *_, **k: "polish: making pairs"),
+        (NoisyMaskPath, "token_posterior", lambda *_, **k: "adapt: targets over recent texts"),
+        (student, "validation_step", lambda *_, **k: "validation"),
+        (PretrainModule, "validation_step", lambda *_, **k: "validation"),
+        (FlowMonitor, "on_validation_epoch_end", lambda *_, **k: "monitors"),
+        (RowMonitor, "on_validation_epoch_end", lambda *_, **k: "monitors"),
+        (Trainer, "save_checkpoint", lambda *_, **k: "checkpoints"),
+        (base, "measure_decoder", lambda decoder, *_, **k: f"comparison: {decoder.method}"),
+        (decoder_cost, "single_text", lambda *_, **k: "comparison: texts alone, counting FLOPs"),
+        (decoder_cost, "flops_per_token", lambda *_, **k: "comparison: texts alone, counting FLOPs"),
+        (FrontierReport, "on_test_epoch_end", lambda *_, **k: "comparison: scores and figures"),
+        (Trainer, "fit", lambda *_, **k: "rest of the training loops"),
+        (Trainer, "test", lambda *_, **k: "comparison: the rest"),
+        (modes, "run_mode", lambda *_, **k: "start-up, the rest"),
+    ]
 
 
 @contextmanager
 def watch(parts: Parts) -> Iterator[None]:
     """Inside, what is `watched` is timed."""
     before = []
-    for place, name in watched(parts).items():
-        module, path = place.split(":")
-        *owners, last = path.split(".")
-        owner: Any = functools.reduce(getattr, owners, importlib.import_module(module))
-        before.append((owner, last, getattr(owner, last)))
-        setattr(owner, last, parts.timed(getattr(owner, last), name))
+    for owner, name, part in watched(parts):
+        before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, parts.timed(getattr(owner, name), part))
     try:
         yield
     finally:
-        for owner, last, original in reversed(before):
-            setattr(owner, last, original)
+        for owner, name, original in reversed(before):
+            setattr(owner, name, original)
 
 
 def main(argv: list[str] | None = None) -> None:

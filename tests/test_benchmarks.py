@@ -48,6 +48,7 @@ def test_job_parts(benchmark, tmp_path, capsys):
     original = NoisyMaskFlowModule.stage_terms
     sizes = ["data.size=tiny", "data.batch_size=8", "data.train_rows=64", "data.val_rows=8", "data.test_rows=8"]
     sizes += ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "teacher.max_steps=2"]
+    sizes += ["teacher.module.optimizer=adamw"]
     sizes += ["trainer.max_steps=6", "trainer.val_check_interval=3", "module.ode_steps=2", "trainer.accelerator=cpu"]
     sizes += ["module.forwards=[1]", "module.student_forwards=[1]", "module.ode_forwards=[2]", "logger=none"]
     places = [f"paths.output_dir={tmp_path}/o", f"paths.cache_dir={tmp_path}/c"]
