@@ -1,6 +1,7 @@
 """One progress bar for a stage, with rate and time left; where the output goes to a file, a line every tenth.
 
-A stage that will take long also says so after its first steps.
+The comparison at the end says when it begins and when texts are scored. A stage that will take long also says so after its
+first steps.
 """
 
 import time
@@ -54,13 +55,18 @@ class StageProgress(ProgressBar):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # later than on_test_start, where a module may have work of its own to show
-        self._begin(int(sum(trainer.num_test_batches)), "comparing decoders")
+        batches = int(sum(trainer.num_test_batches))
+        self._begin(batches, "comparing decoders")
+        if batches and self._progress is None:
+            self._say(f"comparing decoders: 0/{batches} batches")  # the first one may take long
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._advance(self._done + 1)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
+        if self._total:
+            self._say("scoring the texts and drawing figures")
 
     # -- showing ----------------------------------------------------------------------------------------------------
 
@@ -82,6 +88,10 @@ class StageProgress(ProgressBar):
             self._task = self._progress.add_task(title, total=total, completed=done, rate="", metrics="")
             self._progress.start()
 
+    def _say(self, line: str) -> None:
+        if getattr(self, "_enabled", True):
+            self.console.print(line, highlight=False, soft_wrap=True)
+
     def _named_metrics(self, trainer: Trainer, pl_module: LightningModule) -> str:
         metrics = self.get_metrics(trainer, pl_module)
         return "  ".join(_named(k, v) for k, v in metrics.items() if isinstance(v, float) and k != "v_num")
@@ -101,7 +111,7 @@ class StageProgress(ProgressBar):
         if early or done * 10 // self._total > self._printed:
             self._printed = done * 10 // self._total
             line = f"{self._title}: {done}/{self._total}, {_rate(rate)}, {_clock(elapsed)} gone, {_clock(left)} left"
-            self.console.print(f"{line}  {metrics()}", highlight=False, soft_wrap=True)
+            self._say(f"{line}  {metrics()}")
 
     def _close(self) -> None:
         if self._progress is not None:

@@ -41,6 +41,42 @@ def check_layout(result: dict, names: list[str]) -> None:
     assert result["rows"][0]["ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
 
 
+def test_job_parts(benchmark, tmp_path, capsys):
+    """Every part of a job of each stage is found, the seconds of nested parts are counted once, and nothing stays replaced."""
+    from lightning_modules.noisy_mask_flow import NoisyMaskFlowModule
+
+    original = NoisyMaskFlowModule.stage_terms
+    sizes = ["data.size=tiny", "data.batch_size=8", "data.train_rows=64", "data.val_rows=8", "data.test_rows=8"]
+    sizes += ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "teacher.max_steps=2"]
+    sizes += ["teacher.module.optimizer=adamw"]
+    sizes += ["trainer.max_steps=6", "trainer.val_check_interval=3", "module.ode_steps=2", "trainer.accelerator=cpu"]
+    sizes += ["module.forwards=[1]", "module.student_forwards=[1]", "module.ode_forwards=[2]", "logger=none"]
+    places = [f"paths.output_dir={tmp_path}/o", f"paths.cache_dir={tmp_path}/c"]
+    result = benchmark("job_parts", "experiment=meanflow_llada", *sizes, *places, "--clock", "cpu", shape=[])
+    assert result.keys() >= SHARED
+    calls = {row["name"]: row["calls"] for row in result["rows"]}
+    assert calls["teacher: forward"] == calls["teacher: backward"] == 2
+    assert sum(calls[f"{stage}: forward"] for stage in ("adapt", "flow", "polish")) == 6
+    assert calls["optimizer: AdamW"] == 2 + 6
+    assert calls["optimizer: Muon"] == 6
+    assert calls["polish: making pairs"] == 1
+    assert calls["comparison: teacher"] == 1
+    assert calls["comparison: student"] == 2  # the student and its denoiser's flow
+    assert sum(row["share"] for row in result["rows"]) == pytest.approx(1)
+    assert all(row["seconds"] >= 0 for row in result["rows"])
+    assert NoisyMaskFlowModule.stage_terms is original
+    assert "adapt: targets over recent texts" in capsys.readouterr().out
+
+
+def test_seconds_of_nested_parts_are_counted_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    parts = importlib.import_module("job_parts").Parts(iter([0.0, 1.0, 4.0, 4.5, 5.5, 10.0]).__next__)
+    inner = parts.timed(lambda: None, lambda: "inner")
+    parts.timed(lambda: (inner(), inner()), lambda: "outer")()
+    assert parts.seconds == {"inner": 3.0 + 1.0, "outer": 10.0 - 4.0}
+    assert parts.calls == {"inner": 2, "outer": 1}
+
+
 def test_meanflow_step(benchmark, capsys):
     result = benchmark("meanflow_step", "--batch", "8", "--length", "10", "--vocabulary", "11")
     check_layout(

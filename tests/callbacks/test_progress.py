@@ -121,7 +121,10 @@ def test_testing_counts_batches_of_all_loaders(clock):
         clock.now += 4.0
         progress.on_test_batch_end(trainer, None, None, None, 0)
     progress.on_test_epoch_end(trainer, None)
-    found = [LINE.match(line).groups() for line in out.getvalue().splitlines()]
+    first, *lines, last = out.getvalue().splitlines()
+    assert first == "comparing decoders: 0/5 batches"  # before the first batch, which may take long
+    assert last == "scoring the texts and drawing figures"
+    found = [LINE.match(line).groups() for line in lines]
     assert [(done, total) for _, done, total, *_ in found] == [(str(n), "5") for n in range(1, 6)]
     assert found[1][3:] == ("4.0", "0:08", "0:12")
 
@@ -131,6 +134,8 @@ def test_a_disabled_bar_says_nothing(clock):
     progress, out = bar()
     progress.disable()
     train(progress, clock, 20)
+    progress.on_test_epoch_start(SimpleNamespace(num_test_batches=[3]), None)
+    progress.on_test_epoch_end(None, None)
     assert out.getvalue() == ""
     progress.enable()
     train(progress, clock, 20)
