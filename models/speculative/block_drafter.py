@@ -10,8 +10,8 @@ How the tokens of a block depend on each other (`Dependence`):
 - noise: position l reads the uniform noise that drew the tokens before it, and attention in the block is causal. The noise that
   draws x_l itself is unseen by ψ_l, so ψ_l is the distribution of x_l, as verification needs it.
 
-With `vocabulary=S` only S frequent tokens are proposed, as in FR-Spec (2502.14856): the head and what follows it shrink with the
-vocabulary, and verification corrects what is never proposed. Distributions have a last column then, of all other tokens.
+With `vocabulary=S` only S frequent tokens are proposed, as in FR-Spec (2502.14856): the head and what follows it shrink, and
+verification corrects what is never proposed. Distributions have a last column then, of all other tokens.
 
 Legend: N drafts, k tokens of a block, W positions of a window, F numbers of all chosen layers together, D width, V vocabulary,
 S proposed tokens, C columns of ψ (V, or S + 1), H heads, d head width.
@@ -301,8 +301,8 @@ class BlockDrafter(nn.Module):
     ) -> Tensor:
         """log ψ (N, k, C) at every position of given blocks tokens (N, k): what `propose` draws from with the same `shape`.
 
-        projected (N, W, ...): see `project`; read (N, W), last (N,). fractions (N, k): of dependence=noise, where in its interval the noise of
-        each token lies (`noise_that_draws`). shape: as in `propose`.
+        projected (N, W, ...): see `project`; read (N, W), last (N,). fractions (N, k): of dependence=noise, where in its
+        interval the noise of each token lies (`noise_that_draws`). shape: as in `propose`.
         """
         memory = self.read_context(projected)
         noise = None

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from models.functional.errors import UsageError, require_at_least, require_choice
 from models.speculative.block_drafter import BlockDrafterOptions, Dependence
 from models.speculative.distribution import MixtureDist
-from models.speculative.options import Scheme, Verify
+from models.speculative.options import Costs, DecodingOptions, Scheme, Verify, require_draft_length
 
 Texts = Literal["target", "data"]
 PoolKeeps = Literal["texts", "reads"]
@@ -25,7 +25,8 @@ class BlockDraftOptions:
         texts are kept and trained on in turn, with fresh anchors; 0 draws new ones in every step. pool_keeps: the `texts`, or
         also what the verifiers make of them (`reads`), which takes memory and saves their forward pass in every later step.
     served_rows: rows of a validation batch that are decoded.
-    schemes: the ways of drafting that `trainer.test` compares; verify: see `DraftOptions`; cache: key-value caches.
+    schemes: the ways of drafting that `trainer.test` compares. gamma: tokens of a draft that is decoded; None takes
+        draft_length, and `auto` the length of the highest expected speed-up. verify, costs, cache: see `DecodingOptions`.
     """
 
     draft_length: int = 8
@@ -47,7 +48,9 @@ class BlockDraftOptions:
     pool_keeps: PoolKeeps = "texts"
     served_rows: int = 32
     schemes: tuple[Scheme, ...] = SCHEMES
+    gamma: int | Literal["auto"] | None = None
     verify: Verify = "token"
+    costs: Costs = "parameters"
     cache: bool = True
     lr: float = 2e-3
     weight_decay: float = 0.01
@@ -61,6 +64,9 @@ class BlockDraftOptions:
         for scheme in self.schemes:
             require_choice("module.schemes", scheme, SCHEMES)
         require_choice("module.verify", self.verify, get_args(Verify))
+        require_choice("module.costs", self.costs, get_args(Costs))
+        if self.gamma is not None:
+            require_draft_length("module.gamma", self.gamma)
         require_choice("module.texts", self.texts, get_args(Texts))
         require_choice("module.pool_keeps", self.pool_keeps, get_args(PoolKeeps))
         require_at_least(1, module__anchors=self.anchors, module__served_rows=self.served_rows)
@@ -79,6 +85,11 @@ class BlockDraftOptions:
     def mixture(self) -> MixtureDist:
         """The target as these options define it."""
         return MixtureDist(self.theta_weight, self.temperature, self.top_k, self.top_p)
+
+    @property
+    def decoding(self) -> DecodingOptions:
+        gamma = self.draft_length if self.gamma is None else self.gamma
+        return DecodingOptions(self.mixture, gamma, self.verify, self.costs, self.cache)
 
     @property
     def drafter(self) -> BlockDrafterOptions:

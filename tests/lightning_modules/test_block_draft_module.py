@@ -13,6 +13,7 @@ from lightning_modules.block_draft import BlockDraftModule
 from lightning_modules.qstar_decoding import QStarDecodingModule
 from models.backbones.causal import build_causal
 from models.functional.errors import UsageError
+from models.functional.rows import prompted_rows
 from models.speculative.drafter_files import load_drafter, read_drafter
 from models.speculative.options import QStarOptions
 
@@ -84,20 +85,20 @@ def test_texts_are_of_the_target_up_to_their_ends_and_a_pool_keeps_them(data):
     trainer.fit(module, data)
     rows = module._pool.texts[0]
     assert rows["completion_mask"].sum() <= rows["response_mask"].sum()
-    drawn = module._with_texts(module._rows(data.rows["test"][:8]), torch.Generator().manual_seed(0))
+    drawn = module._with_texts(prompted_rows(data.rows["test"][:8]), torch.Generator().manual_seed(0))
     given = data.rows["test"][:8]["input_ids"]
     columns = data.response_length
     assert torch.equal(drawn["input_ids"][:, :-columns], given[:, :-columns])
     assert not torch.equal(drawn["input_ids"][:, -columns:], given[:, -columns:])
     own = build(data, texts="data")
     own.end_ids = data.end_ids()
-    kept = own._with_texts(own._rows(data.rows["test"][:8]), torch.Generator())
+    kept = own._with_texts(prompted_rows(data.rows["test"][:8]), torch.Generator())
     assert torch.equal(kept["input_ids"], given)
 
 
-def test_half_a_row_of_packed_text_is_the_prompt(data):
+def test_half_a_row_of_packed_text_is_the_prompt():
     ids = torch.arange(12).view(2, 6)
-    rows = build(data)._rows({"input_ids": ids, "labels": ids})
+    rows = prompted_rows({"input_ids": ids, "labels": ids})
     assert rows["response_mask"].tolist() == [[False] * 3 + [True] * 3] * 2
     assert rows["attention_mask"].all()
 
@@ -109,7 +110,7 @@ def test_validation_shows_what_is_served_beside_the_training_figure(data, depend
     trainer = quiet_trainer(20, val_check_interval=20)
     trainer.fit(module, data)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    rows = {name: column.repeat(8, 1) for name, column in module._rows(next(iter(data.val_dataloader()))).items()}
+    rows = {name: column.repeat(8, 1) for name, column in prompted_rows(next(iter(data.val_dataloader()))).items()}
     served = module._served(rows, torch.Generator().manual_seed(0))
     assert float(served["served_length"]) == pytest.approx(float(served["length_at_served"]), rel=0.1)
     assert {"val/accepted_length", "val/served_length", "val/length_at_served", "val/served_1", "val/accept_3"} <= set(
@@ -144,8 +145,8 @@ def test_drafts_are_verified_as_the_options_say(data, verify, cache):
     for scheme in ("naive", "ngram", "block_drafter"):
         how = module.decoder(scheme, data.response_length)
         assert (how.options.verify, how.options.cache, how.options.gamma) == (verify, cache, 3)
-        assert (how.options.top_k, how.options.theta_weight) == (4, 0.25)
-        assert how(module._rows(data.rows["test"][:4]), torch.Generator().manual_seed(0)).shape[0] == 4
+        assert (how.mixture.top_k, how.mixture.theta_weight) == (4, 0.25)
+        assert how(prompted_rows(data.rows["test"][:4]), torch.Generator().manual_seed(0)).shape[0] == 4
 
 
 def test_every_micro_batch_has_texts_of_its_own_in_the_pool(data):
@@ -158,7 +159,7 @@ def test_every_micro_batch_has_texts_of_its_own_in_the_pool(data):
 def test_figures_of_decoding_have_the_same_names_whatever_was_drafted(data):
     module = build(data, draft_length=8)
     module.end_ids = data.end_ids()
-    served = module._served(module._rows(data.rows["test"][:1]), torch.Generator().manual_seed(0))
+    served = module._served(prompted_rows(data.rows["test"][:1]), torch.Generator().manual_seed(0))
     assert {name for name in served if name.startswith("served_") and name != "served_length"} == {
         f"served_{k}" for k in range(1, 9)
     }
@@ -205,7 +206,7 @@ def test_an_exported_drafter_answers_as_the_module_did(data, tmp_path):
     quiet_trainer(3).fit(module, data)
     folder = module.export(tmp_path / "drafter", data.tokenizer)
     again = build(data, lr=1.0)
-    rows = module._rows(data.rows["test"][:8])
+    rows = prompted_rows(data.rows["test"][:8])
     texts = [
         decoder(rows, torch.Generator().manual_seed(1))
         for decoder in (module.decoder("block_drafter", data.response_length), again.answering(data, folder))

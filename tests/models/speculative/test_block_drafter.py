@@ -18,7 +18,7 @@ from models.speculative.decoder import QStarDecoder
 from models.speculative.distribution import MixtureDist
 from models.speculative.drafter_files import load_drafter, save_drafter
 from models.speculative.exactness import enumeration_error, g_test_of
-from models.speculative.options import DraftOptions, QStarOptions
+from models.speculative.options import DecodingOptions, DraftOptions
 from models.speculative.random_source import TorchRandomSource, enumerate_outcomes
 from models.speculative.scores import CausalScores
 from models.speculative.state import TextRules
@@ -54,7 +54,7 @@ def decoder(dependence, verify="token", alone=False, scheme="block_drafter"):
     if alone:
         own = {"theta": own["theta"]}
     sizes = {"response_length": 3, "vocab_size": V, "end_ids": None}
-    options = QStarOptions(verify=verify, gamma=2)
+    options = DecodingOptions(verify=verify, gamma=2)
     third = drafter_of(own, dependence) if scheme == "block_drafter" else None
     pair = (own["theta"], own.get("target", own["theta"]))
     return QStarDecoder(*pair, scheme, options, assistant=third, **sizes)

@@ -185,8 +185,8 @@ def test_a_draft_costs_one_forward_pass_and_acceptance_is_counted_by_position(ve
     assert out.verified_at[0] == out.drafts
     assert out.verified_at[1] == out.accepted_at[0]  # what is verified was reached
     assert out.verified_at[3:] == [0] * len(out.verified_at[3:])
-    assert out.tokens_per_forward == 40 / out.forwards["theta"]
-    assert out.accepted_length == sum(out.accepted_at) / out.drafts
+    assert out.totals.tokens_per_forward == 40 / out.forwards["theta"]
+    assert out.totals.accepted_length == sum(out.accepted_at) / out.drafts
     assert out.draft_starts[:, 1].tolist() == sorted(out.draft_starts[:, 1].tolist())
     assert out.draft_starts[0].tolist() == [0, 1]
 
