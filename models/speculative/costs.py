@@ -4,7 +4,6 @@ Legend: B batch, L columns.
 """
 
 from collections.abc import Callable
-from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from models.speculative.cached_scores import CachedScores
 from models.speculative.options import Draft
 from models.speculative.random_source import TorchRandomSource
 
+LEAST_COST = 1e-3  # of a drafter whose pass is too fast to be told from the spread of its verifiers
 POSITIONS = 5  # of the longer of the two forward passes that are timed
 
 
@@ -77,11 +77,11 @@ def _block_costs(models: dict[str, Any], input_ids: Tensor, drafter: Any, repeat
         for size in (1, longest)
     ]
     each = max(0.0, rounds[1] - rounds[0]) / max(1, longest - 1)
-    return ForwardCosts(max(0.0, rounds[0] - each - one) / one, each / one)
+    return ForwardCosts(max(LEAST_COST, (rounds[0] - each) / one - 1), each / one)
 
 
 def _drafting_seconds(verifiers: dict[str, Any], input_ids: Tensor, drafter: Any, size: int, repeats: int) -> float:
-    """Median seconds of a draft of `size` tokens."""
+    """Least seconds of a draft of `size` tokens."""
     ends = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
     found = []
     for name, layers in drafter.state_layers.items():
@@ -91,24 +91,25 @@ def _drafting_seconds(verifiers: dict[str, Any], input_ids: Tensor, drafter: Any
         found.append(scores.states_before(input_ids, ends, drafter.window))
     states, read = torch.cat([part for part, _ in found], -1), torch.stack([part for _, part in found]).all(0)
     draws = TorchRandomSource(torch.Generator(input_ids.device).manual_seed(0))
-    return _median_seconds(
+    return _least_seconds(
         lambda: drafter.propose(states, read, input_ids[:, -1], size, draws, lambda logp: logp),
         input_ids.device,
         repeats,
     )
 
 
-def _median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def _least_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Of several calls after a first one: other work on the machine only ever lengthens a call."""
     seconds = []
     for _ in range(repeats + 1):
         start = _now(device)
         run()
         seconds.append(_now(device) - start)
-    return median(seconds[1:])
+    return min(seconds[1:])
 
 
 def _seconds(model: Any, input_ids: Tensor, positions: int, repeats: int) -> float:
-    """Median seconds of a call that reads `positions` new tokens."""
+    """Least seconds of a call that reads `positions` new tokens."""
     ids = torch.cat([input_ids, input_ids[:, -1:].repeat(1, positions)], -1)
     length = torch.full((len(ids),), input_ids.shape[1], device=ids.device)
     seconds = []
@@ -118,7 +119,7 @@ def _seconds(model: Any, input_ids: Tensor, positions: int, repeats: int) -> flo
         start = _now(ids.device)
         scores(ids, length + 1, positions)
         seconds.append(_now(ids.device) - start)
-    return median(seconds[1:])
+    return min(seconds[1:])
 
 
 def _now(device: torch.device) -> float:
