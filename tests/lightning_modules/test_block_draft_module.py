@@ -14,8 +14,10 @@ from lightning_modules.qstar_decoding import QStarDecodingModule
 from models.backbones.causal import build_causal
 from models.functional.errors import UsageError
 from models.functional.rows import prompted_rows
+from models.speculative.decoder import prompts_of
 from models.speculative.drafter_files import load_drafter, read_drafter
 from models.speculative.options import QStarOptions
+from models.speculative.random_source import TorchRandomSource
 
 
 def corpus() -> OracleDataModule:
@@ -149,6 +151,47 @@ def test_drafts_are_verified_as_the_options_say(data, verify, cache):
         assert how(prompted_rows(data.rows["test"][:4]), torch.Generator().manual_seed(0)).shape[0] == 4
 
 
+def test_what_a_pool_keeps_changes_no_step(data):
+    """With the verifiers' states kept, they read a text once, and the weights are the same to the last bit."""
+    calls, found = {}, {}
+    for keeps in ("texts", "reads"):
+        module = build(data, pool=2, pool_keeps=keeps, draft_vocabulary=20)
+        read, calls[keeps] = module._read, []
+        module._read = lambda text, read=read, seen=calls[keeps]: seen.append(1) or read(text)
+        quiet_trainer(6).fit(module, corpus())
+        found[keeps] = weights(module)
+    assert (len(calls["texts"]), len(calls["reads"])) == (6, 2)
+    assert all(torch.equal(value, found["reads"][name]) for name, value in found["texts"].items())
+
+
+def test_proposed_tokens_are_the_frequent_ones_and_resume(data, tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"draft_vocabulary": 12, "pool": 2, "pool_keeps": "reads"}
+    whole, resumed = build(data, **options), build(data, **options)
+    quiet_trainer(4, callbacks=[keep], enable_checkpointing=True).fit(whole, data)
+    rows = data.rows["train"].columns
+    ids = rows["input_ids"][rows["attention_mask"] | rows["response_mask"]]
+    counts = ids.bincount(minlength=len(data.tokenizer))
+    chosen = whole.drafter.proposed
+    assert len(chosen) == 12
+    assert counts[chosen].min() >= counts[~torch.isin(torch.arange(len(counts)), chosen)].max()
+    quiet_trainer(4).fit(resumed, corpus(), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    assert torch.equal(resumed.drafter.proposed, chosen)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], weight)
+
+
+def test_a_decoder_takes_the_length_that_the_options_say(data):
+    for given, wanted in ((None, 3), (2, 2), ("auto", "auto")):
+        module = build(data, gamma=given, costs="measured")
+        module.end_ids = data.end_ids()
+        decoder = module.decoder("block_drafter", data.response_length)
+        assert (decoder.gamma, decoder.options.costs) == (wanted, "measured")
+    out = decoder.decode(*prompts_of(prompted_rows(data.rows["test"][:4])), 8, TorchRandomSource(torch.Generator()))
+    assert (out.lengths > 0).all()
+    assert list(decoder._measured) == [4]
+
+
 def test_every_micro_batch_has_texts_of_its_own_in_the_pool(data):
     module = build(data, pool=4)
     quiet_trainer(2, accumulate_grad_batches=2).fit(module, data)
@@ -244,6 +287,10 @@ def test_q_star_decoding_takes_a_saved_drafter(data, tmp_path):
         ({"ce": 0.0, "tv": 0.0}, "trains nothing"),
         ({"temperature": 0.0}, "module.temperature=0.0"),
         ({"anchors": 0}, "module.anchors=0"),
+        ({"draft_vocabulary": 0}, "module.draft_vocabulary=0"),
+        ({"pool_keeps": "states"}, "module.pool_keeps=states"),
+        ({"gamma": -1}, "module.gamma=-1"),
+        ({"costs": "guessed"}, "module.costs=guessed"),
     ],
 )
 def test_wrong_options_are_named(data, options, message):
