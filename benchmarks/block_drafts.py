@@ -114,7 +114,7 @@ def ways_of_transformers(module: Any, data: Any, batch: int, args: argparse.Name
             sampling: dict[str, Any] = {"do_sample": False} if args.greedy else {"do_sample": True, "top_k": 0}
             texts = model.generate(
                 ids, attention_mask=seen[:, used].long(), max_new_tokens=columns, eos_token_id=list(ends) or None,
-                pad_token_id=ends[0] if ends else 0, **sampling, **more,
+                pad_token_id=ends[0] if ends else 0, use_cache=True, **sampling, **more,
             )  # fmt: skip
             return Texts(int(until_end(texts[:, ids.shape[1] :], ends).sum()))
 

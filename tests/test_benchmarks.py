@@ -243,7 +243,9 @@ def small_causal(folder, tokenizer_of, seed: int) -> Path:
     """A causal model of the corpus' vocabulary, with random weights, as a plain folder."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    build_causal(**tokenizer_of.special_ids(), **sizes, max_position_embeddings=64).save_pretrained(folder)
+    build_causal(**tokenizer_of.special_ids(), **sizes, max_position_embeddings=64, rope_theta=1e4).save_pretrained(
+        folder
+    )
     tokenizer_of.tokenizer.save_pretrained(folder)
     return folder
 
@@ -264,18 +266,8 @@ def test_block_drafts(benchmark, tmp_path, alone):
     else:
         paths = [f"pair.{name}.path={folders[name]}" for name in models]
         options = ["experiment=block_draft_oracle", *paths, *options]
-    more = [
-        "--drafter",
-        str(tmp_path / "drafter"),
-        "--batch",
-        "1",
-        "2",
-        "--rounds",
-        "2",
-        "1",
-        "--assistant",
-        str(folders["small"]),
-    ]
+    folder, small = (str(tmp_path / name) for name in ("drafter", "small"))
+    more = ["--drafter", folder, "--assistant", small, "--batch", "1", "2", "--rounds", "2", "1"]
     result = benchmark("block_drafts", *more, "--options", *options, "trainer.accelerator=cpu", shape=[])
     check_finite(result["rows"])
     own = ["no drafts", "n-grams, auto", "n-grams of 4", "blocks of 3", "blocks, auto"]
