@@ -245,7 +245,8 @@ def _draft_length(run: QStarRun, drafting: DraftOptions, who: Roles, rounds: int
         return drafting.gamma
     probe = int(rounds % PROBE_EVERY == PROBE_EVERY - 1)
     if who.in_blocks:
-        longest = min(MAX_GAMMA, run.models[who.drafter].block_length)
+        blocks: Any = run.models[who.drafter]
+        longest = min(MAX_GAMMA, blocks.block_length)
         rates = [
             (accepted + PRIOR_ACCEPTED) / (verified + PRIOR_VERIFIED)
             for accepted, verified in zip(run.accepted_at[:longest], run.verified_at[:longest], strict=True)
