@@ -473,8 +473,27 @@ def test_tokens_that_are_never_proposed_count_as_rejected_and_leave_the_loss_fin
     terms = block_terms(drafter, read, text, blocks, mixture, torch.Generator(), ce=0.1, tv=0.9, decay=4.0)
     assert terms.survival.accepted[2] == 0
     assert terms.survival.accepted[1] > 0
+    assert terms.loss.loss.isfinite()
     terms.loss.loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in drafter.own_parameters().values())
+
+
+def test_the_noise_of_a_text_draws_its_proposed_tokens():
+    """What training finds is what `propose` would have drawn the tokens with; they are no columns of their own number."""
+    own = models(torch.float64)
+    drafter = some_tokens(own, "noise")
+    states, read = torch.randn(6, 5, sum(drafter.widths), dtype=torch.float64), torch.ones(6, 5, dtype=torch.bool)
+    memory, last = drafter.read_context(drafter.project(drafter.mix_states(states))), torch.arange(6)
+    tokens = drafter.proposed[torch.randint(3, (6, 3), generator=torch.Generator().manual_seed(0))]
+    noise = drafter._noise_of(memory, read, last, tokens, torch.full((6, 3), 0.5).double(), lambda logp: logp)
+
+    class Same:
+        def uniform(self, *shape):
+            return noise
+
+    # the noise of the last position is read by none, and was not searched for
+    drawn = drafter.propose(states, read, last, 3, Same(), lambda logp: logp).tokens
+    assert torch.equal(drawn[:, :2], tokens[:, :2])
 
 
 def test_the_chosen_tokens_are_kept_in_files(tmp_path):
