@@ -47,8 +47,9 @@ from models.online.model import OnlineConceptModel
 from models.plans.decoder import PlannedDecoder
 from models.plans.files import BACKBONE, OPTIONS
 from models.speculative.decoder import QStarDecoder
+from models.speculative.distribution import MixtureDist
 from models.speculative.likelihood import qstar_log_probabilities
-from models.speculative.options import QStarOptions, Scheme
+from models.speculative.options import DecodingOptions, Scheme
 from models.speculative.scores import require_one_vocabulary
 from reporting.record import read_record
 
@@ -285,11 +286,11 @@ def _pair(folder: Path, options: EvaluationOptions) -> Evaluated:
     scheme: Any = "alternate" if options.decoder is None else str(options.decoder)
     require_choice("decoder", scheme, [name for name in get_args(Scheme) if name not in ("assistant", "block_drafter")])
     words, ends = vocabulary_size(tokenizer), end_ids(tokenizer)
-    mixture = QStarOptions(theta_weight=options.theta_weight).mixture
+    mixture = MixtureDist(options.theta_weight)
 
     def decoder(request: TextRequest) -> Decoder:
-        greedy = {"top_k": 1} if request.temperature == 0 else {"temperature": request.temperature}
-        how = QStarOptions(theta_weight=options.theta_weight, schemes=(scheme,), **greedy)
+        greedy: Any = {"top_k": 1} if request.temperature == 0 else {"temperature": request.temperature}
+        how = DecodingOptions(MixtureDist(options.theta_weight, **greedy))
         return QStarDecoder(
             theta,
             target,

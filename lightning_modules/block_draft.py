@@ -5,6 +5,7 @@ Legend: B batch, L columns, R response columns, k tokens of a draft.
 
 from collections import defaultdict
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,17 +16,20 @@ from lightning_modules.base import LeapModule
 from models.functional.block_draft import Survival
 from models.functional.errors import UsageError
 from models.functional.next_token import CausalText, causal_text
-from models.functional.rows import response_columns, with_responses
-from models.functional.vocabulary import vocabulary_size
+from models.functional.rows import prompted_rows, response_columns, with_responses
+from models.functional.vocabulary import most_frequent, vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.speculative.block_drafter import BlockDrafter
 from models.speculative.block_options import BlockDraftOptions
-from models.speculative.block_training import BlockTerms, block_terms, blocks_at, draw_anchors, read_texts
+from models.speculative.block_training import BlockTerms, Read, block_terms, blocks_at, draw_anchors, read_texts
 from models.speculative.decoder import QStarDecoder
+from models.speculative.draft_totals import DraftTotals
 from models.speculative.drafter_files import load_drafter, save_drafter
-from models.speculative.options import QStarOptions, Scheme
+from models.speculative.options import Scheme
 from models.speculative.state import QStarOutput
+from models.speculative.text_pool import TextPool
 
+COUNTED_BATCHES = 512  # whose tokens are counted for `draft_vocabulary`
 TRAINING_STREAM, VALIDATION_STREAM, SERVED_STREAM = 0, 1, 2
 
 
@@ -66,9 +70,10 @@ class BlockDraftModule(LeapModule):
         # one model is q* of itself at any weight
         self.mixture = replace(options.mixture, theta_weight=1.0) if alone else options.mixture
         self.drafter = BlockDrafter(self.verifiers, options.drafter, second.config.get_text_config().vocab_size)
-        self._pool: dict[int, dict[str, Tensor]] = {}
+        self._pool = TextPool(options.pool, options.pool_keeps == "reads")
+        self._proposed_known = options.draft_vocabulary is None
         self._decoders: list[QStarDecoder] = []
-        self._outputs: dict[int, list[QStarOutput]] = defaultdict(list)
+        self._totals: dict[int, DraftTotals] = defaultdict(DraftTotals)  # by decoder, over the batches of a test
         self._expected = torch.zeros(2)  # accepted tokens by the training figure, and drafts, of a test
         self._packed = False  # whether the test rows have no prompts of their own
 
@@ -76,21 +81,30 @@ class BlockDraftModule(LeapModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = self.step_generator(batch_idx, TRAINING_STREAM)
-        # 1. texts of the target
-        rows = self._texts(batch, batch_idx, generator)
+        # 1. texts of the target, and what the verifiers make of them
+        turn = self._turn(batch_idx)
+        rows = self._pool.rows(turn, lambda: self._with_texts(prompted_rows(batch), generator))
+        text = causal_text({name: column.to(self.device) for name, column in rows.items()})
+        read = self._pool.read(turn, lambda: self._read(text))
         # 2. blocks behind random anchors, and their loss
-        text = causal_text(rows)
-        terms = self._terms(text, *draw_anchors(text, self.options.anchors, generator), generator)
+        terms = self._terms(text, read, *draw_anchors(text, self.options.anchors, generator), generator)
         # 3. figures
         self.log("train/loss", terms.loss.loss, prog_bar=True)
         self.log("train/accepted_length", _length(terms.survival, terms.drafts), prog_bar=True)
         self.log_monitors({"ce": terms.loss.ce, "tv": terms.loss.tv, **_by_position("accept", terms.survival)})
         return self.refuse_nan(terms.loss.loss)
 
-    def _terms(self, text: CausalText, row: Tensor, anchor: Tensor, generator: Generator) -> BlockTerms:
+    def _turn(self, batch_idx: int) -> int:
+        """The number of a micro-batch since the start of training."""
+        parts = self.trainer.accumulate_grad_batches
+        return self.global_step * parts + batch_idx % parts
+
+    def _read(self, text: CausalText) -> Read:
         self._freeze_modes()
+        return read_texts(self.verifiers, self.drafter, self.mixture, text)
+
+    def _terms(self, text: CausalText, read: Read, row: Tensor, anchor: Tensor, generator: Generator) -> BlockTerms:
         o = self.options
-        read = read_texts(self.verifiers, self.drafter, self.mixture, text)
         blocks = blocks_at(text, row, anchor, o.draft_length)
         return block_terms(self.drafter, read, text, blocks, self.mixture, generator, ce=o.ce, tv=o.tv, decay=o.decay)
 
@@ -99,29 +113,19 @@ class BlockDraftModule(LeapModule):
         for model in self.verifiers.values():
             model.eval()
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if not self._proposed_known:
+            self.drafter.propose_only(self._frequent_tokens().to(self.device))
+            self._proposed_known = True
+
+    def _frequent_tokens(self) -> Tensor:
+        """Of the first training batches, prompts included."""
+        found = map(prompted_rows, islice(self.trainer.datamodule.train_dataloader(), COUNTED_BATCHES))
+        ids = (rows["input_ids"][rows["attention_mask"].bool() | rows["response_mask"]] for rows in found)
+        return most_frequent(ids, self.drafter.vocab_size)[: self.options.draft_vocabulary]
+
     # -- texts --------------------------------------------------------------------------------------------------------
-
-    def _texts(self, batch: dict[str, Tensor], batch_idx: int, generator: Generator) -> dict[str, Tensor]:
-        """The rows of a training step, with responses of the target."""
-        rows = self._rows(batch)
-        pool = self.options.pool
-        if self.options.texts == "data" or not pool:
-            return self._with_texts(rows, generator)
-        parts = self.trainer.accumulate_grad_batches
-        slot = (self.global_step * parts + batch_idx % parts) % pool
-        if slot not in self._pool:
-            self._pool[slot] = self._with_texts(rows, generator)
-        return {name: column.to(self.device) for name, column in self._pool[slot].items()}
-
-    def _rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Prompt -> response rows; the second half of a row of packed text is the response to the first."""
-        names = ("input_ids", "attention_mask", "response_mask")
-        if "labels" not in batch:
-            return {name: batch[name] for name in names}
-        ids = batch["input_ids"]
-        response = torch.zeros_like(ids, dtype=torch.bool)
-        response[:, ids.shape[1] // 2 :] = True
-        return {"input_ids": ids, "attention_mask": torch.ones_like(response), "response_mask": response}
 
     @torch.no_grad()
     def _with_texts(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
@@ -136,10 +140,10 @@ class BlockDraftModule(LeapModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = self.step_generator(batch_idx, VALIDATION_STREAM, epoch=0)
-        rows = {name: column[: self.options.served_rows] for name, column in self._rows(batch).items()}
+        rows = {name: column[: self.options.served_rows] for name, column in prompted_rows(batch).items()}
         # 1. the training figure, behind random anchors
         text = causal_text(self._with_texts(rows, generator))
-        terms = self._terms(text, *draw_anchors(text, self.options.anchors, generator), generator)
+        terms = self._terms(text, self._read(text), *draw_anchors(text, self.options.anchors, generator), generator)
         figures: dict[str, Tensor | float] = {
             "loss": terms.loss.loss,
             "accepted_length": _length(terms.survival, terms.drafts),
@@ -164,12 +168,13 @@ class BlockDraftModule(LeapModule):
             return {}
         terms = self._at_served(rows, responses, out, generator)
         # the same names on every rank: 0 where no draft was so long
-        shares = [*out.acceptance_at, *[0.0] * self.options.draft_length][: self.options.draft_length]
+        totals = out.totals
+        shares = [*totals.acceptance_at, *[0.0] * self.options.draft_length][: self.options.draft_length]
         served = {f"served_{k + 1}": share for k, share in enumerate(shares)}
         return {
-            "served_length": out.accepted_length or 0.0,
+            "served_length": totals.accepted_length,
             "length_at_served": _length(terms.survival, terms.drafts),
-            "tokens_per_verifier_forward": out.tokens_per_forward,
+            "tokens_per_verifier_forward": totals.tokens_per_forward,
             **served,
         }
 
@@ -182,7 +187,7 @@ class BlockDraftModule(LeapModule):
         text = causal_text(with_responses(rows, responses, self.end_ids))
         row, start = out.draft_starts.unbind(-1)
         # the last committed token is one before the draft, and the inputs of a causal model are one column shorter
-        return self._terms(text, row, text.ids.shape[1] - responses.shape[1] + start, generator)
+        return self._terms(text, self._read(text), row, text.ids.shape[1] - responses.shape[1] + start, generator)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
@@ -193,7 +198,7 @@ class BlockDraftModule(LeapModule):
         if self.options.pool and self.trainer.world_size > 1:
             raise UsageError("module.pool keeps the texts of one process; type module.pool=0 with several devices")
         self._decoders = [self.decoder(scheme, data.response_length) for scheme in self.options.schemes]
-        self._outputs.clear()
+        self._totals.clear()
         self._expected.zero_()
 
     def _settle(self, data: Any) -> None:
@@ -203,11 +208,7 @@ class BlockDraftModule(LeapModule):
 
     def decoder(self, scheme: Scheme, response_length: int) -> QStarDecoder:
         """Texts of the target, drafted as the scheme says."""
-        o, m = self.options, self.mixture
-        how = QStarOptions(
-            theta_weight=m.theta_weight, temperature=m.temperature, top_k=m.top_k, top_p=m.top_p,  # type: ignore[arg-type]
-            gamma=o.draft_length, verify=o.verify, cache=o.cache, schemes=("naive",),
-        )  # fmt: skip
+        how = replace(self.options.decoding, mixture=self.mixture)
         decoder = QStarDecoder(
             self.theta, self.target, scheme, how, response_length=response_length, vocab_size=self.drafter.vocab_size,
             end_ids=self.end_ids, assistant=self.drafter if scheme == "block_drafter" else None,
@@ -232,29 +233,29 @@ class BlockDraftModule(LeapModule):
         self._freeze_modes()
         self._packed = "response_mask" not in batch
         if self._packed:
-            self._outputs[len(self._decoders) - 1].append(self._decode_halves(batch, batch_idx))
+            self._totals[len(self._decoders) - 1] += self._decode_halves(batch, batch_idx).totals
             return {"results": []}
         for decoder in self._decoders:
             decoder.outputs.clear()
         step = super().test_step(batch, batch_idx)
         for k, decoder in enumerate(self._decoders):
             out = decoder.outputs[0]  # later ones only count operations
-            self._outputs[k].append(out)
+            self._totals[k] += out.totals
             if decoder.scheme == "block_drafter" and out.draft_starts is not None:
                 generator = self.step_generator(batch_idx, SERVED_STREAM, epoch=0)
-                terms = self._at_served(self._rows(batch), step["results"][k].responses, out, generator)
+                terms = self._at_served(prompted_rows(batch), step["results"][k].responses, out, generator)
                 self._expected += torch.tensor([float(terms.survival.accepted.sum()), float(terms.drafts)])
         return step
 
     def _decode_halves(self, batch: dict[str, Tensor], batch_idx: int) -> QStarOutput:
         """The second half of each row, drafted after the first, by the last of the schemes."""
-        rows = self._rows(batch)
+        rows = prompted_rows(batch)
         decoder = self.decoder(self.options.schemes[-1], response_columns(rows["response_mask"]))
         decoder(rows, self.step_generator(batch_idx, SERVED_STREAM, epoch=0))
         return decoder.outputs[0]
 
     def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
-        found = draft_figures(self._outputs[k])
+        found = self._totals[k].figures()
         names = ("acceptance", "tokens_per_verifier_forward")
         cost: dict[str, float | None] = {name: found[name] for name in names if name in found}
         return {"quality": {}, "cost": cost}
@@ -263,8 +264,7 @@ class BlockDraftModule(LeapModule):
         """Of packed text, which has no row of a decoder: what the drafts of continuations were worth."""
         if not self._packed:
             return {}
-        found = draft_figures(self._outputs[len(self._decoders) - 1])
-        return {"accepted_length": found.get("accepted_length", 0.0)}
+        return {"accepted_length": self._totals[len(self._decoders) - 1].accepted_length}
 
     def model_cost(self) -> dict[str, float | None]:
         return self.decoder_figures(len(self._decoders) - 1)["cost"] if self._packed else {}
@@ -272,9 +272,9 @@ class BlockDraftModule(LeapModule):
     def record_parts(self) -> dict[str, Any]:
         """`drafts`: of each scheme that drafts, what its drafts were worth, by position too."""
         found = {
-            decoder.scheme: draft_figures(self._outputs[k])
+            decoder.scheme: self._totals[k].figures()
             for k, decoder in enumerate(self._decoders)
-            if decoder.scheme != "naive" and self._outputs[k]
+            if decoder.scheme != "naive" and self._totals[k].drafts
         }
         if self._expected[1] > 0:
             # of all schemes this one has a training figure
@@ -285,13 +285,16 @@ class BlockDraftModule(LeapModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["texts"] = {
-            slot: {name: column.cpu() for name, column in rows.items()} for slot, rows in self._pool.items()
-        }
+        checkpoint["texts"] = self._pool.state_dict()
+        if self.drafter.proposed is not None:
+            checkpoint["proposed"] = self.drafter.proposed.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._pool = dict(checkpoint.get("texts", {}))
+        self._pool.load_state_dict(checkpoint.get("texts", {}))
+        if "proposed" in checkpoint:
+            self.drafter.propose_only(checkpoint["proposed"])
+            self._proposed_known = True
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the drafter (drafter.json, drafter.safetensors); the models it drafts for are not copied."""
@@ -307,27 +310,3 @@ def _by_position(name: str, survival: Survival) -> dict[str, Tensor]:
     """The share accepted of what is verified, by position from 1."""
     shares = survival.accepted / survival.reached.clamp(min=1e-9)
     return {f"{name}_{k + 1}": share for k, share in enumerate(shares)}
-
-
-def draft_figures(outputs: list[QStarOutput]) -> dict[str, Any]:
-    """What the drafts of several batches were worth; {} without a draft.
-
-    tokens_per_verifier_forward: of a row, the pass over its prompt included; tokens_per_draft_verified: without the round that
-    reads the prompt, the token after a draft included.
-    """
-    drafts = sum(out.drafts for out in outputs)
-    if not drafts:
-        return {}
-    tokens, undrafted = sum(int(out.lengths.sum()) for out in outputs), sum(out.undrafted for out in outputs)
-    verified, accepted = (
-        [sum(at) for at in zip(*(getattr(out, name) for out in outputs), strict=True)]
-        for name in ("verified_at", "accepted_at")
-    )
-    return {
-        "acceptance": sum(accepted) / max(1, sum(verified)),
-        "acceptance_at": [a / v for a, v in zip(accepted, verified, strict=True) if v],
-        "accepted_length": sum(accepted) / drafts,
-        "tokens_per_verifier_forward": tokens / (drafts + undrafted),
-        "tokens_per_draft_verified": (tokens - undrafted) / drafts,
-        "drafts": drafts,
-    }

@@ -127,7 +127,7 @@ class QStarDecodingModule(LeapModule):
     def decoder(self, scheme: Scheme, data: Any) -> QStarDecoder:
         """q* decoding of texts of a corpus."""
         return QStarDecoder(
-            self.theta, self.target, scheme, self.options, response_length=data.response_length,
+            self.theta, self.target, scheme, self.options.decoding, response_length=data.response_length,
             vocab_size=vocabulary_size(data.tokenizer), end_ids=data.end_ids(),
             assistant=self._block_drafter() if scheme == "block_drafter" else self.assistant,
         )  # fmt: skip

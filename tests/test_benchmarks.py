@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules.oracle.datamodule import OracleDataModule
+from models.backbones.causal import build_causal
+from models.backbones.causal_lm import load_causal
+from models.speculative.block_drafter import BlockDrafter, BlockDrafterOptions
+from models.speculative.drafter_files import save_drafter
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 COMMON = ["--repeats", "2", "--warmup", "1", "--threads", "1", "--device", "cpu"]
 SMALL = ["--width", "8", "--layers", "1", "--heads", "2", "--prefix", "2", "--prompt-width", "4"]
@@ -267,6 +273,51 @@ def test_qstar_decoding(benchmark):
     peers = [row for row in result["rows"] if "tokens_per_forward" in row]
     assert [row["tokens_per_forward"] for row in peers[::3]] == [1.0, 1.0]
     assert all(row["tokens_per_forward"] >= 1 for row in peers)
+
+
+def small_causal(folder, tokenizer_of, seed: int) -> Path:
+    """A causal model of the corpus' vocabulary, with random weights, as a plain folder."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    build_causal(**tokenizer_of.special_ids(), **sizes, max_position_embeddings=64, rope_theta=1e4).save_pretrained(
+        folder
+    )
+    tokenizer_of.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_block_drafts(benchmark, tmp_path, alone):
+    data = OracleDataModule(size="tiny", style=0.5, train_rows=64, val_rows=16, test_rows=16)
+    data.setup()
+    folders = {
+        name: small_causal(tmp_path / name, data, seed) for seed, name in enumerate(("theta", "target", "small"))
+    }
+    models = {name: load_causal(folders[name]).eval() for name in (["theta"] if alone else ["theta", "target"])}
+    drafter = BlockDrafter(models, BlockDrafterOptions(draft_length=3, window=6, rank=4), len(data.tokenizer))
+    save_drafter(drafter, models, tmp_path / "drafter")
+    options = ["data=oracle", "data.size=tiny", "data.train_rows=64", "data.val_rows=16", "data.test_rows=16"]
+    if alone:
+        options = ["experiment=block_draft_causal", f"model.path={folders['theta']}", "~data.sequence_length", *options]
+    else:
+        paths = [f"pair.{name}.path={folders[name]}" for name in models]
+        options = ["experiment=block_draft_oracle", *paths, *options]
+    folder, small = (str(tmp_path / name) for name in ("drafter", "small"))
+    more = ["--drafter", folder, "--assistant", small, "--batch", "1", "2", "--rounds", "2", "1"]
+    result = benchmark("block_drafts", *more, "--options", *options, "trainer.accelerator=cpu", shape=[])
+    check_finite(result["rows"])
+    own = ["no drafts", "n-grams, auto", "n-grams of 4", "blocks of 3", "blocks, auto"]
+    own[3:3] = [] if alone else ["π_θ drafts, auto", "alternating, auto"]
+    peers = ["transformers, no drafts", "transformers, prompt lookup", "transformers, assisted"] if alone else []
+    assert [row["name"] for row in result["rows"]] == [*own, *peers, *own, *peers[:1]]
+    assert [row["batch"] for row in result["rows"]] == [1] * len([*own, *peers]) + [2] * len([*own, *peers[:1]])
+    for row in result["rows"]:
+        assert row["tokens"] > 0
+        assert row["speedup"] == pytest.approx(1 / row["ratio"]["median"])
+        assert row["ratio"] == row["wall_ratio"]
+    naive, blocks = result["rows"][0], result["rows"][own.index("blocks of 3")]
+    assert (naive["tokens_per_forward"], naive["accepted_length"]) == (1.0, 0.0)
+    assert 1 <= blocks["tokens_per_forward"] <= 1 + 3
 
 
 def test_qstar_solver(benchmark):

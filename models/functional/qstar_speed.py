@@ -6,6 +6,10 @@ w (`position_cost`): what each further position adds to a forward pass, as a fra
 near 1 where arithmetic takes the time. All speed-ups are ratios of times.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+
 from models.functional.errors import require_choice
 
 
@@ -41,6 +45,24 @@ def speedup_third_drafter(gamma: int, beta: float, cost: float, position_cost: f
 def speedup_block_drafter(gamma: int, beta: float, cost: float, position_cost: float = 0.0) -> float:
     """(1 - β^{γ+1}) / (1 - β) / (1 + γ w + c): the same where the third model drafts all γ tokens in one forward pass."""
     return sum(beta**k for k in range(gamma + 1)) / (1 + gamma * position_cost + cost)
+
+
+def speedup_by_position(acceptance_at: Sequence[float], cost: float, position_cost: float = 0.0) -> float:
+    """(1 + Σ_i Π_{l≤i} β_l) / (1 + k w + c): a drafter of blocks whose k tokens are accepted with probabilities β_l.
+
+    acceptance_at: β_1 ... β_k, each given that the tokens before it are accepted. The numerator is the expected number of
+    tokens of a round (Leviathan et al., 2211.17192, with a rate of each position); its denominator is the round's time in
+    forward passes of the verifiers. It is in proportion to tokens a second.
+    """
+    tokens = 1 + sum(accumulate(acceptance_at, mul))
+    return tokens / (1 + len(acceptance_at) * position_cost + cost)
+
+
+def best_block_length(acceptance_at: Sequence[float], cost: float, position_cost: float = 0.0) -> int:
+    """The draft length k with the highest `speedup_by_position` of the first k rates; 0 where none is above 1."""
+    lengths = range(1, len(acceptance_at) + 1)
+    speedups = [1.0] + [speedup_by_position(acceptance_at[:k], cost, position_cost) for k in lengths]
+    return speedups.index(max(speedups))
 
 
 SPEEDUPS = {

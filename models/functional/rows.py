@@ -5,6 +5,7 @@ Legend: B rows, L columns, R response columns, the same in every row.
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from models.functional.next_token import EndIds, until_end
@@ -24,6 +25,17 @@ def with_responses(rows: Mapping[str, Tensor], responses: Tensor, end_ids: EndId
     ids[:, -columns:] = responses
     counts[:, -columns:] = until_end(responses, end_ids)
     return {**rows, "input_ids": ids, "completion_mask": counts}
+
+
+def prompted_rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Prompt -> response rows of any batch; the second half of a row of packed text is the response to the first."""
+    names = ("input_ids", "attention_mask", "response_mask")
+    if "labels" not in batch:
+        return {name: batch[name] for name in names}
+    ids = batch["input_ids"]
+    response = torch.zeros_like(ids, dtype=torch.bool)
+    response[:, ids.shape[1] // 2 :] = True
+    return {"input_ids": ids, "attention_mask": torch.ones_like(response), "response_mask": response}
 
 
 def signal_columns(signals: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,10 @@
 """The ids of a tokenizer."""
 
+from collections.abc import Iterable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from models.functional.errors import UsageError
 
@@ -8,6 +12,14 @@ from models.functional.errors import UsageError
 def vocabulary_size(tokenizer: Any) -> int:
     """One more than the largest id. `len` counts tokens, which are fewer where some ids have none."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
+def most_frequent(ids: Iterable[Tensor], vocab_size: int) -> Tensor:
+    """All tokens (V,) from the most frequent one of ids, any shapes, on; the smaller of two that are as frequent first."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for some in ids:
+        counts += some.flatten().cpu().bincount(minlength=vocab_size)[:vocab_size]
+    return counts.argsort(descending=True, stable=True)
 
 
 def choose_mask_token(tokenizer: Any, wanted: str) -> str:

@@ -6,9 +6,10 @@ from typing import Literal, get_args
 from models.functional.errors import UsageError, require_at_least, require_choice
 from models.speculative.block_drafter import BlockDrafterOptions, Dependence
 from models.speculative.distribution import MixtureDist
-from models.speculative.options import Scheme, Verify
+from models.speculative.options import Costs, DecodingOptions, Scheme, Verify, require_draft_length
 
 Texts = Literal["target", "data"]
+PoolKeeps = Literal["texts", "reads"]
 SCHEMES: tuple[Scheme, ...] = ("naive", "ngram", "block_drafter")
 
 
@@ -16,13 +17,16 @@ SCHEMES: tuple[Scheme, ...] = ("naive", "ngram", "block_drafter")
 class BlockDraftOptions:
     """Raises UsageError, naming module.<option>, for values that cannot work.
 
-    draft_length, window, num_layers, dependence, rank: see `BlockDrafterOptions`.
+    draft_length, window, num_layers, dependence, rank: see `BlockDrafterOptions`. draft_vocabulary: tokens that are proposed,
+        the most frequent ones of the training rows; None proposes all.
     theta_weight, temperature, top_k, top_p: of the target, see `MixtureDist`; the first one is for a pair.
     anchors: blocks of a text in a step. ce, tv, decay: see `draft_loss`.
     texts: drawn from the `target`, which is what it will draft for, or those of the `data`. pool: so many batches of drawn
-        texts are kept and trained on in turn, with fresh anchors; 0 draws new ones in every step.
+        texts are kept and trained on in turn, with fresh anchors; 0 draws new ones in every step. pool_keeps: the `texts`, or
+        also what the verifiers make of them (`reads`), which takes memory and saves their forward pass in every later step.
     served_rows: rows of a validation batch that are decoded.
-    schemes: the ways of drafting that `trainer.test` compares; verify: see `DraftOptions`; cache: key-value caches.
+    schemes: the ways of drafting that `trainer.test` compares. gamma: tokens of a draft that is decoded; None takes
+        draft_length, and `auto` the length of the highest expected speed-up. verify, costs, cache: see `DecodingOptions`.
     """
 
     draft_length: int = 8
@@ -30,6 +34,7 @@ class BlockDraftOptions:
     num_layers: int = 1
     dependence: Dependence = "markov"
     rank: int = 256
+    draft_vocabulary: int | None = None
     theta_weight: float | None = None
     temperature: float = 1.0
     top_k: int | None = None
@@ -40,9 +45,12 @@ class BlockDraftOptions:
     decay: float = 4.0
     texts: Texts = "target"
     pool: int = 0
+    pool_keeps: PoolKeeps = "texts"
     served_rows: int = 32
     schemes: tuple[Scheme, ...] = SCHEMES
+    gamma: int | Literal["auto"] | None = None
     verify: Verify = "token"
+    costs: Costs = "parameters"
     cache: bool = True
     lr: float = 2e-3
     weight_decay: float = 0.01
@@ -56,7 +64,11 @@ class BlockDraftOptions:
         for scheme in self.schemes:
             require_choice("module.schemes", scheme, SCHEMES)
         require_choice("module.verify", self.verify, get_args(Verify))
+        require_choice("module.costs", self.costs, get_args(Costs))
+        if self.gamma is not None:
+            require_draft_length("module.gamma", self.gamma)
         require_choice("module.texts", self.texts, get_args(Texts))
+        require_choice("module.pool_keeps", self.pool_keeps, get_args(PoolKeeps))
         require_at_least(1, module__anchors=self.anchors, module__served_rows=self.served_rows)
         require_at_least(0, module__ce=self.ce, module__tv=self.tv, module__pool=self.pool)
         if self.decay <= 0:
@@ -75,5 +87,12 @@ class BlockDraftOptions:
         return MixtureDist(self.theta_weight, self.temperature, self.top_k, self.top_p)
 
     @property
+    def decoding(self) -> DecodingOptions:
+        gamma = self.draft_length if self.gamma is None else self.gamma
+        return DecodingOptions(self.mixture, gamma, self.verify, self.costs, self.cache)
+
+    @property
     def drafter(self) -> BlockDrafterOptions:
-        return BlockDrafterOptions(self.draft_length, self.window, self.num_layers, self.dependence, self.rank)
+        return BlockDrafterOptions(
+            self.draft_length, self.window, self.num_layers, self.dependence, self.rank, self.draft_vocabulary
+        )

@@ -4,16 +4,18 @@ Legend: B batch, L columns.
 """
 
 from collections.abc import Callable
-from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.interfaces.scores import ProposesBlocks
 from models.speculative.cached_scores import CachedScores
 from models.speculative.options import Draft
+from models.speculative.random_source import TorchRandomSource
 
+LEAST_COST = 1e-3  # of a drafter whose pass is too fast to be told from the spread of its verifiers
 POSITIONS = 5  # of the longer of the two forward passes that are timed
 
 
@@ -47,11 +49,15 @@ def forward_costs(
 ) -> ForwardCosts:
     """Times forward passes of one and of five positions behind cached prompts input_ids (B, L), the batch to be decoded.
 
-    position_cost is that of the slower of theta and target. assistant: a third model, or any source of scores.
+    position_cost is that of the slower of theta and target. assistant: a third model, or any source of scores. For a drafter of
+    blocks, k tokens of a draft take c + k w forward passes of both models beside the one over a single position: c and w are of
+    drafts of one token and of a whole block, and their verification. One model as theta and target counts once.
     Measured times differ from run to run. Draft lengths that follow them change the texts of a seed, never their distribution.
     """
     one = {name: _seconds(model, input_ids, 1, repeats) for name, model in (("theta", theta), ("target", target))}
     cost = one["theta"] / one["target"]
+    if isinstance(assistant, ProposesBlocks):
+        return _block_costs({"theta": theta, "target": target}, input_ids, assistant, repeats)
     if assistant is not None:
         cost = _seconds(assistant, input_ids, 1, repeats) / sum(one.values())
     slower = max(one, key=lambda name: one[name])
@@ -59,9 +65,52 @@ def forward_costs(
     return ForwardCosts(cost, max(0.0, more / one[slower] - 1) / (POSITIONS - 1))
 
 
+def _block_costs(models: dict[str, Any], input_ids: Tensor, drafter: Any, repeats: int) -> ForwardCosts:
+    """The costs of a round by its draft length: the drafter's block, and the positions that are verified."""
+    alone = models["theta"] is models["target"]
+    verifiers = {"theta": models["theta"]} if alone else models
+    longest = drafter.block_length
+    one = sum(_seconds(model, input_ids, 1, repeats) for model in verifiers.values())
+    rounds = [
+        sum(_seconds(model, input_ids, size + 1, repeats) for model in verifiers.values())
+        + _drafting_seconds(verifiers, input_ids, drafter, size, repeats)
+        for size in (1, longest)
+    ]
+    each = max(0.0, rounds[1] - rounds[0]) / max(1, longest - 1)
+    return ForwardCosts(max(LEAST_COST, (rounds[0] - each) / one - 1), each / one)
+
+
+def _drafting_seconds(verifiers: dict[str, Any], input_ids: Tensor, drafter: Any, size: int, repeats: int) -> float:
+    """Least seconds of a draft of `size` tokens."""
+    ends = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
+    found = []
+    for name, layers in drafter.state_layers.items():
+        scores = CachedScores(verifiers[name])
+        scores.keep_states(layers)
+        scores(input_ids, ends + 1, 1)
+        found.append(scores.states_before(input_ids, ends, drafter.window))
+    states, read = torch.cat([part for part, _ in found], -1), torch.stack([part for _, part in found]).all(0)
+    draws = TorchRandomSource(torch.Generator(input_ids.device).manual_seed(0))
+    return _least_seconds(
+        lambda: drafter.propose(states, read, input_ids[:, -1], size, draws, lambda logp: logp),
+        input_ids.device,
+        repeats,
+    )
+
+
+def _least_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Of several calls after a first one: other work on the machine only ever lengthens a call."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = _now(device)
+        run()
+        seconds.append(_now(device) - start)
+    return min(seconds[1:])
+
+
 def _seconds(model: Any, input_ids: Tensor, positions: int, repeats: int) -> float:
-    """Median seconds of a call that reads `positions` new tokens."""
-    ids = torch.cat([input_ids, input_ids[:, -1:].repeat(1, POSITIONS)], -1)
+    """Least seconds of a call that reads `positions` new tokens."""
+    ids = torch.cat([input_ids, input_ids[:, -1:].repeat(1, positions)], -1)
     length = torch.full((len(ids),), input_ids.shape[1], device=ids.device)
     seconds = []
     for _ in range(repeats + 1):
@@ -70,7 +119,7 @@ def _seconds(model: Any, input_ids: Tensor, positions: int, repeats: int) -> flo
         start = _now(ids.device)
         scores(ids, length + 1, positions)
         seconds.append(_now(ids.device) - start)
-    return median(seconds[1:])
+    return min(seconds[1:])
 
 
 def _now(device: torch.device) -> float:

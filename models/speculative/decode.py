@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from models.functional.errors import UsageError
-from models.functional.qstar_speed import best_gamma
+from models.functional.qstar_speed import best_block_length, best_gamma
 from models.interfaces.decoder import TokenCallback
 from models.interfaces.scores import ProposesBlocks, StateScores
 from models.speculative.distribution import MixtureDist, NextTokenDist
@@ -235,7 +235,7 @@ def _keep_states(models: dict[str, Any], drafter: ProposesBlocks) -> None:
 
 
 def _draft_length(run: QStarRun, drafting: DraftOptions, who: Roles, rounds: int) -> int:
-    """gamma, or the length of the highest expected speed-up at the drafter's acceptance rate so far.
+    """gamma, or the length of the highest expected speed-up at the drafter's acceptance rates so far.
 
     It depends on past draws only, so the distribution of the next token is q* for any value.
     """
@@ -243,6 +243,14 @@ def _draft_length(run: QStarRun, drafting: DraftOptions, who: Roles, rounds: int
         return 0  # the verifiers read the prompt, so that there are states to draft from
     if drafting.gamma != "auto":
         return drafting.gamma
+    probe = int(rounds % PROBE_EVERY == PROBE_EVERY - 1)
+    if who.in_blocks:
+        blocks: Any = run.models[who.drafter]
+        longest = min(MAX_GAMMA, blocks.block_length)
+        rates = [
+            (accepted + PRIOR_ACCEPTED) / (verified + PRIOR_VERIFIED)
+            for accepted, verified in zip(run.accepted_at[:longest], run.verified_at[:longest], strict=True)
+        ]
+        return best_block_length(rates, who.cost, drafting.position_cost) or probe
     beta = (run.accepted[who.drafter] + PRIOR_ACCEPTED) / (run.verified[who.drafter] + PRIOR_VERIFIED)
-    best = best_gamma(beta, who.cost, who.formula, MAX_GAMMA, drafting.position_cost)
-    return best or int(rounds % PROBE_EVERY == PROBE_EVERY - 1)
+    return best_gamma(beta, who.cost, who.formula, MAX_GAMMA, drafting.position_cost) or probe

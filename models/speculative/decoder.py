@@ -14,7 +14,7 @@ from models.speculative.cached_scores import CachedScores
 from models.speculative.costs import ForwardCosts, forward_costs, parameter_cost
 from models.speculative.decode import decode_qstar
 from models.speculative.ngram import NgramScores
-from models.speculative.options import Draft, DraftOptions, QStarOptions, Scheme
+from models.speculative.options import DecodingOptions, Draft, DraftOptions, Scheme
 from models.speculative.random_source import RandomSource, TorchRandomSource
 from models.speculative.roles import roles
 from models.speculative.scores import CausalScores
@@ -37,7 +37,7 @@ class QStarDecoder:
 
     assistant: a third one, for the scheme of that name; for the scheme block_drafter a `ProposesBlocks`.
 
-    options: the mixture, gamma, verify, cache and costs. vocab_size: ids from there on are never generated. Each of end_ids
+    options: see `DecodingOptions`. vocab_size: ids from there on are never generated. Each of end_ids
     ends a text, and the first of them fills what is beyond. outputs: of each call, oldest first; its reader clears them.
     """
 
@@ -49,7 +49,7 @@ class QStarDecoder:
         theta: nn.Module,
         target: nn.Module,
         scheme: Scheme,
-        options: QStarOptions,
+        options: DecodingOptions,
         *,
         response_length: int,
         vocab_size: int,
@@ -88,7 +88,8 @@ class QStarDecoder:
 
     def draft_options(self, prompts: Tensor) -> DraftOptions:
         """How a batch after these prompts (B, L) is drafted."""
-        if self.scheme == "block_drafter" or self.options.costs == "parameters":
+        unused = self.gamma != "auto" and self.draft != "alternate"
+        if self.options.costs == "parameters" or unused:
             costs = ForwardCosts(parameter_cost(self.theta, self.target, self.draft, self.assistant), 0.0)
         elif (known := self._measured.get(len(prompts))) is not None:
             costs = known

@@ -1,6 +1,6 @@
 """The options of q*: how drafts are made and verified, and all options of `QStarDecodingModule`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from models.functional.errors import UsageError, require_at_least, require_choice
@@ -63,14 +63,28 @@ class DraftOptions:
 
 
 @dataclass(frozen=True)
+class DecodingOptions:
+    """What a `QStarDecoder` generates, and how.
+
+    mixture: q* itself. gamma, verify: see `DraftOptions`. costs: where `gamma=auto` takes the cost of a draft from;
+    `measured` depends on the machine. cache: key-value caches; False reads whole prefixes in every forward pass.
+    """
+
+    mixture: MixtureDist = field(default_factory=MixtureDist)
+    gamma: int | Literal["auto"] = "auto"
+    verify: Verify = "token"
+    costs: Costs = "parameters"
+    cache: bool = True
+
+
+@dataclass(frozen=True)
 class QStarOptions:
     """The options of `QStarDecodingModule`. Raises UsageError, naming module.<option>, for values that cannot work.
 
     theta_weight: α, the weight of π_θ; None solves for equal divergences at every position.
     temperature acts on both models, top_k and top_p on q*.
     schemes: the ways of drafting that `trainer.test` compares; `naive` runs both models for every token.
-    gamma, verify: see `DraftOptions`. costs: where `auto` takes the cost of a draft from; `measured` depends on the machine.
-    cache: key-value caches; False reads whole prefixes in every forward pass.
+    gamma, verify: see `DraftOptions`. costs, cache: see `DecodingOptions`.
     loss: what draws π_θ toward q*, on texts that π_θ generates. lora_rank: of adapters of π_θ; None trains all its weights.
     exactness_samples: texts of the G-test of each scheme; 0 skips the exactness tests. Where the corpus cannot list all texts,
         they are of four tokens after one prompt.
@@ -136,3 +150,7 @@ class QStarOptions:
     def mixture(self) -> MixtureDist:
         """q* as these options define it."""
         return MixtureDist(self.theta_weight, self.temperature, self.top_k, self.top_p)
+
+    @property
+    def decoding(self) -> DecodingOptions:
+        return DecodingOptions(self.mixture, self.gamma, self.verify, self.costs, self.cache)

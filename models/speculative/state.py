@@ -15,6 +15,7 @@ from models.functional.next_token import are_ends
 from models.functional.qstar import no_common_token, residual
 from models.interfaces.scores import BlockProposal
 from models.speculative.distribution import MixtureDist, NextTokenDist
+from models.speculative.draft_totals import DraftTotals
 from models.speculative.random_source import RandomSource
 
 # (ids (B, L), lengths (B,), count) -> log-probabilities (B, count, V) of the tokens at positions lengths, lengths + 1, ...
@@ -81,22 +82,10 @@ class QStarOutput:
         return {name: self.accepted[name] / count for name, count in self.verified.items() if count}
 
     @property
-    def acceptance_at(self) -> list[float]:
-        """By position in a draft, the share of tokens accepted of those verified there."""
-        return [a / v for a, v in zip(self.accepted_at, self.verified_at, strict=True) if v]
-
-    @property
-    def accepted_length(self) -> float | None:
-        """Accepted tokens of a draft, in the mean; the token after them is not counted. None without a draft."""
-        return sum(self.accepted_at) / self.drafts if self.drafts else None
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Tokens of a row for each forward pass of a verifier over it, the first one, over the prompt, included.
-
-        For drafts of a third model or of n-grams; rows of a batch are counted alone.
-        """
-        return int(self.lengths.sum()) / (self.drafts + self.undrafted)
+    def totals(self) -> DraftTotals:
+        """What the drafts were worth."""
+        tokens, at = int(self.lengths.sum()), (tuple(self.verified_at), tuple(self.accepted_at))
+        return DraftTotals(tokens, self.drafts, self.undrafted, *at)
 
 
 class QStarRun:

@@ -13,8 +13,11 @@ from lightning_modules.block_draft import BlockDraftModule
 from lightning_modules.qstar_decoding import QStarDecodingModule
 from models.backbones.causal import build_causal
 from models.functional.errors import UsageError
+from models.functional.rows import prompted_rows
+from models.speculative.decoder import prompts_of
 from models.speculative.drafter_files import load_drafter, read_drafter
 from models.speculative.options import QStarOptions
+from models.speculative.random_source import TorchRandomSource
 
 
 def corpus() -> OracleDataModule:
@@ -60,7 +63,7 @@ def test_training_lowers_the_loss_and_leaves_the_verifiers_alone(data, dependenc
     quiet_trainer(30, callbacks=[losses]).fit(module, data)
     assert sum(losses.seen[-5:]) < 0.9 * sum(losses.seen[:5])
     assert all(torch.equal(p, before[name]) for name, p in module.theta.named_parameters())
-    assert len(module._pool) == 2
+    assert len(module._pool.texts) == 2
 
 
 @pytest.mark.parametrize(("stop", "pool"), [(2, 0), (2, 3), (5, 3)])
@@ -82,22 +85,22 @@ def test_texts_are_of_the_target_up_to_their_ends_and_a_pool_keeps_them(data):
     module = build(data, pool=1)
     trainer = quiet_trainer(2)
     trainer.fit(module, data)
-    rows = module._pool[0]
+    rows = module._pool.texts[0]
     assert rows["completion_mask"].sum() <= rows["response_mask"].sum()
-    drawn = module._with_texts(module._rows(data.rows["test"][:8]), torch.Generator().manual_seed(0))
+    drawn = module._with_texts(prompted_rows(data.rows["test"][:8]), torch.Generator().manual_seed(0))
     given = data.rows["test"][:8]["input_ids"]
     columns = data.response_length
     assert torch.equal(drawn["input_ids"][:, :-columns], given[:, :-columns])
     assert not torch.equal(drawn["input_ids"][:, -columns:], given[:, -columns:])
     own = build(data, texts="data")
     own.end_ids = data.end_ids()
-    kept = own._with_texts(own._rows(data.rows["test"][:8]), torch.Generator())
+    kept = own._with_texts(prompted_rows(data.rows["test"][:8]), torch.Generator())
     assert torch.equal(kept["input_ids"], given)
 
 
-def test_half_a_row_of_packed_text_is_the_prompt(data):
+def test_half_a_row_of_packed_text_is_the_prompt():
     ids = torch.arange(12).view(2, 6)
-    rows = build(data)._rows({"input_ids": ids, "labels": ids})
+    rows = prompted_rows({"input_ids": ids, "labels": ids})
     assert rows["response_mask"].tolist() == [[False] * 3 + [True] * 3] * 2
     assert rows["attention_mask"].all()
 
@@ -109,7 +112,7 @@ def test_validation_shows_what_is_served_beside_the_training_figure(data, depend
     trainer = quiet_trainer(20, val_check_interval=20)
     trainer.fit(module, data)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    rows = {name: column.repeat(8, 1) for name, column in module._rows(next(iter(data.val_dataloader()))).items()}
+    rows = {name: column.repeat(8, 1) for name, column in prompted_rows(next(iter(data.val_dataloader()))).items()}
     served = module._served(rows, torch.Generator().manual_seed(0))
     assert float(served["served_length"]) == pytest.approx(float(served["length_at_served"]), rel=0.1)
     assert {"val/accepted_length", "val/served_length", "val/length_at_served", "val/served_1", "val/accept_3"} <= set(
@@ -144,21 +147,62 @@ def test_drafts_are_verified_as_the_options_say(data, verify, cache):
     for scheme in ("naive", "ngram", "block_drafter"):
         how = module.decoder(scheme, data.response_length)
         assert (how.options.verify, how.options.cache, how.options.gamma) == (verify, cache, 3)
-        assert (how.options.top_k, how.options.theta_weight) == (4, 0.25)
-        assert how(module._rows(data.rows["test"][:4]), torch.Generator().manual_seed(0)).shape[0] == 4
+        assert (how.mixture.top_k, how.mixture.theta_weight) == (4, 0.25)
+        assert how(prompted_rows(data.rows["test"][:4]), torch.Generator().manual_seed(0)).shape[0] == 4
+
+
+def test_what_a_pool_keeps_changes_no_step(data):
+    """With the verifiers' states kept, they read a text once, and the weights are the same to the last bit."""
+    calls, found = {}, {}
+    for keeps in ("texts", "reads"):
+        module = build(data, pool=2, pool_keeps=keeps, draft_vocabulary=20)
+        read, calls[keeps] = module._read, []
+        module._read = lambda text, read=read, seen=calls[keeps]: seen.append(1) or read(text)
+        quiet_trainer(6).fit(module, corpus())
+        found[keeps] = weights(module)
+    assert (len(calls["texts"]), len(calls["reads"])) == (6, 2)
+    assert all(torch.equal(value, found["reads"][name]) for name, value in found["texts"].items())
+
+
+def test_proposed_tokens_are_the_frequent_ones_and_resume(data, tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"draft_vocabulary": 12, "pool": 2, "pool_keeps": "reads"}
+    whole, resumed = build(data, **options), build(data, **options)
+    quiet_trainer(4, callbacks=[keep], enable_checkpointing=True).fit(whole, data)
+    rows = data.rows["train"].columns
+    ids = rows["input_ids"][rows["attention_mask"] | rows["response_mask"]]
+    counts = ids.bincount(minlength=len(data.tokenizer))
+    chosen = whole.drafter.proposed
+    assert len(chosen) == 12
+    assert counts[chosen].min() >= counts[~torch.isin(torch.arange(len(counts)), chosen)].max()
+    quiet_trainer(4).fit(resumed, corpus(), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    assert torch.equal(resumed.drafter.proposed, chosen)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], weight)
+
+
+def test_a_decoder_takes_the_length_that_the_options_say(data):
+    for given, wanted in ((None, 3), (2, 2), ("auto", "auto")):
+        module = build(data, gamma=given, costs="measured")
+        module.end_ids = data.end_ids()
+        decoder = module.decoder("block_drafter", data.response_length)
+        assert (decoder.gamma, decoder.options.costs) == (wanted, "measured")
+    out = decoder.decode(*prompts_of(prompted_rows(data.rows["test"][:4])), 8, TorchRandomSource(torch.Generator()))
+    assert (out.lengths > 0).all()
+    assert list(decoder._measured) == [4]
 
 
 def test_every_micro_batch_has_texts_of_its_own_in_the_pool(data):
     module = build(data, pool=4)
     quiet_trainer(2, accumulate_grad_batches=2).fit(module, data)
-    assert sorted(module._pool) == [0, 1, 2, 3]
-    assert len({tuple(rows["input_ids"].flatten().tolist()) for rows in module._pool.values()}) == 4
+    assert sorted(module._pool.texts) == [0, 1, 2, 3]
+    assert len({tuple(rows["input_ids"].flatten().tolist()) for rows in module._pool.texts.values()}) == 4
 
 
 def test_figures_of_decoding_have_the_same_names_whatever_was_drafted(data):
     module = build(data, draft_length=8)
     module.end_ids = data.end_ids()
-    served = module._served(module._rows(data.rows["test"][:1]), torch.Generator().manual_seed(0))
+    served = module._served(prompted_rows(data.rows["test"][:1]), torch.Generator().manual_seed(0))
     assert {name for name in served if name.startswith("served_") and name != "served_length"} == {
         f"served_{k}" for k in range(1, 9)
     }
@@ -205,7 +249,7 @@ def test_an_exported_drafter_answers_as_the_module_did(data, tmp_path):
     quiet_trainer(3).fit(module, data)
     folder = module.export(tmp_path / "drafter", data.tokenizer)
     again = build(data, lr=1.0)
-    rows = module._rows(data.rows["test"][:8])
+    rows = prompted_rows(data.rows["test"][:8])
     texts = [
         decoder(rows, torch.Generator().manual_seed(1))
         for decoder in (module.decoder("block_drafter", data.response_length), again.answering(data, folder))
@@ -243,6 +287,10 @@ def test_q_star_decoding_takes_a_saved_drafter(data, tmp_path):
         ({"ce": 0.0, "tv": 0.0}, "trains nothing"),
         ({"temperature": 0.0}, "module.temperature=0.0"),
         ({"anchors": 0}, "module.anchors=0"),
+        ({"draft_vocabulary": 0}, "module.draft_vocabulary=0"),
+        ({"pool_keeps": "states"}, "module.pool_keeps=states"),
+        ({"gamma": -1}, "module.gamma=-1"),
+        ({"costs": "guessed"}, "module.costs=guessed"),
     ],
 )
 def test_wrong_options_are_named(data, options, message):

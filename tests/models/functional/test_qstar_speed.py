@@ -1,5 +1,7 @@
 """Speed formulas against published optima and against a simulation of the rounds."""
 
+import itertools
+import math
 import random
 
 import pytest
@@ -7,9 +9,11 @@ import pytest
 from models.functional.errors import UsageError
 from models.functional.qstar_speed import (
     SPEEDUPS,
+    best_block_length,
     best_gamma,
     slowest_row_rounds,
     speedup_alternate,
+    speedup_by_position,
     speedup_carry,
     speedup_third_drafter,
 )
@@ -99,3 +103,33 @@ def test_a_batch_waits_for_its_slowest_row(gamma, beta, tokens, batch):
 def test_unknown_schemes_are_named():
     with pytest.raises(UsageError, match="draft=both"):
         best_gamma(0.5, 1.0, "both")
+
+
+def test_block_speed_up_is_the_expectation_over_all_outcomes():
+    """Every outcome of the acceptances of a draft of three, with its probability and tokens, over the time of the round."""
+    rates, cost, w = [0.9, 0.4, 0.7], 0.3, 0.05
+    for k in (1, 2, 3):
+        tokens = 0.0
+        for outcome in itertools.product((True, False), repeat=k):
+            probability = math.prod(r if yes else 1 - r for r, yes in zip(rates, outcome, strict=False))
+            accepted = next((n for n, yes in enumerate(outcome) if not yes), k)
+            tokens += probability * (accepted + 1)
+        assert speedup_by_position(rates[:k], cost, w) == pytest.approx(tokens / (1 + cost + k * w))
+    same = SPEEDUPS["block_drafter"](3, 0.6, cost, w)
+    assert speedup_by_position([0.6] * 3, cost, w) == pytest.approx(same)  # one rate for all positions
+
+
+@pytest.mark.parametrize(
+    ("rates", "cost", "w", "best"),
+    [
+        ([0.9, 0.9, 0.9], 0.1, 0.0, 3),  # positions are free
+        ([0.9, 0.1, 0.9], 0.1, 0.2, 1),  # what a token after an unlikely one would add is not worth its position
+        ([0.9, 0.1, 0.9], 0.1, 0.05, 2),
+        ([0.5, 0.9, 0.9], 1.0, 0.01, 3),  # a pass that pays only for a long draft
+        ([0.5, 0.5, 0.5], 2.0, 0.0, 0),  # and one that never does
+        ([], 0.1, 0.0, 0),
+    ],
+)
+def test_best_block_length_is_that_of_all_lengths_enumerated(rates, cost, w, best):
+    speeds = {0: 1.0} | {k: speedup_by_position(rates[:k], cost, w) for k in range(1, len(rates) + 1)}
+    assert best_block_length(rates, cost, w) == max(speeds, key=speeds.get) == best

@@ -17,7 +17,7 @@ from models.flow.solver import NoisyMaskDecoder
 from models.online.decoder import OnlineConceptDecoder
 from models.plans.decoder import PlannedDecoder
 from models.speculative.decoder import QStarDecoder
-from models.speculative.options import QStarOptions
+from models.speculative.options import DecodingOptions
 
 RESPONSE = 6
 
@@ -66,7 +66,7 @@ def test_from_left_to_right_a_token_at_a_time(build):
 def test_q_star_a_round_at_a_time(scheme, eos_id):
     torch.manual_seed(0)
     pair = [tiny_causal(), tiny_causal()]
-    options = QStarOptions(gamma=2)
+    options = DecodingOptions(gamma=2)
     decoder = QStarDecoder(*pair, scheme, options, response_length=RESPONSE, vocab_size=11, end_ids=eos_id)
     returned, seen = called_back(decoder, batch=1)
     assert not decoder.refines

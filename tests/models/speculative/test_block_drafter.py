@@ -18,7 +18,7 @@ from models.speculative.decoder import QStarDecoder
 from models.speculative.distribution import MixtureDist
 from models.speculative.drafter_files import load_drafter, save_drafter
 from models.speculative.exactness import enumeration_error, g_test_of
-from models.speculative.options import DraftOptions, QStarOptions
+from models.speculative.options import DecodingOptions, DraftOptions
 from models.speculative.random_source import TorchRandomSource, enumerate_outcomes
 from models.speculative.scores import CausalScores
 from models.speculative.state import TextRules
@@ -54,7 +54,7 @@ def decoder(dependence, verify="token", alone=False, scheme="block_drafter"):
     if alone:
         own = {"theta": own["theta"]}
     sizes = {"response_length": 3, "vocab_size": V, "end_ids": None}
-    options = QStarOptions(verify=verify, gamma=2)
+    options = DecodingOptions(verify=verify, gamma=2)
     third = drafter_of(own, dependence) if scheme == "block_drafter" else None
     pair = (own["theta"], own.get("target", own["theta"]))
     return QStarDecoder(*pair, scheme, options, assistant=third, **sizes)
@@ -131,7 +131,7 @@ def test_a_position_reads_what_its_dependence_allows(dependence):
     draw = torch.Generator().manual_seed(0)
     states = torch.randn(2, 5, sum(drafter.widths), generator=draw)
     read, last = torch.ones(2, 5, dtype=torch.bool), torch.tensor([1, 3])
-    memory = drafter.read_context(drafter.mix_states(states))
+    memory = drafter.read_context(drafter.project(drafter.mix_states(states)))
     noise = torch.rand(2, 3, generator=draw).double()
     before = drafter.logits(memory, read, last, noise)
     for k in range(3):
@@ -150,12 +150,13 @@ def test_positions_that_were_not_read_change_nothing():
     other = states.clone()
     other[:, :2] = 100.0
     first, second = (
-        drafter.logits(drafter.read_context(drafter.mix_states(s)), read, torch.tensor([1])) for s in (states, other)
+        drafter.logits(drafter.read_context(drafter.project(drafter.mix_states(s))), read, torch.tensor([1]))
+        for s in (states, other)
     )
     torch.testing.assert_close(first, second)
     other[:, 2] += 1.0
     assert not torch.allclose(
-        drafter.logits(drafter.read_context(drafter.mix_states(other)), read, torch.tensor([1])), first
+        drafter.logits(drafter.read_context(drafter.project(drafter.mix_states(other))), read, torch.tensor([1])), first
     )
 
 
@@ -166,12 +167,12 @@ def test_a_longer_window_changes_nothing_where_it_was_not_read():
     states, last = torch.randn(2, 3, sum(long.widths)), torch.tensor([1, 3])
     padded = torch.cat([torch.zeros(2, 2, states.shape[-1]), states], 1)
     read = torch.tensor([[False, False, True, True, True]] * 2)
-    found = long.logits(long.read_context(long.mix_states(padded)), read, last)
-    same = short.logits(short.read_context(short.mix_states(states)), read[:, 2:], last)
+    found = long.logits(long.read_context(long.project(long.mix_states(padded))), read, last)
+    same = short.logits(short.read_context(short.project(short.mix_states(states))), read[:, 2:], last)
     torch.testing.assert_close(found, same, atol=1e-5, rtol=1e-5)
     moved = torch.cat([states, torch.zeros(2, 2, states.shape[-1])], 1)  # the control: the same states further away
     assert not torch.allclose(
-        long.logits(long.read_context(long.mix_states(moved)), read.flip(1), last), found, atol=1e-4
+        long.logits(long.read_context(long.project(long.mix_states(moved))), read.flip(1), last), found, atol=1e-4
     )
 
 
@@ -370,3 +371,134 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
 def test_wrong_options_are_named(options, message):
     with pytest.raises(UsageError, match=message):
         BlockDrafterOptions(**options)
+
+
+def some_tokens(verifiers, dependence):
+    """A drafter that proposes three of the seven tokens."""
+    drafter = drafter_of(verifiers, dependence, vocabulary=3)
+    drafter.propose_only(torch.tensor([5, 1, 4]))
+    return drafter
+
+
+@pytest.mark.parametrize(("dependence", "verify"), [("none", "token"), ("markov", "block")])
+def test_proposing_some_tokens_alone_keeps_the_distribution(dependence, verify):
+    """Every outcome, in float64, over three words of which two are proposed."""
+    own, words = {"theta": models(torch.float64)["theta"]}, torch.tensor([1, 4, 2])
+    drafter = some_tokens(own, dependence)
+
+    class Three(CausalScores):
+        def __call__(self, ids, lengths, count):
+            logp = super().__call__(ids, lengths, count)
+            return torch.full_like(logp, -torch.inf).index_copy(-1, words, logp[..., words]).log_softmax(-1)
+
+    def among(logp):  # of the drafter's columns
+        if logp.shape[-1] == V:
+            return logp
+        return logp.masked_fill(torch.tensor([True, False, False, False]), -torch.inf).log_softmax(-1)
+
+    class Cut(MixtureDist):
+        def proposal(self, logp):
+            return among(logp)
+
+    scores, found = Three(own["theta"], V), {}
+
+    def run(rng):
+        drafting = DraftOptions("block_drafter", 2, verify)
+        return decode_qstar(
+            scores, scores, PROMPT[None], drafting, TextRules(3), rng=rng, assistant=drafter, mixture=Cut(1.0)
+        )
+
+    for probability, out in enumerate_outcomes(run):
+        text = tuple(out.tokens[0].tolist())
+        found[text] = found.get(text, 0.0) + probability
+    assert len(found) == 27
+    for text, probability in found.items():
+        ids = torch.cat([PROMPT, torch.tensor(text)])[None]
+        logp = scores(ids, torch.tensor([len(PROMPT)]), 3)[0]
+        wanted = logp.gather(-1, torch.tensor(text)[:, None]).sum().exp().item()
+        assert abs(probability - wanted) < 1e-12
+
+
+def test_columns_of_some_tokens_hold_what_the_vocabulary_held():
+    own = models(torch.float64)
+    drafter, logp = some_tokens(own, "none"), torch.randn(4, V, dtype=torch.float64).log_softmax(-1)
+    assert drafter.columns_of(torch.tensor([[5, 1], [4, 0], [6, 2]])).tolist() == [[0, 1], [2, 3], [3, 3]]
+    columns = drafter.in_columns(logp)
+    torch.testing.assert_close(columns[:, :3], logp[:, [5, 1, 4]])
+    torch.testing.assert_close(columns[:, 3].exp(), logp.exp()[:, [0, 2, 3, 6]].sum(-1))
+    whole = drafter.in_vocabulary(columns)
+    assert whole.isfinite().sum(-1).tolist() == [3] * 4
+    torch.testing.assert_close(whole[:, [5, 1, 4]], columns[:, :3])
+    every = drafter_of(own, "none")
+    assert every.in_columns(logp) is logp
+    assert every.in_vocabulary(logp) is logp
+
+
+@pytest.mark.parametrize("dependence", DEPENDENCES)
+def test_some_tokens_have_the_probabilities_that_all_would_give_them(dependence):
+    """The same weights over all tokens, conditioned on the three; what training sees is what is proposed."""
+    own = models(torch.float64)
+    few, every = some_tokens(own, dependence), drafter_of(own, dependence)
+    held = {name: value for name, value in few.own_parameters().items() if name != "bias.weight"}
+    every.load_state_dict(held, strict=False)
+    if dependence == "markov":
+        with torch.no_grad():
+            every.bias.weight[few.proposed] = few.bias.weight
+    states, read = torch.randn(6, 5, sum(few.widths), dtype=torch.float64), torch.ones(6, 5, dtype=torch.bool)
+    last = torch.arange(6)
+    found = few.propose(states, read, last, 3, TorchRandomSource(torch.Generator().manual_seed(0)), lambda logp: logp)
+    assert set(found.tokens.flatten().tolist()) <= {5, 1, 4}
+    fractions = torch.rand(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    memories = [d.project(d.mix_states(states)) for d in (few, every)]
+    if dependence == "noise":
+        noise = torch.rand(6, 3, dtype=torch.float64)
+        few._noise_of = every._noise_of = lambda *given: noise
+    seen = few.log_probs(memories[0], read, last, found.tokens, fractions)
+    whole = every.log_probs(memories[1], read, last, found.tokens, fractions)
+    torch.testing.assert_close(seen[..., :3], whole[..., few.proposed].log_softmax(-1))
+    assert (seen[..., 3] == -torch.inf).all()
+    if dependence != "noise":
+        torch.testing.assert_close(few.in_vocabulary(seen), found.logp)
+
+
+def test_tokens_that_are_never_proposed_count_as_rejected_and_leave_the_loss_finite():
+    own = models(torch.float64)
+    drafter, mixture = some_tokens(own, "markov"), MixtureDist()
+    ids = torch.tensor([[1, 4, 2, 5, 1, 0, 4, 5]])
+    text = CausalText(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
+    blocks = blocks_at(text, torch.tensor([0]), torch.tensor([2]), 3)  # 5 1 0
+    read = read_texts(own, drafter, mixture, text)
+    assert read.log_q.shape == (7, 4)
+    torch.testing.assert_close(read.log_q.logsumexp(-1), torch.zeros(7, dtype=torch.float64))
+    terms = block_terms(drafter, read, text, blocks, mixture, torch.Generator(), ce=0.1, tv=0.9, decay=4.0)
+    assert terms.survival.accepted[2] == 0
+    assert terms.survival.accepted[1] > 0
+    assert terms.loss.loss.isfinite()
+    terms.loss.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in drafter.own_parameters().values())
+
+
+def test_the_noise_of_a_text_draws_its_proposed_tokens():
+    """What training finds is what `propose` would have drawn the tokens with; they are no columns of their own number."""
+    own = models(torch.float64)
+    drafter = some_tokens(own, "noise")
+    states, read = torch.randn(6, 5, sum(drafter.widths), dtype=torch.float64), torch.ones(6, 5, dtype=torch.bool)
+    memory, last = drafter.read_context(drafter.project(drafter.mix_states(states))), torch.arange(6)
+    tokens = drafter.proposed[torch.randint(3, (6, 3), generator=torch.Generator().manual_seed(0))]
+    noise = drafter._noise_of(memory, read, last, tokens, torch.full((6, 3), 0.5).double(), lambda logp: logp)
+
+    class Same:
+        def uniform(self, *shape):
+            return noise
+
+    # the noise of the last position is read by none, and was not searched for
+    drawn = drafter.propose(states, read, last, 3, Same(), lambda logp: logp).tokens
+    assert torch.equal(drawn[:, :2], tokens[:, :2])
+
+
+def test_the_chosen_tokens_are_kept_in_files(tmp_path):
+    own = models()
+    drafter = some_tokens(own, "markov")
+    again = load_drafter(save_drafter(drafter, own, tmp_path / "drafter"), own)
+    assert again.proposed.tolist() == [5, 1, 4]
+    assert again.parameters_read == drafter.parameters_read < drafter_of(own, "markov").parameters_read

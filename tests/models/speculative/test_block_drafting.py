@@ -11,6 +11,7 @@ import torch
 from models.functional.block_draft import draw_with_noise
 from models.functional.errors import UsageError
 from models.interfaces.scores import BlockProposal, ProposesBlocks, StateScores
+from models.speculative import decode as decode_module
 from models.speculative.decode import decode_qstar
 from models.speculative.distribution import MixtureDist
 from models.speculative.ngram import NgramScores
@@ -100,7 +101,20 @@ def exact(scores, length, words, mixture, eos_id=None):
     return found
 
 
-def error(dependence, *, length, words=2, verify="token", gamma=2, alone=False, control=None, eos_id=None, **options):
+def error(
+    dependence,
+    *,
+    length,
+    words=2,
+    verify="token",
+    gamma=2,
+    alone=False,
+    control=None,
+    eos_id=None,
+    cost=1.0,
+    w=0.0,
+    **options,
+):
     """Largest error of P(text)."""
     mixture = MixtureDist(**options)
     theta = TableScores(0, words)
@@ -111,7 +125,7 @@ def error(dependence, *, length, words=2, verify="token", gamma=2, alone=False, 
     found = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
 
     def run(rng):
-        drafting = DraftOptions("block_drafter", gamma, verify)
+        drafting = DraftOptions("block_drafter", gamma, verify, cost, w)
         return decode_qstar(theta, target, PROMPT, drafting, rules, rng=rng, assistant=drafter, mixture=mixture)
 
     for probability, out in enumerate_outcomes(run, GRID):
@@ -185,8 +199,8 @@ def test_a_draft_costs_one_forward_pass_and_acceptance_is_counted_by_position(ve
     assert out.verified_at[0] == out.drafts
     assert out.verified_at[1] == out.accepted_at[0]  # what is verified was reached
     assert out.verified_at[3:] == [0] * len(out.verified_at[3:])
-    assert out.tokens_per_forward == 40 / out.forwards["theta"]
-    assert out.accepted_length == sum(out.accepted_at) / out.drafts
+    assert out.totals.tokens_per_forward == 40 / out.forwards["theta"]
+    assert out.totals.accepted_length == sum(out.accepted_at) / out.drafts
     assert out.draft_starts[:, 1].tolist() == sorted(out.draft_starts[:, 1].tolist())
     assert out.draft_starts[0].tolist() == [0, 1]
 
@@ -218,3 +232,36 @@ def test_wrong_drafters_are_named():
     stateless = [lambda ids, lengths, count, s=s: s(ids, lengths, count) for s in scores]
     with pytest.raises(UsageError, match="hidden states of theta"):
         decode(stateless, TableDrafter("none", 2), PROMPT, 2)
+
+
+@pytest.mark.parametrize("verify", ["token", "block"])
+@pytest.mark.parametrize("dependence", ["none", "markov"])
+def test_lengths_that_follow_acceptance_keep_the_distribution(dependence, verify, monkeypatch):
+    """Lengths change from text to text; the control lets a length depend on the tokens to be drafted."""
+    lengths = set()
+    chosen = decode_module._draft_length
+
+    def recorded(run, drafting, who, rounds):
+        length = chosen(run, drafting, who, rounds)
+        lengths.update({length} if rounds else ())
+        return length
+
+    monkeypatch.setattr(decode_module, "_draft_length", recorded)
+    assert error(dependence, length=3, gamma="auto", verify=verify, cost=0.4, w=0.35) < 1e-12
+    assert lengths == {0, 3}  # after a rejection at the first position a draft no longer pays
+
+
+def test_a_length_that_depends_on_the_drafted_tokens_fails(monkeypatch):
+    """The control: a draft is cut before a token that would probably be rejected."""
+    whole = decode_module._propose_block
+
+    def cut(run, gamma, drafter):
+        draft = whole(run, gamma, drafter)
+        return (
+            draft._replace(tokens=draft.tokens[:, :1], logp=draft.logp[:, :1], lengths=draft.lengths.clamp(max=1))
+            if (draft.tokens[0, 0] == 1)
+            else draft._replace(tokens=draft.tokens[:, :0], logp=draft.logp[:, :0], lengths=draft.lengths * 0)
+        )
+
+    monkeypatch.setattr(decode_module, "_propose_block", cut)
+    assert error("none", length=3, gamma=1) > 1e-3

@@ -5,6 +5,7 @@ import torch
 from helpers.qwen import tiny_qwen
 
 from models.speculative import costs as qstar_costs
+from models.speculative.block_drafter import BlockDrafter, BlockDrafterOptions
 from models.speculative.costs import forward_costs
 
 PROMPTS = torch.randint(4, 50, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -15,6 +16,11 @@ def clock(monkeypatch):
     time = [0.0]
     monkeypatch.setattr(qstar_costs, "perf_counter", lambda: time[0])
     return time
+
+
+def drafter_of(verifiers):
+    torch.manual_seed(0)
+    return BlockDrafter(verifiers, BlockDrafterOptions(draft_length=3, window=4, rank=4), 50).eval()
 
 
 def takes(clock, first, further):
@@ -49,3 +55,34 @@ def test_real_models_are_timed_behind_their_prompt(monkeypatch):
     assert found.position_cost >= 0
     assert seen[:4] == [6, 1, 6, 1]
     assert set(seen[4:]) <= {6, 5}
+
+
+def test_costs_of_a_drafter_of_blocks_give_the_time_of_a_round(clock, monkeypatch):
+    """A draft of k tokens takes what the clock says: the drafter's pass and tokens, and the verified positions."""
+    drafter = drafter_of({"theta": tiny_qwen(0), "target": tiny_qwen(1)})
+
+    def timed(model, ids, positions, repeats):
+        return {0: 3.0, 1: 5.0}[model] + 0.5 * (positions - 1)
+
+    monkeypatch.setattr(qstar_costs, "_seconds", timed)
+    monkeypatch.setattr(qstar_costs, "_drafting_seconds", lambda *given: 1.5 + 0.25 * given[3])
+    cost, position_cost = forward_costs(0, 1, PROMPTS, drafter)
+    for k in (1, 2, drafter.block_length):
+        assert 8 * (1 + cost + k * position_cost) == pytest.approx(8 + k * 1.0 + 1.5 + 0.25 * k)
+    assert forward_costs(0, 0, PROMPTS, drafter) == pytest.approx(((1.5) / 3, 0.75 / 3))  # one model is counted once
+
+
+def test_a_drafter_of_blocks_is_timed_behind_its_prompt(clock, monkeypatch):
+    models = {"theta": tiny_qwen(0), "target": tiny_qwen(1)}
+    drafter, sizes = drafter_of(models), []
+    propose = drafter.propose
+
+    def slow(states, read, last, size, draws, shape):
+        assert read[:, -1].all()  # the token before the last was read
+        clock[0] += 2.0
+        sizes.append(size)
+        return propose(states, read, last, size, draws, shape)
+
+    monkeypatch.setattr(drafter, "propose", slow)
+    assert qstar_costs._drafting_seconds(models, PROMPTS, drafter, 2, 3) == 2.0
+    assert sizes == [2] * 4

@@ -20,7 +20,7 @@ from models.speculative.exactness import (
     text_log_probs,
     without_ends,
 )
-from models.speculative.options import QStarOptions
+from models.speculative.options import DecodingOptions
 from models.speculative.random_source import TorchRandomSource
 
 V = 5
@@ -34,7 +34,7 @@ ALL_TEXTS = torch.cartesian_prod(*[torch.arange(V)] * 2)
 def build(scheme, **options):
     """A decoder of texts of two tokens."""
     sizes = {"response_length": 2, "vocab_size": V, "end_ids": None}
-    return QStarDecoder(THETA, TARGET, scheme, QStarOptions(**options), assistant=THIRD, **sizes)
+    return QStarDecoder(THETA, TARGET, scheme, DecodingOptions(**options), assistant=THIRD, **sizes)
 
 
 def g_test_p(decoder):
@@ -83,7 +83,7 @@ def test_probable_texts_are_the_most_probable_of_all(count):
 
 
 def test_texts_that_a_mixture_rules_out_are_not_listed():
-    decoder = build("naive", top_k=2)
+    decoder = build("naive", mixture=MixtureDist(top_k=2))
     assert len(probable_texts(decoder, PROMPT, 2, 25)) == 4
 
 

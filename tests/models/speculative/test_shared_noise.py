@@ -11,7 +11,7 @@ from models.speculative.decode import decode_qstar
 from models.speculative.decoder import QStarDecoder
 from models.speculative.exactness import g_test_of
 from models.speculative.ngram import NgramScores
-from models.speculative.options import DraftOptions, QStarOptions
+from models.speculative.options import DecodingOptions, DraftOptions
 from models.speculative.random_source import TorchRandomSource
 from models.speculative.state import TextRules
 
@@ -79,7 +79,7 @@ def test_equal_noise_makes_an_equal_model_draw_equal_tokens():
 
 def test_texts_have_the_distribution():
     sizes = {"response_length": 2, "vocab_size": V, "end_ids": None}
-    options = QStarOptions(verify="shared_noise", gamma=2, schemes=("ngram",))
+    options = DecodingOptions(verify="shared_noise", gamma=2)
     theta, target = (tiny_qwen(seed, vocabulary=V) for seed in (5, 6))
     decoder = QStarDecoder(theta, target, "ngram", options, **sizes)
     listed = torch.cartesian_prod(*[torch.arange(V)] * 2)
