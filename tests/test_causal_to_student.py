@@ -30,7 +30,8 @@ METHODS = {
 
 @pytest.fixture
 def corpus(tmp_path):
-    rows = [{"prompt": f"jump {k}", "response": f"up {k}"} for k in range(40)]
+    # prompts of two lengths: batches of like length have fewer columns
+    rows = [{"prompt": f"{'jump' if k % 2 else 'jump on'} {k}", "response": f"up {k}"} for k in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return [*FAST, *SHAPE, *(f"data.{split}={tmp_path}/rows.jsonl" for split in ("train", "val", "test"))]
 

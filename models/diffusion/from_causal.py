@@ -30,7 +30,7 @@ class CausalToMasked(TextObjective):
         knows; linear over the training, [0, 0] is none.
     growth: block lengths in equal parts of the first `growth_share` of the steps, before the whole response is one block. A
         row then has one block masked, with the blocks before it clean and those after it out of sight.
-    likelihood_passes: forward passes that a draw of the any-order bound takes for a batch; 0 leaves `val/nll_bound` out.
+    likelihood_passes: forward passes that a draw of the any-order bound takes for a batch; 0 leaves the bound out.
     """
 
     generation = "masked"
@@ -45,7 +45,7 @@ class CausalToMasked(TextObjective):
         next_token: tuple[float, float] = (0.0, 0.0),
         growth: tuple[int, ...] = (1, 4, 16),
         growth_share: float = 0.0,
-        likelihood_passes: int = 16,
+        likelihood_passes: int = 4,
     ) -> None:
         shares = {"t_min": t_min, "all_masked_share": all_masked_share, "growth_share": growth_share}
         require_share(**{f"module__objective__{name}": value for name, value in shares.items()})

@@ -162,20 +162,20 @@ def generate_by_rule(
 ) -> RuleTexts:
     """Like `generate_masked_diffusion`, where `rule` chooses the positions of each forward pass.
 
-    A block ends when every row has filled it; a row counts only the passes in which it still had masked positions of the
-    block. Guidance doubles the passes.
+    The last block may be shorter. A block ends when every row has filled it; a row counts only the passes in which it still
+    had masked positions of the block. Guidance doubles the passes.
     end_ids: where a text ends. A row with one of them in an earlier block takes no more passes: the first of them fills it.
     ends_last: they are committed once a row draws nothing else, and then all together.
     """
     length = response_columns(rows["response_mask"])
-    block_length = length // block_count(length, sampling_blocks(model, block_length))
+    block_length = sampling_blocks(model, block_length) or length
     read = guided_logits(model, rows, guidance, reused)
     xt = torch.where(rows["response_mask"], model.mask_id, rows["input_ids"])
     response = xt[:, -length:]
     passes, made = torch.zeros(len(xt), dtype=torch.long, device=xt.device), 0
     each = passes_of_guidance(guidance)
     for start in range(0, length, block_length):
-        end = start + block_length
+        end = min(start + block_length, length)
         ended = are_ends(response[:, :start], end_ids).any(-1, keepdim=True)
         if start and as_end_ids(end_ids):
             response[:, start:end] = torch.where(ended, as_end_ids(end_ids)[0], response[:, start:end])
@@ -208,15 +208,15 @@ def block_count(length: int, block_length: int | None) -> int:
     return length // (block_length or length)
 
 
-def sampling_blocks(model: LladaModel, block_length: int | None) -> int | None:
+def sampling_blocks(model: LladaModel, block_length: int | None, option: str = "block_length") -> int | None:
     """Tokens of a block: those of a block-causal model are its own. Errors: UsageError where others are asked for."""
     if not is_block_causal(model):
         return block_length
     own = model.config.block_length
     if block_length not in (None, own):
         raise UsageError(
-            f"block_length={block_length}: this model was trained by block diffusion with blocks of "
-            f"{own or 'the whole response'}; type module.block_length=null"
+            f"{option}={block_length}: this model was trained by block diffusion with blocks of "
+            f"{own or 'the whole response'}; type module.{option}=null"
         )
     return own
 

@@ -78,6 +78,23 @@ def test_a_threshold_that_all_reach_is_one_pass_a_block(tiny_llada):
 
 
 @torch.no_grad()
+def test_the_last_block_of_a_rule_may_be_shorter(tiny_llada):
+    """Six tokens in blocks of four: the first four at once, then the last two given them, by hand."""
+    model, rows = tiny_llada(), rows_of()
+    found = generate_by_rule(model, rows, torch.Generator(), rule=ConfidenceThreshold(1e-9), block_length=4)
+    text = torch.where(rows["response_mask"], 2, rows["input_ids"])
+    for first, last in ((2, 6), (6, 8)):
+        logits = model(text)
+        logits[..., 2] = -torch.inf
+        text[:, first:last] = logits[:, first:last].argmax(-1)
+    assert torch.equal(found.responses, text[:, 2:])
+    assert found.forward_passes.tolist() == [2] * 4
+    whole = generate_by_rule(model, rows, torch.Generator(), rule=ConfidenceThreshold(1e-9), block_length=16)
+    assert whole.forward_passes.tolist() == [1] * 4
+    assert not torch.equal(whole.responses, found.responses)
+
+
+@torch.no_grad()
 def test_end_tokens_wait_for_all_others_and_are_then_committed_together(tiny_llada):
     model, rows, ends = tiny_llada(), rows_of(16), (5, 7, 9)
     model.lm_head.weight[list(ends)] *= 1.5

@@ -126,9 +126,7 @@ def test_two_responses_behind_one_prompt_are_read_as_each_alone(tmp_path, kind, 
     model.block_length = block_length
     both = model.response_versions(torch.stack([batch["input_ids"], other]), seen, response)
     for states, ids in zip(both, (batch["input_ids"], other), strict=True):
-        assert_close(
-            states, model.hidden(model.embed(ids), seen, response_mask=response)[:, 5:], atol=1e-4, rtol=1e-4
-        )
+        assert_close(states, model.hidden(model.embed(ids), seen, response_mask=response)[:, 5:], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(*both, atol=1e-2)
 
 
