@@ -180,15 +180,16 @@ def generate_by_rule(
         if start and as_end_ids(end_ids):
             response[:, start:end] = torch.where(ended, as_end_ids(end_ids)[0], response[:, start:end])
         while bool((competing := response[:, start:end] == model.mask_id).any()):
-            # 1. a draw for every position of the block, its probability and the entropy behind it
+            # 1. a draw for every position of the block; of masked ones its probability and the entropy behind it
             logits = read(xt, start, end)
             drawn = sample_categorical(logits, temperature, generator)
-            log_p = logits.double().log_softmax(-1)
-            entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
+            p = torch.softmax(logits[competing].double(), -1)  # (M, V): with a large vocabulary as dear as the pass
+            probability = at_chosen(competing, p.gather(-1, drawn[competing].unsqueeze(-1)).squeeze(-1))
+            entropy = at_chosen(competing, torch.special.entr(p).sum(-1))
             # 2. the positions that the rule commits
             others = competing & ~are_ends(drawn, end_ids if ends_last else None)
             only_ends = competing & ~others.any(-1, keepdim=True)
-            commit = only_ends | rule(probability_of(drawn, logits), entropy, others)
+            commit = only_ends | rule(probability, entropy, others)
             response[:, start:end] = torch.where(commit, drawn, response[:, start:end])
             passes += competing.any(-1).long() * each
             made += each
@@ -224,6 +225,11 @@ def sampling_blocks(model: LladaModel, block_length: int | None, option: str = "
 def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
     """p(token) of tokens (B, R) under logits (B, R, V), float64."""
     return torch.softmax(logits.double(), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def at_chosen(chosen: Tensor, values: Tensor) -> Tensor:
+    """values (M,) where chosen (B, R) bool is true, in row-major order; 0 elsewhere."""
+    return torch.zeros(chosen.shape, dtype=values.dtype, device=values.device).masked_scatter(chosen, values)
 
 
 class MaskedDiffusionDecoder:
