@@ -48,7 +48,7 @@ class PretrainModule(LeapModule):
     forwards, temperature, temperatures, remasking, guidance, block_length, cache, cache_refresh, ends_last: `MaskedSampling`,
     which `trainer.test` compares. A model that generates from left to right uses the temperatures alone; one of block diffusion
     has the blocks of its objective. commit_rules: {rule: values}, more rows of masked models, whose forward passes follow the
-    confidence (`models/diffusion/commit_rules.py`), at rule_temperature.
+    confidence (`models/diffusion/commit_rules.py`), at rule_temperature and in blocks of rule_block_length.
     A step's loss is the mean over the tokens of all its micro-batches and ranks, however many each of them has.
     Validation logs `val/loss`, what is minimised, and `val/nll` (nats per token), `val/perplexity` and `val/bits_per_byte` of
     the batch's scored tokens; the names of an objective with an upper bound end in `_bound`. `val/nll_truth` is the corpus'
@@ -78,6 +78,7 @@ class PretrainModule(LeapModule):
         cache_refresh: int | None = None,
         commit_rules: dict[str, list[float]] | None = None,
         rule_temperature: float = 0.0,
+        rule_block_length: int | None = None,
         ends_last: bool = False,
         seed: int = 0,
     ) -> None:
@@ -95,6 +96,7 @@ class PretrainModule(LeapModule):
             cache_refresh=cache_refresh,
             commit_rules=commit_rules,
             rule_temperature=rule_temperature,
+            rule_block_length=rule_block_length,
             ends_last=ends_last,
         )
         self.rules = build_rules(commit_rules)
@@ -110,6 +112,7 @@ class PretrainModule(LeapModule):
             objective.attach(model)
         # what the model cannot be sampled with is refused before it is trained
         sampling_blocks(model, block_length)
+        sampling_blocks(model, rule_block_length, "rule_block_length")
         if cache != "none":
             self._require_cache(cache)
 

@@ -30,7 +30,8 @@ METHODS = {
 
 @pytest.fixture
 def corpus(tmp_path):
-    rows = [{"prompt": f"jump {k}", "response": f"up {k}"} for k in range(40)]
+    # prompts of two lengths: batches of like length have fewer columns
+    rows = [{"prompt": f"{'jump' if k % 2 else 'jump on'} {k}", "response": f"up {k}"} for k in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return [*FAST, *SHAPE, *(f"data.{split}={tmp_path}/rows.jsonl" for split in ("train", "val", "test"))]
 
@@ -66,7 +67,9 @@ def test_a_teacher_made_from_a_causal_model_has_a_student_of_every_method(
     found = json.loads((run / "record.json").read_text())["rows"]
     passes = {row["nfe"] for row in found if row["method"] == "student"}
     assert passes >= ({1, 2} if method != "logit_flow" else {1})
-    assert {row["nfe"] for row in found if row["method"] == "teacher"} == {1, 2}
+    of_teacher = [row for row in found if row["method"] == "teacher"]
+    assert {row["nfe"] for row in of_teacher if "confidence" not in row["decoder"]} == {1, 2}
+    assert sum("confidence" in row["decoder"] for row in of_teacher) == 1
     ask = [*typed, "mode=generate", "prompt='jump 3'", "temperature=0"]
     capsys.readouterr()
     modes.generate(configure(*ask))

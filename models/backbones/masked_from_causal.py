@@ -25,7 +25,7 @@ from models.backbones.dit_layout import is_mdlm_config
 from models.backbones.dream_layout import config_from_dream, dream_mask_id, is_dream_config
 from models.backbones.key_value_cache import cache_argument
 from models.backbones.llada import LladaModel, Prefix, load_llada, prefix_heads
-from models.functional.attention import positions_from_mask, response_attention
+from models.functional.attention import positions_from_mask, response_attention, versions_side_by_side
 from models.functional.errors import UsageError, require_choice
 from models.functional.next_token import before_response
 from models.functional.rows import response_columns
@@ -137,6 +137,23 @@ class MaskedFromCausal(nn.Module):
         more = {} if prefix is None else {"prefix": prefix}
         states = self._states(inputs_embeds, mask, positions, use_cache=False, **more).last_hidden_state
         return torch.cat([states[:, :1], states[:, :-1]], 1)
+
+    def response_versions(self, versions: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+        """What predicts the response tokens of rows with one prompt and several responses: states (N, B, R, D).
+
+        versions (N, B, L): ids that differ in the last R columns alone, the response. A prompt that does not see the response
+        is read once, with all versions behind it in one row.
+        """
+        mask, positions = self._layout(attention_mask, response_mask)
+        size = response_columns(response_mask)
+        first = mask.shape[-1] - size - 1  # the column before the response is read with it
+        if first < 1 or self._prompt_sees_response():
+            states = [self.hidden(self.embed(ids), attention_mask, response_mask=response_mask) for ids in versions]
+            return torch.stack(states)[:, :, -size:]
+        visible, column = versions_side_by_side(mask, first, len(versions))
+        ids = torch.cat([versions[0][:, :first], *versions[:, :, first:]], 1)
+        states = self._states(self.embed(ids), visible, positions[:, column], use_cache=False).last_hidden_state
+        return torch.stack(states[:, first:].chunk(len(versions), 1))[:, :, :-1]
 
     def response_reader(self, attention_mask: Tensor, response_mask: Tensor) -> Callable[[Tensor], Tensor]:
         """A function from ids (B, L) of the same prompts to what predicts their response tokens, the states (B, R, D).
@@ -373,7 +390,8 @@ def require_attention(model: MaskedFromCausal, where: str) -> None:
     """Raise UsageError for an architecture that does not attend as it is told to. where: what was typed.
 
     With a block length of 1 its logits have to be the causal model's; with the whole response as one block, the prompt must
-    not see the response, an earlier response position has to see a later one, and a cached prompt changes nothing.
+    not see the response, an earlier response position has to see a later one, and neither a cached prompt nor two responses
+    behind one prompt change anything.
     """
     config = model.config.get_text_config()
     kinds = limited_layers(config)
@@ -405,6 +423,10 @@ def _obeys(model: MaskedFromCausal) -> bool:
         whole = model.hidden(model.embed(ids), seen, response_mask=response)
         read = model.response_reader(seen, response)
         again = [read(ids) for _ in range(2)]
+        other = ids.clone()
+        other[:, 4] = words[0]
+        versions = model.response_versions(torch.stack([ids, other]), seen, response)
+        apart = model.hidden(model.embed(other), seen, response_mask=response)
         model.block_length = 1
         blocks = model(ids, seen, response)[:, 1:]
         model.block_length = None
@@ -413,4 +435,5 @@ def _obeys(model: MaskedFromCausal) -> bool:
     as_causal = alike(blocks[..., tokens], causal[:, :-1, tokens])
     prompt_apart = model.options.conversion == "bidirectional" or alike(*whole[:, :3])
     same_with_cache = all(alike(found, whole[:, 3:]) for found in again)
-    return as_causal and prompt_apart and same_with_cache and not torch.equal(*whole[:, 4])
+    side_by_side = alike(versions, torch.stack([whole, apart])[:, :, 3:])
+    return as_causal and prompt_apart and same_with_cache and side_by_side and not torch.equal(*whole[:, 4])

@@ -7,13 +7,16 @@ Complementary masks: Fast-dLLM v2 (2509.26328). Next-token prediction on the cle
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from models.backbones.bidirectional import any_order_nll, fill_nll
 from models.backbones.masked_from_causal import MaskedFromCausal
-from models.functional.errors import UsageError, require_share
+from models.functional.errors import UsageError, require_at_least, require_share
 from models.functional.masked_diffusion import mask_tokens
 from models.functional.next_token import bidirectional_text
+from models.functional.nll import chosen_nll
+from models.functional.rows import response_columns
 from models.functional.uniform import uniform
 from models.interfaces.objective import Terms, TextObjective
 
@@ -27,9 +30,9 @@ class CausalToMasked(TextObjective):
         knows; linear over the training, [0, 0] is none.
     growth: block lengths in equal parts of the first `growth_share` of the steps, before the whole response is one block. A
         row then has one block masked, with the blocks before it clean and those after it out of sight.
+    likelihood_passes: forward passes that a draw of the any-order bound takes for a batch; 0 leaves the bound out.
     """
 
-    likelihood = "bound"
     generation = "masked"
     attention = "bidirectional"
 
@@ -42,11 +45,15 @@ class CausalToMasked(TextObjective):
         next_token: tuple[float, float] = (0.0, 0.0),
         growth: tuple[int, ...] = (1, 4, 16),
         growth_share: float = 0.0,
+        likelihood_passes: int = 4,
     ) -> None:
         shares = {"t_min": t_min, "all_masked_share": all_masked_share, "growth_share": growth_share}
         require_share(**{f"module__objective__{name}": value for name, value in shares.items()})
         if not growth or min(growth) < 1:
             raise UsageError(f"module.objective.growth={list(growth)} must be block lengths of at least 1")
+        require_at_least(0, module__objective__likelihood_passes=likelihood_passes)
+        self.likelihood_passes = likelihood_passes
+        self.likelihood = "bound" if likelihood_passes else None
         self.t_min, self.all_masked_share, self.complementary = t_min, all_masked_share, complementary
         self.next_token, self.growth, self.growth_share = tuple(next_token), tuple(growth), growth_share
         self.share = 0.0
@@ -73,16 +80,10 @@ class CausalToMasked(TextObjective):
             maskable = one_block(maskable, block_length, generator)
         # 2. complementary views
         masked = self._mask(maskable, generator)
-        views = [masked, maskable & ~masked] if self.complementary else [masked]
-        nll = torch.zeros(x0.shape, device=x0.device)
+        views = torch.stack([masked, maskable & ~masked] if self.complementary else [masked])
         model.block_length = block_length
-        stacked, rows = torch.cat(views), torch.arange(len(x0), device=x0.device).repeat(len(views))
-        used = stacked.any(-1)  # a row that is masked wholly has no second view
-        stacked, rows = stacked[used], rows[used]
-        xt = torch.where(stacked, model.mask_id, x0[rows])
-        found = fill_nll(model, xt, x0[rows], stacked, attention_mask[rows], response_mask[rows])
-        nll = nll.index_add(0, rows, found.to(nll.dtype))
-        tokens = int(stacked.sum())
+        nll = views_nll(model, x0, views, attention_mask, response_mask)
+        tokens = int(views.sum())
         loss = nll.sum() / max(1, tokens)
         raw: dict[str, Any] = {"masked": loss.detach()}
         # 3. next-token prediction on the clean response
@@ -103,12 +104,45 @@ class CausalToMasked(TextObjective):
         return nll.sum() / response.sum()
 
     def text_nll(self, model: MaskedFromCausal, batch: dict[str, Tensor], generator: Generator) -> Tensor:
-        return any_order_nll(model, batch, generator)
+        return any_order_nll(model, batch, generator, self.likelihood_passes)
 
     def _mask(self, maskable: Tensor, generator: Generator) -> Tensor:
         share, which = uniform(2, len(maskable), generator=generator)
         t = torch.where(which < self.all_masked_share, 1.0, self.t_min + (1 - self.t_min) * share)
         return mask_tokens(maskable.long(), maskable, t, 0, generator)[1]
+
+
+def views_nll(
+    model: MaskedFromCausal, x0: Tensor, views: Tensor, attention_mask: Tensor, response_mask: Tensor
+) -> Tensor:
+    """-log p of each token where a view masks it, given what that view shows, in nats; 0 where none does: (B, L).
+
+    views (1 or 2, B, L) bool: masks of each row, with no position in two of them. Where both mask something, the row's prompt
+    is read once for the two. The number of forward passes does not follow the draws, as sharded weights need it.
+    """
+    drawn = views.any(-1)
+    # 1. rows with one view
+    rows = _at_least_one(drawn.sum(0) == 1)
+    masked, clean = views[:, rows].any(0), x0[rows]
+    xt = torch.where(masked, model.mask_id, clean)
+    found = fill_nll(model, xt, clean, masked, attention_mask[rows], response_mask[rows])
+    nll = found.new_zeros(x0.shape).index_copy(0, rows, found)
+    if len(views) == 1:
+        return nll
+    # 2. rows with two
+    rows, size = _at_least_one(drawn.all(0)), response_columns(response_mask)
+    masked, clean = views[:, rows], x0[rows].expand(2, -1, -1)
+    xt = torch.where(masked, model.mask_id, clean)
+    states = model.response_versions(xt, attention_mask[rows], response_mask[rows])
+    chosen = masked[..., -size:]
+    both = chosen_nll(model.lm_head(states[chosen]), clean[..., -size:], chosen).sum(0)
+    return nll.index_copy(0, rows, F.pad(both, (x0.shape[1] - size, 0)))
+
+
+def _at_least_one(rows: Tensor) -> Tensor:
+    """Where rows (B,) bool is true; the first row where it never is: what it gives is written over, or 0."""
+    found = rows.nonzero()[:, 0]
+    return found if len(found) else torch.zeros(1, dtype=torch.long, device=rows.device)
 
 
 def one_block(response: Tensor, block_length: int, generator: Generator) -> Tensor:

@@ -162,33 +162,34 @@ def generate_by_rule(
 ) -> RuleTexts:
     """Like `generate_masked_diffusion`, where `rule` chooses the positions of each forward pass.
 
-    A block ends when every row has filled it; a row counts only the passes in which it still had masked positions of the
-    block. Guidance doubles the passes.
+    The last block may be shorter. A block ends when every row has filled it; a row counts only the passes in which it still
+    had masked positions of the block. Guidance doubles the passes.
     end_ids: where a text ends. A row with one of them in an earlier block takes no more passes: the first of them fills it.
     ends_last: they are committed once a row draws nothing else, and then all together.
     """
     length = response_columns(rows["response_mask"])
-    block_length = length // block_count(length, sampling_blocks(model, block_length))
+    block_length = sampling_blocks(model, block_length) or length
     read = guided_logits(model, rows, guidance, reused)
     xt = torch.where(rows["response_mask"], model.mask_id, rows["input_ids"])
     response = xt[:, -length:]
     passes, made = torch.zeros(len(xt), dtype=torch.long, device=xt.device), 0
     each = passes_of_guidance(guidance)
     for start in range(0, length, block_length):
-        end = start + block_length
+        end = min(start + block_length, length)
         ended = are_ends(response[:, :start], end_ids).any(-1, keepdim=True)
         if start and as_end_ids(end_ids):
             response[:, start:end] = torch.where(ended, as_end_ids(end_ids)[0], response[:, start:end])
         while bool((competing := response[:, start:end] == model.mask_id).any()):
-            # 1. a draw for every position of the block, its probability and the entropy behind it
+            # 1. a draw for every position of the block; of masked ones its probability and the entropy behind it
             logits = read(xt, start, end)
             drawn = sample_categorical(logits, temperature, generator)
-            log_p = logits.double().log_softmax(-1)
-            entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
+            p = torch.softmax(logits[competing].double(), -1)  # (M, V): with a large vocabulary as dear as the pass
+            probability = at_chosen(competing, p.gather(-1, drawn[competing].unsqueeze(-1)).squeeze(-1))
+            entropy = at_chosen(competing, torch.special.entr(p).sum(-1))
             # 2. the positions that the rule commits
             others = competing & ~are_ends(drawn, end_ids if ends_last else None)
             only_ends = competing & ~others.any(-1, keepdim=True)
-            commit = only_ends | rule(probability_of(drawn, logits), entropy, others)
+            commit = only_ends | rule(probability, entropy, others)
             response[:, start:end] = torch.where(commit, drawn, response[:, start:end])
             passes += competing.any(-1).long() * each
             made += each
@@ -208,15 +209,15 @@ def block_count(length: int, block_length: int | None) -> int:
     return length // (block_length or length)
 
 
-def sampling_blocks(model: LladaModel, block_length: int | None) -> int | None:
+def sampling_blocks(model: LladaModel, block_length: int | None, option: str = "block_length") -> int | None:
     """Tokens of a block: those of a block-causal model are its own. Errors: UsageError where others are asked for."""
     if not is_block_causal(model):
         return block_length
     own = model.config.block_length
     if block_length not in (None, own):
         raise UsageError(
-            f"block_length={block_length}: this model was trained by block diffusion with blocks of "
-            f"{own or 'the whole response'}; type module.block_length=null"
+            f"{option}={block_length}: this model was trained by block diffusion with blocks of "
+            f"{own or 'the whole response'}; type module.{option}=null"
         )
     return own
 
@@ -224,6 +225,11 @@ def sampling_blocks(model: LladaModel, block_length: int | None) -> int | None:
 def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
     """p(token) of tokens (B, R) under logits (B, R, V), float64."""
     return torch.softmax(logits.double(), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def at_chosen(chosen: Tensor, values: Tensor) -> Tensor:
+    """values (M,) where chosen (B, R) bool is true, in row-major order; 0 elsewhere."""
+    return torch.zeros(chosen.shape, dtype=values.dtype, device=values.device).masked_scatter(chosen, values)
 
 
 class MaskedDiffusionDecoder:

@@ -176,6 +176,21 @@ def response_attention(
     return (((allowed | own) & seen.unsqueeze(-2)) | itself).unsqueeze(1)
 
 
+def versions_side_by_side(visible: Tensor, first: int, versions: int) -> tuple[Tensor, Tensor]:
+    """Rows whose columns from `first` on stand there in several versions, which do not see each other.
+
+    visible (B, 1, L, L) bool: who sees whom in a row of one version. No column before `first` may see one from there on.
+    Returns who sees whom (B, 1, N, N), and of which column of a row each of the N = first + versions (L - first) is one, (N,).
+    """
+    length = visible.shape[-1]
+    before, after = (torch.arange(*ends, device=visible.device) for ends in ((0, first), (first, length)))
+    column = torch.cat([before, after.repeat(versions)])
+    number = torch.arange(versions, device=visible.device).repeat_interleave(length - first)
+    version = torch.cat([torch.full_like(before, -1), number])  # -1: part of all of them
+    together = (version == -1) | (version == version.unsqueeze(-1))
+    return visible[..., column, :][..., column] & together, column
+
+
 def padding_mask(attention_mask: Tensor) -> Tensor:
     """(B, L) bool, True = real token -> (B, 1, L, L) bool: every query sees every real key."""
     batch, length = attention_mask.shape

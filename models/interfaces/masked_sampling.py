@@ -49,6 +49,7 @@ class MaskedSampling:
     cache, cache_refresh: see `ReusedColumns`.
     commit_rules: {rule: values}, further rows whose forward passes follow the confidence (`models/diffusion/commit_rules.py`).
     rule_temperature: of these rows.
+    rule_block_length: block_length of the rules, whose last block may be shorter; None: the same.
     ends_last: end tokens are committed after all others, see `generate_masked_diffusion`.
     """
 
@@ -62,6 +63,7 @@ class MaskedSampling:
     cache_refresh: int | None = None
     commit_rules: Mapping[str, Sequence[float]] | None = None
     rule_temperature: float = 0.0
+    rule_block_length: int | None = None
     ends_last: bool = False
 
     def __post_init__(self) -> None:
@@ -78,8 +80,9 @@ class MaskedSampling:
                 f"temperatures={list(self.temperatures)} must be at least 0, each another one than temperature="
                 f"{self.temperature:g}; type for example [0.8, 0.9]"
             )
-        if self.block_length is not None:
-            require_at_least(1, block_length=self.block_length)
+        for name in ("block_length", "rule_block_length"):
+            if getattr(self, name) is not None:
+                require_at_least(1, **{name: getattr(self, name)})
         ReusedColumns(self.cache, self.cache_refresh)  # checks itself
 
     @property
@@ -108,8 +111,8 @@ class MaskedSampling:
     @property
     def rule_options(self) -> dict[str, Any]:
         """Keywords of `RuleDecoder`."""
-        names = ("block_length", "guidance", "reused", "ends_last")
-        return {"temperature": self.rule_temperature} | {name: getattr(self, name) for name in names}
+        own = {"temperature": self.rule_temperature, "block_length": self.rule_block_length or self.block_length}
+        return own | {name: getattr(self, name) for name in ("guidance", "reused", "ends_last")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,7 @@ class TeacherOptions:
     teacher_block_length: int | None = None
     teacher_commit_rules: Mapping[str, Sequence[float]] | None = None
     teacher_rule_temperature: float = 0.0
+    teacher_rule_block_length: int | None = None
     teacher_ends_last: bool = False
 
     def __post_init__(self) -> None:
@@ -146,6 +150,7 @@ class TeacherOptions:
                 block_length=self.teacher_block_length,
                 commit_rules=self.teacher_commit_rules,
                 rule_temperature=self.teacher_rule_temperature,
+                rule_block_length=self.teacher_rule_block_length,
                 ends_last=self.teacher_ends_last,
             )
         except UsageError as error:

@@ -12,7 +12,7 @@ from models.backbones.autoregressive import generate_autoregressive
 from models.backbones.bidirectional import any_order_nll, fill_nll
 from models.backbones.masked_from_causal import MaskedFromCausal, load_from_causal, load_masked, require_attention
 from models.diffusion.sampler import generate_by_rule, generate_masked_diffusion, linear_transfer_counts
-from models.functional.attention import response_attention
+from models.functional.attention import response_attention, versions_side_by_side
 from models.functional.errors import UsageError
 from models.functional.vocabulary import choose_mask_token
 
@@ -102,6 +102,15 @@ def test_attention_between_prompt_and_response_by_hand():
         assert ["".join(map(str, row)) for row in found] == rows
     everything = response_attention(seen, response, prompt_sees_response=True)[0, 0].long().tolist()
     assert ["".join(map(str, row)) for row in everything] == ["111111", *["011111"] * 5]
+
+
+def test_versions_of_the_last_columns_stand_side_by_side_by_hand():
+    rows = ["1000", "1100", "1111", "1111"]
+    visible = torch.tensor([[[[c == "1" for c in row] for row in rows]]])
+    found, column = versions_side_by_side(visible, 2, 2)
+    assert column.tolist() == [0, 1, 2, 3, 2, 3]
+    written = ["".join(map(str, row)) for row in found[0, 0].long().tolist()]
+    assert written == ["100000", "110000", "111100", "111100", "110011", "110011"]
 
 
 @torch.no_grad()

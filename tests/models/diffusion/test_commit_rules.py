@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from models.diffusion.commit_rules import (
     ConfidenceFactor,
@@ -75,6 +76,49 @@ def test_a_threshold_that_all_reach_is_one_pass_a_block(tiny_llada):
         model, rows, torch.Generator(), rule=ConfidenceThreshold(1e-9), block_length=2, guidance=0.5
     )
     assert blocks.forward_passes.tolist() == [6] * 4  # three blocks, two passes each with guidance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_rule_sees_the_probability_of_each_draw_and_the_entropy_behind_it(tiny_llada, temperature):
+    model, rows, seen, written = tiny_llada(), rows_of(), [], []
+
+    def rule(confidence, entropy, competing):
+        seen.append((confidence, entropy, competing))
+        return most_confident(confidence, competing)
+
+    options = {"rule": rule, "temperature": temperature, "on_tokens": written.append}
+    found = generate_by_rule(model, rows, torch.Generator().manual_seed(0), **options).responses
+    text = torch.where(rows["response_mask"], 2, rows["input_ids"])
+    for (confidence, entropy, competing), after in zip(seen, written, strict=True):
+        logits = model(text)[:, 2:]
+        logits[..., 2] = -torch.inf
+        p = torch.distributions.Categorical(logits=logits.double())
+        assert torch.equal(competing, text[:, 2:] == 2)
+        new = competing & (after != 2)
+        assert new.sum() == 4
+        assert_close(confidence[new], p.log_prob(found).exp()[new], atol=1e-6, rtol=1e-6)
+        own = -(p.probs * p.probs.clamp(min=1e-300).log()).sum(-1)
+        assert_close(entropy[competing], own[competing], atol=1e-6, rtol=1e-6)
+        text[:, 2:] = after
+    assert len(seen) == 6
+
+
+@torch.no_grad()
+def test_the_last_block_of_a_rule_may_be_shorter(tiny_llada):
+    """Six tokens in blocks of four: the first four at once, then the last two given them, by hand."""
+    model, rows = tiny_llada(), rows_of()
+    found = generate_by_rule(model, rows, torch.Generator(), rule=ConfidenceThreshold(1e-9), block_length=4)
+    text = torch.where(rows["response_mask"], 2, rows["input_ids"])
+    for first, last in ((2, 6), (6, 8)):
+        logits = model(text)
+        logits[..., 2] = -torch.inf
+        text[:, first:last] = logits[:, first:last].argmax(-1)
+    assert torch.equal(found.responses, text[:, 2:])
+    assert found.forward_passes.tolist() == [2] * 4
+    whole = generate_by_rule(model, rows, torch.Generator(), rule=ConfidenceThreshold(1e-9), block_length=16)
+    assert whole.forward_passes.tolist() == [1] * 4
+    assert not torch.equal(whole.responses, found.responses)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from models.backbones.bidirectional import fill_nll
 from models.backbones.masked_from_causal import load_from_causal
-from models.diffusion.from_causal import CausalToMasked, one_block
+from models.diffusion.from_causal import CausalToMasked, one_block, views_nll
 from models.diffusion.sampler import generate_masked_diffusion
 from models.functional.errors import UsageError
 
@@ -53,6 +53,106 @@ def test_the_loss_is_that_of_the_masks_that_were_drawn(model, monkeypatch):
         model, batch["input_ids"], batch["input_ids"], first, batch["attention_mask"], batch["response_mask"]
     )
     assert not torch.allclose(found[first], clean[first], atol=1e-2)
+
+
+def float64(folder, kind, **options):
+    """A converted model whose adapters are no no-ops; layer norms of GPT-2 alone are computed in float64."""
+    save_foreign(folder, foreign_model(kind), foreign_tokenizer())
+    model = load_from_causal(folder, mask_token="<extra_260>", lora_rank=4, **options).double().eval()
+    draws = generator(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=draws))
+    return model
+
+
+def padded_batch():
+    """Prompts of several lengths, the longest with a column to spare."""
+    batch = make_batch(rows=8, prompt=5)
+    for row in range(8):
+        batch["attention_mask"][row, : 1 + row % 3] = False
+    return batch
+
+
+VIEWS = {
+    "some rows have two": torch.tensor([1, 1, 0, 1, 0, 1, 1, 0]),
+    "all rows have two": torch.ones(8),
+    "none has two": torch.zeros(8),
+}
+
+
+def draw_views(batch, two):
+    """(2, 8, L): the rows where `two` is 0 are masked wholly in the first view."""
+    half = batch["response_mask"] & (torch.rand(batch["input_ids"].shape, generator=generator(2)) < 0.5)
+    half[:, 5], half[:, 6] = True, False
+    first = torch.where(two.bool().unsqueeze(-1), half, batch["response_mask"])
+    return torch.stack([first, batch["response_mask"] & ~first])
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("drawn", VIEWS)
+@pytest.mark.parametrize("options", [{}, {"separator": "prompt"}, {"conversion": "bidirectional"}])
+def test_a_prompt_that_is_read_once_gives_the_loss_and_the_gradients_of_each_view_alone(tmp_path, options, drawn):
+    model, batch = float64(tmp_path, "gpt2", **options), padded_batch()
+    x0, seen, response = batch["input_ids"], batch["attention_mask"], batch["response_mask"]
+    views = draw_views(batch, VIEWS[drawn])
+    found = views_nll(model, x0, views, seen, response)
+    alone = [fill_nll(model, torch.where(view, model.mask_id, x0), x0, view, seen, response) for view in views]
+    assert_close(found, sum(alone), atol=1e-10, rtol=1e-10)
+    weight = torch.rand(x0.shape, generator=generator(3), dtype=torch.float64)
+    one, other = (gradients(model, (weight * nll).sum()) for nll in (found, sum(alone)))
+    assert one.keys() == other.keys()
+    assert "mask_change" in one
+    for name in one:
+        assert_close(one[name], other[name], atol=1e-10, rtol=1e-10)
+    # a view is not the other one: the tokens that the second shows are hidden in the first
+    if drawn != "none has two":
+        assert not torch.allclose(alone[0] + alone[1].roll(1, 0), found, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("block_length", [None, 2])
+def test_two_responses_behind_one_prompt_are_read_as_each_alone(tmp_path, kind, block_length):
+    model, batch = float64(tmp_path, kind), padded_batch()
+    seen, response = batch["attention_mask"], batch["response_mask"]
+    other = torch.where(response, batch["input_ids"].roll(1, 0), batch["input_ids"])
+    model.block_length = block_length
+    both = model.response_versions(torch.stack([batch["input_ids"], other]), seen, response)
+    for states, ids in zip(both, (batch["input_ids"], other), strict=True):
+        assert_close(states, model.hidden(model.embed(ids), seen, response_mask=response)[:, 5:], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(*both, atol=1e-2)
+
+
+def test_a_step_takes_as_many_forward_passes_whatever_was_drawn(model, monkeypatch):
+    """Ranks that gather sharded weights need it, and so does the number of columns that are read."""
+    batch, read = make_batch(), []
+    run = model._states
+    monkeypatch.setattr(model, "_states", lambda x, *rest, **more: (read.append(x.shape[:2]), run(x, *rest, **more))[1])
+    for two in VIEWS.values():
+        read.clear()
+        views_nll(model, batch["input_ids"], draw_views(padded_batch() | batch, two), *list(batch.values())[1:])
+        rows = int(two.sum())
+        assert read == [(max(1, 8 - rows), 10), (max(1, rows), 3 + 2 * 7)]
+
+
+@torch.no_grad()
+def test_the_bound_takes_as_many_passes_as_are_asked_for(model, monkeypatch):
+    batch, calls = make_batch(), []
+    run = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args, **more: (calls.append(1), run(*args, **more))[1])
+    for passes in (1, 3):
+        calls.clear()
+        CausalToMasked(likelihood_passes=passes).text_nll(model, batch, generator())
+        assert len(calls) == passes
+    assert CausalToMasked().likelihood == "bound"
+    assert CausalToMasked(likelihood_passes=0).likelihood is None
 
 
 def test_a_share_of_the_rows_is_masked_wholly():
@@ -156,6 +256,6 @@ def test_eight_rows_are_learned_by_heart(model):
 def test_only_a_converted_model_is_accepted():
     with pytest.raises(UsageError, match=r"model=from_causal"):
         CausalToMasked().attach(build_small())
-    for wrong in ({"t_min": 1.5}, {"growth_share": -0.1}, {"growth": ()}, {"growth": (0,)}):
+    for wrong in ({"t_min": 1.5}, {"growth_share": -0.1}, {"growth": ()}, {"growth": (0,)}, {"likelihood_passes": -1}):
         with pytest.raises(UsageError, match=r"module\.objective\."):
             CausalToMasked(**wrong)

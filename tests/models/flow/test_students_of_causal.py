@@ -6,9 +6,10 @@ from helpers.concept import generator
 from helpers.foreign import foreign_model, foreign_tokenizer, save_foreign
 from torch.testing import assert_close
 
+from datamodules.batch import trim_columns
 from models.backbones.masked_from_causal import load_from_causal, load_masked
 from models.flow.endpoint_pairs import EndpointPairs
-from models.flow.losses import adapt_to_noise, teacher_posterior
+from models.flow.losses import adapt_to_noise, polish_endpoint, teacher_posterior
 from models.flow.masked_student import MaskedStudent
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.one_step import generate_one_step
@@ -148,6 +149,30 @@ def test_derivatives_by_forward_ad_are_those_of_differences(teacher, adapter):
     # norms of transformers compute in float32, so differences are rounded
     assert (exact - derivative("finite_difference", direction)).norm() < 5e-3 * exact.norm()
     assert (exact - derivative("finite_difference", torch.zeros_like(direction))).norm() > 0.1 * exact.norm()
+
+
+def test_columns_that_are_padding_in_every_row_change_neither_loss_nor_gradients(tmp_path):
+    """In float64, which layer norms of GPT-2 leave as it is; data.group_by_length cuts such columns off."""
+    student = NoisyMaskStudent(make_teacher(tmp_path, "gpt2"), adapter="lora", lora_rank=2, **SIZES).double()
+    move(student)
+    batch = rows()
+    batch["attention_mask"][:, :2] = False
+    start = student.path.start_sample(batch, generator(0))
+    wide = start._replace(z=start.z.double(), s=start.s.double() + 0.3)
+    assert trim_columns(batch)["input_ids"].shape[1] == PROMPT + RESPONSE - 2
+
+    def loss_and_gradients(first):
+        columns = {name: c[:, first:] for name, c in wide._asdict().items() if c.ndim > 1}
+        loss = polish_endpoint(student, wide._replace(**columns)).loss
+        student.zero_grad()
+        loss.backward()
+        return [loss, *(weight.grad for weight in student.parameters() if weight.grad is not None)]
+
+    whole = [value.clone() for value in loss_and_gradients(0)]
+    for one, other in zip(loss_and_gradients(2), whole, strict=True):
+        assert_close(one, other, atol=1e-10, rtol=1e-10)
+    # the control: a column of text
+    assert not torch.allclose(loss_and_gradients(3)[0], whole[0], atol=1e-6)
 
 
 @torch.no_grad()

@@ -32,13 +32,23 @@ def test_the_flat_options_of_a_distillation_are_the_teachers_sampling(options):
 
 
 @pytest.mark.parametrize("options", DISTILLATIONS)
-@pytest.mark.parametrize("change", [{"remasking": "x"}, {"temperature": -1.0}, {"block_length": 0}])
+@pytest.mark.parametrize(
+    "change", [{"remasking": "x"}, {"temperature": -1.0}, {"block_length": 0}, {"rule_block_length": 0}]
+)
 def test_wrong_values_are_named_as_they_are_typed(options, change):
     ((name, value),) = change.items()
     with pytest.raises(UsageError, match=rf"^module\.teacher_{name}={value}"):
         options(**{f"teacher_{name}": value})
     with pytest.raises(UsageError, match=rf"^{name}={value}"):
         MaskedSampling(**change)
+
+
+@pytest.mark.parametrize("options", DISTILLATIONS)
+def test_rules_have_blocks_of_their_own_or_those_of_the_schedule(options):
+    for given, wanted in (((4, None), 4), ((4, 3), 3), ((None, 3), 3), ((None, None), None)):
+        of_all, of_rules = given
+        how = options(teacher_block_length=of_all, teacher_rule_block_length=of_rules).teacher_sampling
+        assert (how.options["block_length"], how.rule_options["block_length"]) == (of_all, wanted)
 
 
 def test_blocks_have_to_fit_before_anything_is_trained():
