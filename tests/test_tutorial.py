@@ -21,7 +21,7 @@ NOT_RUN = ("pip ", "tensorboard ")
 RUN = "python run.py "
 NUMBER = re.compile(r"(?<![\w.-])[-+]?\d[\d,]*(?:\.\d+)?(?!\w)")
 RELATIVE, ABSOLUTE = 0.05, 0.03  # another processor rounds otherwise, and a sampled text differs
-QUICK = ["Fewer positions: a plan of a few concepts"]  # needs no other section
+QUICK = ["Your own documents"]  # needs no other section
 
 
 def sections(text: str) -> dict[str, list[tuple[str, str]]]:
