@@ -1,5 +1,6 @@
 """Mistakes of the command line get a sentence that says what to type, before Hydra composes and any library is read."""
 
+import itertools
 import os
 import re
 from difflib import get_close_matches
@@ -20,6 +21,8 @@ from reporting.command import option, shell
 
 CONF = Path(__file__).parents[1] / "conf"
 MULTIRUN = ("-m", "--multirun")
+CHECKED = (*MULTIRUN, "-r", "--run", "--resolve")  # flags beside which options are checked
+MODES = ("fit", "test", "generate", "export", "report")
 TAKE_A_VALUE = ("-c", "--cfg", "-p", "--package")
 # those of Hydra, and run.py's own
 FLAGS = (
@@ -38,10 +41,21 @@ def quoted(arguments: list[str]) -> list[str]:
     """The arguments, with quotes for Hydra around prompts and paths that its grammar takes for something else, and ~ replaced.
 
     Hydra reads brackets, equals signs and commas, which are characters like any others there. A value in quotes stays as it
-    is; in a sweep (-m) a comma separates two values.
+    is; in a sweep (-m) a comma separates two values. Flags come first: Hydra reads no options behind one in the middle.
     """
     sweep = any(flag in arguments for flag in MULTIRUN)
-    return [_quoted(argument, sweep) for argument in arguments]
+    return [_quoted(argument, sweep) for argument in _flags_first(arguments)]
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    flags, options = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        is_flag = argument.startswith("-")
+        (flags if is_flag else options).append(argument)
+        if argument in TAKE_A_VALUE:
+            flags += itertools.islice(rest, 1)
+    return flags + options
 
 
 def _quoted(argument: str, sweep: bool) -> str:
@@ -113,11 +127,22 @@ def _check(arguments: list[str]) -> None:
 
 def _require_no_dashes(arguments: list[str]) -> None:
     for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and name not in FLAGS:
-            raise UsageError(
-                f"{argument}: options have no dashes; type {name}={value if equals else '<value>'}, or --help or --list"
+        name, equals, value = argument.lstrip("-").partition("=")
+        is_long = argument.startswith("--")
+        if argument.startswith("--list="):
+            raise UsageError(f"{argument}: type --list alone")
+        if not argument.startswith("-") or (is_long and name in FLAGS):
+            continue
+        if is_long and not equals:
+            close = [flag for flag in FLAGS if name and flag.startswith(name)] or get_close_matches(
+                name, FLAGS, cutoff=0.7
             )
+            advice = (
+                f"did you mean --{close[0]}?" if close else f"options have no dashes; type {name or '<name>'}=<value>"
+            )
+            raise UsageError(f"{argument} is no flag; {advice}")
+        if equals and (is_long or len(name) > 1):
+            raise UsageError(f"{argument}: options have no dashes; type {name}={value}, or --help or --list")
 
 
 def _options(arguments: list[str]) -> list[str] | None:
@@ -128,7 +153,7 @@ def _options(arguments: list[str]) -> list[str] | None:
             skip = False
         elif argument in TAKE_A_VALUE:
             skip = True
-        elif argument in (*MULTIRUN, "--resolve"):
+        elif argument in CHECKED:
             continue
         elif argument.startswith("-"):
             return None
@@ -143,8 +168,14 @@ def _parsed(text: str) -> Override:
     if override is not None:
         return override
     name, equals, value = text.partition("=")
-    if not equals and (CONF / "experiment" / f"{name}.yaml").is_file():
-        raise UsageError(f"{text}: type experiment={name}")
+    if not equals and name in ("list", "help"):
+        raise UsageError(f"{text}: type --{name}")
+    if not equals and name in MODES:
+        raise UsageError(f"{text}: type mode={name}")
+    experiments = [path.stem for path in (CONF / "experiment").glob("*.yaml")]
+    close = get_close_matches(name, experiments, n=1, cutoff=0.8)
+    if not equals and close:
+        raise UsageError(f"{text}: type experiment={close[0]}")
     if not equals:
         raise UsageError(
             f"{text}: an option is written <name>=<value>, without spaces; python run.py --help shows more"

@@ -19,7 +19,7 @@ from reporting.hparams import headline, hyperparameters
 from reporting.record import build_record, current_commit, write_record
 from reporting.samples import Sample, as_records, print_samples, samples_markdown
 from reporting.sentences import in_words, summary
-from reporting.table import markdown_table, results_table, split_rows
+from reporting.table import markdown_table, nfe_cell, results_table, split_rows
 from reporting.tpf_figure import aup_of, tpf_curves, tpf_figure
 
 
@@ -93,7 +93,7 @@ class FrontierReport(Callback):
         self.record |= parts
         if (aup := aup_of(self.record)) is not None:
             self.record["aup"] = aup
-        texts = self._texts(data, rows, responses) if rows else []
+        texts = self._texts(data, rows, responses, [row["nfe"] for row in table_rows]) if rows else []
         if texts:
             self.record["texts"] = as_records(texts)
         possible = {
@@ -162,8 +162,11 @@ class FrontierReport(Callback):
             "ci95": {name: list(interval) for name, interval in score.ci95.items()},
         }
 
-    def _texts(self, data: Any, rows: dict[str, Tensor], responses: list[Tensor]) -> list[Sample]:
-        """(decoder, prompt, response, fault) of the first prompts; of a teacher at the fewest and the most passes alone."""
+    def _texts(self, data: Any, rows: dict[str, Tensor], responses: list[Tensor], passes: list[float]) -> list[Sample]:
+        """(decoder, prompt, response, fault) of the first prompts; of several teachers the first and the last alone.
+
+        passes: the forward passes of a text, of each decoder, as in the table.
+        """
         few = {name: column[: self.samples] for name, column in rows.items()}
         prompts = data.decode_prompts(few)
         teachers = [k for k, decoder in enumerate(self._decoders) if decoder.method == "teacher"]
@@ -171,7 +174,7 @@ class FrontierReport(Callback):
         texts = []
         for k in shown:
             decoder, answers = self._decoders[k], responses[k][: self.samples]
-            name = f"{decoder.name}, NFE {decoder.forwards}" if decoder.forwards else decoder.name
+            name = f"{decoder.name}, NFE {nfe_cell(passes[k])}" if passes[k] else decoder.name
             for n, answer in enumerate(data.decode_responses(answers)):
                 faults = data.explain(answers[n], few["reveal"][n]) if hasattr(data, "explain") else []
                 texts.append((name, prompts[n], answer, "; ".join(faults[:1])))

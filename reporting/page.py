@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from reporting.figure import LOWER_IS_BETTER, TITLES, UNBOUNDED
-from reporting.gather import COLUMN, FrontierRow, frontier_rows, known_figures, shown_qualities, written_mean
+from reporting.gather import (
+    COLUMN,
+    STUDENT_COLOURS,
+    FrontierRow,
+    frontier_rows,
+    known_figures,
+    shown_qualities,
+    written_mean,
+)
 from reporting.sentences import summary
 from reporting.table import NFE, nfe_cell
 
@@ -21,11 +29,13 @@ TEMPLATE = Path(__file__).with_name("page.html")
 BODY = "<!-- body -->"
 COLOURS = {
     "teacher": ("#3b6ea5", "#6f9fd0", "#1f9aa5", "#5b7a99"),
-    "student": ("#c8553d", "#8e5ea2", "#d39b2a", "#4a8f5a", "#7a5230"),
+    "student": STUDENT_COLOURS,
     "control": ("#7a7a7a", "#a0a0a0"),
 }
 WIDTH, HEIGHT = 420, 280  # of a chart, in the units of its viewBox
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40  # its margins
+
+LEAST = 1e-9  # what a logarithmic axis shows of values down to 0
 
 Series = tuple[str, str, str]  # method, experiment, decoder
 
@@ -41,7 +51,7 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        low, high, at = (math.log(max(v, LEAST)) if self.log else v for v in (self.low, self.high, value))
         return self.begin + (self.end - self.begin) * ((at - low) / (high - low) if high > low else 0.5)
 
     def ticks(self) -> list[float]:
@@ -142,7 +152,8 @@ def _quality_axis(name: str, rows: list[FrontierRow]) -> Axis:
         return Axis(0.0, 1.0, begin, end)
     values = [_mean(row, name) for row in rows]
     if name in LOWER_IS_BETTER:
-        return Axis(min(values) / 1.2, max(values) * 1.2, begin, end, log=True)
+        low, high = (max(value, LEAST) for value in (min(values, default=1.0), max(values, default=1.0)))
+        return Axis(low / 1.2, high * 1.2, begin, end, log=True)
     margin = 0.1 * (max(values) - min(values)) or 1.0
     return Axis(min(values) - margin, max(values) + margin, begin, end)
 
@@ -173,7 +184,7 @@ def _mark(row: FrontierRow, name: str, x: Axis, y: Axis, colour: str, series: in
             f"<line class='control' x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y(value):.1f}' y2='{y(value):.1f}' "
             f"stroke='{colour}' stroke-width='2' {common}/>"
         )
-    limits = [min(max(y(max(v, 1e-9) if y.log else v), TOP), HEIGHT - BOTTOM) for v in (value - half, value + half)]
+    limits = [min(max(y(v), TOP), HEIGHT - BOTTOM) for v in (value - half, value + half)]
     bar = f"<line data-series='{series}' x1='{x(row.nfe):.1f}' x2='{x(row.nfe):.1f}' y1='{limits[0]:.1f}' "
     bar += f"y2='{limits[1]:.1f}' stroke='{colour}'/>"
     return f"{bar if half else ''}<circle cx='{x(row.nfe):.1f}' cy='{y(value):.1f}' r='5' fill='{colour}' {common}/>"
@@ -215,23 +226,30 @@ def _number_cell(value: float | None, text: str) -> str:
 def _texts(experiment: str, record: dict[str, Any]) -> str:
     """A line for each prompt, a column for each decoder."""
     decoders = list(dict.fromkeys(text["decoder"] for text in record["texts"]))
-    numbered: dict[str, list[dict[str, str]]] = defaultdict(list)
+    lines_of: dict[tuple[str, int], dict[str, dict[str, str]]] = defaultdict(dict)  # a prompt may stand there twice
+    counted: dict[tuple[str, str], int] = defaultdict(int)
     for text in record["texts"]:
-        numbered[text["decoder"]].append(text)
+        both = text["decoder"], text["prompt"]
+        lines_of[text["prompt"], counted[both]][text["decoder"]] = text
+        counted[both] += 1
     top = "".join(f"<th scope='col'>{_safe(decoder)}</th>" for decoder in ["prompt", *decoders])
     lines = []
-    for same in zip(*(numbered[decoder] for decoder in decoders), strict=False):
-        cells = "".join(
-            f"<td>{_safe(text['response'])}" + (f"<div class='fault'>{_safe(text['fault'])}</div>" * bool(text["fault"]))
-            + "</td>"
-            for text in same
-        )  # fmt: skip
-        lines.append(f"<tr><th scope='row'>{_safe(same[0]['prompt'])}</th>{cells}</tr>")
+    for (prompt, _), texts in lines_of.items():
+        cells = "".join(_text_cell(texts.get(decoder)) for decoder in decoders)
+        lines.append(f"<tr><th scope='row'>{_safe(prompt)}</th>{cells}</tr>")
     body = "\n".join(lines)
     return (
         f"<h3>Texts of {_safe(experiment)}, seed {_safe(record['seed'])}</h3>\n<div class='wide'><table class='texts'>"
         f"<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def _text_cell(text: dict[str, str] | None) -> str:
+    """A response with what is wrong in it; empty where a decoder has none for the prompt."""
+    if text is None:
+        return "<td></td>"
+    wrong = f"<div class='fault'>{_safe(text['fault'])}</div>" if text.get("fault") else ""
+    return f"<td>{_safe(text['response'])}{wrong}</td>"
 
 
 def _origin(experiment: str, records: Iterable[dict[str, Any]]) -> str:
@@ -242,7 +260,7 @@ def _origin(experiment: str, records: Iterable[dict[str, Any]]) -> str:
         return ", ".join(dict.fromkeys(str(value(record)) for record in own))
 
     commits = joined(lambda record: (record["commit"] or "unknown")[:7] + ("+changes" * _changed(record)))
-    seeds = ", ".join(map(str, sorted({record["seed"] for record in own})))
+    seeds = ", ".join(sorted({str(record["seed"]) for record in own}))
     return _safe(f"{experiment}: seeds {seeds} · commit {commits} · {joined(lambda record: record['device'])}")
 
 

@@ -68,7 +68,7 @@ def write_whole(path: str | Path, text: str) -> Path:
 def read_record(path: str | Path) -> dict[str, Any]:
     """A record from disk, in the format of today. Raises UsageError, naming the file, where it is none or is of a newer one."""
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text(), parse_constant=lambda _: None)  # NaN and infinity: not measured
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not a readable record ({error}); remove it or run the experiment again") from error
     missing = [key for key in KEYS if not isinstance(record, dict) or key not in record]

@@ -12,8 +12,8 @@ Row = dict[str, Any]
 # main quality of a comparison, the first that both sides know -> (how it is named, how it is written)
 MAIN = {
     "validity": ("valid", "share"),
-    "exact_match": ("exact match", "share"),
     "slot_accuracy": ("slot accuracy", "share"),
+    "exact_match": ("exact match", "share"),
     "judge_perplexity": ("judge perplexity", "number"),
 }
 NUMBERS = {1: "one"}
@@ -54,7 +54,7 @@ def in_words(record: dict[str, Any]) -> list[str]:
 
 def summary(rows: list[Row]) -> str | None:
     """What happened, in one sentence; None where nothing was measured that has a name here."""
-    for comparison in (_drafts, _compression, _plans, _few_steps, _excess, _one_method, _likelihood, _probe):
+    for comparison in (_drafts, _accepted, _compression, _plans, _few_steps, _excess, _one_method, _likelihood, _probe):
         sentence = comparison(rows)
         if sentence is not None:
             return sentence
@@ -67,11 +67,15 @@ def summary(rows: list[Row]) -> str | None:
 def _few_steps(rows: list[Row]) -> str | None:
     """The best student with the fewest forward passes beside the teacher with the fewest and with the most."""
     students, teachers = _of(rows, "student"), _of(rows, "teacher")
-    name = next((n for n in MAIN if _known(students, n) and _known(teachers, n)), None)
-    if name is None or any("speedup_vs_naive" in row["cost"] for row in students):
+    if any("speedup_vs_naive" in row["cost"] for row in students):
         return None
-    best, teachers = _fewest(students, name), sorted(_known(teachers, name), key=lambda row: row["nfe"])
-    if best["nfe"] >= teachers[-1]["nfe"]:
+    return next(filter(None, (_few_steps_in(name, students, teachers) for name in MAIN)), None)
+
+
+def _few_steps_in(name: str, students: list[Row], teachers: list[Row]) -> str | None:
+    """The same in one quality; None where one side does not know it, or the teacher takes no more passes."""
+    students, teachers = _known(students, name), sorted(_known(teachers, name), key=lambda row: row["nfe"])
+    if not students or not teachers or (best := _fewest(students, name))["nfe"] >= teachers[-1]["nfe"]:
         return None
     title, form = MAIN[name]
     values = [_written(row["quality"][name], form) for row in (best, teachers[0], teachers[-1])]
@@ -94,6 +98,19 @@ def _drafts(rows: list[Row]) -> str | None:
         f"{best['decoder']}: acceptance rate {_percent(best['cost']['acceptance'])}, "
         f"{best['cost']['speedup_vs_naive']:.2f} times the speed of decoding without drafts"
         + (f"; G-test against the exact distribution: p = {exact:.2f}." if exact is not None else ".")
+    )
+
+
+def _accepted(rows: list[Row]) -> str | None:
+    """How much of the drafts was accepted, where no decoder without drafts stands beside."""
+    name = "tokens_per_verifier_forward"
+    drafted = [row for row in rows if row["cost"].get("acceptance") is not None and row["cost"].get(name)]
+    if not drafted:
+        return None
+    best = max(drafted, key=lambda row: row["cost"][name])
+    return (
+        f"{best['decoder']}: acceptance rate {_percent(best['cost']['acceptance'])}, {best['cost'][name]:.2f} tokens for each "
+        "forward pass of a verifier."
     )
 
 
@@ -142,18 +159,26 @@ def _excess(rows: list[Row]) -> str | None:
 
 
 def _one_method(rows: list[Row]) -> str | None:
-    """A method alone, with the fewest forward passes and with the most."""
-    own = _of(rows, "teacher") or _of(rows, "student")
-    name = next((n for n in MAIN if _known(own, n)), None)
+    """A teacher or a student without the other: its decoder of the fewest forward passes, and that of the most."""
+    alone = [own for own in (_of(rows, "teacher"), _of(rows, "student")) if own]
+    name = next((n for n in MAIN if len(alone) == 1 and _known(alone[0], n)), None)
     if name is None:
         return None
-    known = sorted(_known(own, name), key=lambda row: row["nfe"])
+    # of several with the same passes the last one, the sampled one: a greedy one may always write the same text
+    known = list({row["nfe"]: row for row in sorted(_known(alone[0], name), key=lambda row: row["nfe"])}.values())
     title, form = MAIN[name]
-    said = [_written(row["quality"][name], form) for row in known]
-    first = f"{said[0]} {title}" if name == "validity" else f"{title} {said[0]}"
-    passes = "forward pass" if known[0]["nfe"] == 1 else "forward passes"
-    more = f"; with {_number(known[-1]['nfe'])}: {said[-1]}" if known[-1]["nfe"] > known[0]["nfe"] else ""
-    return f"{_number(known[0]['nfe']).capitalize()} {passes}: {first}{more}."
+    ends = known if len(known) == 1 else [known[0], known[-1]]
+    said = []
+    for row in ends:
+        value = _written(row["quality"][name], form)
+        value = f"{value} {title}" if name == "validity" else f"{title} {value}"
+        passes = "forward pass" if row["nfe"] == 1 else "forward passes"
+        said.append(f"{row['decoder']}, {_number(row['nfe'])} {passes}: {value}")
+    marginals = _marginals(rows)
+    if marginals is not None and marginals["quality"].get(name) is not None:
+        said.append(f"product of marginals: {_written(marginals['quality'][name], form)}")
+    sentence = "; ".join(said)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _likelihood(rows: list[Row]) -> str | None:

@@ -16,8 +16,8 @@ from reporting.record import newest_rows
 
 PERCENT = {
     "validity": 100.0,
-    "exact_match": 100.0,
     "slot_accuracy": 100.0,
+    "exact_match": 100.0,
     "bleu": 1.0,
 }  # accuracy -> its factor to percent
 FURTHER_COLOURS = ("#8e5ea2", "#4a8f5a", "#d39b2a", "#1f9aa5", "#7a5230")  # of further curves of a method

@@ -12,10 +12,11 @@ from helpers.experiment import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from app import command_line
-from app.command_line import mistake_in, quoted
+from app import command_line, modes
+from app.command_line import MODES, mistake_in, quoted
 from app.experiments import OTHERS, WIDTH, experiment_list, listed
 from app.renamed import FLOWS, NAMES
+from models.functional.errors import UsageError
 from reporting.command import command, option
 
 MISTAKES = [
@@ -36,7 +37,15 @@ MISTAKES = [
     (["seed"], "seed: an option is written <name>=<value>, without spaces"),
     (["objectives"], "objectives: type experiment=objectives"),
     (["--module=logit_flow"], "--module=logit_flow: options have no dashes; type module=logit_flow"),
-    (["--seed", "1"], "--seed: options have no dashes; type seed=<value>"),
+    (["--seed", "1"], "--seed is no flag; options have no dashes; type seed=<value>"),
+    (["-seed=1"], "-seed=1: options have no dashes; type seed=1"),
+    (["--multi"], "--multi is no flag; did you mean --multirun?"),
+    (["--lists"], "--lists is no flag; did you mean --list?"),
+    (["--list=all"], "--list=all: type --list alone"),
+    (["--run", "lr=1"], "there is no option lr"),
+    (["tutorial_meanflo"], "tutorial_meanflo: type experiment=tutorial_meanflow"),
+    (["list"], "list: type --list"),
+    (["report"], "report: type mode=report"),
     (["seed=0,1"], "holds several values; for a run of each type python run.py -m"),
     (["module.forwards=[1,2"], 'type for example "module.forwards=[1,2]"'),
     (["flow=logit"], "flow has another name today; type module=logit_flow"),
@@ -48,6 +57,19 @@ MISTAKES = [
 ]
 TEXTS = ["who=anna", "name[The Vaults], food[French]", "it's", 'say "hello"', "back\\slash\\", "\\'", "${x}\\${y}",
          "$HOME `x` !", "null", "3", "", "two\nlines", "a,b", "/x/lr=1/last.ckpt", "plain"]  # fmt: skip
+
+
+def test_flags_come_first():
+    """Hydra reads no options behind a flag in the middle."""
+    typed = ["experiment=qstar_oracle", "-m", "seed=0,1", "--cfg", "job", "module.lr=1"]
+    assert quoted(typed) == ["-m", "--cfg", "job", "experiment=qstar_oracle", "seed=0,1", "module.lr=1"]
+
+
+def test_modes_are_those_that_there_are(configure):
+    for name in MODES:
+        assert getattr(modes, name)
+    with pytest.raises(UsageError, match=", ".join(MODES)):
+        modes.run_mode(configure("experiment=objectives", "mode=nothing"))
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES)

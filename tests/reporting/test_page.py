@@ -133,6 +133,29 @@ def test_texts_stand_side_by_side_by_prompt_and_decoder(pairs_record):
     assert page.all("div").count("a wrong word") == 1
 
 
+def test_a_text_stands_at_its_own_prompt_also_where_decoders_have_unlike_ones(pairs_record):
+    texts = [("a", "p", "x"), ("a", "q", "y"), ("b", "q", "z")]
+    record = pairs_record | {
+        "texts": [dict(zip(("decoder", "prompt", "response"), text, strict=True)) for text in texts]
+    }
+    lines = [line.split("</tr>")[0] for line in report_page([record]).split("<th scope='row'>")[1:]]
+    assert lines == ["p</th><td>x</td><td></td>", "q</th><td>y</td><td>z</td>"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "0.0"])
+def test_figures_that_are_no_numbers_are_left_out(tmp_path, value):
+    rows = [row("student", "s", 1, quality(validity=0.5)), row("student", "t", 2, quality(validity=0.25))]
+    rows[0]["quality"]["judge_perplexity"] = rows[1]["quality"]["validity"] = "HERE"
+    for number, seed in enumerate((1, None)):
+        (tmp_path / f"run{number}").mkdir()
+        text = json.dumps(make_record(rows) | {"seed": seed}).replace('"HERE"', value)
+        (tmp_path / f"run{number}" / "record.json").write_text(text)
+    report_frontier(tmp_path, Console(quiet=True))
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "nan" not in page.split("<h1>")[1]
+    assert "inf" not in page.split("<h1>")[1]
+
+
 def test_the_newest_run_of_an_experiment_shows_its_texts(pairs_record):
     newer = with_texts(pairs_record | {"seed": 9}, "newer")
     text = report_page([with_texts(pairs_record, "older"), newer])

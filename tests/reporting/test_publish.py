@@ -1,10 +1,13 @@
 """Tables of the documentation are what the kept records say."""
 
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from app.command_line import mistake_in, quoted
 from models.functional.errors import UsageError
 from reporting import publish
 from reporting.gather import frontier_figure
@@ -68,6 +71,18 @@ def table_lines(docs):
 
 def test_every_table_of_the_documentation_is_what_its_records_say():
     assert differing_pages(DOCS) == []
+
+
+def test_published_commands_can_be_typed():
+    """A shell gives run.py the words that were meant, and each option is one that there is."""
+    published = {json.loads(path.read_text())["published"]["command"] for path in DOCS.rglob("records/*/*.json")}
+    assert published
+    for command in sorted(part for whole in published for part in whole.split(" && ")):
+        words = shlex.split(command)
+        typed = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
+        assert typed.stdout.split("\0")[:-1] == words, command
+        assert words[:2] == ["python", "run.py"]
+        assert mistake_in(quoted(words[2:])) is None, command
 
 
 def test_a_page_is_written_from_the_records_of_a_run(run, docs):

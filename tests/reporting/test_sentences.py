@@ -124,13 +124,29 @@ def test_a_model_is_compared_with_what_is_known(figures, sentence):
     assert summary([row("model", "Model", 0, figures)]) == sentence
 
 
+def test_drafts_without_a_decoder_beside_them_say_what_was_accepted():
+    drafted = row("student", "blocks are drafted", 24.5, quality(validity=0.5))
+    drafted["cost"] |= {"acceptance": 0.5, "tokens_per_verifier_forward": 1.75}
+    assert summary([drafted]) == (
+        "blocks are drafted: acceptance rate 50.0 %, 1.75 tokens for each forward pass of a verifier."
+    )
+
+
 def test_a_method_alone_says_what_it_reaches_with_fewest_and_with_most():
     rows = [row("teacher", "teacher", nfe, quality(validity=nfe / 16)) for nfe in (16, 1, 4)]
-    assert summary(rows) == "One forward pass: 6.2 % valid; with 16: 100.0 %."
-    assert summary(rows[:1]) == "16 forward passes: 100.0 % valid."
+    assert summary(rows) == "Teacher, one forward pass: 6.2 % valid; teacher, 16 forward passes: 100.0 % valid."
+    assert summary(rows[:1]) == "Teacher, 16 forward passes: 100.0 % valid."
     assert summary([row("teacher", "autoregressive", 20.84, quality(slot_accuracy=0.5))]) == (
-        "20.8 forward passes: slot accuracy 50.0 %."
+        "Autoregressive, 20.8 forward passes: slot accuracy 50.0 %."
     )
+    # of a greedy and a sampled decoder with the same passes the sampled one, which is the later one, beside the control
+    both = [
+        row("student", f"text {kind}", 1, quality(validity=share))
+        for kind, share in (("greedy", 1.0), ("sampled", 0.25))
+    ]
+    control = row("control", "product of marginals", 0, quality(validity=0.5))
+    assert summary([*both, control]) == "Text sampled, one forward pass: 25.0 % valid; product of marginals: 50.0 %."
+    assert summary([*rows, row("student", "student", 16, quality(validity=0.5))]) is None  # neither is alone
     model = row("model", "Model", 0, {"nll": 0.75, "nll_truth": 0.5})
     assert summary([*rows, model]).startswith("NLL 0.750")  # what the truth is known of comes first
 
