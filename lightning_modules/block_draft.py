@@ -5,6 +5,7 @@ Legend: B batch, L columns, R response columns, k tokens of a draft.
 
 from collections import defaultdict
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +21,14 @@ from models.functional.vocabulary import vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.speculative.block_drafter import BlockDrafter
 from models.speculative.block_options import BlockDraftOptions
-from models.speculative.block_training import BlockTerms, block_terms, blocks_at, draw_anchors, read_texts
+from models.speculative.block_training import BlockTerms, Read, block_terms, blocks_at, draw_anchors, read_texts
 from models.speculative.decoder import QStarDecoder
 from models.speculative.drafter_files import load_drafter, save_drafter
 from models.speculative.options import QStarOptions, Scheme
 from models.speculative.state import QStarOutput
+from models.speculative.text_pool import TextPool
 
+COUNTED_BATCHES = 512  # whose tokens are counted for `draft_vocabulary`
 TRAINING_STREAM, VALIDATION_STREAM, SERVED_STREAM = 0, 1, 2
 
 
@@ -66,7 +69,8 @@ class BlockDraftModule(LeapModule):
         # one model is q* of itself at any weight
         self.mixture = replace(options.mixture, theta_weight=1.0) if alone else options.mixture
         self.drafter = BlockDrafter(self.verifiers, options.drafter, second.config.get_text_config().vocab_size)
-        self._pool: dict[int, dict[str, Tensor]] = {}
+        self._pool = TextPool(options.pool, options.pool_keeps == "reads")
+        self._proposed_known = options.draft_vocabulary is None
         self._decoders: list[QStarDecoder] = []
         self._outputs: dict[int, list[QStarOutput]] = defaultdict(list)
         self._expected = torch.zeros(2)  # accepted tokens by the training figure, and drafts, of a test
@@ -76,21 +80,30 @@ class BlockDraftModule(LeapModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         generator = self.step_generator(batch_idx, TRAINING_STREAM)
-        # 1. texts of the target
-        rows = self._texts(batch, batch_idx, generator)
+        # 1. texts of the target, and what the verifiers make of them
+        turn = self._turn(batch_idx)
+        rows = self._pool.rows(turn, lambda: self._with_texts(self._rows(batch), generator))
+        text = causal_text({name: column.to(self.device) for name, column in rows.items()})
+        read = self._pool.read(turn, lambda: self._read(text))
         # 2. blocks behind random anchors, and their loss
-        text = causal_text(rows)
-        terms = self._terms(text, *draw_anchors(text, self.options.anchors, generator), generator)
+        terms = self._terms(text, read, *draw_anchors(text, self.options.anchors, generator), generator)
         # 3. figures
         self.log("train/loss", terms.loss.loss, prog_bar=True)
         self.log("train/accepted_length", _length(terms.survival, terms.drafts), prog_bar=True)
         self.log_monitors({"ce": terms.loss.ce, "tv": terms.loss.tv, **_by_position("accept", terms.survival)})
         return self.refuse_nan(terms.loss.loss)
 
-    def _terms(self, text: CausalText, row: Tensor, anchor: Tensor, generator: Generator) -> BlockTerms:
+    def _turn(self, batch_idx: int) -> int:
+        """The number of a micro-batch since the start of training."""
+        parts = self.trainer.accumulate_grad_batches
+        return self.global_step * parts + batch_idx % parts
+
+    def _read(self, text: CausalText) -> Read:
         self._freeze_modes()
+        return read_texts(self.verifiers, self.drafter, self.mixture, text)
+
+    def _terms(self, text: CausalText, read: Read, row: Tensor, anchor: Tensor, generator: Generator) -> BlockTerms:
         o = self.options
-        read = read_texts(self.verifiers, self.drafter, self.mixture, text)
         blocks = blocks_at(text, row, anchor, o.draft_length)
         return block_terms(self.drafter, read, text, blocks, self.mixture, generator, ce=o.ce, tv=o.tv, decay=o.decay)
 
@@ -99,19 +112,22 @@ class BlockDraftModule(LeapModule):
         for model in self.verifiers.values():
             model.eval()
 
-    # -- texts --------------------------------------------------------------------------------------------------------
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if not self._proposed_known:
+            self.drafter.propose_only(self._frequent_tokens().to(self.device))
+            self._proposed_known = True
 
-    def _texts(self, batch: dict[str, Tensor], batch_idx: int, generator: Generator) -> dict[str, Tensor]:
-        """The rows of a training step, with responses of the target."""
-        rows = self._rows(batch)
-        pool = self.options.pool
-        if self.options.texts == "data" or not pool:
-            return self._with_texts(rows, generator)
-        parts = self.trainer.accumulate_grad_batches
-        slot = (self.global_step * parts + batch_idx % parts) % pool
-        if slot not in self._pool:
-            self._pool[slot] = self._with_texts(rows, generator)
-        return {name: column.to(self.device) for name, column in self._pool[slot].items()}
+    def _frequent_tokens(self) -> Tensor:
+        """The S most frequent tokens of the first training batches, those of prompts included."""
+        counts = torch.zeros(self.drafter.vocab_size, dtype=torch.long)
+        for batch in islice(self.trainer.datamodule.train_dataloader(), COUNTED_BATCHES):
+            rows = self._rows(batch)
+            ids = rows["input_ids"][rows["attention_mask"].bool() | rows["response_mask"]]
+            counts += ids.bincount(minlength=len(counts))[: len(counts)].cpu()
+        return counts.argsort(descending=True, stable=True)[: self.options.draft_vocabulary]
+
+    # -- texts --------------------------------------------------------------------------------------------------------
 
     def _rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Prompt -> response rows; the second half of a row of packed text is the response to the first."""
@@ -139,7 +155,7 @@ class BlockDraftModule(LeapModule):
         rows = {name: column[: self.options.served_rows] for name, column in self._rows(batch).items()}
         # 1. the training figure, behind random anchors
         text = causal_text(self._with_texts(rows, generator))
-        terms = self._terms(text, *draw_anchors(text, self.options.anchors, generator), generator)
+        terms = self._terms(text, self._read(text), *draw_anchors(text, self.options.anchors, generator), generator)
         figures: dict[str, Tensor | float] = {
             "loss": terms.loss.loss,
             "accepted_length": _length(terms.survival, terms.drafts),
@@ -182,7 +198,7 @@ class BlockDraftModule(LeapModule):
         text = causal_text(with_responses(rows, responses, self.end_ids))
         row, start = out.draft_starts.unbind(-1)
         # the last committed token is one before the draft, and the inputs of a causal model are one column shorter
-        return self._terms(text, row, text.ids.shape[1] - responses.shape[1] + start, generator)
+        return self._terms(text, self._read(text), row, text.ids.shape[1] - responses.shape[1] + start, generator)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
@@ -285,13 +301,16 @@ class BlockDraftModule(LeapModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["texts"] = {
-            slot: {name: column.cpu() for name, column in rows.items()} for slot, rows in self._pool.items()
-        }
+        checkpoint["texts"] = self._pool.state_dict()
+        if self.drafter.proposed is not None:
+            checkpoint["proposed"] = self.drafter.proposed.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._pool = dict(checkpoint.get("texts", {}))
+        self._pool.load_state_dict(checkpoint.get("texts", {}))
+        if "proposed" in checkpoint:
+            self.drafter.propose_only(checkpoint["proposed"])
+            self._proposed_known = True
 
     def export(self, folder: str | Path, tokenizer: Any = None, merged: bool = False) -> Path:
         """Write the drafter (drafter.json, drafter.safetensors); the models it drafts for are not copied."""

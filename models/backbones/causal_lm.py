@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -122,10 +123,11 @@ def causal_hidden(model: nn.Module, text: CausalText) -> Tensor:
     return model.get_decoder()(**_arguments(text)).last_hidden_state
 
 
-def causal_logits_and_states(model: nn.Module, text: CausalText, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V) of the token after each position, and the hidden states (B, T, F) after these layers."""
-    out = model(**_arguments(text), output_hidden_states=True)
-    return out.logits, chosen_states(out, layers)
+def scored_logits_and_states(model: nn.Module, text: CausalText, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Logits (M, V) of the token after each scored position, and the hidden states (B, T, F) after these layers."""
+    columns = text.weights.any(0).nonzero().squeeze(-1)  # no others go through the output layer
+    out = model(**_arguments(text), output_hidden_states=True, logits_to_keep=columns)
+    return out.logits[text.weights[:, columns]], chosen_states(out, layers)
 
 
 def chosen_states(output: Any, layers: Sequence[int]) -> Tensor:
@@ -146,9 +148,17 @@ def output_head(model: nn.Module) -> nn.Module:
     return model.get_output_embeddings()
 
 
-def output_logits(model: nn.Module, states: Tensor) -> Tensor:
-    """Logits (..., V) from hidden states (..., D) after the last norm, scaled and capped as the model does."""
-    config, logits = model.config, output_head(model)(states)
+def output_logits(model: nn.Module, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Logits (..., V) from hidden states (..., D) after the last norm, scaled and capped as the model does.
+
+    tokens (S,): the logits (..., S) of these alone.
+    """
+    config, head = model.config, output_head(model)
+    if tokens is None:
+        logits = head(states)
+    else:
+        bias = getattr(head, "bias", None)
+        logits = F.linear(states, head.weight[tokens], None if bias is None else bias[tokens])
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2

@@ -44,11 +44,12 @@ def draft_loss(
 
     logp, log_q (N, k, V): log-probabilities of the drafter, which get the gradient, and of the target, both given the tokens
     (N, k) before a position. counts (N, k) bool: positions inside the text. decay: see `position_weights`.
+    A token that the drafter never proposes is left out of the cross-entropy.
     """
     weights = counts * position_weights(counts.shape[-1], decay).to(logp)
     weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
     nll = -logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    ce_mean = (weights * torch.where(counts, nll, 0.0)).sum()
+    ce_mean = (weights * torch.where(counts & nll.isfinite(), nll, 0.0)).sum()
     tv_mean = (weights * total_variation(logp, log_q)).sum()
     return DraftLoss(ce * ce_mean + tv * tv_mean, ce_mean, tv_mean)
 

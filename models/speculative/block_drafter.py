@@ -10,8 +10,11 @@ How the tokens of a block depend on each other (`Dependence`):
 - noise: position l reads the uniform noise that drew the tokens before it, and attention in the block is causal. The noise that
   draws x_l itself is unseen by ψ_l, so ψ_l is the distribution of x_l, as verification needs it.
 
+With `vocabulary=S` only S frequent tokens are proposed, as in FR-Spec (2502.14856): the head and what follows it shrink with the
+vocabulary, and verification corrects what is never proposed. Distributions have a last column then, of all other tokens.
+
 Legend: N drafts, k tokens of a block, W positions of a window, F numbers of all chosen layers together, D width, V vocabulary,
-H heads, d head width.
+S proposed tokens, C columns of ψ (V, or S + 1), H heads, d head width.
 """
 
 from collections.abc import Callable
@@ -39,6 +42,7 @@ class BlockDrafterOptions:
 
     draft_length: k, tokens of a draft. window: positions before the last token whose states are read. num_layers: its own.
     dependence: see above. rank: of the term of `markov`, at most the vocabulary.
+    vocabulary: S, tokens that are proposed; None proposes all.
     """
 
     draft_length: int = 8
@@ -46,6 +50,7 @@ class BlockDrafterOptions:
     num_layers: int = 1
     dependence: Dependence = "markov"
     rank: int = 256
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         require_choice("module.dependence", self.dependence, get_args(Dependence))
@@ -53,6 +58,8 @@ class BlockDrafterOptions:
             1, module__draft_length=self.draft_length, module__window=self.window,
             module__num_layers=self.num_layers, module__rank=self.rank,
         )  # fmt: skip
+        if self.vocabulary is not None:
+            require_at_least(1, module__draft_vocabulary=self.vocabulary)
 
 
 def early_middle_late(layers: int) -> tuple[int, ...]:
@@ -72,10 +79,10 @@ class DrafterLayer(nn.Module):
             nn.Linear(a, b, bias=False) for a, b in ((width, inner), (width, inner), (inner, width))
         )
 
-    def keys_values(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values (N, H, L, d) of x (N, L, D). turn: cosines and sines (L, d) of the positions."""
-        keys = self._split(self.k(x))
-        return apply_rotary_pos_emb(keys, keys, *(part.unsqueeze(0) for part in turn))[1], self._split(self.v(x))
+    def keys_values(self, keys: Tensor, values: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, L, D) by head, (N, H, L, d). turn: cosines and sines (L, d) of the positions."""
+        keys = self._split(keys)
+        return apply_rotary_pos_emb(keys, keys, *(part.unsqueeze(0) for part in turn))[1], self._split(values)
 
     def forward(
         self, x: Tensor, context: tuple[Tensor, Tensor], turn: tuple[Tensor, Tensor], visible: Tensor
@@ -84,7 +91,9 @@ class DrafterLayer(nn.Module):
         own = self.norm(x)
         queries = self._split(self.q(own))
         queries = apply_rotary_pos_emb(queries, queries, *(part.unsqueeze(0) for part in turn))[0]
-        keys, values = (torch.cat([a, b], 2) for a, b in zip(context, self.keys_values(own, turn), strict=True))
+        keys, values = (
+            torch.cat([a, b], 2) for a, b in zip(context, self.keys_values(self.k(own), self.v(own), turn), strict=True)
+        )
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
         x = x + self.o(mixed.transpose(1, 2).flatten(2))
         inner = self.mlp_norm(x)
@@ -134,11 +143,17 @@ class BlockDrafter(nn.Module):
         final = getattr(getattr(self.lender.get_decoder(), "norm", None), "weight", None)
         if isinstance(final, Tensor):  # the head expects states of that scale
             self.norm.weight.data.copy_(final.data)
-        # 4. dependence between the tokens
+        # 4. the tokens that are proposed
+        words = config.vocab_size  # also those that are padding of the output layer
+        some = options.vocabulary is not None and options.vocabulary < vocab_size
+        self.proposed: Tensor | None
+        # the first ones, until `propose_only` chooses them
+        self.register_buffer("proposed", torch.arange(options.vocabulary) if some else None)
+        # 5. dependence between the tokens
         if options.dependence == "markov":
-            words = config.vocab_size  # also those that are padding of the output layer
             rank = min(options.rank, words)
-            self.previous, self.bias = nn.Embedding(words, rank), nn.Linear(rank, words, bias=False)
+            outputs = words if self.proposed is None else len(self.proposed)
+            self.previous, self.bias = nn.Embedding(words, rank), nn.Linear(rank, outputs, bias=False)
             nn.init.zeros_(self.bias.weight)
         elif options.dependence == "noise":
             self.noise_in = nn.Linear(NOISE_BITS, width, bias=False)
@@ -149,6 +164,15 @@ class BlockDrafter(nn.Module):
         """What is the drafter's and not the verifier's, by name."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("lender.")}
 
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What its files hold: its own parameters, and the tokens that it proposes where it does not propose all."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("lender.")}
+
+    def propose_only(self, tokens: Tensor) -> None:
+        """Choose the S tokens (S,) that are proposed, each once."""
+        assert self.proposed is not None
+        self.proposed.copy_(tokens)
+
     @property
     def draws_with_noise(self) -> bool:
         """Whether its draws come from uniform numbers, whose outcomes cannot be enumerated."""
@@ -158,7 +182,33 @@ class BlockDrafter(nn.Module):
     def parameters_read(self) -> int:
         """Parameters that a forward pass multiplies by: its own, and the head."""
         own = sum(p.numel() for name, p in self.own_parameters().items() if not name.startswith("previous."))
-        return own + self.lender.get_output_embeddings().weight.numel()
+        head = self.lender.get_output_embeddings().weight
+        return own + (head.numel() if self.proposed is None else len(self.proposed) * head.shape[1])
+
+    # -- the tokens that are proposed ---------------------------------------------------------------------------------
+
+    def columns_of(self, tokens: Tensor) -> Tensor:
+        """The column of ψ of each token (...)."""
+        if self.proposed is None:
+            return tokens
+        order = self.proposed.argsort()
+        place = torch.searchsorted(self.proposed[order], tokens.contiguous()).clamp(max=len(order) - 1)
+        found = order[place]
+        return torch.where(self.proposed[found] == tokens, found, len(order))
+
+    def in_columns(self, log_q: Tensor) -> Tensor:
+        """log-probabilities (..., V) in the columns of ψ (..., C); those of all other tokens are added up in the last."""
+        if self.proposed is None:
+            return log_q
+        other = log_q.index_fill(-1, self.proposed, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([log_q[..., self.proposed], other], -1)
+
+    def in_vocabulary(self, logp: Tensor) -> Tensor:
+        """log ψ (..., C) as log-probabilities (..., V)."""
+        if self.proposed is None:
+            return logp
+        whole = logp.new_full((*logp.shape[:-1], self.vocab_size), -torch.inf)
+        return whole.index_copy_(-1, self.proposed, logp[..., :-1])
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
@@ -169,15 +219,20 @@ class BlockDrafter(nn.Module):
             self.fuse(torch.cat([F.rms_norm(part, part.shape[-1:], eps=self.eps) for part in parts], -1))
         )
 
-    def read_context(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of context (N, W, D) in every layer."""
+    def project(self, context: Tensor) -> Tensor:
+        """Keys and values of context (..., D) in every layer, without positions: (..., 2 D) of each layer in turn."""
+        return torch.cat([part for layer in self.layers for part in (layer.k(context), layer.v(context))], -1)
+
+    def read_context(self, projected: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer from those of a window, (N, W, ...) as `project` gives them."""
         turn = self.cos[: self.window], self.sin[: self.window]
-        return [layer.keys_values(context, turn) for layer in self.layers]
+        parts = projected.chunk(2 * len(self.layers), -1)
+        return [layer.keys_values(*parts[2 * n : 2 * n + 2], turn) for n, layer in enumerate(self.layers)]
 
     def logits(
         self, memory: list[tuple[Tensor, Tensor]], read: Tensor, last: Tensor, noise: Tensor | None = None
     ) -> Tensor:
-        """Logits (N, k, V) of a block after the tokens last (N,), without what depends on the drafted tokens.
+        """Logits (N, k, C) of a block after the tokens last (N,), without what depends on the drafted tokens.
 
         memory: see `read_context`; read (N, W) bool; noise (N, k) of dependence=noise.
         """
@@ -196,12 +251,16 @@ class BlockDrafter(nn.Module):
         for layer, kept in zip(self.layers, memory, strict=True):
             x = layer(x, kept, turn, visible)
         head = self.lender.get_output_embeddings().weight.dtype
-        return at_least_float32(output_logits(self.lender, self.norm(x).to(head))[..., : self.vocab_size])
+        if self.proposed is None:
+            return at_least_float32(output_logits(self.lender, self.norm(x).to(head))[..., : self.vocab_size])
+        logits = at_least_float32(output_logits(self.lender, self.norm(x).to(head), self.proposed))
+        return F.pad(logits, (0, 1), value=-torch.inf)
 
     def conditional(self, logits: Tensor, previous: Tensor) -> Tensor:
-        """log ψ (..., V) given the tokens before, previous (...)."""
+        """log ψ (..., C) given the tokens before, previous (...)."""
         if self.options.dependence == "markov":
-            logits = logits + self.bias(self.previous(previous))[..., : self.vocab_size].to(logits.dtype)
+            term = self.bias(self.previous(previous))[..., : self.vocab_size].to(logits.dtype)
+            logits = logits + (term if self.proposed is None else F.pad(term, (0, 1)))
         return logits.log_softmax(-1)
 
     # -- drafting -----------------------------------------------------------------------------------------------------
@@ -220,32 +279,32 @@ class BlockDrafter(nn.Module):
         noise = None
         if self.options.dependence == "noise":  # positions beyond the draft are read by none of it
             noise = F.pad(draws.uniform(len(last), size, last), (0, self.block_length - size))
-        logits = self.logits(self.read_context(self.mix_states(states)), read, last, noise)
+        logits = self.logits(self.read_context(self.project(self.mix_states(states))), read, last, noise)
         tokens: list[Tensor] = []
         logp: list[Tensor] = []
         for k in range(size):
             logp.append(shape(self.conditional(logits[:, k], tokens[-1] if tokens else last)))
             drawn = draws.choose(logp[-1].exp()) if noise is None else draw_with_noise(logp[-1], noise[:, k])
-            tokens.append(drawn)
-        return BlockProposal(torch.stack(tokens, 1), torch.stack(logp, 1))
+            tokens.append(drawn if self.proposed is None else self.proposed[drawn])
+        return BlockProposal(torch.stack(tokens, 1), self.in_vocabulary(torch.stack(logp, 1)))
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def log_probs(
         self,
-        context: Tensor,
+        projected: Tensor,
         read: Tensor,
         last: Tensor,
         tokens: Tensor,
         fractions: Tensor | None = None,
         shape: Callable[[Tensor], Tensor] = lambda logp: logp,
     ) -> Tensor:
-        """log ψ (N, k, V) at every position of given blocks tokens (N, k): what `propose` draws from with the same `shape`.
+        """log ψ (N, k, C) at every position of given blocks tokens (N, k): what `propose` draws from with the same `shape`.
 
-        context (N, W, D), read (N, W), last (N,). fractions (N, k): of dependence=noise, where in its interval the noise of
+        projected (N, W, ...): see `project`; read (N, W), last (N,). fractions (N, k): of dependence=noise, where in its interval the noise of
         each token lies (`noise_that_draws`). shape: as in `propose`.
         """
-        memory = self.read_context(context)
+        memory = self.read_context(projected)
         noise = None
         if self.options.dependence == "noise":
             assert fractions is not None
@@ -267,7 +326,7 @@ class BlockDrafter(nn.Module):
         noise = torch.zeros_like(fractions)
         for k in range(self.block_length - 1):  # the last position's is read by none
             logp = shape(self.conditional(self.logits(memory, read, last, noise)[:, k], last))
-            noise[:, k] = noise_that_draws(logp, tokens[:, k], fractions[:, k])
+            noise[:, k] = noise_that_draws(logp, self.columns_of(tokens[:, k]), fractions[:, k])
         return noise
 
 

@@ -9,6 +9,7 @@ from models.speculative.distribution import MixtureDist
 from models.speculative.options import Scheme, Verify
 
 Texts = Literal["target", "data"]
+PoolKeeps = Literal["texts", "reads"]
 SCHEMES: tuple[Scheme, ...] = ("naive", "ngram", "block_drafter")
 
 
@@ -16,11 +17,13 @@ SCHEMES: tuple[Scheme, ...] = ("naive", "ngram", "block_drafter")
 class BlockDraftOptions:
     """Raises UsageError, naming module.<option>, for values that cannot work.
 
-    draft_length, window, num_layers, dependence, rank: see `BlockDrafterOptions`.
+    draft_length, window, num_layers, dependence, rank: see `BlockDrafterOptions`. draft_vocabulary: tokens that are proposed,
+        the most frequent ones of the training rows; None proposes all.
     theta_weight, temperature, top_k, top_p: of the target, see `MixtureDist`; the first one is for a pair.
     anchors: blocks of a text in a step. ce, tv, decay: see `draft_loss`.
     texts: drawn from the `target`, which is what it will draft for, or those of the `data`. pool: so many batches of drawn
-        texts are kept and trained on in turn, with fresh anchors; 0 draws new ones in every step.
+        texts are kept and trained on in turn, with fresh anchors; 0 draws new ones in every step. pool_keeps: the `texts`, or
+        also what the verifiers make of them (`reads`), which takes memory and saves their forward pass in every later step.
     served_rows: rows of a validation batch that are decoded.
     schemes: the ways of drafting that `trainer.test` compares; verify: see `DraftOptions`; cache: key-value caches.
     """
@@ -30,6 +33,7 @@ class BlockDraftOptions:
     num_layers: int = 1
     dependence: Dependence = "markov"
     rank: int = 256
+    draft_vocabulary: int | None = None
     theta_weight: float | None = None
     temperature: float = 1.0
     top_k: int | None = None
@@ -40,6 +44,7 @@ class BlockDraftOptions:
     decay: float = 4.0
     texts: Texts = "target"
     pool: int = 0
+    pool_keeps: PoolKeeps = "texts"
     served_rows: int = 32
     schemes: tuple[Scheme, ...] = SCHEMES
     verify: Verify = "token"
@@ -57,6 +62,7 @@ class BlockDraftOptions:
             require_choice("module.schemes", scheme, SCHEMES)
         require_choice("module.verify", self.verify, get_args(Verify))
         require_choice("module.texts", self.texts, get_args(Texts))
+        require_choice("module.pool_keeps", self.pool_keeps, get_args(PoolKeeps))
         require_at_least(1, module__anchors=self.anchors, module__served_rows=self.served_rows)
         require_at_least(0, module__ce=self.ce, module__tv=self.tv, module__pool=self.pool)
         if self.decay <= 0:
@@ -76,4 +82,6 @@ class BlockDraftOptions:
 
     @property
     def drafter(self) -> BlockDrafterOptions:
-        return BlockDrafterOptions(self.draft_length, self.window, self.num_layers, self.dependence, self.rank)
+        return BlockDrafterOptions(
+            self.draft_length, self.window, self.num_layers, self.dependence, self.rank, self.draft_vocabulary
+        )

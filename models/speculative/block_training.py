@@ -1,7 +1,7 @@
 r"""Training a block drafter on texts of its target: the blocks of a text, their loss, and how far they would survive.
 
 Legend: B texts, T input positions, A anchors of a text, N blocks, k tokens of a block, W positions of a window, M scored
-positions, V vocabulary, F numbers of all chosen layers together.
+positions, C columns of the drafter's distributions (`BlockDrafter`), F numbers of all chosen layers together.
 """
 
 from collections.abc import Mapping
@@ -10,18 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from models.backbones.causal_lm import causal_logits_and_states
+from models.backbones.causal_lm import scored_logits_and_states
 from models.functional.block_draft import DraftLoss, Survival, draft_loss, expected_survival
 from models.functional.next_token import CausalText
+from models.functional.precision import at_least_float32
 from models.functional.uniform import uniform
 from models.speculative.block_drafter import BlockDrafter
 from models.speculative.distribution import MixtureDist
-from models.speculative.likelihood import scored_log_probs
 from models.speculative.scores import window_positions
 
 
 class Read(NamedTuple):
-    """What the verifiers make of texts. states (B, T, F); log_q (M, V): q* at the scored positions, in their order."""
+    """What the verifiers make of texts.
+
+    states (B, T, F); log_q (M, C): q* at the scored positions, in their order and in the drafter's columns.
+    """
 
     states: Tensor
     log_q: Tensor
@@ -56,11 +59,14 @@ def read_texts(
 ) -> Read:
     """One forward pass of each verifier; a single one is q* itself."""
     found = {
-        name: causal_logits_and_states(model, text, drafter.state_layers[name]) for name, model in verifiers.items()
+        name: scored_logits_and_states(model, text, drafter.state_layers[name]) for name, model in verifiers.items()
     }
     states = torch.cat([own for _, own in found.values()], -1)
-    both = [mixture.tempered(scored_log_probs(logits, text, drafter.vocab_size)) for logits, _ in found.values()]
-    return Read(states, mixture(both[0], both[-1]).log_q)
+    both = [
+        mixture.tempered(at_least_float32(logits[..., : drafter.vocab_size]).log_softmax(-1))
+        for logits, _ in found.values()
+    ]
+    return Read(states, drafter.in_columns(mixture(both[0], both[-1]).log_q))
 
 
 def draw_anchors(text: CausalText, most: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -88,15 +94,16 @@ def blocks_at(text: CausalText, row: Tensor, anchor: Tensor, length: int) -> Blo
 def drafted_log_probs(
     drafter: BlockDrafter, read: Read, text: CausalText, blocks: Blocks, mixture: MixtureDist, generator: Generator
 ) -> Tensor:
-    """log ψ (N, k, V) of the blocks behind their anchors, before top-k and top-p cut it."""
+    """log ψ (N, k, C) of the blocks behind their anchors, before top-k and top-p cut it."""
     place = window_positions(blocks.anchor, drafter.window)  # (N, W)
     seen = place >= 0
     place = place.clamp(min=0)
     if text.attention_mask is not None:
         seen = seen & text.attention_mask[blocks.row.unsqueeze(-1), place].bool()
-    context = drafter.mix_states(read.states)[blocks.row.unsqueeze(-1), place]
+    # windows overlap, so that every position of a text is read once
+    projected = drafter.project(drafter.mix_states(read.states))[blocks.row.unsqueeze(-1), place]
     fractions = uniform(*blocks.tokens.shape, generator=generator).double()
-    return drafter.log_probs(context, seen, blocks.last, blocks.tokens, fractions, mixture.tempered)
+    return drafter.log_probs(projected, seen, blocks.last, blocks.tokens, fractions, mixture.tempered)
 
 
 def block_terms(
@@ -113,8 +120,8 @@ def block_terms(
 ) -> BlockTerms:
     """The loss of the blocks, with a gradient to the drafter, and how far they survive token verification."""
     logp = drafted_log_probs(drafter, read, text, blocks, mixture, generator)
-    log_q = read.log_q[blocks.at]
-    loss = draft_loss(logp, log_q, blocks.tokens, blocks.counts, ce=ce, tv=tv, decay=decay)
+    log_q, tokens = read.log_q[blocks.at], drafter.columns_of(blocks.tokens)
+    loss = draft_loss(logp, log_q, tokens, blocks.counts, ce=ce, tv=tv, decay=decay)
     with torch.no_grad():
-        survival = expected_survival(mixture.truncated(logp), log_q, blocks.tokens, blocks.counts)
+        survival = expected_survival(mixture.truncated(logp), log_q, tokens, blocks.counts)
     return BlockTerms(loss, survival, len(blocks.row))

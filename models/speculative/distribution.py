@@ -65,6 +65,9 @@ class MixtureDist:
 
     def __call__(self, theta: Tensor, target: Tensor) -> NextTokenDist:
         """theta, target (..., V): log-probabilities at the temperature. Raises UsageError where they share no token."""
+        if theta is target and isinstance(self.theta_weight, int | float):  # one model is q* of itself at any weight
+            alpha = torch.full(theta.shape[:-1], float(self.theta_weight), dtype=theta.dtype, device=theta.device)
+            return NextTokenDist(self.truncated(theta), theta, target, alpha, torch.zeros_like(alpha))
         if self.theta_weight is None:
             alpha = solve_alpha(theta, target).alpha
         elif callable(self.theta_weight):

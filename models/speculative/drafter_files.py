@@ -29,7 +29,7 @@ def save_drafter(drafter: BlockDrafter, verifiers: dict[str, nn.Module], folder:
         "verifiers": {name: weights_fingerprint(model.state_dict()) for name, model in verifiers.items()},
     }
     with staging_folder(folder) as staging:
-        weights = {name: p.detach().cpu().contiguous() for name, p in drafter.own_parameters().items()}
+        weights = {name: value.detach().cpu().contiguous() for name, value in drafter.own_tensors().items()}
         save_file(weights, staging / WEIGHTS)
         (staging / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     return folder
@@ -81,8 +81,7 @@ def load_drafter(folder: str | Path, verifiers: dict[str, nn.Module]) -> BlockDr
     try:
         drafter = BlockDrafter(models, BlockDrafterOptions(**description["options"]), description["vocab_size"], layers)
         held = load_file(weights)
-        own = drafter.own_parameters()
-        if held.keys() != own.keys():
+        if held.keys() != drafter.own_tensors().keys():
             raise RuntimeError("its tensors are not those of a block drafter")
         drafter.load_state_dict(held, strict=False)
     except (SafetensorError, FileNotFoundError, RuntimeError, TypeError) as error:

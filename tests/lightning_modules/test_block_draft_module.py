@@ -60,7 +60,7 @@ def test_training_lowers_the_loss_and_leaves_the_verifiers_alone(data, dependenc
     quiet_trainer(30, callbacks=[losses]).fit(module, data)
     assert sum(losses.seen[-5:]) < 0.9 * sum(losses.seen[:5])
     assert all(torch.equal(p, before[name]) for name, p in module.theta.named_parameters())
-    assert len(module._pool) == 2
+    assert len(module._pool.texts) == 2
 
 
 @pytest.mark.parametrize(("stop", "pool"), [(2, 0), (2, 3), (5, 3)])
@@ -82,7 +82,7 @@ def test_texts_are_of_the_target_up_to_their_ends_and_a_pool_keeps_them(data):
     module = build(data, pool=1)
     trainer = quiet_trainer(2)
     trainer.fit(module, data)
-    rows = module._pool[0]
+    rows = module._pool.texts[0]
     assert rows["completion_mask"].sum() <= rows["response_mask"].sum()
     drawn = module._with_texts(module._rows(data.rows["test"][:8]), torch.Generator().manual_seed(0))
     given = data.rows["test"][:8]["input_ids"]
@@ -151,8 +151,8 @@ def test_drafts_are_verified_as_the_options_say(data, verify, cache):
 def test_every_micro_batch_has_texts_of_its_own_in_the_pool(data):
     module = build(data, pool=4)
     quiet_trainer(2, accumulate_grad_batches=2).fit(module, data)
-    assert sorted(module._pool) == [0, 1, 2, 3]
-    assert len({tuple(rows["input_ids"].flatten().tolist()) for rows in module._pool.values()}) == 4
+    assert sorted(module._pool.texts) == [0, 1, 2, 3]
+    assert len({tuple(rows["input_ids"].flatten().tolist()) for rows in module._pool.texts.values()}) == 4
 
 
 def test_figures_of_decoding_have_the_same_names_whatever_was_drafted(data):

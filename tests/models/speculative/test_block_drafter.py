@@ -131,7 +131,7 @@ def test_a_position_reads_what_its_dependence_allows(dependence):
     draw = torch.Generator().manual_seed(0)
     states = torch.randn(2, 5, sum(drafter.widths), generator=draw)
     read, last = torch.ones(2, 5, dtype=torch.bool), torch.tensor([1, 3])
-    memory = drafter.read_context(drafter.mix_states(states))
+    memory = drafter.read_context(drafter.project(drafter.mix_states(states)))
     noise = torch.rand(2, 3, generator=draw).double()
     before = drafter.logits(memory, read, last, noise)
     for k in range(3):
@@ -150,12 +150,13 @@ def test_positions_that_were_not_read_change_nothing():
     other = states.clone()
     other[:, :2] = 100.0
     first, second = (
-        drafter.logits(drafter.read_context(drafter.mix_states(s)), read, torch.tensor([1])) for s in (states, other)
+        drafter.logits(drafter.read_context(drafter.project(drafter.mix_states(s))), read, torch.tensor([1]))
+        for s in (states, other)
     )
     torch.testing.assert_close(first, second)
     other[:, 2] += 1.0
     assert not torch.allclose(
-        drafter.logits(drafter.read_context(drafter.mix_states(other)), read, torch.tensor([1])), first
+        drafter.logits(drafter.read_context(drafter.project(drafter.mix_states(other))), read, torch.tensor([1])), first
     )
 
 
@@ -166,12 +167,12 @@ def test_a_longer_window_changes_nothing_where_it_was_not_read():
     states, last = torch.randn(2, 3, sum(long.widths)), torch.tensor([1, 3])
     padded = torch.cat([torch.zeros(2, 2, states.shape[-1]), states], 1)
     read = torch.tensor([[False, False, True, True, True]] * 2)
-    found = long.logits(long.read_context(long.mix_states(padded)), read, last)
-    same = short.logits(short.read_context(short.mix_states(states)), read[:, 2:], last)
+    found = long.logits(long.read_context(long.project(long.mix_states(padded))), read, last)
+    same = short.logits(short.read_context(short.project(short.mix_states(states))), read[:, 2:], last)
     torch.testing.assert_close(found, same, atol=1e-5, rtol=1e-5)
     moved = torch.cat([states, torch.zeros(2, 2, states.shape[-1])], 1)  # the control: the same states further away
     assert not torch.allclose(
-        long.logits(long.read_context(long.mix_states(moved)), read.flip(1), last), found, atol=1e-4
+        long.logits(long.read_context(long.project(long.mix_states(moved))), read.flip(1), last), found, atol=1e-4
     )
 
 
