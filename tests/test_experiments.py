@@ -66,6 +66,7 @@ STUDENTS = sorted(path.stem for path in (ROOT / "conf" / "training").glob("*.yam
 TAUGHT = ["meanflow_llada", "meanflow_scan", "meanflow_e2e", "meanflow_text", "meanflow_from_causal"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", STUDENTS)
 def test_every_student_fits_every_experiment_with_a_teacher(configure, module):
     """One word switches, callbacks and steps included: no experiment sets an option that only one student has."""

@@ -156,6 +156,7 @@ def test_a_prompt_beyond_the_context_is_refused(configure, tmp_path):
         modes.generate(configure(*own, "mode=generate", f"prompt={'a' * 60}"))
 
 
+@pytest.mark.slow
 def test_two_models_with_different_padding_of_the_output_layer_meet_in_q_star(configure, tmp_path, capsys):
     folders = [
         save_foreign(tmp_path / f"{size}", foreign_model("qwen3", vocab_size=size, seed=size), foreign_tokenizer())

@@ -12,6 +12,7 @@ from callbacks.concept_dropout import ConceptDropout
 from callbacks.frontier import FrontierReport
 
 
+@pytest.mark.slow
 def test_hiding_concepts_costs_more_and_more_where_they_are_used(tmp_path, tiny_oracle, capsys):
     only_few(tiny_oracle)
     module = module_of(tiny_oracle, 4)

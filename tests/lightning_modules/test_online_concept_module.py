@@ -138,7 +138,8 @@ def test_the_realised_rate_is_held(growth):
     assert sum(rates.seen[-15:]) / 15 == pytest.approx(0.4, abs=0.05)
 
 
-@pytest.mark.parametrize("growth", daily(["null", "accumulate"], "null"))
+@pytest.mark.slow
+@pytest.mark.parametrize("growth", ["null", "accumulate"])
 def test_multipliers_train_a_router_to_the_rate(growth):
     """From an offset that leaves forced commits nearly alone; a router without rate control stays off the rate."""
     found = []
