@@ -14,6 +14,7 @@ from lightning_modules.qstar_decoding import QStarDecodingModule
 from models.backbones.causal import build_causal
 from models.functional.errors import UsageError
 from models.functional.rows import prompted_rows
+from models.speculative.costs import ForwardCosts
 from models.speculative.decoder import prompts_of
 from models.speculative.drafter_files import load_drafter, read_drafter
 from models.speculative.options import QStarOptions
@@ -190,6 +191,16 @@ def test_a_decoder_takes_the_length_that_the_options_say(data):
     out = decoder.decode(*prompts_of(prompted_rows(data.rows["test"][:4])), 8, TorchRandomSource(torch.Generator()))
     assert (out.lengths > 0).all()
     assert list(decoder._measured) == [4]
+
+
+@pytest.mark.parametrize(("scheme", "gamma", "timed"), [("block_drafter", 2, True), ("naive", 2, False)])
+def test_measured_costs_are_those_of_a_fixed_length_too(data, scheme, gamma, timed, monkeypatch):
+    found = ForwardCosts(0.25, 0.125)
+    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given: found)
+    module = build(data, gamma=gamma, costs="measured")
+    module.end_ids = data.end_ids()
+    drafting = module.decoder(scheme, data.response_length).draft_options(torch.ones(4, 2))
+    assert ((drafting.cost, drafting.position_cost) == found) == timed
 
 
 def test_every_micro_batch_has_texts_of_its_own_in_the_pool(data):
