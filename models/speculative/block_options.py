@@ -26,7 +26,8 @@ class BlockDraftOptions:
         also what the verifiers make of them (`reads`), which takes memory and saves their forward pass in every later step.
     served_rows: rows of a validation batch that are decoded.
     schemes: the ways of drafting that `trainer.test` compares. gamma: tokens of a draft that is decoded; None takes
-        draft_length, and `auto` the length of the highest expected speed-up. verify, costs, cache: see `DecodingOptions`.
+        draft_length, which is also the most, and `auto` the length of the highest expected speed-up up to it, and at most 16.
+        verify, costs, cache: see `DecodingOptions`.
     """
 
     draft_length: int = 8
@@ -67,6 +68,11 @@ class BlockDraftOptions:
         require_choice("module.costs", self.costs, get_args(Costs))
         if self.gamma is not None:
             require_draft_length("module.gamma", self.gamma)
+            if self.gamma != "auto" and self.gamma > self.draft_length:
+                raise UsageError(
+                    f"module.gamma={self.gamma} is more than the {self.draft_length} tokens of a draft; type "
+                    f"module.gamma={self.draft_length}, or module.draft_length={self.gamma} for a drafter of longer drafts"
+                )
         require_choice("module.texts", self.texts, get_args(Texts))
         require_choice("module.pool_keeps", self.pool_keeps, get_args(PoolKeeps))
         require_at_least(1, module__anchors=self.anchors, module__served_rows=self.served_rows)

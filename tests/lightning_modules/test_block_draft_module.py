@@ -301,6 +301,7 @@ def test_q_star_decoding_takes_a_saved_drafter(data, tmp_path):
         ({"draft_vocabulary": 0}, "module.draft_vocabulary=0"),
         ({"pool_keeps": "states"}, "module.pool_keeps=states"),
         ({"gamma": -1}, "module.gamma=-1"),
+        ({"gamma": 4}, "module.gamma=4 is more than the 3 tokens of a draft; type module.gamma=3"),
         ({"costs": "guessed"}, "module.costs=guessed"),
     ],
 )
