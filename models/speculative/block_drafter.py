@@ -284,8 +284,11 @@ class BlockDrafter(nn.Module):
         logp: list[Tensor] = []
         for k in range(size):
             logp.append(shape(self.conditional(logits[:, k], tokens[-1] if tokens else last)))
-            drawn = draws.choose(logp[-1].exp()) if noise is None else draw_with_noise(logp[-1], noise[:, k])
-            tokens.append(drawn if self.proposed is None else self.proposed[drawn])
+            if noise is None:  # of the vocabulary, whose noise a verifier may share
+                tokens.append(draws.choose(self.in_vocabulary(logp[-1]).exp()))
+            else:
+                drawn = draw_with_noise(logp[-1], noise[:, k])
+                tokens.append(drawn if self.proposed is None else self.proposed[drawn])
         return BlockProposal(torch.stack(tokens, 1), self.in_vocabulary(torch.stack(logp, 1)))
 
     # -- training -----------------------------------------------------------------------------------------------------

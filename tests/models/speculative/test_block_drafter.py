@@ -496,6 +496,24 @@ def test_the_noise_of_a_text_draws_its_proposed_tokens():
     assert torch.equal(drawn[:, :2], tokens[:, :2])
 
 
+@pytest.mark.parametrize("dependence", ["none", "markov"])
+def test_some_tokens_are_drawn_with_the_noise_that_they_have_among_all(dependence):
+    drafter = some_tokens(models(torch.float64), dependence)
+    states, read = torch.randn(6, 5, sum(drafter.widths), dtype=torch.float64), torch.ones(6, 5, dtype=torch.bool)
+    noise = torch.randn(3, 6, V, dtype=torch.float64)
+
+    class Gumbel:
+        drawn = 0
+
+        def choose(self, p):
+            self.drawn += 1
+            return (p.log() + noise[self.drawn - 1]).argmax(-1)
+
+    found = drafter.propose(states, read, torch.arange(6), 3, Gumbel(), lambda logp: logp)
+    assert torch.equal(found.tokens, (found.logp + noise.transpose(0, 1)).argmax(-1))
+    assert len(found.tokens.unique()) == 3
+
+
 def test_the_chosen_tokens_are_kept_in_files(tmp_path):
     own = models()
     drafter = some_tokens(own, "markov")
