@@ -202,9 +202,16 @@ class BlockDraftModule(LeapModule):
         self._expected.zero_()
 
     def _settle(self, data: Any) -> None:
-        """What the corpus decides: the vocabulary and the ends of texts."""
+        """What the corpus decides: the vocabulary and the ends of texts. Errors: UsageError for a draft_vocabulary of all."""
         self.end_ids = data.end_ids()
-        self.drafter.vocab_size = min(self.drafter.vocab_size, vocabulary_size(data.tokenizer))
+        words = min(self.drafter.vocab_size, vocabulary_size(data.tokenizer))
+        some = self.options.draft_vocabulary
+        if some is not None and some >= words:
+            raise UsageError(
+                f"module.draft_vocabulary={some} leaves out none of the {words} tokens; type module.draft_vocabulary=null to "
+                "propose all"
+            )
+        self.drafter.vocab_size = words
 
     def decoder(self, scheme: Scheme, response_length: int) -> QStarDecoder:
         """Texts of the target, drafted as the scheme says."""

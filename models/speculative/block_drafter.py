@@ -145,10 +145,9 @@ class BlockDrafter(nn.Module):
             self.norm.weight.data.copy_(final.data)
         # 4. the tokens that are proposed
         words = config.vocab_size  # also those that are padding of the output layer
-        some = options.vocabulary or vocab_size
         self.proposed: Tensor | None
         # the first ones, until `propose_only` chooses them
-        self.register_buffer("proposed", torch.arange(some) if some < vocab_size else None)
+        self.register_buffer("proposed", None if options.vocabulary is None else torch.arange(options.vocabulary))
         # 5. dependence between the tokens
         if options.dependence == "markov":
             rank = min(options.rank, words)

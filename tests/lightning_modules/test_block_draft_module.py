@@ -29,10 +29,13 @@ def corpus() -> OracleDataModule:
     return data
 
 
-def network(data, seed):
+def network(data, seed, padding=0):
+    """padding: columns of the output layer that are no tokens."""
     torch.manual_seed(seed)
+    ids = data.special_ids()
+    ids["vocab_size"] += padding
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    model = build_causal(**data.special_ids(), **sizes, max_position_embeddings=32, rope_theta=10_000.0)
+    model = build_causal(**ids, **sizes, max_position_embeddings=32, rope_theta=10_000.0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim >= 2:
@@ -180,6 +183,21 @@ def test_proposed_tokens_are_the_frequent_ones_and_resume(data, tmp_path):
     assert torch.equal(resumed.drafter.proposed, chosen)
     for name, weight in weights(whole).items():
         assert torch.equal(weights(resumed)[name], weight)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_proposing_as_many_tokens_as_there_are_is_refused(data, tmp_path, extra):
+    """One fewer trains, and its files read back; a head wider than the tokenizer does not hide the rest."""
+    words = len(data.tokenizer)
+    options = {"draft_length": 2, "window": 4, "rank": 4, "draft_vocabulary": words + extra}
+    module = BlockDraftModule(network(data, 0, padding=3), **options)
+    if extra >= 0:
+        with pytest.raises(UsageError, match=rf"module\.draft_vocabulary={words + extra} .* the {words} tokens"):
+            quiet_trainer(1).fit(module, data)
+        return
+    quiet_trainer(1).fit(module, data)
+    again = load_drafter(module.export(tmp_path / "drafter"), module.verifiers)
+    assert torch.equal(again.proposed, module.drafter.proposed)
 
 
 def test_a_decoder_takes_the_length_that_the_options_say(data):

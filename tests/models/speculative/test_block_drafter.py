@@ -312,6 +312,16 @@ def test_ids_that_are_padding_of_the_output_layer_are_never_proposed(tmp_path):
         assert set(found.tokens.flatten().tolist()) == set(range(V - 2))
 
 
+@pytest.mark.parametrize("words", [V, V - 2])
+def test_a_vocabulary_that_shrinks_to_the_proposed_tokens_reads_back(tmp_path, words):
+    """The corpus decides the vocabulary after the network is built, and a file has the smaller one."""
+    own = models()
+    drafter = drafter_of(own, "markov", vocabulary=V - 2)
+    drafter.vocab_size = words
+    again = load_drafter(save_drafter(drafter, own, tmp_path / "drafter"), own)
+    assert torch.equal(again.proposed, drafter.proposed)
+
+
 def test_layers_are_early_middle_and_late():
     assert early_middle_late(30) == (8, 15, 30)
     assert early_middle_late(2) == (1, 2)
