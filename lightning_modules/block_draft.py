@@ -16,8 +16,9 @@ from lightning_modules.base import LeapModule
 from models.functional.block_draft import Survival
 from models.functional.errors import UsageError
 from models.functional.next_token import CausalText, causal_text
+from models.functional.ranks import summed
 from models.functional.rows import prompted_rows, response_columns, with_responses
-from models.functional.vocabulary import most_frequent, vocabulary_size
+from models.functional.vocabulary import most_frequent, token_counts, vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.speculative.block_drafter import BlockDrafter
 from models.speculative.block_options import BlockDraftOptions
@@ -116,14 +117,15 @@ class BlockDraftModule(LeapModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if not self._proposed_known:
-            self.drafter.propose_only(self._frequent_tokens().to(self.device))
+            self.drafter.propose_only(self._frequent_tokens())
             self._proposed_known = True
 
     def _frequent_tokens(self) -> Tensor:
-        """Of the first training batches, prompts included."""
+        """Of the first training batches of all ranks, prompts included."""
         found = map(prompted_rows, islice(self.trainer.datamodule.train_dataloader(), COUNTED_BATCHES))
         ids = (rows["input_ids"][rows["attention_mask"].bool() | rows["response_mask"]] for rows in found)
-        return most_frequent(ids, self.drafter.vocab_size)[: self.options.draft_vocabulary]
+        counts = summed(token_counts(ids, self.drafter.vocab_size).to(self.device))
+        return most_frequent(counts)[: self.options.draft_vocabulary]
 
     # -- texts --------------------------------------------------------------------------------------------------------
 

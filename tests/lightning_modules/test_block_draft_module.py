@@ -1,6 +1,7 @@
 """Training of a block drafter for one model and for a pair: texts, resume, files, and its figures beside decoding's."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.block_draft import BlockDraftModule
 from lightning_modules.qstar_decoding import QStarDecodingModule
 from models.backbones.causal import build_causal
+from models.functional import ranks
 from models.functional.errors import UsageError
 from models.functional.rows import prompted_rows
 from models.speculative.costs import ForwardCosts
@@ -183,6 +185,37 @@ def test_proposed_tokens_are_the_frequent_ones_and_resume(data, tmp_path):
     assert torch.equal(resumed.drafter.proposed, chosen)
     for name, weight in weights(whole).items():
         assert torch.equal(weights(resumed)[name], weight)
+
+
+def counting(data, batches, **options):
+    """A module whose training rows are these."""
+    module = build(data, **options)
+    loader = SimpleNamespace(train_dataloader=lambda: batches)
+    module._trainer = SimpleNamespace(datamodule=loader)
+    return module
+
+
+def test_prompts_and_responses_are_counted_and_padding_is_not(data):
+    ids = torch.tensor([[5, 5, 5, 7, 8, 8], [5, 5, 5, 9, 8, 8]])
+    prompt = torch.tensor([[False] * 3 + [True] + [False] * 2] * 2)
+    response = torch.tensor([[False] * 4 + [True] * 2] * 2)
+    rows = {"input_ids": ids, "attention_mask": prompt, "response_mask": response}
+    assert counting(data, [rows], draft_vocabulary=3)._frequent_tokens().tolist() == [8, 7, 9]
+
+
+def test_ranks_propose_the_frequent_tokens_of_all_rows(data, monkeypatch):
+    """By hand: the other rank has read the token 6 five times."""
+
+    def with_the_other(counts):
+        counts[6] += 5
+
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    rows = {"input_ids": torch.tensor([[7, 7, 7, 5]]), "attention_mask": mask, "response_mask": mask}
+    module = counting(data, [rows], draft_vocabulary=2)
+    assert module._frequent_tokens().tolist() == [7, 5]
+    monkeypatch.setattr(ranks, "is_distributed", lambda: True)
+    monkeypatch.setattr(ranks.dist, "all_reduce", with_the_other)
+    assert module._frequent_tokens().tolist() == [6, 7]
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
