@@ -71,7 +71,7 @@ class BlockDraftModule(LeapModule):
         # one model is q* of itself at any weight
         self.mixture = replace(options.mixture, theta_weight=1.0) if alone else options.mixture
         self.drafter = BlockDrafter(self.verifiers, options.drafter, second.config.get_text_config().vocab_size)
-        self._pool = TextPool(options.pool, options.pool_keeps == "reads")
+        self._pool = TextPool(options.pool_size, options.pool_keeps == "reads")
         self._proposed_known = options.draft_vocabulary is None
         self._decoders: list[QStarDecoder] = []
         self._totals: dict[int, DraftTotals] = defaultdict(DraftTotals)  # by decoder, over the batches of a test
@@ -197,7 +197,7 @@ class BlockDraftModule(LeapModule):
         super().setup(stage)
         data = self.trainer.datamodule
         self._settle(data)
-        if self.options.pool and self.trainer.world_size > 1:
+        if self._pool.size and self.trainer.world_size > 1:
             raise UsageError("module.pool keeps the texts of one process; type module.pool=0 with several devices")
         self._decoders = [self.decoder(scheme, data.response_length) for scheme in self.options.schemes]
         self._totals.clear()

@@ -187,6 +187,19 @@ def test_proposed_tokens_are_the_frequent_ones_and_resume(data, tmp_path):
         assert torch.equal(weights(resumed)[name], weight)
 
 
+@pytest.mark.parametrize(
+    ("texts", "keeps", "batches"),
+    [("data", "texts", 6), ("data", "reads", 2), ("target", "texts", 2), ("target", "reads", 2)],
+)
+def test_texts_of_the_data_are_kept_with_what_verifiers_make_of_them_alone(data, texts, keeps, batches):
+    module, read = build(data, texts=texts, pool=2, pool_keeps=keeps), set()
+    terms = module._terms
+    module._terms = lambda text, *given: read.add(tuple(text.ids.flatten().tolist())) or terms(text, *given)
+    quiet_trainer(6, limit_val_batches=0).fit(module, data)
+    assert len(read) == batches
+    assert len(module._pool.texts) == (2 if batches == 2 else 0)
+
+
 def counting(data, batches, **options):
     """A module whose training rows are these."""
     module = build(data, **options)
