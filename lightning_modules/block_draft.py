@@ -104,9 +104,17 @@ class BlockDraftModule(LeapModule):
         self._freeze_modes()
         return read_texts(self.verifiers, self.drafter, self.mixture, text)
 
-    def _terms(self, text: CausalText, read: Read, row: Tensor, anchor: Tensor, generator: Generator) -> BlockTerms:
+    def _terms(
+        self,
+        text: CausalText,
+        read: Read,
+        row: Tensor,
+        anchor: Tensor,
+        generator: Generator,
+        scored: Tensor | None = None,
+    ) -> BlockTerms:
         o = self.options
-        blocks = blocks_at(text, row, anchor, o.draft_length)
+        blocks = blocks_at(text, row, anchor, o.draft_length, scored)
         return block_terms(self.drafter, read, text, blocks, self.mixture, generator, ce=o.ce, tv=o.tv, decay=o.decay)
 
     def _freeze_modes(self) -> None:
@@ -184,12 +192,13 @@ class BlockDraftModule(LeapModule):
     def _at_served(
         self, rows: dict[str, Tensor], responses: Tensor, out: QStarOutput, generator: Generator
     ) -> BlockTerms:
-        """The training figure behind the anchors that decoding had, on the texts that it wrote."""
+        """The training figure behind the anchors that decoding had, on the texts that it wrote, of as many tokens a draft."""
         assert out.draft_starts is not None
         text = causal_text(with_responses(rows, responses, self.end_ids))
         row, start = out.draft_starts.unbind(-1)
         # the last committed token is one before the draft, and the inputs of a causal model are one column shorter
-        return self._terms(text, self._read(text), row, text.ids.shape[1] - responses.shape[1] + start, generator)
+        anchor = text.ids.shape[1] - responses.shape[1] + start
+        return self._terms(text, self._read(text), row, anchor, generator, out.draft_lengths)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 

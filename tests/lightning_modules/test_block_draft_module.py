@@ -111,6 +111,20 @@ def test_half_a_row_of_packed_text_is_the_prompt():
     assert rows["attention_mask"].all()
 
 
+@pytest.mark.parametrize("gamma", [1, "auto"])
+def test_the_training_figure_of_what_is_served_has_as_many_tokens_a_draft(data, gamma, monkeypatch):
+    module = build(data, gamma=gamma, costs="measured", pool=2, draft_length=4)
+    # a draft of one token costs little, and further ones pay only where they are often accepted
+    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given: ForwardCosts(0.1, 0.3))
+    quiet_trainer(20, limit_val_batches=0).fit(module, data)
+    rows = {name: column.repeat(8, 1) for name, column in prompted_rows(next(iter(data.val_dataloader()))).items()}
+    served = module._served(rows, torch.Generator().manual_seed(0))
+    assert 0.1 < float(served["served_length"]) == pytest.approx(float(served["length_at_served"]), rel=0.1)
+    module._terms = lambda *given, terms=module._terms: terms(*given[:5])  # the control: of whole blocks
+    whole = module._served(rows, torch.Generator().manual_seed(0))
+    assert float(whole["length_at_served"]) > 1.2 * float(served["served_length"])
+
+
 @pytest.mark.parametrize("dependence", ["markov", "noise"])
 def test_validation_shows_what_is_served_beside_the_training_figure(data, dependence):
     """The same anchors and texts: both figures agree but for sampling noise, and not with another drafter's."""

@@ -293,6 +293,8 @@ def test_blocks_end_with_their_text_and_anchors_are_scored_positions():
     assert blocks.tokens[:, 0].tolist() == [12, 14, 18]
     assert blocks.counts.tolist() == [[True, True, True], [True, True, False], [True, True, False]]
     assert blocks.at[:, 0].tolist() == [0, 2, 4]
+    short = blocks_at(text, torch.tensor([0, 0, 1]), torch.tensor([1, 3, 1]), 3, torch.tensor([1, 3, 0]))
+    assert short.counts.tolist() == [[True, False, False], [True, True, False], [False] * 3]
     gap = text._replace(weights=torch.tensor([[True, False, True, True, True]] * 2))
     assert blocks_at(gap, torch.tensor([0]), torch.tensor([0]), 3).counts.tolist() == [[True, False, False]]
     row, anchor = draw_anchors(text, 3, torch.Generator().manual_seed(0))

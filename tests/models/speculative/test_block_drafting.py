@@ -203,6 +203,9 @@ def test_a_draft_costs_one_forward_pass_and_acceptance_is_counted_by_position(ve
     assert out.totals.accepted_length == sum(out.accepted_at) / out.drafts
     assert out.draft_starts[:, 1].tolist() == sorted(out.draft_starts[:, 1].tolist())
     assert out.draft_starts[0].tolist() == [0, 1]
+    assert out.draft_lengths.shape == out.draft_starts[:, 0].shape
+    assert out.draft_lengths[0] == 3
+    assert int(out.draft_lengths.sum()) == out.drafted_tokens
 
 
 def test_a_single_model_runs_once_and_needs_no_pair():
