@@ -526,6 +526,15 @@ def test_some_tokens_are_drawn_with_the_noise_that_they_have_among_all(dependenc
     assert len(found.tokens.unique()) == 3
 
 
+def test_parameters_that_are_read_are_its_own_and_the_rows_of_the_head_that_it_needs():
+    own = models()
+    width = own["target"].config.hidden_size
+    for drafter, rows in ((some_tokens(own, "markov"), 3), (drafter_of(own, "markov"), V)):
+        table = drafter.previous.weight.numel()  # of which a row is looked up
+        held = sum(p.numel() for p in drafter.own_parameters().values())
+        assert drafter.parameters_read == held - table + rows * width
+
+
 def test_the_chosen_tokens_are_kept_in_files(tmp_path):
     own = models()
     drafter = some_tokens(own, "markov")
