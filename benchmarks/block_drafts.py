@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from app.build import build
 from models.backbones.causal_lm import load_trained
 from models.functional.next_token import read_columns, until_end
-from models.functional.rows import response_columns
+from models.functional.rows import prompted_rows, response_columns
 from models.functional.vocabulary import vocabulary_size
 from models.speculative.decoder import QStarDecoder
 from models.speculative.distribution import MixtureDist
@@ -72,14 +72,21 @@ def built(options: list[str], folder: Path) -> tuple[Any, Any]:
     return module.eval(), data
 
 
+def prompts_at(data: Any, chosen: list[int]) -> Rows:
+    """Prompts with room for their responses; of a row of text the first half is the prompt."""
+    return prompted_rows(data.rows["test"].__getitems__(chosen))
+
+
 def our_ways(module: Any, data: Any, drafter: nn.Module | None, args: argparse.Namespace) -> dict[str, Way]:
     alone = module.theta is module.target
     mixture = MixtureDist(1.0 if alone else module.mixture.theta_weight, top_k=1 if args.greedy else None)
 
+    room = response_columns(prompts_at(data, [0])["response_mask"])
+
     def way(scheme: Scheme, gamma: Any) -> Way:
         decoder = QStarDecoder(
             module.theta, module.target, scheme, DecodingOptions(mixture, gamma, costs="measured"),
-            response_length=data.response_length, vocab_size=vocabulary_size(data.tokenizer), end_ids=data.end_ids(),
+            response_length=room, vocab_size=vocabulary_size(data.tokenizer), end_ids=data.end_ids(),
             assistant=drafter,
         )  # fmt: skip
 
@@ -128,12 +135,12 @@ def ways_of_transformers(module: Any, data: Any, batch: int, args: argparse.Name
     return ways
 
 
-def measure(ways: dict[str, Way], rows: Any, batch: int, rounds: int, args: argparse.Namespace) -> list[Row]:
+def measure(ways: dict[str, Way], data: Any, batch: int, rounds: int, args: argparse.Namespace) -> list[Row]:
     """A row of the table for each way."""
     trials: dict[str, list[Trial]] = {name: [] for name in ways}
     for turn in range(args.warmup + rounds):
-        chosen = [(turn * batch + k) % len(rows) for k in range(batch)]
-        prompts = {name: column.to(args.device) for name, column in rows.__getitems__(chosen).items()}
+        chosen = [(turn * batch + k) % len(data.rows["test"]) for k in range(batch)]
+        prompts = {name: column.to(args.device) for name, column in prompts_at(data, chosen).items()}
         names = list(ways) if turn % 2 else list(ways)[::-1]
         for name in names:
             trial = timed_once(ways[name], prompts, args.seed + turn, args.device)
@@ -208,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     ours, rows = our_ways(module, data, drafter, args), []
     for batch, count in zip(args.batch, rounds, strict=True):
         peers = ways_of_transformers(module, data, batch, args) if module.theta is module.target else {}
-        rows += measure(ours | peers, data.rows["test"], batch, count, args)
+        rows += measure(ours | peers, data, batch, count, args)
     args.drafter, args.assistant = (str(path) if path else None for path in (args.drafter, args.assistant))
     result = build_result("block_drafts", args, device, rows, READING)
     number = lambda name: lambda row: format(row[name], ".2f") if name in row else ""  # noqa: E731

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from datamodules.oracle.datamodule import OracleDataModule
+from datamodules.packed_text import PackedTextDataModule
 from models.backbones.causal import build_causal
 from models.backbones.causal_lm import load_causal
 from models.speculative.block_drafter import BlockDrafter, BlockDrafterOptions
@@ -318,6 +319,21 @@ def test_block_drafts(benchmark, tmp_path, alone):
     naive, blocks = result["rows"][0], result["rows"][own.index("blocks of 3")]
     assert (naive["tokens_per_forward"], naive["accepted_length"]) == (1.0, 0.0)
     assert 1 <= blocks["tokens_per_forward"] <= 1 + 3
+
+
+def test_block_drafts_of_text_continue_the_first_half_of_each_row(benchmark, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} of a text about {n * n % 97}\n" for n in range(200)))
+    sizes = {"cut": "line", "tokenizer": "byte", "vocab_size": 600, "sequence_length": 12, "batch_size": 4, "eval_batch_size": 4}
+    data = PackedTextDataModule(name="text", train=str(text), cache_dir=tmp_path / "cache", **sizes)
+    data.setup()
+    folder = small_causal(tmp_path / "theta", data, 0)
+    options = ["experiment=block_draft_causal", f"model.path={folder}", f"data.train={text}", "data.cut=line"]
+    options += ["data.sequence_length=12", f"paths.cache_dir={tmp_path}/cache", "trainer.accelerator=cpu"]
+    rows = benchmark("block_drafts", "--options", *options, shape=[])["rows"]
+    check_finite(rows)
+    assert [row["name"] for row in rows][:2] == ["no drafts", "n-grams, auto"]
+    assert all(0 < row["tokens"] <= 2 * 6 for row in rows)
 
 
 def test_qstar_solver(benchmark):
