@@ -335,7 +335,10 @@ def test_all_ways_sample_as_the_module_does(monkeypatch, tmp_path, greedy):
     model = load_causal(small_causal(tmp_path / "theta", data, 0)).eval()
     model.generation_config = GenerationConfig(do_sample=True, temperature=9.0, top_p=0.1, repetition_penalty=1e4)
     mixture = MixtureDist(1.0, temperature=0.7, top_k=1, top_p=0.9)
-    module, args = SimpleNamespace(theta=model, target=model, mixture=mixture), Namespace(greedy=greedy, lookup=4, assistant=None)
+    module, args = (
+        SimpleNamespace(theta=model, target=model, mixture=mixture),
+        Namespace(greedy=greedy, lookup=4, assistant=None),
+    )
     # 1. ours
     used, decoder = [], benchmark.QStarDecoder
     monkeypatch.setattr(

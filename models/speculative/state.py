@@ -55,8 +55,8 @@ class QStarOutput:
     verified, accepted: by model, its proposed tokens that were verified (none after a rejection), and those accepted.
     forwards: by model, its forward passes for the whole batch.
     verified_at, accepted_at: by position in a draft, the tokens that were verified there, and those accepted.
-    draft_starts (D, 2), draft_lengths (D,): row and first position in `tokens` of each draft, and its tokens. undrafted: rounds, of each row counted alone, in
-    which q* was sampled without a draft.
+    draft_starts (D, 2), draft_lengths (D,): row and first position in `tokens` of each draft, and its tokens.
+    undrafted: rounds, of each row counted alone, in which q* was sampled without a draft.
     """
 
     tokens: Tensor
