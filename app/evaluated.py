@@ -345,12 +345,12 @@ def _masked(kind: str, model: Any, tokenizer: PreTrainedTokenizerFast, options: 
     rule = None if name == "forwards" or value is None else _rule(name, value)
 
     def decoder(request: TextRequest) -> Decoder:
-        blocks = block_count(request.length, sampling_blocks(model, options.block_length))
         how: dict[str, Any] = {"temperature": request.temperature, "guidance": options.guidance}
         how |= {"block_length": options.block_length}
         ends = end_ids(tokenizer)
         if rule is not None:
             return RuleDecoder(model, rule, request.length, end_ids=ends, ends_last=options.ends_last, **how)
+        blocks = block_count(request.length, sampling_blocks(model, options.block_length))
         forwards = request.length if value is None else int(value)
         if forwards % blocks or forwards > request.length:
             raise UsageError(

@@ -8,6 +8,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from timing import Row, as_ratio, build_result, new_parser, prepare, quartiles, show, with_spread, write_json
 from torch import Generator, Tensor, nn
+from transformers import GenerationConfig
 
 from app.build import build
 from models.backbones.causal_lm import load_trained
 from models.functional.next_token import read_columns, until_end
-from models.functional.rows import response_columns
+from models.functional.rows import prompted_rows, response_columns
 from models.functional.vocabulary import vocabulary_size
 from models.speculative.decoder import QStarDecoder
 from models.speculative.distribution import MixtureDist
@@ -39,7 +41,7 @@ way, forwards in one round and backwards in the next; a ratio is to no drafts wi
 ratio: of the clock that is named above; CPU: of processor time of this process. tokens/forward: for each forward pass of a
 verifier over a row, the prompt's and the token after a draft counted. accepted: tokens of a draft, the token after it not
 counted. auto: the length of the highest expected speed-up at measured costs. Greedy texts of one model are the same in every
-way up to rounding. Rows of transformers are of one model alone.
+way up to rounding. Rows of transformers are of one model alone. All ways sample at the module's temperature, top-k and top-p.
 """
 
 
@@ -72,14 +74,26 @@ def built(options: list[str], folder: Path) -> tuple[Any, Any]:
     return module.eval(), data
 
 
+def prompts_at(data: Any, chosen: list[int]) -> Rows:
+    """Prompts with room for their responses; of a row of text the first half is the prompt."""
+    return prompted_rows(data.rows["test"].__getitems__(chosen))
+
+
+def target_of(module: Any, greedy: bool) -> MixtureDist:
+    """The module's target; its most probable tokens where greedy."""
+    return replace(module.mixture, temperature=1.0, top_k=1, top_p=None) if greedy else module.mixture
+
+
 def our_ways(module: Any, data: Any, drafter: nn.Module | None, args: argparse.Namespace) -> dict[str, Way]:
     alone = module.theta is module.target
-    mixture = MixtureDist(1.0 if alone else module.mixture.theta_weight, top_k=1 if args.greedy else None)
+    mixture = target_of(module, args.greedy)
+
+    room = response_columns(prompts_at(data, [0])["response_mask"])
 
     def way(scheme: Scheme, gamma: Any) -> Way:
         decoder = QStarDecoder(
             module.theta, module.target, scheme, DecodingOptions(mixture, gamma, costs="measured"),
-            response_length=data.response_length, vocab_size=vocabulary_size(data.tokenizer), end_ids=data.end_ids(),
+            response_length=room, vocab_size=vocabulary_size(data.tokenizer), end_ids=data.end_ids(),
             assistant=drafter,
         )  # fmt: skip
 
@@ -101,7 +115,14 @@ def our_ways(module: Any, data: Any, drafter: nn.Module | None, args: argparse.N
 
 
 def ways_of_transformers(module: Any, data: Any, batch: int, args: argparse.Namespace) -> dict[str, Way]:
-    """Of one model; its drafts are for one text at a time."""
+    """Of one model; its drafts are for one text at a time. They sample as the module does, whatever the model's folder says."""
+    target = target_of(module, args.greedy)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if not args.greedy:
+        cut = {"top_k": target.top_k or 0, "top_p": target.top_p or 1.0}
+        sampling = {"do_sample": True, "temperature": target.temperature, **cut}
+    # what a call leaves out is taken from here
+    module.theta.generation_config = GenerationConfig()
     model, ends = module.theta, tuple(torch.as_tensor(data.end_ids()).flatten().tolist())
 
     def way(**more: Any) -> Way:
@@ -111,7 +132,6 @@ def ways_of_transformers(module: Any, data: Any, batch: int, args: argparse.Name
             seen = read_columns(rows)[:, :-columns]
             used = seen.any(0)
             ids = rows["input_ids"][:, :-columns][:, used]
-            sampling: dict[str, Any] = {"do_sample": False} if args.greedy else {"do_sample": True, "top_k": 0}
             texts = model.generate(
                 ids, attention_mask=seen[:, used].long(), max_new_tokens=columns, eos_token_id=list(ends) or None,
                 pad_token_id=ends[0] if ends else 0, use_cache=True, **sampling, **more,
@@ -128,12 +148,12 @@ def ways_of_transformers(module: Any, data: Any, batch: int, args: argparse.Name
     return ways
 
 
-def measure(ways: dict[str, Way], rows: Any, batch: int, rounds: int, args: argparse.Namespace) -> list[Row]:
+def measure(ways: dict[str, Way], data: Any, batch: int, rounds: int, args: argparse.Namespace) -> list[Row]:
     """A row of the table for each way."""
     trials: dict[str, list[Trial]] = {name: [] for name in ways}
     for turn in range(args.warmup + rounds):
-        chosen = [(turn * batch + k) % len(rows) for k in range(batch)]
-        prompts = {name: column.to(args.device) for name, column in rows.__getitems__(chosen).items()}
+        chosen = [(turn * batch + k) % len(data.rows["test"]) for k in range(batch)]
+        prompts = {name: column.to(args.device) for name, column in prompts_at(data, chosen).items()}
         names = list(ways) if turn % 2 else list(ways)[::-1]
         for name in names:
             trial = timed_once(ways[name], prompts, args.seed + turn, args.device)
@@ -208,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     ours, rows = our_ways(module, data, drafter, args), []
     for batch, count in zip(args.batch, rounds, strict=True):
         peers = ways_of_transformers(module, data, batch, args) if module.theta is module.target else {}
-        rows += measure(ours | peers, data.rows["test"], batch, count, args)
+        rows += measure(ours | peers, data, batch, count, args)
     args.drafter, args.assistant = (str(path) if path else None for path in (args.drafter, args.assistant))
     result = build_result("block_drafts", args, device, rows, READING)
     number = lambda name: lambda row: format(row[name], ".2f") if name in row else ""  # noqa: E731

@@ -16,8 +16,9 @@ from lightning_modules.base import LeapModule
 from models.functional.block_draft import Survival
 from models.functional.errors import UsageError
 from models.functional.next_token import CausalText, causal_text
+from models.functional.ranks import summed
 from models.functional.rows import prompted_rows, response_columns, with_responses
-from models.functional.vocabulary import most_frequent, vocabulary_size
+from models.functional.vocabulary import most_frequent, token_counts, vocabulary_size
 from models.interfaces.decoder import Decoder
 from models.speculative.block_drafter import BlockDrafter
 from models.speculative.block_options import BlockDraftOptions
@@ -70,7 +71,7 @@ class BlockDraftModule(LeapModule):
         # one model is q* of itself at any weight
         self.mixture = replace(options.mixture, theta_weight=1.0) if alone else options.mixture
         self.drafter = BlockDrafter(self.verifiers, options.drafter, second.config.get_text_config().vocab_size)
-        self._pool = TextPool(options.pool, options.pool_keeps == "reads")
+        self._pool = TextPool(options.pool_size, options.pool_keeps == "reads")
         self._proposed_known = options.draft_vocabulary is None
         self._decoders: list[QStarDecoder] = []
         self._totals: dict[int, DraftTotals] = defaultdict(DraftTotals)  # by decoder, over the batches of a test
@@ -103,9 +104,17 @@ class BlockDraftModule(LeapModule):
         self._freeze_modes()
         return read_texts(self.verifiers, self.drafter, self.mixture, text)
 
-    def _terms(self, text: CausalText, read: Read, row: Tensor, anchor: Tensor, generator: Generator) -> BlockTerms:
+    def _terms(
+        self,
+        text: CausalText,
+        read: Read,
+        row: Tensor,
+        anchor: Tensor,
+        generator: Generator,
+        scored: Tensor | None = None,
+    ) -> BlockTerms:
         o = self.options
-        blocks = blocks_at(text, row, anchor, o.draft_length)
+        blocks = blocks_at(text, row, anchor, o.draft_length, scored)
         return block_terms(self.drafter, read, text, blocks, self.mixture, generator, ce=o.ce, tv=o.tv, decay=o.decay)
 
     def _freeze_modes(self) -> None:
@@ -116,14 +125,15 @@ class BlockDraftModule(LeapModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if not self._proposed_known:
-            self.drafter.propose_only(self._frequent_tokens().to(self.device))
+            self.drafter.propose_only(self._frequent_tokens())
             self._proposed_known = True
 
     def _frequent_tokens(self) -> Tensor:
-        """Of the first training batches, prompts included."""
+        """Of the first training batches of all ranks, prompts included."""
         found = map(prompted_rows, islice(self.trainer.datamodule.train_dataloader(), COUNTED_BATCHES))
         ids = (rows["input_ids"][rows["attention_mask"].bool() | rows["response_mask"]] for rows in found)
-        return most_frequent(ids, self.drafter.vocab_size)[: self.options.draft_vocabulary]
+        counts = summed(token_counts(ids, self.drafter.vocab_size).to(self.device))
+        return most_frequent(counts)[: self.options.draft_vocabulary]
 
     # -- texts --------------------------------------------------------------------------------------------------------
 
@@ -182,12 +192,13 @@ class BlockDraftModule(LeapModule):
     def _at_served(
         self, rows: dict[str, Tensor], responses: Tensor, out: QStarOutput, generator: Generator
     ) -> BlockTerms:
-        """The training figure behind the anchors that decoding had, on the texts that it wrote."""
+        """The training figure behind the anchors that decoding had, on the texts that it wrote, of as many tokens a draft."""
         assert out.draft_starts is not None
         text = causal_text(with_responses(rows, responses, self.end_ids))
         row, start = out.draft_starts.unbind(-1)
         # the last committed token is one before the draft, and the inputs of a causal model are one column shorter
-        return self._terms(text, self._read(text), row, text.ids.shape[1] - responses.shape[1] + start, generator)
+        anchor = text.ids.shape[1] - responses.shape[1] + start
+        return self._terms(text, self._read(text), row, anchor, generator, out.draft_lengths)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
@@ -195,16 +206,23 @@ class BlockDraftModule(LeapModule):
         super().setup(stage)
         data = self.trainer.datamodule
         self._settle(data)
-        if self.options.pool and self.trainer.world_size > 1:
+        if self._pool.size and self.trainer.world_size > 1:
             raise UsageError("module.pool keeps the texts of one process; type module.pool=0 with several devices")
         self._decoders = [self.decoder(scheme, data.response_length) for scheme in self.options.schemes]
         self._totals.clear()
         self._expected.zero_()
 
     def _settle(self, data: Any) -> None:
-        """What the corpus decides: the vocabulary and the ends of texts."""
+        """What the corpus decides: the vocabulary and the ends of texts. Errors: UsageError for a draft_vocabulary of all."""
         self.end_ids = data.end_ids()
-        self.drafter.vocab_size = min(self.drafter.vocab_size, vocabulary_size(data.tokenizer))
+        words = min(self.drafter.vocab_size, vocabulary_size(data.tokenizer))
+        some = self.options.draft_vocabulary
+        if some is not None and some >= words:
+            raise UsageError(
+                f"module.draft_vocabulary={some} leaves out none of the {words} tokens; type module.draft_vocabulary=null to "
+                "propose all"
+            )
+        self.drafter.vocab_size = words
 
     def decoder(self, scheme: Scheme, response_length: int) -> QStarDecoder:
         """Texts of the target, drafted as the scheme says."""

@@ -102,11 +102,11 @@ class UniformMixtureModule(LeapModule):
     # -- comparison ---------------------------------------------------------------------------------------------------
 
     def decoders(self) -> list[Decoder]:
-        """The most probable tokens of a uniform index, then sampled ones."""
+        """The most probable tokens of a uniform index, then sampled ones; one decoder where temperature is 0."""
         data = self.trainer.datamodule
         return [
             MixtureDecoder(
                 self.mixture, data.response_length, temperature=t, vocab_size=vocabulary_size(data.tokenizer)
             )
-            for t in (0.0, self.temperature)
+            for t in dict.fromkeys((0.0, self.temperature))
         ]

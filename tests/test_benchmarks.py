@@ -6,15 +6,20 @@ import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from datamodules.oracle.datamodule import OracleDataModule
+from datamodules.packed_text import PackedTextDataModule
 from models.backbones.causal import build_causal
 from models.backbones.causal_lm import load_causal
 from models.speculative.block_drafter import BlockDrafter, BlockDrafterOptions
+from models.speculative.distribution import MixtureDist
 from models.speculative.drafter_files import save_drafter
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -318,6 +323,69 @@ def test_block_drafts(benchmark, tmp_path, alone):
     naive, blocks = result["rows"][0], result["rows"][own.index("blocks of 3")]
     assert (naive["tokens_per_forward"], naive["accepted_length"]) == (1.0, 0.0)
     assert 1 <= blocks["tokens_per_forward"] <= 1 + 3
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_all_ways_sample_as_the_module_does(monkeypatch, tmp_path, greedy):
+    """Whatever the model's folder says of generation. With top_k=1 samples are the most probable tokens too."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    benchmark = importlib.import_module("block_drafts")
+    data = OracleDataModule(size="tiny", style=0.5, train_rows=64, val_rows=16, test_rows=16)
+    data.setup()
+    model = load_causal(small_causal(tmp_path / "theta", data, 0)).eval()
+    model.generation_config = GenerationConfig(do_sample=True, temperature=9.0, top_p=0.1, repetition_penalty=1e4)
+    mixture = MixtureDist(1.0, temperature=0.7, top_k=1, top_p=0.9)
+    module, args = (
+        SimpleNamespace(theta=model, target=model, mixture=mixture),
+        Namespace(greedy=greedy, lookup=4, assistant=None),
+    )
+    # 1. ours
+    used, decoder = [], benchmark.QStarDecoder
+    monkeypatch.setattr(
+        benchmark, "QStarDecoder", lambda *given, **more: used.append(given[3].mixture) or decoder(*given, **more)
+    )
+    benchmark.our_ways(module, data, None, args)
+    wanted = MixtureDist(1.0, top_k=1) if greedy else mixture
+    assert used == [wanted] * len(used) != []
+    # 2. those of transformers
+    rows, calls, generate = benchmark.prompts_at(data, [0]), [], model.generate
+    model.generate = lambda ids, **more: calls.append((ids, more, generate(ids, **more))) or calls[-1][2]
+    ways = benchmark.ways_of_transformers(module, data, 1, args)
+    for way in ways.values():
+        way(rows, 0)
+    for ids, more, text in calls:
+        asked = {name: more.get(name) for name in ("do_sample", "temperature", "top_k", "top_p")}
+        cut = (
+            {"temperature": None, "top_k": None, "top_p": None}
+            if greedy
+            else {"temperature": 0.7, "top_k": 1, "top_p": 0.9}
+        )
+        assert asked == {"do_sample": not greedy} | cut
+        for length in range(ids.shape[1], text.shape[1]):
+            assert text[0, length] == model(text[:, :length]).logits[0, -1].argmax()
+    assert len(calls) == 2
+
+
+def test_block_drafts_of_text_continue_the_first_half_of_each_row(benchmark, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} of a text about {n * n % 97}\n" for n in range(200)))
+    sizes = {
+        "cut": "line",
+        "tokenizer": "byte",
+        "vocab_size": 600,
+        "sequence_length": 12,
+        "batch_size": 4,
+        "eval_batch_size": 4,
+    }
+    data = PackedTextDataModule(name="text", train=str(text), cache_dir=tmp_path / "cache", **sizes)
+    data.setup()
+    folder = small_causal(tmp_path / "theta", data, 0)
+    options = ["experiment=block_draft_causal", f"model.path={folder}", f"data.train={text}", "data.cut=line"]
+    options += ["data.sequence_length=12", f"paths.cache_dir={tmp_path}/cache", "trainer.accelerator=cpu"]
+    rows = benchmark("block_drafts", "--options", *options, shape=[])["rows"]
+    check_finite(rows)
+    assert [row["name"] for row in rows][:2] == ["no drafts", "n-grams, auto"]
+    assert all(0 < row["tokens"] <= 2 * 6 for row in rows)
 
 
 def test_qstar_solver(benchmark):

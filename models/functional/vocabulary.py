@@ -14,11 +14,16 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
-def most_frequent(ids: Iterable[Tensor], vocab_size: int) -> Tensor:
-    """All tokens (V,) from the most frequent one of ids, any shapes, on; the smaller of two that are as frequent first."""
+def token_counts(ids: Iterable[Tensor], vocab_size: int) -> Tensor:
+    """How often each token (V,) occurs in ids, any shapes."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for some in ids:
         counts += some.flatten().cpu().bincount(minlength=vocab_size)[:vocab_size]
+    return counts
+
+
+def most_frequent(counts: Tensor) -> Tensor:
+    """All tokens (V,) from the most frequent one on, from counts (V,); the smaller of two that are as frequent first."""
     return counts.argsort(descending=True, stable=True)
 
 

@@ -145,10 +145,9 @@ class BlockDrafter(nn.Module):
             self.norm.weight.data.copy_(final.data)
         # 4. the tokens that are proposed
         words = config.vocab_size  # also those that are padding of the output layer
-        some = options.vocabulary or vocab_size
         self.proposed: Tensor | None
         # the first ones, until `propose_only` chooses them
-        self.register_buffer("proposed", torch.arange(some) if some < vocab_size else None)
+        self.register_buffer("proposed", None if options.vocabulary is None else torch.arange(options.vocabulary))
         # 5. dependence between the tokens
         if options.dependence == "markov":
             rank = min(options.rank, words)
@@ -284,8 +283,11 @@ class BlockDrafter(nn.Module):
         logp: list[Tensor] = []
         for k in range(size):
             logp.append(shape(self.conditional(logits[:, k], tokens[-1] if tokens else last)))
-            drawn = draws.choose(logp[-1].exp()) if noise is None else draw_with_noise(logp[-1], noise[:, k])
-            tokens.append(drawn if self.proposed is None else self.proposed[drawn])
+            if noise is None:  # of the vocabulary, whose noise a verifier may share
+                tokens.append(draws.choose(self.in_vocabulary(logp[-1]).exp()))
+            else:
+                drawn = draw_with_noise(logp[-1], noise[:, k])
+                tokens.append(drawn if self.proposed is None else self.proposed[drawn])
         return BlockProposal(torch.stack(tokens, 1), self.in_vocabulary(torch.stack(logp, 1)))
 
     # -- training -----------------------------------------------------------------------------------------------------

@@ -24,9 +24,11 @@ class BlockDraftOptions:
     texts: drawn from the `target`, which is what it will draft for, or those of the `data`. pool: so many batches of drawn
         texts are kept and trained on in turn, with fresh anchors; 0 draws new ones in every step. pool_keeps: the `texts`, or
         also what the verifiers make of them (`reads`), which takes memory and saves their forward pass in every later step.
+        Texts of the data are kept with `reads` alone; without, every step takes the next ones.
     served_rows: rows of a validation batch that are decoded.
     schemes: the ways of drafting that `trainer.test` compares. gamma: tokens of a draft that is decoded; None takes
-        draft_length, and `auto` the length of the highest expected speed-up. verify, costs, cache: see `DecodingOptions`.
+        draft_length, which is also the most, and `auto` the length of the highest expected speed-up up to it, and at most 16.
+        verify, costs, cache: see `DecodingOptions`.
     """
 
     draft_length: int = 8
@@ -67,6 +69,11 @@ class BlockDraftOptions:
         require_choice("module.costs", self.costs, get_args(Costs))
         if self.gamma is not None:
             require_draft_length("module.gamma", self.gamma)
+            if self.gamma != "auto" and self.gamma > self.draft_length:
+                raise UsageError(
+                    f"module.gamma={self.gamma} is more than the {self.draft_length} tokens of a draft; type "
+                    f"module.gamma={self.draft_length}, or module.draft_length={self.gamma} for a drafter of longer drafts"
+                )
         require_choice("module.texts", self.texts, get_args(Texts))
         require_choice("module.pool_keeps", self.pool_keeps, get_args(PoolKeeps))
         require_at_least(1, module__anchors=self.anchors, module__served_rows=self.served_rows)
@@ -85,6 +92,11 @@ class BlockDraftOptions:
     def mixture(self) -> MixtureDist:
         """The target as these options define it."""
         return MixtureDist(self.theta_weight, self.temperature, self.top_k, self.top_p)
+
+    @property
+    def pool_size(self) -> int:
+        """Batches that are kept. Texts of the data cost nothing to draw again; only what verifiers make of them is worth it."""
+        return 0 if self.texts == "data" and self.pool_keeps == "texts" else self.pool
 
     @property
     def decoding(self) -> DecodingOptions:

@@ -78,14 +78,16 @@ def draw_anchors(text: CausalText, most: int, generator: Generator) -> tuple[Ten
     return rows[scored], anchors[scored]
 
 
-def blocks_at(text: CausalText, row: Tensor, anchor: Tensor, length: int) -> Blocks:
-    """The blocks of `length` tokens behind anchors (N,) of rows (N,)."""
+def blocks_at(text: CausalText, row: Tensor, anchor: Tensor, length: int, scored: Tensor | None = None) -> Blocks:
+    """The blocks of `length` tokens behind anchors (N,) of rows (N,). scored (N,): of each, its first tokens; None: all."""
     place = anchor.unsqueeze(-1) + torch.arange(
         length, device=anchor.device
     )  # of the position that predicts each token
     inside = place < text.ids.shape[1]
     place = place.clamp(max=text.ids.shape[1] - 1)
     counts = (text.weights[row.unsqueeze(-1), place] & inside).long().cumprod(-1).bool()
+    if scored is not None:
+        counts &= torch.arange(length, device=anchor.device) < scored.unsqueeze(-1)
     index = text.weights.flatten().long().cumsum(0).sub(1).clamp(min=0).view_as(text.ids)
     at = index[row.unsqueeze(-1), place]
     return Blocks(row, anchor, text.ids[row, anchor], text.targets[row.unsqueeze(-1), place], at, counts)

@@ -88,8 +88,8 @@ class QStarDecoder:
 
     def draft_options(self, prompts: Tensor) -> DraftOptions:
         """How a batch after these prompts (B, L) is drafted."""
-        unused = self.gamma != "auto" and self.draft != "alternate"
-        if self.options.costs == "parameters" or unused:
+        # without drafts no figure uses them; of a fixed length the expected speed-up does
+        if self.options.costs == "parameters" or self.gamma == 0:
             costs = ForwardCosts(parameter_cost(self.theta, self.target, self.draft, self.assistant), 0.0)
         elif (known := self._measured.get(len(prompts))) is not None:
             costs = known

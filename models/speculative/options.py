@@ -66,8 +66,9 @@ class DraftOptions:
 class DecodingOptions:
     """What a `QStarDecoder` generates, and how.
 
-    mixture: q* itself. gamma, verify: see `DraftOptions`. costs: where `gamma=auto` takes the cost of a draft from;
-    `measured` depends on the machine. cache: key-value caches; False reads whole prefixes in every forward pass.
+    mixture: q* itself. gamma, verify: see `DraftOptions`. costs: where `gamma=auto` and the expected speed-up take the cost of
+    a draft from; `parameters` counts further positions as free, and `measured` depends on the machine.
+    cache: key-value caches; False reads whole prefixes in every forward pass.
     """
 
     mixture: MixtureDist = field(default_factory=MixtureDist)

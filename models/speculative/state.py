@@ -55,8 +55,8 @@ class QStarOutput:
     verified, accepted: by model, its proposed tokens that were verified (none after a rejection), and those accepted.
     forwards: by model, its forward passes for the whole batch.
     verified_at, accepted_at: by position in a draft, the tokens that were verified there, and those accepted.
-    draft_starts (D, 2): row and first position in `tokens` of each draft. undrafted: rounds, of each row counted alone, in
-    which q* was sampled without a draft.
+    draft_starts (D, 2), draft_lengths (D,): row and first position in `tokens` of each draft, and its tokens.
+    undrafted: rounds, of each row counted alone, in which q* was sampled without a draft.
     """
 
     tokens: Tensor
@@ -74,6 +74,7 @@ class QStarOutput:
     verified_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     draft_starts: Tensor | None = None
+    draft_lengths: Tensor | None = None
     undrafted: int = 0
 
     @property
@@ -123,6 +124,7 @@ class QStarRun:
         self.drafts, self.drafted_tokens, self.undrafted = 0, 0, 0
         self.verified_at, self.accepted_at = [0] * draft_columns, [0] * draft_columns
         self.draft_starts: list[Tensor] = []
+        self.draft_lengths: list[Tensor] = []
         self.shared_noise, self._noise = shared_noise, torch.empty(0)
         self.verified, self.accepted, self.forwards = (dict.fromkeys(models, 0) for _ in range(3))
 
@@ -287,16 +289,17 @@ class QStarRun:
         self.drafts += int(active.sum())
         self.drafted_tokens += int(lengths[active].sum())
         self.draft_starts.append(torch.stack([self.rows, self.generated], -1)[active])
+        self.draft_lengths.append(lengths[active])
 
     def output(self) -> QStarOutput:
         beyond = torch.arange(self.rules.max_new_tokens, device=self.ids.device) >= self.new_lengths.unsqueeze(-1)
         tokens = self.new_tokens.masked_fill(beyond, next(iter(self.rules.eos_ids), 0))
         f = self.figures
+        starts, sizes = (torch.cat(found) if found else None for found in (self.draft_starts, self.draft_lengths))
         return QStarOutput(
             tokens, self.new_lengths, f["alpha"], f["chernoff"], f["theta"], f["target"], f["log_q"],
             self.drafts, self.drafted_tokens, self.verified, self.accepted, self.forwards,
-            self.verified_at, self.accepted_at, torch.cat(self.draft_starts) if self.draft_starts else None,
-            self.undrafted,
+            self.verified_at, self.accepted_at, starts, sizes, self.undrafted,
         )  # fmt: skip
 
 

@@ -214,6 +214,7 @@ def test_rolling_bounds_do_not_count_a_bos(tmp_path):
         ({"decoder": "confidence:0.0001"}, 1.0),
         ({"decoder": "factor:1e9"}, 1.0),
         ({"decoder": "entropy:1000", "block_length": 4}, 2.0),
+        ({"decoder": "entropy:1000", "block_length": 3}, 3.0),
     ],
 )
 def test_forward_passes_of_a_masked_model_are_those_of_its_decoder(masked, options, passes):

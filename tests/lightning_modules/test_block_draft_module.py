@@ -1,6 +1,7 @@
 """Training of a block drafter for one model and for a pair: texts, resume, files, and its figures beside decoding's."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from datamodules.oracle.datamodule import OracleDataModule
 from lightning_modules.block_draft import BlockDraftModule
 from lightning_modules.qstar_decoding import QStarDecodingModule
 from models.backbones.causal import build_causal
+from models.functional import ranks
 from models.functional.errors import UsageError
 from models.functional.rows import prompted_rows
+from models.speculative.costs import ForwardCosts
 from models.speculative.decoder import prompts_of
 from models.speculative.drafter_files import load_drafter, read_drafter
 from models.speculative.options import QStarOptions
@@ -28,10 +31,13 @@ def corpus() -> OracleDataModule:
     return data
 
 
-def network(data, seed):
+def network(data, seed, padding=0):
+    """padding: columns of the output layer that are no tokens."""
     torch.manual_seed(seed)
+    ids = data.special_ids()
+    ids["vocab_size"] += padding
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    model = build_causal(**data.special_ids(), **sizes, max_position_embeddings=32, rope_theta=10_000.0)
+    model = build_causal(**ids, **sizes, max_position_embeddings=32, rope_theta=10_000.0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim >= 2:
@@ -103,6 +109,20 @@ def test_half_a_row_of_packed_text_is_the_prompt():
     rows = prompted_rows({"input_ids": ids, "labels": ids})
     assert rows["response_mask"].tolist() == [[False] * 3 + [True] * 3] * 2
     assert rows["attention_mask"].all()
+
+
+@pytest.mark.parametrize("gamma", [1, "auto"])
+def test_the_training_figure_of_what_is_served_has_as_many_tokens_a_draft(data, gamma, monkeypatch):
+    module = build(data, gamma=gamma, costs="measured", pool=2, draft_length=4)
+    # a draft of one token costs little, and further ones pay only where they are often accepted
+    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given: ForwardCosts(0.1, 0.3))
+    quiet_trainer(20, limit_val_batches=0).fit(module, data)
+    rows = {name: column.repeat(8, 1) for name, column in prompted_rows(next(iter(data.val_dataloader()))).items()}
+    served = module._served(rows, torch.Generator().manual_seed(0))
+    assert 0.1 < float(served["served_length"]) == pytest.approx(float(served["length_at_served"]), rel=0.1)
+    module._terms = lambda *given, terms=module._terms: terms(*given[:5])  # the control: of whole blocks
+    whole = module._served(rows, torch.Generator().manual_seed(0))
+    assert float(whole["length_at_served"]) > 1.2 * float(served["served_length"])
 
 
 @pytest.mark.parametrize("dependence", ["markov", "noise"])
@@ -181,6 +201,65 @@ def test_proposed_tokens_are_the_frequent_ones_and_resume(data, tmp_path):
         assert torch.equal(weights(resumed)[name], weight)
 
 
+@pytest.mark.parametrize(
+    ("texts", "keeps", "batches"),
+    [("data", "texts", 6), ("data", "reads", 2), ("target", "texts", 2), ("target", "reads", 2)],
+)
+def test_texts_of_the_data_are_kept_with_what_verifiers_make_of_them_alone(data, texts, keeps, batches):
+    module, read = build(data, texts=texts, pool=2, pool_keeps=keeps), set()
+    terms = module._terms
+    module._terms = lambda text, *given: read.add(tuple(text.ids.flatten().tolist())) or terms(text, *given)
+    quiet_trainer(6, limit_val_batches=0).fit(module, data)
+    assert len(read) == batches
+    assert len(module._pool.texts) == (2 if batches == 2 else 0)
+
+
+def counting(data, batches, **options):
+    """A module whose training rows are these."""
+    module = build(data, **options)
+    loader = SimpleNamespace(train_dataloader=lambda: batches)
+    module._trainer = SimpleNamespace(datamodule=loader)
+    return module
+
+
+def test_prompts_and_responses_are_counted_and_padding_is_not(data):
+    ids = torch.tensor([[5, 5, 5, 7, 8, 8], [5, 5, 5, 9, 8, 8]])
+    prompt = torch.tensor([[False] * 3 + [True] + [False] * 2] * 2)
+    response = torch.tensor([[False] * 4 + [True] * 2] * 2)
+    rows = {"input_ids": ids, "attention_mask": prompt, "response_mask": response}
+    assert counting(data, [rows], draft_vocabulary=3)._frequent_tokens().tolist() == [8, 7, 9]
+
+
+def test_ranks_propose_the_frequent_tokens_of_all_rows(data, monkeypatch):
+    """By hand: the other rank has read the token 6 five times."""
+
+    def with_the_other(counts):
+        counts[6] += 5
+
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    rows = {"input_ids": torch.tensor([[7, 7, 7, 5]]), "attention_mask": mask, "response_mask": mask}
+    module = counting(data, [rows], draft_vocabulary=2)
+    assert module._frequent_tokens().tolist() == [7, 5]
+    monkeypatch.setattr(ranks, "is_distributed", lambda: True)
+    monkeypatch.setattr(ranks.dist, "all_reduce", with_the_other)
+    assert module._frequent_tokens().tolist() == [6, 7]
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_proposing_as_many_tokens_as_there_are_is_refused(data, tmp_path, extra):
+    """One fewer trains, and its files read back; a head wider than the tokenizer does not hide the rest."""
+    words = len(data.tokenizer)
+    options = {"draft_length": 2, "window": 4, "rank": 4, "draft_vocabulary": words + extra}
+    module = BlockDraftModule(network(data, 0, padding=3), **options)
+    if extra >= 0:
+        with pytest.raises(UsageError, match=rf"module\.draft_vocabulary={words + extra} .* the {words} tokens"):
+            quiet_trainer(1).fit(module, data)
+        return
+    quiet_trainer(1).fit(module, data)
+    again = load_drafter(module.export(tmp_path / "drafter"), module.verifiers)
+    assert torch.equal(again.proposed, module.drafter.proposed)
+
+
 def test_a_decoder_takes_the_length_that_the_options_say(data):
     for given, wanted in ((None, 3), (2, 2), ("auto", "auto")):
         module = build(data, gamma=given, costs="measured")
@@ -190,6 +269,16 @@ def test_a_decoder_takes_the_length_that_the_options_say(data):
     out = decoder.decode(*prompts_of(prompted_rows(data.rows["test"][:4])), 8, TorchRandomSource(torch.Generator()))
     assert (out.lengths > 0).all()
     assert list(decoder._measured) == [4]
+
+
+@pytest.mark.parametrize(("scheme", "gamma", "timed"), [("block_drafter", 2, True), ("naive", 2, False)])
+def test_measured_costs_are_those_of_a_fixed_length_too(data, scheme, gamma, timed, monkeypatch):
+    found = ForwardCosts(0.25, 0.125)
+    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given: found)
+    module = build(data, gamma=gamma, costs="measured")
+    module.end_ids = data.end_ids()
+    drafting = module.decoder(scheme, data.response_length).draft_options(torch.ones(4, 2))
+    assert ((drafting.cost, drafting.position_cost) == found) == timed
 
 
 def test_every_micro_batch_has_texts_of_its_own_in_the_pool(data):
@@ -290,6 +379,7 @@ def test_q_star_decoding_takes_a_saved_drafter(data, tmp_path):
         ({"draft_vocabulary": 0}, "module.draft_vocabulary=0"),
         ({"pool_keeps": "states"}, "module.pool_keeps=states"),
         ({"gamma": -1}, "module.gamma=-1"),
+        ({"gamma": 4}, "module.gamma=4 is more than the 3 tokens of a draft; type module.gamma=3"),
         ({"costs": "guessed"}, "module.costs=guessed"),
     ],
 )

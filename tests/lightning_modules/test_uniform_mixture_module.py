@@ -40,6 +40,15 @@ def test_the_record_has_the_exact_likelihood_and_one_forward_pass(tmp_path, tiny
     assert found["val/loss"] != pytest.approx(figures["nll_exact"])  # of other texts
 
 
+@pytest.mark.parametrize(("temperature", "decoders"), [(0, 1), (0.5, 2)])
+def test_every_decoder_has_a_name_of_its_own(tiny_oracle, temperature, decoders):
+    module = build(tiny_oracle, temperature=temperature)
+    module.trainer = quiet_trainer(1)
+    module.trainer.datamodule = tiny_oracle
+    names = [decoder.name for decoder in module.decoders()]
+    assert len(names) == len(set(names)) == decoders
+
+
 def test_resumed_is_uninterrupted(tmp_path, tiny_oracle):
     whole, resumed = build(tiny_oracle), build(tiny_oracle)
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)

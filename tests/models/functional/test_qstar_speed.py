@@ -133,3 +133,10 @@ def test_block_speed_up_is_the_expectation_over_all_outcomes():
 def test_best_block_length_is_that_of_all_lengths_enumerated(rates, cost, w, best):
     speeds = {0: 1.0} | {k: speedup_by_position(rates[:k], cost, w) for k in range(1, len(rates) + 1)}
     assert best_block_length(rates, cost, w) == max(speeds, key=speeds.get) == best
+
+
+def test_where_positions_are_free_a_block_is_drafted_whole_or_not_at_all():
+    draw = random.Random(0)
+    drawn = [[draw.random() for _ in range(6)] for _ in range(500)]
+    for w, lengths in ((0.0, {0, 6}), (0.1, set(range(7)))):
+        assert {best_block_length(rates, 0.3, w) for rates in drawn} == lengths

@@ -293,6 +293,8 @@ def test_blocks_end_with_their_text_and_anchors_are_scored_positions():
     assert blocks.tokens[:, 0].tolist() == [12, 14, 18]
     assert blocks.counts.tolist() == [[True, True, True], [True, True, False], [True, True, False]]
     assert blocks.at[:, 0].tolist() == [0, 2, 4]
+    short = blocks_at(text, torch.tensor([0, 0, 1]), torch.tensor([1, 3, 1]), 3, torch.tensor([1, 3, 0]))
+    assert short.counts.tolist() == [[True, False, False], [True, True, False], [False] * 3]
     gap = text._replace(weights=torch.tensor([[True, False, True, True, True]] * 2))
     assert blocks_at(gap, torch.tensor([0]), torch.tensor([0]), 3).counts.tolist() == [[True, False, False]]
     row, anchor = draw_anchors(text, 3, torch.Generator().manual_seed(0))
@@ -310,6 +312,16 @@ def test_ids_that_are_padding_of_the_output_layer_are_never_proposed(tmp_path):
         found = kept.propose(states, read, last.long(), 3, draws, lambda logp: logp)
         assert found.logp.shape == (200, 3, V - 2)
         assert set(found.tokens.flatten().tolist()) == set(range(V - 2))
+
+
+@pytest.mark.parametrize("words", [V, V - 2])
+def test_a_vocabulary_that_shrinks_to_the_proposed_tokens_reads_back(tmp_path, words):
+    """The corpus decides the vocabulary after the network is built, and a file has the smaller one."""
+    own = models()
+    drafter = drafter_of(own, "markov", vocabulary=V - 2)
+    drafter.vocab_size = words
+    again = load_drafter(save_drafter(drafter, own, tmp_path / "drafter"), own)
+    assert torch.equal(again.proposed, drafter.proposed)
 
 
 def test_layers_are_early_middle_and_late():
@@ -494,6 +506,33 @@ def test_the_noise_of_a_text_draws_its_proposed_tokens():
     # the noise of the last position is read by none, and was not searched for
     drawn = drafter.propose(states, read, last, 3, Same(), lambda logp: logp).tokens
     assert torch.equal(drawn[:, :2], tokens[:, :2])
+
+
+@pytest.mark.parametrize("dependence", ["none", "markov"])
+def test_some_tokens_are_drawn_with_the_noise_that_they_have_among_all(dependence):
+    drafter = some_tokens(models(torch.float64), dependence)
+    states, read = torch.randn(6, 5, sum(drafter.widths), dtype=torch.float64), torch.ones(6, 5, dtype=torch.bool)
+    noise = torch.randn(3, 6, V, dtype=torch.float64)
+
+    class Gumbel:
+        drawn = 0
+
+        def choose(self, p):
+            self.drawn += 1
+            return (p.log() + noise[self.drawn - 1]).argmax(-1)
+
+    found = drafter.propose(states, read, torch.arange(6), 3, Gumbel(), lambda logp: logp)
+    assert torch.equal(found.tokens, (found.logp + noise.transpose(0, 1)).argmax(-1))
+    assert len(found.tokens.unique()) == 3
+
+
+def test_parameters_that_are_read_are_its_own_and_the_rows_of_the_head_that_it_needs():
+    own = models()
+    width = own["target"].config.hidden_size
+    for drafter, rows in ((some_tokens(own, "markov"), 3), (drafter_of(own, "markov"), V)):
+        table = drafter.previous.weight.numel()  # of which a row is looked up
+        held = sum(p.numel() for p in drafter.own_parameters().values())
+        assert drafter.parameters_read == held - table + rows * width
 
 
 def test_the_chosen_tokens_are_kept_in_files(tmp_path):

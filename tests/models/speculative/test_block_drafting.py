@@ -4,6 +4,7 @@ Drafters are tables here, so that every rule of drafting and verification is see
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from models.speculative.distribution import MixtureDist
 from models.speculative.ngram import NgramScores
 from models.speculative.options import DraftOptions
 from models.speculative.random_source import TorchRandomSource, enumerate_outcomes
+from models.speculative.roles import roles
 from models.speculative.state import TextRules
 
 GRID = 2  # of uniform noise; the drafter of `noise` has probabilities that are multiples of 1 / GRID
@@ -203,6 +205,9 @@ def test_a_draft_costs_one_forward_pass_and_acceptance_is_counted_by_position(ve
     assert out.totals.accepted_length == sum(out.accepted_at) / out.drafts
     assert out.draft_starts[:, 1].tolist() == sorted(out.draft_starts[:, 1].tolist())
     assert out.draft_starts[0].tolist() == [0, 1]
+    assert out.draft_lengths.shape == out.draft_starts[:, 0].shape
+    assert out.draft_lengths[0] == 3
+    assert int(out.draft_lengths.sum()) == out.drafted_tokens
 
 
 def test_a_single_model_runs_once_and_needs_no_pair():
@@ -249,6 +254,38 @@ def test_lengths_that_follow_acceptance_keep_the_distribution(dependence, verify
     monkeypatch.setattr(decode_module, "_draft_length", recorded)
     assert error(dependence, length=3, gamma="auto", verify=verify, cost=0.4, w=0.35) < 1e-12
     assert lengths == {0, 3}  # after a rejection at the first position a draft no longer pays
+
+
+def length_chosen(accepted, verified, cost, position_cost, rounds=1, longest=3):
+    """What gamma=auto drafts after so many rounds and such counts by position."""
+    drafting = DraftOptions("block_drafter", "auto", "token", cost, position_cost)
+    blocks = SimpleNamespace(block_length=longest)
+    run = SimpleNamespace(models={"block_drafter": blocks}, accepted_at=accepted, verified_at=verified)
+    return decode_module._draft_length(run, drafting, roles(drafting), rounds)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "verified", "position_cost", "wanted"),
+    [
+        ([97, 0, 0, 0], [100, 97, 0, 0], 0.1, 1),  # the rate of all positions together would draft two
+        ([97, 90, 80, 0], [100, 97, 90, 0], 0.1, 3),
+        ([0, 90, 80, 0], [100, 95, 90, 0], 0.1, 0),  # nothing behind a token that is never accepted counts
+        ([0, 0, 0, 0], [0, 0, 0, 0], 0.5, 2),  # the rates that it begins with, three of four
+    ],
+)
+def test_the_length_of_a_block_follows_the_rate_of_each_position(accepted, verified, position_cost, wanted):
+    assert length_chosen(accepted, verified, 0.2, position_cost) == wanted
+
+
+def test_a_block_is_at_most_as_long_as_the_longest_draft():
+    for longest, wanted in ((5, 5), (40, 16)):
+        assert length_chosen([0] * 18, [0] * 18, 0.1, 0.0, longest=longest) == wanted
+
+
+def test_one_token_of_a_block_is_drafted_now_and_then_where_no_draft_pays():
+    found = [length_chosen([0] * 4, [0] * 4, 9.0, 0.1, rounds) for rounds in range(40)]
+    assert [rounds for rounds, length in enumerate(found) if length] == [15, 31]
+    assert set(found) == {0, 1}
 
 
 def test_a_length_that_depends_on_the_drafted_tokens_fails(monkeypatch):

@@ -23,11 +23,14 @@ MODELS = {
 PROMPTS = torch.randint(4, V, (4, 6), generator=torch.Generator().manual_seed(0))
 
 
-def block_drafter(dependence):
+def block_drafter(dependence, proposed=None):
     torch.manual_seed(0)
     verifiers = {name: MODELS[name] for name in ("theta", "target")}
-    options = BlockDrafterOptions(draft_length=4, window=6, dependence=dependence, rank=4)
-    return BlockDrafter(verifiers, options, V).double().eval()
+    options = BlockDrafterOptions(draft_length=4, window=6, dependence=dependence, rank=4, vocabulary=proposed)
+    drafter = BlockDrafter(verifiers, options, V).double().eval()
+    if proposed is not None:  # the last ones, so that a column is not the token of its number
+        drafter.propose_only(torch.arange(V - proposed, V).flip(0))
+    return drafter
 
 
 def texts(draft, third=None, verify="shared_noise", gamma=4, seed=0):
@@ -45,6 +48,9 @@ DRAFTERS = {
     "none": lambda: ("block_drafter", block_drafter("none")),
     "markov": lambda: ("block_drafter", block_drafter("markov")),
     "noise": lambda: ("block_drafter", block_drafter("noise")),
+    "none, some tokens": lambda: ("block_drafter", block_drafter("none", 6)),
+    "markov, some tokens": lambda: ("block_drafter", block_drafter("markov", 6)),
+    "noise, some tokens": lambda: ("block_drafter", block_drafter("noise", 6)),
     "ngram": lambda: ("assistant", NgramScores(V)),
     "a third model": lambda: ("assistant", MODELS["third"]),
     "theta itself": lambda: ("assistant", MODELS["theta"]),
