@@ -48,7 +48,8 @@ def quoted(arguments: list[str]) -> list[str]:
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
-    flags, options = [], []
+    flags: list[str] = []
+    options: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         is_flag = argument.startswith("-")
