@@ -112,6 +112,7 @@ def test_a_teacher_that_is_not_there_is_answered_with_what_to_type(configure, co
         modes.fit(configure("experiment=meanflow_from_causal", *corpus))
 
 
+@pytest.mark.slow
 def test_resumed_it_is_the_uninterrupted_run(configure, corpus, teacher, tmp_path):
     typed = ["experiment=meanflow_from_causal", f"teacher.path={teacher}", *corpus, "module.forwards=[1]"]
     typed += [*METHODS["noisy_mask_flow_causal"], "trainer.max_steps=6", "trainer.val_check_interval=3"]

@@ -225,7 +225,7 @@ def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path,
         modes.generate(configure(*short, *ask, "plan='z=3'"))
 
 
-@pytest.mark.parametrize("name", ["concept_qwen", "plan_write_qwen"])
+@pytest.mark.parametrize("name", daily(["concept_qwen", "plan_write_qwen"], "plan_write_qwen"))
 def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, capsys, name):
     plain = configure(f"experiment={name}")
     lengths = ["data.prompt_length=16", "data.response_length=16", "trainer.max_steps=2", "logger=none"]
@@ -241,6 +241,7 @@ def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, c
             modes.fit(configure(f"experiment={name}", *small, "data.group_by_length=true"))
 
 
+@pytest.mark.slow
 def test_each_stage_runs_alone_from_the_student_of_another(configure, tmp_path):
     stages = ("adapt", "flow", "polish")
     only = {name: [f"module.stages.{other}.share={int(other == name)}" for other in stages] for name in stages}

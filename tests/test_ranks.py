@@ -20,6 +20,7 @@ SHORT = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_ranks_train_compare_and_save(tmp_path):
     places = [f"paths.output_dir={tmp_path}/out", f"paths.cache_dir={tmp_path}/cache"]
     done = subprocess.run(

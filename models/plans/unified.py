@@ -123,7 +123,8 @@ class UnifiedModel(nn.Module):
     def choice_logits(self, states: Tensor, slots: list[int] | None = None) -> Tensor:
         """Logits (B, n, W), at least float32, of these slots or all, from the states (B, n, D) before them."""
         own = slice(None) if slots is None else slots
-        logits = torch.einsum("bsd,swd->bsw", states, self.new_head.weight[self.choices[own]])
+        heads = at_least_float32(self.new_head.weight[self.choices[own]])
+        logits = torch.einsum("bsd,swd->bsw", states, heads)
         return at_least_float32(logits).masked_fill(~self.possible[own], IMPOSSIBLE)
 
 
