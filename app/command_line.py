@@ -1,6 +1,5 @@
 """Mistakes of the command line get a sentence that says what to type, before Hydra composes and any library is read."""
 
-import itertools
 import os
 import re
 from difflib import get_close_matches
@@ -15,20 +14,13 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from app.flags import CHECKED, flags_and_options, flags_first, is_sweep, require_known_flags
 from app.renamed import NAMES, instead_of
 from models.functional.errors import UsageError
 from reporting.command import option, shell
 
 CONF = Path(__file__).parents[1] / "conf"
-MULTIRUN = ("-m", "--multirun")
-CHECKED = (*MULTIRUN, "-r", "--run", "--resolve")  # flags beside which options are checked
 MODES = ("fit", "test", "generate", "export", "report")
-TAKE_A_VALUE = ("-c", "--cfg", "-p", "--package")
-# those of Hydra, and run.py's own
-FLAGS = (
-    "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "config-path",
-    "config-name", "config-dir", "experimental-rerun", "info", "list",
-)  # fmt: skip
 # options that hold plain text; a path (or a token) may be a list of several
 PROMPTS = ("prompt", "example_prompt")
 PATHS = re.compile(
@@ -41,22 +33,10 @@ def quoted(arguments: list[str]) -> list[str]:
     """The arguments, with quotes for Hydra around prompts and paths that its grammar takes for something else, and ~ replaced.
 
     Hydra reads brackets, equals signs and commas, which are characters like any others there. A value in quotes stays as it
-    is; in a sweep (-m) a comma separates two values. Flags come first: Hydra reads no options behind one in the middle.
+    is; in a sweep (-m) a comma separates two values. Flags come first (`flags_first`).
     """
-    sweep = any(flag in arguments for flag in MULTIRUN)
-    return [_quoted(argument, sweep) for argument in _flags_first(arguments)]
-
-
-def _flags_first(arguments: list[str]) -> list[str]:
-    flags: list[str] = []
-    options: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        is_flag = argument.startswith("-")
-        (flags if is_flag else options).append(argument)
-        if argument in TAKE_A_VALUE:
-            flags += itertools.islice(rest, 1)
-    return flags + options
+    sweep = is_sweep(arguments)
+    return [_quoted(argument, sweep) for argument in flags_first(arguments)]
 
 
 def _quoted(argument: str, sweep: bool) -> str:
@@ -97,13 +77,13 @@ def mistake_in(arguments: list[str]) -> str | None:
 
 
 def _check(arguments: list[str]) -> None:
-    _require_no_dashes(arguments)
+    require_known_flags(arguments)
     typed = _options(arguments)
     if typed is None:
         return
     overrides = [_parsed(text) for text in typed]
     for override in overrides:
-        _require_one_value(override, sweep=any(flag in arguments for flag in MULTIRUN))
+        _require_one_value(override, sweep=is_sweep(arguments))
         _require_folder(override)
     groups = [override for override in overrides if _is_group(override)]
     for override in groups:
@@ -126,41 +106,10 @@ def _check(arguments: list[str]) -> None:
         raise UsageError(NO_EXPERIMENT)
 
 
-def _require_no_dashes(arguments: list[str]) -> None:
-    for argument in arguments:
-        name, equals, value = argument.lstrip("-").partition("=")
-        is_long = argument.startswith("--")
-        if argument.startswith("--list="):
-            raise UsageError(f"{argument}: type --list alone")
-        if not argument.startswith("-") or (is_long and name in FLAGS):
-            continue
-        if is_long and not equals:
-            close = [flag for flag in FLAGS if name and flag.startswith(name)] or get_close_matches(
-                name, FLAGS, cutoff=0.7
-            )
-            advice = (
-                f"did you mean --{close[0]}?" if close else f"options have no dashes; type {name or '<name>'}=<value>"
-            )
-            raise UsageError(f"{argument} is no flag; {advice}")
-        if equals and (is_long or len(name) > 1):
-            raise UsageError(f"{argument}: options have no dashes; type {name}={value}, or --help or --list")
-
-
 def _options(arguments: list[str]) -> list[str] | None:
     """The arguments that are options; None where a flag asks for something that is not ours to check."""
-    options, skip = [], False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument in TAKE_A_VALUE:
-            skip = True
-        elif argument in CHECKED:
-            continue
-        elif argument.startswith("-"):
-            return None
-        else:
-            options.append(argument)
-    return options
+    flags, options = flags_and_options(arguments)
+    return options if all(flag in CHECKED for flag, *_ in flags) else None
 
 
 def _parsed(text: str) -> Override:
@@ -169,24 +118,27 @@ def _parsed(text: str) -> Override:
     if override is not None:
         return override
     name, equals, value = text.partition("=")
-    if not equals and name in ("list", "help"):
-        raise UsageError(f"{text}: type --{name}")
-    if not equals and name in MODES:
-        raise UsageError(f"{text}: type mode={name}")
-    experiments = [path.stem for path in (CONF / "experiment").glob("*.yaml")]
-    close = get_close_matches(name, experiments, n=1, cutoff=0.8)
-    if not equals and close:
-        raise UsageError(f"{text}: type experiment={close[0]}")
     if not equals:
-        raise UsageError(
-            f"{text}: an option is written <name>=<value>, without spaces; python run.py --help shows more"
-        )
+        raise UsageError(f"{text}: {_meant_by(name)}")
     if value[:1] in ("[", "{"):
         raise UsageError(
             f"{text}: the brackets hold something that needs quotes, or do not match; type for example "
             f"{shell(f'{name}=[1,2]')} or " + shell(f"{name}=['two words',word]")
         )
     raise UsageError(f"{text}: the value has characters that need quotes; type {shell(option(name, value))}")
+
+
+def _meant_by(word: str) -> str:
+    """What to type in the place of a word that is no option."""
+    if word in ("list", "help"):
+        return f"type --{word}"
+    if word in MODES:
+        return f"type mode={word}"
+    experiments = [path.stem for path in (CONF / "experiment").glob("*.yaml")]
+    close = get_close_matches(word, experiments, n=1, cutoff=0.8)
+    if close:
+        return f"type experiment={close[0]}"
+    return "an option is written <name>=<value>, without spaces; python run.py --help shows more"
 
 
 def _read(text: str) -> Override | None:
