@@ -290,7 +290,7 @@ def _pair(folder: Path, options: EvaluationOptions) -> Evaluated:
 
     def decoder(request: TextRequest) -> Decoder:
         greedy: Any = {"top_k": 1} if request.temperature == 0 else {"temperature": request.temperature}
-        how = DecodingOptions(MixtureDist(options.theta_weight, **greedy))
+        how = DecodingOptions(replace(mixture, **greedy))
         return QStarDecoder(
             theta,
             target,

@@ -6,7 +6,6 @@ Legend: B rows of a batch, P prompt columns.
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from timing import Row, as_ratio, build_result, new_parser, prepare, quartiles, show, with_spread, write_json
+from timing import Row, Stopwatch, as_ratio, build_result, new_parser, prepare, quartiles, show, with_spread, write_json
 from torch import Generator, Tensor, nn
 from transformers import GenerationConfig
 
@@ -156,23 +155,17 @@ def measure(ways: dict[str, Way], data: Any, batch: int, rounds: int, args: argp
         prompts = {name: column.to(args.device) for name, column in prompts_at(data, chosen).items()}
         names = list(ways) if turn % 2 else list(ways)[::-1]
         for name in names:
-            trial = timed_once(ways[name], prompts, args.seed + turn, args.device)
+            trial = timed_once(ways[name], prompts, args.seed + turn, torch.device(args.device))
             if turn >= args.warmup:
                 trials[name].append(trial)
     base = trials[NAIVE]
     return [row_of(name, batch, found, base, args.clock) for name, found in trials.items()]
 
 
-def timed_once(way: Way, prompts: Rows, seed: int, device: str) -> Trial:
-    wall, cpu = _now(device), time.process_time()
+def timed_once(way: Way, prompts: Rows, seed: int, device: torch.device) -> Trial:
+    wall, cpu = (Stopwatch(device, clock) for clock in ("wall", "cpu"))
     texts = way(prompts, seed)
-    return Trial(_now(device) - wall, time.process_time() - cpu, texts)
-
-
-def _now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return Trial(wall.seconds(), cpu.seconds(), texts)
 
 
 def row_of(name: str, batch: int, trials: list[Trial], base: list[Trial], clock: str) -> Row:

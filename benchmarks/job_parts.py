@@ -6,7 +6,6 @@ python benchmarks/job_parts.py --threads 1 --clock cpu experiment=meanflow_llada
 import functools
 import runpy
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from timing import Row, build_result, new_parser, prepare, show, write_json
+from timing import CLOCKS, Row, build_result, new_parser, prepare, show, write_json
 
 from app import modes
 from callbacks.flow_monitor import FlowMonitor
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__.splitlines()[0], repeats=1)
     args, options = parser.parse_known_args(argv)
     device = prepare(args)
-    parts = Parts(time.process_time if args.clock == "cpu" else time.perf_counter)
+    parts = Parts(CLOCKS[args.clock])
     given, sys.argv = sys.argv, ["run.py", *options]
     try:
         with watch(parts):

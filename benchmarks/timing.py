@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from reporting.record import current_commit, device_name
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Times = dict[str, list[float]]
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
@@ -36,7 +37,7 @@ def new_parser(description: str, *, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; 1 where other work runs beside it")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall",
+        "--clock", choices=tuple(CLOCKS), default="wall",
         help="cpu: processor time of this process, steadier on a busy machine; only with --threads 1 on a CPU",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
@@ -65,7 +66,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device, clock: str) -> None:
-        self.device, self._now = device, time.process_time if clock == "cpu" else time.perf_counter
+        self.device, self._now = device, CLOCKS[clock]
         self.start()
 
     def start(self) -> None:

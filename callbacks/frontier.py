@@ -111,10 +111,9 @@ class FrontierReport(Callback):
         for part in split_rows(self.record):
             console.print()
             console.print(results_table(part, console.width))
-        conclusion = summary(table_rows)
         for sentence in in_words(self.record):
-            if sentence != conclusion:
-                console.print(f"· {escape(sentence)}", highlight=False)
+            console.print(f"· {escape(sentence)}", highlight=False)
+        conclusion = summary(table_rows)
         if conclusion is not None:
             drawn = "frontier" in figures and not trainer.fast_dev_run
             picture = f" Figure: {from_here(self.folder / 'frontier.png')}" if drawn else ""

@@ -27,6 +27,7 @@ class StageProgress(ProgressBar):
         super().__init__()
         self.stage = stage
         self.console = Console()
+        self._enabled = True
         self._progress: Progress | None = None
         self._begin(0, "")
 
@@ -73,7 +74,7 @@ class StageProgress(ProgressBar):
     def _begin(self, total: int, title: str, done: int = 0) -> None:
         self._total, self._title, self._first, self._done = total, title, done, done
         self._started, self._printed = time.monotonic(), done * 10 // max(1, total)
-        if total and getattr(self, "_enabled", True) and self.console.is_terminal:
+        if total and self._enabled and self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -89,7 +90,7 @@ class StageProgress(ProgressBar):
             self._progress.start()
 
     def _say(self, line: str) -> None:
-        if getattr(self, "_enabled", True):
+        if self._enabled:
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def _named_metrics(self, trainer: Trainer, pl_module: LightningModule) -> str:
@@ -98,7 +99,7 @@ class StageProgress(ProgressBar):
 
     def _advance(self, done: int, metrics: Callable[[], str] = str) -> None:
         """metrics: what is shown beside; asked for where a line is shown, for it takes time."""
-        if not getattr(self, "_enabled", True):
+        if not self._enabled:
             return
         self._done = done
         elapsed = time.monotonic() - self._started

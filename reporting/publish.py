@@ -154,9 +154,8 @@ def keep_records(name: str, runs: Sequence[Path], command: str, docs: Path) -> l
         when = date.fromtimestamp(path.stat().st_mtime).isoformat()
         known = {key: value for key, value in record.items() if key != "texts"}  # of corpora that are not ours
         small = {**_rounded(known), "config": {}, "published": {"date": when, "command": command}}
-        file = f"{record['data']['name']}_{record['experiment']}_{record['seed']}".replace(
-            "/", "-"
-        )  # a sweep's name has one
+        parts = (record["data"]["name"], record["experiment"], str(record["seed"]))
+        file = "_".join(parts).replace("/", "-")  # a sweep's name has one
         kept.append(write_record(small, docs / RECORDS / name / f"{file}.json"))
     return kept
 

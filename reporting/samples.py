@@ -3,6 +3,8 @@
 from rich.console import Console
 from rich.markup import escape
 
+from reporting.table import as_markdown
+
 Sample = tuple[str, str, str, str]  # decoder, prompt, response, what is wrong with it
 
 
@@ -20,8 +22,8 @@ def print_samples(console: Console, texts: list[Sample]) -> None:
 
 def samples_markdown(texts: list[Sample]) -> str:
     """The same as a Markdown table."""
-    lines = ["| decoder | prompt | response | what is wrong |", "| --- | --- | --- | --- |"]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "/") for cell in text) + " |" for text in texts])
+    cells = [[cell.replace("|", "/") for cell in text] for text in texts]
+    return as_markdown(["decoder", "prompt", "response", "what is wrong"], cells, left=4)
 
 
 def as_records(texts: list[Sample]) -> list[dict[str, str]]:

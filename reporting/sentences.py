@@ -20,7 +20,7 @@ NUMBERS = {1: "one"}
 
 
 def in_words(record: dict[str, Any]) -> list[str]:
-    """How to read the table, then `summary`, where the record has such a comparison."""
+    """How to read the table; what happened is in `summary`."""
     rows, data = record["rows"], record["data"]
     sentences = []
     truth = next((row["quality"]["entropy_truth"] for row in rows if row["quality"].get("entropy_truth")), None)
@@ -39,7 +39,8 @@ def in_words(record: dict[str, Any]) -> list[str]:
     reference = data.get("reference_slot_accuracy")
     if reference is not None:
         sentences.append(f"Slot accuracy of the human references, exact wording: {_percent(reference)}.")
-    sentences += [
+    return [
+        *sentences,
         *_prompted(rows),
         *_likelihoods(rows),
         *_one_alpha(record),
@@ -48,8 +49,6 @@ def in_words(record: dict[str, Any]) -> list[str]:
         *_parallel(record),
         *_speed(rows),
     ]
-    conclusion = summary(rows)
-    return sentences if conclusion is None else [*sentences, conclusion]
 
 
 def summary(rows: list[Row]) -> str | None:
@@ -77,13 +76,10 @@ def _few_steps_in(name: str, students: list[Row], teachers: list[Row]) -> str | 
     students, teachers = _known(students, name), sorted(_known(teachers, name), key=lambda row: row["nfe"])
     if not students or not teachers or (best := _fewest(students, name))["nfe"] >= teachers[-1]["nfe"]:
         return None
-    title, form = MAIN[name]
-    values = [_written(row["quality"][name], form) for row in (best, teachers[0], teachers[-1])]
-    said = f"{values[0]} {title}" if name == "validity" else f"{title} {values[0]}"
-    passes = "forward pass" if best["nfe"] == 1 else "forward passes"
-    most = f", with {_number(teachers[-1]['nfe'])}: {values[2]}" if len(teachers) > 1 else ""
-    begin = _number(best["nfe"]).capitalize()
-    return f"{begin} {passes}: {said}; the teacher with {_number(teachers[0]['nfe'])}: {values[1]}{most}."
+    fewest, most = (_value(row, name) for row in (teachers[0], teachers[-1]))
+    more = f", with {_number(teachers[-1]['nfe'])}: {most}" if len(teachers) > 1 else ""
+    said = f"{_passes(best)}: {_reached(best, name)}; the teacher with {_number(teachers[0]['nfe'])}: {fewest}{more}."
+    return _capitalised(said)
 
 
 def _drafts(rows: list[Row]) -> str | None:
@@ -126,11 +122,10 @@ def _plans(rows: list[Row]) -> str | None:
     name = next((n for n in MAIN if _known(_of(rows, "student"), n)), None)
     if name is not None:
         last = _known(_of(rows, "student"), name)[-1]  # the sampled one: a greedy one may always write the same text
-        title, form = MAIN[name]
-        parts.append(f"{title} with {last['decoder']}: {_written(last['quality'][name], form)}")
+        parts.append(f"{MAIN[name][0]} with {last['decoder']}: {_value(last, name)}")
     marginals = _marginals(rows)
     if name is not None and marginals is not None and marginals["quality"].get(name) is not None:
-        parts.append(f"product of marginals: {_written(marginals['quality'][name], MAIN[name][1])}")
+        parts.append(f"product of marginals: {_value(marginals, name)}")
     return "; ".join(parts) + "."
 
 
@@ -166,19 +161,12 @@ def _one_method(rows: list[Row]) -> str | None:
         return None
     # of several with the same passes the last one, the sampled one: a greedy one may always write the same text
     known = list({row["nfe"]: row for row in sorted(_known(alone[0], name), key=lambda row: row["nfe"])}.values())
-    title, form = MAIN[name]
     ends = known if len(known) == 1 else [known[0], known[-1]]
-    said = []
-    for row in ends:
-        value = _written(row["quality"][name], form)
-        value = f"{value} {title}" if name == "validity" else f"{title} {value}"
-        passes = "forward pass" if row["nfe"] == 1 else "forward passes"
-        said.append(f"{row['decoder']}, {_number(row['nfe'])} {passes}: {value}")
+    said = [f"{row['decoder']}, {_passes(row)}: {_reached(row, name)}" for row in ends]
     marginals = _marginals(rows)
     if marginals is not None and marginals["quality"].get(name) is not None:
-        said.append(f"product of marginals: {_written(marginals['quality'][name], form)}")
-    sentence = "; ".join(said)
-    return f"{sentence[0].upper()}{sentence[1:]}."
+        said.append(f"product of marginals: {_value(marginals, name)}")
+    return _capitalised("; ".join(said) + ".")
 
 
 def _likelihood(rows: list[Row]) -> str | None:
@@ -344,6 +332,24 @@ def _fewest(students: list[Row], name: str) -> Row:
     least = min(row["nfe"] for row in known)
     sign = -1 if MAIN[name][1] == "number" else 1  # of a perplexity less is better
     return max((row for row in known if row["nfe"] == least), key=lambda row: sign * row["quality"][name])
+
+
+def _value(row: Row, name: str) -> str:
+    """A main quality of a row, as it is written."""
+    return _written(row["quality"][name], MAIN[name][1])
+
+
+def _reached(row: Row, name: str) -> str:
+    """The same with its name."""
+    return f"{_value(row, name)} {MAIN[name][0]}" if name == "validity" else f"{MAIN[name][0]} {_value(row, name)}"
+
+
+def _passes(row: Row) -> str:
+    return f"{_number(row['nfe'])} forward pass{'' if row['nfe'] == 1 else 'es'}"
+
+
+def _capitalised(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _number(count: float) -> str:

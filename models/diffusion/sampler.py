@@ -18,6 +18,7 @@ from models.diffusion.readers import NOTHING_REUSED, Reader, response_reader
 from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
 from models.functional.next_token import EndIds, are_ends, as_end_ids
+from models.functional.nll import at_chosen
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 from models.interfaces.masked_sampling import (
@@ -225,11 +226,6 @@ def sampling_blocks(model: LladaModel, block_length: int | None, option: str = "
 def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
     """p(token) of tokens (B, R) under logits (B, R, V), float64."""
     return torch.softmax(logits.double(), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def at_chosen(chosen: Tensor, values: Tensor) -> Tensor:
-    """values (M,) where chosen (B, R) bool is true, in row-major order; 0 elsewhere."""
-    return torch.zeros(chosen.shape, dtype=values.dtype, device=values.device).masked_scatter(chosen, values)
 
 
 class MaskedDiffusionDecoder:

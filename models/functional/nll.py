@@ -14,8 +14,12 @@ def chosen_nll(chosen_logits: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
 
     chosen_logits (M, V) are the logits of the M = chosen.sum() positions, in row-major order; ids (B, L), chosen (B, L) bool.
     """
-    nll = token_nll(chosen_logits, ids[chosen])
-    return torch.zeros(chosen.shape, dtype=nll.dtype, device=nll.device).masked_scatter(chosen, nll)
+    return at_chosen(chosen, token_nll(chosen_logits, ids[chosen]))
+
+
+def at_chosen(chosen: Tensor, values: Tensor) -> Tensor:
+    """values (M,) where chosen (B, L) bool is true, in row-major order; 0 elsewhere."""
+    return torch.zeros(chosen.shape, dtype=values.dtype, device=values.device).masked_scatter(chosen, values)
 
 
 def all_most_probable(chosen_logits: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from models.backbones.causal_lm import causal_hidden, output_head, require_causa
 from models.functional.errors import UsageError, require_at_least
 from models.functional.latent import covariance_penalty, next_span_mean, variance_penalty
 from models.functional.next_token import align_with_columns, causal_text, shifted_targets
+from models.functional.nll import at_chosen
 from models.functional.weights import trainable_weights, update_average
 from models.interfaces.objective import Terms, TextObjective
 
@@ -68,8 +69,8 @@ class Latent(TextObjective, nn.Module):
         # 3. the guard: states spread out, in all directions
         penalty = self.variance_weight * variance_penalty(z) + self.covariance_weight * covariance_penalty(z)
         tokens = int(counts.sum())
-        errors = torch.zeros(counts.shape, dtype=error.dtype, device=error.device).masked_scatter(counts, error)
-        return Terms.over_tokens(error.sum() + tokens * penalty, tokens, align_with_columns(errors, batch))
+        errors = align_with_columns(at_chosen(counts, error), batch)
+        return Terms.over_tokens(error.sum() + tokens * penalty, tokens, errors)
 
 
 def _normalised(states: Tensor) -> Tensor:

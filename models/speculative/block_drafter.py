@@ -190,10 +190,9 @@ class BlockDrafter(nn.Module):
         """The column of ψ of each token (...)."""
         if self.proposed is None:
             return tokens
-        order = self.proposed.argsort()
-        place = torch.searchsorted(self.proposed[order], tokens.contiguous()).clamp(max=len(order) - 1)
-        found = order[place]
-        return torch.where(self.proposed[found] == tokens, found, len(order))
+        columns = self.proposed.new_full((len(self.lender.get_output_embeddings().weight),), len(self.proposed))
+        columns[self.proposed] = torch.arange(len(self.proposed), device=columns.device)
+        return columns[tokens]
 
     def in_columns(self, log_q: Tensor) -> Tensor:
         """log-probabilities (..., V) in the columns of ψ (..., C); those of all other tokens are added up in the last."""

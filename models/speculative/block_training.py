@@ -13,10 +13,10 @@ from torch import Generator, Tensor, nn
 from models.backbones.causal_lm import scored_logits_and_states
 from models.functional.block_draft import DraftLoss, Survival, draft_loss, expected_survival
 from models.functional.next_token import CausalText
-from models.functional.precision import at_least_float32
 from models.functional.uniform import uniform
 from models.speculative.block_drafter import BlockDrafter
 from models.speculative.distribution import MixtureDist
+from models.speculative.likelihood import log_probs_below
 from models.speculative.scores import window_positions
 
 
@@ -62,10 +62,7 @@ def read_texts(
         name: scored_logits_and_states(model, text, drafter.state_layers[name]) for name, model in verifiers.items()
     }
     states = torch.cat([own for _, own in found.values()], -1)
-    both = [
-        mixture.tempered(at_least_float32(logits[..., : drafter.vocab_size]).log_softmax(-1))
-        for logits, _ in found.values()
-    ]
+    both = [mixture.tempered(log_probs_below(logits, drafter.vocab_size)) for logits, _ in found.values()]
     return Read(states, drafter.in_columns(mixture(both[0], both[-1]).log_q))
 
 

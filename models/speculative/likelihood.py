@@ -14,12 +14,12 @@ from models.speculative.distribution import MixtureDist
 
 def next_token_log_probs(model: nn.Module, text: CausalText, vocab_size: int) -> Tensor:
     """log p (M, V) of the token after each scored position; ids from vocab_size on have no probability and no column."""
-    return scored_log_probs(causal_logits(model, text), text, vocab_size)
+    return log_probs_below(causal_logits(model, text)[text.weights], vocab_size)
 
 
-def scored_log_probs(logits: Tensor, text: CausalText, vocab_size: int) -> Tensor:
-    """The same from the logits (B, T, V) of a forward pass."""
-    return at_least_float32(logits[text.weights][..., :vocab_size]).log_softmax(-1)
+def log_probs_below(logits: Tensor, vocab_size: int) -> Tensor:
+    """log p (..., vocab_size), at least float32, of the ids below vocab_size alone, from logits (..., V)."""
+    return at_least_float32(logits[..., :vocab_size]).log_softmax(-1)
 
 
 @torch.no_grad()

@@ -6,13 +6,12 @@ import pytest
 import torch
 from helpers.concept import ALL, SIGNALS, TYPES, batch_of
 from helpers.concept import build_planner_executor as build
+from helpers.resume import assert_resumed_is_uninterrupted
 from helpers.trainer import Losses, quiet_trainer
 from lightning import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.testing import assert_close
 
-from callbacks.ema import TrainableEMA
 from callbacks.frontier import FrontierReport
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
 from models.functional.bag_of_words import bag_of_words_nll
@@ -225,19 +224,13 @@ def test_the_multiplier_of_a_step_by_hand(tiny_oracle):
 @pytest.mark.parametrize("quota_gain", [0.0, 0.1])
 def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, quota_gain):
     """Weights, losses and the figures that compare with earlier plans."""
-
-    def options(losses: Losses) -> dict:
-        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-        return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
-
-    whole, resumed = (build(tiny_oracle, quota_gain=quota_gain) for _ in range(2))
-    first, second = LossesAndFigures(), LossesAndFigures()
-    quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
-    trainer = quiet_trainer(12, callbacks=[TrainableEMA(0.9), second], val_check_interval=4)
-    trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
-    assert second.seen == first.seen[5:]
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    whole, resumed, first, second = assert_resumed_is_uninterrupted(
+        lambda: build(tiny_oracle, quota_gain=quota_gain),
+        tiny_oracle,
+        tmp_path,
+        note=LossesAndFigures,
+        val_check_interval=4,
+    )
     assert "val/flip_rate" not in first.figures[0]
     assert [figures["val/flip_rate"] for figures in second.figures] == [f["val/flip_rate"] for f in first.figures[1:]]
     for resumed_figures, figures in zip(second.figures, first.figures[1:], strict=True):

@@ -5,12 +5,11 @@ import torch
 from helpers.causal import PackedStream, packed_batch
 from helpers.daily import daily
 from helpers.online_module import ALL, PLAIN, body, build, oracle_body
+from helpers.resume import assert_resumed_is_uninterrupted
 from helpers.trainer import Losses, quiet_trainer
 from lightning import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.testing import assert_close
 
-from callbacks.ema import TrainableEMA
 from callbacks.frontier import FrontierReport
 from lightning_modules.online_concept import OnlineConceptModule
 from lightning_modules.pretrain import PretrainModule
@@ -373,25 +372,14 @@ def test_documents_of_a_row_are_kept_apart():
 )
 @pytest.mark.parametrize("tolerance", [None, 0.02])
 def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, growth, sampler, control, tolerance):
-    def options(losses: Losses) -> dict:
-        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-        return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True, "val_check_interval": 4}
-
     def module() -> OnlineConceptModule:
         paced = {"gap_tolerance": tolerance, "gap_every": 2}
         return build(oracle_body(tiny_oracle), growth=growth, sampler=sampler, rate_control=control, **paced)
 
-    whole, first, second = module(), Losses(), Losses()
-    quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
-    resumed = module()
-    trainer = quiet_trainer(12, callbacks=[TrainableEMA(0.9), second], val_check_interval=4)
-    trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
-    assert second.seen == first.seen[5:]
+    whole, resumed, *_ = assert_resumed_is_uninterrupted(module, tiny_oracle, tmp_path, val_check_interval=4)
     assert (float(whole.model.stack.router.offset) != 0) == (control == "offset")
     if control == "multiplier":
         assert whole.multipliers.values.tolist() == resumed.multipliers.values.tolist() != [0.0]
     if tolerance is not None:
         assert whole.pace.progress > 0
         assert whole.pace.state().tolist() == resumed.pace.state().tolist()
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name

@@ -4,11 +4,10 @@ import pytest
 import torch
 from helpers.concept import batch_of
 from helpers.concept import build_planner_executor as build
-from helpers.trainer import Losses, quiet_trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from helpers.resume import assert_resumed_is_uninterrupted
+from helpers.trainer import quiet_trainer
 
 from app.trained import load_planned, trained_decoder
-from callbacks.ema import TrainableEMA
 from callbacks.exact_likelihood import ExactLikelihood
 from callbacks.frontier import FrontierReport
 from models.functional.errors import UsageError
@@ -51,16 +50,7 @@ def test_shuffled_plans_lose_what_dnll_shuffle_says(tiny_oracle):
 @pytest.mark.parametrize("search", [None, {"begin": 0.4, "candidates": 3}])
 def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, search):
     options = PARALLEL | {"search": search, "hidden_rows": (1.0, 0.3)}
-    whole, resumed = (build(tiny_oracle, **options) for _ in range(2))
-    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    first, second = Losses(), Losses()
-    callbacks = [TrainableEMA(0.9), keep, first]
-    quiet_trainer(8, callbacks=callbacks, enable_checkpointing=True).fit(whole, tiny_oracle)
-    trainer = quiet_trainer(8, callbacks=[TrainableEMA(0.9), second])
-    trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
-    assert second.seen == first.seen[5:]
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert_resumed_is_uninterrupted(lambda: build(tiny_oracle, **options), tiny_oracle, tmp_path, 8)
 
 
 def test_searched_plans_are_scored_by_one_pass_each(tiny_oracle):

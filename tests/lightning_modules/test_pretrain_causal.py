@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers.causal import PackedStream, ToyCausal, ToyFiller, tiny_causal
+from helpers.resume import assert_resumed_is_uninterrupted
 from helpers.trainer import Losses, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
@@ -114,18 +115,7 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, objective):
     def module() -> PretrainModule:
         return build(objective(), oracle_model(tiny_oracle))
 
-    def options(losses: Losses) -> dict:
-        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-        return {"callbacks": [TrainableEMA(0.9), keep, losses], "enable_checkpointing": True}
-
-    whole, first, second = module(), Losses(), Losses()
-    quiet_trainer(12, **options(first)).fit(whole, tiny_oracle)
-    resumed = module()
-    trainer = quiet_trainer(12, callbacks=[TrainableEMA(0.9), second])
-    trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
-    assert second.seen == first.seen[5:]
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    whole = assert_resumed_is_uninterrupted(module, tiny_oracle, tmp_path).whole
     held = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"]
     kept = {name for name in whole.state_dict() if name.startswith("objective.")}
     assert {name for name in held if name.startswith("objective.")} == kept

@@ -4,10 +4,9 @@ import pytest
 import torch
 from helpers.causal import tiny_causal
 from helpers.concept import only_few
-from helpers.trainer import Losses, quiet_trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from helpers.resume import assert_resumed_is_uninterrupted
+from helpers.trainer import quiet_trainer
 
-from callbacks.ema import TrainableEMA
 from callbacks.frontier import FrontierReport
 from lightning_modules.uniform_mixture import UniformMixtureModule
 from models.functional.errors import UsageError
@@ -50,15 +49,7 @@ def test_every_decoder_has_a_name_of_its_own(tiny_oracle, temperature, decoders)
 
 
 def test_resumed_is_uninterrupted(tmp_path, tiny_oracle):
-    whole, resumed = build(tiny_oracle), build(tiny_oracle)
-    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    first, second = Losses(), Losses()
-    quiet_trainer(8, callbacks=[TrainableEMA(0.9), keep, first], enable_checkpointing=True).fit(whole, tiny_oracle)
-    trainer = quiet_trainer(8, callbacks=[TrainableEMA(0.9), second])
-    trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / "step=5.ckpt", weights_only=True)
-    assert second.seen == first.seen[5:]
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert_resumed_is_uninterrupted(lambda: build(tiny_oracle), tiny_oracle, tmp_path, 8)
 
 
 def test_four_texts_become_four_indices(tiny_oracle):
