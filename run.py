@@ -13,6 +13,8 @@ from app.welcome import WELCOME
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
+    if "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
+        print("loading libraries", file=sys.stderr, flush=True)  # seconds of silence otherwise
     from app.modes import run_mode
     from app.sweep import in_sweep, run_of_sweep
     from reporting.console import print_error, quiet_libraries, sentence_for

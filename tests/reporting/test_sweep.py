@@ -121,6 +121,7 @@ def test_a_run_that_fails_names_itself_and_the_others_are_kept(tmp_path):
     output = done.stdout + done.stderr
     assert done.returncode == 2, output
     assert "Traceback" not in output
+    assert done.stderr.count("loading libraries") == 1
     assert "run 1 failed: module.lr=-1 must be at least 0; the others go on" in output
     runs = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("job.json"))]
     assert {note["number"]: note["failed"] is None for note in runs} == {0: True, 1: False, 2: True, 3: False}
