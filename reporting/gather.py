@@ -165,7 +165,8 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
     seen: dict[str, int] = defaultdict(int)
     for (method, experiment, decoder), own in lines.items():
         marker, colour = STYLE.get(method, ("s-", "#4a8f5a"))
-        shade, label = max(0.3, 1.0 - 0.25 * seen[method]), f"{decoder} ({experiment})"
+        label = f"{decoder} ({experiment})" if len({row.experiment for row in rows}) > 1 else decoder
+        shade = max(0.3, 1.0 - 0.25 * seen[method])
         if method == "student":  # each has a colour of its own, the same in every panel
             colour, shade = STUDENT_COLOURS[seen[method] % len(STUDENT_COLOURS)], 1.0
         seen[method] += 1

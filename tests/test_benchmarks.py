@@ -25,7 +25,7 @@ from models.speculative.drafter_files import save_drafter
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 COMMON = ["--repeats", "2", "--warmup", "1", "--threads", "1", "--device", "cpu"]
 SMALL = ["--width", "8", "--layers", "1", "--heads", "2", "--prefix", "2", "--prompt-width", "4"]
-SHARED = {"benchmark", "options", "device", "threads", "torch", "commit", "rows", "reading"}
+SHARED = {"benchmark", "date", "command", "options", "device", "threads", "torch", "commit", "rows", "reading", "table"}
 
 
 @pytest.fixture
@@ -50,6 +50,11 @@ def check_layout(result: dict, names: list[str]) -> None:
             assert 0 < found["q1"] <= found["median"] <= found["q3"]
             assert all(map(math.isfinite, found.values()))
     assert result["rows"][0]["ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
+    typed = result["command"].split()
+    assert typed[:2] == ["python", f"benchmarks/{result['benchmark']}.py"]
+    assert typed[2 : 2 + len(COMMON)] == COMMON
+    assert "--json" not in typed
+    assert [len(cells) for cells in result["table"]["rows"]] == [len(result["table"]["columns"])] * len(names)
 
 
 def test_job_parts(benchmark, tmp_path, capsys):
