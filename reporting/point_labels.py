@@ -42,12 +42,17 @@ def place_labels(axis: Any, labels: Sequence[PointLabel], *, size: float = 6.5) 
     for label in labels:
         at = axis.transData.transform(label.point)
         width, height, _ = renderer.get_text_width_height_descent(label.text, FontProperties(size=size), False)
-        places = [(distance * pixels, way) for distance in DISTANCES for way in WAYS]
-        boxes = [_box(at, way, far, width, height) for far, way in places]
-        costs = [_cost(box, panel, taken, drawn) + far for box, (far, _) in zip(boxes, places, strict=True)]
+        places = [(distance, way) for distance in DISTANCES for way in WAYS]
+        boxes = [_box(at, way, far * pixels, width, height) for far, way in places]
+        leaders = [_leader(at, box, far) for box, (far, _) in zip(boxes, places, strict=True)]
+        costs = [
+            _cost(box, leader, panel, taken, drawn) + far
+            for box, leader, (far, _) in zip(boxes, leaders, places, strict=True)
+        ]
         best = int(np.argmin(costs))
         taken.append(boxes[best])
-        _write(axis, label, places[best][0] / pixels, places[best][1], size)
+        drawn = np.concatenate([drawn, leaders[best]])
+        _write(axis, label, *places[best], size)
 
 
 def _pixels_of_lines(axis: Any) -> Iterator[np.ndarray]:
@@ -57,8 +62,25 @@ def _pixels_of_lines(axis: Any) -> Iterator[np.ndarray]:
         yield corners
         if line.get_linestyle() != "None":
             for start, end in pairwise(corners):
-                steps = max(2, int(np.hypot(*(end - start)) / STEP))
-                yield start + np.linspace(0, 1, steps)[:, None] * (end - start)
+                yield _samples(start, end)
+
+
+def _samples(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    steps = max(2, int(np.hypot(*(end - start)) / STEP))
+    return start + np.linspace(0, 1, steps)[:, None] * (end - start)
+
+
+def _leader(at: np.ndarray, box: Bbox, far: float) -> np.ndarray:
+    """What the line from a point to the middle of its label covers outside of the label."""
+    if far < LEADER_FROM:
+        return np.empty((0, 2))
+    line = _samples(at, np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]))
+    return line[~_inside(line, box)]
+
+
+def _inside(points: np.ndarray, box: Bbox) -> np.ndarray:
+    x, y = points.T
+    return (box.x0 < x) & (x < box.x1) & (box.y0 < y) & (y < box.y1)
 
 
 def _box(at: Iterable[float], way: tuple[int, int], far: float, width: float, height: float) -> Bbox:
@@ -68,12 +90,12 @@ def _box(at: Iterable[float], way: tuple[int, int], far: float, width: float, he
     return Bbox.from_bounds(left, below, width, height)
 
 
-def _cost(box: Bbox, panel: Bbox, taken: list[Bbox], drawn: np.ndarray) -> float:
-    """How bad a place is: outside of the panel, over other labels, over lines and markers."""
+def _cost(box: Bbox, leader: np.ndarray, panel: Bbox, taken: list[Bbox], drawn: np.ndarray) -> float:
+    """How bad a place is: outside of the panel, over other labels, over lines and markers; its leader over other labels."""
     outside = not (panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 and box.y1 <= panel.y1)
     near = box.padded(2)
-    inside = (near.x0 < drawn[:, 0]) & (drawn[:, 0] < near.x1) & (near.y0 < drawn[:, 1]) & (drawn[:, 1] < near.y1)
-    return 10_000 * outside + 1_000 * sum(near.overlaps(other) for other in taken) + 10 * int(inside.sum())
+    over = sum(near.overlaps(other) + bool(_inside(leader, other).any()) for other in taken)
+    return 10_000 * outside + 1_000 * over + 10 * int(_inside(drawn, near).sum())
 
 
 def _write(axis: Any, label: PointLabel, far: float, way: tuple[int, int], size: float) -> None:

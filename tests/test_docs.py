@@ -172,6 +172,9 @@ def test_a_table_of_figures_outside_of_records_is_seen():
     table = "# Page\n\n## Part\n\n| decoder | NFE | valid |\n| --- | {0} | {0} |\n" + rows
     for align in ("---:", "---"):
         assert tables_of_figures(table.format(align)) == ["Part"]
+    words = "# Page\n\n## Part\n\n| decoder | valid |\n| --- | ---: |\n| a | .5 to .6 |\n| b | .7 (one seed) |\n"
+    assert tables_of_figures(words) == ["Part"]
+    assert tables_of_figures(words.replace("---:", "---")) == []
     marked = (
         table.format("---:").replace("| decoder", "<!-- results\nname: a\n-->\n| decoder") + "<!-- end of results -->\n"
     )

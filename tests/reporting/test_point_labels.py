@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from reporting.point_labels import PointLabel, place_labels
+from reporting.publish import DOCS, RECORDS
+from reporting.record import read_record
 from reporting.tpf_figure import tpf_curves, tpf_figure
 
 
@@ -34,6 +36,22 @@ def hidden(axis):
     return pairs, beyond
 
 
+def crossed(axis):
+    """Labels through which the line from another label to its point passes."""
+    own, _ = boxes(axis)
+    found = set()
+    for text in axis.texts:
+        if text.arrow_patch is not None:
+            box, start = own[text.get_text()], axis.transData.transform(text.xy)
+            middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
+            line = [start + (middle - start) * k / 100 for k in range(101)]
+            found |= {
+                name for name, other in own.items()
+                if name != text.get_text() and any(other.contains(*point) for point in line if not box.contains(*point))
+            }  # fmt: skip
+    return found
+
+
 def decoders(method, named):
     """named: {decoder: (NFE, TPF, validity)}."""
     for name, (nfe, tpf, share) in named.items():
@@ -41,6 +59,7 @@ def decoders(method, named):
         yield made | {"cost": made["cost"] | {"tokens_per_forward": tpf}}
 
 
+SCAN = DOCS / RECORDS / "scan" / "scan_meanflow_scan_0.json"
 CROWDED = {
     "teacher, greedy": (8, 0.88, 0.997),
     "teacher, factor 0.25": (1.18, 5.96, 0.994),
@@ -59,6 +78,14 @@ def test_labels_of_neighbouring_points_and_of_those_at_the_edges_are_legible():
     (axis,) = tpf_figure(tpf_curves([make_record(rows)])).axes
     assert len(axis.texts) == len(CROWDED) + len(AT_THE_EDGES)
     assert hidden(axis) == ([], [])
+
+
+def test_lines_to_labels_pass_beside_other_labels():
+    """A published run: fifteen decoders of a teacher between one and two passes, a student at the same ones."""
+    (axis,) = tpf_figure(tpf_curves([read_record(SCAN)])).axes
+    assert sum(text.arrow_patch is not None for text in axis.texts) > 1
+    assert hidden(axis) == ([], [])
+    assert crossed(axis) == set()
 
 
 def test_labels_at_one_place_would_hide_each_other():
