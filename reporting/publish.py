@@ -235,8 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _read_mark(text: str) -> PublishedTable:
     try:
         options = yaml.safe_load(text)
-        lists = {name: tuple(options.pop(name)) for name in ("columns", "nfe") if name in options}
-        return PublishedTable(**lists, **options)
+        lists = {name: tuple(options[name]) for name in ("columns", "nfe") if name in options}
+        return PublishedTable(**{**options, **lists})
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"the mark of a table cannot be read ({error}): {text.strip()}") from error
 
