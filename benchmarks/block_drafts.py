@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         "accepted": number("accepted_length"),
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         "middle ms": lambda row: "-" if row["middle_ms"] is None else f"{row['middle_ms']:.1f}",
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 def check_equal(args: argparse.Namespace, device: torch.device) -> None:

@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         "times faster": lambda row: f"{1 / row['ratio']['median']:.2f}",
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

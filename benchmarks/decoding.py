@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         "peak MiB": in_mebibytes,
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         "calls": lambda row: f"{row['calls']}",
     }
     show(result, columns, report_console())
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

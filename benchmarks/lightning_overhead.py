@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         "ms more a step": lambda row: with_spread({key: 1e3 * value for key, value in row["more_seconds"].items()}),
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         "valid": lambda row: f"{row['valid']:.3f}",
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

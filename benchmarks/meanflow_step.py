@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         highlight=False,
     )
     console.print(build_table(parts, PART_COLUMNS))
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

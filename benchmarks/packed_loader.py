@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         "rate, ratio": lambda row: "{median:.3g} [{q1:.3g}, {q3:.3g}]".format(**row["rate"]),
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

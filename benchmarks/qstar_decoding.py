@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         "tokens/forward": number("tokens_per_forward", ".2f"),
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

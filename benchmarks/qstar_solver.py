@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         "gap": lambda row: "-" if row["gap"] is None else f"{row['gap']:.0e}",
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

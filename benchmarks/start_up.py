@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         "ratio": lambda row: f"{row['ratio']['median']:.2f}",
     }
     show(result, columns, report_console())
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ import argparse
 import gc
 import json
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,19 @@ Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
 
 
+class Parser(argparse.ArgumentParser):
+    """Notes what was typed, as `typed` of the parsed options: a record names its command."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        typed = sys.argv[1:] if args is None else list(args)
+        found, rest = super().parse_known_args(typed, namespace)
+        found.typed = typed
+        return found, rest
+
+
 def new_parser(description: str, *, repeats: int) -> argparse.ArgumentParser:
     """The options that every benchmark has; its own are added to it."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--repeats", type=int, default=repeats, help="rounds that count; a round runs everything once")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them that do not count")
     parser.add_argument("--seed", type=int, default=0, help="of weights, texts and draws")
@@ -40,7 +53,7 @@ def new_parser(description: str, *, repeats: int) -> argparse.ArgumentParser:
         "--clock", choices=tuple(CLOCKS), default="wall",
         help="cpu: processor time of this process, steadier on a busy machine; only with --threads 1 on a CPU",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
+    parser.add_argument("--json", type=Path, default=None, help="also write the numbers and the table to this file")
     return parser
 
 
@@ -162,7 +175,9 @@ def build_result(
     threads = torch.get_num_threads()
     return {
         "benchmark": benchmark,
-        "options": {key: value for key, value in vars(args).items() if key != "json"},
+        "date": date.today().isoformat(),
+        "command": command_of(benchmark, args.typed),
+        "options": {key: value for key, value in vars(args).items() if key not in ("json", "typed")},
         "device": device_name(device) + (f", {threads} CPU threads" if device.type == "cuda" else ""),
         "threads": threads,
         "torch": torch.__version__,
@@ -171,6 +186,17 @@ def build_result(
         "reading": " ".join(reading.split()),
         **more,
     }
+
+
+def command_of(benchmark: str, typed: Sequence[str]) -> str:
+    """What is typed to measure again, without the file that it was written to."""
+    words, left = [], iter(typed)
+    for word in left:
+        if word == "--json":
+            next(left, None)
+        elif not word.startswith("--json="):
+            words.append(word)
+    return shlex.join(["python", f"benchmarks/{benchmark}.py", *words])
 
 
 def show(result: dict[str, Any], columns: Columns, console: Console) -> None:
@@ -194,8 +220,11 @@ def build_table(rows: list[Row], columns: Columns) -> Table:
     return table
 
 
-def write_json(result: dict[str, Any], path: Path | None) -> None:
+def write_json(result: dict[str, Any], path: Path | None, columns: Columns) -> None:
+    """A record of what was printed; "table": its cells, from which `reporting.publish` makes tables of the documentation."""
     if path is not None:
+        rows = [[write(row) for write in columns.values()] for row in result["rows"]]
+        result = {**result, "table": {"columns": list(columns), "rows": rows}}
         path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 

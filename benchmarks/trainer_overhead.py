@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         "monitors, s/100": lambda row: f"{row['monitors']:.3f}",
     }
     show(result, columns, console)
-    write_json(result, args.json)
+    write_json(result, args.json, columns)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.table import Table
 
@@ -165,22 +165,32 @@ def _panel(axis: Any, rows: list[FrontierRow], cost: str, quality: str) -> None:
     seen: dict[str, int] = defaultdict(int)
     for (method, experiment, decoder), own in lines.items():
         marker, colour = STYLE.get(method, ("s-", "#4a8f5a"))
-        shade, label = max(0.3, 1.0 - 0.25 * seen[method]), f"{decoder} ({experiment})"
+        label = f"{decoder} ({experiment})" if len({row.experiment for row in rows}) > 1 else decoder
+        shade = max(0.3, 1.0 - 0.25 * seen[method])
         if method == "student":  # each has a colour of its own, the same in every panel
             colour, shade = STUDENT_COLOURS[seen[method] % len(STUDENT_COLOURS)], 1.0
         seen[method] += 1
         if method == "control":
-            axis.axhline(own[0].mean(quality), linestyle=marker, color=colour, alpha=shade, label=label)
+            dashes = marker if seen[method] == 1 else ":"
+            axis.axhline(own[0].mean(quality), linestyle=dashes, color=colour, alpha=shade, label=label)
             continue
         own.sort(key=lambda row: row.nfe)
         x = [row.nfe if cost == "nfe" else row.mean(cost) for row in own]
         errors = [row.half_width(quality) or 0.0 for row in own]
-        style = {"fmt": marker.rstrip("-") + "-", "color": colour, "alpha": shade, "capsize": 2, "label": label}
+        size = 9 if marker.startswith("*") else 5
+        style = {
+            "fmt": marker.rstrip("-") + "-",
+            "color": colour,
+            "alpha": shade,
+            "capsize": 2,
+            "markersize": size,
+            "label": label,
+        }
         axis.errorbar(x, [row.mean(quality) for row in own], yerr=errors, **style)
     axis.set_xscale("log", base=2 if cost == "nfe" else 10)
     axis.xaxis.set_minor_formatter(NullFormatter())
     if cost == "nfe":
-        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_major_formatter("{x:g}")
     scale_quality(axis, quality)
     axis.set_xlabel("forward passes per text (NFE)" if cost == "nfe" else "response tokens per second")
     axis.set_title("TV (0 is the truth)" if quality == "tv" else COLUMN[quality].title, fontsize=10)

@@ -62,9 +62,12 @@ class Axis:
         return [2.0**k for k in powers][:: max(1, math.ceil(len(powers) / 8))] or sorted({self.low, self.high})
 
 
-def report_page(records: list[dict[str, Any]]) -> str:
-    """The page of these records, oldest first. Errors: none; figures that no record has are left out."""
-    rows = frontier_rows(records)
+def report_page(records: list[dict[str, Any]], rows: list[FrontierRow] | None = None) -> str:
+    """The page of these records, oldest first. Errors: none; figures that no record has are left out.
+
+    rows: `frontier_rows` of the records, where the caller has them.
+    """
+    rows = frontier_rows(records) if rows is None else rows
     corpora = list(dict.fromkeys(row.corpus for row in rows))
     sections = [
         _section([row for row in rows if row.corpus == corpus], [r for r in records if r["data"]["name"] == corpus])

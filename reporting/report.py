@@ -55,7 +55,7 @@ def report_frontier(folder: str | Path, console: Console, elsewhere: Iterable[Pa
             drawn.savefig(out / f"{name}.png", dpi=130)
             writer.add_figure(name, drawn)
         writer.add_text("frontier", text)
-    write_whole(out / "report.html", report_page(records))
+    write_whole(out / "report.html", report_page(records, rows))
     files = ", ".join(f"{out}/{name}.png" for name in figures)
     console.print(f"figures: {files}   table: {out}/frontier.md", highlight=False, soft_wrap=True)
     console.print(f"page: {out}/report.html", highlight=False, soft_wrap=True)

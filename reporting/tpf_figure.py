@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from reporting.figure import LOWER_IS_BETTER, PREFERRED, STYLE, TITLES
 from reporting.intervals import half_width
 from reporting.parallelism import Point, accuracy_under_parallelism, not_dominated
+from reporting.point_labels import PointLabel, place_labels
 from reporting.record import newest_rows
 
 PERCENT = {
@@ -121,14 +122,16 @@ def tpf_figure(curves: list[TpfCurve]) -> Figure | None:
     corpora = list(dict.fromkeys(curve.corpus for curve in curves if len(curve.points()) > 1))
     if not corpora:
         return None
-    figure = Figure(figsize=(6.4 * len(corpora), 4.8), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(corpora), 5.2), layout="constrained")
+    panels: list[tuple[Any, list[PointLabel]]] = []
     for axis, corpus in zip(figure.subplots(1, len(corpora), squeeze=False)[0], corpora, strict=True):
         own = [curve for curve in curves if curve.corpus == corpus]
         further = itertools.cycle(FURTHER_COLOURS)
         drawn: set[str] = set()
+        labels: list[PointLabel] = []
         for curve in own:
             marker, colour = STYLE[curve.method]
-            _draw(axis, curve, marker[0], next(further) if curve.method in drawn else colour)
+            labels += _draw(axis, curve, marker[0], next(further) if curve.method in drawn else colour)
             drawn.add(curve.method)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
@@ -136,22 +139,27 @@ def tpf_figure(curves: list[TpfCurve]) -> Figure | None:
         axis.set_ylabel(_title(own[0]))
         axis.set_title(corpus, fontsize=11)
         axis.set_yscale("log" if own[0].quality in LOWER_IS_BETTER else "linear")
-        axis.legend(fontsize=8)
+        axis.margins(x=0.1, y=0.12)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
         axis.grid(alpha=0.25)
+        panels.append((axis, labels))
+    for axis, labels in panels:  # once every panel is there, for each takes a part of the figure
+        place_labels(axis, labels)
     return figure
 
 
-def _draw(axis: Any, curve: TpfCurve, marker: str, colour: str) -> None:
+def _draw(axis: Any, curve: TpfCurve, marker: str, colour: str) -> list[PointLabel]:
+    """Draw a curve; the labels of its points that no other one dominates."""
     points, front, written = curve.points(), curve.front(), curve.aup_written()
     label = f"{curve.experiment}, {curve.method}{f': AUP {written}' if written else ''}"
     style = {"color": colour, "markersize": 9 if marker == "*" else 4, "label": label}
     axis.plot(*zip(*front, strict=True), "-", color=colour, linewidth=1)
     axis.plot(*zip(*points.values(), strict=True), marker, **style)
-    for (decoder, nfe), point in points.items():
-        if point in front:
-            name = decoder.removeprefix(f"{curve.method}, ") + (f", NFE {nfe}" if nfe else "")
-            where = {"xytext": (2, -3), "textcoords": "offset points", "rotation": -50, "ha": "left", "va": "top"}
-            axis.annotate(name, point, fontsize=6, color=colour, rotation_mode="anchor", **where)
+    return [
+        PointLabel(decoder.removeprefix(f"{curve.method}, ") + (f", NFE {nfe}" if nfe else ""), point, colour)
+        for (decoder, nfe), point in points.items()
+        if point in front
+    ]
 
 
 def _title(curve: TpfCurve) -> str:

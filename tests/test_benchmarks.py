@@ -25,7 +25,7 @@ from models.speculative.drafter_files import save_drafter
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 COMMON = ["--repeats", "2", "--warmup", "1", "--threads", "1", "--device", "cpu"]
 SMALL = ["--width", "8", "--layers", "1", "--heads", "2", "--prefix", "2", "--prompt-width", "4"]
-SHARED = {"benchmark", "options", "device", "threads", "torch", "commit", "rows", "reading"}
+SHARED = {"benchmark", "date", "command", "options", "device", "threads", "torch", "commit", "rows", "reading", "table"}
 
 
 @pytest.fixture
@@ -50,6 +50,11 @@ def check_layout(result: dict, names: list[str]) -> None:
             assert 0 < found["q1"] <= found["median"] <= found["q3"]
             assert all(map(math.isfinite, found.values()))
     assert result["rows"][0]["ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
+    typed = result["command"].split()
+    assert typed[:2] == ["python", f"benchmarks/{result['benchmark']}.py"]
+    assert typed[2 : 2 + len(COMMON)] == COMMON
+    assert "--json" not in typed
+    assert [len(cells) for cells in result["table"]["rows"]] == [len(result["table"]["columns"])] * len(names)
 
 
 def test_job_parts(benchmark, tmp_path, capsys):
@@ -483,6 +488,12 @@ def test_rounds_alternate_and_warmup_does_not_count(benchmark):
 
 
 @pytest.mark.slow
+def test_the_command_of_a_record_is_without_the_file_it_was_written_to(benchmark):
+    typed = ["--json", "a.json", "--threads", "1", "--json=b.json", "--methods", "next token"]
+    found = importlib.import_module("timing").command_of("decoding", typed)
+    assert found == "python benchmarks/decoding.py --threads 1 --methods 'next token'"
+
+
 def test_a_script_runs_from_the_command_line():
     command = [sys.executable, str(FOLDER / "decoding.py"), "--help"]
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}  # this checkout, whichever one is installed

@@ -131,3 +131,53 @@ def test_versions_that_differ_are_seen():
     changelog = "# Changelog\n\n## Unreleased\n\n- 9.9.9\n\n## 1.2.3 - 2026-01-02\n\n## 1.2.2 - 2026-01-01\n"
     found = versions(changelog, "version: 1.2.2\ndate-released: 2026-01-02\n", '[project]\nversion = "1.2.3"\n')
     assert found == [("1.2.3", "2026-01-02"), ("1.2.2", "2026-01-02"), ("1.2.3", None)]
+
+
+MARKED = re.compile(r"<!-- results\n.*?<!-- end of results -->", re.DOTALL)
+NUMBER = re.compile(r"[<≤~+-]*\$?[\d.,]*\d[\d.,]*( ?%)?( ± [\d.,]+| \[[^\]]*\])?")
+COMPUTED = {  # tables of figures that no run measured
+    "docs/cluster.md": {"What an 8B body needs"},
+    "docs/meanflow.md": {"LM1B: numbers that compare with publications", "OpenWebText"},
+}
+
+
+def tables_of_figures(text: str) -> list[str]:
+    """Headings above tables with a column of numbers that are not made from records."""
+    found, heading, table = [], "", []
+    for line in [*MARKED.sub("", text).splitlines(), ""]:
+        if line.startswith("|"):
+            table.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        elif table:
+            columns = list(zip(*table[2:], strict=False))
+            numbers = [[cell for cell in column if cell] for column in columns]
+            right = any(re.fullmatch("-+:", cell) for cell in table[1])
+            if right or any(len(n) > 1 and all(map(NUMBER.fullmatch, n)) for n in numbers):
+                found.append(heading)
+            table = []
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+    return found
+
+
+def test_tables_of_figures_are_made_from_records():
+    """All but those of the log, which says that its records were not kept, and computed ones."""
+    pages = [page for page in PAGES if "log" not in page.relative_to(ROOT).parts]
+    assert len(pages) < len(PAGES)
+    found = {str(page.relative_to(ROOT)): tables_of_figures(page.read_text()) for page in pages}
+    assert {page: set(headings) for page, headings in found.items() if headings} == COMPUTED
+
+
+def test_a_table_of_figures_outside_of_records_is_seen():
+    rows = "| a | 1 | .5 ± .1 |\n| b | - | 0.6 [0.5, 0.7] |\n"
+    table = "# Page\n\n## Part\n\n| decoder | NFE | valid |\n| --- | {0} | {0} |\n" + rows
+    for align in ("---:", "---"):
+        assert tables_of_figures(table.format(align)) == ["Part"]
+    words = "# Page\n\n## Part\n\n| decoder | valid |\n| --- | ---: |\n| a | .5 to .6 |\n| b | .7 (one seed) |\n"
+    assert tables_of_figures(words) == ["Part"]
+    assert tables_of_figures(words.replace("---:", "---")) == []
+    marked = (
+        table.format("---:").replace("| decoder", "<!-- results\nname: a\n-->\n| decoder") + "<!-- end of results -->\n"
+    )
+    assert tables_of_figures(marked) == []
+    assert tables_of_figures(marked + "\n" + table.format("---:")) == ["Part"]
+    assert tables_of_figures("# Page\n\n| option | default |\n| --- | --- |\n| `a` | `1` |\n| `b` | `2` |\n") == []

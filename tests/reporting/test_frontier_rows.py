@@ -63,7 +63,26 @@ def test_table_and_figure_show_what_there_is():
     assert [axis.get_xlabel() for axis in axes] == ["forward passes per text (NFE)", "response tokens per second"]
 
 
-def test_the_report_leaves_its_files(tmp_path):
+def test_the_figure_names_experiments_where_there_are_several_and_tells_controls_apart():
+    one = [record(0, 0.5), record(0, 0.6, nfe=2)]
+    other = record(0, 0.9, experiment="two")
+    other["rows"].append(other["rows"][1] | {"decoder": "marginals", "quality": {"validity": 0.1, "bleu": None}})
+    found = {}
+    for name, records in (("one", one), ("both", [*one, other])):
+        axis = frontier_figure(frontier_rows(records)).subfigs[0].axes[0]
+        found[name] = axis.get_legend_handles_labels()[1]
+        levels = {line.get_label(): line.get_linestyle() for line in axis.lines if len(set(line.get_ydata())) == 1}
+        axis.figure.canvas.draw()
+        assert [tick.get_text() for tick in axis.get_xticklabels() if tick.get_text()][:1] != ["1.0"]
+    assert set(found["one"]) == {"student", "floor"}
+    assert set(found["both"]) >= {"student (one)", "student (two)", "marginals (two)"}
+    assert levels["floor (one)"] == "--"
+    assert levels["marginals (two)"] == ":"
+
+
+def test_the_report_leaves_its_files(tmp_path, monkeypatch):
+    """The page is made of the rows of the tables, which are gathered once."""
+    monkeypatch.setattr("reporting.page.frontier_rows", None)
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
         (tmp_path / str(seed) / "record.json").write_text(json.dumps(record(seed, 0.5)))
@@ -72,4 +91,5 @@ def test_the_report_leaves_its_files(tmp_path):
     assert "student" in console.export_text()
     assert (tmp_path / "report" / "frontier.png").stat().st_size > 1000
     assert "± 0.000" in (tmp_path / "report" / "frontier.md").read_text()
+    assert "student" in (tmp_path / "report" / "report.html").read_text()
     assert list((tmp_path / "report").glob("events*"))

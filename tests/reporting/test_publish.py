@@ -75,7 +75,8 @@ def test_every_table_of_the_documentation_is_what_its_records_say():
 
 def test_published_commands_can_be_typed():
     """A shell gives run.py the words that were meant, and each option is one that there is."""
-    published = {json.loads(path.read_text())["published"]["command"] for path in DOCS.rglob("records/*/*.json")}
+    records = [json.loads(path.read_text()) for path in DOCS.rglob("records/*/*.json")]
+    published = {record["published"]["command"] for record in records if "benchmark" not in record}
     assert published
     for command in sorted(part for whole in published for part in whole.split(" && ")):
         words = shlex.split(command)
@@ -167,6 +168,106 @@ def test_the_rows_of_a_table_are_drawn_as_it_calls_them(run, docs, monkeypatch):
     write_pages(docs)
     assert panels == [panels[0]] * 3 + [panels[0] + 1]
     assert differing_pages(docs) == []
+
+
+def test_the_readme_beside_the_pages_is_written_too(run, docs):
+    readme = docs.parent / "README.md"
+    readme.write_text(PAGE)
+    rows = [row("teacher, greedy", 4, 20.0), row("product of marginals", 0, 1.0)]
+    keep_records("masked", [run(0, rows)], COMMAND, docs)
+    assert write_pages(docs) == [readme, docs / "page.md"]
+    assert "| random remasking | 4 | 20.0 | - |" in readme.read_text()
+    readme.write_text(readme.read_text().replace("20.0", "21.0"))
+    assert differing_pages(docs) == [readme]
+
+
+def test_rows_of_the_named_numbers_of_passes_and_controls(run, docs):
+    rows = [row("teacher, greedy", nfe, 10.0 * nfe) for nfe in (1, 2, 4)] + [row("product of marginals", 0, 1.0)]
+    keep_records("masked", [run(0, rows)], COMMAND, docs)
+    (docs / "page.md").write_text(PAGE.replace("name: masked", "name: masked\nnfe: [4, 1]"))
+    write_pages(docs)
+    assert table_lines(docs)[2:] == [
+        "| random remasking | 1 | 10.0 | - |",
+        "| random remasking | 4 | 40.0 | - |",
+        "| control | - | 1.0 | - |",
+    ]
+    (docs / "page.md").write_text(PAGE.replace("name: masked", "name: masked\nnfe: [1, 3]"))
+    with pytest.raises(UsageError, match="no row has nfe=3; known are 1, 2, 4"):
+        write_pages(docs)
+
+
+def test_decoders_are_drawn_against_tokens_per_forward_pass(run, docs):
+    made = [row("teacher, greedy", nfe, 10.0 * nfe) | {"cost": {"tokens_per_forward": 8 / nfe}} for nfe in (1, 2)]
+    (docs / "page.md").write_text(PAGE.replace("name: masked", "name: masked\ntpf_figure: tpf.png"))
+    rows = [*made, row("product of marginals", 0, 1.0)]
+    keep_records("masked", [run(0, rows)], COMMAND, docs)
+    write_pages(docs)
+    assert (docs / "tpf.png").stat().st_size > 1000
+    assert not (docs / "masked.png").exists()
+    (docs / "page.md").write_text((docs / "page.md").read_text().replace("masked\n", "one\n"))
+    keep_records("one", [run(1, [rows[0], rows[2]])], COMMAND, docs)
+    with pytest.raises(UsageError, match="no method has two decoders; leave tpf_figure: out"):
+        write_pages(docs)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A function that writes a file as benchmarks do."""
+
+    def write(commit="0123456789", name="decoding"):
+        found = {"benchmark": name, "date": "2026-01-02", "command": f"python benchmarks/{name}.py --threads 1"}
+        found |= {"options": {"clock": "cpu", "drafter": "/home/me/drafter"}, "device": "cpu, 1 threads", "threads": 1}
+        found |= {"torch": "2", "commit": commit, "rows": [{"name": "ours", "ratio": {"median": 1.23456789}}]}
+        rows = [["theirs", "1.0 [1.0, 1.0]", "7"], ["ours", "2.0 [1.9, 2.1]", "8"]]
+        found |= {"reading": "so", "table": {"columns": ["decoder", "ratio", "ms"], "rows": rows}}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(found))
+        return path
+
+    return write
+
+
+TIMES = "<!-- results\nname: times\n{}-->\n<!-- end of results -->\n"
+
+
+def test_a_table_is_written_from_what_a_benchmark_printed(measured, docs, capsys):
+    assert main(["--docs", str(docs), "add", "times", str(measured())]) == 0
+    (kept,) = (docs / publish.RECORDS / "times").glob("*.json")
+    assert "home" not in kept.read_text()
+    assert json.loads(kept.read_text())["rows"][0]["ratio"]["median"] == 1.23457
+    whole = with_tables(TIMES.format(""), docs / publish.RECORDS).splitlines()
+    assert (
+        "2026-01-02 · commit 0123456 · cpu, 1 threads · cpu clock · `python benchmarks/decoding.py --threads 1`"
+        in whole
+    )
+    lines = [line for line in whole if line.startswith("|")]
+    assert lines[0] == "| decoder | ratio | ms |"
+    assert lines[2:] == ["| theirs | 1.0 [1.0, 1.0] | 7 |", "| ours | 2.0 [1.9, 2.1] | 8 |"]
+    some = with_tables(TIMES.format("columns: [ms]\nrows: {ours: the student}\n"), docs / publish.RECORDS)
+    assert [line for line in some.splitlines() if line.startswith("|")][2:] == ["| the student | 8 |"]
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ("columns: [BLEU]\n", "no record has the column 'BLEU'; known are decoder, ms, ratio"),
+        ("rows: {mine: a}\n", "no record has the row 'mine'; known are ours, theirs"),
+    ],
+)
+def test_what_a_benchmark_has_not_printed_is_refused(measured, docs, mark, message):
+    keep_records("times", [measured()], None, docs)
+    with pytest.raises(UsageError, match=message):
+        with_tables(TIMES.format(mark), docs / publish.RECORDS)
+
+
+def test_benchmarks_of_uncommitted_files_or_several_in_one_table_are_refused(measured, run, docs):
+    with pytest.raises(UsageError, match="no commit holds; commit them and run it again"):
+        keep_records("times", [measured("012+changes")], None, docs)
+    keep_records("times", [measured(), measured(name="other")], None, docs)
+    with pytest.raises(UsageError, match="2 benchmarks are kept under this name"):
+        with_tables(TIMES.format(""), docs / publish.RECORDS)
+    with pytest.raises(UsageError, match="is of a run; type --command"):
+        keep_records("masked", [run(0, [row("a", 1, 1.0)])], None, docs)
 
 
 def test_a_changed_figure_is_found(run, docs, capsys):
