@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Generator, Tensor
 
-from models.functional.next_token import EndIds
+from models.functional.next_token import EndIds, until_end
 from models.interfaces.decoder import TokenCallback
 from models.interfaces.executor import Executor
 from models.plans.plan_text import plan_texts
@@ -20,6 +20,7 @@ class PlannedDecoder:
 
     fixed: {slot: choice} of concepts that are not drawn. plans: those of the last batch, as a person reads them.
     forwards: forward passes, those of a plan (as many as it has rounds: one with planning=slots) and the most of the executor.
+    forward_passes: of each text of the last batch, (B,), where an executor that writes token after token ends at end_ids.
     """
 
     method = "student"
@@ -40,7 +41,9 @@ class PlannedDecoder:
         self.plan_temperature, self.temperature = plan_temperature, temperature
         self.vocab_size, self.end_ids, self.fixed = vocab_size, end_ids, fixed
         self.plans: list[str] = []
-        self.forwards = len(planner.layout.rounds(planner.planning)) + executor.forwards(response_length)
+        self.rounds = len(planner.layout.rounds(planner.planning))
+        self.forwards = self.rounds + executor.forwards(response_length)
+        self.forward_passes: Tensor | None = None
         self.refines = executor.refines
         how = {True: "sampled", False: "greedy"}
         self.name = f"plan {how[plan_temperature > 0]}, text {how[temperature > 0]}" + executor.suffix
@@ -50,7 +53,7 @@ class PlannedDecoder:
         ids, mask = (rows[name][:, : -self.length] for name in ("input_ids", "attention_mask"))
         plan = self.planner.draw(ids, mask, sampled(generator, self.plan_temperature), self.fixed)
         self.plans = plan_texts(self.planner.layout.vocabulary, plan.choices)
-        return self.executor.generate(
+        found = self.executor.generate(
             plan.ids,
             plan.embeds,
             self.length,
@@ -60,3 +63,6 @@ class PlannedDecoder:
             end_ids=self.end_ids,
             on_tokens=on_tokens,
         )
+        if self.end_ids is not None and not self.refines:
+            self.forward_passes = self.rounds + until_end(found, self.end_ids).sum(-1)
+        return found

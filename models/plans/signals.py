@@ -4,12 +4,15 @@ Legend: B texts, K plans of a text, C columns of a plan's block, D width, S slot
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.backbones.causal_lm import output_head
 from models.functional.errors import UsageError
-from models.plans.unified import UnifiedModel
+from models.functional.rows import SignalWords, signals_of
+from models.plans.unified import EMBEDDING_STD, UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
 
 UNKNOWN = -1  # the value of a signal that a text does not have
@@ -62,6 +65,17 @@ class SignalCodes:
                     f"module.types.{t.name}.codes={sizes[self.wanted[t.name]]}, the values of {self.wanted[t.name]}"
                 )
 
+    def require_known(self, rows: Mapping[str, Any]) -> None:
+        """rows: {split: rows with `columns`}. Errors: UsageError where a text does not have a signal."""
+        for split, own in rows.items():
+            values = signals_of(own.columns)
+            for name, signal in self.wanted.items():
+                if bool((values[signal] == UNKNOWN).any()):
+                    raise UsageError(
+                        f"module.weights.signals=0 takes every plan from what is known of its text, and {signal} (type {name}) "
+                        f"is not known of all texts of the {split} split; type for example module.weights.signals=0.1"
+                    )
+
     def codes(self, signals: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """The known code (B,) of each slot that has a signal, UNKNOWN where a text does not have it."""
         slots = _slots_of(self.vocabulary, self.wanted)
@@ -73,6 +87,35 @@ class SignalCodes:
         for slot, value in self.codes(signals).items():
             total = total + _log_prob_of(log_q[:, slot, 1:], value)
         return total
+
+
+@torch.no_grad()
+def start_as_words(model: UnifiedModel, wanted: Mapping[str, str], words: Mapping[str, SignalWords]) -> None:
+    """Concepts of known meaning begin as what a pretrained backbone knows of their words.
+
+    wanted: {type: signal} of a model with `NamedCodes` for these types. words: {signal: its words}. Embeddings of codes, and of
+    the separator before them, become the mean input embedding of their tokens; the weights with which a code is chosen become
+    the mean of the output layer's. New ids without words become as large as the backbone's own tokens.
+    Errors: UsageError that names module.code_words where a signal has no words.
+    """
+    assert model.quantiser is not None
+    read, write, v = model.backbone.get_input_embeddings().weight, output_head(model.backbone).weight, model.vocabulary
+    model.new_embedding.weight.div_(EMBEDDING_STD)
+    for k, t in enumerate(v.types):
+        if t.name not in wanted:
+            continue
+        signal = wanted[t.name]
+        if signal not in words:
+            raise UsageError(f"module.code_words=true: {signal} has no words here; type module.code_words=false")
+        space, first = model.quantiser.spaces[k], v.codes(k).start - v.base
+        space.rows.weight.div_(EMBEDDING_STD)
+        for code, tokens in enumerate(words[signal].values):
+            if tokens:
+                own = torch.tensor(tokens, device=read.device)
+                space.rows.weight[code] = read[own].float().mean(0)
+                space.head.weight[code] = model.new_head.weight[first + code] = write[own].float().mean(0)
+        own = torch.tensor(words[signal].name, device=read.device)
+        model.new_embedding.weight[v.separator(k) - v.base] = read[own].float().mean(0)
 
 
 def require_signals(vocabulary: ConceptVocabulary, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:

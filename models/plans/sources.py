@@ -5,6 +5,7 @@ Legend: B batch, R response columns, S slots, V vocabulary.
 
 from typing import Literal, NamedTuple, Protocol, get_args
 
+import torch
 from torch import Generator, Tensor
 
 from models.functional.errors import require_choice
@@ -99,6 +100,25 @@ class QuantisedPlans:
 
     def _known_codes(self, batch: dict[str, Tensor]) -> dict[int, Tensor]:
         return {} if self.signal_codes is None else self.signal_codes.codes(signals_of(batch))
+
+
+class KnownPlans:
+    """The codes of a text's signals, of which every type has one. Nothing is read of the text, and no posterior learns."""
+
+    is_random = False
+
+    def __init__(self, planner: Planner, signal_codes: SignalCodes) -> None:
+        self.planner, self.signal_codes = planner, signal_codes
+
+    def most_probable(self, batch: dict[str, Tensor]) -> Plan:
+        codes = self.signal_codes.codes(signals_of(batch))
+        return self.planner.certain(torch.stack([1 + codes[slot] for slot in range(len(codes))], -1))
+
+    def draw(self, batch: dict[str, Tensor], now: StepValues, generator: Generator) -> tuple[Plan, Points]:
+        return self.most_probable(batch), {}
+
+    def without_signals(self, batch: dict[str, Tensor]) -> Plan:
+        return self.most_probable(batch)
 
 
 class FixedPlans:
