@@ -79,7 +79,12 @@ class AutoregressiveExecutor:
 
     def _counted(self, text: Tensor) -> Tensor:
         """The columns of text (B, R) that count, (B, R) bool."""
-        return until_end(text, None if self.padding else self.end_ids)
+        return until_end(text, self._ends)
+
+    @property
+    def _ends(self) -> EndIds:
+        """What ends a text; None where every column counts."""
+        return None if self.padding else self.end_ids
 
     @torch.no_grad()
     def generate(
@@ -97,8 +102,10 @@ class AutoregressiveExecutor:
         """Texts (B, length) of plans, one forward pass a token; greedy at temperature 0.
 
         vocab_size: ids from there on are padding of the output layer and never generated. end_ids: each ends a text, and the
-        first of them fills what is beyond; none leaves what the model generates there. on_tokens: see `Decoder`.
+        first of them fills what is beyond; None: those of the executor where padding does not count, else none, and what the
+        model generates beyond stays. on_tokens: see `Decoder`.
         """
+        end_ids = self._ends if end_ids is None else end_ids
         reading, tokens = Reading(self.model), list[Tensor]()
         ended = torch.zeros(len(plan_ids), dtype=torch.bool, device=plan_ids.device)
         states = reading.read(*opening(self.model, plan_ids, plan_embeds))
