@@ -341,6 +341,18 @@ class PairsDataModule(PromptResponseDataModule):
         slots = {} if self._slot_values is None else self._slot_numbers
         return {name: 1 + len(values) for name, values in slots.items()} | self._text_signals.sizes
 
+    @property
+    def signal_values(self) -> dict[str, list[str]]:
+        """{signal: the value behind each number} of slots, `none` for an absent one, and of openings, `other` for rare ones.
+
+        {} where neither rows nor a run's state of them are known.
+        """
+        if self._kept_signals is None and not self.rows:
+            return {}
+        openings = self.tokenizer.batch_decode([[token] for token in self._text_signals.openings.tolist()])
+        values = {OPENING: ["other", *openings]}
+        return values | {name: ["none", *numbers] for name, numbers in (self._slot_numbers or {}).items()}
+
     def signal_words(self) -> dict[str, SignalWords]:
         """{signal: token ids of its name and values}; none for an absent slot, a rare opening, and lengths."""
         known = self._text_signals

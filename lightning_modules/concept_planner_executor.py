@@ -388,6 +388,12 @@ class ConceptPlannerExecutorModule(LeapModule):
         # the plan was made from the text: this NLL cannot be compared with the NLL of other models
         return {"nll_given_plan": figures.pop("nll"), **figures, **self.figures.values} if figures else {}
 
+    def code_names(self, data: Any) -> dict[str, list[str]]:
+        """The value that each code of a type stands for, of types whose codes are the values of a signal with names in data."""
+        values = getattr(data, "signal_values", {})
+        wanted = self.options.signals or {}
+        return {name: values[wanted[name]] for name in self.options.signal_types if wanted[name] in values}
+
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Response ids (B, R) by the last of the decoders."""
         return self.decoders()[-1](batch, self.step_generator(batch_idx, stream=2, epoch=0))
