@@ -354,12 +354,12 @@ class PairsDataModule(PromptResponseDataModule):
         return values | {name: ["none", *numbers] for name, numbers in (self._slot_numbers or {}).items()}
 
     def signal_words(self) -> dict[str, SignalWords]:
-        """{signal: token ids of its name and values}; none for an absent slot, a rare opening, and lengths."""
+        """{signal: token ids of its name and values}; none for a rare opening and for lengths."""
         known = self._text_signals
         openings = [[], *([token] for token in known.openings.tolist())]
         values: dict[str, list[list[int]]] = {OPENING: openings, LENGTH: [[]] * LENGTHS}
         for name, numbers in ({} if self._slot_values is None else self._slot_numbers or {}).items():
-            values[name] = [[], *self.encode_texts([f" {value}" for value in numbers])]
+            values[name] = self.encode_texts([f" {value}" for value in ["none", *numbers]])
         names = self.encode_texts([f" {name}" for name in values])
         return {name: SignalWords(own, values[name]) for name, own in zip(values, names, strict=True)}
 

@@ -141,7 +141,11 @@ class ConceptPlannerExecutorModule(LeapModule):
                 f"module.code_words=true needs a corpus whose signals have words; {type(data).__name__} has none; type "
                 "module.code_words=false"
             )
-        start_as_words(self.model, self.options.signals or {}, data.signal_words())
+        # a plan reads as "name The Mill, food Italian, ..." on a line of its own, and the text stands on the next
+        comma, line = data.encode_texts([",", "\n"])
+        begin = data.tokenizer.bos_token_id
+        special = {"<BOS>": [] if begin is None else [begin], "<PLAN>": line, "<TEXT>": line, "<EOS>": comma}
+        start_as_words(self.model, self.options.signals or {}, data.signal_words(), special)
         self.begun = True
 
     def _require_room(self, data: Any) -> None:

@@ -3,7 +3,7 @@
 Legend: B texts, K plans of a text, C columns of a plan's block, D width, S slots, W choices of a slot.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from models.backbones.causal_lm import output_head
 from models.functional.errors import UsageError
+from models.functional.precision import at_least_float32
 from models.functional.rows import SignalWords, signals_of
 from models.plans.unified import EMBEDDING_STD, UnifiedModel
-from models.plans.vocabulary import ConceptVocabulary
+from models.plans.vocabulary import SPECIAL, ConceptVocabulary
 
 UNKNOWN = -1  # the value of a signal that a text does not have
 
@@ -90,17 +91,24 @@ class SignalCodes:
 
 
 @torch.no_grad()
-def start_as_words(model: UnifiedModel, wanted: Mapping[str, str], words: Mapping[str, SignalWords]) -> None:
-    """Concepts of known meaning begin as what a pretrained backbone knows of their words.
+def start_as_words(
+    model: UnifiedModel, wanted: Mapping[str, str], words: Mapping[str, SignalWords], special: Mapping[str, list[int]]
+) -> None:
+    """A plan begins as what a pretrained backbone knows of its words: a list of names and values.
 
-    wanted: {type: signal} of a model with `NamedCodes` for these types. words: {signal: its words}. Embeddings of codes, and of
-    the separator before them, become the mean input embedding of their tokens; the weights with which a code is chosen become
-    the mean of the output layer's. New ids without words become as large as the backbone's own tokens.
+    wanted: {type: signal} of a model with `NamedCodes` for these types. words: {signal: its words}. special: token ids for names
+    in `vocabulary.SPECIAL`. Embeddings of codes, of the separator before them and of special ids become the mean input embedding
+    of their tokens; the weights with which a code is chosen become the mean of the output layer's, 0 for a code without words.
+    Embeddings of other new ids become as large as the backbone's own tokens, and those of types 0.
     Errors: UsageError that names module.code_words where a signal has no words.
     """
     assert model.quantiser is not None
     read, write, v = model.backbone.get_input_embeddings().weight, output_head(model.backbone).weight, model.vocabulary
     model.new_embedding.weight.div_(EMBEDDING_STD)
+    model.type_embedding.weight.zero_()
+    for name, tokens in special.items():
+        if tokens:
+            model.new_embedding.weight[SPECIAL.index(name)] = _mean_row(read, tokens)
     for k, t in enumerate(v.types):
         if t.name not in wanted:
             continue
@@ -111,11 +119,15 @@ def start_as_words(model: UnifiedModel, wanted: Mapping[str, str], words: Mappin
         space.rows.weight.div_(EMBEDDING_STD)
         for code, tokens in enumerate(words[signal].values):
             if tokens:
-                own = torch.tensor(tokens, device=read.device)
-                space.rows.weight[code] = read[own].float().mean(0)
-                space.head.weight[code] = model.new_head.weight[first + code] = write[own].float().mean(0)
-        own = torch.tensor(words[signal].name, device=read.device)
-        model.new_embedding.weight[v.separator(k) - v.base] = read[own].float().mean(0)
+                space.rows.weight[code] = _mean_row(read, tokens)
+            choosing = _mean_row(write, tokens) if tokens else 0.0
+            space.head.weight[code] = model.new_head.weight[first + code] = choosing
+        model.new_embedding.weight[v.separator(k) - v.base] = _mean_row(read, words[signal].name)
+
+
+def _mean_row(table: Tensor, ids: Sequence[int]) -> Tensor:
+    """The mean (D,) of rows of a table (V, D), at least float32."""
+    return at_least_float32(table[torch.tensor(ids, device=table.device)]).mean(0)
 
 
 def require_signals(vocabulary: ConceptVocabulary, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:

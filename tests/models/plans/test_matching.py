@@ -142,8 +142,8 @@ def test_codes_are_the_values_of_their_signals(few_texts, signal_codes):
         ({"sampler": "gumbel_st"}, "draws no codes; type module.sampler=ema_vq or module.sampler=fsq"),
         ({"search": {}}, r"nothing to search for in those types; type module\.search=null"),
         (
-            {"weights": {"text": 1.0}},
-            r"trains the posterior by the loss signals alone; type for example module\.weights\.signals=0\.1",
+            {"weights": {"text": 1.0}, "signals": {"a": "who", "b": "where"}},
+            r"trains the posterior by the loss signals alone; type for example module\.weights\.signals=0\.1, or give c a",
         ),
         (
             {"types": {"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 4}}},
