@@ -96,11 +96,10 @@ def start_as_words(
 ) -> None:
     """A plan begins as what a pretrained backbone knows of its words: a list of names and values.
 
-    wanted: {type: signal} of a model with `NamedCodes` for these types. words: {signal: its words}. special: token ids for names
-    in `vocabulary.SPECIAL`. Embeddings of codes, of the separator before them and of special ids become the mean input embedding
-    of their tokens; the weights with which a code is chosen become the mean of the output layer's, 0 for a code without words.
-    Embeddings of other new ids become as large as the backbone's own tokens, and those of types 0.
-    Errors: UsageError that names module.code_words where a signal has no words.
+    wanted: {type: signal} of a model with `NamedCodes` for these types. words: {signal: its words}. special: token ids for
+    names in `vocabulary.SPECIAL`. Embeddings of codes, of the separator before them and of special ids become the mean input
+    embedding of their tokens. The weights with which a code is chosen become the mean of the output layer's, 0 for a code
+    without words. Embeddings of other new ids become as large as the backbone's own tokens, and those of types 0.
     """
     assert model.quantiser is not None
     read, write, v = model.backbone.get_input_embeddings().weight, output_head(model.backbone).weight, model.vocabulary
@@ -113,8 +112,6 @@ def start_as_words(
         if t.name not in wanted:
             continue
         signal = wanted[t.name]
-        if signal not in words:
-            raise UsageError(f"module.code_words=true: {signal} has no words here; type module.code_words=false")
         space, first = model.quantiser.spaces[k], v.codes(k).start - v.base
         space.rows.weight.div_(EMBEDDING_STD)
         for code, tokens in enumerate(words[signal].values):

@@ -141,7 +141,7 @@ def test_signals_have_the_words_of_their_values(restaurants):
     words = restaurants.signal_words()
     encode = restaurants.encode_texts
     assert set(words) == set(restaurants.signal_sizes)
-    assert words["name"].values == [[], *encode([" Aromi", " Blue Spice", " Cocum"])]
+    assert words["name"].values == encode([" none", " Aromi", " Blue Spice", " Cocum"])
     assert words["food"].name == encode([" food"])[0]
     assert words["text length"].values == [[]] * 8
     first = response_of(batch_of(restaurants, 9))[:, 0]
@@ -149,22 +149,36 @@ def test_signals_have_the_words_of_their_values(restaurants):
     assert [words["text opening"].values[k] for k in opening.tolist()] == [[token] for token in first.tolist()]
 
 
-def test_codes_begin_as_the_mean_of_their_words(restaurants):
+def test_a_plan_begins_as_names_and_values_in_a_row(restaurants):
     plain, module = ready(restaurants), ready(restaurants, code_words=True)
     model, v = module.model, module.model.vocabulary
     read, write = model.backbone.get_input_embeddings().weight, model.backbone.get_output_embeddings().weight
-    tokens = restaurants.encode_texts([" Pub food"])[0]
+
+    def mean(table, text):
+        return table[restaurants.encode_texts([text])[0]].mean(0)
+
+    # codes and what chooses them
     table, first = model.new_table(), v.codes(1).start - v.base
-    assert_close(table[first + 2], read[tokens].mean(0))
-    assert_close(model.new_head.weight[first + 2], write[tokens].mean(0))
-    assert_close(model.quantiser.spaces[1].head.weight[2], write[tokens].mean(0))
-    separator = v.separator(1) - v.base
-    assert_close(table[separator], read[restaurants.encode_texts([" food"])[0]].mean(0))
-    # ids without words become as large as tokens
+    for code, text in enumerate([" none", " Thai", " Pub food"]):
+        assert_close(table[first + code], mean(read, text))
+        assert_close(model.new_head.weight[first + code], mean(write, text))
+        assert_close(model.quantiser.spaces[1].head.weight[code], mean(write, text))
+    # what stands around them
+    for own, text in (
+        (v.separator(1), " food"),
+        (v.separator(2), " text length"),
+        (v.eos, ","),
+        (v.text, "\n"),
+        (v.plan, "\n"),
+    ):
+        assert_close(table[own - v.base], mean(read, text))
+    assert not model.type_embedding.weight.any()
+    # without words: as large as tokens, and all equally likely
     length = v.codes(2).start - v.base
-    for own in (length, v.bos - v.base):
+    for own in (length, v.blank - v.base):
         assert_close(5 * table[own], plain.model.new_table()[own])
-    assert torch.equal(model.new_head.weight[length], plain.model.new_head.weight[length])
+    assert not model.new_head.weight[length : length + 8].any()
+    assert plain.model.new_head.weight[length : length + 8].any()
 
 
 def test_codes_begin_once_and_stay_as_they_were_trained(restaurants):
