@@ -228,6 +228,24 @@ def test_the_loss_of_texts_ends_at_their_first_end(restaurants):
     assert abs(float(loss - padded.mean())) > 1e-3
 
 
+def test_texts_of_a_validation_are_written_to_their_last_end(restaurants):
+    module, batch, columns = ready(restaurants), batch_of(restaurants, 4), restaurants.response_length
+    plan = module.source.most_probable(batch)
+    free = module.measurement.greedy_text((plan.ids, plan.embeds), columns, restaurants)
+    module.executor.end_ids = tuple(free[:, 3].tolist())  # every text has one of these by its fourth token
+    shown = []
+    found = module.executor.generate(
+        plan.ids, plan.embeds, columns, torch.Generator(), temperature=0.0, on_tokens=lambda ids: shown.append(ids)
+    )
+    assert len(shown) <= 4
+    assert found.shape == free.shape
+    counted = until_end(free, module.executor.end_ids)
+    assert torch.equal(found[counted], free[counted])
+    assert (found[~counted] == module.executor.end_ids[0]).all()
+    module.executor.padding = True  # what is beyond counts, and is written
+    assert torch.equal(module.measurement.greedy_text((plan.ids, plan.embeds), columns, restaurants), free)
+
+
 def test_a_texts_forward_passes_end_with_it(restaurants, tmp_path):
     module = build(restaurants)
     quiet_trainer(1, callbacks=[FrontierReport(tmp_path, "known", {})]).test(module, restaurants, verbose=False)
