@@ -349,7 +349,8 @@ class ConceptPlannerExecutorModule(LeapModule):
         generator, final = self.step_generator(batch_idx, stream=1, epoch=0), self.final_values()
         data, testing = self.trainer.datamodule, bool(self.trainer.testing)
         found = self.measurement.add(batch, data, final, generator, previous=previous, testing=testing)
-        raw = {"text": found.nll.mean(), **self._plan_terms(found.plan, found.prior, response_of(batch))}
+        text = found.nll.sum() / found.tokens.sum().to(found.nll.dtype)
+        raw = {"text": text, **self._plan_terms(found.plan, found.prior, response_of(batch))}
         return weighted_sum(raw, final.weights), found.choices
 
     # -- comparison ---------------------------------------------------------------------------------------------------

@@ -77,6 +77,9 @@ class AutoregressiveExecutor:
         nll, counted = token_nll(self.logits(plan_ids, plan_embeds, text, blank), text), self._counted(text)
         return nll.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1).to(nll.dtype).mean()
 
+    def tokens_of(self, text: Tensor) -> Tensor:
+        return self._counted(text).sum(-1)
+
     def _counted(self, text: Tensor) -> Tensor:
         """The columns of text (B, R) that count, (B, R) bool."""
         return until_end(text, self._ends)

@@ -35,9 +35,13 @@ class StepValues(NamedTuple):
 
 
 class PlanSource(Protocol):
-    """is_random: whether `draw` draws; else `most_probable` is all there is to measure."""
+    """is_random: whether `draw` draws; else `most_probable` is all there is to measure.
+
+    is_learned: whether a posterior chooses.
+    """
 
     is_random: bool
+    is_learned: bool
 
     def draw(self, batch: dict[str, Tensor], now: StepValues, generator: Generator) -> tuple[Plan, Points]:
         """A plan of each text to train on, with a gradient to what made it, and the points that codes have to follow."""
@@ -53,6 +57,7 @@ class SampledPlans:
     """z ~ q(z | u, x), straight through a relaxed draw."""
 
     is_random = True
+    is_learned = True
 
     def __init__(self, posterior: Planner, reads: PosteriorReads) -> None:
         self.posterior, self.reads = posterior, reads
@@ -76,6 +81,7 @@ class QuantisedPlans:
     """
 
     is_random = False
+    is_learned = True
 
     def __init__(
         self,
@@ -106,6 +112,7 @@ class KnownPlans:
     """The codes of a text's signals, of which every type has one. Nothing is read of the text, and no posterior learns."""
 
     is_random = False
+    is_learned = False
 
     def __init__(self, planner: Planner, signal_codes: SignalCodes) -> None:
         self.planner, self.signal_codes = planner, signal_codes
@@ -129,6 +136,7 @@ class FixedPlans:
     """
 
     is_random = False
+    is_learned = False
 
     def __init__(self, planner: Planner, code: Code, tokens: int) -> None:
         require_choice("module.code", code, get_args(Code))

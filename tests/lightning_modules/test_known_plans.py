@@ -1,5 +1,7 @@
 """Plans that are known from signals alone: no posterior runs, codes begin as their words, texts end at their first end."""
 
+import math
+
 import pytest
 import torch
 from helpers.causal import tiny_causal
@@ -10,6 +12,7 @@ from torch.testing import assert_close
 
 from app.trained import trained_decoder
 from callbacks.frontier import FrontierReport
+from callbacks.plan_gain import PlanGain
 from datamodules.pairs import PairsDataModule
 from lightning_modules.concept_planner_executor import ConceptPlannerExecutorModule
 from models.functional.bits_per_byte import token_nll
@@ -123,6 +126,13 @@ def test_a_text_without_a_signal_is_refused(tiny_oracle):
         ready(tiny_oracle, types=types, signals={"a": first})
 
 
+def test_monitors_have_no_posterior_that_could_collapse(restaurants):
+    known, learned = ready(restaurants), ready(restaurants, weights=KNOWN | {"signals": 0.1})
+    rows, generator = batch_of(restaurants), torch.Generator()
+    assert set(known.probe.choices(rows, generator)) == {"prior"}
+    assert set(learned.probe.choices(rows, generator)) == {"posterior", "prior"}
+
+
 # -- columns of the prior --------------------------------------------------------------------------------------------
 
 
@@ -226,6 +236,20 @@ def test_the_loss_of_texts_ends_at_their_first_end(restaurants):
     assert_close(loss, every[counted].mean())  # nats a token of the batch, as of a causal model
     assert_close(padded, every.mean(-1))
     assert abs(float(loss - padded.mean())) > 1e-3
+
+
+def test_figures_are_nats_a_token_up_to_the_end(restaurants):
+    module, trainer = build(restaurants), quiet_trainer(1, callbacks=[PlanGain(nll=3.0)])
+    trainer.test(module, restaurants, verbose=False)
+    figures, batch = module.model_figures(), batch_of(restaurants, 5, "test")
+    plan, text = module.source.most_probable(batch), response_of(batch)
+    counted = until_end(text, restaurants.end_ids())
+    with torch.no_grad():
+        nll = token_nll(module.executor.logits(plan.ids, plan.embeds, text), text)[counted].mean()
+    assert figures["nll_given_plan"] == pytest.approx(float(nll), rel=1e-5)
+    tokens = float(counted.sum()) / 5
+    assert figures["tokens_a_text"] == pytest.approx(tokens)
+    assert figures["gain_bits"] == pytest.approx((3.0 - float(nll)) * tokens / math.log(2), rel=1e-4)
 
 
 def test_texts_of_a_validation_are_written_to_their_last_end(restaurants):
