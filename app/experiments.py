@@ -50,6 +50,7 @@ ROUTES = {
         "concept_e2e_code": "plans that nobody learns, for comparison",
         "concept_e2e_baseline": "no plan, for comparison",
         "concept_qwen": "a pretrained causal model as planner and executor",
+        "concept_qwen_e2e": "the same on E2E: a type of concepts for each slot, known plans",
     },
     "Fewer positions: concepts in the middle layers": {
         "concept_online_oracle": "on texts with known likelihoods",

@@ -77,8 +77,9 @@ def trained_decoder(
             "temperature": temperature,
         }
         executor = module.executor if forwards is None else _with_forwards(module, forwards)
+        options["names"] = names = module.code_names(data)
         if plan is not None:
-            options["fixed"] = parse_plan(module.model.vocabulary, plan)
+            options["fixed"] = parse_plan(module.model.vocabulary, plan, names)
         return PlannedDecoder(module.planner, executor, length, vocab_size=words, end_ids=ends, **options)
     model = checked_network(load_model(folder), data, "model").to(device)
     decoder = OnlineConceptDecoder if isinstance(model, OnlineConceptModel) else AutoregressiveDecoder

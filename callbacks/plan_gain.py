@@ -28,6 +28,6 @@ class PlanGain(Callback):
         known = pl_module.meter.compute()
         if "rate_bits" not in known:
             return
-        gain = (self.nll - known["nll"]) * trainer.datamodule.response_length / math.log(2)
+        gain = (self.nll - known["nll"]) * known["tokens_a_text"] / math.log(2)
         found = {"nll_baseline": self.nll, "gain_bits": gain, "efficiency": efficiency(gain, 0.0, known["rate_bits"])}
         pl_module.figures.add(found)

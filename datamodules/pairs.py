@@ -23,11 +23,11 @@ from datamodules.slot_values import Numbers, slot_numbers, slot_values
 from datamodules.sources import Source
 from datamodules.state import CorpusState, still_held_out, text_hashes
 from datamodules.template import Template, build_template
-from datamodules.text_signals import TextSignals
+from datamodules.text_signals import LENGTH, LENGTHS, OPENING, TextSignals
 from datamodules.tokenizer import build_tokenizer, fixed_kind
 from models.functional.errors import UsageError
 from models.functional.next_token import until_end
-from models.functional.rows import signal_columns
+from models.functional.rows import SignalWords, signal_columns
 from models.functional.vocabulary import choose_mask_token
 
 
@@ -340,6 +340,28 @@ class PairsDataModule(PromptResponseDataModule):
         """How many values each signal has: slots of dictionary prompts, having none among them, and `TextSignals`."""
         slots = {} if self._slot_values is None else self._slot_numbers
         return {name: 1 + len(values) for name, values in slots.items()} | self._text_signals.sizes
+
+    @property
+    def signal_values(self) -> dict[str, list[str]]:
+        """{signal: the value behind each number} of slots, `none` for an absent one, and of openings, `other` for rare ones.
+
+        {} where neither rows nor a run's state of them are known.
+        """
+        if self._kept_signals is None and not self.rows:
+            return {}
+        openings = self.tokenizer.batch_decode([[token] for token in self._text_signals.openings.tolist()])
+        values = {OPENING: ["other", *openings]}
+        return values | {name: ["none", *numbers] for name, numbers in (self._slot_numbers or {}).items()}
+
+    def signal_words(self) -> dict[str, SignalWords]:
+        """{signal: token ids of its name and values}; none for a rare opening and for lengths."""
+        known = self._text_signals
+        openings = [[], *([token] for token in known.openings.tolist())]
+        values: dict[str, list[list[int]]] = {OPENING: openings, LENGTH: [[]] * LENGTHS}
+        for name, numbers in ({} if self._slot_values is None else self._slot_numbers or {}).items():
+            values[name] = self.encode_texts([f" {value}" for value in ["none", *numbers]])
+        names = self.encode_texts([f" {name}" for name in values])
+        return {name: SignalWords(own, values[name]) for name, own in zip(values, names, strict=True)}
 
     def signals(self, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """{signal: (N,)}: of each slot the number of the row's value, 0 where its prompt has none, and `TextSignals`."""

@@ -29,6 +29,7 @@ from models.interfaces.figures import ModelFigures
 from models.interfaces.probe_batch import EStep
 from models.plans.bag import BagOfWords
 from models.plans.decoder import PlannedDecoder
+from models.plans.executor import AutoregressiveExecutor
 from models.plans.executors import build_executor
 from models.plans.files import save_plans
 from models.plans.hard_em import build_hard_em
@@ -39,8 +40,8 @@ from models.plans.options import PlanOptions, plain
 from models.plans.planner import Plan, Planner
 from models.plans.probe import PlanProbe
 from models.plans.rows import posterior_input, prompt_of, require_all_columns, response_of
-from models.plans.signals import SignalCodes, SignalHeads, log_prob_of_plans
-from models.plans.sources import PlanSource, QuantisedPlans, SampledPlans, StepValues
+from models.plans.signals import SignalCodes, SignalHeads, log_prob_of_plans, start_as_words
+from models.plans.sources import KnownPlans, PlanSource, QuantisedPlans, SampledPlans, StepValues
 from models.plans.terms import plan_terms
 from models.plans.unified import UnifiedModel
 from models.plans.vocabulary import ConceptVocabulary
@@ -79,6 +80,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         # 3. where the plan of a training text comes from
         self.signal_codes = SignalCodes(vocabulary, options.signals or {}) if options.signal_codes else None
         self.source = self.build_source()
+        self.begun = False  # whether concepts have begun as their words
         self.points = PointBuffer()  # of a quantiser
         self.quota = QuotaMultipliers(1, options.quota_gain) if options.quota_gain else None
         self.em = build_hard_em(options.search_options, self.planner, self.posterior, self.executor)
@@ -100,6 +102,9 @@ class ConceptPlannerExecutorModule(LeapModule):
         reads = self.options.posterior_reads
         if self.model.quantiser is None:
             return SampledPlans(self.posterior, reads)
+        if self.signal_codes is not None and self.options.plans_known:
+            self.model.quantiser.freeze_heads()
+            return KnownPlans(self.planner, self.signal_codes)
         return QuantisedPlans(self.posterior, reads, self.model.quantiser, self.signal_codes)
 
     def require_precision(self, precision: str) -> None:
@@ -110,6 +115,8 @@ class ConceptPlannerExecutorModule(LeapModule):
         data = self.trainer.datamodule
         self.probe.tokenizer = data.tokenizer
         self.executor.end_ids = data.end_ids()
+        if isinstance(self.executor, AutoregressiveExecutor):
+            self.executor.padding = data.end_padding
         self._require_room(data)
         if self.options.executor == "parallel":
             require_all_columns(data, "module.executor=parallel")
@@ -119,8 +126,27 @@ class ConceptPlannerExecutorModule(LeapModule):
             raise UsageError(f"module.signals needs a corpus with signals; {type(data).__name__} has none")
         if self.signal_codes is not None:
             self.signal_codes.require(data.signal_sizes)
+            if isinstance(self.source, KnownPlans):
+                self.signal_codes.require_known(data.rows)
+            if stage == "fit" and self.options.code_words:
+                self._start_as_words(data)
         else:
             self.signals = SignalHeads(self.model, self.options.signals, data.signal_sizes).to(self.device)
+
+    def _start_as_words(self, data: Any) -> None:
+        if self.begun:
+            return
+        if not hasattr(data, "signal_words"):
+            raise UsageError(
+                f"module.code_words=true needs a corpus whose signals have words; {type(data).__name__} has none; type "
+                "module.code_words=false"
+            )
+        # a plan reads as "name The Mill, food Italian, ..." on a line of its own, and the text stands on the next
+        comma, line = data.encode_texts([",", "\n"])
+        begin = data.tokenizer.bos_token_id
+        special = {"<BOS>": [] if begin is None else [begin], "<PLAN>": line, "<TEXT>": line, "<EOS>": comma}
+        start_as_words(self.model, self.options.signals or {}, data.signal_words(), special)
+        self.begun = True
 
     def _require_room(self, data: Any) -> None:
         """Raise UsageError unless the backbone can read a prompt, its plan and its response at once."""
@@ -323,7 +349,8 @@ class ConceptPlannerExecutorModule(LeapModule):
         generator, final = self.step_generator(batch_idx, stream=1, epoch=0), self.final_values()
         data, testing = self.trainer.datamodule, bool(self.trainer.testing)
         found = self.measurement.add(batch, data, final, generator, previous=previous, testing=testing)
-        raw = {"text": found.nll.mean(), **self._plan_terms(found.plan, found.prior, response_of(batch))}
+        text = found.nll.sum() / found.tokens.sum().to(found.nll.dtype)
+        raw = {"text": text, **self._plan_terms(found.plan, found.prior, response_of(batch))}
         return weighted_sum(raw, final.weights), found.choices
 
     # -- comparison ---------------------------------------------------------------------------------------------------
@@ -331,6 +358,7 @@ class ConceptPlannerExecutorModule(LeapModule):
     def decoders(self) -> list[Decoder]:
         """Greedy plan and text, then both sampled; each with every number of refinements."""
         data, o = self.trainer.datamodule, self.options
+        ends = None if data.end_padding else data.end_ids()
         return [
             PlannedDecoder(
                 self.planner,
@@ -339,6 +367,7 @@ class ConceptPlannerExecutorModule(LeapModule):
                 plan_temperature=plan,
                 temperature=text,
                 vocab_size=vocabulary_size(data.tokenizer),
+                end_ids=ends,
             )
             for plan, text in ((0.0, 0.0), (o.plan_temperature, o.temperature))
             for further in o.refinements
@@ -363,6 +392,12 @@ class ConceptPlannerExecutorModule(LeapModule):
             figures["search_share"] = self.em.share
         # the plan was made from the text: this NLL cannot be compared with the NLL of other models
         return {"nll_given_plan": figures.pop("nll"), **figures, **self.figures.values} if figures else {}
+
+    def code_names(self, data: Any) -> dict[str, list[str]]:
+        """The value that each code of a type stands for, of types whose codes are the values of a signal with names in data."""
+        values = getattr(data, "signal_values", {})
+        wanted = self.options.signals or {}
+        return {name: values[wanted[name]] for name in self.options.signal_types if wanted[name] in values}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Response ids (B, R) by the last of the decoders."""

@@ -4,6 +4,7 @@ Legend: B rows, L columns, R response columns, the same in every row.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from torch import Tensor
 from models.functional.next_token import EndIds, until_end
 
 SIGNAL = "signal/"  # begins the name of a batch's column that holds a signal, a known property of the text
+
+
+class SignalWords(NamedTuple):
+    """Token ids of a signal's name and of each of its values; [] of a value without words."""
+
+    name: list[int]
+    values: list[list[int]]
 
 
 def response_columns(response_mask: Tensor) -> int:

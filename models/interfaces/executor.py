@@ -46,6 +46,10 @@ class Executor(Protocol):
         """Nats of each token (B, R), 0 where a column does not count; their sum is -log p(text | plan), exactly."""
         ...
 
+    def tokens_of(self, text: Tensor) -> Tensor:
+        """How many tokens of text (B, R) figures in nats a token divide by, (B,)."""
+        ...
+
     def nll_of_pairs(self, plan_ids: Tensor, plan_embeds: Tensor, texts: Tensor) -> Tensor:
         """-log p(text | plan) in nats of every text (N, R) given every plan (Z, C) and (Z, C, D), (N, Z)."""
         ...

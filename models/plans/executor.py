@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from models.functional.bits_per_byte import token_nll
 from models.functional.errors import UsageError
 from models.functional.gumbel import sample_categorical
-from models.functional.next_token import EndIds, are_ends, generated_until_end
+from models.functional.next_token import EndIds, are_ends, generated_until_end, until_end
 from models.functional.uniform import uniform
 from models.interfaces.decoder import TokenCallback
 from models.plans.executor_columns import opening, text_columns
@@ -20,14 +20,14 @@ from models.plans.unified import Reading, UnifiedModel
 class AutoregressiveExecutor:
     """Scores and generates text given a plan, with a shared `UnifiedModel`; it has no weights of its own.
 
-    Every column of a text counts, the end tokens that fill it among them, whatever end_ids are.
+    end_ids: the tokens that end a text. padding: whether the columns past the first of them count, which end tokens fill.
     """
 
     refines = False
     suffix = ""
 
     def __init__(self, model: UnifiedModel, end_ids: EndIds = None) -> None:
-        self.model, self.layout, self.end_ids = model, model.layout, end_ids
+        self.model, self.layout, self.end_ids, self.padding = model, model.layout, end_ids, True
 
     def refining(self, refinements: int) -> "AutoregressiveExecutor":
         """Errors: UsageError for any number but 0: what was written stays."""
@@ -55,8 +55,9 @@ class AutoregressiveExecutor:
         return self.model.text_logits(states[:, embeds.shape[1] - 1 :])
 
     def nll(self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor) -> Tensor:
-        """-log p(x_l | z, x_<l) in nats, (B, R)."""
-        return token_nll(self.logits(plan_ids, plan_embeds, text), text)
+        """-log p(x_l | z, x_<l) in nats, (B, R), 0 where a column does not count."""
+        nll = token_nll(self.logits(plan_ids, plan_embeds, text), text)
+        return nll.masked_fill(~self._counted(text), 0.0)
 
     def nll_of_pairs(self, plan_ids: Tensor, plan_embeds: Tensor, texts: Tensor) -> Tensor:
         """-log p(text | plan) of every text (N, R) given every plan (Z, C), (N, Z): a pass of all texts a plan."""
@@ -68,9 +69,25 @@ class AutoregressiveExecutor:
     def training_nll(
         self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, hidden: float, generator: Generator
     ) -> Tensor:
-        """Nats a column (B,); each token is hidden from those after it with probability `hidden`."""
+        """Nats of each text over the mean number of columns that count, (B,): the batch's mean is nats a counted column.
+
+        Each token is hidden from those after it with probability `hidden`.
+        """
         blank = uniform(*text.shape, generator=generator) < hidden
-        return token_nll(self.logits(plan_ids, plan_embeds, text, blank), text).mean(-1)
+        nll, counted = token_nll(self.logits(plan_ids, plan_embeds, text, blank), text), self._counted(text)
+        return nll.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1).to(nll.dtype).mean()
+
+    def tokens_of(self, text: Tensor) -> Tensor:
+        return self._counted(text).sum(-1)
+
+    def _counted(self, text: Tensor) -> Tensor:
+        """The columns of text (B, R) that count, (B, R) bool."""
+        return until_end(text, self._ends)
+
+    @property
+    def _ends(self) -> EndIds:
+        """What ends a text; None where every column counts."""
+        return None if self.padding else self.end_ids
 
     @torch.no_grad()
     def generate(
@@ -88,8 +105,10 @@ class AutoregressiveExecutor:
         """Texts (B, length) of plans, one forward pass a token; greedy at temperature 0.
 
         vocab_size: ids from there on are padding of the output layer and never generated. end_ids: each ends a text, and the
-        first of them fills what is beyond; none leaves what the model generates there. on_tokens: see `Decoder`.
+        first of them fills what is beyond; None: those of the executor where padding does not count, else none, and what the
+        model generates beyond stays. on_tokens: see `Decoder`.
         """
+        end_ids = self._ends if end_ids is None else end_ids
         reading, tokens = Reading(self.model), list[Tensor]()
         ended = torch.zeros(len(plan_ids), dtype=torch.bool, device=plan_ids.device)
         states = reading.read(*opening(self.model, plan_ids, plan_embeds))

@@ -88,6 +88,15 @@ class PlanLayout:
         first = [0, *(before[:-1] + 1).tolist()]
         return [Round(torch.arange(f, b + 1), [s]) for s, (f, b) in enumerate(zip(first, before.tolist(), strict=True))]
 
+    def columns_before_slots(self, planning: Planning) -> Tensor:
+        """The columns (n,) of a block that some slot's choice depends on, in their order."""
+        column, last = torch.arange(self.columns), self.slot_columns[-1] - 1
+        if planning == "sequential":
+            return column[: last + 1]
+        kinds = self.type_ids[self.slot_columns]
+        last_of = torch.stack([self.slot_columns[kinds == kind].max() - 1 for kind in kinds.unique()])
+        return column[column <= last_of[self.type_ids - 1]]
+
     def unwritten(self, rows: int) -> Tensor:
         """Ids (rows, C) of a block with <BLANK> at every slot."""
         ids = self.skeleton.clone()

@@ -22,13 +22,14 @@ Block = tuple[Tensor, Tensor]  # ids (B, C) and embeddings (B, C, D) of a plan, 
 class Measured(NamedTuple):
     """plan: of each text. prior (B, S, W): its logits under the prior. nll (B, R): of the texts given it, nats.
 
-    choices (B, S): of the most probable plans.
+    choices (B, S): of the most probable plans. tokens (B,): of the texts.
     """
 
     plan: Plan
     prior: Tensor
     nll: Tensor
     choices: Tensor
+    tokens: Tensor
 
 
 class Measurement:
@@ -79,10 +80,11 @@ class Measurement:
         if hasattr(data, "true_nll"):
             sums["truth"] = data.true_nll(batch)
         hidden = data.hidden_plans(batch) if hasattr(data, "hidden_plans") else None
-        self.meter.update(sums, text.shape[1], best.choices, hidden, previous)
+        tokens = self.executor.tokens_of(text)
+        self.meter.update(sums, tokens, best.choices, hidden, previous)
         if testing and hidden is not None:
             self.meter.update_swaps(hidden.roll(1, 0), self._swapped(batch, best.choices, data))
-        return Measured(plan, prior, nll, best.choices)
+        return Measured(plan, prior, nll, best.choices, tokens)
 
     def greedy_text(self, block: Block, length: int, data: Any) -> Tensor:
         """The most probable texts (B, length) of plans."""

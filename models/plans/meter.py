@@ -1,6 +1,6 @@
 """Sums and plans collected over batches and ranks, and their figures: likelihood, information, stability.
 
-Legend: B texts, S concept slots, A attributes of the hidden plan, R tokens of a text.
+Legend: B texts, S concept slots, A attributes of the hidden plan.
 """
 
 import math
@@ -38,16 +38,16 @@ class PlanMeter(Metric):
     def update(
         self,
         sums: dict[str, Tensor],
-        tokens: int,
+        tokens: Tensor,
         concepts: Tensor,
         plans: Tensor | None = None,
         before: Tensor | None = None,
     ) -> None:
-        """sums: {name of SUMS: (B,)}; tokens R of each text; concepts (B, S); plans (B, A); before (B, S): earlier concepts."""
+        """sums: {name of SUMS: (B,)}; tokens (B,); concepts (B, S); plans (B, A); before (B, S): earlier concepts."""
         for name, values in sums.items():
             setattr(self, name, getattr(self, name) + values.detach().double().sum())
         self.texts += len(concepts)
-        self.tokens += len(concepts) * tokens
+        self.tokens += tokens.sum()
         self.concepts.append(concepts)
         if plans is not None:
             self.plans.append(plans.to(concepts.device))
@@ -72,6 +72,7 @@ class PlanMeter(Metric):
             "rate_bits": nats["prior"] / bits,
             "posterior_bits": nats["posterior"] / bits,
             "reconstruction": nats["rebuilt"] / texts,
+            "tokens_a_text": tokens / texts,
         }
         concepts = dim_zero_cat(self.concepts).cpu()
         figures["concept_bits"] = plug_in_entropy(concepts) / math.log(2)

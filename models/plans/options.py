@@ -67,6 +67,9 @@ class PlanOptions:
     posterior_reads: `text` or `all`, prompt and text.
     signals: {type: signal of the corpus} that types have to predict.
     signal_codes: whether the codes of these types are the values of their signals; for `ema_vq` or `fsq` without search.
+        Where every type has a signal and `weights` has 0 for the loss `signals`, the plan of a text is known without a
+        posterior, which is then neither run nor trained.
+    code_words: with `signal_codes`, codes begin as the mean embedding of the tokens of their value (`start_as_words`).
     curriculum: share of the steps after which texts of all lengths count; shorter texts come first.
     quantise: shares of the steps between which what is read moves from the points to their codes.
     code_decay: weight of the past in the codes' running means.
@@ -96,6 +99,7 @@ class PlanOptions:
     posterior_reads: PosteriorReads = "text"
     signals: Mapping[str, str] | None = None
     signal_codes: bool = False
+    code_words: bool = False
     curriculum: float = 0.0
     quantise: tuple[float, float] = (0.1, 0.4)
     code_decay: float = 0.99
@@ -152,6 +156,12 @@ class PlanOptions:
     def signal_types(self) -> tuple[str, ...]:
         """The types whose codes are the values of a signal."""
         return tuple(self.signals or ()) if self.signal_codes else ()
+
+    @property
+    def plans_known(self) -> bool:
+        """Whether every type's codes are the values of a signal that the posterior does not have to predict."""
+        types = {name for name, kind in self.types.items() if kind is not None}
+        return types <= set(self.signal_types) and not max(self.weight_ends["signals"])
 
     @property
     def filled_planning(self) -> Mapping[str, Planning]:
@@ -247,6 +257,8 @@ class PlanOptions:
 
     def _check_signal_codes(self) -> None:
         if not self.signal_codes:
+            if self.code_words:
+                raise UsageError("module.code_words=true needs codes with a meaning; type module.signal_codes=true")
             return
         if not self.signals:
             raise UsageError("module.signal_codes=true needs signals; type for example module.signals={a: who}")
@@ -258,10 +270,11 @@ class PlanOptions:
             raise UsageError(
                 "module.signal_codes=true leaves nothing to search for in those types; type module.search=null"
             )
-        if not max(self.weight_ends["signals"]):
+        if not max(self.weight_ends["signals"]) and not self.plans_known:
+            free = [name for name, kind in self.types.items() if kind is not None and name not in self.signals]
             raise UsageError(
                 "module.signal_codes=true trains the posterior by the loss signals alone; "
-                "type for example module.weights.signals=0.1"
+                f"type for example module.weights.signals=0.1, or give {', '.join(free)} a signal too"
             )
 
 

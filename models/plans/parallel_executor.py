@@ -75,6 +75,10 @@ class ParallelExecutor:
         nll = token_nll(self.logits(plan_ids, plan_embeds, text), text)
         return nll.masked_fill(~until_end(text, self.end_ids), 0.0)
 
+    def tokens_of(self, text: Tensor) -> Tensor:
+        """All columns: how many there are is a part of what the executor reads."""
+        return torch.full_like(text[:, 0], text.shape[1])
+
     def nll_of_pairs(self, plan_ids: Tensor, plan_embeds: Tensor, texts: Tensor) -> Tensor:
         """-log p(text | plan) of every text (N, R) given every plan (Z, C), (N, Z): each plan is read once for all texts."""
         nothing = texts.new_zeros(len(plan_ids), texts.shape[1])

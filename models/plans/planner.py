@@ -201,9 +201,11 @@ class Planner:
     def slot_states(self, text: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
         """Hidden states (B, S, D) from which the slots of given choices (B, S) are chosen."""
         opening, block = self._opening(text, mask), self._read(choices, Rounds())
-        embeds, columns = torch.cat([opening[0], block[0]], 1), joined(opening[1], block[1])
-        states = self.model.states(embeds, columns, apart=self.planning != "sequential")
-        return self._before_slots(states[:, opening[0].shape[1] :])
+        read = self.layout.columns_before_slots(self.planning).to(text.device)
+        embeds, columns = torch.cat([opening[0], block[0][:, read]], 1), joined(opening[1], block[1].take(read))
+        states = self.model.states(embeds, columns, apart=self.planning != "sequential")[:, opening[0].shape[1] :]
+        before = self.layout.slot_columns.to(text.device) - 1
+        return states[:, torch.searchsorted(read, before)]
 
     def score_many(self, text: Tensor, mask: Tensor, plans: Tensor) -> Tensor:
         """Logits (B, K, S, W) of K plans (B, K, S) of each text, which is read once."""

@@ -65,10 +65,10 @@ class PlanProbe:
         ]
 
     def choices(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Choices]:
-        """Of the posterior, and of the prior at the same plans."""
+        """Of the posterior, where plans are learned, and of the prior at the same plans."""
         plan = self.source.most_probable(rows)
-        prior = self.prior.score(*prompt_of(rows), plan.choices)
-        logits = {"posterior": plan.logits, "prior": prior}
+        logits = {"posterior": plan.logits} if self.source.is_learned else {}
+        logits["prior"] = self.prior.score(*prompt_of(rows), plan.choices)
         return {who: Choices(own.log_softmax(-1), plan.open_slots) for who, own in logits.items()}
 
     def take_planner_gradient(self) -> Tensor | None:

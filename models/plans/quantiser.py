@@ -54,6 +54,12 @@ class Quantiser(nn.Module):
         """Whether codes have to follow their points."""
         return any(isinstance(space, CodeSpace) and space.moving for space in self.spaces)
 
+    def freeze_heads(self) -> None:
+        """Heads of `NamedCodes` do not train: no posterior predicts these codes."""
+        for space in self.spaces:
+            if isinstance(space, NamedCodes):
+                space.head.requires_grad_(False)
+
     def follow(self, points: Mapping[int, Tensor], decay: float, generator: Generator, *, begin: bool = False) -> int:
         """Move the codes of every type after the points of its coarse slots, of all ranks; the number of dead codes reset.
 

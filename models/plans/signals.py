@@ -3,14 +3,18 @@
 Legend: B texts, K plans of a text, C columns of a plan's block, D width, S slots, W choices of a slot.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.backbones.causal_lm import output_head
 from models.functional.errors import UsageError
-from models.plans.unified import UnifiedModel
-from models.plans.vocabulary import ConceptVocabulary
+from models.functional.precision import at_least_float32
+from models.functional.rows import SignalWords, signals_of
+from models.plans.unified import EMBEDDING_STD, UnifiedModel
+from models.plans.vocabulary import SPECIAL, ConceptVocabulary
 
 UNKNOWN = -1  # the value of a signal that a text does not have
 
@@ -62,6 +66,17 @@ class SignalCodes:
                     f"module.types.{t.name}.codes={sizes[self.wanted[t.name]]}, the values of {self.wanted[t.name]}"
                 )
 
+    def require_known(self, rows: Mapping[str, Any]) -> None:
+        """rows: {split: rows with `columns`}. Errors: UsageError where a text does not have a signal."""
+        for split, own in rows.items():
+            values = signals_of(own.columns)
+            for name, signal in self.wanted.items():
+                if bool((values[signal] == UNKNOWN).any()):
+                    raise UsageError(
+                        f"module.weights.signals=0 takes every plan from what is known of its text, and {signal} (type {name}) "
+                        f"is not known of all texts of the {split} split; type for example module.weights.signals=0.1"
+                    )
+
     def codes(self, signals: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """The known code (B,) of each slot that has a signal, UNKNOWN where a text does not have it."""
         slots = _slots_of(self.vocabulary, self.wanted)
@@ -73,6 +88,43 @@ class SignalCodes:
         for slot, value in self.codes(signals).items():
             total = total + _log_prob_of(log_q[:, slot, 1:], value)
         return total
+
+
+@torch.no_grad()
+def start_as_words(
+    model: UnifiedModel, wanted: Mapping[str, str], words: Mapping[str, SignalWords], special: Mapping[str, list[int]]
+) -> None:
+    """A plan begins as what a pretrained backbone knows of its words: a list of names and values.
+
+    wanted: {type: signal} of a model with `NamedCodes` for these types. words: {signal: its words}. special: token ids for
+    names in `vocabulary.SPECIAL`. Embeddings of codes, of the separator before them and of special ids become the mean input
+    embedding of their tokens. The weights with which a code is chosen become the mean of the output layer's, 0 for a code
+    without words. Embeddings of other new ids become as large as the backbone's own tokens, and those of types 0.
+    """
+    assert model.quantiser is not None
+    read, write, v = model.backbone.get_input_embeddings().weight, output_head(model.backbone).weight, model.vocabulary
+    model.new_embedding.weight.div_(EMBEDDING_STD)
+    model.type_embedding.weight.zero_()
+    for name, tokens in special.items():
+        if tokens:
+            model.new_embedding.weight[SPECIAL.index(name)] = _mean_row(read, tokens)
+    for k, t in enumerate(v.types):
+        if t.name not in wanted:
+            continue
+        signal = wanted[t.name]
+        space, first = model.quantiser.spaces[k], v.codes(k).start - v.base
+        space.rows.weight.div_(EMBEDDING_STD)
+        for code, tokens in enumerate(words[signal].values):
+            if tokens:
+                space.rows.weight[code] = _mean_row(read, tokens)
+            choosing = _mean_row(write, tokens) if tokens else 0.0
+            space.head.weight[code] = model.new_head.weight[first + code] = choosing
+        model.new_embedding.weight[v.separator(k) - v.base] = _mean_row(read, words[signal].name)
+
+
+def _mean_row(table: Tensor, ids: Sequence[int]) -> Tensor:
+    """The mean (D,) of rows of a table (V, D), at least float32."""
+    return at_least_float32(table[torch.tensor(ids, device=table.device)]).mean(0)
 
 
 def require_signals(vocabulary: ConceptVocabulary, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:

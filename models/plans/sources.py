@@ -5,6 +5,7 @@ Legend: B batch, R response columns, S slots, V vocabulary.
 
 from typing import Literal, NamedTuple, Protocol, get_args
 
+import torch
 from torch import Generator, Tensor
 
 from models.functional.errors import require_choice
@@ -34,9 +35,13 @@ class StepValues(NamedTuple):
 
 
 class PlanSource(Protocol):
-    """is_random: whether `draw` draws; else `most_probable` is all there is to measure."""
+    """is_random: whether `draw` draws; else `most_probable` is all there is to measure.
+
+    is_learned: whether a posterior chooses.
+    """
 
     is_random: bool
+    is_learned: bool
 
     def draw(self, batch: dict[str, Tensor], now: StepValues, generator: Generator) -> tuple[Plan, Points]:
         """A plan of each text to train on, with a gradient to what made it, and the points that codes have to follow."""
@@ -52,6 +57,7 @@ class SampledPlans:
     """z ~ q(z | u, x), straight through a relaxed draw."""
 
     is_random = True
+    is_learned = True
 
     def __init__(self, posterior: Planner, reads: PosteriorReads) -> None:
         self.posterior, self.reads = posterior, reads
@@ -75,6 +81,7 @@ class QuantisedPlans:
     """
 
     is_random = False
+    is_learned = True
 
     def __init__(
         self,
@@ -101,6 +108,26 @@ class QuantisedPlans:
         return {} if self.signal_codes is None else self.signal_codes.codes(signals_of(batch))
 
 
+class KnownPlans:
+    """The codes of a text's signals, of which every type has one. Nothing is read of the text, and no posterior learns."""
+
+    is_random = False
+    is_learned = False
+
+    def __init__(self, planner: Planner, signal_codes: SignalCodes) -> None:
+        self.planner, self.signal_codes = planner, signal_codes
+
+    def most_probable(self, batch: dict[str, Tensor]) -> Plan:
+        codes = self.signal_codes.codes(signals_of(batch))
+        return self.planner.certain(torch.stack([1 + codes[slot] for slot in range(len(codes))], -1))
+
+    def draw(self, batch: dict[str, Tensor], now: StepValues, generator: Generator) -> tuple[Plan, Points]:
+        return self.most_probable(batch), {}
+
+    def without_signals(self, batch: dict[str, Tensor]) -> Plan:
+        return self.most_probable(batch)
+
+
 class FixedPlans:
     """A code of the text that is not learned.
 
@@ -109,6 +136,7 @@ class FixedPlans:
     """
 
     is_random = False
+    is_learned = False
 
     def __init__(self, planner: Planner, code: Code, tokens: int) -> None:
         require_choice("module.code", code, get_args(Code))

@@ -65,7 +65,7 @@ def model_overrides(cfg, folder: Path) -> list[str]:
 
 def tiny_qwen(folder: Path, layers: int = 2) -> Path:
     """A Hugging Face folder with a causal model and its tokenizer (bytes)."""
-    model = tiny_causal(264, architecture="qwen3", num_hidden_layers=layers)
+    model = tiny_causal(264, architecture="qwen3", num_hidden_layers=layers, max_position_embeddings=512)
     return save_causal(model, folder, build_tokenizer("byte", [], 0, folder, packed=True))
 
 

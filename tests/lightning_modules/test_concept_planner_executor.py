@@ -151,9 +151,12 @@ def test_a_batch_has_the_same_figures_whole_or_in_parts(tiny_oracle):
     whole, parts = type(module.meter)(), [type(module.meter)() for _ in range(2)]
     concepts, plans = torch.randint(0, 3, (12, 2)), torch.randint(0, 3, (12, 2))
     sums = {name: torch.rand(12) for name in ("text", "shuffled", "prior", "posterior", "truth", "rebuilt")}
-    whole.update(sums, 6, concepts, plans, concepts.flip(0))
+    tokens = torch.arange(1, 13)
+    whole.update(sums, tokens, concepts, plans, concepts.flip(0))
     for meter, part in zip(parts, (slice(0, 5), slice(5, 12)), strict=True):
-        meter.update({k: v[part] for k, v in sums.items()}, 6, concepts[part], plans[part], concepts.flip(0)[part])
+        meter.update(
+            {k: v[part] for k, v in sums.items()}, tokens[part], concepts[part], plans[part], concepts.flip(0)[part]
+        )
     for name in ("text", "shuffled", "prior", "posterior", "truth", "rebuilt", "texts", "tokens"):
         setattr(parts[0], name, getattr(parts[0], name) + getattr(parts[1], name))
     for name in ("concepts", "plans", "before"):
@@ -161,18 +164,21 @@ def test_a_batch_has_the_same_figures_whole_or_in_parts(tiny_oracle):
     expected = whole.compute()
     assert parts[0].compute() == pytest.approx(expected)
     assert expected["flip_rate"] > 0
+    assert expected["tokens_a_text"] == 6.5
+    assert expected["nll"] == pytest.approx(float(sums["text"].double().sum() / tokens.sum()))
 
 
 def test_information_of_plans_that_determine_the_hidden_plan_and_of_random_ones(tiny_oracle):
     meter = type(build(tiny_oracle).meter)()
     plans = torch.randint(0, 3, (400, 2), generator=torch.Generator().manual_seed(0))
     nothing = {name: torch.zeros(400) for name in ("text", "shuffled", "prior", "posterior", "rebuilt")}
-    meter.update(nothing, 6, plans.flip(1), plans)
+    meter.update(nothing, torch.full((400,), 6), plans.flip(1), plans)
     found = meter.compute()
     for name in ("joint_information", "nmi", "ami"):
         assert found[name] == pytest.approx(1, abs=1e-3)
     meter.reset()
-    meter.update(nothing, 6, torch.randint(0, 3, (400, 2), generator=torch.Generator().manual_seed(1)), plans)
+    other = torch.randint(0, 3, (400, 2), generator=torch.Generator().manual_seed(1))
+    meter.update(nothing, torch.full((400,), 6), other, plans)
     for name in ("joint_information", "nmi", "ami"):
         assert abs(meter.compute()[name]) < 0.05
     assert "efficiency" not in found  # nobody knows the texts' own probabilities here

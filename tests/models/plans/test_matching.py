@@ -62,7 +62,7 @@ def test_the_meter_has_a_figure_of_each_type():
     meter, plans = PlanMeter({"x": slice(0, 2), "y": slice(2, 3)}), draws(400, 4, 3)
     concepts = torch.stack([plans[:, 0] // 2, plans[:, 0] % 2, plans[:, 1]], -1)
     nothing = {name: torch.zeros(400) for name in ("text", "shuffled", "prior", "posterior", "rebuilt")}
-    meter.update(nothing, 6, concepts, plans)
+    meter.update(nothing, torch.full((400,), 6), concepts, plans)
     donors = plans.roll(1, 0)
     swapped = torch.stack(
         [torch.stack([donors[:, 0], plans[:, 1]], -1), torch.stack([plans[:, 0], donors[:, 1]], -1)], 1
@@ -142,8 +142,8 @@ def test_codes_are_the_values_of_their_signals(few_texts, signal_codes):
         ({"sampler": "gumbel_st"}, "draws no codes; type module.sampler=ema_vq or module.sampler=fsq"),
         ({"search": {}}, r"nothing to search for in those types; type module\.search=null"),
         (
-            {"weights": {"text": 1.0}},
-            r"trains the posterior by the loss signals alone; type for example module\.weights\.signals=0\.1",
+            {"weights": {"text": 1.0}, "signals": {"a": "who", "b": "where"}},
+            r"trains the posterior by the loss signals alone; type for example module\.weights\.signals=0\.1, or give c a",
         ),
         (
             {"types": {"a": {"codes": 2}, "b": {"codes": 2}, "c": {"codes": 4}}},
