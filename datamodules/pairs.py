@@ -206,13 +206,13 @@ class PairsDataModule(PromptResponseDataModule):
                 pairs[split] = read_pairs(source, self.prompt_field, self.response_field, option=f"data.{split}")
         if "train" not in pairs:
             raise UsageError("data.train is not set; type data.train=FILE.jsonl")
+        if "val" not in pairs:
+            pairs["train"], pairs["val"] = self._hold_out(pairs["train"])
         warn_of_repeats(self.sources)
         trained = set(zip(pairs["train"].prompts, pairs["train"].responses, strict=True))
         for split in [split for split in ("val", "test") if split in pairs]:
             rows = list(zip(pairs[split].prompts, pairs[split].responses, strict=True))
             warn_of_known_texts(split, sum(row in trained for row in rows), len(rows), "rows")
-        if "val" not in pairs:
-            pairs["train"], pairs["val"] = self._hold_out(pairs["train"])
         return pairs
 
     def _hold_out(self, pairs: Pairs) -> tuple[Pairs, Pairs]:

@@ -245,7 +245,8 @@ def _csv_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[Locat
                 header = cells
                 _require_different(header, fields)
             elif len(cells) != len(header):
-                yield location, f"{len(cells)} cells, but the header has {len(header)}"
+                shown = "" if set(fields) <= set(header) else f" ({','.join(header)[:80]!r})"
+                yield location, f"{len(cells)} cells, but the header has {len(header)}{shown}"
             else:
                 yield location, dict(zip(header, cells, strict=True))
 

@@ -169,7 +169,8 @@ def test_a_value_that_needs_quotes_is_answered_with_them(text):
 
 
 AS_TYPED = ["who=anna", "name[The Vaults], eatType[pub]", "[The Vaults], x", "安娜看见雨吗？", "it's 5%", "🙂 👩‍👩‍👧 = a,b",
-            "choice(a,b)", "a: {b", 'he said "no"', "two words", "(see) [1", "C:\\new\\", "l'été", "a;b|c&d<e>", "costs ${x} or ${oc.env:HOME}"]  # fmt: skip
+            "choice(a,b)", "a: {b", 'he said "no"', "two words", "(see) [1", "C:\\new\\", "l'été", "a;b|c&d<e>",
+            "costs ${x} or ${oc.env:HOME}"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", AS_TYPED)

@@ -88,5 +88,5 @@ def test_what_would_be_passed_over_is_refused(tmp_path):
     with pytest.raises(UsageError, match="is a folder"):
         read_prompts(None, str(tmp_path), 1)
     (tmp_path / "p.txt").write_bytes("déjà".encode("latin-1"))
-    with pytest.raises(UsageError, match="not text in UTF-8.*iconv -f windows-1252"):
+    with pytest.raises(UsageError, match=r"not text in UTF-8.*iconv -f windows-1252"):
         read_prompts(None, str(tmp_path / "p.txt"), 1)
