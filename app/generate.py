@@ -121,8 +121,8 @@ def find_weights(cfg: DictConfig) -> Path | None:
 
 def _of_checkpoint(cfg: DictConfig, checkpoint: Path) -> Path:
     """What is asked of a checkpoint: itself where its module decodes from it, else what its run has left beside it."""
+    require_same_module(checkpoint, cfg.module._target_)
     if cfg.pair is None and cfg.teacher is None and cfg.module.get("objective") is not None:
-        require_same_module(checkpoint, cfg.module._target_)
         return checkpoint
     run = checkpoint.absolute().parent.parent
     kind = "drafter" if _drafts_blocks(cfg) else "student" if cfg.teacher is not None else "model"

@@ -228,11 +228,11 @@ def test_the_model_of_another_run_is_named_and_one_s_own_is_asked_for(configure,
     modes.run_mode(configure(*own))
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == first
-    assert said.err == ""
+    assert "note:" not in said.err
     modes.run_mode(configure(*short, *ask, f"data.train={two}"))
-    assert capsys.readouterr().err == ""
+    assert "note:" not in capsys.readouterr().err
     modes.run_mode(configure(*short, *ask, "data.train=gone.txt"))  # from another working directory
-    assert capsys.readouterr().err == ""
+    assert "note:" not in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_module_is_refused_before_any_work(configure, tmp_path):
@@ -245,7 +245,9 @@ def test_a_checkpoint_of_another_module_is_refused_before_any_work(configure, tm
         "trainer.max_steps=1",
     ]
     run = f"paths.run_dir={tmp_path}/out/run"
-    modes.run_mode(configure(*short, "module.forwards=[1]", "data.val_rows=8", "data.test_rows=8", run))
+    modes.run_mode(
+        configure(*short, "module.forwards=[1]", "data.val_rows=8", "data.test_rows=8", "data.batch_size=8", run)
+    )
     checkpoint = f"ckpt_path={tmp_path}/out/run/checkpoints/last.ckpt"
     for mode in ("fit", "test", "generate"):
         with pytest.raises(UsageError, match="was trained by PretrainModule, and these options make a"):
