@@ -1,6 +1,8 @@
 """Leap's entry (run.py --help). What it does stands in `app`, imported when there is work to do: help needs no networks."""
 
+import io
 import os
+import signal
 import sys
 
 import hydra
@@ -32,7 +34,17 @@ def main(cfg: DictConfig) -> float | None:
             sys.exit(2)
 
 
+def print_anything() -> None:
+    """Characters that the terminal or file cannot hold, such as an arrow in Latin-1, are printed as \\u2192."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 if __name__ == "__main__":
+    print_anything()
+    if len(sys.argv) == 1 or {"--list", "--help", "-h", "--cfg", "-c"} & set(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # such as `run.py --list | head`; training has sockets of its own
     if len(sys.argv) == 1:
         print(WELCOME)
         sys.exit(0)

@@ -1,5 +1,6 @@
 """From a configuration to what a run needs: data, models (trained first where need be), module, trainer."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,17 @@ from lightning import LightningModule, Trainer, seed_everything
 from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
+from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from app import run_files
 from app.model_cache import cache_key, partial_folder, train_or_load
-from app.run_files import corpus_state, find_checkpoint, models_of
+from app.run_files import corpus_state, find_checkpoint, models_of, require_same_module
 from callbacks.frontier import FrontierReport
 from callbacks.interruption import StopOnSignal
 from callbacks.resumed_options import ResumedOptions
-from datamodules.state import TOKENIZER
+from datamodules.state import TOKENIZER, CorpusState, absolute_source
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
 from lightning_modules.training.compile import compute_layers
 from lightning_modules.training.sharding import ShardedStrategy
@@ -52,6 +54,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
     seed_everything(cfg.seed, verbose=False)
     if cfg.ckpt_path is not None:
         cfg.ckpt_path = str(find_checkpoint(runs_of(cfg), cfg.ckpt_path))
+        require_same_module(Path(cfg.ckpt_path), cfg.module._target_)
     weights = Path(cfg.ckpt_path or cfg.student_path) if cfg.ckpt_path or cfg.student_path else None
     settle_models(cfg, weights)
     datamodule = data_of(cfg, weights)
@@ -87,6 +90,8 @@ def training_options(cfg: DictConfig) -> dict[str, Any]:
     """The options that decide what a training computes, step by step: {name: plain value}. Its length is not among them."""
     found = {name: cfg[name] for name in ("seed", "compile", "recompute")}
     found |= {f"trainer.{name}": cfg.trainer.get(name) for name in NUMERICS}
+    ema = cfg.callbacks.get("ema")
+    found["callbacks.ema.decay"] = None if ema is None else ema.decay
     for group in ("module", "data", "model"):
         if cfg[group] is not None:
             own: Any = OmegaConf.to_container(cfg[group], resolve=True)
@@ -153,6 +158,8 @@ def data_of(cfg: DictConfig, weights: Path | None = None, **more: Any) -> Any:
     if state is None and cfg.mode != "fit" and cfg.teacher is not None and cfg.teacher.path is not None:
         state = corpus_state(Path(cfg.teacher.path), datamodule)
     if state is not None:
+        if cfg.mode in ("generate", "export") and cfg.ckpt_path is None and cfg.student_path is None:
+            _say_other_rows(cfg, state, datamodule)
         datamodule.take(state)
     if cfg.mode in ("generate", "export"):
         datamodule.setup("predict")
@@ -160,6 +167,24 @@ def data_of(cfg: DictConfig, weights: Path | None = None, **more: Any) -> Any:
         datamodule.prepare_data()
         datamodule.setup("test" if cfg.mode == "test" else "fit")
     return datamodule
+
+
+def _say_other_rows(cfg: DictConfig, state: CorpusState, datamodule: Any) -> None:
+    """Say so where the experiment's newest run was trained on another file than the one that is typed."""
+    then, now = state.sources.get("train"), absolute_source(datamodule.sources.get("train"))
+    if then and now and then != now and all(os.path.exists(path) for path in now):
+        other = (
+            "student_path=<its folder>/student"
+            if cfg.teacher is not None
+            else "ckpt_path=<its folder>/checkpoints/last.ckpt"
+        )
+        Console(stderr=True).print(
+            f"note: this is the model of {state.folder.parent}, the newest run of experiment={cfg.name}, which was trained on "
+            f"{', '.join(then)}; for that of another run type {other}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def keep_made_with(cfg: DictConfig, datamodule: Any) -> None:

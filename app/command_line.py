@@ -47,7 +47,7 @@ def _quoted(argument: str, sweep: bool) -> str:
     if not is_prompt and value.startswith("~"):  # a shell replaces it at the beginning of a word alone
         value = os.path.expanduser(value)
         argument = f"{name}={value}"
-    override = _read(argument)
+    override = None if is_prompt and "${" in value and value[:1] not in ("'", '"') else _read(argument)
     if override is not None and (sweep or not is_prompt or not override.is_sweep_override()):
         return option(name, value) if not is_prompt and _is_number(override) else argument  # a file named 2026
     if value[:1] in ("'", '"') and value[-1:] == value[:1]:

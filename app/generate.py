@@ -20,7 +20,7 @@ from app.build import (
     settle_models,
     trained_teacher,
 )
-from app.run_files import found, newest, newest_student
+from app.run_files import find_checkpoint, found, newest, newest_student, require_same_module
 from app.students import student_decoder
 from app.trained import fill_from_checkpoint, newest_model, trained_decoder
 from app.typed import as_typed
@@ -95,6 +95,8 @@ def find_weights(cfg: DictConfig) -> Path | None:
     otherwise.
     """
     runs = runs_of(cfg)
+    if cfg.ckpt_path is not None:
+        return _of_checkpoint(cfg, find_checkpoint(runs, cfg.ckpt_path))
     if _drafts_blocks(cfg):
         return newest(
             runs, "drafter/drafter.json", "no run of it has trained a drafter; type the same command without mode="
@@ -115,6 +117,19 @@ def find_weights(cfg: DictConfig) -> Path | None:
         return newest_model(runs)
     advice = "it trains no student, and no run of it left a causal model in model/ or a checkpoint; train one first"
     return newest(runs, "checkpoints/last.ckpt", advice)
+
+
+def _of_checkpoint(cfg: DictConfig, checkpoint: Path) -> Path:
+    """What is asked of a checkpoint: itself where its module decodes from it, else what its run has left beside it."""
+    require_same_module(checkpoint, cfg.module._target_)
+    if cfg.pair is None and cfg.teacher is None and cfg.module.get("objective") is not None:
+        return checkpoint
+    run = checkpoint.absolute().parent.parent
+    kind = "drafter" if _drafts_blocks(cfg) else "student" if cfg.teacher is not None else "model"
+    folder = run / kind
+    if (cfg.pair is not None and kind == "model") or not any(folder.glob("*.json")):
+        raise UsageError(f"ckpt_path={checkpoint}: there is no {kind} to ask beside it; leave ckpt_path out")
+    return folder
 
 
 def find_decoder(cfg: DictConfig, weights: Path | None, datamodule: Any, device: torch.device) -> Decoder:

@@ -40,6 +40,7 @@ def run_mode(cfg: DictConfig) -> float | None:
     if cfg.module is None and cfg.study is None and cfg.mode != "report":
         raise UsageError(NO_EXPERIMENT)
     check_options(cfg)
+    _require_use(cfg)
     alone = exclusive_run(run_dir(cfg)) if cfg.mode in ("fit", "test") and cfg.study is None else nullcontext()
     with alone:
         try:
@@ -47,6 +48,15 @@ def run_mode(cfg: DictConfig) -> float | None:
         except Interrupted as stop:
             _say_interrupted(cfg, stop)
             raise
+
+
+def _require_use(cfg: DictConfig) -> None:
+    """Raise UsageError for an option that would be passed over without a word."""
+    for name in ("prompt", "prompt_file", "plan") if cfg.mode != "generate" else ():
+        if cfg[name] is not None:
+            raise UsageError(f"{name}= is answered by mode=generate, and this is mode={cfg.mode}; type mode=generate")
+    if cfg.student_path is not None and cfg.teacher is None and cfg.mode != "report":
+        raise UsageError(f"student_path={cfg.student_path}: experiment={cfg.name} trains no student; leave it out")
 
 
 def _say_interrupted(cfg: DictConfig, stop: Interrupted) -> None:
@@ -79,8 +89,6 @@ def fit(cfg: DictConfig) -> float | None:
         return None
     module, trainer, datamodule = build(cfg)
     if cfg.student_path is not None:
-        if cfg.teacher is None:
-            raise UsageError(f"student_path={cfg.student_path}: experiment={cfg.name} trains no student; leave it out")
         module.start_from(load_student(cfg.student_path, module.teacher))
     if trainer.is_global_zero and not trainer.fast_dev_run:
         keep_made_with(cfg, datamodule)

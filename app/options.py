@@ -11,9 +11,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from models.functional.errors import UsageError
+from reporting.command import shell
 
 # options that no constructor takes
 OWN = {
+    "name": str,
     "seed": int,
     "samples": int,
     "n": int,
@@ -33,6 +35,7 @@ LARGEST = 2**63 - 1  # of a whole number in a tensor
 # what Lightning itself does not refuse
 LEAST = {
     "seed": 0,
+    "samples": 0,
     "trainer.accumulate_grad_batches": 1,
     "trainer.max_steps": -1,
     "trainer.log_every_n_steps": 0,
@@ -48,6 +51,7 @@ def check_options(cfg: DictConfig) -> None:
     for name, kind in OWN.items():
         if name in cfg:
             check_value(name, cfg[name], kind)
+    _require_folder_name(cfg.get("name", "run"))
     _require_bounds(cfg)
     interval = OmegaConf.select(cfg, "trainer.val_check_interval")
     if isinstance(interval, int | float) and interval <= 0:
@@ -69,6 +73,15 @@ def check_options(cfg: DictConfig) -> None:
         for key in node:
             if (wanted := kinds.get(str(key))) and not OmegaConf.is_missing(node, key) and not _is_built(node[key]):
                 check_value(f"{prefix}{key!s}", node[key], wanted)
+
+
+def _require_folder_name(name: str) -> None:
+    """Raise UsageError for a name that is no folder below paths.output_dir: its runs would not be told from others."""
+    parts = name.split("/")
+    if not set(parts).isdisjoint({"", ".", ".."}):
+        raise UsageError(
+            f"name={name} names the folder of the runs below paths.output_dir; type a word, such as name=mine"
+        )
 
 
 def _require_bounds(cfg: DictConfig) -> None:
@@ -187,6 +200,8 @@ def _sentence(option: str, value: Any, error: ValidationError) -> str:
         choices = [problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ") for problem in found]
         return f"{name}={_shown(part)} is not known; type one of {', '.join(choices)}"
     wanted = [problem["msg"].removeprefix("Input should be ") for problem in found]
+    if isinstance(part, int | float | str) and any(problem["type"] in ("tuple_type", "list_type") for problem in found):
+        return f"{name}={_shown(part)} should be a list; type {shell(f'{name}=[{_shown(part)}]')}"
     return f"{name}={_shown(part)} should be {' or '.join(dict.fromkeys(wanted))}"
 
 

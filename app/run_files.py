@@ -8,13 +8,17 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from app.model_cache import require_readable
+from callbacks.resumed_options import OPTIONS
 from datamodules.corpus import CorpusDataModule
 from datamodules.state import TOKENIZER, CorpusState, is_state
 from datamodules.tokenizer import TRAINED
 from models.flow.student_files import TEACHER
 from models.functional.errors import UsageError
 from models.plans.files import BACKBONE
+from reporting.command import option
 from reporting.record import write_whole
 
 DATA = "data"  # folder of a run: state of its corpus
@@ -47,11 +51,27 @@ def find_checkpoint(runs: Path, ckpt_path: str) -> Path:
         advice = "no run of it left a checkpoint; leave ckpt_path out to start one"
         return require_readable(newest(runs, "checkpoints/last.ckpt", advice))
     path = Path(ckpt_path)
+    if os.path.isdir(path):
+        inside = (path / "last.ckpt", path / "checkpoints" / "last.ckpt")
+        found_there = next((file for file in inside if file.is_file()), path / "<a file>.ckpt")
+        raise UsageError(f"ckpt_path={path} is a folder; type {option('ckpt_path', str(found_there))}")
     if not os.path.isfile(path):
         raise UsageError(
             f"ckpt_path={path} does not exist; type ckpt_path=last for the newest of experiment={runs.name}"
         )
     return require_readable(path)
+
+
+def require_same_module(checkpoint: Path, target: str) -> None:
+    """Raise UsageError for a checkpoint of another module than the class `target` names; older ones name none."""
+    noted = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(OPTIONS, {})
+    before = str(noted.get("module._target_", target)).rpartition(".")[2]
+    now = target.rpartition(".")[2]
+    if before != now:
+        raise UsageError(
+            f"ckpt_path={checkpoint} was trained by {before}, and these options make a {now}; type the experiment= and module= "
+            "of its run"
+        )
 
 
 def runs_elsewhere(outputs: Path) -> list[Path]:

@@ -5,16 +5,19 @@ Imported by Hydra at every start, so nothing heavy is imported here.
 
 import os
 import sys
+import threading
 import time
 from itertools import count
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from app.locks import leads
 
 CLAIMS = ".started"  # below the outputs folder: an empty file for each start of the last day
 DAY = 24 * 3600
+ONE_AT_A_TIME = threading.Lock()  # Hydra has one configuration a process
 
 
 def claim_start(config: DictConfig, folder_option: str) -> None:
@@ -27,7 +30,7 @@ def claim_start(config: DictConfig, folder_option: str) -> None:
     try:
         if leads():  # other ranks work where the first one does
             _take_name(config, folder / CLAIMS)
-        folder = Path(OmegaConf.select(config, folder_option))
+        folder = _folder(config, folder_option)
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(None, "no permission to write there")
@@ -39,6 +42,17 @@ def claim_start(config: DictConfig, folder_option: str) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def _folder(config: DictConfig, option: str) -> Path:
+    """The folder that an option names, which may ask Hydra for choices (`${hydra:runtime.choices...}`)."""
+    hydra = HydraConfig.instance()
+    with ONE_AT_A_TIME:
+        before, hydra.cfg = hydra.cfg, config  # Hydra itself sets it later
+        try:
+            return Path(OmegaConf.select(config, option))
+        finally:
+            hydra.cfg = before
 
 
 def _take_name(config: DictConfig, claims: Path) -> None:

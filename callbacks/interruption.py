@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,8 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.checkpoint import last_of, save_last
 
-# Slurm announces the end of a job's time by SIGUSR1, submitit by SIGUSR2
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Slurm announces the end of a job's time by SIGUSR1, submitit by SIGUSR2, Grid Engine and a limit of processor time by
+# SIGXCPU; SIGHUP is a terminal that is closed
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 
 
 class Interrupted(SystemExit):
@@ -52,7 +54,8 @@ class StopOnSignal(Callback):
         if self.received is None and self._speaks:
             # not print: a handler may run while something else prints
             again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(signum).name}: saving after this step{again}\n".encode())
+            with suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\n{signal.Signals(signum).name}: saving after this step{again}\n".encode())
         self.received = signum
 
     def on_train_batch_end(
@@ -85,10 +88,14 @@ class StopOnSignal(Callback):
 
 
 def _handle_signals(handler: Any) -> None:
-    """Until the trainer restores the handlers of before, which it does at the end of every fit and test."""
+    """Until the trainer restores the handlers of before, which it does at the end of every fit and test.
+
+    SIGHUP that is ignored stays so: nohup lets a run go on without its terminal.
+    """
     if threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
-            signal.signal(signum, handler)
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, handler)
 
 
 def _keeper(trainer: Trainer) -> ModelCheckpoint | None:

@@ -45,7 +45,9 @@ class ResumedOptions(Callback):
                     "or start again with student_path=<its student>"
                 )
         kept = [name for name in changed if name in OF_THE_OPTIMIZER]
-        new = [f"{name}={self.options[name]} (was {before[name]})" for name in changed if name not in kept]
+        new = [
+            f"{name}={_typed(self.options[name])} (was {_typed(before[name])})" for name in changed if name not in kept
+        ]
         old = [f"{name}={before[name]} (not {self.options[name]})" for name in kept]
         self.options |= {name: before[name] for name in kept}
         sentences = []
@@ -58,6 +60,10 @@ class ResumedOptions(Callback):
                 f"from here on {', '.join(new)} counts; the run is then not the exact continuation of the one before"
             )
         return sentences
+
+
+def _typed(value: Any) -> Any:
+    return "null" if value is None else value
 
 
 def _options_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The records of a csv file: a cell may be long, span many lines and hold quotes, and stays one cell."""
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
@@ -45,6 +46,12 @@ def csv_records(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[in
             continue
         if cells:
             yield first, cells
+
+
+def declared_delimiter(text: TextIO) -> str | None:
+    """The delimiter that the first line declares as Excel writes and reads it (`sep=;`); None where it declares none."""
+    found = re.fullmatch(r'"?sep=(.)"?\s*', text.readline(12))
+    return None if found is None else found[1]
 
 
 def find_delimiter(open_text: Callable[[], TextIO], fields: Sequence[str]) -> str:

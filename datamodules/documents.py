@@ -139,7 +139,9 @@ class DocumentReader:
         if self.cut == "file":
             yield from _whole_file(path, problems, meter)
             return
-        found = False
+        if self.cut in ("line", "blank_line"):
+            _require_line_ends(path)
+        found, left_out = False, problems.count
         mark = self.separator if self.cut == "separator" else ""
         lines = _lines(path, LONGEST_DOCUMENT, problems, meter, mark)
         for line, text in self._documents(path, option, lines):
@@ -147,7 +149,7 @@ class DocumentReader:
             if text.strip():
                 found = True
                 yield from _passages(f"{path}:{line}", text, problems)
-        if not found:
+        if not found and problems.count == left_out:
             problems.add(str(path), "the file is empty")
 
     def _documents(self, path: Path, option: str, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
@@ -180,8 +182,18 @@ class DocumentReader:
         return [line, ""] if ends else [line]
 
 
+def _require_line_ends(path: Path) -> None:
+    """Raise OSError for a file whose lines end in carriage returns alone: all of it would be one line."""
+    with open_bytes(path) as file:
+        start = file.peek()
+    if start.count(b"\r") > 1 and b"\n" not in start:
+        raise OSError(
+            "its lines end in carriage returns alone; convert it with `tr '\\r' '\\n' < FILE > NEW`, or type data.cut=file"
+        )
+
+
 def _whole_file(path: Path, problems: Problems, meter: Meter) -> Iterator[Passage]:
-    held, size, opens = [], 0, True
+    held, size, opens, left_out = [], 0, True, problems.count
     for _, line in _lines(path, PASSAGE, problems, meter):
         if held and size + len(line) > PASSAGE:
             yield Passage(f"{path}:1", "".join(held), opens)
@@ -190,7 +202,7 @@ def _whole_file(path: Path, problems: Problems, meter: Meter) -> Iterator[Passag
         size += len(line)
     if size:
         yield Passage(f"{path}:1", "".join(held), opens)
-    elif opens:
+    elif opens and problems.count == left_out:
         problems.add(str(path), "the file is empty")
 
 

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from datamodules.batch import pack_prompt_response
 from datamodules.corpus import CorpusDataModule
-from datamodules.documents import DocumentReader
+from datamodules.documents import EXTENSIONS, DocumentReader
 from datamodules.encoder import Encoder
 from datamodules.loader import ResumableLoader, accumulated
 from datamodules.packing import EndlessOrder, OnePass, PackedRows, TokenStream
-from datamodules.sources import Source
+from datamodules.sources import Source, warn_of_known_texts, warn_of_repeats
 from datamodules.state import CorpusState, still_held_out
 from datamodules.token_cache import TokenCache, tokenize_once
 from datamodules.tokenizer import build_tokenizer, document_start, fixed_kind
@@ -127,6 +127,11 @@ class PackedTextDataModule(CorpusDataModule):
                     f"the {split} split has {len(stream)} tokens, fewer than one row; "
                     f"type data.sequence_length={self.longest_row(stream)} or less, or give data.{split} more text"
                 )
+        warn_of_repeats(self.sources, EXTENSIONS)
+        trained = caches["train"].hashes[parts["train"]] if wanted else caches["train"].hashes
+        for split in [split for split in ("val", "test") if split in caches]:
+            hashes = caches[split].hashes
+            warn_of_known_texts(split, int(np.isin(hashes, trained).sum()), len(hashes), "documents")
         for split, cache in caches.items():
             _warn_of_losses(f"data.{split}", cache, encoder.unknown_id)
         _print_statistics(self.name, streams, self.stream_tokens)

@@ -20,7 +20,7 @@ from datamodules.files import Pairs, read_pairs
 from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
 from datamodules.slot_values import Numbers, slot_numbers, slot_values
-from datamodules.sources import Source
+from datamodules.sources import Source, warn_of_known_texts, warn_of_repeats
 from datamodules.state import CorpusState, still_held_out, text_hashes
 from datamodules.template import Template, build_template
 from datamodules.text_signals import LENGTH, LENGTHS, OPENING, TextSignals
@@ -208,6 +208,11 @@ class PairsDataModule(PromptResponseDataModule):
             raise UsageError("data.train is not set; type data.train=FILE.jsonl")
         if "val" not in pairs:
             pairs["train"], pairs["val"] = self._hold_out(pairs["train"])
+        warn_of_repeats(self.sources)
+        trained = set(zip(pairs["train"].prompts, pairs["train"].responses, strict=True))
+        for split in [split for split in ("val", "test") if split in pairs]:
+            rows = list(zip(pairs[split].prompts, pairs[split].responses, strict=True))
+            warn_of_known_texts(split, sum(row in trained for row in rows), len(rows), "rows")
         return pairs
 
     def _hold_out(self, pairs: Pairs) -> tuple[Pairs, Pairs]:

@@ -11,7 +11,7 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from datamodules.csv_records import csv_records, find_delimiter
+from datamodules.csv_records import csv_records, declared_delimiter, find_delimiter
 from datamodules.text_encoding import require_utf8
 from models.functional.errors import UsageError
 
@@ -93,6 +93,24 @@ def suffix_of(path: Path) -> str:
     """The extension in small letters, with what is before it where it is .gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+
+
+def warn_of_repeats(sources: Mapping[str, Source | None], extensions: str = ROW_EXTENSIONS) -> None:
+    """Warn of a file that one split names several times, by a glob or another path to it as well. sources: {split: source}."""
+    for split, source in sources.items():
+        items = [] if source is None else [item for item in items_of(source) if not is_hub(item)]
+        files = [path for item in items for path in find_files(item, f"data.{split}", extensions)]
+        for path, times in Counter(map(os.path.realpath, files)).items():
+            if times > 1:
+                rank_zero_warn(f"data.{split} names {path} {times} times, so its rows count as often; name it once")
+
+
+def warn_of_known_texts(split: str, known: int, total: int, what: str) -> None:
+    """Warn where some of a split's texts are trained on. what: rows or documents."""
+    if known:
+        rank_zero_warn(
+            f"data.{split}: {known:,} of its {total:,} {what} are in data.train too, so its figures are not of unseen text"
+        )
 
 
 # -- from files to rows -----------------------------------------------------------------------------------------------
@@ -181,9 +199,24 @@ def _jsonl_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[Loc
             except UnicodeDecodeError as error:
                 yield location, f"bad UTF-8 at byte {error.start + 1}"
             except (ValueError, RecursionError) as error:
-                yield location, f"not JSON ({error})"
+                yield location, _not_json(text, error)
             else:
-                yield location, row if isinstance(row, dict) else "not a JSON object"
+                yield location, row if isinstance(row, dict) else f"not a JSON object{_split_by_jq(text)}"
+
+
+def _not_json(line: str, error: Exception) -> str:
+    """Why a line of jsonl cannot be read, with what to do about files that hold JSON of another layout."""
+    if line in ("{", "["):
+        return f"not JSON by itself: it goes on in the next line{_split_by_jq(line)}"
+    if line.endswith(","):
+        return "not JSON (a comma follows what the line holds)"
+    return f"not JSON ({error})"
+
+
+def _split_by_jq(text: str) -> str:
+    """How objects of a file that `text` begins come to stand one in a line."""
+    parts = "'.[]'" if text.startswith("[") else "."
+    return f"; `jq -c {parts} FILE > NEW` writes an object a line"
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -195,20 +228,25 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[LocatedRow]:
-    delimiter = find_delimiter(lambda: _csv_text(path), fields)
-    if delimiter != ",":
+    with _csv_text(path) as text:
+        declared = declared_delimiter(text)
+    delimiter = declared or find_delimiter(lambda: _csv_text(path), fields)
+    if declared is None and delimiter != ",":
         rank_zero_warn(f"{path}: its header is separated by {delimiter!r}, so it is read with that instead of a comma")
     with _csv_text(path, meter) as text:
         header: list[str] | None = None
         for line, cells in csv_records(text, delimiter):
             location = f"{path}:{line}"
+            if line == 1 and declared is not None:
+                continue
             if isinstance(cells, str):
                 yield location, cells
             elif header is None:
                 header = cells
                 _require_different(header, fields)
             elif len(cells) != len(header):
-                yield location, f"{len(cells)} cells, but the header has {len(header)}"
+                shown = "" if set(fields) <= set(header) else f" ({','.join(header)[:80]!r})"
+                yield location, f"{len(cells)} cells, but the header has {len(header)}{shown}"
             else:
                 yield location, dict(zip(header, cells, strict=True))
 
@@ -312,6 +350,8 @@ def no_such_field(where: str, option: str, name: str, fields: Iterable[str]) -> 
     shown = {field: str(field).encode(errors="backslashreplace").decode() for field in fields}
     choices = ", ".join(text if text == text.strip() else repr(text) for text in shown.values())
     message = f"{where} has no field {name!r}; type data.{option}=NAME with one of its fields: {choices}"
+    if suffix_of(Path(where)) in (".csv", ".csv.gz"):
+        message += "; the first line of a csv file holds their names"
     near = [text for text in shown.values() if text != name and text.strip().lower() == name.strip().lower()]
     return UsageError(message + (f" ({near[0]!r} differs only in spaces or capitals)" if near else ""))
 
@@ -319,4 +359,11 @@ def no_such_field(where: str, option: str, name: str, fields: Iterable[str]) -> 
 def first_few(problems: Sequence[str], count: int | None = None) -> str:
     """The first problems, one a line, and how many more there are of `count` (all that are given)."""
     more = (len(problems) if count is None else count) - SHOWN_PROBLEMS
-    return "\n".join(f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]) + (f"\n  and {more} more" * (more > 0))
+    lines = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    lines += [f"  and {more} more"] if more > 0 else []
+    if any("UTF-8" in line for line in lines):
+        lines.append(
+            "  only UTF-8 is read; a file in another encoding is converted by naming it, such as "
+            "`iconv -f windows-1252 -t UTF-8 FILE > NEW`"
+        )
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Recognises a text file that is not UTF-8 by its first bytes."""
+"""Recognises by its first bytes a file that is no text, or text that is not UTF-8."""
 
 import codecs
 import unicodedata
@@ -8,14 +8,30 @@ BYTE_ORDER_MARKS = {  # the longer first: that of UTF-16 begins that of UTF-32
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
+# beginnings of files that are no text, what they are, and what to do
+KINDS = (
+    (b"\x1f\x8b", "gzip data", "add .gz to its name"),
+    (b"PAR1", "a parquet file", "give it a name that ends in .parquet"),
+    (b"PK\x03\x04", "a zip archive, as .docx and .xlsx are", "unpack it, or save it as text"),
+    (b"BZh91AY&SY", "data of bzip2", "unpack it with bunzip2"),
+    (b"\xfd7zXZ\0", "data of xz", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "data of zstd", "unpack it with unzstd"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (b"ARROW1\0\0", "an Arrow file", "write it as .parquet"),
+    (b"SQLite format 3\0", "a database of SQLite", "write a table of it as .csv"),
+    (b"%PDF-", "a PDF", "save it as text, for example with pdftotext"),
+)
 
 
 def require_utf8(start: bytes) -> None:
-    """Raise OSError, with how to convert the file, where its first bytes are those of UTF-16 or UTF-32.
+    """Raise OSError, with what to do, where the first bytes are those of a file that is no text, of UTF-16 or of UTF-32.
 
     Without a byte order mark the positions of NUL and other control bytes show it. Text without any, such as Chinese in
     UTF-16 without a line end, is not recognised.
     """
+    for mark, kind, advice in KINDS:
+        if start.startswith(mark):
+            raise OSError(f"it is {kind}, not text; {advice}")
     for name, marks in BYTE_ORDER_MARKS.items():
         if start.startswith(marks):
             raise OSError(_sentence(name, name))

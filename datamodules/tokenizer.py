@@ -8,9 +8,10 @@ is those six characters, never the mask token.
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ FULL_ALPHABET_FROM = 512
 
 # GPT-2's split with the underscore counted as a letter: a name such as I_TURN_LEFT can then become one token.
 WORDS_AND_SIGNS = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}_]+| ?\p{N}+| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
+
+# Characters of a word that BPE learns merges from, such as a line of DNA or Base64.
+LONGEST_WORD = 2000
+LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 # Part of the cache key: raise it when the construction below changes.
 CACHE_LAYOUT = 1
@@ -172,8 +177,31 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, special: list[str], *, spl
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if full else [],
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(trainable_parts(texts, split=split), trainer)
     return _with_special_tokens(backend, special)
+
+
+def trainable_parts(texts: Iterable[str], *, split: bool) -> Iterator[str]:
+    """The texts in parts that hold no word of more than LONGEST_WORD characters: training takes the square of its length.
+
+    split: whether a word ends with its letters; without, all of a part is one. Shorter texts and words stay as they are.
+    """
+    for text in texts:
+        if len(text) <= LONGEST_WORD:
+            yield text
+            continue
+        start = 0
+        if split:
+            for run in LONG_RUN.finditer(text):
+                yield text[start : run.end()]
+                start = run.end()
+        while not split and len(text) - start > LONGEST_WORD:
+            end = max(text.rfind(mark, start, start + LONGEST_WORD) for mark in "\n ") + 1
+            end = end if end > start else start + LONGEST_WORD
+            yield text[start:end]
+            start = end
+        if start < len(text):
+            yield text[start:]
 
 
 def _train_words(texts: Iterable[str], vocab_size: int, special: list[str]) -> PreTrainedTokenizerFast:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, UnsupportedInterpolationType
 from rich.console import Console
 from rich.markup import escape
 
@@ -42,6 +43,9 @@ def sentence_for(error: BaseException) -> str | None:
         if type(cause).__name__ == "MissingMandatoryValue":  # OmegaConf's; only run.py knows configurations
             name = getattr(cause, "full_key", None)
             return f"{name} has no value; type {name}=<value>"
+        if isinstance(cause, InterpolationKeyError | InterpolationResolutionError | UnsupportedInterpolationType):
+            name, reason = cause.full_key or "an option", str(cause).splitlines()[0]
+            return f"{name}: {reason}; ${{...}} stands for the value of another option, \\${{ for these characters"
         if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
             return f"{cause}; see the options with --cfg job"
         if isinstance(cause, RuntimeError) and DEAD_WORKER.search(str(cause)):
@@ -67,7 +71,7 @@ def sentence_for(error: BaseException) -> str | None:
         if type(cause).__name__ == "InstantiationException" and "target 'lightning." in str(cause):
             option = str(cause).rsplit("full_key: ", 1)[-1]
             inner = cause.__cause__  # Lightning's message about its own options
-            if isinstance(inner, ValueError | TypeError) and "unexpected keyword" not in str(inner):
+            if isinstance(inner, ValueError | TypeError | ImportError) and "unexpected keyword" not in str(inner):
                 return f"{option}: {inner}"
         cause = cause.__cause__ or cause.__context__
     return None
@@ -114,8 +118,10 @@ def say_where_things_are(
     typed: the options that name its model again; without any, only the files are listed. teacher: the student's.
     """
     folder = from_here(folder)
-    written = ["record.json", *(name for name in ("frontier.png", "tpf.png", "alpha.png") if (folder / name).exists())]
-    lines = {"record and figure": ", ".join(f"{folder}/{name}" for name in written)}
+    names = ("record.json", "frontier.png", "tpf.png", "alpha.png")
+    written = [f"{folder}/{name}" for name in names if (folder / name).exists()]
+    # a shortened comparison leaves none
+    lines = {"record and figure": ", ".join(written)} if written else {}
     lines["dashboard"] = f"tensorboard --logdir {shell(str(folder))}"
     if teacher is not None:
         lines["student"] = f"{folder}/student (its teacher: {teacher})"

@@ -63,8 +63,8 @@ def require_free_layout(model: nn.Module, columns: int, option: str) -> None:
 @torch.no_grad()
 def require_left_to_right(model: nn.Module, option: str, path: str | Path) -> None:
     """Raise UsageError for a model whose logits change with later tokens, such as an encoder. option: that of its path."""
-    with trial(model) as device:
-        logits = model(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]], device=device), use_cache=False).logits
+    with trial(model):
+        logits = model(input_ids=_ids(model, [[1, 2, 3], [1, 2, 4]]), use_cache=False).logits
     if not alike(*logits[:, :2]):
         raise UsageError(
             f"{option}={path} holds a {model.config.model_type} model that reads texts in both directions; type the folder of "
@@ -79,7 +79,7 @@ def require_free_attention(model: nn.Module, option: str, instead: str = "") -> 
     option: what needs it. instead: what to type to do without, ending in ", or ".
     """
     with trial(model) as device:
-        ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
+        ids = _ids(model, [[1, 2, 3], [1, 2, 4]])
         seen = torch.ones(2, 1, 3, 3, dtype=torch.bool, device=device)
         states = model.get_decoder()(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
     if torch.equal(*states[:, 0]):
@@ -94,7 +94,7 @@ def require_separate_documents(model: nn.Module) -> None:
     """Raise UsageError where a document is read as if the one before it in a packed row were part of it."""
     first, second = [1, 2, 3, 4], [5, 6, 7]
     with trial(model) as device:
-        ids = torch.tensor([first + second], device=device)
+        ids = _ids(model, [first + second])
         positions = torch.tensor([[*range(len(first)), *range(len(second))]], device=device)
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, len(first) :]
         alone = model(input_ids=ids[:, len(first) :], use_cache=False).logits
@@ -109,7 +109,7 @@ def require_separate_documents(model: nn.Module) -> None:
 def require_steps(model: nn.Module) -> None:
     """Raise UsageError unless padded prompts, read on token by token with a key-value cache, give the logits of the whole."""
     with trial(model) as device:
-        ids = torch.tensor([[1, 2, 3, 4], [1, 1, 5, 6]], device=device)
+        ids = _ids(model, [[1, 2, 3, 4], [1, 1, 5, 6]])
         mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(input_ids=ids[:, :3], attention_mask=mask[:, :3], position_ids=positions[:, :3], use_cache=True)
@@ -126,6 +126,12 @@ def require_steps(model: nn.Module) -> None:
             f"a model of type {model.config.model_type} cannot be read token by token from prompts of different lengths, so it "
             "cannot answer prompts; type a model with a key-value cache, such as model.path=Qwen/Qwen3-0.6B"
         )
+
+
+def _ids(model: nn.Module, rows: list[list[int]]) -> Tensor:
+    """Token ids (N, T) on the model's device. A vocabulary of fewer has some of them twice, neighbours never."""
+    size = model.config.get_text_config().vocab_size
+    return torch.tensor(rows, device=next(model.parameters()).device) % size
 
 
 @contextmanager

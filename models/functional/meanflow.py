@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from models.functional.divergence import kl_divergence
+from models.functional.divergence import by_positions, kl_divergence
 from models.functional.errors import UsageError, require_choice
 from models.functional.gumbel import sample_categorical
 from models.functional.precision import without_autocast
@@ -88,15 +88,13 @@ def flow_loss(u: Tensor, target: Tensor, kind: FlowLoss, tokens: Tensor | None =
     """
     if kind == "mse":
         return (u - target).square().mean(-1)
-    log_q = F.log_softmax(u, dim=-1)
     if kind == "hard":
         tokens = target.argmax(-1) if tokens is None else tokens
-        return -log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    log_p = F.log_softmax(target, dim=-1)
+        return -F.log_softmax(u, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     if kind == "ce":
-        return -(log_p.exp() * log_q).sum(-1)
+        return by_positions(lambda p, q: -(p.log_softmax(-1).exp() * q.log_softmax(-1)).sum(-1), target, u)
     if kind == "kl":
-        return kl_divergence(log_p, log_q)
+        return by_positions(lambda p, q: kl_divergence(p.log_softmax(-1), q.log_softmax(-1)), target, u)
     raise UsageError(f"module.loss={kind} is not known; type kl, ce, mse or hard")
 
 

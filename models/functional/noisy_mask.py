@@ -20,6 +20,7 @@ Legend: B batch, L length, D width, V vocabulary. Times (...) broadcast over the
 import torch
 from torch import Generator, Tensor
 
+from models.functional.divergence import by_positions
 from models.functional.errors import UsageError
 
 
@@ -137,7 +138,11 @@ def warp_time(q: Tensor, center: float = 0.5) -> Tensor:
 
 def distribution_divergence(target: Tensor, logits: Tensor) -> Tensor:
     """KL(target || softmax(logits)) per position, nats: (..., V) distribution, (..., V) logits -> (...)."""
-    return (torch.xlogy(target, target) - target * torch.log_softmax(logits, dim=-1)).sum(-1)
+
+    def divergence(target: Tensor, logits: Tensor) -> Tensor:
+        return (torch.xlogy(target, target) - target * torch.log_softmax(logits, dim=-1)).sum(-1)
+
+    return by_positions(divergence, target, logits)
 
 
 def gap_weight(target: Tensor, logits: Tensor, floor: float = 1e-6) -> Tensor:

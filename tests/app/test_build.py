@@ -31,6 +31,8 @@ def test_options_of_a_training(configure):
     assert options["module.lr"] == 0.5
     assert options["seed"] == 3
     assert options["trainer.precision"] == "32-true"
+    assert options["callbacks.ema.decay"] == configure("experiment=objectives").callbacks.ema.decay
+    assert training_options(configure("experiment=objectives", "callbacks.ema=null"))["callbacks.ema.decay"] is None
     assert not {"trainer.max_steps", "module.seed", "module.forwards", "data.num_workers"} & options.keys()
 
 

@@ -1,5 +1,6 @@
 """What is typed wrong gets a sentence with what to type; what Leap tells to type is read back as it was meant."""
 
+import os
 import re
 import shlex
 import shutil
@@ -168,7 +169,8 @@ def test_a_value_that_needs_quotes_is_answered_with_them(text):
 
 
 AS_TYPED = ["who=anna", "name[The Vaults], eatType[pub]", "[The Vaults], x", "安娜看见雨吗？", "it's 5%", "🙂 👩‍👩‍👧 = a,b",
-            "choice(a,b)", "a: {b", 'he said "no"', "two words", "(see) [1", "C:\\new\\", "l'été", "a;b|c&d<e>"]  # fmt: skip
+            "choice(a,b)", "a: {b", 'he said "no"', "two words", "(see) [1", "C:\\new\\", "l'été", "a;b|c&d<e>",
+            "costs ${x} or ${oc.env:HOME}"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", AS_TYPED)
@@ -296,3 +298,19 @@ def test_the_command_line_itself(tmp_path, arguments, expected, code):
     assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert done.returncode == code
+
+
+def test_what_is_printed_may_be_cut_off_by_its_reader():
+    line = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'run.py'))} --list | head -n 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("ascii", b"\\u2192 \\xe9"), ("latin-1", b"\\u2192 \xe9"), ("utf-8", "→ é".encode())]
+)
+def test_what_an_output_cannot_hold_is_printed_by_its_number(encoding, printed):
+    code = "import run; run.print_anything(); print('\u2192 \xe9')"
+    place = {"cwd": ROOT, "env": os.environ | {"PYTHONIOENCODING": encoding}}
+    assert subprocess.check_output([sys.executable, "-c", code], **place).rstrip() == printed

@@ -206,3 +206,49 @@ def test_runs_in_other_folders_are_found_while_they_are_the_experiments_own(conf
     assert find_checkpoint(tmp_path / "out" / "other", "last") == last
     with pytest.raises(UsageError, match="no run of it left a checkpoint"):  # another experiment has taken its folder
         find_checkpoint(tmp_path / "out" / "mine", "last")
+
+
+@pytest.mark.filterwarnings("ignore:data.test is not set")
+def test_the_model_of_another_run_is_named_and_one_s_own_is_asked_for(configure, tmp_path, capsys):
+    """Two corpora under one experiment: what is asked without a run is the newest, whatever file is typed."""
+    one, two = write_notes(tmp_path / "one.txt"), write_notes(tmp_path / "two.txt", "\n\nZoe quit Quito." * 9)
+    short = [*CAUSAL, *CORPORA["packed_text"][1], "data.vocab_size=120", "data.tokenizer=words"]
+    runs = tmp_path / "out" / "next_token_text"
+    modes.run_mode(configure(*short, f"data.train={one}", f"paths.run_dir={runs}/one"))
+    ask = ["mode=generate", "prompt='anna sees'"]
+    first = answers(configure(*short, *ask, f"data.train={one}"), capsys)
+    modes.run_mode(configure(*short, f"data.train={two}", f"paths.run_dir={runs}/two", "seed=5"))
+    capsys.readouterr()
+    modes.run_mode(configure(*short, *ask, f"data.train={one}"))
+    said = capsys.readouterr()
+    assert f"this is the model of {runs}/two, the newest run" in said.err
+    assert f"was trained on {two}; for that of another run type ckpt_path=" in said.err
+    assert said.out.splitlines()[-1] != first
+    own = [*short, *ask, f"data.train={one}", f"ckpt_path={runs}/one/checkpoints/last.ckpt"]
+    modes.run_mode(configure(*own))
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == first
+    assert "note:" not in said.err
+    modes.run_mode(configure(*short, *ask, f"data.train={two}"))
+    assert "note:" not in capsys.readouterr().err
+    modes.run_mode(configure(*short, *ask, "data.train=gone.txt"))  # from another working directory
+    assert "note:" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_module_is_refused_before_any_work(configure, tmp_path):
+    short = [
+        "experiment=objectives",
+        "data.size=tiny",
+        "data.train_rows=32",
+        "logger=none",
+        *SMALL,
+        "trainer.max_steps=1",
+    ]
+    run = f"paths.run_dir={tmp_path}/out/run"
+    modes.run_mode(
+        configure(*short, "module.forwards=[1]", "data.val_rows=8", "data.test_rows=8", "data.batch_size=8", run)
+    )
+    checkpoint = f"ckpt_path={tmp_path}/out/run/checkpoints/last.ckpt"
+    for mode in ("fit", "test", "generate"):
+        with pytest.raises(UsageError, match="was trained by PretrainModule, and these options make a"):
+            modes.run_mode(configure("experiment=mixture_oracle", "data.size=tiny", checkpoint, f"mode={mode}"))

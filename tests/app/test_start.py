@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
 
@@ -93,3 +94,14 @@ def test_how_many_runs_there_should_be():
     assert _expected(OmegaConf.create({"hydra": {"sweeper": basic, **typed}})) == 6
     optuna = {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"}
     assert _expected(OmegaConf.create({"hydra": {"sweeper": optuna, **typed}})) is None
+
+
+def test_a_name_may_ask_hydra_for_a_choice(tmp_path):
+    """As that of experiment=objectives does, before Hydra has a configuration."""
+    HydraConfig.instance().cfg = None
+    choices = {"runtime": {"choices": {"module/objective": "next_token"}}}
+    cfg = config(tmp_path, name="o/${hydra:runtime.choices.module/objective}")
+    cfg.hydra = OmegaConf.merge(cfg.hydra, choices, {"run": {"dir": "${paths.output_dir}/${name}/${started}"}})
+    claim_start(cfg, "hydra.run.dir")
+    assert (tmp_path / "o" / "next_token" / "noon").is_dir()
+    assert not HydraConfig.initialized()

@@ -121,6 +121,13 @@ MISTAKES = [  # of the main job where no experiment is named
     (["data.seed=-100000000000000000000"], "data.seed=-100000000000000000000 must be at least"),
     (["module.forwards=[1,100000000000000000000]"], "module.forwards=100000000000000000000 must be at most"),
     (["data.train_rows=1000000000000000"], "memory ran out ("),
+    (["prompt=hello"], "prompt= is answered by mode=generate, and this is mode=fit; type mode=generate"),
+    (["mode=test", "prompt_file=p.txt"], "prompt_file= is answered by mode=generate, and this is mode=test"),
+    (["mode=generate", "prompt=a", "prompt_file=p.txt"], "prompt= and prompt_file=p.txt are both given"),
+    (["experiment=objectives", "student_path=x"], "student_path=x: experiment=objectives/next_token trains no student"),
+    (["mode=generate", "prompt='${nothing}'"], "prompt: Interpolation key 'nothing' not found; ${...} stands for"),
+    (["ckpt_path={gpt2}"], "ckpt_path={gpt2} is a folder; type "),
+    (["trainer.accelerator=tpu"], "trainer: Requirement 'torch_xla"),
 ]
 
 

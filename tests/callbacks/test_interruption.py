@@ -80,6 +80,8 @@ def trainer_in(folder, *callbacks, accumulate: int = 1):
         (signal.SIGTERM, 5, "train", 1, 5),  # a step that is validated
         (signal.SIGUSR1, 5, "train", 4, 2),  # the first micro-batch of four
         (signal.SIGUSR2, 12, "train", 1, 12),  # the last step
+        (signal.SIGHUP, 4, "train", 1, 4),  # its terminal is closed
+        (signal.SIGXCPU, 7, "train", 1, 7),  # Grid Engine
         (signal.SIGTERM, 2, "val", 1, 6),  # noted in the validation after step 5
     ],
 )
@@ -127,3 +129,16 @@ def test_the_second_ctrl_c_ends_at_once():
         stop._note(signal.SIGINT, None)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGINT
+
+
+def test_a_run_that_was_started_to_outlive_its_terminal_does(tmp_path):
+    """nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = trainer_in(tmp_path, Send(signal.SIGHUP, 3))
+        trainer.fit(Toy())
+        trainer_in(tmp_path, Send(signal.SIGHUP, 2, "test")).test(module := Toy(), verbose=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.global_step == 12
+    assert module.tested == 3

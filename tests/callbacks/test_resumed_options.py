@@ -33,6 +33,7 @@ def test_what_counts_from_here_on(capsys):
     callback, said = resumed({"options": BEFORE}, capsys, seed=1, data__batch_size=8)
     assert "from here on seed=1 (was 0), data.batch_size=8 (was 16) counts" in said
     assert "optimiser's state" not in said
+    assert "seed=null (was 0)" in resumed({"options": BEFORE}, capsys, seed=None)[1]
     assert callback.options["seed"] == 1
 
 

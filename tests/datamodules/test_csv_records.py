@@ -129,3 +129,30 @@ def test_two_columns_of_one_name_are_refused(header, tmp_path):
 def test_columns_without_a_name_do_no_harm(tmp_path):
     (tmp_path / "a.csv").write_text("q,a,,\none,1,,\n")
     assert read_pairs(tmp_path / "a.csv", "q", "a").responses == ["1"]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", ":", "^"])
+@pytest.mark.parametrize("first", ["sep={}", "sep={} ", '"sep={}"', "\ufeffsep={}"])
+def test_the_delimiter_that_excel_declares_counts(tmp_path, delimiter, first, recwarn):
+    rows = [["q", "a"], ["one", 'two, "three"; four'], ["five"], ["six", "seven"]]
+    text = first.format(delimiter) + "\r\n" + written(rows, delimiter)
+    (tmp_path / "a.csv").write_text(text, newline="", encoding="utf-8")
+    pairs = read_pairs(tmp_path / "a.csv", "q", "a")
+    assert list(zip(pairs.prompts, pairs.responses, strict=True)) == [("one", 'two, "three"; four'), ("six", "seven")]
+    assert pairs.problems == [f"{tmp_path}/a.csv:4: 1 cells, but the header has 2"]
+    assert not any("is separated by" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("column", ["sep", "sep=", "sep==x", "sepia"])
+def test_a_column_may_be_called_almost_so(tmp_path, column):
+    (tmp_path / "a.csv").write_text(f"{column},a\n1,2\n")
+    assert read_pairs(tmp_path / "a.csv", column, "a").responses == ["2"]
+
+
+def test_what_stands_above_the_header_is_shown_as_what_it_was_taken_for(tmp_path):
+    (tmp_path / "a.csv").write_text("1,2\nq,a\n1,2\n")
+    with pytest.raises(UsageError, match=r"fields: 1, 2; the first line of a csv file holds their names"):
+        read_pairs(tmp_path / "a.csv", "q", "a")
+    (tmp_path / "a.csv").write_text("# made by hand\nq,a\n1,2\n")
+    with pytest.raises(UsageError, match=r"2 cells, but the header has 1 \('# made by hand'\)"):
+        read_pairs(tmp_path / "a.csv", "q", "a")

@@ -173,3 +173,14 @@ def test_the_meter_counts_the_bytes_on_disk(kind, tmp_path):
         write(path, gzip.compress(text.encode()) if kind.endswith("gz") else text)
     read(path, meter=seen.append)
     assert sum(seen) == pytest.approx(path.stat().st_size)
+
+
+@pytest.mark.parametrize("cut", ["line", "blank_line"])
+def test_a_file_of_carriage_returns_alone_is_refused(tmp_path, cut):
+    """It would be one line, and one document."""
+    path = write(tmp_path / "a.txt", "one\r\rtwo\r\r")
+    with pytest.raises(UsageError, match=r"a\.txt cannot be read \(its lines end in carriage returns alone.*`tr "):
+        read(path, cut=cut)
+    assert read(path, cut="file") == ["one\r\rtwo\r\r"]
+    assert read(write(tmp_path / "b.txt", "one\r\n\r\ntwo\r\n"), cut=cut) == ["one", "two"]
+    assert read(write(tmp_path / "c.txt", "one\rtwo"), cut=cut) == ["one\rtwo"]

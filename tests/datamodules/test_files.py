@@ -218,3 +218,18 @@ def test_without_network_a_hub_name_says_what_to_do(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UsageError, match=r"(?s)data\.train=hub:some/name could not be loaded.*no route.*download"):
         read_pairs("hub:some/name", "q", "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        (json.dumps(ROWS[0], indent=1), r"goes on in the next line; `jq -c \. FILE"),
+        (json.dumps(ROWS, indent=1), r"goes on in the next line; `jq -c '\.\[\]' FILE"),
+        (json.dumps(ROWS), r"not a JSON object; `jq -c '\.\[\]' FILE"),
+        (json.dumps(ROWS[0]) + ",\n", "a comma follows"),
+    ],
+)
+def test_json_of_another_layout_is_answered_with_how_to_convert_it(text, advice, tmp_path):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UsageError, match=advice):
+        read_pairs(tmp_path / "a.jsonl", "q", "a")

@@ -1,6 +1,7 @@
 """Prompts are what was typed: a line of a file each, or the characters after prompt=."""
 
 import codecs
+import os
 
 import pytest
 from hypothesis import given
@@ -64,3 +65,28 @@ def test_a_prompt_of_any_type_is_a_text(given, text):
     assert read_prompts(given, None, 2) == [text, text]
     with pytest.raises(UsageError, match="prompt= is not valid UTF-8"):
         read_prompts("a\ud800", None, 1)
+
+
+def test_in_a_file_without_newlines_carriage_returns_end_a_prompt(prompts_of):
+    assert prompts_of(b"one two\rthree\r") == ["one two", "three"]
+    assert prompts_of(b"one\rtwo\n") == ["one\rtwo"]
+
+
+def test_prompts_come_from_a_pipe():
+    out, into = os.pipe()
+    os.write(into, b"one\ntwo\n")
+    os.close(into)
+    assert read_prompts(None, f"/dev/fd/{out}", 1) == ["one", "two"]
+    os.close(out)
+
+
+def test_what_would_be_passed_over_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n")
+    for prompt in ("a", "", 0):
+        with pytest.raises(UsageError, match=r"prompt= and prompt_file=.*p\.txt are both given"):
+            read_prompts(prompt, str(tmp_path / "p.txt"), 1)
+    with pytest.raises(UsageError, match="is a folder"):
+        read_prompts(None, str(tmp_path), 1)
+    (tmp_path / "p.txt").write_bytes("déjà".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"not text in UTF-8.*iconv -f windows-1252"):
+        read_prompts(None, str(tmp_path / "p.txt"), 1)

@@ -1,10 +1,12 @@
+import re
+
 import pytest
 from helpers.dream import write_dream
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.pairs import PairsDataModule
-from datamodules.tokenizer import build_tokenizer
+from datamodules.tokenizer import LONGEST_WORD, build_tokenizer, trainable_parts
 from models.functional.errors import UsageError
 
 COMMANDS = ["jump left twice", "walk around right", "turn opposite left and walk"] * 5
@@ -167,3 +169,28 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
         build_tokenizer("gpt2", [], 0, tmp_path)
     with pytest.raises(UsageError, match="no tokenizer could be read"):
         build_tokenizer(str(tmp_path), [], 0, tmp_path)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_no_word_that_merges_are_learned_from_is_long(split):
+    """Training takes the square of its length: minutes for a line of DNA."""
+    usual = ["I_TURN_LEFT " * 400, "two words\n" * 900, "short", ""]
+    odd = ["ACGT" * 3000, "x" * 5001, " " * 4500, "a " + "b" * 2500 + " c", "日" * 2001, "y" * 1999 + "\n" + "z" * 1999]
+    for text in usual + odd:
+        parts = list(trainable_parts([text], split=split))
+        assert "".join(parts) == text
+        words = [word for part in parts for word in re.findall(r"\S+|\s+", part)] if split else parts
+        assert max(map(len, words), default=0) <= LONGEST_WORD
+    if split:  # all others stay as they are
+        assert list(trainable_parts(usual, split=True)) == [text for text in usual if text] + [""]
+        assert list(trainable_parts(["a " + "b" * 2500 + " c"], split=True)) == ["a " + "b" * 2000, "b" * 500 + " c"]
+    else:
+        assert list(trainable_parts(["one\n" * 600], split=False)) == ["one\n" * 500, "one\n" * 100]
+    assert list(trainable_parts(["x" * LONGEST_WORD], split=split)) == ["x" * LONGEST_WORD]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "phrases"])
+def test_a_text_without_spaces_trains_a_tokenizer(kind, tmp_path):
+    text = "ACGT" * 100_000
+    tokenizer = build_tokenizer(kind, [text], 300, tmp_path)
+    assert tokenizer.decode(tokenizer(text[:50])["input_ids"]) == text[:50]

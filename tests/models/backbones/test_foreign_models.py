@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from datamodules.batch import pack_prompt_response
 from models.backbones.abilities import (
     limited_layers,
+    require_free_attention,
     require_free_layout,
     require_left_to_right,
     require_separate_documents,
@@ -222,3 +223,14 @@ def test_every_causal_model_names_its_cache_alike():
     for model in MODEL_FOR_CAUSAL_LM_MAPPING.values():
         names |= {"cache", "past_key_values"} & inspect.signature(model.forward).parameters.keys()
     assert names == {CACHE_ARGUMENT}
+
+
+@pytest.mark.parametrize("words", [4, 5, 6, 7])
+def test_checks_work_with_a_vocabulary_of_few_tokens(words):
+    model = foreign_model("llama", vocab_size=words)
+    require_left_to_right(model, "model.path", "folder")
+    require_steps(model)
+    require_free_attention(model, "module.x")
+    require_separate_documents(model)
+    with pytest.raises(UsageError, match="both directions"):
+        require_left_to_right(foreign_model("bert", vocab_size=words), "model.path", "folder")
