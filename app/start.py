@@ -9,6 +9,7 @@ import threading
 import time
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -46,7 +47,7 @@ def claim_start(config: DictConfig, folder_option: str) -> None:
 
 def _folder(config: DictConfig, option: str) -> Path:
     """The folder that an option names, which may ask Hydra for choices (`${hydra:runtime.choices...}`)."""
-    hydra = HydraConfig.instance()
+    hydra: Any = HydraConfig.instance()
     with ONE_AT_A_TIME:
         before, hydra.cfg = hydra.cfg, config  # Hydra itself sets it later
         try:
