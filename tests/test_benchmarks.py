@@ -487,13 +487,13 @@ def test_rounds_alternate_and_warmup_does_not_count(benchmark):
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
 
 
-@pytest.mark.slow
 def test_the_command_of_a_record_is_without_the_file_it_was_written_to(benchmark):
     typed = ["--json", "a.json", "--threads", "1", "--json=b.json", "--methods", "next token"]
     found = importlib.import_module("timing").command_of("decoding", typed)
     assert found == "python benchmarks/decoding.py --threads 1 --methods 'next token'"
 
 
+@pytest.mark.slow
 def test_a_script_runs_from_the_command_line():
     command = [sys.executable, str(FOLDER / "decoding.py"), "--help"]
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}  # this checkout, whichever one is installed
