@@ -10,7 +10,6 @@ from models.backbones.causal_lm import with_adapters
 from models.backbones.frozen_layers import freeze
 from models.backbones.llada import LladaModel
 from models.backbones.masked_from_causal import MaskedFromCausal
-from models.functional.errors import UsageError
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Network = TypeVar("Network", LladaModel, MaskedFromCausal)
@@ -52,13 +51,13 @@ def with_lora(base: Network, rank: int) -> Network:
 class LoraXsLinear(nn.Module):
     """LoRA-XS (arXiv 2405.17604): y = W x + U_r Σ_r R V_rᵀ x; U Σ Vᵀ is the decomposition of W, and R (rank, rank) alone trains.
 
-    R = 0 changes nothing. U, Σ and V follow from W and no file holds them: so they are computed in float64, with signs of a
+    R = 0 changes nothing. A layer of less than `rank` inputs or outputs has that rank. U, Σ and V follow from W and no file holds them: so they are computed in float64, with signs of a
     rule, and are the same on every machine. At 8B that takes long.
     """
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
-        self.base = base
+        self.base, rank = base, min(rank, *base.weight.shape)
         self.core = nn.Parameter(base.weight.new_zeros(rank, rank, dtype=torch.float32))
         u, s, vh = torch.linalg.svd(base.weight.detach().double(), full_matrices=False)
         sign = vh.gather(-1, vh.abs().argmax(-1, keepdim=True)).sign()[:rank]  # of a vector's largest entry
@@ -71,15 +70,9 @@ class LoraXsLinear(nn.Module):
 
 
 def with_lora_xs(base: LladaModel, rank: int) -> LladaModel:
-    """A copy on the same weights with LoRA-XS on every linear layer of the body; adapters start as no-ops.
-
-    Errors: UsageError for a rank above the width of a layer.
-    """
+    """A copy on the same weights with LoRA-XS on every linear layer of the body; adapters start as no-ops."""
     twin = freeze(share_weights(base))
     layers = [(m, name) for m in twin.modules() for name, child in m.named_children() if name in LORA_TARGETS]
-    smallest = min(min(getattr(module, name).weight.shape) for module, name in layers)
-    if rank > smallest:
-        raise UsageError(f"module.lora_rank={rank} is above {smallest}, the width of a layer; type a smaller one")
     for module, name in layers:
         setattr(module, name, LoraXsLinear(getattr(module, name), rank))
     return twin
