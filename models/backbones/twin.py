@@ -49,10 +49,10 @@ def with_lora(base: Network, rank: int) -> Network:
 
 
 class LoraXsLinear(nn.Module):
-    """LoRA-XS (arXiv 2405.17604): y = W x + U_r Σ_r R V_rᵀ x; U Σ Vᵀ is the decomposition of W, and R (rank, rank) alone trains.
+    """LoRA-XS (arXiv 2405.17604): y = W x + U_r Σ_r R V_rᵀ x, where U Σ Vᵀ = W; R (rank, rank) alone trains.
 
-    R = 0 changes nothing. A layer of less than `rank` inputs or outputs has that rank. U, Σ and V follow from W and no file holds them: so they are computed in float64, with signs of a
-    rule, and are the same on every machine. At 8B that takes long.
+    R = 0 changes nothing. A layer of fewer inputs or outputs than `rank` has that rank. U, Σ and V follow from W, and no file
+    holds them. So they are computed in float64, with signs by a rule, to be the same on every machine. At 8B that takes long.
     """
 
     def __init__(self, base: nn.Linear, rank: int) -> None:

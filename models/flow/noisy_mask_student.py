@@ -37,7 +37,7 @@ class NoisyMaskStudent(Student):
       `full`: W and a trainable copy of all layers and the head; the embedding table stays the teacher's.
     noise_input: how the base reads noise.
       `embedding`: at the masked positions, as above.
-      `soft_token`: as soft tokens beside the masks (`SoftTokens`). There is no W. A pass has as many more columns as are masked.
+      `soft_token`: as soft tokens beside the masks (`SoftTokens`), without W. A pass has as many more columns as are masked.
     prior_length: of `SoftTokens`.
     Errors: UsageError for soft tokens and a base that is no LLaDA in which every position sees every other one.
     """
@@ -104,7 +104,7 @@ class NoisyMaskStudent(Student):
         return z
 
     def _hidden_beside(self, sample: PathSample, soft: Tensor, prefix: Prefix) -> Tensor:
-        """The last hidden state of each column (B, L, D), with soft tokens (B, L, D) beside those that are masked in some row."""
+        """The last hidden state of each column, with soft tokens beside those that are masked in some row: (B, L, D) each."""
         masked, seen = sample.masked, sample.attention_mask.bool()
         beside = masked.any(0)
         columns = torch.cat([torch.ones_like(beside), beside]).nonzero().squeeze(-1)

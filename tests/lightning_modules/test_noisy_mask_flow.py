@@ -66,7 +66,7 @@ def test_wrong_stages_are_named(stages, message):
         Stages(stages, STAGES)
 
 
-@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora", "full"])
+@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora", "lora_xs", "full"])
 @pytest.mark.parametrize("target", ["psd", "meanflow"])
 def test_every_adapter_and_target_trains_through_all_stages_and_the_teacher_stays(
     tiny_llada, tiny_oracle, adapter, target
@@ -265,7 +265,7 @@ def test_half_precision_training_is_refused_with_a_sentence(tiny_llada, tiny_ora
         quiet_trainer(2, precision="bf16-true").fit(build(tiny_llada, tiny_oracle), tiny_oracle)
 
 
-@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora"])
+@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora", "lora_xs"])
 def test_a_base_in_half_precision_trains_and_answers(tiny_llada, tiny_oracle, adapter):
     ids = tiny_oracle.tokenizer
     teacher = tiny_llada(len(ids), mask_token_id=ids.mask_token_id, eos_token_id=1, pad_token_id=0).to(torch.bfloat16)
@@ -277,6 +277,30 @@ def test_a_base_in_half_precision_trains_and_answers(tiny_llada, tiny_oracle, ad
     rows = tiny_oracle.rows["test"].columns
     for decoder in module.decoders():
         assert decoder(rows, torch.Generator().manual_seed(0)).shape == (32, tiny_oracle.response_length)
+
+
+@pytest.mark.parametrize("target", ["psd", "meanflow"])
+def test_with_soft_tokens_it_trains_through_all_stages_and_answers(tiny_llada, tiny_oracle, target):
+    module = build(tiny_llada, tiny_oracle, adapter="lora", target=target, lora_rank=2, noise_input="soft_token")
+    before = module.student.trainable()
+    losses = Losses()
+    quiet_trainer(6, callbacks=[losses]).fit(module, tiny_oracle)
+    assert all(torch.isfinite(torch.tensor(losses.seen)))
+    moved = {name for name, weight in module.student.trainable().items() if not torch.equal(weight, before[name])}
+    assert {"soft_tokens.prior.weight", "soft_tokens.ahead"} <= moved
+    rows = {name: column[:3] for name, column in tiny_oracle.rows["test"].columns.items()}
+    for decoder in module.decoders():
+        assert decoder(rows, torch.Generator().manual_seed(0)).shape == (3, tiny_oracle.response_length)
+
+
+def test_rows_of_the_student_say_how_many_weights_train(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle, adapter="prefix")
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    base = sum(p.numel() for p in module.teacher.parameters())
+    of_student = {"trained_weights": trained, "base_weights": base, "trained_share": trained / base}
+    figures = [module.decoder_figures(k)["cost"] for k in range(6)]  # the last one is a control of the corpus
+    assert figures == [{}, {}, of_student, of_student, of_student, {}]
+    assert trained != base
 
 
 def test_decoders_are_named_and_answer(tiny_llada, tiny_oracle):
