@@ -42,8 +42,6 @@ class NoisyMaskFlowModule(StagedDistillModule):
             hidden_size=o.prompt_hidden_size,
             rank=o.prompt_rank,
             lora_rank=o.lora_rank,
-            noise_input=o.noise_input,
-            prior_length=o.prior_length,
         )
         super().__init__(
             student,

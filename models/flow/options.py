@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from models.flow.endpoint_pairs import Coupling
 from models.flow.masked_student import Adapter as MaskedAdapter
-from models.flow.noisy_mask_student import Adapter, NoiseInput
+from models.flow.noisy_mask_student import Adapter
 from models.flow.solver import FewStep, require_flow_options
 from models.functional.errors import UsageError, require_at_least, require_choice
 from models.functional.flow_times import TimeLaw, require_shares
@@ -40,7 +40,7 @@ def _as_tuples(options: object, *names: str) -> None:
 class NoisyMaskFlowOptions(TeacherOptions):
     """Options of `NoisyMaskFlowModule`.
 
-    adapter, prompt_*, lora_rank, noise_input, prior_length: see `NoisyMaskStudent`. sigma, time_center: see `NoisyMaskPath`.
+    adapter, prompt_*, lora_rank: see `NoisyMaskStudent`. sigma, time_center: see `NoisyMaskPath`.
     stages: share of trainer.max_steps and peak learning rate of adapt, flow and polish; share 0 leaves a stage out. Without
         `adapt`, the student that training starts from (student_path=...) is the denoiser.
     teacher_weight: λ of KL(teacher || ψ_{0,0}) in adapt. observed_share: rows with part of the response given.
@@ -65,8 +65,6 @@ class NoisyMaskFlowOptions(TeacherOptions):
     prompt_length: int = 8
     prompt_hidden_size: int = 128
     prompt_rank: int = 32
-    noise_input: NoiseInput = "embedding"
-    prior_length: int = 16
     sigma: float = 2.0
     time_center: float = 0.5
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=_stages)
@@ -99,8 +97,6 @@ class NoisyMaskFlowOptions(TeacherOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _as_tuples(self, "student_forwards", "ode_forwards")
-        require_choice("module.noise_input", self.noise_input, get_args(NoiseInput))
-        require_at_least(1, module__prior_length=self.prior_length)
         require_choice("module.target", self.target, get_args(FlowTarget))
         require_choice("module.jvp_backend", self.jvp_backend, get_args(JvpBackend))
         require_choice("module.few_step", self.few_step, get_args(FewStep))

@@ -191,21 +191,6 @@ def versions_side_by_side(visible: Tensor, first: int, versions: int) -> tuple[T
     return visible[..., column, :][..., column] & together, column
 
 
-def soft_token_attention(seen: Tensor, masked: Tensor) -> Tensor:
-    """Who sees whom in a row of L columns, followed by a soft token of each of them: (B, 1, 2L, 2L) bool.
-
-    A column sees the text, every mask, and the soft tokens of all columns but its own: a masked LM predicts a token from what
-    lies around it. Soft tokens see the text and each other. seen, masked (B, L) bool: neither padding nor, in the second
-    half, columns that are not masked are seen.
-    """
-    length = seen.shape[-1]
-    visible = torch.cat([seen, masked], -1)[:, None, None, :].repeat(1, 1, 2 * length, 1)
-    row, soft = slice(length), slice(length, None)
-    visible[..., row, soft] &= ~torch.eye(length, dtype=torch.bool, device=seen.device)
-    visible[..., soft, row] &= ~masked[:, None, None, :]
-    return visible
-
-
 def padding_mask(attention_mask: Tensor) -> Tensor:
     """(B, L) bool, True = real token -> (B, 1, L, L) bool: every query sees every real key."""
     batch, length = attention_mask.shape

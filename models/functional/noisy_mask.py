@@ -45,35 +45,15 @@ def wiener_gain(s: Tensor, sigma: float, spread: float) -> Tensor:
     return s / (s.square() + ((1 - s) * sigma / spread).square())
 
 
-def token_evidence(
-    z: Tensor, mask_embedding: Tensor, embedding: Tensor, s: Tensor, sigma: float, ahead: Tensor | float = 0.0
-) -> Tensor:
+def token_evidence(z: Tensor, mask_embedding: Tensor, embedding: Tensor, s: Tensor, sigma: float) -> Tensor:
     """log N(z_s; (1 - s) m + s E_x, (1 - s)² σ²) for every token x, up to a constant: the likelihood of each token.
 
     z (..., D), embedding (V, D), s (...) < 1, σ in the units of the embedding's coordinates -> (..., V) nats; 0 at s = 0.
-    An exact D_s needs these and a prior of texts. With `ahead` (...) the factor s/(1 - s)² is s/(1 - s)² + ahead: a jump's,
-    which reads at s the noise that decides what the flow will show later.
+    An exact D_s needs these and a prior of texts.
     """
     s = s.unsqueeze(-1)
     signal = (z - (1 - s) * mask_embedding) @ embedding.T - s * embedding.square().sum(-1) / 2
-    further = ahead.unsqueeze(-1) if isinstance(ahead, Tensor) else ahead
-    return (s / (1 - s).square() + further) * signal / sigma**2
-
-
-def soft_token(posterior: Tensor, prior: Tensor, mask_embedding: Tensor, embedding: Tensor) -> Tensor:
-    """m + w (q E - m), w = 1 - H(q)/H(p): the mask where q says no more than p, the mean token where q is certain.
-
-    posterior q, prior p (..., V) distributions, mask_embedding (D,), embedding (V, D) -> (..., D). A masked LM was trained to
-    read masks and tokens; this lies between them. Soft masking (arXiv 2510.17206) mixes both in such a way, with the
-    predictions of the step before.
-    """
-    known = 1 - _entropy(posterior) / _entropy(prior).clamp(min=1e-3)
-    return mask_embedding + known.clamp(0, 1).unsqueeze(-1) * (posterior @ embedding - mask_embedding)
-
-
-def _entropy(p: Tensor) -> Tensor:
-    """(..., V) -> (...), nats. A probability of 0 has a finite derivative."""
-    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+    return s * signal / ((1 - s) * sigma).square()
 
 
 def velocity(z: Tensor, expected: Tensor, s: Tensor) -> Tensor:

@@ -279,20 +279,6 @@ def test_a_base_in_half_precision_trains_and_answers(tiny_llada, tiny_oracle, ad
         assert decoder(rows, torch.Generator().manual_seed(0)).shape == (32, tiny_oracle.response_length)
 
 
-@pytest.mark.parametrize("target", ["psd", "meanflow"])
-def test_with_soft_tokens_it_trains_through_all_stages_and_answers(tiny_llada, tiny_oracle, target):
-    module = build(tiny_llada, tiny_oracle, adapter="lora", target=target, lora_rank=2, noise_input="soft_token")
-    before = module.student.trainable()
-    losses = Losses()
-    quiet_trainer(6, callbacks=[losses]).fit(module, tiny_oracle)
-    assert all(torch.isfinite(torch.tensor(losses.seen)))
-    moved = {name for name, weight in module.student.trainable().items() if not torch.equal(weight, before[name])}
-    assert {"soft_tokens.prior.weight", "soft_tokens.ahead"} <= moved
-    rows = {name: column[:3] for name, column in tiny_oracle.rows["test"].columns.items()}
-    for decoder in module.decoders():
-        assert decoder(rows, torch.Generator().manual_seed(0)).shape == (3, tiny_oracle.response_length)
-
-
 def test_rows_of_the_student_say_how_many_weights_train(tiny_llada, tiny_oracle):
     module = build(tiny_llada, tiny_oracle, adapter="prefix")
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)

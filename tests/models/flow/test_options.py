@@ -36,8 +36,6 @@ AT_LEAST_ONE = ("prompt_length", "prompt_hidden_size", "prompt_rank")
         (NoisyMaskFlowOptions, {"ode_steps": 0}),
         (NoisyMaskFlowOptions, {"pair_window": 0}),
         (NoisyMaskFlowOptions, {"jvp_backend": "x"}),
-        (NoisyMaskFlowOptions, {"noise_input": "x"}),
-        (NoisyMaskFlowOptions, {"prior_length": 0}),
         (LogitFlowOptions, {"hard_target": "x"}),
         (LogitFlowOptions, {"time_law": "x"}),
         (LogitFlowOptions, {"correction_limit": 0.0}),

@@ -14,7 +14,6 @@ from models.functional.attention import (
     document_attention_mask,
     gated_prefix_attention,
     positions_from_mask,
-    soft_token_attention,
     visible_attention,
 )
 from models.functional.jvp import value_and_jvp
@@ -232,15 +231,3 @@ def test_visible_attention_is_masked_attention_with_a_gradient_to_what_is_hidden
     (finite,) = torch.autograd.grad(far.sum(), share)
     assert far.isfinite().all()
     assert finite.isfinite().all()
-
-
-def test_who_sees_soft_tokens_by_hand():
-    """Padding, a word of the prompt, two masks; then a soft token of each."""
-    seen = torch.tensor([[False, True, True, True]])
-    masked = torch.tensor([[False, False, True, True]])
-    visible = soft_token_attention(seen, masked)[0, 0].int().tolist()
-    assert visible[1] == [0, 1, 1, 1, 0, 0, 1, 1]
-    assert visible[2] == [0, 1, 1, 1, 0, 0, 0, 1]
-    assert visible[3] == [0, 1, 1, 1, 0, 0, 1, 0]
-    assert visible[6] == visible[7] == [0, 1, 0, 0, 0, 0, 1, 1]
-    assert all(any(row) for row in visible)

@@ -1,7 +1,5 @@
 """The noisy-mask identities on a denoiser that is exact: four texts of two words, every posterior by enumeration, float64."""
 
-import math
-
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -18,7 +16,6 @@ from models.functional.noisy_mask import (
     psd_target,
     recovery_ratio,
     second_order_step,
-    soft_token,
     split_weight,
     token_evidence,
     velocity,
@@ -111,44 +108,6 @@ def test_evidence_is_the_noise_s_density_up_to_a_constant_and_all_that_the_poste
     weight = torch.softmax(PRIOR.log() + likelihood, -1)
     word = torch.nn.functional.one_hot(TEXTS, 3).double()
     torch.testing.assert_close(torch.einsum("bn,nlv->blv", weight, word), posterior(z, s))
-
-
-def test_a_jump_weighs_the_same_evidence_more(points):
-    z, s, _, _ = points
-    s = s.clamp(min=0.1)
-    exact, more = (token_evidence(z, MASK, WORDS, each(s), SIGMA, ahead) for ahead in (0.0, each(0 * s + 0.7)))
-    factor = each(s / (1 - s) ** 2)[..., None]
-    torch.testing.assert_close(more, exact * (1 + 0.7 / factor))
-    # at s = 0, where exact evidence says nothing, a jump reads the noise along every word
-    jump = token_evidence(z, MASK, WORDS, each(0 * s), SIGMA, 0.7)
-    torch.testing.assert_close(jump, 0.7 * (z - MASK) @ WORDS.T / SIGMA**2)
-
-
-def test_a_soft_token_is_the_mask_where_nothing_is_known_and_the_word_where_it_is_certain():
-    prior = torch.tensor([0.5, 0.5, 0.0]).double()
-    certain = torch.eye(3).double()[0]
-    assert torch.equal(soft_token(prior, prior, MASK, WORDS), MASK)
-    assert torch.equal(soft_token(certain, prior, MASK, WORDS), WORDS[0])
-    unsure = torch.tensor([0.9, 0.1, 0.0]).double()
-    known = 1 + (0.9 * math.log(0.9) + 0.1 * math.log(0.1)) / math.log(2)
-    by_hand = (1 - known) * MASK + known * (0.9 * WORDS[0] + 0.1 * WORDS[1])
-    torch.testing.assert_close(soft_token(unsure, prior, MASK, WORDS), by_hand)
-    # noise may say less than the prior did, and a prior may be certain
-    assert torch.equal(soft_token(prior, unsure, MASK, WORDS), MASK)
-    assert soft_token(certain, certain, MASK, WORDS).isfinite().all()
-
-
-def test_a_soft_token_has_a_derivative_where_a_word_is_impossible():
-    logits = torch.tensor([0.3, -0.2, -torch.inf], dtype=torch.float64)
-    prior = torch.tensor([0.4, 0.3, 0.3], dtype=torch.float64)
-    change = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64)
-
-    def read(x):
-        return soft_token(torch.softmax(x, -1), prior, MASK, WORDS)
-
-    _, derivative = torch.func.jvp(read, (logits,), (change,))
-    numeric = (read(logits + 1e-6 * change) - read(logits - 1e-6 * change)) / 2e-6
-    torch.testing.assert_close(derivative, numeric, atol=1e-8, rtol=1e-6)
 
 
 def test_psi_is_a_distribution_and_the_flow_map_built_from_it_solves_the_flow(points):
