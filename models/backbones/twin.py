@@ -72,8 +72,9 @@ class LoraXsLinear(nn.Module):
 def with_lora_xs(base: LladaModel, rank: int) -> LladaModel:
     """A copy on the same weights with LoRA-XS on every linear layer of the body; adapters start as no-ops."""
     twin = freeze(share_weights(base))
-    targets = getattr(twin, "lora_targets", LORA_TARGETS)
-    layers = [(module, name) for module in twin.modules() for name, _ in module.named_children() if name in targets]
+    layers = [
+        (module, name) for module in twin.modules() for name, _ in module.named_children() if name in LORA_TARGETS
+    ]
     for module, name in layers:
         setattr(module, name, LoraXsLinear(getattr(module, name), rank))
     return twin
