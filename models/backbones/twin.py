@@ -4,7 +4,7 @@ from typing import TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 
 from models.backbones.causal_lm import with_adapters
 from models.backbones.frozen_layers import freeze
@@ -46,38 +46,6 @@ def with_lora(base: Network, rank: int) -> Network:
     targets = getattr(twin, "lora_targets", list(LORA_TARGETS))
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
     return inject_adapter_in_model(config, twin)
-
-
-class LoraXsLinear(nn.Module):
-    """LoRA-XS (arXiv 2405.17604): y = W x + U_r Σ_r R V_rᵀ x, where U Σ Vᵀ = W; R (rank, rank) alone trains.
-
-    R = 0 changes nothing. A layer of fewer inputs or outputs than `rank` has that rank. U, Σ and V follow from W, and no file
-    holds them. So they are computed in float64, with signs by a rule, to be the same on every machine. At 8B that takes long.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base, rank = base, min(rank, *base.weight.shape)
-        self.core = nn.Parameter(base.weight.new_zeros(rank, rank, dtype=torch.float32))
-        u, s, vh = torch.linalg.svd(base.weight.detach().double(), full_matrices=False)
-        sign = vh.gather(-1, vh.abs().argmax(-1, keepdim=True)).sign()[:rank]  # of a vector's largest entry
-        self.register_buffer("up", (u[:, :rank] * s[:rank] * sign.T).float(), persistent=False)
-        self.register_buffer("down", (vh[:rank] * sign).float(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        change = (x.to(self.core.dtype) @ self.down.T) @ self.core.T @ self.up.T
-        return self.base(x) + change.to(x.dtype)
-
-
-def with_lora_xs(base: LladaModel, rank: int) -> LladaModel:
-    """A copy on the same weights with LoRA-XS on every linear layer of the body; adapters start as no-ops."""
-    twin = freeze(share_weights(base))
-    layers = [
-        (module, name) for module in twin.modules() for name, _ in module.named_children() if name in LORA_TARGETS
-    ]
-    for module, name in layers:
-        setattr(module, name, LoraXsLinear(getattr(module, name), rank))
-    return twin
 
 
 def with_own_weights(base: Network) -> Network:

@@ -26,7 +26,7 @@ class EndpointPairs:
     coupling: `flow` pairs noise with the end of its own flow. `independent` pairs it with the batch's own text, which the
         noise does not depend on: the control. observed_share: rows with part of the response given.
     student_forwards, few_step: the student's answers, whose jumps the intervals are. Numbers that divide ode_steps count;
-        where none does, the intervals are the flow's own steps.
+        where none does, the intervals are the flow's own steps. With `refine` every jump is [0, 1].
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class EndpointPairs:
         require_choice("module.coupling", coupling, get_args(Coupling))
         self.ode_steps, self.reuse, self.window, self.coupling = ode_steps, reuse, window, coupling
         self.observed_share, self.few_step = observed_share, few_step
-        self.chains = tuple(n for n in student_forwards if n > 1 and ode_steps % n == 0) or (ode_steps,)
+        chains = tuple(n for n in student_forwards if n > 1 and ode_steps % n == 0) or (ode_steps,)
+        self.chains = (1,) if few_step == "refine" else chains
         self.drawn = 0
         self.pool: list[dict[str, Any]] = []
 

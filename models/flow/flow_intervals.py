@@ -33,7 +33,8 @@ class FlowIntervals:
 
     chains: the student's numbers of forward passes, each a divisor of the flow's `forwards`. One is drawn for each row, and
     one of its jumps, so that a student learns the jumps that it takes. One row in eight has an empty interval, ψ_{s,s} = D_s.
-    few_step: `chain` jumps from each time of the grid to the next, `renoise` from each to the text.
+    few_step: `chain` jumps from each time of the grid to the next, `renoise` from each to the text, `refine` from noise to the
+    text.
     """
 
     def __init__(

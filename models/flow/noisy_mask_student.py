@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from models.backbones.llada import LladaModel
 from models.backbones.masked_from_causal import require_prefix
-from models.backbones.twin import with_lora, with_lora_xs, with_own_weights
+from models.backbones.twin import with_lora, with_own_weights
 from models.flow.path import NoisyMaskPath, PathSample
 from models.flow.soft_prompt import SoftPrompt
 from models.flow.student import Student
-from models.functional.errors import UsageError, require_choice
+from models.functional.errors import require_choice
 from models.functional.precision import at_least_float32
 
-Adapter = Literal["prefix", "prefix+mask_noise", "lora", "lora_xs", "full"]
+Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
 
 
 class NoisyMaskStudent(Student):
@@ -30,7 +30,6 @@ class NoisyMaskStudent(Student):
         s = 0, the token's own embedding at s = 1. W starts at 0. There the noise has no effect on the first forward pass,
         the student is the masked teacher for every ε, and W has a gradient.
       `lora`: W and low-rank adapters on every linear layer.
-      `lora_xs`: W and LoRA-XS on every linear layer, `LoraXsLinear`: a matrix (lora_rank, lora_rank) for each of them.
       `full`: W and a trainable copy of all layers and the head; the embedding table stays the teacher's.
     """
 
@@ -52,12 +51,6 @@ class NoisyMaskStudent(Student):
         self.path = NoisyMaskPath(base, sigma=sigma, time_center=time_center)
         if adapter == "lora":
             self.body = with_lora(self.base, lora_rank)
-        elif adapter == "lora_xs":
-            if not isinstance(base, LladaModel):
-                raise UsageError(
-                    f"module.adapter=lora_xs needs a LLaDA teacher, not a {type(base).__name__}; type module.adapter=lora"
-                )
-            self.body = with_lora_xs(self.base, lora_rank)
         elif adapter == "full":
             self.body = with_own_weights(self.base)
         else:

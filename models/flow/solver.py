@@ -17,8 +17,14 @@ from models.functional.noisy_mask import second_order_step
 from models.functional.rows import response_columns
 from models.interfaces.decoder import TokenCallback
 
-FewStep = Literal["chain", "renoise"]  # how a student generates; `ode` is the denoiser's own flow
+FewStep = Literal["chain", "renoise", "refine"]  # how a student generates; `ode` is the denoiser's own flow
 Step = Literal[FewStep, "ode"]
+NAMES: dict[str, str] = {
+    "chain": "student",
+    "renoise": "student, re-noised",
+    "refine": "student, refined",
+    "ode": "denoiser's flow",
+}
 Network = Callable[[PathSample, Tensor], Tensor]  # a sample at s and a time t -> logits of ψ_{s,t} (M, V)
 
 
@@ -49,8 +55,11 @@ def follow_flow(
     start: a sample at s = 0. step:
       `chain`: X_{s,t} from each time of the grid to the next, then argmax ψ_{s,1}.
       `renoise`: the endpoint's expectation at every time of the grid, put back on the line with fresh noise.
+      `refine`: argmax ψ_{0,1} in every pass; the surest positions become text, the others start again from their own noise
+        (posterior refinement, FMLM+, 2606.24773). As many become text as divides those that are left evenly among the passes.
       `ode`: second-order steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward pass learns to reproduce.
-    promote: positions with this much probability on one token become clean text for the following forward passes.
+    promote: positions with this much probability on one token become clean text for the following forward passes; with
+      `refine` these beside its share.
     on_tokens: called with the tokens (B, L) after each forward pass. on_step: with step=ode, called with every step; the ψ
     of the last one is the distribution that has all its mass on the tokens.
     """
@@ -64,7 +73,7 @@ def follow_flow(
     for k in range(forwards):
         s, t, last = sample.s, grid[k + 1 : k + 2], k + 1 == forwards
         # 1. the distribution of every masked token; the mask itself is never generated
-        logits = network(sample, {"chain": t, "renoise": torch.ones_like(t), "ode": s}[step])
+        logits = network(sample, {"chain": t, "ode": s}.get(step, torch.ones_like(t)))
         logits[:, path.mask_id] = float("-inf")
         psi = torch.softmax(logits, -1)  # (M, V)
         tokens[sample.masked] = psi.argmax(-1)
@@ -77,18 +86,36 @@ def follow_flow(
             on_step(FlowStep(sample, t, psi, decided if last else jump))
         if last:
             break
-        # 3. the masked positions move to t
-        moved = path.renoise(sample, psi, t, generator) if step == "renoise" else path.move(sample, jump, t)
+        # 3. the masked positions move to t, or stay where they are
+        if step == "renoise":
+            moved = path.renoise(sample, psi, t, generator)
+        else:
+            moved = sample if step == "refine" else path.move(sample, jump, t)
         before = (s, psi) if step == "ode" else None
-        # 4. positions that are nearly certain become text
+        # 4. positions that are sure become text
+        sure = torch.zeros_like(moved.masked)
         if promote is not None:
-            certain = torch.zeros_like(moved.masked)
-            certain[moved.masked] = psi.max(-1).values >= promote
-            z = torch.where(certain.unsqueeze(-1), path.embed(tokens), moved.z)
-            moved = moved._replace(z=z, masked=moved.masked & ~certain)
-            before = None if bool(certain.any()) else before  # D has changed for another reason than the flow
+            sure[moved.masked] = psi.max(-1).values >= promote
+        if step == "refine":
+            sure |= surest(psi, moved.masked, forwards - k)
+        if promote is not None or step == "refine":
+            z = torch.where(sure.unsqueeze(-1), path.embed(tokens), moved.z)
+            moved = moved._replace(z=z, masked=moved.masked & ~sure)
+            before = None if bool(sure.any()) else before  # D has changed for another reason than the flow
         sample = moved
     return tokens
+
+
+def surest(psi: Tensor, masked: Tensor, passes: int) -> Tensor:
+    """The positions with most probability on one token, one in `passes` of each row's masked ones, rounded up: (B, L) bool.
+
+    psi (M, V); masked (B, L) bool. This pass is one of `passes`.
+    """
+    confidence = torch.full(masked.shape, -1.0, dtype=psi.dtype, device=psi.device)
+    confidence[masked] = psi.max(-1).values
+    rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    count = (masked.sum(-1, keepdim=True) + passes - 1) // passes
+    return masked & (rank < count)
 
 
 def require_flow_options(step: str, promote: float | None, forwards: tuple[int, ...]) -> None:
@@ -120,7 +147,7 @@ class NoisyMaskDecoder:
     ) -> None:
         self.path, self.network, self.forwards = student.path, network or student, forwards
         self.options: dict[str, Any] = {"step": step, "promote": promote}
-        self.name = {"chain": "student", "renoise": "student, re-noised", "ode": "denoiser's flow"}[step]
+        self.name = NAMES[step]
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:
         start, columns = self.path.start_sample(rows, generator), response_columns(rows["response_mask"])

@@ -90,7 +90,7 @@ MISTAKES = [  # of the main job where no experiment is named
     (["experiment=next_token_qwen", "model.path=./nowhere", "data=oracle"], "folder does not exist"),
     (["experiment=llada_oracle", "mode=test"], "no run of it left a checkpoint"),
     (["module.stages.flow.share=0.9"], "must add up to 1"),
-    (["module.adapter=magic"], "type one of prefix, prefix+mask_noise, lora, lora_xs, full"),
+    (["module.adapter=magic"], "type one of prefix, prefix+mask_noise, lora, full"),
     (["module.student_forwards=[1,64]"], "module.student_forwards=[1, 64]"),
     (["mode=generate", "decoder=oracle"], "decoder=oracle is not known; type one of student, teacher"),
     (["mode=generate", "n=0"], "n=0 must be at least 1"),

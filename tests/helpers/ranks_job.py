@@ -1,10 +1,10 @@
 """Short trainings of every method; writes what came of each.
 
-ranks_job.py one|ddp|fsdp|apart FOLDER METHOD[@PRECISION][=CHECKPOINT]...
+ranks_job.py one|ddp|fsdp|apart FOLDER [apart:]METHOD[@PRECISION][=CHECKPOINT]...
 
 `one` is a process that takes the two halves of a batch one after the other, each with the draws of the rank that would have it,
 or the batch whole where what it learns of is all rows of a step (WHOLE); `apart` are two ranks that keep their gradients for
-themselves.
+themselves, of all methods or of those named so.
 """
 
 import copy
@@ -288,10 +288,11 @@ def train(kind: str, method: str, data: Any, folder: Path, resume: str | None) -
 def main(kind: str, folder: str, *methods: str) -> None:
     torch.set_num_threads(1)
     wanted = dict(method.split("=", 1) if "=" in method else (method, None) for method in methods)
-    ranks, plain = kind != "one", {method: method.partition("@")[0] for method in wanted}
+    ranks, plain = kind != "one", {method: method.split(":")[-1].partition("@")[0] for method in wanted}
     data = {method: share_out(corpus(name, Path(folder)), ranks, name in WHOLE) for method, name in plain.items()}
     for method, resume in wanted.items():
-        train(kind, method, data[method], Path(folder), resume)
+        own, _, name = method.rpartition(":")
+        train(own or kind, name, data[method], Path(folder), resume)
     if dist.is_initialized():
         dist.destroy_process_group()  # torch 2.11 may otherwise wait for ever when the interpreter exits
 

@@ -66,7 +66,7 @@ def test_wrong_stages_are_named(stages, message):
         Stages(stages, STAGES)
 
 
-@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora", "lora_xs", "full"])
+@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora", "full"])
 @pytest.mark.parametrize("target", ["psd", "meanflow"])
 def test_every_adapter_and_target_trains_through_all_stages_and_the_teacher_stays(
     tiny_llada, tiny_oracle, adapter, target
@@ -265,7 +265,7 @@ def test_half_precision_training_is_refused_with_a_sentence(tiny_llada, tiny_ora
         quiet_trainer(2, precision="bf16-true").fit(build(tiny_llada, tiny_oracle), tiny_oracle)
 
 
-@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora", "lora_xs"])
+@pytest.mark.parametrize("adapter", ["prefix", "prefix+mask_noise", "lora"])
 def test_a_base_in_half_precision_trains_and_answers(tiny_llada, tiny_oracle, adapter):
     ids = tiny_oracle.tokenizer
     teacher = tiny_llada(len(ids), mask_token_id=ids.mask_token_id, eos_token_id=1, pad_token_id=0).to(torch.bfloat16)

@@ -91,6 +91,16 @@ def test_re_noised_answers_jump_to_the_text_from_everywhere(tiny_llada, tiny_ora
     assert (intervals.first > 0).any()
 
 
+def test_refined_answers_jump_from_noise_to_the_text_alone(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle, few_step="refine", student_forwards=(1, 2, 4))
+    start = module.student.path.start_sample(next(iter(tiny_oracle.train_dataloader())), torch.Generator())
+    draw = torch.Generator().manual_seed(0)
+    intervals = FlowIntervals(start, len(start.z), module.pairs.ode_steps, module.pairs.chains, draw, "refine")
+    whole = (intervals.first == 0) & (intervals.last == module.pairs.ode_steps)
+    assert (whole | (intervals.last == intervals.first)).all()
+    assert whole.any()
+
+
 def test_the_loss_of_intervals_is_least_at_the_flow_s_own_psi(tiny_llada, tiny_oracle):
     student, _, intervals, _ = followed(tiny_llada, tiny_oracle)
     found = intervals.result

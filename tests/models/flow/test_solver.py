@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.flow.noisy_mask_student import NoisyMaskStudent
-from models.flow.solver import NoisyMaskDecoder, follow_flow
+from models.flow.solver import NoisyMaskDecoder, follow_flow, surest
 from models.functional.errors import UsageError
 from models.functional.noisy_mask import second_order_step
 
@@ -29,7 +29,7 @@ def draw(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("step", ["chain", "renoise", "ode"])
+@pytest.mark.parametrize("step", ["chain", "renoise", "refine", "ode"])
 @pytest.mark.parametrize("forwards", [1, 3])
 def test_prompts_never_move_and_the_mask_is_never_generated(student, rows, step, forwards):
     seen = []
@@ -46,6 +46,8 @@ def test_prompts_never_move_and_the_mask_is_never_generated(student, rows, step,
     assert (tokens[:, 2:] != student.base.mask_id).all()
     ends = {"chain": [(k + 1) / forwards for k in range(forwards)], "renoise": [1.0] * forwards}
     starts = [k / forwards for k in range(forwards)]
+    if step == "refine":  # always from noise to the text
+        starts, ends = [0.0] * forwards, {"refine": [1.0] * forwards}
     assert [s for _, s, _ in seen] == pytest.approx(starts)
     assert [t for _, _, t in seen] == pytest.approx(ends.get(step, starts))
 
@@ -125,6 +127,48 @@ def test_certain_positions_become_text_for_the_following_forward_passes(student,
     assert [int(masked.sum()) for _, masked in seen] == [20, 15, 10]
     assert torch.equal(seen[1][0][:, 2], student.base.embedding[7].expand(5, -1))
     assert tokens[:, 2:5].eq(7).all()
+
+
+def confidences(values, masked):
+    """Logits (M, 11): token 4 has the probability values (B, L), the other tokens share the rest."""
+    p = values[masked].unsqueeze(-1)
+    logits = ((1 - p) / 9).log().expand(-1, 11).clone()
+    logits[:, 4] = p.squeeze(-1).log()
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("promote", "kept"),
+    [
+        (None, [[], [3, 5], [2, 3, 5]]),  # ceil(4 / 3), then ceil(2 / 2)
+        (0.75, [[], [2, 3, 5], [2, 3, 4, 5]]),  # three at once; then the one that is left, by its share
+    ],
+)
+def test_the_surest_positions_become_text_and_the_others_keep_their_noise(student, rows, promote, kept):
+    values = torch.tensor([0.0, 0.0, 0.8, 0.9, 0.6, 0.95]).expand(5, -1)
+    start = student.path.start_sample(rows, draw())
+    seen = []
+
+    def network(sample, t):
+        seen.append(sample)
+        return confidences(values, sample.masked)
+
+    tokens = follow_flow(student.path, network, start, forwards=3, step="refine", promote=promote)
+    text = student.base.embedding[4]
+    for sample, positions in zip(seen, kept, strict=True):
+        expected = start.z.clone()
+        expected[:, positions] = text
+        assert torch.equal(sample.z, expected)
+        assert sample.masked.nonzero()[:, 1].tolist() == [n for n in range(2, 6) if n not in positions] * 5
+    assert tokens[:, 2:].eq(4).all()
+
+
+def test_each_row_keeps_its_own_share():
+    """Rows with 4, 1 and no masked positions of 2 passes keep 2, 1 and 0."""
+    masked = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    psi = torch.tensor([0.5, 0.9, 0.5, 0.7, 0.3]).unsqueeze(-1) * torch.tensor([1.0, 0.0])
+    kept = surest(psi, masked, passes=2)
+    assert kept.tolist() == [[False, True, False, True], [False, False, True, False], [False] * 4]
 
 
 def test_the_same_seed_gives_the_same_texts_and_another_one_others(student, rows):
