@@ -16,6 +16,7 @@ ROUTES = {
     "Fewer steps: the whole text in one forward pass, or in a few": {
         "meanflow_llada": "the main job: a masked teacher and its one-pass student, compared",
         "meanflow_noisy_mask": "the same job under a name of its own, for single stages",
+        "meanflow_frozen": "the main job on a frozen base: what trains is 5 % of its size",
         "meanflow_scan": "SCAN: the prompt determines the answer",
         "meanflow_e2e": "E2E: restaurant descriptions from slots",
         "meanflow_text": "rows of real text without a prompt",

@@ -16,7 +16,7 @@ from models.diffusion.sampler import rule_decoders, scheduled_decoders
 from models.flow.student import Student
 from models.flow.student_files import FORMAT, base_fingerprint, save_student, save_whole_student
 from models.functional.errors import UsageError
-from models.functional.weights import copy_weights
+from models.functional.weights import copy_weights, number_of_weights, trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.masked_sampling import MaskedSampling
 
@@ -99,6 +99,15 @@ class MeanFlowDistillModule(LeapModule):
         """Write the student, averaged where there is an average, and its teacher into one folder."""
         with getattr(self, "averaged", nullcontext)():
             return save_whole_student(self.student, folder, tokenizer)
+
+    def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
+        """How many weights of a student train, and how many its base has."""
+        found, decoders = super().decoder_figures(k), self.decoders()
+        if k < len(decoders) and decoders[k].method == "student":  # further ones are the corpus' controls
+            trained = number_of_weights(trainable_weights(self.student).values())
+            base = number_of_weights(self.teacher.parameters())
+            found["cost"] |= {"trained_weights": trained, "base_weights": base, "trained_share": trained / base}
+        return found
 
     def teacher_decoders(self) -> list[Decoder]:
         """Of scheduled forward passes, and of the rules that commit by confidence."""

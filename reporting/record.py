@@ -3,8 +3,9 @@
 {"format", "experiment", "commit", "seed", "device", "versions": {}, "config": {}, "data": {...}, "rows": [{"method",
 "decoder", "nfe", "quality": {}, "entropy", "distinct", "cost": {"tokens_per_forward", "tokens_per_s", "flops_per_token",
 "peak_memory_bytes", "batch", "seconds_per_batch", "nfe_per_batch", "seconds_alone", "first_token_seconds"}, "n_samples",
-"ci95": {}}]}. A value that was not measured is null. nfe: number of function evaluations, the forward passes for one text. The
-row of a model itself also has "curve": {name: []}. A run of q* has "alpha_curve": {name: [] or figure}, see `AlphaCurve`. A
+"ci95": {}}]}. A value that was not measured is null. nfe: number of function evaluations, the forward passes for one text.
+The cost of a student also has "trained_weights", "base_weights" and "trained_share". The row of a model itself also has
+"curve": {name: []}. A run of q* has "alpha_curve": {name: [] or figure}, see `AlphaCurve`. A
 run that compares several decoders of one method has "aup": {"quality", "y_max", "methods": {method: AUP}}, see `tpf_figure`.
 "texts" are the first ones of each decoder: [{"decoder", "prompt", "response", "fault"}], by prompt in the order of test rows.
 Records of earlier formats are read, too.

@@ -71,6 +71,8 @@ COLUMNS = (
     Column("style", ("quality", "style"), ".3f"),
     Column("expected speed-up", ("cost", "speedup_formula"), ".2f"),
     Column("MFLOP/token", ("cost", "flops_per_token"), "mega"),
+    Column("trained weights", ("cost", "trained_weights"), ",.0f"),
+    Column("of base", ("cost", "trained_share"), ".1%", "of base: trained weights over those of the frozen base"),
     # a model itself, whatever it generates
     Column("NLL", ("quality", "nll"), ".4f", "NLL: nats a token"),
     Column("NLL ≤", ("quality", "nll_bound"), ".4f", "NLL ≤: upper bound, nats a token"),

@@ -1,7 +1,7 @@
 """The weights of a module that train, and their running average; whole or split over ranks (DTensor)."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that have a gradient, by name; frozen bases are left out."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def number_of_weights(weights: Iterable[Tensor]) -> int:
+    """Entries of all tensors together; those of split ones are counted whole."""
+    return sum(weight.numel() for weight in weights)
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -279,6 +279,16 @@ def test_a_base_in_half_precision_trains_and_answers(tiny_llada, tiny_oracle, ad
         assert decoder(rows, torch.Generator().manual_seed(0)).shape == (32, tiny_oracle.response_length)
 
 
+def test_rows_of_the_student_say_how_many_weights_train(tiny_llada, tiny_oracle):
+    module = build(tiny_llada, tiny_oracle, adapter="prefix")
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    base = sum(p.numel() for p in module.teacher.parameters())
+    of_student = {"trained_weights": trained, "base_weights": base, "trained_share": trained / base}
+    figures = [module.decoder_figures(k)["cost"] for k in range(6)]  # the last one is a control of the corpus
+    assert figures == [{}, {}, of_student, of_student, of_student, {}]
+    assert trained != base
+
+
 def test_decoders_are_named_and_answer(tiny_llada, tiny_oracle):
     module = build(tiny_llada, tiny_oracle)
     rows = {name: column[:3] for name, column in tiny_oracle.rows["test"].columns.items()}
