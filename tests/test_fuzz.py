@@ -42,6 +42,7 @@ LEFT_OUT = (
     "logger",
     "trainer.fast_dev_run",
     "trainer.devices",
+    "trainer.num_nodes",
     "model.",
 )
 VALUES = st.one_of(
