@@ -329,7 +329,8 @@ def _chosen(records: list[dict[str, Any]], table: PublishedTable) -> list[Fronti
             rows = sorted((r for r in rows if getattr(r, label) in names), key=lambda r: order.index(getattr(r, label)))
     for row in rows:
         wanted = len({record["seed"] for record in records if record["experiment"] == row.experiment})
-        if any(0 < len(values) < wanted for values in row.values.values()):
+        shown = [row.values.get(BY_TITLE[title].name, []) for title in table.columns if title != "NFE"]
+        if row.seeds < wanted or any(0 < len(values) < wanted for values in shown):
             raise UsageError(
                 f"table {table.name}: some of the {wanted} seeds have no {row.decoder!r}, or not all of its figures"
             )

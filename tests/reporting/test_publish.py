@@ -337,6 +337,17 @@ def test_a_row_that_some_seed_lacks_is_refused(run, docs):
         write_pages(docs)
 
 
+def test_a_figure_that_the_table_does_not_show_may_be_of_one_seed(run, docs):
+    rows = [row("teacher, greedy", 4, 1.0), row("product of marginals", 0, 1.0)]
+    more = [{**own, "cost": {"trained_weights": 3}} for own in rows]
+    keep_records("masked", [run(0, more), run(1, rows)], COMMAND, docs)
+    assert write_pages(docs)
+    page = docs / "page.md"
+    page.write_text(page.read_text().replace("columns: [", "columns: [trained weights, "))
+    with pytest.raises(UsageError, match="or not all of its figures"):
+        write_pages(docs)
+
+
 def test_a_decoder_of_an_experiment_that_is_not_shown_is_unknown_and_so_is_its_command(run, docs):
     keep_records("two", [run(0, [row("a", 1, 1.0)], "first")], "python run.py experiment=first", docs)
     keep_records("two", [run(0, [row("b", 1, 1.0)], "second")], "python run.py experiment=second", docs)
