@@ -6,6 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from models.functional.errors import UsageError
 from models.functional.plan_information import efficiency
+from models.plans.parallel_executor import ParallelExecutor
 
 
 class PlanGain(Callback):
@@ -21,6 +22,14 @@ class PlanGain(Callback):
                 f"callbacks.gain.nll={nll} must be above 0; it is the nll in the record of a model without plans"
             )
         self.nll = nll
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        padded = isinstance(getattr(pl_module, "executor", None), ParallelExecutor)
+        if self.nll is not None and padded and not getattr(trainer.datamodule, "end_padding", True):
+            raise UsageError(
+                f"callbacks.gain.nll={self.nll} is a token up to a text's end, and module.executor=parallel counts all columns "
+                "of a row; type callbacks.gain.nll=null"
+            )
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.nll is None or not hasattr(pl_module, "meter"):

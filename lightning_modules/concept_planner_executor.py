@@ -172,7 +172,7 @@ class ConceptPlannerExecutorModule(LeapModule):
         else:
             ends_step = self.ends_optimizer_step(batch_idx)
             (ids, embeds), raw, monitors = self._drawn_plan(batch, now, generator, ends_step)
-        # 2. NLL of the text given the plan alone, some of its own tokens hidden; nats a column
+        # 2. NLL of the text given the plan alone, some of its own tokens hidden; nats a counted token
         nll = self.executor.training_nll(ids, embeds, text, now.hidden, generator)
         raw["text"] = self._curriculum_mean(nll, text)
         # 3. what else the plan has to predict: the text's tokens without their order, and its signals
@@ -244,7 +244,7 @@ class ConceptPlannerExecutorModule(LeapModule):
             if planner is self.posterior:
                 self.probe.gradient.watch_states(states)
             log_p = planner.slot_logits(states, searched.choices).log_softmax(-1)
-            raw[name] = plan_nll(log_p, searched.choices, is_open).sum(-1).mean() / text.shape[1]
+            raw[name] = plan_nll(log_p, searched.choices, is_open).sum(-1).mean() / self._tokens(text)
         return self.planner.block(searched.choices), raw, searched.figures
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -269,12 +269,16 @@ class ConceptPlannerExecutorModule(LeapModule):
             plan,
             prior_logits,
             self.model.vocabulary,
-            tokens=text.shape[1],
+            tokens=self._tokens(text),
             floor=o.free_bits,
             quota=o.quota,
             multiplier=multiplier,
             signal_types=o.signal_types,
         )
+
+    def _tokens(self, text: Tensor) -> float:
+        """Tokens of text (B, R) that a text's nats are divided by: the mean of what the executor counts."""
+        return float(self.executor.tokens_of(text).double().mean())
 
     def _posterior_input(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return posterior_input(batch, self.options.posterior_reads)

@@ -57,7 +57,7 @@ class Executor(Protocol):
     def training_nll(
         self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, hidden: float, generator: Generator
     ) -> Tensor:
-        """The loss of each text in nats a column, (B,), with some of its tokens hidden; `hidden` says how many."""
+        """The loss of each text in nats a counted token, (B,), with some of its tokens hidden; `hidden` says how many."""
         ...
 
     def generate(

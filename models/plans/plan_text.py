@@ -1,7 +1,7 @@
 """Plans as a person reads and types them: "a=3 b=1", a type and its codes; "a=3,1" of two concepts, "a=3.1" of two levels.
 
 A type that ended before its first concept is "a=none". Codes are numbered from 0. A code with a name is written by it, such as
-name="The Mill", and can be typed either way.
+name="The Mill", and can be typed either way; "code5" is the code of that number where another code has the name "5".
 Legend: B batch, S slots.
 """
 
@@ -16,6 +16,7 @@ from models.functional.errors import UsageError
 from models.plans.vocabulary import END, ConceptType, ConceptVocabulary
 
 NOTHING = "none"
+NUMBER = "code"
 SHOWN = 40  # names in an error, at most
 
 CodeNames = Mapping[str, Sequence[str]]  # of types with one concept of one level, the name of each code
@@ -62,14 +63,18 @@ def _codes(t: ConceptType, choices: list[int], names: Sequence[str]) -> str:
         return name if re.fullmatch(r"[\w.,+-]+", name) else json.dumps(name, ensure_ascii=False)
     codes = [str(choice - 1) for choice in (choices[: choices.index(END)] if END in choices else choices)]
     concepts = [".".join(codes[at : at + t.levels]) for at in range(0, len(codes), t.levels)]
-    return ",".join(concepts) or NOTHING
+    typed = ",".join(concepts) or NOTHING
+    while typed in names:
+        typed = NUMBER + typed
+    return typed
 
 
 def _choices(t: ConceptType, codes: str, names: Sequence[str]) -> list[int]:
     """The choices behind a type's codes or the name of one, an end among them where there are fewer than the most."""
     if codes in names:
         return [1 + names.index(codes)]
-    concepts = [] if codes == NOTHING else [concept.split(".") for concept in codes.split(",")]
+    typed = codes.replace(NUMBER, "") if names else codes
+    concepts = [] if typed == NOTHING else [concept.split(".") for concept in typed.split(",")]
     numbers = [code for concept in concepts for code in concept]
     if any(len(concept) != t.levels for concept in concepts) or not all(
         code.isascii() and code.isdigit() and int(code) < t.codes for code in numbers

@@ -114,11 +114,11 @@ def start_as_words(
         signal = wanted[t.name]
         space, first = model.quantiser.spaces[k], v.codes(k).start - v.base
         space.rows.weight.div_(EMBEDDING_STD)
+        space.head.weight[: t.codes] = model.new_head.weight[first : first + t.codes] = 0.0
         for code, tokens in enumerate(words[signal].values):
             if tokens:
                 space.rows.weight[code] = _mean_row(read, tokens)
-            choosing = _mean_row(write, tokens) if tokens else 0.0
-            space.head.weight[code] = model.new_head.weight[first + code] = choosing
+                space.head.weight[code] = model.new_head.weight[first + code] = _mean_row(write, tokens)
         model.new_embedding.weight[v.separator(k) - v.base] = _mean_row(read, words[signal].name)
 
 

@@ -1,6 +1,7 @@
 """Plans that are known from signals alone: no posterior runs, codes begin as their words, texts end at their first end."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -65,6 +66,21 @@ def ready(data, stage: str = "fit", **changes) -> ConceptPlannerExecutorModule:
     module.trainer = trainer
     module.setup(stage)
     return module
+
+
+def test_nats_of_a_plan_are_a_token_of_text_however_long_its_rows_are(restaurants):
+    losses = {}
+    for length in (24, 96):
+        restaurants.response_length = length
+        restaurants.setup("fit")
+        module = ready(restaurants)
+        batch = next(iter(restaurants.val_dataloader()))
+        module.log = lambda *_, **__: None
+        module.log_monitors = lambda raw, found=losses, length=length: found.update({length: raw})
+        with torch.no_grad():
+            module.training_step(batch, 0)
+    for name in ("text", "planner"):
+        assert_close(losses[24][name], losses[96][name], rtol=1e-4, atol=1e-5)
 
 
 # -- known plans -----------------------------------------------------------------------------------------------------
@@ -173,6 +189,11 @@ def test_a_plan_begins_as_names_and_values_in_a_row(restaurants):
         assert_close(table[first + code], mean(read, text))
         assert_close(model.new_head.weight[first + code], mean(write, text))
         assert_close(model.quantiser.spaces[1].head.weight[code], mean(write, text))
+    # no text has the last code of openings: it is never preferred
+    last = v.codes(3).stop - 1 - v.base
+    assert len(restaurants.signal_words()["text opening"].values) == v.types[3].codes - 1
+    assert not model.new_head.weight[last].any()
+    assert plain.model.new_head.weight[last].any()
     # what stands around them
     for own, text in (
         (v.separator(1), " food"),
@@ -303,3 +324,12 @@ def test_an_exported_model_says_what_its_codes_stand_for(restaurants, tmp_path):
     assert decoder.plans[0].startswith('name="Blue Spice" food=none length=')
     opening = decoder.plans[0].split("opening=")[1]
     assert opening in ("other", "A", "B", "C", "4")
+
+
+def test_a_baseline_of_tokens_up_to_the_end_is_not_compared_with_all_columns(restaurants):
+    for executor, refused in (("parallel", True), ("autoregressive", False)):
+        module, trainer = build(restaurants, executor=executor), quiet_trainer(1)
+        trainer.datamodule = restaurants
+        with pytest.raises(UsageError, match="type callbacks.gain.nll=null") if refused else nullcontext():
+            PlanGain(1.0).on_test_start(trainer, module)
+        PlanGain(None).on_test_start(trainer, module)

@@ -20,12 +20,12 @@ def test_names_in_place_of_numbers():
     assert written(0) == "name=none a=2,0"
     assert written(1) == 'name="The Mill" a=2,0'
     assert written(4) == "name=4 a=2,0"  # its name is that of an earlier code
-    assert written(5) == "name=5 a=2,0"  # a name that is no line stays a number
+    assert written(5) == "name=code5 a=2,0"  # a name that is no line stays a number, which another code has as its name
     assert written(6) == "name=6 a=2,0"
     assert plan_texts(VOCABULARY, torch.tensor([[2, 0, 0]])) == ["name=1 a=none"]
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 6])
+@pytest.mark.parametrize("code", range(7))
 def test_a_plan_is_read_as_it_is_written(code):
     assert parse_plan(VOCABULARY, written(code), NAMES) == {0: 1 + code, 1: 3, 2: 1}
 
