@@ -85,6 +85,7 @@ def _check(arguments: list[str]) -> None:
     for override in overrides:
         _require_one_value(override, sweep=is_sweep(arguments))
         _require_folder(override)
+        _require_mode(override)
     groups = [override for override in overrides if _is_group(override)]
     for override in groups:
         _require_known_choice(override)
@@ -104,6 +105,11 @@ def _check(arguments: list[str]) -> None:
     reports = any(override.key_or_group == "mode" and override.value() == "report" for override in overrides)
     if _trains_nothing(options) and not reports and "--cfg" not in arguments and "-c" not in arguments:
         raise UsageError(NO_EXPERIMENT)
+
+
+def _require_mode(override: Override) -> None:
+    if override.key_or_group == "mode" and not override.is_sweep_override() and override.value() not in MODES:
+        raise UsageError(f"mode={override.value()} is not known; type mode={', '.join(MODES)}")
 
 
 def _options(arguments: list[str]) -> list[str] | None:

@@ -178,6 +178,7 @@ def test_a_model_of_text_is_recorded_by_its_bits_per_byte_and_goes_on_with_a_tex
     assert "A paragraph → " in capsys.readouterr().out  # and goes on
 
 
+@pytest.mark.slow
 def test_texts_without_a_prompt_are_judged_by_a_model_of_another_run(configure, tmp_path, capsys):
     plain = configure("experiment=meanflow_text")
     small = [*model_overrides(plain, tmp_path), "trainer.max_steps=3", "logger=none", "data.batch_size=4"]
@@ -225,7 +226,7 @@ def test_a_planner_executor_is_trained_exported_and_answers(configure, tmp_path,
         modes.generate(configure(*short, *ask, "plan='z=3'"))
 
 
-@pytest.mark.parametrize("name", daily(["concept_qwen", "plan_write_qwen"], "plan_write_qwen"))
+@pytest.mark.parametrize("name", daily(["concept_qwen", "plan_write_qwen"]))
 def test_a_causal_model_of_hugging_face_plans_and_answers(configure, tmp_path, capsys, name):
     plain = configure(f"experiment={name}")
     lengths = ["data.prompt_length=16", "data.response_length=16", "trainer.max_steps=2", "logger=none"]

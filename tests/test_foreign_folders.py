@@ -82,9 +82,9 @@ REFUSED_BY = {
 
 
 def by_default() -> set[tuple[str, str]]:
-    """What the default run has: some oddities in one experiment, and every experiment with one oddity."""
+    """What the default run has: some oddities in one experiment, and some experiments with one oddity."""
     return {(EXPERIMENTS[0], oddity) for oddity in list(FOLDERS)[::6]} | {
-        (name, "wider output") for name in EXPERIMENTS
+        (name, "wider output") for name in EXPERIMENTS[:4]
     }
 
 

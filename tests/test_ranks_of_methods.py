@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 DISTILLED = ["noisy_mask", "noisy_mask_jvp", "logit", "step_halving"]
 # what trains is split
 TRAINED = ["masked_diffusion", "masked_diffusion_muon", "next_token_packed", "plans", "online", "online_codes", "qstar"]
-DAILY = ["noisy_mask", "masked_diffusion", "plans"]
+DAILY = ["noisy_mask", "plans"]
 MORE = ["noisy_mask_lora", "next_token_lora", "hard_em", "plans_parallel", "qstar_lora"]
 MORE += ["latent", "multi_token", "masked_lm", "span_corruption", "continuous_diffusion"]
 # a weight whose gradient is rounding alone (1e-8 beside 1e-1), of which AdamW makes a step like any other; a sum that cancels

@@ -69,7 +69,7 @@ class AutoregressiveExecutor:
     def training_nll(
         self, plan_ids: Tensor, plan_embeds: Tensor, text: Tensor, hidden: float, generator: Generator
     ) -> Tensor:
-        """Nats of each text over the mean number of tokens that count in this batch, (B,): the mean of both is nats a counted token.
+        """Nats of each text over the mean count of this batch, (B,): the batch's mean is nats a counted token.
 
         Each token is hidden from those after it with probability `hidden`.
         """

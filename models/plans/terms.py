@@ -31,7 +31,8 @@ def plan_terms(
 ) -> dict[str, Tensor]:
     """Raw scalars by name. plan: drawn from the posterior; prior_logits (B, S, W) of the same choices.
 
-    planner: -log p(z | u), nats a token of text (tokens: mean of a text); choices are constants, so that only the prior gets a gradient.
+    planner: -log p(z | u), nats a token of text (tokens: mean of a text); choices are constants, so that only the prior gets a
+    gradient.
     rate: KL(q || p), each slot at least `floor` nats, a token of text; the prior is a constant, so that only the posterior gets
     a gradient. commitment: as `commitment`. usage: KL to uniform of the mean of each type's codes at each level, averaged over
     these; not over the `signal_types`, whose codes are as frequent as the values of their signal. eos: nats a type that may end

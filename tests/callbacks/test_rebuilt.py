@@ -17,6 +17,7 @@ def measured(module, data) -> dict[str, float]:
     return module.figures.values
 
 
+@pytest.mark.slow
 def test_learnt_texts_are_rebuilt_in_both_ways_and_fresh_ones_in_neither(tiny_oracle, capsys):
     only_few(tiny_oracle)
     found = measured(module_of(tiny_oracle, 4), tiny_oracle)

@@ -330,6 +330,6 @@ def test_a_baseline_of_tokens_up_to_the_end_is_not_compared_with_all_columns(res
     for executor, refused in (("parallel", True), ("autoregressive", False)):
         module, trainer = build(restaurants, executor=executor), quiet_trainer(1)
         trainer.datamodule = restaurants
-        with pytest.raises(UsageError, match="type callbacks.gain.nll=null") if refused else nullcontext():
+        with pytest.raises(UsageError, match=r"type callbacks\.gain\.nll=null") if refused else nullcontext():
             PlanGain(1.0).on_test_start(trainer, module)
         PlanGain(None).on_test_start(trainer, module)

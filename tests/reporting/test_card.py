@@ -50,7 +50,7 @@ def export(configure, tmp_path, options: list[str]) -> tuple[Path, Path]:
     return run, again / "model"
 
 
-@pytest.mark.parametrize("kind", daily(KINDS, "causal", "filler", "flow"))
+@pytest.mark.parametrize("kind", daily(KINDS, "causal", "flow"))
 def test_the_card_has_the_records_numbers_and_its_code_reads_the_folder(configure, tmp_path, monkeypatch, capsys, kind):
     library, options = KINDS[kind]
     run, folder = export(configure, tmp_path, options)
@@ -67,6 +67,7 @@ def test_the_card_has_the_records_numbers_and_its_code_reads_the_folder(configur
     assert ("who=anna" in printed) == (kind == "causal")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_peft_s_and_names_its_base(configure, tmp_path, monkeypatch, capsys):
     base = tiny_qwen(tmp_path / "qwen")
     options = [

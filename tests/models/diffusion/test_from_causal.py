@@ -228,6 +228,7 @@ def test_the_next_token_loss_falls_from_its_first_to_its_last_weight(model):
     assert model.block_length is None
 
 
+@pytest.mark.slow
 def test_eight_rows_are_learned_by_heart(model):
     batch, objective = make_batch(), CausalToMasked()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
