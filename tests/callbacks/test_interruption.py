@@ -17,6 +17,14 @@ from datamodules.loader import ResumableLoader
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
 
 
+@pytest.fixture(autouse=True)
+def _a_terminal_that_counts():
+    """nohup, under which tests may run, ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 class Toy(LightningModule):
     """Linear regression with momentum, so that a lost optimiser state would show."""
 
