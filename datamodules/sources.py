@@ -350,10 +350,12 @@ def no_such_field(where: str, option: str, name: str, fields: Iterable[str]) -> 
     shown = {field: str(field).encode(errors="backslashreplace").decode() for field in fields}
     choices = ", ".join(text if text == text.strip() else repr(text) for text in shown.values())
     message = f"{where} has no field {name!r}; type data.{option}=NAME with one of its fields: {choices}"
+    near = [text for text in shown.values() if text != name and text.strip().lower() == name.strip().lower()]
+    if near:
+        message += f" ({near[0]!r} differs only in spaces or capitals)"
     if suffix_of(Path(where)) in (".csv", ".csv.gz"):
         message += "; the first line of a csv file holds their names"
-    near = [text for text in shown.values() if text != name and text.strip().lower() == name.strip().lower()]
-    return UsageError(message + (f" ({near[0]!r} differs only in spaces or capitals)" if near else ""))
+    return UsageError(message)
 
 
 def first_few(problems: Sequence[str], count: int | None = None) -> str:
