@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 
 from app.command_line import mistake_in, quoted
 from app.experiments import experiment_list
+from app.locks import leads
 from app.welcome import WELCOME
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    if "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
-        print("loading libraries", file=sys.stderr, flush=True)  # seconds of silence otherwise
+    say_loading()
     from app.modes import run_mode
     from app.sweep import in_sweep, run_of_sweep
     from reporting.console import print_error, quiet_libraries, sentence_for
@@ -32,6 +32,12 @@ def main(cfg: DictConfig) -> float | None:
                 raise
             print_error(sentence)
             sys.exit(2)
+
+
+def say_loading() -> None:
+    """One rank says what takes the first seconds, which would be silent otherwise."""
+    if "torch" not in sys.modules and leads():
+        print("loading libraries", file=sys.stderr, flush=True)
 
 
 def print_anything() -> None:

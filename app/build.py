@@ -155,11 +155,11 @@ def data_of(cfg: DictConfig, weights: Path | None = None, **more: Any) -> Any:
         raise missing_teacher(path)
     datamodule = instantiate(cfg.data, **more)
     state = corpus_state(weights, datamodule)
+    if state is not None and cfg.mode == "generate" and cfg.ckpt_path is None and cfg.student_path is None:
+        _say_other_rows(cfg, state, datamodule)
     if state is None and cfg.mode != "fit" and cfg.teacher is not None and cfg.teacher.path is not None:
         state = corpus_state(Path(cfg.teacher.path), datamodule)
     if state is not None:
-        if cfg.mode in ("generate", "export") and cfg.ckpt_path is None and cfg.student_path is None:
-            _say_other_rows(cfg, state, datamodule)
         datamodule.take(state)
     if cfg.mode in ("generate", "export"):
         datamodule.setup("predict")

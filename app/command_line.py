@@ -21,10 +21,10 @@ from reporting.command import option, shell
 
 CONF = Path(__file__).parents[1] / "conf"
 MODES = ("fit", "test", "generate", "export", "report")
-# options that hold plain text; a path (or a token) may be a list of several
+# options that hold plain text; a path (or a token) may be a list of several, and the name of a run is part of a path
 PROMPTS = ("prompt", "example_prompt")
 PATHS = re.compile(
-    r"(.*[._])?(path|dir|file|field)|data\.(train|val|test|tokenizer|template)|.*\.mask_token|module\.baseline"
+    r"name|(.*[._])?(path|dir|file|field)|data\.(train|val|test|tokenizer|template)|.*\.mask_token|module\.baseline"
 )
 NO_EXPERIMENT = "no experiment is named; type python run.py experiment=meanflow_llada, or --list for all of them"
 

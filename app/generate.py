@@ -95,6 +95,10 @@ def find_weights(cfg: DictConfig) -> Path | None:
     otherwise.
     """
     runs = runs_of(cfg)
+    if cfg.ckpt_path is not None and cfg.student_path is not None:
+        raise UsageError(
+            f"ckpt_path={cfg.ckpt_path} and student_path={cfg.student_path} each name what is asked; leave one of them out"
+        )
     if cfg.ckpt_path is not None:
         return _of_checkpoint(cfg, find_checkpoint(runs, cfg.ckpt_path))
     if _drafts_blocks(cfg):

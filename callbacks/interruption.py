@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -92,10 +93,30 @@ def _handle_signals(handler: Any) -> None:
 
     SIGHUP that is ignored stays so: nohup lets a run go on without its terminal.
     """
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP:
+            _leave_terminal()
+        handler(signum, frame)
+
     if threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                signal.signal(signum, handler)
+                signal.signal(signum, handle)
+
+
+def _leave_terminal() -> None:
+    """Send what is printed from now on nowhere, unless it goes to a file or pipe.
+
+    Each write to a closed terminal fails, and its error would take the place of Interrupted.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it may be closed
+            # not isatty, which is False once the terminal is closed
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _keeper(trainer: Trainer) -> ModelCheckpoint | None:

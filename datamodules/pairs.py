@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -209,10 +209,14 @@ class PairsDataModule(PromptResponseDataModule):
         if "val" not in pairs:
             pairs["train"], pairs["val"] = self._hold_out(pairs["train"])
         warn_of_repeats(self.sources)
-        trained = set(zip(pairs["train"].prompts, pairs["train"].responses, strict=True))
-        for split in [split for split in ("val", "test") if split in pairs]:
-            rows = list(zip(pairs[split].prompts, pairs[split].responses, strict=True))
-            warn_of_known_texts(split, sum(row in trained for row in rows), len(rows), "rows")
+        for split in ("val", "test"):
+            if self.sources[split] is not None:  # else its prompts are set aside from train
+                rows = Counter(zip(pairs[split].prompts, pairs[split].responses, strict=True))
+                # of train, which may have a hundred times as many rows, no set is made
+                trained = {
+                    row for row in zip(pairs["train"].prompts, pairs["train"].responses, strict=True) if row in rows
+                }
+                warn_of_known_texts(split, sum(rows[row] for row in trained), rows.total(), "rows")
         return pairs
 
     def _hold_out(self, pairs: Pairs) -> tuple[Pairs, Pairs]:

@@ -9,6 +9,8 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +29,8 @@ ROW_EXTENSIONS = ".jsonl, .jsonl.gz, .csv, .csv.gz or .parquet"
 SHOWN_PROBLEMS = 5
 PARQUET_ROWS = 256  # decoded at a time
 PARQUET_BUFFER = 2**20
+# What readers say of bytes that are not UTF-8. Elsewhere than in csv the second is half of a character, written as JSON may.
+ANOTHER_ENCODING = re.compile(r": bad UTF-8 at byte \d+$|\.csv(\.gz)?:\d+: .* is not valid UTF-8$", re.IGNORECASE)
 
 Source = str | os.PathLike | Iterable[str | os.PathLike]
 # A row read, or the reason why it could not be, after its location ("file:line").
@@ -199,24 +203,33 @@ def _jsonl_rows(path: Path, fields: Sequence[str], meter: Meter) -> Iterator[Loc
             except UnicodeDecodeError as error:
                 yield location, f"bad UTF-8 at byte {error.start + 1}"
             except (ValueError, RecursionError) as error:
-                yield location, _not_json(text, error)
+                yield location, _not_json(text, error, path)
             else:
-                yield location, row if isinstance(row, dict) else f"not a JSON object{_split_by_jq(text)}"
+                yield location, row if isinstance(row, dict) else _not_an_object(row, fields, path)
 
 
-def _not_json(line: str, error: Exception) -> str:
+def _not_an_object(row: Any, fields: Sequence[str], path: Path) -> str:
+    if isinstance(row, list) and row and isinstance(row[0], dict):
+        return f"not a JSON object{_split_by_jq('.[]', path)}"
+    wanted = ", ".join(f"{json.dumps(name, ensure_ascii=False)}: ..." for name in dict.fromkeys(fields))
+    return f"not a JSON object; a line must be {{{wanted}}}"
+
+
+def _not_json(line: str, error: Exception, path: Path) -> str:
     """Why a line of jsonl cannot be read, with what to do about files that hold JSON of another layout."""
     if line in ("{", "["):
-        return f"not JSON by itself: it goes on in the next line{_split_by_jq(line)}"
+        return f"not JSON by itself: it goes on in the next line{_split_by_jq('.' if line == '{' else '.[]', path)}"
     if line.endswith(","):
         return "not JSON (a comma follows what the line holds)"
     return f"not JSON ({error})"
 
 
-def _split_by_jq(text: str) -> str:
-    """How objects of a file that `text` begins come to stand one in a line."""
-    parts = "'.[]'" if text.startswith("[") else "."
-    return f"; `jq -c {parts} FILE > NEW` writes an object a line"
+def _split_by_jq(parts: str, path: Path) -> str:
+    """How the objects of a file come to stand one in a line. parts: the filter of jq that yields them."""
+    quoted = shlex.quote(parts)
+    zipped = path.suffix.lower() == ".gz"
+    typed = f"gzip -dc FILE | jq -c {quoted} > NEW" if zipped else f"jq -c {quoted} FILE > NEW"
+    return f"; `{typed}` writes an object a line"
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -350,10 +363,12 @@ def no_such_field(where: str, option: str, name: str, fields: Iterable[str]) -> 
     shown = {field: str(field).encode(errors="backslashreplace").decode() for field in fields}
     choices = ", ".join(text if text == text.strip() else repr(text) for text in shown.values())
     message = f"{where} has no field {name!r}; type data.{option}=NAME with one of its fields: {choices}"
+    near = [text for text in shown.values() if text != name and text.strip().lower() == name.strip().lower()]
+    if near:
+        message += f" ({near[0]!r} differs only in spaces or capitals)"
     if suffix_of(Path(where)) in (".csv", ".csv.gz"):
         message += "; the first line of a csv file holds their names"
-    near = [text for text in shown.values() if text != name and text.strip().lower() == name.strip().lower()]
-    return UsageError(message + (f" ({near[0]!r} differs only in spaces or capitals)" if near else ""))
+    return UsageError(message)
 
 
 def first_few(problems: Sequence[str], count: int | None = None) -> str:
@@ -361,7 +376,7 @@ def first_few(problems: Sequence[str], count: int | None = None) -> str:
     more = (len(problems) if count is None else count) - SHOWN_PROBLEMS
     lines = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     lines += [f"  and {more} more"] if more > 0 else []
-    if any("UTF-8" in line for line in lines):
+    if any(ANOTHER_ENCODING.search(line) for line in lines):
         lines.append(
             "  only UTF-8 is read; a file in another encoding is converted by naming it, such as "
             "`iconv -f windows-1252 -t UTF-8 FILE > NEW`"

@@ -21,6 +21,7 @@ KINDS = (
     (b"SQLite format 3\0", "a database of SQLite", "write a table of it as .csv"),
     (b"%PDF-", "a PDF", "save it as text, for example with pdftotext"),
 )
+TEXT_TOO = (b"PAR1", b"%PDF-")  # text may begin so: a gene is called PAR1
 
 
 def require_utf8(start: bytes) -> None:
@@ -30,7 +31,7 @@ def require_utf8(start: bytes) -> None:
     UTF-16 without a line end, is not recognised.
     """
     for mark, kind, advice in KINDS:
-        if start.startswith(mark):
+        if start.startswith(mark) and (mark not in TEXT_TOO or b"\0" in start or not _is_utf8(start)):
             raise OSError(f"it is {kind}, not text; {advice}")
     for name, marks in BYTE_ORDER_MARKS.items():
         if start.startswith(marks):

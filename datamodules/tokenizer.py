@@ -48,7 +48,8 @@ WORDS_AND_SIGNS = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}_]+| ?\p{N}+| ?[^\s\p{L}\p{N}_]
 
 # Characters of a word that BPE learns merges from, such as a line of DNA or Base64.
 LONGEST_WORD = 2000
-LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+# looked for at the beginning of a word alone: elsewhere the end of each word would be read again from each of its letters
+LONG_RUN = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD},}}|(?<!\s)\s{{{LONGEST_WORD},}}")
 
 # Part of the cache key: raise it when the construction below changes.
 CACHE_LAYOUT = 1
@@ -193,8 +194,9 @@ def trainable_parts(texts: Iterable[str], *, split: bool) -> Iterator[str]:
         start = 0
         if split:
             for run in LONG_RUN.finditer(text):
-                yield text[start : run.end()]
-                start = run.end()
+                for end in range(run.start() + LONGEST_WORD, run.end() + 1, LONGEST_WORD):
+                    yield text[start:end]
+                    start = end
         while not split and len(text) - start > LONGEST_WORD:
             end = max(text.rfind(mark, start, start + LONGEST_WORD) for mark in "\n ") + 1
             end = end if end > start else start + LONGEST_WORD

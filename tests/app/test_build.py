@@ -1,9 +1,12 @@
 """The trainer of a configuration."""
 
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 from lightning import Trainer
 
-from app.build import load_teacher, make_trainer, training_options
+from app.build import data_of, load_teacher, make_trainer, training_options
 from callbacks.interruption import StopOnSignal
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
 from models.diffusion.block_diffusion import BlockDiffusion
@@ -44,3 +47,24 @@ def test_a_model_of_block_diffusion_is_no_teacher(tiny_llada, tiny_oracle, tmp_p
     model.save_pretrained(tmp_path / "blocks")
     with pytest.raises(UsageError, match=r"blocks was trained by block diffusion.* type teacher\.path="):
         load_teacher(tmp_path / "blocks", tiny_oracle)
+
+
+def test_the_newest_run_is_named_by_its_own_weights_alone(configure, tmp_path, monkeypatch, capsys):
+    """Not by the teacher of teacher.path=, which is of another run."""
+    for name in ("now", "then"):
+        (tmp_path / f"{name}.jsonl").touch()
+    state = SimpleNamespace(folder=tmp_path / "run" / "data", sources={"train": [str(tmp_path / "then.jsonl")]})
+    data = MagicMock(sources={"train": str(tmp_path / "now.jsonl")})
+    monkeypatch.setattr("app.build.instantiate", lambda *_, **__: data)
+    known = {tmp_path / "run" / "student": state, tmp_path / "teacher": state}
+    monkeypatch.setattr("app.build.corpus_state", lambda weights, _: known.get(weights))
+    options = ["experiment=meanflow_llada", f"teacher.path={tmp_path}/teacher"]
+
+    def said(weights, *more):
+        data_of(configure(*options, *more), weights)
+        return capsys.readouterr().err
+
+    assert f"this is the model of {tmp_path}/run, the newest run" in said(tmp_path / "run" / "student", "mode=generate")
+    assert said(None, "mode=generate", "decoder=teacher") == ""
+    assert said(tmp_path / "run" / "student", "mode=generate", "student_path=x") == ""
+    assert said(tmp_path / "run" / "student", "mode=test") == ""

@@ -108,6 +108,11 @@ def test_a_folder_of_runs_cannot_be_left_out(name, value):
     assert mistake_in(["experiment=objectives", *quoted([f"{name}=2026"])]) is None
 
 
+@pytest.mark.parametrize("name", ["2026", "1e3", "lr=1"])
+def test_a_run_may_be_named_by_a_number(name, configure):
+    assert configure("experiment=objectives", *quoted([f"name={name}"])).name == name
+
+
 def test_without_an_experiment_only_a_report_is_made():
     assert mistake_in(["mode=report"]) is None
     for arguments in (["seed=1"], ["module.lr=1"], ["mode=generate"]):
@@ -193,7 +198,7 @@ def test_a_comma_separates_the_values_of_a_sweep():
 
 @pytest.mark.parametrize(
     "name",
-    ["ckpt_path", "student_path", "data.train", "model.path", "paths.output_dir", "hydra.run.dir", "prompt_file"],
+    ["name", "ckpt_path", "student_path", "data.train", "model.path", "paths.output_dir", "hydra.run.dir", "prompt_file"],
 )
 def test_a_path_is_read_as_it_is_typed(name):
     for path in ("/x/lr=1/last.ckpt", "run[1]/a.txt", "it's/a b.txt"):

@@ -1,8 +1,11 @@
 """Starts of the same second get names of their own; a folder that cannot be made gets a sentence."""
 
 import os
+import runpy
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -105,3 +108,20 @@ def test_a_name_may_ask_hydra_for_a_choice(tmp_path):
     claim_start(cfg, "hydra.run.dir")
     assert (tmp_path / "o" / "next_token" / "noon").is_dir()
     assert not HydraConfig.initialized()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_one_rank_says_that_libraries_are_loaded(name, monkeypatch, capsys):
+    """srun sets SLURM_PROCID alone."""
+    say_loading = runpy.run_path(str(Path(__file__).parents[2] / "run.py"))["say_loading"]
+    for other in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for rank, said in (("0", "loading libraries\n"), ("1", "")):
+        monkeypatch.setenv(name, rank)
+        say_loading()
+        assert capsys.readouterr().err == said
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setenv(name, "0")
+    say_loading()
+    assert capsys.readouterr().err == ""

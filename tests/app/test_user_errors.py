@@ -52,6 +52,10 @@ MISTAKES = [  # of the main job where no experiment is named
     (["experiment=qstar_oracle", "pair.theta.path={file}"], "pair.theta.path={file} is a file"),
     (["module.sigma=nan"], "module.sigma=nan is not a number"),
     (["mode=generate", "prompt='who=anna'"], "no student has been trained"),
+    (
+        ["mode=generate", "prompt='who=anna'", "ckpt_path=last", "student_path=mine"],
+        "ckpt_path=last and student_path=mine each name what is asked; leave one of them out",
+    ),
     (["mode=generate", "prompt_file=none.txt"], "prompt_file=none.txt does not exist"),
     (["mode=report", "paths.output_dir=empty"], "the folder empty does not exist"),
     (["module=logit_flow", "module.loss=huber"], "module.loss=huber"),

@@ -1,6 +1,7 @@
 """A signal ends training after a step, with a checkpoint from which it goes on as if nothing had happened."""
 
 import os
+import pty
 import signal
 
 import pytest
@@ -11,10 +12,18 @@ from torch import nn
 
 from callbacks.checkpoint import LastCheckpoint
 from callbacks.ema import TrainableEMA
-from callbacks.interruption import SIGNALS, Interrupted, StopOnSignal
+from callbacks.interruption import SIGNALS, Interrupted, StopOnSignal, _handle_signals
 from datamodules.batch import TensorRows
 from datamodules.loader import ResumableLoader
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
+
+
+@pytest.fixture(autouse=True)
+def _a_terminal_that_counts():
+    """nohup, under which tests may run, ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 class Toy(LightningModule):
@@ -129,6 +138,33 @@ def test_the_second_ctrl_c_ends_at_once():
         stop._note(signal.SIGINT, None)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGINT
+
+
+@pytest.mark.parametrize("to_file", [1, 2])
+def test_nothing_is_written_to_a_terminal_that_was_closed(tmp_path, to_file):
+    """What goes to a file still does."""
+    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    keyboard, screen = pty.openpty()
+    os.close(keyboard)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(screen, 3 - to_file)
+            os.dup2(log, to_file)
+            with pytest.raises(OSError):
+                os.write(3 - to_file, b"x")
+            _handle_signals(StopOnSignal()._note)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.write(3 - to_file, b"x")
+            os.write(to_file, b"kept")
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(log)
+    os.close(screen)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "log").read_text().endswith("kept")
 
 
 def test_a_run_that_was_started_to_outlive_its_terminal_does(tmp_path):

@@ -227,9 +227,34 @@ def test_without_network_a_hub_name_says_what_to_do(monkeypatch):
         (json.dumps(ROWS, indent=1), r"goes on in the next line; `jq -c '\.\[\]' FILE"),
         (json.dumps(ROWS), r"not a JSON object; `jq -c '\.\[\]' FILE"),
         (json.dumps(ROWS[0]) + ",\n", "a comma follows"),
+        ('["one", "two"]\n', r'not a JSON object; a line must be \{"q": \.\.\., "a": \.\.\.\}$'),
+        ("[]\n7\n", r'2: not a JSON object; a line must be \{"q": '),
     ],
 )
 def test_json_of_another_layout_is_answered_with_how_to_convert_it(text, advice, tmp_path):
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(UsageError, match=advice):
         read_pairs(tmp_path / "a.jsonl", "q", "a")
+
+
+def test_a_zipped_file_is_unzipped_for_jq(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(json.dumps(ROWS))
+    with pytest.raises(UsageError, match=r"`gzip -dc FILE \| jq -c '\.\[\]' > NEW`"):
+        read_pairs(tmp_path / "a.jsonl.gz", "q", "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "converts"),
+    [
+        ("UTF-8.jsonl", b"7\n", False),
+        ("a.jsonl", b'{"q": "\\ud83d", "a": "x"}\n', False),  # half of a character, in a file of UTF-8
+        ("a.jsonl", b'{"q": "\xe9", "a": "x"}\n', True),
+        ("a.csv", b"q,a\n\xe9,x\n", True),
+    ],
+)
+def test_only_another_encoding_is_answered_with_iconv(name, data, converts, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError) as refused:
+        read_pairs(tmp_path / name, "q", "a")
+    assert ("iconv" in str(refused.value)) == converts

@@ -57,5 +57,7 @@ def test_texts_that_are_trained_on_in_another_split(told, kind, what):
         f"data.test: 6 of its {len(ROWS) - 12} {what} are in data.train too, so its figures are not of unseen" in said
     )
     assert "data.val" not in said
+    said = told(kind, train=("a.jsonl", "b.jsonl"), val="c.jsonl", test=("b.jsonl", "b.jsonl"))
+    assert f"data.test: 12 of its 12 {what}" in said
     # one of the documents is held out for validation, and then no training text
     assert f"data.test: 11 of its 12 {what}" in told(kind, train="a.jsonl", test="a.jsonl")

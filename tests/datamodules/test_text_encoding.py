@@ -61,9 +61,17 @@ def test_a_nul_in_utf_8_is_text(text):
     require_utf8(text.encode() + b"\xff")
 
 
+@pytest.mark.parametrize("text", ["PAR1,dose\nx,é\n", "PAR1 is a gene", "%PDF- begins a PDF"])
+def test_text_that_begins_as_other_files_do_is_read(text):
+    require_utf8(text.encode())
+    for more in (b"\0", b"\xff"):
+        with pytest.raises(OSError, match=r"it is a (parquet file|PDF), not text"):
+            require_utf8(text.encode() + more)
+
+
 OTHER_KINDS = {
     "gzip data": gzip.compress(b"text"),
-    "parquet": b"PAR1\x15\x04",
+    "parquet": b"PAR1\x15\x04\0",
     "zip archive": b"PK\x03\x04\x14\0",
     "bzip2": bz2.compress(b"text"),
     "xz": lzma.compress(b"text"),
@@ -71,7 +79,7 @@ OTHER_KINDS = {
     "7z": b"7z\xbc\xaf\x27\x1c",
     "Arrow": b"ARROW1\0\0",
     "SQLite": b"SQLite format 3\0",
-    "a PDF": b"%PDF-1.7\n",
+    "a PDF": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
 }
 
 

@@ -1,4 +1,5 @@
 import re
+from itertools import pairwise
 
 import pytest
 from helpers.dream import write_dream
@@ -175,7 +176,16 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
 def test_no_word_that_merges_are_learned_from_is_long(split):
     """Training takes the square of its length: minutes for a line of DNA."""
     usual = ["I_TURN_LEFT " * 400, "two words\n" * 900, "short", ""]
-    odd = ["ACGT" * 3000, "x" * 5001, " " * 4500, "a " + "b" * 2500 + " c", "日" * 2001, "y" * 1999 + "\n" + "z" * 1999]
+    odd = [
+        "ACGT" * 3000,
+        "x" * 5001,
+        "x" * 4000 + " c",
+        "a" + " " * 2500,
+        " " * 4500,
+        "a " + "b" * 2500 + " c",
+        "日" * 2001,
+        "y" * 1999 + "\n" + "z" * 1999,
+    ]
     for text in usual + odd:
         parts = list(trainable_parts([text], split=split))
         assert "".join(parts) == text
@@ -184,6 +194,10 @@ def test_no_word_that_merges_are_learned_from_is_long(split):
     if split:  # all others stay as they are
         assert list(trainable_parts(usual, split=True)) == [text for text in usual if text] + [""]
         assert list(trainable_parts(["a " + "b" * 2500 + " c"], split=True)) == ["a " + "b" * 2000, "b" * 500 + " c"]
+        for text in usual + odd:  # cut after each 2000 characters of a word
+            cuts = [found.end() for found in re.finditer(r"\S{2000}|\s{2000}", text)]
+            parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)]) if a < b or not text]
+            assert list(trainable_parts([text], split=True)) == parts or len(text) <= LONGEST_WORD
     else:
         assert list(trainable_parts(["one\n" * 600], split=False)) == ["one\n" * 500, "one\n" * 100]
     assert list(trainable_parts(["x" * LONGEST_WORD], split=split)) == ["x" * LONGEST_WORD]
