@@ -176,12 +176,19 @@ def keep_records(name: str, runs: Sequence[Path], command: str | None, docs: Pat
 
     runs: their folders or record.json, or one file that a benchmark wrote.
     command: how such a run is started, with words such as TRAIN in the place of paths. A benchmark's file has its own.
-    Errors: UsageError where a run has no record, or its commit had changes.
+    Errors: UsageError where a run has no record, its commit had changes, or a benchmark's file is of an earlier version.
     """
     kept = []
     for run in runs:
         path = run if run.is_file() else run / "record.json"
-        record = _benchmark_of(path) or read_record(path)
+        benchmark = _benchmark_of(path)
+        missing = [] if benchmark is None else sorted({*MEASURED, "date", "command", "options"} - benchmark.keys())
+        if missing or (benchmark is not None and "clock" not in benchmark["options"]):
+            lacking = ", ".join(missing or ["clock"])
+            raise UsageError(
+                f"{path} was written by a benchmark of an earlier version, without {lacking}; measure again with --json FILE"
+            )
+        record = benchmark or read_record(path)
         if (record["commit"] or "").endswith("+changes"):
             raise UsageError(f"{path} was measured with files that no commit holds; commit them and run it again")
         if "benchmark" in record:

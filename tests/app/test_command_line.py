@@ -198,7 +198,16 @@ def test_a_comma_separates_the_values_of_a_sweep():
 
 @pytest.mark.parametrize(
     "name",
-    ["name", "ckpt_path", "student_path", "data.train", "model.path", "paths.output_dir", "hydra.run.dir", "prompt_file"],
+    [
+        "name",
+        "ckpt_path",
+        "student_path",
+        "data.train",
+        "model.path",
+        "paths.output_dir",
+        "hydra.run.dir",
+        "prompt_file",
+    ],
 )
 def test_a_path_is_read_as_it_is_typed(name):
     for path in ("/x/lr=1/last.ckpt", "run[1]/a.txt", "it's/a b.txt"):

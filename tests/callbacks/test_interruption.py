@@ -152,7 +152,7 @@ def test_nothing_is_written_to_a_terminal_that_was_closed(tmp_path, to_file):
         try:
             os.dup2(screen, 3 - to_file)
             os.dup2(log, to_file)
-            with pytest.raises(OSError):
+            with pytest.raises(OSError, match="Input/output error"):
                 os.write(3 - to_file, b"x")
             _handle_signals(StopOnSignal()._note)
             os.kill(os.getpid(), signal.SIGHUP)

@@ -4,7 +4,7 @@ import codecs
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from datamodules.prompts import read_prompts
@@ -30,10 +30,13 @@ def test_a_prompt_is_a_line_and_a_line_ends_with_a_newline(prompts_of, end, mark
     assert prompts_of(mark + (end.join(ODD) + end).encode()) == ODD
 
 
+@example(lines=["\r0"], n=1)
 @given(lines=st.lists(LINES.filter(lambda line: not line.endswith("\r")), min_size=1, max_size=5), n=st.integers(1, 3))
 def test_every_line_comes_back_n_times(lines, n, tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "p.txt"
-    path.write_bytes(codecs.BOM_UTF8 + "\n".join(lines).encode())
+    path.write_bytes(
+        codecs.BOM_UTF8 + ("\n".join(lines) + "\n").encode()
+    )  # a file without any \n may end lines with \r
     assert read_prompts(None, str(path), n) == [line for line in lines for _ in range(n)]
 
 

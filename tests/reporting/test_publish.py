@@ -270,6 +270,16 @@ def test_benchmarks_of_uncommitted_files_or_several_in_one_table_are_refused(mea
         keep_records("masked", [run(0, [row("a", 1, 1.0)])], None, docs)
 
 
+@pytest.mark.parametrize("gone", [*publish.MEASURED[1:], "date", "command", "options", "clock"])
+def test_a_benchmark_of_an_earlier_version_is_measured_again(measured, docs, gone):
+    path = measured()
+    found = json.loads(path.read_text())
+    del (found["options"] if gone == "clock" else found)[gone]
+    path.write_text(json.dumps(found))
+    with pytest.raises(UsageError, match=rf"earlier version, without {gone}; measure again with --json FILE"):
+        keep_records("times", [path], None, docs)
+
+
 def test_a_changed_figure_is_found(run, docs, capsys):
     keep_records(
         "masked", [run(0, [row("teacher, greedy", 4, 20.0), row("product of marginals", 0, 1.0)])], COMMAND, docs
