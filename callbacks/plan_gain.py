@@ -6,7 +6,6 @@ from lightning import Callback, LightningModule, Trainer
 
 from models.functional.errors import UsageError
 from models.functional.plan_information import efficiency
-from models.plans.parallel_executor import ParallelExecutor
 
 
 class PlanGain(Callback):
@@ -24,7 +23,7 @@ class PlanGain(Callback):
         self.nll = nll
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        padded = isinstance(getattr(pl_module, "executor", None), ParallelExecutor)
+        padded = getattr(getattr(pl_module, "options", None), "executor", None) == "parallel"
         if self.nll is not None and padded and not getattr(trainer.datamodule, "end_padding", True):
             raise UsageError(
                 f"callbacks.gain.nll={self.nll} is a token up to a text's end, and module.executor=parallel counts all columns "

@@ -148,10 +148,19 @@ class ResumableLoader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.order.start = self.handed_out = self.resume_at
         self.resume_at = 0
-        for batch in super().__iter__():
+        for batch in self._batches():
             self.handed_out += 1
             yield batch
         self.handed_out = 0
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """Errors: RuntimeError as torch words it also where a process that loads data dies while it hands a batch over."""
+        try:
+            yield from super().__iter__()
+        except (ConnectionError, EOFError) as error:
+            if self.num_workers == 0:
+                raise
+            raise RuntimeError("DataLoader worker exited unexpectedly: its connection has ended") from error
 
     def state_dict(self) -> dict[str, Any]:
         return {"handed_out": self.handed_out % max(1, len(self)), "rows_per_step": self.order.rows_per_step()}

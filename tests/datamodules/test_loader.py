@@ -9,6 +9,7 @@ from torch import nn
 
 from callbacks.checkpoint import LastCheckpoint
 from datamodules.loader import EpochSampler
+from reporting.console import sentence_for
 
 # -- order of rows ---------------------------------------------------------------------------------------------------
 
@@ -57,6 +58,23 @@ def test_a_resumed_loader_continues_at_the_exact_batch(build_pairs, workers):
     assert read + rest == order(whole)
     resumed.set_epoch(3)
     assert len(order(resumed)) == 6
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_a_worker_that_dies_while_it_sends_a_batch_is_named_as_one(build_pairs, monkeypatch, error):
+    def broken(loader):
+        yield {"row_index": torch.tensor([0])}
+        raise error
+
+    datamodule = build_pairs(val=ROWS, test=ROWS)
+    loader = datamodule.train_dataloader()
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", broken)
+    with pytest.raises(type(error)):  # not of a process: an error like any other
+        list(loader)
+    loader.num_workers = 1
+    with pytest.raises(RuntimeError) as raised:
+        list(loader)
+    assert "a process that loads data has died" in sentence_for(raised.value)
 
 
 @pytest.mark.filterwarnings("ignore:.*no .validation_step")
