@@ -22,7 +22,7 @@ from datamodules.encoder import Encoder
 from datamodules.loader import ResumableLoader, accumulated
 from datamodules.packing import EndlessOrder, OnePass, PackedRows, TokenStream
 from datamodules.sources import Source, warn_of_known_texts, warn_of_repeats
-from datamodules.state import CorpusState, still_held_out
+from datamodules.state import CorpusState, among, still_held_out
 from datamodules.token_cache import TokenCache, tokenize_once
 from datamodules.tokenizer import build_tokenizer, document_start, fixed_kind
 from models.functional.errors import UsageError, require_at_least
@@ -131,7 +131,7 @@ class PackedTextDataModule(CorpusDataModule):
         trained = caches["train"].hashes[parts["train"]] if wanted else caches["train"].hashes
         for split in [split for split in ("val", "test") if split in caches]:
             hashes = caches[split].hashes
-            warn_of_known_texts(split, int(np.isin(hashes, trained).sum()), len(hashes), "documents")
+            warn_of_known_texts(split, int(among(hashes, trained).sum()), len(hashes), "documents")
         for split, cache in caches.items():
             _warn_of_losses(f"data.{split}", cache, encoder.unknown_id)
         _print_statistics(self.name, streams, self.stream_tokens)
@@ -159,9 +159,9 @@ class PackedTextDataModule(CorpusDataModule):
             raise UsageError(
                 f"the run in {self.made_from.folder.parent} had files for these splits: type {' '.join(missing)}"
             )
-        parts = {split: np.isin(hashes, kept[split]) for split in wanted}
+        parts = {split: among(hashes, kept[split]) for split in wanted}
         # what the run held out is trained on neither where a split has a source of its own today
-        return parts | {"train": ~np.isin(hashes, np.concatenate(list(kept.values())))}
+        return parts | {"train": ~among(hashes, np.concatenate(list(kept.values())))}
 
     def facts(self) -> dict[str, str | float | None]:
         about = self.rows["train"].stream.cache.about

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.box import SIMPLE
@@ -21,7 +20,7 @@ from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
 from datamodules.slot_values import Numbers, slot_numbers, slot_values
 from datamodules.sources import Source, warn_of_known_texts, warn_of_repeats
-from datamodules.state import CorpusState, still_held_out, text_hashes
+from datamodules.state import CorpusState, among, still_held_out, text_hashes
 from datamodules.template import Template, build_template
 from datamodules.text_signals import LENGTH, LENGTHS, OPENING, TextSignals
 from datamodules.tokenizer import build_tokenizer, fixed_kind
@@ -230,7 +229,7 @@ class PairsDataModule(PromptResponseDataModule):
         kept = {} if self.made_from is None else self.made_from.held_out
         hashes = text_hashes(prompts)
         if still_held_out(kept, hashes, ["val"]):
-            again = np.isin(hashes, kept["val"])
+            again = among(hashes, kept["val"])
             held = {prompt for prompt, chosen in zip(prompts, again.tolist(), strict=True) if chosen}
         train = pairs.take(i for i, prompt in enumerate(pairs.prompts) if prompt not in held)
         train.problems = pairs.problems

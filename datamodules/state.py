@@ -109,6 +109,11 @@ def text_hashes(texts: Iterable[str]) -> np.ndarray:
     return np.frombuffer(digests, np.uint64)
 
 
+def among(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of hashes (N,) uint64 are among others (M,) uint64: (N,) bool."""
+    return np.isin(hashes, others, kind="sort")  # the other way of numpy 2.0 overflows beyond 2^63
+
+
 def still_held_out(kept: dict[str, np.ndarray], present: np.ndarray, splits: Iterable[str]) -> bool:
     """Whether what a run held out is held out again: yes where all of it is present, no in data that has none of it.
 
@@ -118,7 +123,7 @@ def still_held_out(kept: dict[str, np.ndarray], present: np.ndarray, splits: Ite
     if not wanted:
         return False
     hashes = np.concatenate([kept[split] for split in wanted])
-    found = int(np.isin(hashes, present).sum())
+    found = int(among(hashes, present).sum())
     if 0 < found < len(hashes):
         options = " ".join(f"data.{split}=FILE" for split in wanted)
         raise UsageError(

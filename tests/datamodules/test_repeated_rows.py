@@ -3,10 +3,12 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 from helpers.pairs import ROWS
 
 from datamodules.packed_text import PackedTextDataModule
+from datamodules.state import among
 
 OPTIONS = {
     "name": "t",
@@ -61,3 +63,8 @@ def test_texts_that_are_trained_on_in_another_split(told, kind, what):
     assert f"data.test: 12 of its 12 {what}" in said
     # one of the documents is held out for validation, and then no training text
     assert f"data.test: 11 of its 12 {what}" in told(kind, train="a.jsonl", test="a.jsonl")
+
+
+def test_a_hash_beyond_a_signed_number_is_found_among_few():
+    largest = np.array([2**64 - 1], np.uint64)
+    assert among(np.array([2**64 - 1, 5], np.uint64), largest).tolist() == [True, False]
