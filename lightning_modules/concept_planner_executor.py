@@ -276,9 +276,9 @@ class ConceptPlannerExecutorModule(LeapModule):
             signal_types=o.signal_types,
         )
 
-    def _tokens(self, text: Tensor) -> float:
-        """Tokens of text (B, R) that a text's nats are divided by: the mean of what the executor counts."""
-        return float(self.executor.tokens_of(text).double().mean())
+    def _tokens(self, text: Tensor) -> Tensor:
+        """Tokens of text (B, R) that a text's nats are divided by: the mean of what the executor counts, a scalar."""
+        return self.executor.tokens_of(text).float().mean()
 
     def _posterior_input(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return posterior_input(batch, self.options.posterior_reads)

@@ -73,7 +73,9 @@ def _choices(t: ConceptType, codes: str, names: Sequence[str]) -> list[int]:
     """The choices behind a type's codes or the name of one, an end among them where there are fewer than the most."""
     if codes in names:
         return [1 + names.index(codes)]
-    typed = codes.replace(NUMBER, "") if names else codes
+    typed = codes
+    while names and typed.startswith(NUMBER):
+        typed = typed.removeprefix(NUMBER)
     concepts = [] if typed == NOTHING else [concept.split(".") for concept in typed.split(",")]
     numbers = [code for concept in concepts for code in concept]
     if any(len(concept) != t.levels for concept in concepts) or not all(

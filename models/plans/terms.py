@@ -23,7 +23,7 @@ def plan_terms(
     prior_logits: Tensor,
     vocabulary: ConceptVocabulary,
     *,
-    tokens: float,
+    tokens: float | Tensor,
     floor: float,
     quota: float | None,
     multiplier: float = 0.0,

@@ -39,6 +39,7 @@ def test_a_number_is_read_too():
     ("plan", "sentence"),
     [
         ('name="The Mall"', "“name=The Mall” must be a number from 0 to 6, or one of none, The Mill, 5"),
+        ("name=1code2", "“name=1code2” must be a number from 0 to 6"),
         ('name="The Mill', "has a quote without its end"),
         ("name=The Mill", "“name=The” must be a number from 0 to 6, or one of none, The Mill"),
     ],
