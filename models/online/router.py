@@ -27,6 +27,7 @@ from models.online.options import Growth, OnlineModelOptions
 ReadOut = Callable[[Tensor], Tensor]
 LEAST_SCORE = 1e-6  # of a position that commits because nothing was drafted for it
 LEAST_SPREAD = 0.05  # equal scores have a spread of 0, and the offset would never move
+SURE = 30.0  # score of a position that commits in any case
 
 
 class RouterState(NamedTuple):
@@ -79,9 +80,13 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """most_nulls: longest run of NULLs. offset: subtracted from every score, set by rate control and by no gradient."""
+    """most_nulls: longest run of NULLs. offset: subtracted from every score, set by rate control and by no gradient.
+
+    commit_first: the first position of every text commits, whatever its score.
+    """
 
     learned = True  # whether the scores have trained weights; then they get noise and the ratio loss
+    commit_first = False
 
     def __init__(self, width: int, most_nulls: int, **like) -> None:
         super().__init__()
@@ -126,9 +131,11 @@ class Router(nn.Module):
         scores = self.centred_scores(hidden, codes, at, state, compression)
         if noise and self.learned:
             scores = scores + noise * (gumbel_noise(scores, generator) - gumbel_noise(scores, generator))  # logistic
-        # 2. commits, and forced ones after `most_nulls` NULLs
-        natural, probability, total = self.decide(scores, at, state, compression)
-        commit = commits.cap_nulls(natural & valid, valid, self.most_nulls, state.since, begins)
+        # 2. commits, and forced ones: at the beginning of a text, and after `most_nulls` NULLs
+        first = (position == 0) & valid & self.commit_first
+        natural, probability, total = self.decide(scores.masked_fill(first, SURE), at, state, compression)
+        probability = probability.masked_fill(first, 1.0)
+        commit = commits.cap_nulls((natural | first) & valid, valid, self.most_nulls, state.since, begins)
         since = commits.nulls_since(commit, valid, state.since)
         real = scores.detach()[valid]
         moments = torch.stack([valid.sum().to(real.dtype), real.sum(), real.square().sum()])
@@ -420,4 +427,6 @@ def build_router(
         "entropy": {"read_out": read_out},
         "draft": {"read_out": read_out, "draft_tokens": options.draft_tokens},
     }
-    return GROWTH[options.growth](width, options.most_nulls, **more.get(options.growth, {}), **like)
+    router = GROWTH[options.growth](width, options.most_nulls, **more.get(options.growth, {}), **like)
+    router.commit_first = options.commit_first
+    return router
