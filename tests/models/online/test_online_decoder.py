@@ -7,6 +7,8 @@ from helpers.online import VOCABULARY, padded, ragged, texts, tiny_online
 from models.online.decoder import IncrementalForward, generate_online
 from models.online.router import GROWTH
 
+NESTED = [1, [1, 1, 1], 1]  # the middle is split again
+
 
 def stepped(model, ids, start, valid=None):
     """Logits (B, T - start + 1, V) of a prompt of `start` columns and one step a token."""
@@ -44,13 +46,27 @@ def test_forward_is_step_in_single_precision():
 
 @pytest.mark.parametrize(("growth", "reads"), [("null", "shallow"), ("null", "whole"), ("fixed", "shallow")])
 def test_concepts_of_concepts_step_too(growth, reads):
-    model, ids = tiny_online([1, [1, 1, 1], 1], growth=growth, router_reads=reads), texts(rows=4, length=40)
+    model, ids = tiny_online(NESTED, growth=growth, router_reads=reads), texts(rows=4, length=40)
     steps, forward = stepped(model, ids, 7)
     with torch.no_grad():
         torch.testing.assert_close(steps, model(ids)[:, 6:], atol=1e-11, rtol=1e-11)
     inner = forward.state.middle
     assert (inner.concepts <= forward.concepts).all()
     assert (inner.concepts < forward.concepts).any()
+
+
+@pytest.mark.parametrize(
+    ("split", "growth"),
+    [
+        ([1, 2, 1], "draft"),
+        *((split, way) for split in ([1, 2, 1], NESTED) for way in ("autoregressive", "accumulate", "fixed")),
+    ],
+)
+def test_a_first_position_that_commits_steps_too(split, growth):
+    model, ids = tiny_online(split, growth=growth, commit_first=True), texts(rows=4, length=20)
+    steps, _ = stepped(model, ids, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(steps, model(ids)[:, 1:], atol=1e-11, rtol=1e-11)
 
 
 @pytest.mark.parametrize("left", [True, False])

@@ -35,6 +35,30 @@ def test_one_forward_is_one_forward_a_position(growth, reads):
     torch.testing.assert_close(logits, slow, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("growth", GROWTH)
+def test_the_first_position_of_every_text_commits_if_asked(growth):
+    """Also behind padding and in later documents of a row; the other form of the forward pass agrees, and rates stay."""
+    model, ids = tiny_online(growth=growth, gate="none", commit_first=True), texts()
+    with torch.no_grad():
+        logits = model.logits(model.read(ids, settings=HALF)[0])
+        slow = torch.stack([naive_logits(model, row, HALF) for row in ids])
+        torch.testing.assert_close(logits, slow, atol=1e-12, rtol=1e-12)
+        part, valid = padded(ragged(), left=True)
+        documents = (torch.arange(ids.shape[1]) >= 6).long().expand_as(ids)
+        behind = model.read(part, valid, settings=HALF)[1][0].routing
+        apart = model.read(ids, settings=HALF, documents=documents)[1][0].routing
+    assert commits_of(model, ids)[:, 0].all()
+    assert behind.commit[valid & (valid.cumsum(1) == 1)].all()
+    assert apart.commit[:, [0, 6]].all()
+    assert not apart.commit.all()
+    assert (apart.probability[:, [0, 6]] == 1).all()
+
+
+def test_without_being_asked_a_first_position_can_be_a_null():
+    model = tiny_online(growth="fixed", gate="none")
+    assert not commits_of(model, texts())[:, 0].any()
+
+
 @pytest.mark.parametrize("options", [{"carry": False}, {"pool": False}, {"carry": False, "pool": False}])
 def test_without_pool_or_carry_it_is_one_forward_a_position_too(options):
     """Each of them changes the logits, and neither does while its weights are 0, as they start."""
