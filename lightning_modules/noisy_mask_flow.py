@@ -36,6 +36,7 @@ class NoisyMaskFlowModule(StagedDistillModule):
         student = NoisyMaskStudent(
             teacher,
             adapter=o.adapter,
+            noise_read=o.noise_read,
             sigma=o.sigma,
             time_center=o.time_center,
             prompt_length=o.prompt_length,

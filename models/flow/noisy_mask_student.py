@@ -18,6 +18,7 @@ from models.functional.errors import require_choice
 from models.functional.precision import at_least_float32
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
+NoiseRead = Literal["linear", "token"]
 
 
 class NoisyMaskStudent(Student):
@@ -31,6 +32,8 @@ class NoisyMaskStudent(Student):
         the student is the masked teacher for every ε, and W has a gradient.
       `lora`: W and low-rank adapters on every linear layer.
       `full`: W and a trainable copy of all layers and the head; the embedding table stays the teacher's.
+    noise_read: what stands for c_s (z_s - m) there. `linear`: that. `token`: the mean embedding of the tokens that z_s may have
+      been made from (`NoisyMaskPath.own_token`), for a vocabulary too large for a network to find the nearest token itself.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class NoisyMaskStudent(Student):
         base: LladaModel,
         *,
         adapter: Adapter = "full",
+        noise_read: NoiseRead = "linear",
         sigma: float = 2.0,
         time_center: float = 0.5,
         prompt_length: int = 8,
@@ -46,8 +50,10 @@ class NoisyMaskStudent(Student):
         lora_rank: int = 16,
     ) -> None:
         require_choice("module.adapter", adapter, get_args(Adapter))
+        require_choice("module.noise_read", noise_read, get_args(NoiseRead))
         sizes = {"prompt_length": prompt_length, "hidden_size": hidden_size, "rank": rank}
-        super().__init__(base, adapter=adapter, sigma=sigma, time_center=time_center, lora_rank=lora_rank, **sizes)
+        times = {"sigma": sigma, "time_center": time_center}
+        super().__init__(base, adapter=adapter, noise_read=noise_read, lora_rank=lora_rank, **times, **sizes)
         self.path = NoisyMaskPath(base, sigma=sigma, time_center=time_center)
         if adapter == "lora":
             self.body = with_lora(self.base, lora_rank)
@@ -65,15 +71,23 @@ class NoisyMaskStudent(Student):
 
     def forward(self, sample: PathSample, t: Tensor) -> Tensor:
         """Logits of ψ_{s,t} at the masked positions, row by row: (M, V). t is like sample.s (B,), or (1,) without gradients."""
-        z, s = sample.z, sample.s
-        if self.mask_noise is not None:
-            mask, gain = self.path.mask_embedding, self.path.gain(s).view(-1, 1, 1)
-            apart = (z - mask).to(self.mask_noise.weight.dtype)
-            read = mask + (gain * apart + self.mask_noise(apart)).to(mask.dtype)
-            z = torch.where(sample.masked.unsqueeze(-1), read, z)
+        z = sample.z if self.mask_noise is None else self._read(sample, self.mask_noise)
+        s = sample.s
         prefix = self.soft_prompt(1 - t, 1 - s)  # its own times are noise times, r <= t
         hidden = self.body.hidden(z, sample.attention_mask, prefix, sample.response_mask)
         return at_least_float32(self.body.lm_head(hidden[sample.masked]))
+
+    def _read(self, sample: PathSample, mask_noise: nn.Linear) -> Tensor:
+        """What the layers read at each position, (B, L, D): a mask with its noise, or the token of an observed one."""
+        z, masked, mask = sample.z, sample.masked, self.path.mask_embedding
+        apart = (z - mask).to(mask_noise.weight.dtype)
+        if self.options["noise_read"] == "token":
+            own = torch.zeros_like(apart)
+            times = sample.s.unsqueeze(-1).expand(masked.shape)[masked]
+            own[masked] = (self.path.own_token(z[masked], times) - mask).to(own.dtype)
+        else:
+            own = self.path.gain(sample.s).view(-1, 1, 1) * apart
+        return torch.where(masked.unsqueeze(-1), mask + (own + mask_noise(apart)).to(mask.dtype), z)
 
     def project_weights(self) -> None:
         """A gate cannot be negative."""

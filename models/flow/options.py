@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from models.flow.endpoint_pairs import Coupling
 from models.flow.masked_student import Adapter as MaskedAdapter
-from models.flow.noisy_mask_student import Adapter
+from models.flow.noisy_mask_student import Adapter, NoiseRead
 from models.flow.solver import FewStep, require_flow_options
 from models.functional.errors import UsageError, require_at_least, require_choice
 from models.functional.flow_times import TimeLaw, require_shares
@@ -40,7 +40,7 @@ def _as_tuples(options: object, *names: str) -> None:
 class NoisyMaskFlowOptions(TeacherOptions):
     """Options of `NoisyMaskFlowModule`.
 
-    adapter, prompt_*, lora_rank: see `NoisyMaskStudent`. sigma, time_center: see `NoisyMaskPath`.
+    adapter, noise_read, prompt_*, lora_rank: see `NoisyMaskStudent`. sigma, time_center: see `NoisyMaskPath`.
     stages: share of trainer.max_steps and peak learning rate of adapt, flow and polish; share 0 leaves a stage out. Without
         `adapt`, the student that training starts from (student_path=...) is the denoiser.
     teacher_weight: λ of KL(teacher || ψ_{0,0}) in adapt. observed_share: rows with part of the response given.
@@ -61,6 +61,7 @@ class NoisyMaskFlowOptions(TeacherOptions):
     """
 
     adapter: Adapter = "full"
+    noise_read: NoiseRead = "linear"
     lora_rank: int = 16
     prompt_length: int = 8
     prompt_hidden_size: int = 128

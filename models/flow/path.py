@@ -13,6 +13,7 @@ from models.backbones.llada import LladaModel
 from models.functional.errors import UsageError
 from models.functional.masked_diffusion import mask_tokens, row_of_masked
 from models.functional.noisy_mask import (
+    certain_mean,
     flow_map,
     line_point,
     noisy_mask,
@@ -25,6 +26,7 @@ from models.functional.precision import at_least_float32, without_autocast
 from models.functional.text_posterior import same_prompt, text_evidence, text_posterior, token_posterior
 
 TEXTS_AT_ONCE = 256  # whose embeddings are in memory together
+POSITIONS_AT_ONCE = 512  # whose distributions over the vocabulary are
 
 
 class PathSample(NamedTuple):
@@ -158,6 +160,18 @@ class NoisyMaskPath:
     def gain(self, s: Tensor) -> Tensor:
         """c_s of `wiener_gain`, (B,): the weight of z_s - m as an estimate of E_x - m."""
         return wiener_gain(s, self.noise_scale, self.spread)
+
+    def own_token(self, z: Tensor, s: Tensor) -> Tensor:
+        """What each noisy position says of its own token alone, as an embedding (`certain_mean`): (N, D), (N,) -> (N, D)."""
+        mask, embedding = (at_least_float32(part) for part in (self.mask_embedding, self.embedding))
+
+        def read(z: Tensor, s: Tensor) -> Tensor:
+            evidence = token_evidence(z.to(embedding.dtype), mask, embedding, s.to(embedding.dtype), self.noise_scale)
+            return certain_mean(evidence, mask, embedding)
+
+        with without_autocast(z):
+            parts = zip(z.split(POSITIONS_AT_ONCE), s.split(POSITIONS_AT_ONCE), strict=True)
+            return torch.cat([read(*part) for part in parts])
 
     def evidence(self, z: Tensor, s: Tensor) -> Tensor:
         """log p(z_s | token) of every token at noisy positions, up to a constant: (..., D), (...) -> (..., V) float64."""

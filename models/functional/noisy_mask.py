@@ -17,6 +17,8 @@ Times are **data times**: s <= t, 0 = noisy mask, 1 = clean text (noise time is 
 Legend: B batch, L length, D width, V vocabulary. Times (...) broadcast over the last dimension of points and distributions.
 """
 
+import math
+
 import torch
 from torch import Generator, Tensor
 
@@ -55,6 +57,18 @@ def token_evidence(z: Tensor, mask_embedding: Tensor, embedding: Tensor, s: Tens
     s = s.unsqueeze(-1)
     signal = (z - (1 - s) * mask_embedding) @ embedding.T - s * embedding.square().sum(-1) / 2
     return s * signal / ((1 - s) * sigma).square()
+
+
+def certain_mean(evidence: Tensor, mask_embedding: Tensor, embedding: Tensor) -> Tensor:
+    """m + c (Σ_x p_x E_x - m), p = softmax(evidence) and c = 1 - H(p) / log V: the mask without evidence, a sure token's embedding.
+
+    evidence (..., V) of `token_evidence`, mask_embedding (D,), embedding (V, D) -> (..., D). A network that reads the linear
+    estimate of `wiener_gain` has to find the nearest of V tokens itself; this one has done it, with equal priors.
+    """
+    log_p = torch.log_softmax(evidence, dim=-1)
+    p = log_p.exp()
+    certainty = 1 + torch.where(p > 0, p * log_p, 0.0).sum(-1, keepdim=True) / math.log(embedding.shape[0])
+    return mask_embedding + certainty * (p @ embedding - mask_embedding)
 
 
 def velocity(z: Tensor, expected: Tensor, s: Tensor) -> Tensor:
