@@ -14,7 +14,7 @@ from models.backbones.twin import with_lora, with_own_weights
 from models.flow.path import NoisyMaskPath, PathSample
 from models.flow.soft_prompt import SoftPrompt
 from models.flow.student import Student
-from models.functional.errors import require_choice
+from models.functional.errors import UsageError, require_choice
 from models.functional.precision import at_least_float32
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
@@ -52,6 +52,11 @@ class NoisyMaskStudent(Student):
         require_choice("module.adapter", adapter, get_args(Adapter))
         require_choice("module.noise_read", noise_read, get_args(NoiseRead))
         sizes = {"prompt_length": prompt_length, "hidden_size": hidden_size, "rank": rank}
+        if adapter == "prefix" and noise_read != "linear":
+            raise UsageError(
+                f"module.noise_read={noise_read} has no effect on module.adapter=prefix, which reads noisy masks as they are; "
+                "type module.adapter=prefix+mask_noise, lora or full"
+            )
         times = {"sigma": sigma, "time_center": time_center}
         super().__init__(base, adapter=adapter, noise_read=noise_read, lora_rank=lora_rank, **times, **sizes)
         self.path = NoisyMaskPath(base, sigma=sigma, time_center=time_center)

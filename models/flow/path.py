@@ -27,6 +27,7 @@ from models.functional.text_posterior import same_prompt, text_evidence, text_po
 
 TEXTS_AT_ONCE = 256  # whose embeddings are in memory together
 POSITIONS_AT_ONCE = 512  # whose distributions over the vocabulary are
+NEARLY_CLEAN = 0.999  # evidence has a factor 1/(1 - s)²
 
 
 class PathSample(NamedTuple):
@@ -164,10 +165,10 @@ class NoisyMaskPath:
     def own_token(self, z: Tensor, s: Tensor) -> Tensor:
         """What each noisy position says of its own token alone, as an embedding (`certain_mean`): (N, D), (N,) -> (N, D)."""
         mask, embedding = (at_least_float32(part) for part in (self.mask_embedding, self.embedding))
+        z, s = z.to(embedding.dtype), s.to(embedding.dtype).clamp(max=NEARLY_CLEAN)
 
         def read(z: Tensor, s: Tensor) -> Tensor:
-            evidence = token_evidence(z.to(embedding.dtype), mask, embedding, s.to(embedding.dtype), self.noise_scale)
-            return certain_mean(evidence, mask, embedding)
+            return certain_mean(token_evidence(z, mask, embedding, s, self.noise_scale), mask, embedding)
 
         with without_autocast(z):
             parts = zip(z.split(POSITIONS_AT_ONCE), s.split(POSITIONS_AT_ONCE), strict=True)

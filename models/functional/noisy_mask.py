@@ -60,7 +60,7 @@ def token_evidence(z: Tensor, mask_embedding: Tensor, embedding: Tensor, s: Tens
 
 
 def certain_mean(evidence: Tensor, mask_embedding: Tensor, embedding: Tensor) -> Tensor:
-    """m + c (Σ_x p_x E_x - m), p = softmax(evidence) and c = 1 - H(p) / log V: the mask without evidence, a sure token's embedding.
+    """m + c (Σ_x p_x E_x - m), p = softmax(evidence), c = 1 - H(p) / log V: m without evidence, E_x where x is sure.
 
     evidence (..., V) of `token_evidence`, mask_embedding (D,), embedding (V, D) -> (..., D). A network that reads the linear
     estimate of `wiener_gain` has to find the nearest of V tokens itself; this one has done it, with equal priors.

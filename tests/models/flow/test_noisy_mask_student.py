@@ -6,6 +6,7 @@ import torch
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.student_files import load_student, save_student
 from models.functional.errors import UsageError
+from models.functional.jvp import value_and_jvp
 
 ADAPTERS = ("prefix", "prefix+mask_noise", "lora", "full")
 
@@ -28,9 +29,10 @@ def psi(student, batch, s=0.0, t=0.0, seed=0):
     return student(start._replace(s=start.s + s), start.s + t)
 
 
+@pytest.mark.parametrize("noise_read", ["linear", "token"])
 @pytest.mark.parametrize("adapter", ["prefix+mask_noise", "lora", "full"])
-def test_at_the_start_it_is_the_masked_teacher_for_every_noise_with_a_live_gradient(tiny_llada, adapter):
-    student, batch = build(tiny_llada, adapter), rows()
+def test_at_the_start_it_is_the_masked_teacher_for_every_noise_with_a_live_gradient(tiny_llada, adapter, noise_read):
+    student, batch = build(tiny_llada, adapter, noise_read=noise_read), rows()
     xt = batch["input_ids"].masked_fill(batch["response_mask"], student.base.mask_id)
     posterior = student.base(xt)[batch["response_mask"]]
     for seed, (s, t) in enumerate([(0.0, 0.0), (0.0, 1.0), (0.0, 0.7)]):
@@ -40,8 +42,9 @@ def test_at_the_start_it_is_the_masked_teacher_for_every_noise_with_a_live_gradi
     assert student.soft_prompt.gate.grad.abs().min() > 0
 
 
-def test_at_the_end_of_the_line_it_is_the_teacher_that_reads_the_text_and_half_way_neither(tiny_llada):
-    student, batch = build(tiny_llada), rows()
+@pytest.mark.parametrize("noise_read", ["linear", "token"])
+def test_at_the_end_of_the_line_it_is_the_teacher_that_reads_the_text_and_half_way_neither(tiny_llada, noise_read):
+    student, batch = build(tiny_llada, noise_read=noise_read), rows()
     masked, clean = batch["response_mask"], student.base.embed(batch["input_ids"])
     read = student.base(batch["input_ids"])[masked]
     start = student.path.start_sample(batch, torch.Generator().manual_seed(0))
@@ -52,6 +55,44 @@ def test_at_the_end_of_the_line_it_is_the_teacher_that_reads_the_text_and_half_w
 
     torch.testing.assert_close(at(1.0), read, atol=1e-5, rtol=1e-5)
     assert (at(0.5) - read).abs().max() > 0.1
+
+
+def test_reading_tokens_the_layers_get_the_mean_of_the_tokens_that_a_mask_may_stand_for(tiny_llada):
+    """A fresh student's layers read `certain_mean` of the exact posterior, row by row at its own time; the prompt as it is."""
+    student, batch = build(tiny_llada, noise_read="token"), rows()
+    path, masked = student.path, batch["response_mask"]
+    s = torch.tensor([0.2, 0.4, 0.6, 0.9])
+    sample = path.sample(batch, masked, s, torch.Generator().manual_seed(0))
+    mean = (1 - s).view(-1, 1, 1, 1) * path.mask_embedding + s.view(-1, 1, 1, 1) * path.embedding
+    noise = torch.distributions.Normal(mean, (1 - s).view(-1, 1, 1, 1) * path.noise_scale)
+    p = noise.log_prob(sample.z.unsqueeze(2)).sum(-1).softmax(-1)  # (B, L, V), equal priors
+    certainty = 1 - torch.distributions.Categorical(p).entropy() / torch.log(torch.tensor(float(p.shape[-1])))
+    mask = path.mask_embedding
+    wanted = torch.where(masked.unsqueeze(-1), mask + certainty.unsqueeze(-1) * (p @ path.embedding - mask), sample.z)
+    logits = student.base.lm_head(student.base.hidden(wanted, batch["attention_mask"])[masked])
+    torch.testing.assert_close(student(sample, s), logits, atol=1e-4, rtol=1e-4)
+    other = build(tiny_llada)
+    assert (other(sample, s) - logits).abs().max() > 0.1  # the control: the noise itself is another input
+
+
+def test_the_derivative_goes_through_the_tokens_that_are_read(tiny_llada):
+    """Forward derivatives along z and s, which the mean-flow target needs, are finite differences in float64."""
+    path, generator = build(tiny_llada).double().path, torch.Generator().manual_seed(0)
+    s = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
+    z, along = torch.randn(2, 4, path.embedding.shape[1], dtype=torch.float64, generator=generator)
+    directions = along, torch.ones_like(s)
+    ahead = value_and_jvp(path.own_token, (z, s), directions, backend="forward_ad")[1]
+    differences = value_and_jvp(path.own_token, (z, s), directions, backend="finite_difference", step=1e-5)[1]
+    torch.testing.assert_close(ahead, differences, atol=1e-7, rtol=1e-5)
+    assert ahead.abs().max() > 0.01
+
+
+def test_a_large_batch_of_positions_is_read_in_parts(tiny_llada, monkeypatch):
+    student, batch = build(tiny_llada, noise_read="token"), rows()
+    sample = student.path.sample(batch, batch["response_mask"], torch.full((4,), 0.5), torch.Generator().manual_seed(0))
+    whole = student(sample, sample.s)
+    monkeypatch.setattr("models.flow.path.POSITIONS_AT_ONCE", 3)
+    torch.testing.assert_close(student(sample, sample.s), whole)
 
 
 def test_without_the_gate_the_first_forward_pass_depends_on_the_noise(tiny_llada):
@@ -121,6 +162,11 @@ def tiny_llada_like(student, tiny_llada):
     ("options", "message"),
     [
         ({"adapter": "adapter"}, "type one of prefix"),
+        ({"noise_read": "mask"}, "type one of linear"),
+        (
+            {"adapter": "prefix", "noise_read": "token"},
+            "module.noise_read=token has no effect on module.adapter=prefix",
+        ),
         ({"sigma": 0.0}, "above 0"),
         ({"time_center": 0.0}, "time_center"),
     ],
