@@ -25,9 +25,9 @@ from models.backbones import checkpoint_files as files
 from models.backbones.column_cache import ColumnCache
 from models.backbones.dit_layout import is_mdlm_config
 from models.backbones.dream_layout import is_dream_config
+from models.backbones.neighbours import require_neighbour_heads, turn_to_neighbours
 from models.backbones.official_layout import config_from_official, is_official_config, official_to_leap_key
 from models.backbones.other_layouts import refuse_unsupported
-from models.backbones.neighbours import require_neighbour_heads, turn_to_neighbours
 from models.backbones.sizes import require_fitting_sizes
 from models.functional.attention import (
     bidirectional_attention,

@@ -1,4 +1,4 @@
-"""Llama-shaped networks whose heads start out looking at the tokens beside them; `models.functional.neighbour_heads` says how."""
+"""Llama-shaped networks whose heads start out looking at neighbours; see `models.functional.neighbour_heads`."""
 
 import torch
 from torch import nn

@@ -106,7 +106,10 @@ def test_a_causal_body_reads_the_word_before_from_the_start():
     ("options", "message"),
     [
         ({"neighbour_heads": 5}, r"model\.neighbour_heads=5 must lie between 0 and the 4 key-value heads"),
-        ({"neighbour_heads": 2, "architecture": "qwen3"}, r"normalised after their biases; type model\.architecture=llama"),
+        (
+            {"neighbour_heads": 2, "architecture": "qwen3"},
+            r"normalised after their biases; type model\.architecture=llama",
+        ),
     ],
 )
 def test_a_causal_body_without_such_heads_is_refused(options, message):
