@@ -63,7 +63,11 @@ class ConceptPlannerExecutorModule(LeapModule):
     def __init__(self, model: nn.Module, options: PlanOptions | None = None, **changes: Any) -> None:
         options = replace(options or self.options_class(), **changes)
         super().__init__(
-            lr=options.lr, weight_decay=options.weight_decay, warmup_steps=options.warmup_steps, seed=options.seed
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            warmup_steps=options.warmup_steps,
+            seed=options.seed,
+            optimizer=options.optimizer,
         )
         require_causal(model, "concepts")
         self.options = options

@@ -393,6 +393,66 @@ def test_block_drafts_of_text_continue_the_first_half_of_each_row(benchmark, tmp
     assert all(0 < row["tokens"] <= 2 * 6 for row in rows)
 
 
+def finished_run(name: str, weights: str, tmp_path: Path) -> list[str]:
+    """Options of a small run that is kept among the tests."""
+    folder = FOLDER.parent / "tests" / "fixtures" / "first_formats" / name
+    options = json.loads((folder / "overrides.json").read_text())
+    if (folder / "teacher").is_dir():
+        options.append(f"teacher.path={folder / 'teacher'}")
+    kept = folder / ("last.ckpt" if weights == "ckpt_path" else "student")
+    return [*options, f"{weights}={kept}", f"paths.cache_dir={tmp_path}/cache", "trainer.accelerator=cpu"]
+
+
+def test_frontier_time(benchmark, tmp_path):
+    runs = ["--run", "a plan", *finished_run("plans", "ckpt_path", tmp_path)]
+    runs += ["--run", "flow", *finished_run("noisy_mask", "student_path", tmp_path)]
+    result = benchmark("frontier_time", *runs, "--batch", "4", "1", "--rounds", "2", "1", shape=[])
+    names = ["a plan: plan sampled, text sampled", "flow: teacher, sampled"]
+    names += ["flow: student, NFE 1", "flow: student, NFE 2", "flow: denoiser's flow"]
+    check_layout(result, names)
+    check_finite([{key: row[key] for key in ("seconds", "ratio", "seconds 1", "ratio 1")} for row in result["rows"]])
+    assert [row["forwards"] for row in result["rows"]] == [4 + 6, 1, 1, 2, 2]  # a concept or a token a pass
+    assert result["table"]["columns"][:4] == ["decoder", "NFE", "valid", "TV"]
+    assert all(0 <= row["quality"]["validity"] <= 1 for row in result["rows"])
+
+
+def test_frontier_time_scores_the_texts_of_the_rounds_that_count(monkeypatch):
+    """Each round has the next prompts, and the first prompts again where all were read."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    frontier = importlib.import_module("frontier_time")
+    rows = {"input_ids": torch.arange(10).reshape(5, 2)}
+    read = []
+
+    def decoder(few, generator):
+        read.append(few["input_ids"][:, 0].tolist())
+        return few["input_ids"] + torch.randint(100, 200, (1,), generator=generator)
+
+    decoder.forwards = 3
+    args = Namespace(warmup=2, seed=7, device="cpu", clock="wall")
+    trials, lines = frontier.measure({"one": decoder}, rows, 2, 3, args)
+    assert read == [[0, 2]] * 2 + [[0, 2], [4, 6], [8, 0]]
+    drawn = [int(torch.randint(100, 200, (1,), generator=torch.Generator().manual_seed(7 + k))) for k in range(3)]
+    scored = []
+    data = SimpleNamespace(scorer=lambda *given: scored.append(given) or SimpleNamespace(quality={"validity": 0.5}))
+    assert trials["one"].quality(data) == {"validity": 0.5}
+    assert scored[0][0]["input_ids"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [0, 1]]
+    assert (scored[0][1] - scored[0][0]["input_ids"])[:, 0].tolist() == [k for k in drawn for _ in range(2)]
+    assert trials["one"].forwards == 3
+    assert lines["one"]["ratio"]["median"] == 1
+
+
+def test_frontier_time_refuses_runs_that_cannot_be_compared(benchmark, tmp_path):
+    plans = finished_run("plans", "ckpt_path", tmp_path)
+    with pytest.raises(
+        SystemExit, match=r"test rows of --run other are not those of --run one; give both the same data"
+    ):
+        benchmark("frontier_time", "--run", "one", *plans, "--run", "other", *plans, "seed=1", shape=[])
+    with pytest.raises(
+        SystemExit, match="--run one needs the weights of a finished run; type ckpt_path=FILE or student"
+    ):
+        benchmark("frontier_time", "--run", "one", *[o for o in plans if not o.startswith("ckpt_path")], shape=[])
+
+
 def test_qstar_solver(benchmark):
     result = benchmark("qstar_solver", "--vocabulary", "3000", "--rows", "2", shape=[])
     check_finite(result["rows"])

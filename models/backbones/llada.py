@@ -25,6 +25,7 @@ from models.backbones import checkpoint_files as files
 from models.backbones.column_cache import ColumnCache
 from models.backbones.dit_layout import is_mdlm_config
 from models.backbones.dream_layout import is_dream_config
+from models.backbones.neighbours import require_neighbour_heads, turn_to_neighbours
 from models.backbones.official_layout import config_from_official, is_official_config, official_to_leap_key
 from models.backbones.other_layouts import refuse_unsupported
 from models.backbones.sizes import require_fitting_sizes
@@ -36,7 +37,6 @@ from models.functional.attention import (
 )
 from models.functional.block_diffusion import block_attention, block_numbers
 from models.functional.errors import UsageError
-from models.functional.neighbour_heads import neighbour_biases, offset_of_head
 
 
 class Prefix(NamedTuple):
@@ -235,29 +235,12 @@ def build_llada(
         )
     options["num_key_value_heads"] = num_key_value_heads or num_attention_heads
     require_fitting_sizes(options)
-    if not 0 <= neighbour_heads <= options["num_key_value_heads"]:
-        raise UsageError(
-            f"model.neighbour_heads={neighbour_heads} must lie between 0 and the {options['num_key_value_heads']} "
-            "key-value heads of a layer"
-        )
+    require_neighbour_heads(neighbour_heads, options["num_key_value_heads"])
     rope = {"rope_type": "default", "rope_theta": float(options.pop("rope_theta"))}
     config = LladaConfig(**options, rope_parameters=rope, bos_token_id=None, attention_bias=neighbour_heads > 0)
     model = _construct(config)
-    _turn_to_neighbours(model, neighbour_heads)
+    turn_to_neighbours(model, neighbour_heads)
     return model
-
-
-@torch.no_grad()
-def _turn_to_neighbours(model: LladaModel, heads: int) -> None:
-    """Give the first `heads` key-value heads of each layer, and the queries that they answer, the biases of a neighbour."""
-    config, frequencies = model.config, model.model.rotary_emb.inv_freq
-    groups = config.num_attention_heads // config.num_key_value_heads
-    width = 2 * len(frequencies)
-    for layer in model.model.layers:
-        for head in range(heads):
-            query, key = neighbour_biases(frequencies, offset_of_head(head))
-            layer.self_attn.q_proj.bias.view(-1, groups, width)[head] = query
-            layer.self_attn.k_proj.bias.view(-1, width)[head] = key
 
 
 def load_llada(

@@ -13,6 +13,7 @@ from models.plans.terms import NAMES
 
 Weight = float | Sequence[float]
 ExecutorKind = Literal["autoregressive", "parallel"]
+OptimizerKind = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class PlanOptions:
     redraw: share of a text's tokens that a refinement draws again.
     plan_temperature, temperature: of concepts and of tokens in the sampled decoder.
     lora_rank: of adapters that are trained with the new tables; None trains all weights.
+    optimizer: adamw, or muon for the matrices of the layers and AdamW for everything else.
     """
 
     types: Mapping[str, Mapping[str, int | None] | None] = field(default_factory=_types)
@@ -119,6 +121,7 @@ class PlanOptions:
     plan_temperature: float = 1.0
     temperature: float = 1.0
     lora_rank: int | None = None
+    optimizer: OptimizerKind = "adamw"
     lr: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100

@@ -35,6 +35,14 @@ class LossesAndFigures(Losses):
         self.figures.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
 
 
+class KeepOptimizer(Callback):
+    def __init__(self, kept: dict) -> None:
+        self.kept = kept
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.kept["optimizer"] = trainer.optimizers[0]
+
+
 # -- losses ----------------------------------------------------------------------------------------------------------
 
 
@@ -227,11 +235,26 @@ def test_the_multiplier_of_a_step_by_hand(tiny_oracle):
     assert losses.seen[2] * 2 == pytest.approx(excess[2] ** 2 + first * excess[2], abs=1e-5)
 
 
-@pytest.mark.parametrize("quota_gain", [0.0, 0.1])
-def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, quota_gain):
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(tiny_oracle):
+    module = build(tiny_oracle, optimizer="muon")
+    kept = {}
+    quiet_trainer(1, callbacks=[KeepOptimizer(kept)]).fit(module, tiny_oracle)
+    muon, adamw = kept["optimizer"].parts
+    names = {p: name for name, p in module.named_parameters()}
+    moved = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert moved == {name for name, p in module.named_parameters() if ".layers." in name and p.ndim == 2} != set()
+    others = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert {"model.new_head.weight", "model.type_embedding.weight"} <= others
+    assert not moved & others
+    with pytest.raises(UsageError, match=r"module\.optimizer=sgd is not known"):
+        build(tiny_oracle, optimizer="sgd")
+
+
+@pytest.mark.parametrize("changes", [{"quota_gain": 0.0}, {"quota_gain": 0.1}, {"optimizer": "muon"}])
+def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, changes):
     """Weights, losses and the figures that compare with earlier plans."""
     whole, resumed, first, second = assert_resumed_is_uninterrupted(
-        lambda: build(tiny_oracle, quota_gain=quota_gain),
+        lambda: build(tiny_oracle, **changes),
         tiny_oracle,
         tmp_path,
         note=LossesAndFigures,
@@ -241,7 +264,7 @@ def test_resumed_is_uninterrupted(tmp_path, tiny_oracle, quota_gain):
     assert [figures["val/flip_rate"] for figures in second.figures] == [f["val/flip_rate"] for f in first.figures[1:]]
     for resumed_figures, figures in zip(second.figures, first.figures[1:], strict=True):
         assert resumed_figures == pytest.approx(figures)
-    if quota_gain:
+    if changes.get("quota_gain"):
         assert torch.equal(whole.quota.values, resumed.quota.values)
         assert float(whole.quota.values) != 0
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from models.backbones.causal import build_body, build_causal
 from models.backbones.llada import LladaModel, build_llada, load_llada
 from models.backbones.twin import with_own_weights
+from models.functional.errors import UsageError
 from models.functional.neighbour_heads import neighbour_biases
 
 SIZES = {
@@ -71,3 +73,45 @@ def test_biases_of_the_first_heads_of_every_layer(kv_heads, queries):
             torch.testing.assert_close(key_biases[head], key)
         assert not query_biases[2:].any()
         assert not key_biases[2:].any()
+
+
+def test_a_causal_body_has_the_weights_that_the_other_has():
+    """Both are drawn alike, so that a plan's two executors may be compared on it."""
+    torch.manual_seed(0)
+    causal = build_body(attention="causal", neighbour_heads=2, **SIZES)
+    own, other = dict(causal.named_parameters()), dict(build(neighbour_heads=2).named_parameters())
+    biases = [name for name in own if name.endswith(("q_proj.bias", "k_proj.bias"))]
+    assert len(biases) == 2
+    assert all(torch.equal(own[name], other[name]) for name in biases)
+    assert not any(name.endswith("bias") for name, _ in build_causal(**SIZES).named_parameters())
+
+
+def test_a_causal_body_reads_the_word_before_from_the_start():
+    """How much the embeddings of 16 places move the state of place 8, under the causal mask."""
+
+    def read(heads: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = build_causal(neighbour_heads=heads, **SIZES)
+        embeds = model.get_input_embeddings()(torch.arange(16)).unsqueeze(0)
+        state = lambda z: model.get_decoder()(inputs_embeds=z).last_hidden_state[0, 8]  # noqa: E731
+        return torch.autograd.functional.jacobian(state, embeds).square().sum((0, 1, 3)).sqrt()
+
+    found, plain = read(1), read(0)
+    assert found[7] > 2 * found[:7].max()
+    assert plain[7] < 2 * plain[:7].max()
+    assert not found[9:].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neighbour_heads": 5}, r"model\.neighbour_heads=5 must lie between 0 and the 4 key-value heads"),
+        (
+            {"neighbour_heads": 2, "architecture": "qwen3"},
+            r"normalised after their biases; type model\.architecture=llama",
+        ),
+    ],
+)
+def test_a_causal_body_without_such_heads_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        build_causal(**SIZES, **options)
