@@ -174,14 +174,21 @@ def test_drafts_are_verified_as_the_options_say(data, verify, cache):
 def test_what_a_pool_keeps_changes_no_step(data):
     """With the verifiers' states kept, they read a text once, and the weights are the same to the last bit."""
     calls, found = {}, {}
-    for keeps in ("texts", "reads"):
+    for keeps in ("texts", "reads", "half_reads"):
         module = build(data, pool=2, pool_keeps=keeps, draft_vocabulary=20)
         read, calls[keeps] = module._read, []
         module._read = lambda text, read=read, seen=calls[keeps]: seen.append(1) or read(text)
         quiet_trainer(6).fit(module, corpus())
         found[keeps] = weights(module)
-    assert (len(calls["texts"]), len(calls["reads"])) == (6, 2)
+        if keeps == "half_reads":
+            assert {(part.states.dtype, part.log_q.dtype) for part in module._pool._reads.values()} == {
+                (torch.bfloat16, torch.float16)
+            }
+    assert [len(calls[keeps]) for keeps in ("texts", "reads", "half_reads")] == [6, 2, 2]
     assert all(torch.equal(value, found["reads"][name]) for name, value in found["texts"].items())
+    # numbers of two bytes round, so that weights are near and not the same
+    near = [(found["half_reads"][name] - value).abs().max() for name, value in found["reads"].items()]
+    assert 0 < max(near) < 0.05
 
 
 def test_proposed_tokens_are_the_frequent_ones_and_resume(data, tmp_path):
