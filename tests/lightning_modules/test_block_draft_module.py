@@ -115,7 +115,7 @@ def test_half_a_row_of_packed_text_is_the_prompt():
 def test_the_training_figure_of_what_is_served_has_as_many_tokens_a_draft(data, gamma, monkeypatch):
     module = build(data, gamma=gamma, costs="measured", pool=2, draft_length=4)
     # a draft of one token costs little, and further ones pay only where they are often accepted
-    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given: ForwardCosts(0.1, 0.3))
+    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given, **more: ForwardCosts(0.1, 0.3))
     quiet_trainer(20, limit_val_batches=0).fit(module, data)
     rows = {name: column.repeat(8, 1) for name, column in prompted_rows(next(iter(data.val_dataloader()))).items()}
     served = module._served(rows, torch.Generator().manual_seed(0))
@@ -281,7 +281,7 @@ def test_a_decoder_takes_the_length_that_the_options_say(data):
 @pytest.mark.parametrize(("scheme", "gamma", "timed"), [("block_drafter", 2, True), ("naive", 2, False)])
 def test_measured_costs_are_those_of_a_fixed_length_too(data, scheme, gamma, timed, monkeypatch):
     found = ForwardCosts(0.25, 0.125)
-    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given: found)
+    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given, **more: found)
     module = build(data, gamma=gamma, costs="measured")
     module.end_ids = data.end_ids()
     drafting = module.decoder(scheme, data.response_length).draft_options(torch.ones(4, 2))

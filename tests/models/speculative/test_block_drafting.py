@@ -288,6 +288,17 @@ def test_one_token_of_a_block_is_drafted_now_and_then_where_no_draft_pays():
     assert set(found) == {0, 1}
 
 
+def test_where_no_acceptance_could_pay_nothing_is_kept_or_tried_for_drafts(monkeypatch):
+    """4 tokens at most for 1 + 2.8 + 3 · .1 rounds; a cheaper drafter is tried."""
+    kept = []
+    monkeypatch.setattr(TableScores, "keep_states", lambda self, layers: kept.append(layers))
+    for cost, tried in ((2.8, False), (2.6, True)):
+        kept.clear()
+        scores = [TableScores(seed, 2) for seed in (0, 1)]
+        out = decode(scores, TableDrafter("markov", 2), PROMPT, 40, gamma="auto", cost=cost, position_cost=0.1)
+        assert bool(kept) == (out.forwards["block_drafter"] > 0) == tried
+
+
 def test_a_length_that_depends_on_the_drafted_tokens_fails(monkeypatch):
     """The control: a draft is cut before a token that would probably be rejected."""
     whole = decode_module._propose_block
