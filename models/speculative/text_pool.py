@@ -10,7 +10,7 @@ Rows = dict[str, Tensor]
 
 
 class TextPool:
-    """size: batches that are kept; 0 keeps none. keeps_reads: also what the verifiers make of their texts, halved as `Read` says."""
+    """size: batches that are kept; 0 keeps none. keeps_reads: also what the verifiers make of them. halved: see `Read`."""
 
     def __init__(self, size: int, keeps_reads: bool, halved: bool = False) -> None:
         self.size, self.keeps_reads, self.halved = size, keeps_reads, halved
