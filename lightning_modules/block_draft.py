@@ -274,7 +274,7 @@ class BlockDraftModule(LeapModule):
 
     def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
         found = self._totals[k].figures()
-        names = ("acceptance", "tokens_per_verifier_forward")
+        names = ("acceptance", "tokens_per_verifier_forward", "accepted_length")
         cost: dict[str, float | None] = {name: found[name] for name in names if name in found}
         return {"quality": {}, "cost": cost}
 

@@ -157,6 +157,7 @@ def test_a_test_run_records_what_drafts_were_worth(data, tmp_path):
     assert drafts["expected_accepted_length"] == pytest.approx(drafts["accepted_length"], rel=0.25)
     assert 1 < drafts["tokens_per_verifier_forward"] < 1 + drafts["accepted_length"] + 1e-9
     assert rows["one model, blocks are drafted"]["cost"]["acceptance"] == drafts["acceptance"]
+    assert rows["one model, blocks are drafted"]["cost"]["accepted_length"] == drafts["accepted_length"]
 
 
 @pytest.mark.parametrize("verify", ["token", "block", "shared_noise"])
