@@ -115,13 +115,14 @@ def error(
     eos_id=None,
     cost=1.0,
     w=0.0,
+    names=None,
     **options,
 ):
-    """Largest error of P(text)."""
+    """Largest error of P(text). names: of the models whose states the drafter reads; None: all."""
     mixture = MixtureDist(**options)
     theta = TableScores(0, words)
     target = theta if alone else TableScores(1, words)
-    names = ("theta",) if alone else ("theta", "target")
+    names = names or (("theta",) if alone else ("theta", "target"))
     drafter = TableDrafter(dependence, words, names, control)
     rules = TextRules(length, () if eos_id is None else (eos_id,))
     found = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
@@ -152,6 +153,12 @@ def test_the_distribution_is_that_of_no_drafter(dependence, verify):
 @pytest.mark.parametrize("dependence", ["none", "markov", "noise"])
 def test_the_distribution_of_one_model(dependence):
     assert error(dependence, length=4, alone=True) < 1e-12
+
+
+@pytest.mark.parametrize("names", [("theta",), ("target",)])
+def test_a_drafter_of_one_model_drafts_for_both(names):
+    """Of a drafter that was trained for one model, q* of it and another keeps its distribution."""
+    assert error("markov", length=4, names=names) < 1e-12
 
 
 @pytest.mark.parametrize("verify", ["token", "block"])
