@@ -275,6 +275,11 @@ def test_blocks_of_one_text_are_what_each_is_alone(dependence):
         one = blocks_at(text, row[k : k + 1], anchor[k : k + 1], 3)
         alone = drafted_log_probs(drafter, read, text, one, mixture, torch.Generator())
         torch.testing.assert_close(found[k : k + 1], alone, atol=1e-12, rtol=0)
+    # padding is not read: the same text without it
+    cut = CausalText(ids[1:2, 4:-1], ids[1:2, 5:], seen[1:2, 4:], seen[1:2, 4:])
+    at = blocks_at(cut, torch.tensor([0]), torch.tensor([2]), 3)
+    short = drafted_log_probs(drafter, read_texts(own, drafter, mixture, cut), cut, at, mixture, torch.Generator())
+    torch.testing.assert_close(found[3:4], short, atol=1e-5, rtol=0)
     # the control: another window
     drafter.window = 3
     assert not torch.allclose(drafted_log_probs(drafter, read, text, together, mixture, torch.Generator()), found)
