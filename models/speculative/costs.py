@@ -4,6 +4,7 @@ Legend: B batch, L columns.
 """
 
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ class QStarRounds:
 def _block_costs(rounds: QStarRounds, longest: int, repeats: int) -> ForwardCosts:
     """The costs of a round by its draft length, in rounds without a draft."""
     device = rounds.run.ids.device
-    none, one, whole = (_least_seconds(lambda size=size: rounds(size), device, repeats) for size in (0, 1, longest))
+    none, one, whole = (_least_seconds(partial(rounds, size), device, repeats) for size in (0, 1, longest))
     each = max(0.0, whole - one) / max(1, longest - 1)
     return ForwardCosts(max(LEAST_COST, (one - each) / none - 1), each / none)
 
