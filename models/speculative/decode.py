@@ -244,10 +244,13 @@ def keep_states(models: dict[str, Any], drafter: ProposesBlocks) -> None:
 
 def _may_pay(drafting: DraftOptions, drafter: ProposesBlocks) -> bool:
     """Whether drafts would be faster than none if all their tokens were accepted; a length that is given is taken."""
-    if drafting.gamma != "auto":
-        return drafting.gamma > 0
+    return drafting.gamma > 0 if drafting.gamma != "auto" else _best_if_accepted(drafting, drafter) > 0
+
+
+def _best_if_accepted(drafting: DraftOptions, drafter: ProposesBlocks) -> int:
+    """The length of a block of the highest speed-up if all its tokens were accepted; 0 where even that is none."""
     longest = min(MAX_GAMMA, drafter.block_length)
-    return best_block_length([1.0] * longest, drafting.cost, drafting.position_cost) > 0
+    return best_block_length([1.0] * longest, drafting.cost, drafting.position_cost)
 
 
 def _draft_length(run: QStarRun, drafting: DraftOptions, who: Roles, rounds: int) -> int:
@@ -263,6 +266,8 @@ def _draft_length(run: QStarRun, drafting: DraftOptions, who: Roles, rounds: int
     if who.in_blocks:
         blocks: Any = run.models[who.drafter]
         longest = min(MAX_GAMMA, blocks.block_length)
+        if not any(run.verified_at):  # a first draft tells more than rates that are guessed
+            return _best_if_accepted(drafting, blocks)
         rates = [
             (accepted + PRIOR_ACCEPTED) / (verified + PRIOR_VERIFIED)
             for accepted, verified in zip(run.accepted_at[:longest], run.verified_at[:longest], strict=True)

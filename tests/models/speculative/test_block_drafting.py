@@ -277,7 +277,8 @@ def length_chosen(accepted, verified, cost, position_cost, rounds=1, longest=3):
         ([97, 0, 0, 0], [100, 97, 0, 0], 0.1, 1),  # the rate of all positions together would draft two
         ([97, 90, 80, 0], [100, 97, 90, 0], 0.1, 3),
         ([0, 90, 80, 0], [100, 95, 90, 0], 0.1, 0),  # nothing behind a token that is never accepted counts
-        ([0, 0, 0, 0], [0, 0, 0, 0], 0.5, 2),  # the rates that it begins with, three of four
+        ([0, 0, 0, 0], [0, 0, 0, 0], 0.5, 3),  # before anything is known, as if all were accepted
+        ([3, 0, 0, 0], [4, 0, 0, 0], 0.5, 2),  # then from three of four on at each position
     ],
 )
 def test_the_length_of_a_block_follows_the_rate_of_each_position(accepted, verified, position_cost, wanted):
@@ -290,7 +291,7 @@ def test_a_block_is_at_most_as_long_as_the_longest_draft():
 
 
 def test_one_token_of_a_block_is_drafted_now_and_then_where_no_draft_pays():
-    found = [length_chosen([0] * 4, [0] * 4, 9.0, 0.1, rounds) for rounds in range(40)]
+    found = [length_chosen([0] * 4, [20, 0, 0, 0], 1.0, 0.1, rounds) for rounds in range(40)]
     assert [rounds for rounds, length in enumerate(found) if length] == [15, 31]
     assert set(found) == {0, 1}
 
