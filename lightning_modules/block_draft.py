@@ -71,7 +71,7 @@ class BlockDraftModule(LeapModule):
         # one model is q* of itself at any weight
         self.mixture = replace(options.mixture, theta_weight=1.0) if alone else options.mixture
         self.drafter = BlockDrafter(self.verifiers, options.drafter, second.config.get_text_config().vocab_size)
-        self._pool = TextPool(options.pool_size, options.pool_keeps == "reads")
+        self._pool = TextPool(options.pool_size, options.pool_keeps != "texts", options.pool_keeps == "half_reads")
         self._proposed_known = options.draft_vocabulary is None
         self._decoders: list[QStarDecoder] = []
         self._totals: dict[int, DraftTotals] = defaultdict(DraftTotals)  # by decoder, over the batches of a test
@@ -274,7 +274,7 @@ class BlockDraftModule(LeapModule):
 
     def decoder_figures(self, k: int) -> dict[str, dict[str, float | None]]:
         found = self._totals[k].figures()
-        names = ("acceptance", "tokens_per_verifier_forward")
+        names = ("acceptance", "tokens_per_verifier_forward", "accepted_length")
         cost: dict[str, float | None] = {name: found[name] for name in names if name in found}
         return {"quality": {}, "cost": cost}
 

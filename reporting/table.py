@@ -50,6 +50,12 @@ COLUMNS = (
         ".2f",
         "tokens/verification: of a text, for each pass of a verifier, the one over its prompt included",
     ),
+    Column(
+        "accepted length",
+        ("cost", "accepted_length"),
+        ".2f",
+        "accepted length: accepted tokens of a draft, the token after them not counted",
+    ),
     Column("speed-up", ("cost", "speedup_vs_naive"), ".2f"),
     Column("G-test p", ("quality", "g_test_p"), ".3f"),
     Column("max error", ("quality", "max_enumeration_error"), ".0e"),

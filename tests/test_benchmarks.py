@@ -308,7 +308,7 @@ def test_block_drafts(benchmark, tmp_path, alone):
     save_drafter(drafter, models, tmp_path / "drafter")
     options = ["data=oracle", "data.size=tiny", "data.train_rows=64", "data.val_rows=16", "data.test_rows=16"]
     if alone:
-        options = ["experiment=block_draft_causal", f"model.path={folders['theta']}", "~data.sequence_length", *options]
+        options = ["experiment=block_draft_causal", f"model.path={folders['theta']}", *options]
     else:
         paths = [f"pair.{name}.path={folders[name]}" for name in models]
         options = ["experiment=block_draft_oracle", *paths, *options]

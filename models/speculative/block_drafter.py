@@ -13,8 +13,9 @@ How the tokens of a block depend on each other (`Dependence`):
 With `vocabulary=S` only S frequent tokens are proposed, as in FR-Spec (2502.14856): the head and what follows it shrink, and
 verification corrects what is never proposed. Distributions have a last column then, of all other tokens.
 
-Legend: N drafts, k tokens of a block, W positions of a window, F numbers of all chosen layers together, D width, V vocabulary,
-S proposed tokens, C columns of ψ (V, or S + 1), H heads, d head width.
+Several blocks of one text share what is attended to: G texts then have N / G blocks each, those of a text one after the other.
+Legend: N drafts, G texts (N while drafting), k tokens of a block, W positions of a window or of a text, F numbers of all chosen
+layers together, D width, V vocabulary, S proposed tokens, C columns of ψ (V, or S + 1), H heads, d head width.
 """
 
 from collections.abc import Callable
@@ -80,17 +81,17 @@ class DrafterLayer(nn.Module):
         )
 
     def keys_values(self, keys: Tensor, values: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values (N, L, D) by head, (N, H, L, d). turn: cosines and sines (L, d) of the positions."""
+        """Keys and values (G, L, D) by head, (G, H, L, d). turn: cosines and sines (1 or G, L, d) of the positions."""
         keys = self._split(keys)
-        return apply_rotary_pos_emb(keys, keys, *(part.unsqueeze(0) for part in turn))[1], self._split(values)
+        return apply_rotary_pos_emb(keys, keys, *turn)[1], self._split(values)
 
     def forward(
         self, x: Tensor, context: tuple[Tensor, Tensor], turn: tuple[Tensor, Tensor], visible: Tensor
     ) -> Tensor:
-        """x (N, k, D); context: keys and values of W positions; visible (N, 1, k, W + k) bool."""
+        """x (G, L, D): all blocks of a text; context: keys and values of W positions; visible (G, 1, L, W + L) bool."""
         own = self.norm(x)
         queries = self._split(self.q(own))
-        queries = apply_rotary_pos_emb(queries, queries, *(part.unsqueeze(0) for part in turn))[0]
+        queries = apply_rotary_pos_emb(queries, queries, *turn)[0]
         keys, values = (
             torch.cat([a, b], 2) for a, b in zip(context, self.keys_values(self.k(own), self.v(own), turn), strict=True)
         )
@@ -198,8 +199,10 @@ class BlockDrafter(nn.Module):
         """log-probabilities (..., V) in the columns of ψ (..., C); those of all other tokens are added up in the last."""
         if self.proposed is None:
             return log_q
-        other = log_q.index_fill(-1, self.proposed, -torch.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([log_q[..., self.proposed], other], -1)
+        chosen = log_q[..., self.proposed]
+        # the rest of 1: the sum over all others would take several passes over the vocabulary
+        other = (1 - chosen.double().exp().sum(-1, keepdim=True)).clamp(min=0).log()
+        return torch.cat([chosen, other.to(chosen)], -1)
 
     def in_vocabulary(self, logp: Tensor) -> Tensor:
         """log ψ (..., C) as log-probabilities (..., V)."""
@@ -207,6 +210,13 @@ class BlockDrafter(nn.Module):
             return logp
         whole = logp.new_full((*logp.shape[:-1], self.vocab_size), -torch.inf)
         return whole.index_copy_(-1, self.proposed, logp[..., :-1])
+
+    def _turn(self, places: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (..., d) of the rotary embeddings at places (...), all below `positions`."""
+        cos, sin = self.cos, self.sin
+        if positions > len(cos):  # texts in training may be longer than a window
+            cos, sin = (part.to(cos.device) for part in rotary_tables(positions, cos.shape[-1]))
+        return cos[places], sin[places]
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
@@ -222,19 +232,26 @@ class BlockDrafter(nn.Module):
         return torch.cat([part for layer in self.layers for part in (layer.k(context), layer.v(context))], -1)
 
     def read_context(self, projected: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer from those of a window, (N, W, ...) as `project` gives them."""
-        turn = self.cos[: self.window], self.sin[: self.window]
+        """Keys and values of every layer from those of a window or of a text, (G, W, ...) as `project` gives them."""
+        length = projected.shape[1]
+        turn = self._turn(torch.arange(length, device=projected.device).unsqueeze(0), length)
         parts = projected.chunk(2 * len(self.layers), -1)
         return [layer.keys_values(*parts[2 * n : 2 * n + 2], turn) for n, layer in enumerate(self.layers)]
 
     def logits(
-        self, memory: list[tuple[Tensor, Tensor]], read: Tensor, last: Tensor, noise: Tensor | None = None
+        self,
+        memory: list[tuple[Tensor, Tensor]],
+        read: Tensor,
+        last: Tensor,
+        noise: Tensor | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
-        """Logits (N, k, C) of a block after the tokens last (N,), without what depends on the drafted tokens.
+        """Logits (N, k, C) of blocks after the tokens last (N,), without what depends on the drafted tokens.
 
-        memory: see `read_context`; read (N, W) bool; noise (N, k) of dependence=noise.
+        memory: see `read_context`; read (N, W) bool: what a block attends to of it; noise (N, k) of dependence=noise.
+        start (N,): the position of each block on the axis of W; None: behind it, at W.
         """
-        k = self.block_length
+        k, texts = self.block_length, len(memory[0][0])
         with torch.no_grad():
             first = self.lender.get_input_embeddings()(last).to(self.rest.dtype)
         x = torch.cat([first.unsqueeze(1), self.rest.expand(len(last), k - 1, -1)], 1)
@@ -244,10 +261,17 @@ class BlockDrafter(nn.Module):
             # a position reads the noise of those before it alone
             x = x + F.pad(self.noise_in(noise_bits(noise[:, : k - 1]).to(x.dtype)), (0, 0, 1, 0))
             own = own.tril()
-        visible = torch.cat([read.unsqueeze(1).expand(-1, k, -1), own.expand(len(last), -1, -1)], -1).unsqueeze(1)
-        turn = self.cos[self.window :], self.sin[self.window :]
+        # all blocks of a text attend at once, each to its window and to itself
+        blocks = len(last) // texts
+        seen = read.view(texts, blocks, 1, -1).expand(-1, -1, k, -1).flatten(1, 2)
+        own = torch.block_diag(*[own] * blocks).expand(texts, -1, -1)
+        visible = torch.cat([seen, own], -1).unsqueeze(1)
+        place = torch.arange(k, device=last.device) + (read.shape[1] if start is None else start.view(texts, blocks, 1))
+        turn = self._turn(place.view(-1, blocks * k), read.shape[1] + k)
+        x = x.view(texts, blocks * k, -1)
         for layer, kept in zip(self.layers, memory, strict=True):
             x = layer(x, kept, turn, visible)
+        x = x.view(len(last), k, -1)
         head = self.lender.get_output_embeddings().weight.dtype
         if self.proposed is None:
             return at_least_float32(output_logits(self.lender, self.norm(x).to(head))[..., : self.vocab_size])
@@ -299,19 +323,20 @@ class BlockDrafter(nn.Module):
         tokens: Tensor,
         fractions: Tensor | None = None,
         shape: Callable[[Tensor], Tensor] = lambda logp: logp,
+        start: Tensor | None = None,
     ) -> Tensor:
         """log ψ (N, k, C) at every position of given blocks tokens (N, k): what `propose` draws from with the same `shape`.
 
-        projected (N, W, ...): see `project`; read (N, W), last (N,). fractions (N, k): of dependence=noise, where in its
-        interval the noise of each token lies (`noise_that_draws`). shape: as in `propose`.
+        projected (G, W, ...): see `project`; read (N, W), last (N,), start: see `logits`. fractions (N, k): of
+        dependence=noise, where in its interval the noise of each token lies (`noise_that_draws`). shape: as in `propose`.
         """
         memory = self.read_context(projected)
         noise = None
         if self.options.dependence == "noise":
             assert fractions is not None
-            noise = self._noise_of(memory, read, last, tokens, fractions, shape)
+            noise = self._noise_of(memory, read, last, tokens, fractions, shape, start)
         before = torch.cat([last.unsqueeze(1), tokens[:, :-1]], 1)
-        return shape(self.conditional(self.logits(memory, read, last, noise), before))
+        return shape(self.conditional(self.logits(memory, read, last, noise, start), before))
 
     @torch.no_grad()
     def _noise_of(
@@ -322,11 +347,12 @@ class BlockDrafter(nn.Module):
         tokens: Tensor,
         fractions: Tensor,
         shape: Callable[[Tensor], Tensor],
+        start: Tensor | None = None,
     ) -> Tensor:
         """The noise (N, k) with which the drafter itself would have drawn the tokens, one position after the other."""
         noise = torch.zeros_like(fractions)
         for k in range(self.block_length - 1):  # the last position's is read by none
-            logp = shape(self.conditional(self.logits(memory, read, last, noise)[:, k], last))
+            logp = shape(self.conditional(self.logits(memory, read, last, noise, start)[:, k], last))
             noise[:, k] = noise_that_draws(logp, self.columns_of(tokens[:, k]), fractions[:, k])
         return noise
 

@@ -9,7 +9,7 @@ from models.speculative.distribution import MixtureDist
 from models.speculative.options import Costs, DecodingOptions, Scheme, Verify, require_draft_length
 
 Texts = Literal["target", "data"]
-PoolKeeps = Literal["texts", "reads"]
+PoolKeeps = Literal["texts", "reads", "half_reads"]
 SCHEMES: tuple[Scheme, ...] = ("naive", "ngram", "block_drafter")
 
 
@@ -24,7 +24,8 @@ class BlockDraftOptions:
     texts: drawn from the `target`, which is what it will draft for, or those of the `data`. pool: so many batches of drawn
         texts are kept and trained on in turn, with fresh anchors; 0 draws new ones in every step. pool_keeps: the `texts`, or
         also what the verifiers make of them (`reads`), which takes memory and saves their forward pass in every later step.
-        Texts of the data are kept with `reads` alone; without, every step takes the next ones.
+        `half_reads` keeps that in numbers of two bytes. Texts of the data are kept with reads alone; without, every step takes
+        the next ones.
     served_rows: rows of a validation batch that are decoded.
     schemes: the ways of drafting that `trainer.test` compares. gamma: tokens of a draft that is decoded; None takes
         draft_length, which is also the most, and `auto` the length of the highest expected speed-up up to it, and at most 16.

@@ -13,11 +13,11 @@ from torch import Generator, Tensor, nn
 from models.backbones.causal_lm import scored_logits_and_states
 from models.functional.block_draft import DraftLoss, Survival, draft_loss, expected_survival
 from models.functional.next_token import CausalText
+from models.functional.precision import at_least_float32
 from models.functional.uniform import uniform
 from models.speculative.block_drafter import BlockDrafter
 from models.speculative.distribution import MixtureDist
 from models.speculative.likelihood import log_probs_below
-from models.speculative.scores import window_positions
 
 
 class Read(NamedTuple):
@@ -28,6 +28,10 @@ class Read(NamedTuple):
 
     states: Tensor
     log_q: Tensor
+
+    def halved(self) -> "Read":
+        """In numbers of two bytes: bfloat16, whose range states need, and float16, which is finer."""
+        return Read(self.states.bfloat16(), self.log_q.half())
 
 
 class Blocks(NamedTuple):
@@ -94,15 +98,35 @@ def drafted_log_probs(
     drafter: BlockDrafter, read: Read, text: CausalText, blocks: Blocks, mixture: MixtureDist, generator: Generator
 ) -> Tensor:
     """log ψ (N, k, C) of the blocks behind their anchors, before top-k and top-p cut it."""
-    place = window_positions(blocks.anchor, drafter.window)  # (N, W)
-    seen = place >= 0
-    place = place.clamp(min=0)
-    if text.attention_mask is not None:
-        seen = seen & text.attention_mask[blocks.row.unsqueeze(-1), place].bool()
-    # windows overlap, so that every position of a text is read once
-    projected = drafter.project(drafter.mix_states(read.states))[blocks.row.unsqueeze(-1), place]
     fractions = uniform(*blocks.tokens.shape, generator=generator).double()
-    return drafter.log_probs(projected, seen, blocks.last, blocks.tokens, fractions, mixture.tempered)
+    # 1. as many blocks for every text, so that those of a text share its keys and values
+    slot, most = _slots(blocks.row, len(text.ids))
+    anchor, last, tokens, fractions = (
+        _in_slots(part, slot, most * len(text.ids)) for part in (blocks.anchor, blocks.last, blocks.tokens, fractions)
+    )
+    # 2. the window of each
+    distance = anchor.view(-1, most, 1) - torch.arange(text.ids.shape[1], device=anchor.device)
+    seen = (distance > 0) & (distance <= drafter.window)
+    if text.attention_mask is not None:
+        seen = seen & text.attention_mask.bool().unsqueeze(1)
+    # 3. every position of a text is read once
+    projected = drafter.project(drafter.mix_states(read.states))
+    logp = drafter.log_probs(projected, seen.flatten(0, 1), last, tokens, fractions, mixture.tempered, anchor)
+    return logp[slot]
+
+
+def _slots(row: Tensor, texts: int) -> tuple[Tensor, int]:
+    """Places (N,) for blocks of rows (N,), M for each text, those of a text one after the other; and M."""
+    order = row.argsort(stable=True)
+    counts = torch.bincount(row, minlength=texts)
+    before = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+    most = max(1, int(counts.max()))
+    return torch.empty_like(row).scatter(0, order, row[order] * most + before), most
+
+
+def _in_slots(part: Tensor, slot: Tensor, slots: int) -> Tensor:
+    """What each block has (N, ...) in its place of `slots`; 0 elsewhere."""
+    return part.new_zeros(slots, *part.shape[1:]).index_copy(0, slot, part)
 
 
 def block_terms(
@@ -119,7 +143,7 @@ def block_terms(
 ) -> BlockTerms:
     """The loss of the blocks, with a gradient to the drafter, and how far they survive token verification."""
     logp = drafted_log_probs(drafter, read, text, blocks, mixture, generator)
-    log_q, tokens = read.log_q[blocks.at], drafter.columns_of(blocks.tokens)
+    log_q, tokens = at_least_float32(read.log_q[blocks.at]), drafter.columns_of(blocks.tokens)
     loss = draft_loss(logp, log_q, tokens, blocks.counts, ce=ce, tv=tv, decay=decay)
     with torch.no_grad():
         survival = expected_survival(mixture.truncated(logp), log_q, tokens, blocks.counts)

@@ -15,6 +15,7 @@ Speculative sampling of one model is the same loop, with that model as both.
 Legend: B batch, L columns, G drafted tokens (gamma), V vocabulary.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,10 @@ def decode_qstar(
     models: dict[str, Any] = {"theta": theta} | ({} if alone else {"target": target})
     models |= {} if assistant is None else {who.drafter: assistant}
     if isinstance(assistant, ProposesBlocks):
-        _keep_states(models, assistant)
+        if not _may_pay(drafting, assistant):  # then nothing is kept or tried for drafts
+            drafting = replace(drafting, gamma=0)
+        else:
+            keep_states(models, assistant)
     run = QStarRun(
         models, input_ids, lengths, rules=rules, draft_columns=drafting.max_gamma + 2,
         mixture=mixture or MixtureDist(), rng=rng, shared_noise=drafting.verify == "shared_noise",
@@ -98,18 +102,22 @@ def decode_qstar(
             stay = run.drop_ended()
             pending = pending and pending.of_rows(stay)
         # 2. a draft is made and verified; without one, both models run and q* is sampled
-        gamma = _draft_length(run, drafting, who, rounds)
-        if gamma > 0:
-            pending = _draft_and_verify(run, pending, gamma, drafting, who)
-        else:
-            pending = None  # its proposal was not committed, so it may be dropped
-            run.undrafted += int(run.active.sum())
-            dist = _both(run, {name: run.score(name, 0, 1) for name in ("theta", "target") if name in run.models}).at(0)
-            run.sample(run.active, dist)
+        pending = one_round(run, pending, _draft_length(run, drafting, who, rounds), drafting, who)
         rounds += 1
         if on_tokens is not None:
             on_tokens(run.ids[:, int(run.start[0]) : int(run.lengths[0])])
     return run.output()
+
+
+def one_round(run: QStarRun, pending: Pending | None, gamma: int, drafting: DraftOptions, who: Roles) -> Pending | None:
+    """A draft of gamma tokens is made and verified; at 0 both models run and q* is sampled. Returns what is pending then."""
+    if gamma > 0:
+        return _draft_and_verify(run, pending, gamma, drafting, who)
+    # a proposal that is pending was not committed, so it may be dropped
+    run.undrafted += int(run.active.sum())
+    dist = _both(run, {name: run.score(name, 0, 1) for name in ("theta", "target") if name in run.models}).at(0)
+    run.sample(run.active, dist)
+    return None
 
 
 def _draft_and_verify(
@@ -223,7 +231,7 @@ def _require_third(drafting: DraftOptions, third: Any) -> None:
         raise UsageError(f"draft={drafting.draft} does not fit the third model; type {needed}")
 
 
-def _keep_states(models: dict[str, Any], drafter: ProposesBlocks) -> None:
+def keep_states(models: dict[str, Any], drafter: ProposesBlocks) -> None:
     """Let the verifiers keep what the drafter reads. Raises UsageError for one that is not there or keeps no states."""
     for name, layers in drafter.state_layers.items():
         if not isinstance(models.get(name), StateScores):
@@ -232,6 +240,17 @@ def _keep_states(models: dict[str, Any], drafter: ProposesBlocks) -> None:
                 "that it was trained with"
             )
         models[name].keep_states(layers)
+
+
+def _may_pay(drafting: DraftOptions, drafter: ProposesBlocks) -> bool:
+    """Whether drafts would be faster than none if all their tokens were accepted; a length that is given is taken."""
+    return drafting.gamma > 0 if drafting.gamma != "auto" else _best_if_accepted(drafting, drafter) > 0
+
+
+def _best_if_accepted(drafting: DraftOptions, drafter: ProposesBlocks) -> int:
+    """The length of a block of the highest speed-up if all its tokens were accepted; 0 where even that is none."""
+    longest = min(MAX_GAMMA, drafter.block_length)
+    return best_block_length([1.0] * longest, drafting.cost, drafting.position_cost)
 
 
 def _draft_length(run: QStarRun, drafting: DraftOptions, who: Roles, rounds: int) -> int:
@@ -247,6 +266,8 @@ def _draft_length(run: QStarRun, drafting: DraftOptions, who: Roles, rounds: int
     if who.in_blocks:
         blocks: Any = run.models[who.drafter]
         longest = min(MAX_GAMMA, blocks.block_length)
+        if not any(run.verified_at):  # a first draft tells more than rates that are guessed
+            return _best_if_accepted(drafting, blocks)
         rates = [
             (accepted + PRIOR_ACCEPTED) / (verified + PRIOR_VERIFIED)
             for accepted, verified in zip(run.accepted_at[:longest], run.verified_at[:longest], strict=True)

@@ -94,7 +94,10 @@ class QStarDecoder:
         elif (known := self._measured.get(len(prompts))) is not None:
             costs = known
         else:
-            costs = forward_costs(self.theta, self.target, prompts, self.drafter)
+            costs = forward_costs(
+                self.theta, self.target, prompts, self.drafter,
+                mixture=self.mixture, verify=self.options.verify, vocab_size=self.vocab_size,
+            )  # fmt: skip
             self._measured[len(prompts)] = costs
         return DraftOptions(self.draft, self.gamma, self.options.verify, *costs)
 

@@ -10,10 +10,10 @@ Rows = dict[str, Tensor]
 
 
 class TextPool:
-    """size: batches that are kept; 0 keeps none. keeps_reads: also what the verifiers make of their texts."""
+    """size: batches that are kept; 0 keeps none. keeps_reads: also what the verifiers make of them. halved: see `Read`."""
 
-    def __init__(self, size: int, keeps_reads: bool) -> None:
-        self.size, self.keeps_reads = size, keeps_reads
+    def __init__(self, size: int, keeps_reads: bool, halved: bool = False) -> None:
+        self.size, self.keeps_reads, self.halved = size, keeps_reads, halved
         self.texts: dict[int, Rows] = {}
         self._reads: dict[int, Read] = {}
 
@@ -32,7 +32,7 @@ class TextPool:
             return make()
         slot = turn % self.size
         if slot not in self._reads:
-            self._reads[slot] = make()
+            self._reads[slot] = make().halved() if self.halved else make()
         return self._reads[slot]
 
     def state_dict(self) -> dict[int, Rows]:

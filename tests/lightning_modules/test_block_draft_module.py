@@ -115,7 +115,7 @@ def test_half_a_row_of_packed_text_is_the_prompt():
 def test_the_training_figure_of_what_is_served_has_as_many_tokens_a_draft(data, gamma, monkeypatch):
     module = build(data, gamma=gamma, costs="measured", pool=2, draft_length=4)
     # a draft of one token costs little, and further ones pay only where they are often accepted
-    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given: ForwardCosts(0.1, 0.3))
+    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given, **more: ForwardCosts(0.1, 0.3))
     quiet_trainer(20, limit_val_batches=0).fit(module, data)
     rows = {name: column.repeat(8, 1) for name, column in prompted_rows(next(iter(data.val_dataloader()))).items()}
     served = module._served(rows, torch.Generator().manual_seed(0))
@@ -157,6 +157,7 @@ def test_a_test_run_records_what_drafts_were_worth(data, tmp_path):
     assert drafts["expected_accepted_length"] == pytest.approx(drafts["accepted_length"], rel=0.25)
     assert 1 < drafts["tokens_per_verifier_forward"] < 1 + drafts["accepted_length"] + 1e-9
     assert rows["one model, blocks are drafted"]["cost"]["acceptance"] == drafts["acceptance"]
+    assert rows["one model, blocks are drafted"]["cost"]["accepted_length"] == drafts["accepted_length"]
 
 
 @pytest.mark.parametrize("verify", ["token", "block", "shared_noise"])
@@ -174,14 +175,21 @@ def test_drafts_are_verified_as_the_options_say(data, verify, cache):
 def test_what_a_pool_keeps_changes_no_step(data):
     """With the verifiers' states kept, they read a text once, and the weights are the same to the last bit."""
     calls, found = {}, {}
-    for keeps in ("texts", "reads"):
+    for keeps in ("texts", "reads", "half_reads"):
         module = build(data, pool=2, pool_keeps=keeps, draft_vocabulary=20)
         read, calls[keeps] = module._read, []
         module._read = lambda text, read=read, seen=calls[keeps]: seen.append(1) or read(text)
         quiet_trainer(6).fit(module, corpus())
         found[keeps] = weights(module)
-    assert (len(calls["texts"]), len(calls["reads"])) == (6, 2)
+        if keeps == "half_reads":
+            assert {(part.states.dtype, part.log_q.dtype) for part in module._pool._reads.values()} == {
+                (torch.bfloat16, torch.float16)
+            }
+    assert [len(calls[keeps]) for keeps in ("texts", "reads", "half_reads")] == [6, 2, 2]
     assert all(torch.equal(value, found["reads"][name]) for name, value in found["texts"].items())
+    # numbers of two bytes round, so that weights are near and not the same
+    near = [(found["half_reads"][name] - value).abs().max() for name, value in found["reads"].items()]
+    assert 0 < max(near) < 0.05
 
 
 def test_proposed_tokens_are_the_frequent_ones_and_resume(data, tmp_path):
@@ -274,7 +282,7 @@ def test_a_decoder_takes_the_length_that_the_options_say(data):
 @pytest.mark.parametrize(("scheme", "gamma", "timed"), [("block_drafter", 2, True), ("naive", 2, False)])
 def test_measured_costs_are_those_of_a_fixed_length_too(data, scheme, gamma, timed, monkeypatch):
     found = ForwardCosts(0.25, 0.125)
-    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given: found)
+    monkeypatch.setattr("models.speculative.decoder.forward_costs", lambda *given, **more: found)
     module = build(data, gamma=gamma, costs="measured")
     module.end_ids = data.end_ids()
     drafting = module.decoder(scheme, data.response_length).draft_options(torch.ones(4, 2))

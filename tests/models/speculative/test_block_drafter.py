@@ -250,9 +250,39 @@ def test_training_sees_what_decoding_serves(dependence):
         if noise:
             drafter._noise_of = lambda *given, noise=noise: noise[0]
         logp = drafted_log_probs(drafter, read, text, blocks, mixture, torch.Generator())
-        torch.testing.assert_close(logp, found.logp, atol=1e-9, rtol=0)
+        # a text has its positions from 0 on and a window has its own; their rotary embeddings are of float32
+        torch.testing.assert_close(logp, found.logp, atol=1e-6, rtol=0)
         checked += 1
     assert checked >= 5
+
+
+@pytest.mark.parametrize("dependence", DEPENDENCES)
+def test_blocks_of_one_text_are_what_each_is_alone(dependence):
+    """They share keys and values, in any order and with different numbers for each text; every window begins in the text."""
+    own = models(torch.float64)
+    drafter, mixture = drafter_of(own, dependence), MixtureDist()
+    ids = torch.randint(V, (3, 12), generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(3, 11, dtype=torch.bool)
+    seen[1, :4] = False  # left padding
+    text = CausalText(ids[:, :-1], ids[:, 1:], seen, seen)
+    read = read_texts(own, drafter, mixture, text)
+    row, anchor = torch.tensor([2, 0, 2, 1, 0, 2]), torch.tensor([7, 0, 2, 6, 10, 9])
+    together = blocks_at(text, row, anchor, 3)
+    if dependence == "noise":  # of each token in its text, so that it is the same in every company
+        drafter._noise_of = lambda memory, read, last, tokens, *given: (tokens + last.unsqueeze(-1)).double() / 20
+    found = drafted_log_probs(drafter, read, text, together, mixture, torch.Generator())
+    for k in range(6):
+        one = blocks_at(text, row[k : k + 1], anchor[k : k + 1], 3)
+        alone = drafted_log_probs(drafter, read, text, one, mixture, torch.Generator())
+        torch.testing.assert_close(found[k : k + 1], alone, atol=1e-12, rtol=0)
+    # padding is not read: the same text without it
+    cut = CausalText(ids[1:2, 4:-1], ids[1:2, 5:], seen[1:2, 4:], seen[1:2, 4:])
+    at = blocks_at(cut, torch.tensor([0]), torch.tensor([2]), 3)
+    short = drafted_log_probs(drafter, read_texts(own, drafter, mixture, cut), cut, at, mixture, torch.Generator())
+    torch.testing.assert_close(found[3:4], short, atol=1e-5, rtol=0)
+    # the control: another window
+    drafter.window = 3
+    assert not torch.allclose(drafted_log_probs(drafter, read, text, together, mixture, torch.Generator()), found)
 
 
 @pytest.mark.parametrize("dependence", DEPENDENCES)

@@ -115,13 +115,14 @@ def error(
     eos_id=None,
     cost=1.0,
     w=0.0,
+    names=None,
     **options,
 ):
-    """Largest error of P(text)."""
+    """Largest error of P(text). names: of the models whose states the drafter reads; None: all."""
     mixture = MixtureDist(**options)
     theta = TableScores(0, words)
     target = theta if alone else TableScores(1, words)
-    names = ("theta",) if alone else ("theta", "target")
+    names = names or (("theta",) if alone else ("theta", "target"))
     drafter = TableDrafter(dependence, words, names, control)
     rules = TextRules(length, () if eos_id is None else (eos_id,))
     found = dict.fromkeys(itertools.product(range(words), repeat=length), 0.0)
@@ -152,6 +153,12 @@ def test_the_distribution_is_that_of_no_drafter(dependence, verify):
 @pytest.mark.parametrize("dependence", ["none", "markov", "noise"])
 def test_the_distribution_of_one_model(dependence):
     assert error(dependence, length=4, alone=True) < 1e-12
+
+
+@pytest.mark.parametrize("names", [("theta",), ("target",)])
+def test_a_drafter_of_one_model_drafts_for_both(names):
+    """Of a drafter that was trained for one model, q* of it and another keeps its distribution."""
+    assert error("markov", length=4, names=names) < 1e-12
 
 
 @pytest.mark.parametrize("verify", ["token", "block"])
@@ -270,7 +277,8 @@ def length_chosen(accepted, verified, cost, position_cost, rounds=1, longest=3):
         ([97, 0, 0, 0], [100, 97, 0, 0], 0.1, 1),  # the rate of all positions together would draft two
         ([97, 90, 80, 0], [100, 97, 90, 0], 0.1, 3),
         ([0, 90, 80, 0], [100, 95, 90, 0], 0.1, 0),  # nothing behind a token that is never accepted counts
-        ([0, 0, 0, 0], [0, 0, 0, 0], 0.5, 2),  # the rates that it begins with, three of four
+        ([0, 0, 0, 0], [0, 0, 0, 0], 0.5, 3),  # before anything is known, as if all were accepted
+        ([3, 0, 0, 0], [4, 0, 0, 0], 0.5, 2),  # then from three of four on at each position
     ],
 )
 def test_the_length_of_a_block_follows_the_rate_of_each_position(accepted, verified, position_cost, wanted):
@@ -283,9 +291,20 @@ def test_a_block_is_at_most_as_long_as_the_longest_draft():
 
 
 def test_one_token_of_a_block_is_drafted_now_and_then_where_no_draft_pays():
-    found = [length_chosen([0] * 4, [0] * 4, 9.0, 0.1, rounds) for rounds in range(40)]
+    found = [length_chosen([0] * 4, [20, 0, 0, 0], 1.0, 0.1, rounds) for rounds in range(40)]
     assert [rounds for rounds, length in enumerate(found) if length] == [15, 31]
     assert set(found) == {0, 1}
+
+
+def test_where_no_acceptance_could_pay_nothing_is_kept_or_tried_for_drafts(monkeypatch):
+    """4 tokens at most for 1 + 2.8 + 3 · .1 rounds; a cheaper drafter is tried."""
+    kept = []
+    monkeypatch.setattr(TableScores, "keep_states", lambda self, layers: kept.append(layers))
+    for cost, tried in ((2.8, False), (2.6, True)):
+        kept.clear()
+        scores = [TableScores(seed, 2) for seed in (0, 1)]
+        out = decode(scores, TableDrafter("markov", 2), PROMPT, 40, gamma="auto", cost=cost, position_cost=0.1)
+        assert bool(kept) == (out.forwards["block_drafter"] > 0) == tried
 
 
 def test_a_length_that_depends_on_the_drafted_tokens_fails(monkeypatch):

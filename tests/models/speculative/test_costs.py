@@ -1,5 +1,7 @@
 """Costs of forward passes, on a clock that the models themselves advance."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.qwen import tiny_qwen
@@ -7,6 +9,8 @@ from helpers.qwen import tiny_qwen
 from models.speculative import costs as qstar_costs
 from models.speculative.block_drafter import BlockDrafter, BlockDrafterOptions
 from models.speculative.costs import forward_costs
+from models.speculative.distribution import MixtureDist
+from models.speculative.state import QStarRun
 
 PROMPTS = torch.randint(4, 50, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -57,32 +61,63 @@ def test_real_models_are_timed_behind_their_prompt(monkeypatch):
     assert set(seen[4:]) <= {6, 5}
 
 
-def test_costs_of_a_drafter_of_blocks_give_the_time_of_a_round(clock, monkeypatch):
-    """A draft of k tokens takes what the clock says: the drafter's pass and tokens, and the verified positions."""
-    drafter = drafter_of({"theta": tiny_qwen(0), "target": tiny_qwen(1)})
+class Rounds:
+    """Rounds whose time is known: 8 seconds without a draft, and what a draft and its tokens add."""
 
-    def timed(model, ids, positions, repeats):
-        return {0: 3.0, 1: 5.0}[model] + 0.5 * (positions - 1)
+    def __init__(self, clock, first, each):
+        self.clock, self.first, self.each, self.sizes = clock, first, each, []
+        self.run = SimpleNamespace(ids=PROMPTS)
 
-    monkeypatch.setattr(qstar_costs, "_seconds", timed)
-    monkeypatch.setattr(qstar_costs, "_drafting_seconds", lambda *given: 1.5 + 0.25 * given[3])
-    cost, position_cost = forward_costs(0, 1, PROMPTS, drafter)
-    for k in (1, 2, drafter.block_length):
-        assert 8 * (1 + cost + k * position_cost) == pytest.approx(8 + k * 1.0 + 1.5 + 0.25 * k)
-    assert forward_costs(0, 0, PROMPTS, drafter) == pytest.approx(((1.5) / 3, 0.75 / 3))  # one model is counted once
+    def __call__(self, size):
+        self.sizes.append(size)
+        self.clock[0] += 8.0 + (self.first + self.each * size if size else 0.0)
 
 
-def test_a_drafter_of_blocks_is_timed_behind_its_prompt(clock, monkeypatch):
-    models = {"theta": tiny_qwen(0), "target": tiny_qwen(1)}
-    drafter, sizes = drafter_of(models), []
+def test_costs_of_a_drafter_of_blocks_give_the_time_of_a_round(clock):
+    rounds = Rounds(clock, 1.5, 0.25)
+    cost, position_cost = qstar_costs._block_costs(rounds, 3, repeats=2)
+    for k in (1, 2, 3):
+        assert 8 * (1 + cost + k * position_cost) == pytest.approx(8 + 1.5 + 0.25 * k)
+    assert rounds.sizes == [0] * 3 + [1] * 3 + [3] * 3
+    assert qstar_costs._block_costs(Rounds(clock, -2.0, -0.5), 3, repeats=2) == (qstar_costs.LEAST_COST, 0.0)
+
+
+def test_a_round_counts_what_is_done_beside_the_forward_passes(clock, monkeypatch):
+    """Where a draw takes as long as a forward pass, a draft costs less than its forward passes say."""
+    own = [tiny_qwen(0), tiny_qwen(1)]
+    drafter = drafter_of(dict(zip(("theta", "target"), own, strict=True)))
+
+    def takes_time(owner, name, seconds):
+        plain = getattr(owner, name)
+
+        def slow(*given, **more):
+            clock[0] += seconds
+            return plain(*given, **more)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    takes_time(drafter, "propose", 2.0)
+    for model in own:
+        takes_time(model, "forward", 1.0)
+    alone = forward_costs(*own, PROMPTS, drafter)
+    assert alone == pytest.approx((1.0, 0.0))  # 2 seconds over 2, whatever the length
+    takes_time(QStarRun, "next_token_dist", 2.0)  # once a round: 6 seconds over 4
+    assert forward_costs(*own, PROMPTS, drafter) == pytest.approx((0.5, 0.0))
+    once = forward_costs(own[0], own[0], PROMPTS, drafter_of({"theta": own[0]}))
+    assert once == (qstar_costs.LEAST_COST, 0.0)  # its own drafts take no time on this clock
+
+
+def test_every_round_is_timed_from_the_same_position_behind_the_prompt(monkeypatch):
+    own = [tiny_qwen(0), tiny_qwen(1)]
+    drafter, seen = drafter_of(dict(zip(("theta", "target"), own, strict=True))), []
     propose = drafter.propose
 
-    def slow(states, read, last, size, draws, shape):
+    def watched(states, read, last, size, draws, shape):
         assert read[:, -1].all()  # the token before the last was read
-        clock[0] += 2.0
-        sizes.append(size)
+        seen.append((size, last.tolist()))
         return propose(states, read, last, size, draws, shape)
 
-    monkeypatch.setattr(drafter, "propose", slow)
-    assert qstar_costs._drafting_seconds(models, PROMPTS, drafter, 2, 3) == 2.0
-    assert sizes == [2] * 4
+    monkeypatch.setattr(drafter, "propose", watched)
+    assert all(value >= 0 for value in forward_costs(*own, PROMPTS, drafter, repeats=3, mixture=MixtureDist(0.5)))
+    assert [size for size, _ in seen] == [1] * 4 + [3] * 4
+    assert len({str(last) for _, last in seen}) == 1
