@@ -140,14 +140,16 @@ def noisy_meanflow_target(
 
 
 def warp_time(q: Tensor, center: float = 0.5) -> Tensor:
-    """s(q) = k q / (1 + (k - 1) q), k = center / (1 - center): a uniform q spends half of its mass below `center`.
+    """s(q) = k q / (k q + 1 - q), k = center / (1 - center): a uniform q spends half of its mass below `center`.
 
     Choose it where tokens become decodable. Changing the centre is the same as changing σ, up to the scale of z.
     """
     if not 0 < center < 1:
         raise UsageError(f"module.time_center={center} must lie between 0 and 1; 0.5 leaves times as they are")
+    if center == 0.5:
+        return q
     k = center / (1 - center)
-    return k * q / (1 + (k - 1) * q)
+    return k * q / (k * q + (1 - q))  # written so that s(1) is 1 exactly: past it, weights of ψ would be negative
 
 
 def distribution_divergence(target: Tensor, logits: Tensor) -> Tensor:

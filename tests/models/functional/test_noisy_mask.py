@@ -253,6 +253,16 @@ def test_warped_times_keep_their_ends_and_put_half_below_the_centre():
         warp_time(q, 1.0)
 
 
+def test_warped_times_stay_between_their_ends_to_the_last_bit():
+    """Beyond 1 the weights of `split_weight` are negative, and so are probabilities."""
+    q = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([0.0, 1.0])
+    for center in torch.linspace(0.01, 0.99, 99).tolist():
+        assert torch.equal(warp_time(ends, center), ends)
+        assert 0 <= warp_time(q, center).min() <= warp_time(q, center).max() <= 1
+    assert torch.equal(warp_time(q, 0.5), q)
+
+
 def test_another_centre_is_another_sigma():
     """warp(q, c) with sigma and q with sigma (1-c)/c are the same line up to scale (here with m = 0)."""
     q, c, eps, word = torch.tensor(0.3).double(), 0.2, torch.randn(2).double(), WORDS[0]
