@@ -143,12 +143,16 @@ def main(argv: list[str] | None = None) -> None:
     rounds = args.rounds or [args.repeats] * len(args.batch)
     if len(rounds) != len(args.batch):
         raise SystemExit("--rounds needs a number for each of --batch")
+    if len({name for name, *_ in args.run}) < len(args.run):
+        raise SystemExit("two --run have one name; give each a name of its own")
     # 1. the decoders of all runs, and the prompts that they share
     decoders: dict[str, Decoder] = {}
     corpora: dict[str, Any] = {}
     for name, *options in args.run:
         own, corpora[name] = finished(name, options, device)
         decoders |= named(name, [d for d in own if not any(word in d.name for word in args.without)])
+    if not decoders:
+        raise SystemExit("--without leaves no decoder; type fewer words")
     rows = {name: column.to(device) for name, column in shared_rows(corpora).items()}
     # 2. their times at every batch size, and the quality of the texts of the first
     (trials, lines), *others = (measure(decoders, rows, b, n, args) for b, n in zip(args.batch, rounds, strict=True))
