@@ -86,13 +86,14 @@ def finished(name: str, options: list[str], device: torch.device) -> tuple[list[
         HydraConfig.instance().set_config(cfg)
         with quiet_libraries():
             module, trainer, data = build(cfg)
+    data.setup()
+    module.trainer, trainer.datamodule = trainer, data
     if cfg.ckpt_path is None:
         module.student = load_student(cfg.student_path, module.teacher)
     else:
         fill_from_checkpoint(module, cfg.ckpt_path)
-    data.setup()
-    module.trainer, trainer.datamodule = trainer, data
     module.setup("test")
+    module.on_test_start()  # a distillation takes its averages there
     module.to(device).eval()
     return module.decoders(), data
 

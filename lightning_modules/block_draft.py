@@ -169,21 +169,21 @@ class BlockDraftModule(LeapModule):
 
     @torch.no_grad()
     def _served(self, rows: dict[str, Tensor], generator: Generator) -> dict[str, Tensor | float]:
-        """Figures of decoding the prompts of the rows; {} where nothing was drafted."""
+        """Figures of decoding the prompts of the rows, the same names on every rank: 0 where nothing was drafted."""
         columns = response_columns(rows["response_mask"])
         decoder = self.decoder("block_drafter", columns)
         responses = decoder(rows, generator)
         out = decoder.outputs[0]
-        if out.draft_starts is None:
-            return {}
-        terms = self._at_served(rows, responses, out, generator)
-        # the same names on every rank: 0 where no draft was so long
+        expected: Tensor | float = 0.0
+        if out.draft_starts is not None:
+            terms = self._at_served(rows, responses, out, generator)
+            expected = _length(terms.survival, terms.drafts)
         totals = out.totals
         shares = [*totals.acceptance_at, *[0.0] * self.options.draft_length][: self.options.draft_length]
         served = {f"served_{k + 1}": share for k, share in enumerate(shares)}
         return {
             "served_length": totals.accepted_length,
-            "length_at_served": _length(terms.survival, terms.drafts),
+            "length_at_served": expected,
             "tokens_per_verifier_forward": totals.tokens_per_forward,
             **served,
         }

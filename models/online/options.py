@@ -40,7 +40,8 @@ class OnlineModelOptions:
     codes: size of the codebook of concepts; sampler: how a hidden state is quantised to one of them.
     most_nulls: longest run of NULLs; a segment has at most most_nulls + 1 positions.
     commit_first: the first position of every text commits. Pretrained layers attend to it throughout, as an attention sink
-        (Xiao et al., 2309.17453): as a NULL it would be lost to the deep layers.
+        (Xiao et al., 2309.17453): as a NULL it would be lost to the deep layers. With `fixed` and `random` a text then has one
+        concept more.
     carry: the deep input of a NULL also gets a linear map of the concept before it, without attention.
     pool: the input of a concept also gets a linear map of the mean hidden state of the NULLs that it ends.
     attention: implementation in the deep layers.

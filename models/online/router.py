@@ -27,7 +27,7 @@ from models.online.options import Growth, OnlineModelOptions
 ReadOut = Callable[[Tensor], Tensor]
 LEAST_SCORE = 1e-6  # of a position that commits because nothing was drafted for it
 LEAST_SPREAD = 0.05  # equal scores have a spread of 0, and the offset would never move
-SURE = 30.0  # score of a position that commits in any case
+SURE = 40.0  # score of a position that commits in any case: its sigmoid is 1, also in float64
 
 
 class RouterState(NamedTuple):
@@ -260,7 +260,7 @@ class FixedRouter(Router):
         return natural, natural.to(scores.dtype), state.total
 
     def correct_offset(self, realised: Tensor, compression: float, moments: Tensor) -> None:
-        """The rate is exact already."""
+        """The pattern's rate is exact already."""
 
 
 class RandomRouter(FixedRouter):

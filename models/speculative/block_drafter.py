@@ -215,7 +215,7 @@ class BlockDrafter(nn.Module):
         """Cosines and sines (..., d) of the rotary embeddings at places (...), all below `positions`."""
         cos, sin = self.cos, self.sin
         if positions > len(cos):  # texts in training may be longer than a window
-            cos, sin = (part.to(cos.device) for part in rotary_tables(positions, cos.shape[-1]))
+            cos, sin = (part.to(cos) for part in rotary_tables(positions, cos.shape[-1]))
         return cos[places], sin[places]
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
@@ -245,11 +245,13 @@ class BlockDrafter(nn.Module):
         last: Tensor,
         noise: Tensor | None = None,
         start: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Logits (N, k, C) of blocks after the tokens last (N,), without what depends on the drafted tokens.
 
         memory: see `read_context`; read (N, W) bool: what a block attends to of it; noise (N, k) of dependence=noise.
-        start (N,): the position of each block on the axis of W; None: behind it, at W.
+        start (N,): the position of each block on the axis of W; None: behind it, at W. only (M,): blocks whose logits (M, k, C)
+        are wanted; None are all.
         """
         k, texts = self.block_length, len(memory[0][0])
         with torch.no_grad():
@@ -272,6 +274,7 @@ class BlockDrafter(nn.Module):
         for layer, kept in zip(self.layers, memory, strict=True):
             x = layer(x, kept, turn, visible)
         x = x.view(len(last), k, -1)
+        x = x if only is None else x[only]
         head = self.lender.get_output_embeddings().weight.dtype
         if self.proposed is None:
             return at_least_float32(output_logits(self.lender, self.norm(x).to(head))[..., : self.vocab_size])
@@ -324,10 +327,11 @@ class BlockDrafter(nn.Module):
         fractions: Tensor | None = None,
         shape: Callable[[Tensor], Tensor] = lambda logp: logp,
         start: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """log ψ (N, k, C) at every position of given blocks tokens (N, k): what `propose` draws from with the same `shape`.
 
-        projected (G, W, ...): see `project`; read (N, W), last (N,), start: see `logits`. fractions (N, k): of
+        projected (G, W, ...): see `project`; read (N, W), last (N,), start, only: see `logits`. fractions (N, k): of
         dependence=noise, where in its interval the noise of each token lies (`noise_that_draws`). shape: as in `propose`.
         """
         memory = self.read_context(projected)
@@ -336,7 +340,8 @@ class BlockDrafter(nn.Module):
             assert fractions is not None
             noise = self._noise_of(memory, read, last, tokens, fractions, shape, start)
         before = torch.cat([last.unsqueeze(1), tokens[:, :-1]], 1)
-        return shape(self.conditional(self.logits(memory, read, last, noise, start), before))
+        before = before if only is None else before[only]
+        return shape(self.conditional(self.logits(memory, read, last, noise, start, only), before))
 
     @torch.no_grad()
     def _noise_of(

@@ -79,6 +79,11 @@ class BlockDraftOptions:
         require_choice("module.pool_keeps", self.pool_keeps, get_args(PoolKeeps))
         require_at_least(1, module__anchors=self.anchors, module__served_rows=self.served_rows)
         require_at_least(0, module__ce=self.ce, module__tv=self.tv, module__pool=self.pool)
+        if self.pool_keeps != "texts" and not self.pool:
+            raise UsageError(
+                f"module.pool_keeps={self.pool_keeps} keeps nothing with module.pool=0; type module.pool=64, or "
+                "module.pool_keeps=texts"
+            )
         if self.decay <= 0:
             raise UsageError(f"module.decay={self.decay} must be above 0")
         if self.ce + self.tv <= 0:

@@ -111,8 +111,8 @@ def drafted_log_probs(
         seen = seen & text.attention_mask.bool().unsqueeze(1)
     # 3. every position of a text is read once
     projected = drafter.project(drafter.mix_states(read.states))
-    logp = drafter.log_probs(projected, seen.flatten(0, 1), last, tokens, fractions, mixture.tempered, anchor)
-    return logp[slot]
+    # 4. empty slots do not pass the output layer
+    return drafter.log_probs(projected, seen.flatten(0, 1), last, tokens, fractions, mixture.tempered, anchor, slot)
 
 
 def _slots(row: Tensor, texts: int) -> tuple[Tensor, int]:

@@ -79,7 +79,8 @@ def qstar_generate(
     theta_weight: α; `kl_symmetry` is equally far from both.
     draft: see `DraftOptions`; `auto` is what the third model does where there is one, else `alternate`. gamma, verify, cost,
     position_cost: see `DraftOptions`. cost=None is the ratio of parameters;
-    `**forward_costs(model, target_model, input_ids, draft_model)._asdict()` measures both costs.
+    `**forward_costs(model, target_model, input_ids, draft_model)._asdict()` measures both costs; for a block drafter with the
+    mixture= and verify= of the rounds that are decoded.
     stream: called with the new tokens (n,) of a single text after every round. generator: of all draws; torch's own seed
     where none is given.
     Temperature acts on both models, other processors, top-k and top-p on q*. do_sample=False takes q*'s most probable token.

@@ -37,7 +37,7 @@ def test_one_forward_is_one_forward_a_position(growth, reads):
 
 @pytest.mark.parametrize("growth", GROWTH)
 def test_the_first_position_of_every_text_commits_if_asked(growth):
-    """Also behind padding and in later documents of a row; the other form of the forward pass agrees, and rates stay."""
+    """Also behind padding and in later documents of a row; the other form of the forward pass agrees."""
     model, ids = tiny_online(growth=growth, gate="none", commit_first=True), texts()
     with torch.no_grad():
         logits = model.logits(model.read(ids, settings=HALF)[0])
@@ -52,6 +52,27 @@ def test_the_first_position_of_every_text_commits_if_asked(growth):
     assert apart.commit[:, [0, 6]].all()
     assert not apart.commit.all()
     assert (apart.probability[:, [0, 6]] == 1).all()
+
+
+@pytest.mark.parametrize("gate", get_args(Gate))
+def test_every_gate_takes_a_first_position_that_commits_in_any_case(gate):
+    model, ids = tiny_online(growth="null", gate=gate, commit_first=True), texts()
+    model.train()
+    states, levels = model.read(ids, settings=HALF)
+    assert levels[0].routing.commit[:, 0].all()
+    model.logits(states).square().mean().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert (levels[0].routing.probability[:, 0] == 1).all()
+
+
+def test_a_forced_commit_leaves_nothing_for_the_sum_of_the_next_position():
+    """Continuous integrate-and-fire: the first position counts as one whole, not as nearly one."""
+    model = tiny_online(growth="accumulate", gate="none", commit_first=True)
+    with torch.no_grad():
+        for weight in model.stack.router.parameters():
+            weight.zero_()  # every other position has one half
+    assert commits_of(model, texts())[:, :5].int().tolist() == [[1, 0, 1, 0, 1]] * 3
 
 
 def test_without_being_asked_a_first_position_can_be_a_null():

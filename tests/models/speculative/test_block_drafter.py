@@ -257,7 +257,7 @@ def test_training_sees_what_decoding_serves(dependence):
 
 
 @pytest.mark.parametrize("dependence", DEPENDENCES)
-def test_blocks_of_one_text_are_what_each_is_alone(dependence):
+def test_blocks_of_one_text_are_what_each_is_alone(dependence, monkeypatch):
     """They share keys and values, in any order and with different numbers for each text; every window begins in the text."""
     own = models(torch.float64)
     drafter, mixture = drafter_of(own, dependence), MixtureDist()
@@ -268,8 +268,8 @@ def test_blocks_of_one_text_are_what_each_is_alone(dependence):
     read = read_texts(own, drafter, mixture, text)
     row, anchor = torch.tensor([2, 0, 2, 1, 0, 2]), torch.tensor([7, 0, 2, 6, 10, 9])
     together = blocks_at(text, row, anchor, 3)
-    if dependence == "noise":  # of each token in its text, so that it is the same in every company
-        drafter._noise_of = lambda memory, read, last, tokens, *given: (tokens + last.unsqueeze(-1)).double() / 20
+    # where in its interval the noise of a token lies, so that it is the same in every company
+    monkeypatch.setattr("models.speculative.block_training.uniform", lambda *shape, generator: torch.full(shape, 0.5))
     found = drafted_log_probs(drafter, read, text, together, mixture, torch.Generator())
     for k in range(6):
         one = blocks_at(text, row[k : k + 1], anchor[k : k + 1], 3)
@@ -283,6 +283,18 @@ def test_blocks_of_one_text_are_what_each_is_alone(dependence):
     # the control: another window
     drafter.window = 3
     assert not torch.allclose(drafted_log_probs(drafter, read, text, together, mixture, torch.Generator()), found)
+
+
+def test_texts_longer_than_a_window_train_in_half_precision():
+    own = models(torch.bfloat16)
+    drafter = drafter_of(own, "markov").bfloat16()
+    drafter.window = 3
+    ids = torch.randint(V, (2, 40), generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(2, 39, dtype=torch.bool)
+    text = CausalText(ids[:, :-1], ids[:, 1:], seen, seen)
+    blocks = blocks_at(text, torch.tensor([0, 1, 1]), torch.tensor([30, 5, 35]), 3)
+    read = read_texts(own, drafter, MixtureDist(), text)
+    assert drafted_log_probs(drafter, read, text, blocks, MixtureDist(), torch.Generator()).isfinite().all()
 
 
 @pytest.mark.parametrize("dependence", DEPENDENCES)
