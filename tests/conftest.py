@@ -11,11 +11,14 @@ from helpers.experiment import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hypothesis import settings
 
 from datamodules.oracle.datamodule import OracleDataModule
 from models.backbones.llada import LladaModel, build_llada
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+settings.register_profile("leap", deadline=None, derandomize=True, database=None)  # no test depends on speed or chance
+settings.load_profile("leap")
 
 
 LONGEST = ("test_ranks", "test_monitor_ranks", "test_tutorial", "test_end_to_end", "test_foreign_folders")

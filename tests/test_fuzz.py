@@ -112,14 +112,14 @@ def refuses_well(option: str, value: object) -> None:
         GlobalHydra.instance().clear()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15)
 @given(st.sampled_from(LEAVES), VALUES)
 def test_options_work_or_are_named(option, value):
     refuses_well(option, value)
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@settings(max_examples=600)
 @given(st.sampled_from(LEAVES), VALUES)
 def test_many_options_work_or_are_named(option, value):
     refuses_well(option, value)
@@ -137,7 +137,7 @@ LINE = st.one_of(GOOD.map(json.dumps), JSON.map(json.dumps), st.text(max_size=10
 
 
 @pytest.mark.filterwarnings("ignore:.*unusable lines were skipped")
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(st.lists(LINE | st.binary(max_size=6), max_size=6))
 def test_data_files_work_or_are_named(lines):
     with tempfile.TemporaryDirectory() as folder:
@@ -184,7 +184,7 @@ def rows_as(kind: str, columns: tuple[str, str], rows: list[tuple[str, str]]) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*unusable lines were skipped")
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80)
 @given(
     kind=st.sampled_from([".csv", ".jsonl"]), column=st.sampled_from(COLUMNS), encoding=st.sampled_from(ENCODINGS),
     rows=st.lists(st.tuples(CELL, CELL), max_size=4), pack=st.sampled_from([None, "gz", "cut", "plain"]),
@@ -213,7 +213,7 @@ def test_tables_of_any_spelling_work_or_are_named(kind, column, encoding, rows, 
                 assert kept[0] in {row[1] for row in rows}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 @given(
     st.one_of(
         st.sampled_from(
@@ -234,7 +234,7 @@ def test_paths_of_any_spelling_are_named(path, kind):
         kind(**own, tokenizer="byte", eval_batch_size=1, cache_dir=folder).setup("fit")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 @given(
     st.text(max_size=20)
     | st.sampled_from(["-x", "  ", "%s %d", "$HOME ${x} ${oc.env:HOME}", "\\", "\\'", "a\nb", "🙂=['\"]"])
