@@ -24,9 +24,10 @@ from models.functional.commits import (
 from models.functional.errors import UsageError
 from models.online.attention import Visible, concepts_first, deep_block_mask
 from models.online.codes import Coded, build_codes
+from models.online.growth import ReadOut, build_router
 from models.online.layer_stack import LayerStack
 from models.online.options import OnlineModelOptions
-from models.online.router import ReadOut, RouterState, Routing, build_router
+from models.online.router import RouterState, Routing
 from models.online.row_cache import RowCache
 from models.online.stack_state import StackState
 

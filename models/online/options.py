@@ -32,7 +32,7 @@ class OnlineModelOptions:
 
     split: layers of [shallow, middle, deep], the middle a number or again such a list; None is 2 : 3 : 2.
     levels: 2 splits the middle again in the same proportions: a second level of concepts.
-    growth: the rule that decides which positions commit (`router.GROWTH`).
+    growth: the rule that decides which positions commit (`growth.GROWTH`).
     router_reads: the hidden states that the rule reads: those of the shallow layers, or those of the whole model, whose other
         layers then also read every position. That saves no FLOPs; it shows what a better decision would be worth.
     draft_tokens: for growth `draft`; how many tokens are drafted after each commit.

@@ -10,9 +10,9 @@ from models.functional.commit_rate import ratio_loss
 from models.functional.next_token import CausalText
 from models.functional.usage import usage_kl
 from models.online.concept_stack import Level
+from models.online.growth import SurpriseRouter
 from models.online.model import OnlineConceptModel
 from models.online.options import TERMS
-from models.online.router import SurpriseRouter
 
 
 def online_terms(

@@ -17,7 +17,7 @@ from models.backbones.causal_lm import causal_nll, save_causal
 from models.functional.next_token import causal_text
 from models.objectives.next_token import NextToken
 from models.online.concept_stack import CompressionSettings
-from models.online.router import GROWTH
+from models.online.growth import GROWTH
 from models.online.terms import online_terms
 from reporting.record import read_record
 

@@ -5,7 +5,7 @@ import torch
 from helpers.online import VOCABULARY, padded, ragged, texts, tiny_online
 
 from models.online.decoder import IncrementalForward, generate_online
-from models.online.router import GROWTH
+from models.online.growth import GROWTH
 
 NESTED = [1, [1, 1, 1], 1]  # the middle is split again
 

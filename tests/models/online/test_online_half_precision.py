@@ -7,8 +7,8 @@ from helpers.online import HALF, texts
 
 from models.backbones.added_layers import AddedLinear
 from models.online.decoder import IncrementalForward
+from models.online.growth import GROWTH
 from models.online.model import OnlineConceptModel
-from models.online.router import GROWTH
 
 CASES = [
     *((growth, "gumbel_st", 1) for growth in GROWTH),

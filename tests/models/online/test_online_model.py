@@ -12,10 +12,10 @@ from models.backbones.causal_lm import with_adapters
 from models.functional import commit_gates
 from models.functional.errors import UsageError
 from models.online.concept_stack import CompressionSettings
+from models.online.growth import GROWTH
 from models.online.layer_stack import nested_split
 from models.online.model import OnlineConceptModel
 from models.online.options import Gate
-from models.online.router import GROWTH
 
 # ways of growth, and states that they read
 WAYS = [*((growth, "shallow") for growth in GROWTH), *((growth, "whole") for growth in ("null", "entropy", "draft"))]

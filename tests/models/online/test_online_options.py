@@ -5,8 +5,8 @@ from typing import get_args
 
 import pytest
 
+from models.online.growth import GROWTH
 from models.online.options import Growth, OnlineConceptOptions, OnlineModelOptions
-from models.online.router import GROWTH
 
 
 def test_every_growth_has_a_router():
