@@ -19,13 +19,14 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lightning_modules.training.checkpoints import kept_state, require_optimizer, require_weights
 from lightning_modules.training.decoder_cost import measure_decoder
-from lightning_modules.training.optimizers import OptimizerName, make_optimizer, used_optimizer
+from lightning_modules.training.optimizers import make_optimizer, used_optimizer
 from lightning_modules.training.sharding import shard_trained, whole_weights
 from models.backbones.sharded_layers import shard_frozen
 from models.functional.errors import UsageError, require_at_least, require_choice
 from models.functional.weights import trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.figures import ModelFigures
+from models.interfaces.optimizer import OptimizerName
 
 COMPARISON_STREAM = 100  # of random draws; a decoder's own is this plus its index
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.base import LeapModule
-from lightning_modules.training.optimizers import OptimizerName
 from models.backbones.llada import LladaModel
 from models.diffusion.commit_rules import build_rules
 from models.diffusion.sampler import rule_decoders, scheduled_decoders
@@ -19,6 +18,7 @@ from models.functional.errors import UsageError
 from models.functional.weights import copy_weights, number_of_weights, trainable_weights
 from models.interfaces.decoder import Decoder
 from models.interfaces.masked_sampling import MaskedSampling
+from models.interfaces.optimizer import OptimizerName
 
 
 class MeanFlowDistillModule(LeapModule):

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from lightning_modules.base import LeapModule
 from lightning_modules.training.compile import decoder_layers
 from lightning_modules.training.nll_meter import NllMeter
-from lightning_modules.training.optimizers import OptimizerName
 from lightning_modules.training.step_cost import flops_of_step
 from lightning_modules.training.token_weights import TokenWeights
 from models.backbones.autoregressive import AutoregressiveDecoder
@@ -37,6 +36,7 @@ from models.interfaces.masked_sampling import (
     forwards_in_blocks,
 )
 from models.interfaces.objective import Generation, Likelihood, Objective, Terms, TextObjective
+from models.interfaces.optimizer import OptimizerName
 
 # streams of random draws, see `step_generator`
 TRAINING_STREAM, VALIDATION_STREAM, LIKELIHOOD_STREAM = 0, 1, 2

@@ -2,15 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from models.functional.newton_schulz import orthogonalised
+from models.interfaces.optimizer import OptimizerName
 
-OptimizerName = Literal["adamw", "muon"]
 ROOT_MEAN_SQUARE = 0.2  # of AdamW's steps, in units of the learning rate
 ENTRIES_AT_ONCE = 2**24  # of matrices that are orthogonalised together: large ones gain nothing, and would take memory
 

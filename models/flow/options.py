@@ -1,7 +1,4 @@
-"""The options of the flows' modules: every default, and the checks that need no model.
-
-Literals of optimizers are repeated here: the package that owns them may not be imported from this one.
-"""
+"""The options of the flows' modules: every default, and the checks that need no model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +13,10 @@ from models.functional.flow_times import TimeLaw, require_shares
 from models.functional.jvp import JvpBackend
 from models.functional.meanflow import FlowLoss, Tangent
 from models.interfaces.masked_sampling import TeacherOptions
+from models.interfaces.optimizer import OptimizerName
 
 FlowTarget = Literal["psd", "meanflow"]
 Weighting = Literal["none", "inverse_p", "adaptive"]
-OptimizerName = Literal["adamw", "muon"]
 
 
 def _stages() -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from models.backbones.code_space import Sampler
 from models.functional.errors import UsageError, require_at_least, require_choice, require_share
+from models.interfaces.optimizer import OptimizerName
 from models.plans.layout import Planning
 from models.plans.rows import PosteriorReads
 from models.plans.sources import Code
@@ -13,7 +14,6 @@ from models.plans.terms import NAMES
 
 Weight = float | Sequence[float]
 ExecutorKind = Literal["autoregressive", "parallel"]
-OptimizerKind = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class PlanOptions:
     plan_temperature: float = 1.0
     temperature: float = 1.0
     lora_rank: int | None = None
-    optimizer: OptimizerKind = "adamw"
+    optimizer: OptimizerName = "adamw"
     lr: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100
