@@ -35,7 +35,7 @@ from models.functional.errors import UsageError
 from models.functional.next_token import IGNORED, causal_text
 from models.functional.nll import all_most_probable, chosen_nll
 from models.functional.stop_strings import cut_at_stops, holds_stop
-from models.interfaces.decoder import Decoder
+from models.interfaces.decoder import Decoder, forward_passes_of
 from reporting.console import print_error
 
 logger = logging.getLogger("lm_eval.leap")
@@ -321,7 +321,7 @@ class LeapHarness(TemplateLM):
                 prompts = {k: self._prompt(requests[k].args[0], room) for k in members}
                 for chosen in chunks(sorted(members, key=lambda k: -len(prompts[k])), self.batch_size):
                     found = decoder(self._rows([prompts[k] for k in chosen], length), generator)
-                    self.passes += forward_passes(decoder, len(chosen))
+                    self.passes += forward_passes_of(decoder, len(chosen)).tolist()
                     for k, ids in zip(chosen, found.tolist(), strict=True):
                         texts[k] = cut_at_stops(self._text(ids), how.until)
                         self.cache_hook.add_partial("generate_until", requests[k].args, texts[k])
@@ -359,12 +359,6 @@ class LeapHarness(TemplateLM):
 
 def chunks(items: list[int], size: int) -> Iterator[list[int]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def forward_passes(decoder: Decoder, texts: int) -> list[float]:
-    """Of each text of the last batch."""
-    own = getattr(decoder, "forward_passes", None)
-    return [float(decoder.forwards)] * texts if own is None else own.double().tolist()
 
 
 def say_sentences() -> None:

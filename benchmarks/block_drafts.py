@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
+from configured import configured
 from timing import Row, Stopwatch, as_ratio, build_result, new_parser, prepare, quartiles, show, with_spread, write_json
 from torch import Generator, Tensor, nn
 from transformers import GenerationConfig
@@ -30,7 +29,6 @@ from models.speculative.drafter_files import load_drafter
 from models.speculative.options import DecodingOptions, Scheme
 from reporting.console import report_console
 
-CONF = Path(__file__).parent.parent / "conf"
 NAIVE = "no drafts"
 Rows = dict[str, Tensor]
 
@@ -64,11 +62,7 @@ Way = Callable[[Rows, int], Texts]  # (prompts of a batch, seed) -> its texts
 
 def built(options: list[str], folder: Path) -> tuple[Any, Any]:
     """The module with its models and the data of an experiment, as mode=test has them."""
-    paths = [f"paths.output_dir={folder}", f"paths.run_dir={folder}/run"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=["mode=test", *paths, *options], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    module, _, data = build(cfg)
+    module, _, data = build(configured(["mode=test", *options], folder))
     data.setup()
     return module.eval(), data
 

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
+from configured import configured
 from timing import Row, as_ratio, build_result, build_row, interleave, new_parser, prepare, show, timed, write_json
 from torch import Generator, Tensor
 
 from app.build import build
 from app.trained import fill_from_checkpoint
 from models.flow.student_files import load_student
-from models.interfaces.decoder import Decoder
+from models.interfaces.decoder import Decoder, forward_passes_of
 from reporting.console import quiet_libraries, report_console
 
-CONF = Path(__file__).parent.parent / "conf"
 QUALITY = {
     "valid": ("validity", ".3f"),
     "TV": ("tv", ".2f"),
@@ -58,8 +56,7 @@ class Trial:
         few = {name: column[numbers.to(column.device)] for name, column in self.rows.items()}
         texts = self.decoder(few, Generator(few["input_ids"].device).manual_seed(self.seed + max(0, self.turn)))
         if self.turn >= 0:
-            own = getattr(self.decoder, "forward_passes", None)
-            self.passes.append(torch.full((self.batch,), self.decoder.forwards) if own is None else own.cpu())
+            self.passes.append(forward_passes_of(self.decoder, self.batch).cpu())
             self.read.append(numbers)
             self.texts.append(texts)
         self.turn += 1
@@ -76,14 +73,12 @@ class Trial:
 
 def finished(name: str, options: list[str], device: torch.device) -> tuple[list[Decoder], Any]:
     """The decoders of a finished run, and its data, as mode=test has them."""
-    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONF), version_base="1.3"):
-        paths = [f"paths.output_dir={folder}", f"paths.run_dir={folder}/run"]
-        cfg = compose("config", overrides=["mode=test", *paths, *options], return_hydra_config=True)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = configured(["mode=test", *options], Path(folder))
         if (cfg.ckpt_path is None) == (cfg.student_path is None):
             raise SystemExit(
                 f"--run {name} needs the weights of a finished run; type ckpt_path=FILE or student_path=FOLDER"
             )
-        HydraConfig.instance().set_config(cfg)
         with quiet_libraries():
             module, trainer, data = build(cfg)
     data.setup()
@@ -106,10 +101,11 @@ def named(run: str, decoders: list[Decoder]) -> dict[str, Decoder]:
 
 def shared_rows(corpora: Mapping[str, Any]) -> Rows:
     """The test rows. Errors: SystemExit where two runs have different ones."""
-    (first, data), *others = corpora.items()
-    rows = data.rows["test"].__getitems__(list(range(len(data.rows["test"]))))
-    for name, other in others:
-        own = other.rows["test"].__getitems__(list(range(len(other.rows["test"]))))
+    found = {
+        name: data.rows["test"].__getitems__(list(range(len(data.rows["test"])))) for name, data in corpora.items()
+    }
+    (first, rows), *others = found.items()
+    for name, own in others:
         if own.keys() != rows.keys() or not all(torch.equal(own[key], rows[key]) for key in rows):
             raise SystemExit(
                 f"the test rows of --run {name} are not those of --run {first}; give both the same data options"

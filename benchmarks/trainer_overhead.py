@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
+from configured import configured
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 from rich.console import Console
@@ -36,7 +35,6 @@ from callbacks.progress import StageProgress
 from reporting.console import quiet_libraries, report_console
 
 COMPARED = 20  # steps whose losses have to agree; rounding grows from step to step after that
-CONF = Path(__file__).parent.parent / "conf"
 # name -> experiment and options; no option changes what a step does, or how often anything is looked at
 METHODS = {
     "next token": ["objectives"],
@@ -131,14 +129,9 @@ def _validate(trainer: Trainer, module: LightningModule) -> None:
 # -- from options to result ------------------------------------------------------------------------------------------
 
 
-def configured(method: str, folder: Path, more: list[str]) -> DictConfig:
+def of_method(method: str, folder: Path, more: list[str]) -> DictConfig:
     experiment, *options = METHODS[method]
-    folders = [f"paths.output_dir={folder}", f"paths.run_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = [f"experiment={experiment}", *options, *folders, *more]
-        cfg = compose("config", overrides=overrides, return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    return cfg
+    return configured([f"experiment={experiment}", *options, f"paths.cache_dir={folder}/cache", *more], folder)
 
 
 def loop(cfg: DictConfig, steps: int, by_hand: bool) -> Callable[[Pause], None]:
@@ -166,7 +159,7 @@ def loop(cfg: DictConfig, steps: int, by_hand: bool) -> Callable[[Pause], None]:
 def measure(method: str, args: argparse.Namespace, device: torch.device, more: list[str]) -> list[dict[str, Any]]:
     """A row for each of the two loops."""
     with tempfile.TemporaryDirectory() as folder:
-        configurations = {name: configured(method, Path(folder, str(k)), more) for k, name in enumerate(LOOPS)}
+        configurations = {name: of_method(method, Path(folder, str(k)), more) for k, name in enumerate(LOOPS)}
         for cfg in configurations.values():
             Path(cfg.paths.output_dir).mkdir()
         steps = args.warmup + args.repeats

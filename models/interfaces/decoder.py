@@ -6,6 +6,7 @@ Legend: B batch, L length, R response columns.
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Generator, Tensor
 
 # called with the tokens so far: (B, n) from left to right, or (B, R) with masks where all positions are refined
@@ -36,3 +37,9 @@ class Decoder(Protocol):
         returned.
         """
         ...
+
+
+def forward_passes_of(decoder: Decoder, texts: int) -> Tensor:
+    """Of each of the `texts` that a decoder generated last, (texts,)."""
+    own = getattr(decoder, "forward_passes", None)
+    return torch.full((texts,), decoder.forwards) if own is None else own
