@@ -71,7 +71,7 @@ class BlockDraftModule(LeapModule):
         # one model is q* of itself at any weight
         self.mixture = replace(options.mixture, theta_weight=1.0) if alone else options.mixture
         self.drafter = BlockDrafter(self.verifiers, options.drafter, second.config.get_text_config().vocab_size)
-        self._pool = TextPool(options.pool_size, options.pool_keeps != "texts", options.pool_keeps == "half_reads")
+        self._pool = TextPool(options.pool_size, options.pool_keeps)
         self._proposed_known = options.draft_vocabulary is None
         self._decoders: list[QStarDecoder] = []
         self._totals: dict[int, DraftTotals] = defaultdict(DraftTotals)  # by decoder, over the batches of a test

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from models.functional.divergence import by_positions
+from models.functional.divergence import by_positions, kl_divergence
 from models.functional.errors import UsageError
 
 
@@ -65,10 +65,9 @@ def certain_mean(evidence: Tensor, mask_embedding: Tensor, embedding: Tensor) ->
     evidence (..., V) of `token_evidence`, mask_embedding (D,), embedding (V, D) -> (..., D). A network that reads the linear
     estimate of `wiener_gain` has to find the nearest of V tokens itself; this one has done it, with equal priors.
     """
-    log_p = torch.log_softmax(evidence, dim=-1)
-    p = log_p.exp()
-    certainty = 1 + torch.where(p > 0, p * log_p, 0.0).sum(-1, keepdim=True) / math.log(embedding.shape[0])
-    return mask_embedding + certainty * (p @ embedding - mask_embedding)
+    log_p, most = torch.log_softmax(evidence, dim=-1), math.log(len(embedding))
+    certainty = kl_divergence(log_p, log_p.new_tensor(-most)).unsqueeze(-1) / most  # of p from equal probabilities
+    return mask_embedding + certainty * (log_p.exp() @ embedding - mask_embedding)
 
 
 def velocity(z: Tensor, expected: Tensor, s: Tensor) -> Tensor:

@@ -4,16 +4,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from models.speculative.block_options import PoolKeeps
 from models.speculative.block_training import Read
 
 Rows = dict[str, Tensor]
 
 
 class TextPool:
-    """size: batches that are kept; 0 keeps none. keeps_reads: also what the verifiers make of them. halved: see `Read`."""
+    """size: batches that are kept; 0 keeps none. keeps: see `BlockDraftOptions.pool_keeps`."""
 
-    def __init__(self, size: int, keeps_reads: bool, halved: bool = False) -> None:
-        self.size, self.keeps_reads, self.halved = size, keeps_reads, halved
+    def __init__(self, size: int, keeps: PoolKeeps) -> None:
+        self.size, self.keeps = size, keeps
         self.texts: dict[int, Rows] = {}
         self._reads: dict[int, Read] = {}
 
@@ -28,11 +29,11 @@ class TextPool:
 
     def read(self, turn: int, make: Callable[[], Read]) -> Read:
         """What the verifiers make of the batch of this turn."""
-        if not (self.size and self.keeps_reads):
+        if not self.size or self.keeps == "texts":
             return make()
         slot = turn % self.size
         if slot not in self._reads:
-            self._reads[slot] = make().halved() if self.halved else make()
+            self._reads[slot] = make().halved() if self.keeps == "half_reads" else make()
         return self._reads[slot]
 
     def state_dict(self) -> dict[int, Rows]:
