@@ -108,7 +108,7 @@ def _handle_signals(handler: Any) -> None:
 def _leave_terminal() -> None:
     """Send what is printed from now on nowhere, unless it goes to a file or pipe.
 
-    Each write to a closed terminal fails, and its error would take the place of Interrupted.
+    A write to a closed terminal raises an error, which would be raised instead of Interrupted.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):

@@ -29,7 +29,7 @@ ROW_EXTENSIONS = ".jsonl, .jsonl.gz, .csv, .csv.gz or .parquet"
 SHOWN_PROBLEMS = 5
 PARQUET_ROWS = 256  # decoded at a time
 PARQUET_BUFFER = 2**20
-# What readers say of bytes that are not UTF-8. Elsewhere than in csv the second is half of a character, written as JSON may.
+# Messages of readers about bytes that are not UTF-8. Outside of csv the second is about half a character, which JSON can hold.
 ANOTHER_ENCODING = re.compile(r": bad UTF-8 at byte \d+$|\.csv(\.gz)?:\d+: .* is not valid UTF-8$", re.IGNORECASE)
 
 Source = str | os.PathLike | Iterable[str | os.PathLike]

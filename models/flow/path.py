@@ -163,7 +163,7 @@ class NoisyMaskPath:
         return wiener_gain(s, self.noise_scale, self.spread)
 
     def own_token(self, z: Tensor, s: Tensor) -> Tensor:
-        """What each noisy position says of its own token alone, as an embedding (`certain_mean`): (N, D), (N,) -> (N, D)."""
+        """The mean embedding of each position's token, given its own noise alone (`certain_mean`): (N, D), (N,) -> (N, D)."""
         mask, embedding = (at_least_float32(part) for part in (self.mask_embedding, self.embedding))
         z, s = z.to(embedding.dtype), s.to(embedding.dtype).clamp(max=NEARLY_CLEAN)
 
