@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 from torch import Generator, Tensor
 
+from app.answers import AnswersFile
 from app.build import (
     data_of,
     is_published,
@@ -24,7 +25,7 @@ from app.run_files import find_checkpoint, found, newest, newest_student, requir
 from app.students import student_decoder
 from app.trained import fill_from_checkpoint, newest_model, trained_decoder
 from app.typed import as_typed
-from datamodules.prompts import read_prompts
+from datamodules.prompts import has_rows, read_prompt_rows, read_prompts, require_prompts
 from lightning_modules.block_draft import BlockDraftModule
 from models.diffusion.sampler import MaskedDiffusionDecoder, block_count
 from models.flow.student_files import load_student, teacher_folder
@@ -41,8 +42,11 @@ BATCH = 64  # prompts
 
 
 def generate(cfg: DictConfig) -> None:
-    """Print responses of the trained model, or with decoder=teacher of its teacher, to prompt= or the lines of prompt_file=."""
-    prompts = read_prompts(as_typed("prompt", cfg.prompt), cfg.prompt_file, cfg.n)
+    """Print responses of the trained model, or with decoder=teacher of its teacher, to prompt= or to all of prompt_file=.
+
+    With answers_file= they are kept as rows of a file instead.
+    """
+    prompts, given = _asked(cfg)
     if (1 if cfg.forwards is None else cfg.forwards) < 1 or (cfg.temperature or 0) < 0:
         raise UsageError(f"forwards={cfg.forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
     require_choice("decoder", cfg.decoder, ("student", "teacher"))
@@ -52,19 +56,54 @@ def generate(cfg: DictConfig) -> None:
     rows = datamodule.encode_prompts(prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = find_decoder(cfg, weights, datamodule, device)
-    generator = Generator(device=device).manual_seed(cfg.seed)
-    streamed = len(prompts) == 1 and console.is_terminal if cfg.stream is None else cfg.stream
+    kept = _answers_file(cfg, weights, given)
+    streamed = kept is None and (len(prompts) == 1 and console.is_terminal if cfg.stream is None else cfg.stream)
     together = 1 if streamed else BATCH
-    starts = range(0, len(prompts), together)
+    starts = range(0 if kept is None else kept.done, len(prompts), together)
     # a bar on a terminal alone: elsewhere the output is the answers, a line each
     shown = console.is_terminal and not streamed and len(starts) > 1
     for start in track(starts, description="generating", console=console) if shown else starts:
         few = {name: column[start : start + together].to(device) for name, column in rows.items()}
+        generator = Generator(device=device).manual_seed((cfg.seed + start) % 2**32)  # alike after an interruption
         if streamed:
             stream_answer(decoder, few, generator, datamodule, prompts[start])
-        else:
-            texts = datamodule.decode_responses(decoder(few, generator))
+            continue
+        texts = datamodule.decode_responses(decoder(few, generator))
+        if kept is None:
             print_answers(console, prompts[start : start + together], texts, plans_of(decoder))
+        else:
+            kept.add(texts)
+    if kept is not None:
+        kept.close()
+        console.print(f"{kept.done:,} responses: {kept.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _asked(cfg: DictConfig) -> tuple[list[str], list[Any]]:
+    """The prompts as text, and as their rows have them where prompt_file= has rows; each n times."""
+    if not has_rows(cfg.prompt_file) or "prompt_field" not in cfg.data:
+        prompts = read_prompts(as_typed("prompt", cfg.prompt), cfg.prompt_file, cfg.n)
+        return prompts, list(prompts)
+    require_prompts(cfg.prompt, cfg.prompt_file, cfg.n)
+    rows = read_prompt_rows(cfg.prompt_file, cfg.data.prompt_field)
+    return [text for text in rows for _ in range(cfg.n)], [value for value in rows.values() for _ in range(cfg.n)]
+
+
+def _answers_file(cfg: DictConfig, weights: Path | None, given: list[Any]) -> AnswersFile | None:
+    """Where the responses go, None for the screen. The same command finds what it has left."""
+    if cfg.answers_file is None:
+        return None
+    if cfg.stream:
+        raise UsageError(
+            f"stream=true shows texts, and answers_file={cfg.answers_file} keeps them; leave one of them out"
+        )
+    fields = (cfg.data.get("prompt_field", "prompt"), cfg.data.get("response_field", "response"))
+    options = [cfg[name] for name in ("name", "seed", "forwards", "temperature", "decoder", "plan", "n")]
+    model = [str(weights), None if weights is None else weights.stat().st_mtime_ns]
+    made_with = [options, model, OmegaConf.to_container(cfg.module, resolve=True)]
+    kept = AnswersFile(Path(cfg.answers_file), fields, given, made_with, BATCH)
+    if kept.done:
+        console.print(f"going on after {kept.done:,} of {len(given):,} responses", highlight=False)
+    return kept
 
 
 def stream_answer(decoder: Decoder, row: dict[str, Tensor], generator: Generator, data: Any, prompt: str) -> None:

@@ -52,7 +52,7 @@ def run_mode(cfg: DictConfig) -> float | None:
 
 def _require_use(cfg: DictConfig) -> None:
     """Raise UsageError for an option that would be passed over without a word."""
-    for name in ("prompt", "prompt_file", "plan") if cfg.mode != "generate" else ():
+    for name in ("prompt", "prompt_file", "answers_file", "plan") if cfg.mode != "generate" else ():
         if cfg[name] is not None:
             raise UsageError(f"{name}= is answered by mode=generate, and this is mode={cfg.mode}; type mode=generate")
     if cfg.student_path is not None and cfg.teacher is None and cfg.mode != "report":

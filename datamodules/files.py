@@ -94,7 +94,7 @@ def _collect(rows: Iterable[LocatedRow], where: str, prompt_field: str, response
             continue
         fields.update(dict.fromkeys(row))
         try:
-            prompt, slots = _prompt(row, prompt_field)
+            prompt, slots = prompt_of(row, prompt_field)
             pairs.add(prompt, text_of(row, response_field), slots)
         except ValueError as error:
             problems.append(f"{location}: {error}")
@@ -108,7 +108,8 @@ def _collect(rows: Iterable[LocatedRow], where: str, prompt_field: str, response
     pairs.problems.extend(problems)
 
 
-def _prompt(row: dict[str, Any], name: str) -> tuple[str, dict[str, str] | None]:
+def prompt_of(row: dict[str, Any], name: str) -> tuple[str, dict[str, str] | None]:
+    """The prompt of a row as text, and its slots where it is a dictionary of them. Raises ValueError where it is neither."""
     value = row.get(name)
     if not isinstance(value, dict):
         return text_of(row, name), None

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from datamodules.sources import valid_text
+from datamodules.files import prompt_of
+from datamodules.sources import ROW_EXTENSIONS, first_few, no_such_field, read_rows, suffix_of, valid_text
 from datamodules.text_encoding import require_utf8
 from models.functional.errors import UsageError
 
@@ -19,12 +20,55 @@ def read_prompts(prompt: Any, prompt_file: str | None, n: int) -> list[str]:
     prompt_file: UTF-8 with one prompt a line. A line ends with \\n or \\r\\n, in a file without
         any \\n with \\r, and blank ones are skipped.
     """
+    require_prompts(prompt, prompt_file, n)
+    prompts = [_text(prompt)] if prompt_file is None else _lines(Path(prompt_file))
+    return [text for text in prompts for _ in range(n)]
+
+
+def require_prompts(prompt: Any, prompt_file: str | None, n: int) -> None:
+    """Raise UsageError for a number of responses below 1, and for prompts from two places."""
     if n < 1:
         raise UsageError(f"n={n} must be at least 1")
     if prompt is not None and prompt_file is not None:
         raise UsageError(f"prompt= and prompt_file={prompt_file} are both given; type one of them")
-    prompts = [_text(prompt)] if prompt_file is None else _lines(Path(prompt_file))
-    return [text for text in prompts for _ in range(n)]
+
+
+def has_rows(prompt_file: str | None) -> bool:
+    """Whether a file of prompts has rows with fields, by its name, and not a prompt a line."""
+    return prompt_file is not None and suffix_of(Path(prompt_file)) in ROW_EXTENSIONS.replace(" or ", ", ").split(", ")
+
+
+def read_prompt_rows(prompt_file: str, field: str) -> dict[str, Any]:
+    """The different prompts in a field of a file's rows, in the file's order: {prompt as text: as the row has it}.
+
+    A row without a prompt is left out, with a warning. Raises UsageError where there is none at all.
+    """
+    path = Path(prompt_file)
+    if not path.is_file():
+        raise UsageError(
+            f"prompt_file={path} does not exist; give a file of rows or a text file with one prompt a line"
+        )
+    prompts: dict[str, Any] = {}
+    problems, fields = [], {}
+    for place, row in read_rows(path, [field], "prompt_file"):
+        if isinstance(row, str):
+            problems.append(f"{place}: {row}")
+            continue
+        fields.update(dict.fromkeys(row))
+        try:
+            text, slots = prompt_of(row, field)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        prompts.setdefault(text, row[field] if slots is None else slots)
+    if fields and field not in fields:
+        raise no_such_field(f"prompt_file: {path}", "prompt_field", field, fields)
+    if not prompts:
+        raise UsageError(f"prompt_file={path} has no prompt in its field {field}; see data.prompt_field")
+    if problems:
+        message = f"prompt_file={path}: {len(problems)} rows without a prompt are left out:\n{first_few(problems)}"
+        Console().print(message, markup=False, highlight=False, soft_wrap=True)
+    return prompts
 
 
 def _text(prompt: Any) -> str:

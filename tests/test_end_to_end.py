@@ -49,6 +49,12 @@ def test_the_whole_way_from_fit_to_generate_and_report(configure, tmp_path, caps
     modes.generate(configure(*short, "mode=generate", "prompt_file=prompts.txt"))
     answers = capsys.readouterr().out.splitlines()
     assert [line.split(" → ")[0] for line in answers] == ["who=anna", "who=boris where=paris"]
+    modes.generate(
+        configure(*short, "mode=generate", "prompt_file=prompts.txt", f"answers_file={tmp_path}/answers.jsonl")
+    )
+    assert "2 responses: " in capsys.readouterr().out
+    rows = map(json.loads, (tmp_path / "answers.jsonl").open())
+    assert [f"{row['prompt']} → {row['response']}" for row in rows] == answers
     more = ["mode=generate", "prompt='who=anna'", "n=2", "forwards=2"]
     modes.generate(configure(*short, *more, "decoder=teacher", "temperature=1.0"))
     assert capsys.readouterr().out.count("→") == 2

@@ -207,6 +207,7 @@ def test_a_comma_separates_the_values_of_a_sweep():
         "paths.output_dir",
         "hydra.run.dir",
         "prompt_file",
+        "answers_file",
     ],
 )
 def test_a_path_is_read_as_it_is_typed(name):

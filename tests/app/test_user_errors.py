@@ -127,6 +127,7 @@ MISTAKES = [  # of the main job where no experiment is named
     (["data.train_rows=1000000000000000"], "memory ran out ("),
     (["prompt=hello"], "prompt= is answered by mode=generate, and this is mode=fit; type mode=generate"),
     (["mode=test", "prompt_file=p.txt"], "prompt_file= is answered by mode=generate, and this is mode=test"),
+    (["mode=test", "answers_file=a.jsonl"], "answers_file= is answered by mode=generate, and this is mode=test"),
     (["mode=generate", "prompt=a", "prompt_file=p.txt"], "prompt= and prompt_file=p.txt are both given"),
     (["experiment=objectives", "student_path=x"], "student_path=x: experiment=objectives/next_token trains no student"),
     (["mode=generate", "prompt='${nothing}'"], "prompt: Interpolation key 'nothing' not found; ${...} stands for"),

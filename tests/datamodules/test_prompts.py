@@ -1,13 +1,14 @@
 """Prompts are what was typed: a line of a file each, or the characters after prompt=."""
 
 import codecs
+import json
 import os
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from datamodules.prompts import read_prompts
+from datamodules.prompts import has_rows, read_prompt_rows, read_prompts
 from models.functional.errors import UsageError
 
 LINES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\0")).filter(str.strip)
@@ -93,3 +94,26 @@ def test_what_would_be_passed_over_is_refused(tmp_path):
     (tmp_path / "p.txt").write_bytes("déjà".encode("latin-1"))
     with pytest.raises(UsageError, match=r"not text in UTF-8.*iconv -f windows-1252"):
         read_prompts(None, str(tmp_path / "p.txt"), 1)
+
+
+def test_the_different_prompts_of_rows_are_taken_in_their_order(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"slots": {"name": "B", "area": "any"}},
+        {"slots": "plain"},
+        {"slots": {"name": "B", "area": "any"}},
+        {"slots": []},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert has_rows(str(path))
+    assert not has_rows("prompts.txt")
+    assert not has_rows(None)
+    assert read_prompt_rows(str(path), "slots") == {"name[B], area[any]": rows[0]["slots"], "plain": "plain"}
+    assert "1 rows without a prompt are left out" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"has no field 'input'; type data.prompt_field=NAME"):
+        read_prompt_rows(str(path), "input")
+    with pytest.raises(UsageError, match="does not exist"):
+        read_prompt_rows("nowhere.jsonl", "slots")
+    path.write_text(json.dumps({"slots": []}))
+    with pytest.raises(UsageError, match="has no prompt in its field slots"):
+        read_prompt_rows(str(path), "slots")
