@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from app import run_files
+from app.half_precision import say_if_half_is_slow
 from app.model_cache import cache_key, partial_folder, train_or_load
 from app.run_files import corpus_state, find_checkpoint, models_of, require_same_module
 from callbacks.frontier import FrontierReport
@@ -77,8 +78,9 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Trainer, Any]:
         # the same first weights, whether the teacher was trained now or read from the cache
         seed_everything(cfg.seed, verbose=False)
         module = instantiate(cfg.module, _convert_="all", teacher=teacher)
-    module = _with_layer_options(cfg, module)
-    return module, trainer_of(cfg), datamodule
+    module, trainer = _with_layer_options(cfg, module), trainer_of(cfg)
+    say_if_half_is_slow(cfg, module, trainer)
+    return module, trainer, datamodule
 
 
 def trainer_of(cfg: DictConfig) -> Trainer:
