@@ -80,7 +80,7 @@ def generate(cfg: DictConfig) -> None:
 
 def _asked(cfg: DictConfig) -> tuple[list[str], list[Any]]:
     """The prompts as text, and as their rows have them where prompt_file= has rows; each n times."""
-    if not has_rows(cfg.prompt_file) or "prompt_field" not in cfg.data:
+    if not has_rows(cfg.prompt_file) or "prompt_field" not in (cfg.data or {}):
         prompts = read_prompts(as_typed("prompt", cfg.prompt), cfg.prompt_file, cfg.n)
         return prompts, list(prompts)
     require_prompts(cfg.prompt, cfg.prompt_file, cfg.n)
