@@ -99,7 +99,7 @@ def _answers_file(cfg: DictConfig, weights: Path | None, given: list[Any]) -> An
     fields = (cfg.data.get("prompt_field", "prompt"), cfg.data.get("response_field", "response"))
     options = [cfg[name] for name in ("name", "seed", "forwards", "temperature", "decoder", "plan", "n")]
     model = [str(weights), None if weights is None else weights.stat().st_mtime_ns]
-    made_with = [options, model, OmegaConf.to_container(cfg.module, resolve=True)]
+    made_with = [options, model, *(OmegaConf.to_container(cfg[part], resolve=True) for part in ("module", "data"))]
     kept = AnswersFile(Path(cfg.answers_file), fields, given, made_with, BATCH)
     if kept.done:
         console.print(f"going on after {kept.done:,} of {len(given):,} responses", highlight=False)
