@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 from app.build import build, is_published, keep_made_with, run_dir, runs_of
 from app.command_line import NO_EXPERIMENT
 from app.generate import generate
-from app.locks import exclusive_run, leads
+from app.locks import exclusive_run
 from app.options import check_options
+from app.ranks import leads
 from app.run_files import newest_student, runs_elsewhere
 from app.sweep import in_sweep, typed_again
 from app.trained import fill_from_checkpoint

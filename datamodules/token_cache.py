@@ -81,8 +81,8 @@ def tokenize_once(
             if not (folder / "about.json").is_file():
                 unfinished = folder.with_name(f".unfinished-{folder.name}")
                 shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run has left
-                unfinished.mkdir()
                 try:
+                    unfinished.mkdir()
                     with ReadingProgress(f"{option}: tokenising", total) as meter:
                         _write(unfinished, source, reader, encoder, start_id, option, meter)
                     if _content(source, reader, option) != (content, total):
