@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from app import run_files
+from app.machines import settle_machines
 from app.model_cache import cache_key, partial_folder, train_or_load
 from app.run_files import corpus_state, find_checkpoint, models_of, require_same_module
 from callbacks.frontier import FrontierReport
@@ -211,6 +212,8 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     trainer = make_trainer(cfg, [], False)
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()
+    if cfg.mode in ("fit", "test"):
+        settle_machines(trainer)
     return trainer
 
 

@@ -106,6 +106,10 @@ MISTAKES = [  # of the main job where no experiment is named
     (["experiment=objectives", "callbacks.ema.decay=2"], "callbacks.ema.decay=2 must be at least 0 and less than 1"),
     (["trainer.precision=abc"], "trainer.precision=abc is not known; type one of "),
     (["trainer.devices=many"], "trainer: "),
+    (
+        ["trainer.num_nodes=2"],
+        "waits for 2 machines, and no other one can find this process; on one machine type trainer.",
+    ),
     (["trainer.precision=bf16-true"], "what trains of a student is float32; type trainer.precision=bf16-mixed"),
     (["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"], "there is one only; type trainer.devices=2"),
     (["module=logit_flow", "compile=inductor"], "compile=inductor: forward-mode derivatives do not pass through it"),
