@@ -12,6 +12,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from app.options import _constructed, arguments, check_options, check_value
+from app.own_options import require_read
 from models.functional.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +28,9 @@ def composed(*overrides):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_what_an_experiment_sets_has_the_right_type(name):
-    """And for whatever is true or false the user is told to type that."""
+    """And is read; for whatever is true or false the user is told to type that."""
     cfg = composed(f"experiment={name}")
+    require_read(cfg)
     check_options(cfg)
     switches = [
         (f"{prefix}{key}", arguments(node["_target_"])[key])
