@@ -39,7 +39,9 @@ def require_read(cfg: DictConfig) -> None:
 
 
 def _typed() -> list[str]:
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    """What was typed, as it was: a prompt may hold ${...}."""
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    return typed
 
 
 def _unchecked(plain: dict[str, Any]) -> Iterator[str]:

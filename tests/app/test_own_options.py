@@ -56,7 +56,7 @@ def test_names_of_a_pair(own):
 
 def test_what_is_used_or_added_by_hand_is_taken(own):
     require_read(own("mine: 3\nmore: {lr: 1}\nmodule: {lr: '${more.lr}', seed: '${mine}'}\ncallbacks: {x: null}\n"))
-    require_read(own("", "+note=first"))
+    require_read(own("", "+note=first", "prompt='${nothing}'"))
     require_read(own("seed: 4\nteacher: {path: x}\n"))
 
 
