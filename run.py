@@ -4,23 +4,22 @@ import io
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
-import hydra
-from omegaconf import DictConfig
+from app.ranks import leads
+from app.signals import end_at_once_on_signals, raise_on_signals
 
-from app.command_line import mistake_in, quoted
-from app.experiments import experiment_list
-from app.locks import leads
-from app.welcome import WELCOME
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float | None:
+def main(cfg: "DictConfig") -> float | None:
     say_loading()
     from app.modes import run_mode
     from app.sweep import in_sweep, run_of_sweep
     from reporting.console import print_error, quiet_libraries, sentence_for
 
+    raise_on_signals()
     with quiet_libraries():
         if in_sweep():
             return run_of_sweep(cfg, run_mode)
@@ -47,23 +46,33 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-if __name__ == "__main__":
-    print_anything()
-    if len(sys.argv) == 1 or {"--list", "--help", "-h", "--cfg", "-c"} & set(sys.argv):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # such as `run.py --list | head`; training has sockets of its own
+def start() -> None:
+    """What was typed: help, the list of experiments, a mistake, or a run."""
     if len(sys.argv) == 1:
+        from app.welcome import WELCOME
+
         print(WELCOME)
-        sys.exit(0)
+        return
     if "--list" in sys.argv[1:]:
+        from app.experiments import experiment_list
+
         print(experiment_list())
-        sys.exit(0)
+        return
+    import hydra
+
+    from app.command_line import mistake_in, quoted
+
     sys.argv[1:] = quoted(sys.argv[1:])
     mistake = mistake_in(sys.argv[1:])
     if mistake is not None:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
-    try:
-        main()
-    except KeyboardInterrupt:  # outside training, which saves first
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    hydra.main(version_base="1.3", config_path="conf", config_name="config")(main)()
+
+
+if __name__ == "__main__":
+    end_at_once_on_signals()
+    print_anything()
+    if len(sys.argv) == 1 or {"--list", "--help", "-h", "--cfg", "-c"} & set(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # such as `run.py --list | head`; training has sockets of its own
+    start()

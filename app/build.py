@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from app import run_files
 from app.half_precision import say_if_half_is_slow
+from app.machines import settle_machines
 from app.model_cache import cache_key, partial_folder, train_or_load
 from app.run_files import corpus_state, find_checkpoint, models_of, require_same_module
 from callbacks.frontier import FrontierReport
@@ -213,6 +214,8 @@ def _check_before_work(cfg: DictConfig, datamodule: Any) -> Trainer:
     trainer = make_trainer(cfg, [], False)
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.strategy.require_several()
+    if cfg.mode in ("fit", "test"):
+        settle_machines(trainer)
     return trainer
 
 

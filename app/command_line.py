@@ -257,7 +257,7 @@ def _within(name: str, others: list[str]) -> bool:
 def _require_known(override: Override, options: dict[str, Any]) -> None:
     """Raise UsageError for an option that the configuration does not have, with the nearest that it has."""
     name, line = override.key_or_group, override.input_line or ""
-    known = _names(options)
+    known = option_names(options)
     if name in known:
         return
     instead = instead_of(name, line.partition("=")[2])
@@ -276,7 +276,7 @@ def _require_known(override: Override, options: dict[str, Any]) -> None:
     for above in (name[:at] for at, letter in enumerate(name) if letter == "."):
         if above in known and known[above] is None:
             raise UsageError(f"{line}: this experiment has no {above}")
-    raise UsageError(f"{line}: there is no option {name}; {_nearest(name, list(known))}")
+    raise UsageError(f"{line}: there is no option {name}; {nearest(name, list(known))}")
 
 
 def _trains_nothing(options: dict[str, Any]) -> bool:
@@ -284,13 +284,13 @@ def _trains_nothing(options: dict[str, Any]) -> bool:
     return options["module"] is None and options["study"] is None
 
 
-def _names(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def option_names(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every option by its full name, the parts that hold others among them."""
     found = {}
     for name, value in options.items():
         if name != "_target_":
             found[f"{prefix}{name}"] = value
-            found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+            found |= option_names(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
     return found
 
 
@@ -301,7 +301,7 @@ def _accepted(part: dict[str, Any]) -> set[str]:
     return set(arguments(part["_target_"])) if "_target_" in part else set()
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
     """The names that come nearest: of a last part spelled alike below the same one, spelled alike, or of the same last part."""
     begin, _, last = name.rpartition(".")
     below = {other: other.rpartition(".")[2] for other in known if other.startswith(f"{begin}.") or not begin}

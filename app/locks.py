@@ -3,13 +3,13 @@
 The locks are the operating system's: they end with the process that holds them, however that ends.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from app.ranks import leads
 from models.functional.errors import UsageError
 
 
@@ -51,8 +51,3 @@ def build_once(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 def _lock(path: Path) -> FileLock:
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path)
-
-
-def leads() -> bool:
-    """Whether this process is the first of its run; the others work where it does."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))

@@ -11,8 +11,10 @@ from omegaconf import DictConfig
 from app.build import build, is_published, keep_made_with, run_dir, runs_of
 from app.command_line import NO_EXPERIMENT
 from app.generate import generate
-from app.locks import exclusive_run, leads
+from app.locks import exclusive_run
 from app.options import check_options
+from app.own_options import require_read
+from app.ranks import leads
 from app.run_files import newest_student, runs_elsewhere
 from app.sweep import in_sweep, typed_again
 from app.trained import fill_from_checkpoint
@@ -39,6 +41,7 @@ def run_mode(cfg: DictConfig) -> float | None:
         raise UsageError(f"mode={cfg.mode} is not known; type mode={', '.join(modes)}")
     if cfg.module is None and cfg.study is None and cfg.mode != "report":
         raise UsageError(NO_EXPERIMENT)
+    require_read(cfg)
     check_options(cfg)
     _require_use(cfg)
     alone = exclusive_run(run_dir(cfg)) if cfg.mode in ("fit", "test") and cfg.study is None else nullcontext()

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -130,15 +130,42 @@ def _constructed(node: DictConfig, prefix: str) -> Iterator[tuple[str, DictConfi
 
 
 def arguments(target: str) -> dict[str, Any]:
-    """The annotated arguments of a class or function; of a module with an options class, the fields of that class as well."""
+    """The annotated arguments of a class or function, also those that it passes on: to the class above, or by `Unpack`.
+
+    Of a module with an options class they are the fields of that class as well.
+    """
     found = get_object(target)
-    maker = found.__init__ if inspect.isclass(found) else found
     options = getattr(found, "options_class", None)
+    if options is not None:
+        known = _annotations(found.__init__) | _annotations(options)
+        return {name: kind for name, kind in known.items() if name not in ("options", "changes")}
+    known = {}
+    for maker in _makers(found):
+        known = _annotations(maker) | known
+    for name, kind in list(known.items()):
+        if get_origin(kind) is Unpack:
+            known = known | _annotations(get_args(kind)[0])
+            del known[name]
+    return known
+
+
+def _makers(found: Any) -> Iterator[Any]:
+    """The function itself; of a class its constructor, and the one above as long as arguments are passed on."""
+    if not inspect.isclass(found):
+        yield found
+        return
+    for maker in (vars(kind)["__init__"] for kind in found.__mro__ if "__init__" in vars(kind)):
+        yield maker
+        if not inspect.isfunction(maker) or inspect.getfullargspec(maker).varkw is None:
+            return
+
+
+def _annotations(named: Any) -> dict[str, Any]:
+    """{} where only its author's type checker can read them."""
     try:
-        known = get_type_hints(maker) | ({} if options is None else get_type_hints(options))
-    except (NameError, TypeError, AttributeError):  # annotations that only its author's type checker can read
+        return get_type_hints(named)
+    except (NameError, TypeError, AttributeError):
         return {}
-    return {name: kind for name, kind in known.items() if options is None or name not in ("options", "changes")}
 
 
 def _is_built(value: Any) -> bool:
@@ -158,13 +185,13 @@ def check_value(option: str, value: Any, kind: Any) -> None:
     try:
         read = TypeAdapter(kind, config=LENIENT).validate_python(plain)
     except ValidationError as error:
-        raise UsageError(_sentence(option, plain, error)) from None
+        raise UsageError(_sentence(option, plain, error, kind)) from None
     except PydanticUserError:  # a type that cannot be checked by looking at a value
         return
     if (found := _converted(option, plain, read)) is not None:
         name, part, wanted = found
         quotes = ", without quotes" if isinstance(part, str) else ""
-        advice = "; type true or false" if wanted is bool else quotes
+        advice = _truth_values(kind) if wanted is bool else quotes
         raise UsageError(f"{name}={_shown(part)} should be a valid {KINDS[wanted]}{advice}")
 
 
@@ -184,6 +211,11 @@ def _converted(option: str, given: Any, read: Any) -> tuple[str, Any, type] | No
     return option, given, type(read)
 
 
+def _truth_values(kind: Any) -> str:
+    """What to type for an option, or a part of one, that is true or false. kind: of the option."""
+    return "; type true, false or null" if kind == bool | None else "; type true or false"
+
+
 def _shown(value: Any) -> str:
     """A value as it is typed."""
     return (
@@ -191,7 +223,7 @@ def _shown(value: Any) -> str:
     )
 
 
-def _sentence(option: str, value: Any, error: ValidationError) -> str:
+def _sentence(option: str, value: Any, error: ValidationError, kind: Any) -> str:
     """What is wrong with the first part of a value that does not fit, such as module.types.a.levels of module.types."""
     parts = [(_part(option, value, problem["loc"]), problem) for problem in error.errors()]
     (name, part), _ = parts[0]
@@ -202,7 +234,11 @@ def _sentence(option: str, value: Any, error: ValidationError) -> str:
     wanted = [problem["msg"].removeprefix("Input should be ") for problem in found]
     if isinstance(part, int | float | str) and any(problem["type"] in ("tuple_type", "list_type") for problem in found):
         return f"{name}={_shown(part)} should be a list; type {shell(f'{name}=[{_shown(part)}]')}"
-    return f"{name}={_shown(part)} should be {' or '.join(dict.fromkeys(wanted))}"
+    switches = any(problem["type"] in ("bool_type", "bool_parsing") for problem in found)
+    wanted = [words.removesuffix(", unable to interpret input") for words in wanted]  # of truth values alone
+    return (
+        f"{name}={_shown(part)} should be {' or '.join(dict.fromkeys(wanted))}{_truth_values(kind) if switches else ''}"
+    )
 
 
 def _part(option: str, value: Any, place: tuple[int | str, ...]) -> tuple[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from app.locks import leads
+from app.ranks import leads
 
 CLAIMS = ".started"  # below the outputs folder: an empty file for each start of the last day
 DAY = 24 * 3600

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from app.locks import leads
+from app.ranks import leads
 from app.start import claim_start
 
 # beginnings of options that do not decide which model is trained

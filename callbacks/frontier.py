@@ -64,7 +64,7 @@ class FrontierReport(Callback):
             self._responses[k].append(result.responses.cpu())
             self._seconds[k].append(result.seconds)
             self._peaks[k].append(result.peak_memory_bytes)
-            passes = forward_passes(result).cpu()
+            passes = result.forward_passes.cpu()
             self._passes[k].append(passes)
             self._batch_passes[k].append(int(passes.max()) if result.batch_passes is None else result.batch_passes)
 
@@ -178,13 +178,6 @@ class FrontierReport(Callback):
                 faults = data.explain(answers[n], few["reveal"][n]) if hasattr(data, "explain") else []
                 texts.append((name, prompts[n], answer, "; ".join(faults[:1])))
         return texts
-
-
-def forward_passes(result: Any) -> Tensor:
-    """The forward passes of each text of a batch, (B,)."""
-    if result.forward_passes is None:
-        return torch.full((len(result.responses),), result.decoder.forwards)
-    return result.forward_passes
 
 
 def tokens_per_forward(responses: Tensor, passes: Tensor, end_ids: EndIds) -> float | None:

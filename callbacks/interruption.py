@@ -2,8 +2,6 @@
 
 import os
 import signal
-import stat
-import threading
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -13,27 +11,23 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.checkpoint import last_of, save_last
-
-# Slurm announces the end of a job's time by SIGUSR1, submitit by SIGUSR2, Grid Engine and a limit of processor time by
-# SIGXCPU; SIGHUP is a terminal that is closed
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
+from models.functional.signals import EndedBySignal, handle_signals
 
 
-class Interrupted(SystemExit):
-    """Ends the process with 128 + the signal's number, as shells report it.
-
-    step: the optimiser step that was finished. checkpoint: holds the state after it; None where nothing was saved.
-    """
+class Interrupted(EndedBySignal):
+    """Ends a training. step: the optimiser step that was finished. checkpoint: holds the state after it; None where nothing
+    was saved."""
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
-        super().__init__(128 + signum)
-        self.signum, self.step, self.checkpoint = signum, step, checkpoint
+        super().__init__(signum)
+        self.step, self.checkpoint = step, checkpoint
 
 
 class StopOnSignal(Callback):
     """Ends training after the optimiser step in which a signal arrives, with a checkpoint from which it goes on exactly.
 
-    It replaces Lightning's handlers, which save nothing (SIGINT, SIGTERM) or put a Slurm job into the queue again. The
+    Its handlers stand until the trainer restores those of before, at the end of every fit and test.
+    They replace Lightning's, which save nothing (SIGINT, SIGTERM) or put a Slurm job into the queue again. The
     checkpoint is the `last.ckpt` of the run's checkpoint callback. A second Ctrl-C ends the process at once.
     It is the last callback of a trainer, so that the state of all others is that of the finished step.
     """
@@ -46,7 +40,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.received, self._speaks = None, trainer.is_global_zero
-        _handle_signals(self._note)
+        handle_signals(self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == self.received == signal.SIGINT:
@@ -85,38 +79,7 @@ class StopOnSignal(Callback):
             saved = keep is not None and last_of(keep).is_file()
             raise Interrupted(signum, trainer.global_step, last_of(keep) if saved else None)
 
-        _handle_signals(end)
-
-
-def _handle_signals(handler: Any) -> None:
-    """Until the trainer restores the handlers of before, which it does at the end of every fit and test.
-
-    SIGHUP that is ignored stays so: nohup lets a run go on without its terminal.
-    """
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGHUP:
-            _leave_terminal()
-        handler(signum, frame)
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in SIGNALS:
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                signal.signal(signum, handle)
-
-
-def _leave_terminal() -> None:
-    """Send what is printed from now on nowhere, unless it goes to a file or pipe.
-
-    A write to a closed terminal raises an error, which would be raised instead of Interrupted.
-    """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        with suppress(OSError):  # it may be closed
-            # not isatty, which is False once the terminal is closed
-            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-                os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+        handle_signals(end)
 
 
 def _keeper(trainer: Trainer) -> ModelCheckpoint | None:

@@ -16,11 +16,10 @@ from datamodules.sources import (
     LocatedRow,
     Meter,
     Source,
-    find_files,
     first_few,
     hub_rows,
     is_hub,
-    items_of,
+    listed,
     no_meter,
     no_such_field,
     open_bytes,
@@ -97,18 +96,17 @@ class DocumentReader:
         Raises UsageError when a file does not exist, vanishes, has an unknown extension or no such field.
         """
         problems = Problems() if problems is None else problems
-        for item in items_of(source):
+        for item in listed(source, option, EXTENSIONS):
+            path = Path(item)
             if is_hub(item):
                 rows = hub_rows(str(item), [self.text_field], option, meter)
                 yield from self._of_rows(rows, f"{option}={item}", problems)
-                continue
-            for path in find_files(item, option, EXTENSIONS):
-                if suffix_of(path) in (".txt", ".txt.gz"):
-                    with readable(path, option):
-                        yield from self._of_text_file(path, option, problems, meter)
-                else:
-                    rows = read_rows(path, [self.text_field], option, meter, EXTENSIONS)
-                    yield from self._of_rows(rows, f"{option}: {path}", problems)
+            elif suffix_of(path) in (".txt", ".txt.gz"):
+                with readable(path, option):
+                    yield from self._of_text_file(path, option, problems, meter)
+            else:
+                rows = read_rows(path, [self.text_field], option, meter, EXTENSIONS)
+                yield from self._of_rows(rows, f"{option}: {path}", problems)
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

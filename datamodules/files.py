@@ -5,6 +5,7 @@ A line that cannot be used is skipped, counted and named; a file that cannot be 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,11 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from datamodules.sources import (
     LocatedRow,
     Source,
-    find_files,
     first_few,
     hub_rows,
     is_hub,
-    items_of,
+    listed,
     no_such_field,
     read_rows,
     text_of,
@@ -68,12 +68,11 @@ def read_pairs(source: Source, prompt_field: str, response_field: str, *, option
     """
     pairs = Pairs()
     fields = (prompt_field, response_field)
-    for item in items_of(source):
+    for item in listed(source, option):
         if is_hub(item):
             _collect(hub_rows(str(item), fields, option), f"{option}={item}", *fields, pairs)
-            continue
-        for path in find_files(item, option):
-            _collect(read_rows(path, fields, option), f"{option}: {path}", *fields, pairs)
+        else:
+            _collect(read_rows(Path(item), fields, option), f"{option}: {item}", *fields, pairs)
     if not pairs.prompts:
         raise UsageError(f"{option} names no file; type {option}=FILE.jsonl")
     if pairs.problems:

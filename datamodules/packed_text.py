@@ -21,7 +21,7 @@ from datamodules.documents import EXTENSIONS, DocumentReader
 from datamodules.encoder import Encoder
 from datamodules.loader import ResumableLoader, accumulated
 from datamodules.packing import EndlessOrder, OnePass, PackedRows, TokenStream
-from datamodules.sources import Source, warn_of_known_texts, warn_of_repeats
+from datamodules.sources import Source, listed, warn_of_known_texts, warn_of_repeats
 from datamodules.state import CorpusState, among, still_held_out
 from datamodules.token_cache import TokenCache, tokenize_once
 from datamodules.tokenizer import build_tokenizer, document_start, fixed_kind
@@ -94,9 +94,15 @@ class PackedTextDataModule(CorpusDataModule):
             return
         if self.sources["train"] is None:
             raise UsageError("data.train is not set; type data.train=FILE.txt")
-        self.tokenizer = self._train_tokenizer() if self.made_from is None else self.made_from.tokenizer
+        prompts_alone = stage == "predict" and self.made_from is not None
+        sources = {
+            split: listed(source, f"data.{split}", EXTENSIONS)
+            for split, source in self.sources.items()
+            if source is not None and not prompts_alone
+        }
+        self.tokenizer = self._train_tokenizer(sources["train"]) if self.made_from is None else self.made_from.tokenizer
         self.bos_id = self._document_start()
-        if stage == "predict" and self.made_from is not None:
+        if prompts_alone:
             return
         encoder = Encoder(self.tokenizer)
         if self.made_from is not None and self.made_from.encoding is not None:
@@ -108,8 +114,7 @@ class PackedTextDataModule(CorpusDataModule):
             split: tokenize_once(
                 source, self.reader, encoder, self.bos_id, os.path.join(self.cache_dir, "tokens"), f"data.{split}"
             )
-            for split, source in self.sources.items()
-            if source is not None
+            for split, source in sources.items()
         }
         streams = {split: TokenStream(cache) for split, cache in caches.items()}
         wanted = {split: fraction for split, fraction in self.fractions.items() if split not in caches}
@@ -127,7 +132,7 @@ class PackedTextDataModule(CorpusDataModule):
                     f"the {split} split has {len(stream)} tokens, fewer than one row; "
                     f"type data.sequence_length={self.longest_row(stream)} or less, or give data.{split} more text"
                 )
-        warn_of_repeats(self.sources, EXTENSIONS)
+        warn_of_repeats(sources)
         trained = caches["train"].hashes[parts["train"]] if wanted else caches["train"].hashes
         for split in [split for split in ("val", "test") if split in caches]:
             hashes = caches[split].hashes
@@ -144,10 +149,11 @@ class PackedTextDataModule(CorpusDataModule):
         """The token before every document of the stream."""
         return document_start(self.tokenizer, f"data.tokenizer={self.tokenizer_kind}")
 
-    def _train_tokenizer(self) -> PreTrainedTokenizerFast:
+    def _train_tokenizer(self, source: Source) -> PreTrainedTokenizerFast:
         folder = os.path.join(self.cache_dir, "tokenizers")
+        texts = FirstTexts(self.reader, source, self.tokenizer_megabytes)
         with Console().status(f"{self.name}: tokenizer"):
-            return build_tokenizer(self.tokenizer_kind, FirstTexts(self), self.vocab_size, folder, packed=True)
+            return build_tokenizer(self.tokenizer_kind, texts, self.vocab_size, folder, packed=True)
 
     def _split(self, hashes: np.ndarray, wanted: dict[str, float]) -> dict[str, np.ndarray]:
         """Which documents belong to each split without a source of its own: those of before where a run goes on."""
@@ -262,12 +268,12 @@ class PackedTextDataModule(CorpusDataModule):
 class FirstTexts:
     """The first megabytes of the training documents, held out or not, so that the tokenizer does not depend on the seed."""
 
-    def __init__(self, data: PackedTextDataModule) -> None:
-        self.data = data
+    def __init__(self, reader: DocumentReader, source: Source, megabytes: float) -> None:
+        self.reader, self.source, self.megabytes = reader, source, megabytes
 
     def __iter__(self) -> Iterator[str]:
-        left = self.data.tokenizer_megabytes * 1e6
-        for passage in self.data.reader.read(self.data.sources["train"], "data.train"):
+        left = self.megabytes * 1e6
+        for passage in self.reader.read(self.source, "data.train"):
             yield passage.text
             left -= len(passage.text)
             if left <= 0:

@@ -19,7 +19,7 @@ from datamodules.files import Pairs, read_pairs
 from datamodules.pairs_score import PairsScorer
 from datamodules.prompt_response import PromptResponseDataModule
 from datamodules.slot_values import Numbers, slot_numbers, slot_values
-from datamodules.sources import Source, warn_of_known_texts, warn_of_repeats
+from datamodules.sources import Source, listed, warn_of_known_texts, warn_of_repeats
 from datamodules.state import CorpusState, among, still_held_out, text_hashes
 from datamodules.template import Template, build_template
 from datamodules.text_signals import LENGTH, LENGTHS, OPENING, TextSignals
@@ -200,14 +200,16 @@ class PairsDataModule(PromptResponseDataModule):
     def _read_splits(self) -> dict[str, Pairs]:
         """The train and val splits, and the test split where it has a source of its own."""
         pairs = {}
-        for split, source in self.sources.items():
-            if source is not None:
-                pairs[split] = read_pairs(source, self.prompt_field, self.response_field, option=f"data.{split}")
+        sources = {
+            split: listed(source, f"data.{split}") for split, source in self.sources.items() if source is not None
+        }
+        for split, items in sources.items():
+            pairs[split] = read_pairs(items, self.prompt_field, self.response_field, option=f"data.{split}")
         if "train" not in pairs:
             raise UsageError("data.train is not set; type data.train=FILE.jsonl")
         if "val" not in pairs:
             pairs["train"], pairs["val"] = self._hold_out(pairs["train"])
-        warn_of_repeats(self.sources)
+        warn_of_repeats(sources)
         for split in ("val", "test"):
             if self.sources[split] is not None:  # else its prompts are set aside from train
                 rows = Counter(zip(pairs[split].prompts, pairs[split].responses, strict=True))

@@ -52,7 +52,19 @@ def items_of(source: Source) -> list[str | os.PathLike]:
 
 
 def is_hub(item: str | os.PathLike) -> bool:
-    return str(item).startswith("hub:")
+    """Whether an item names a data set of the hub. A path object always names a file."""
+    return isinstance(item, str) and item.startswith("hub:")
+
+
+def listed(source: Source, option: str, extensions: str = ROW_EXTENSIONS) -> list[str | os.PathLike]:
+    """The data sets of the hub ("hub:NAME:SPLIT") and the files (Path) of a source, in the order in which they are read.
+
+    The list is a source itself, which does not change while files come and go. Errors: those of `find_files`.
+    """
+    found: list[str | os.PathLike] = []
+    for item in items_of(source):
+        found += [item] if is_hub(item) else find_files(item, option, extensions)
+    return found
 
 
 def find_files(item: str | os.PathLike, option: str, extensions: str = ROW_EXTENSIONS) -> list[Path]:
@@ -99,12 +111,10 @@ def suffix_of(path: Path) -> str:
     return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
 
-def warn_of_repeats(sources: Mapping[str, Source | None], extensions: str = ROW_EXTENSIONS) -> None:
-    """Warn of a file that one split names several times, by a glob or another path to it as well. sources: {split: source}."""
-    for split, source in sources.items():
-        items = [] if source is None else [item for item in items_of(source) if not is_hub(item)]
-        files = [path for item in items for path in find_files(item, f"data.{split}", extensions)]
-        for path, times in Counter(map(os.path.realpath, files)).items():
+def warn_of_repeats(sources: Mapping[str, Sequence[str | os.PathLike]]) -> None:
+    """Warn of a file that a split names several times, by a glob or another path to it as well. sources: {split: `listed`}."""
+    for split, items in sources.items():
+        for path, times in Counter(os.path.realpath(item) for item in items if not is_hub(item)).items():
             if times > 1:
                 rank_zero_warn(f"data.{split} names {path} {times} times, so its rows count as often; name it once")
 

@@ -64,8 +64,12 @@ class CorpusState:
         beside = ("folder", "tokenizer", "held_out")
         described = {"format": FORMAT} | {name: value for name, value in vars(self).items() if name not in beside}
         unfinished = folder / f"{DESCRIPTION}.partial"
-        unfinished.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / DESCRIPTION)
+        try:
+            unfinished.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            os.replace(unfinished, folder / DESCRIPTION)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def read(cls, folder: Path) -> "CorpusState":

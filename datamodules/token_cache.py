@@ -23,10 +23,9 @@ from datamodules.progress import ReadingProgress
 from datamodules.sources import (
     Meter,
     Source,
-    find_files,
     hub_bytes,
     is_hub,
-    items_of,
+    listed,
     load_hub,
     open_raw,
     readable,
@@ -82,8 +81,8 @@ def tokenize_once(
             if not (folder / "about.json").is_file():
                 unfinished = folder.with_name(f".unfinished-{folder.name}")
                 shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run has left
-                unfinished.mkdir()
                 try:
+                    unfinished.mkdir()
                     with ReadingProgress(f"{option}: tokenising", total) as meter:
                         _write(unfinished, source, reader, encoder, start_id, option, meter)
                     if _content(source, reader, option) != (content, total):
@@ -105,14 +104,13 @@ def tokenize_once(
 def _content(source: Source, reader: DocumentReader, option: str) -> tuple[list[str], int]:
     """A hash of each file or data set, and the bytes of all of them."""
     hashes, total = [], 0
-    for item in items_of(source):
+    for item in listed(source, option, EXTENSIONS):
         if is_hub(item):
             rows = load_hub(str(item), [reader.text_field], option)
             hashes.append(f"hub {rows._fingerprint}")
             total += hub_bytes(rows)
-            continue
-        for path in find_files(item, option, EXTENSIONS):
-            found, size = _file_hash(path, option)
+        else:
+            found, size = _file_hash(Path(item), option)
             hashes.append(found)
             total += size
     if not hashes:

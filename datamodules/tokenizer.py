@@ -233,13 +233,14 @@ def _save_atomically(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         tokenizer.save_pretrained(unfinished)
         os.replace(unfinished, folder)
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         # Another process may have finished the same tokenizer in the meantime, which is just as good.
         if not (folder / "tokenizer.json").is_file():
             raise UsageError(
                 f"the trained tokenizer cannot be written to {folder} ({error}); "
                 f"type data.cache_dir=FOLDER with a folder that you can write to"
             ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # -- construction ----------------------------------------------------------------------------------------------------

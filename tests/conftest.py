@@ -7,8 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers: their threads 
 import pytest
 import torch
 from helpers.causal import TINY_SHAPE
-from helpers.experiment import ROOT
-from hydra import compose, initialize_config_dir
+from helpers.composed import composed
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import settings
@@ -64,8 +63,7 @@ def configure(tmp_path, monkeypatch):
 
     def build(*overrides: str):
         places = ["paths.output_dir=out", "paths.cache_dir=cache", f"paths.run_dir={tmp_path}/out/x/run"]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("config", overrides=[*places, *overrides], return_hydra_config=True)
+        cfg = composed(*places, *overrides)
         HydraConfig.instance().set_config(cfg)
         return cfg
 

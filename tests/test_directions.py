@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,10 +48,14 @@ def within(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
+parsed = cache(ast.parse)  # every file is looked at by several tests
+
+
+@cache
 def imports(source: str, module: str) -> list[tuple[int, str]]:
     """(line, module) of everything that a source imports, at its head, inside functions or by name."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -58,10 +63,17 @@ def imports(source: str, module: str) -> list[tuple[int, str]]:
             base = ".".join([*parents, *([node.module] if node.module else [])])
             for alias in node.names:  # `from models import backbones` imports models.backbones
                 found.append((node.lineno, f"{base}.{alias.name}" if within(base, OURS) else base))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and _called(node.func) in ("importlib.import_module", "__import__"):
             name = node.args[0]
             found.append((node.lineno, name.value if isinstance(name, ast.Constant) else COMPUTED))
     return found
+
+
+def _called(function: ast.expr) -> str:
+    """The name of a function, or of one in a module; "" for others."""
+    if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+        return f"{function.value.id}.{function.attr}"
+    return function.id if isinstance(function, ast.Name) else ""
 
 
 def violations(source: str, module: str) -> list[str]:
@@ -124,9 +136,7 @@ def test_imports_go_one_way():
 
 def test_every_file_begins_with_a_docstring():
     sources = {path: path.read_text(encoding="utf-8") for path in python_files()}
-    assert [
-        str(path) for path, text in sources.items() if text.strip() and not ast.get_docstring(ast.parse(text))
-    ] == []
+    assert [str(path) for path, text in sources.items() if text.strip() and not ast.get_docstring(parsed(text))] == []
 
 
 def test_no_files_import_each_other_in_a_circle():

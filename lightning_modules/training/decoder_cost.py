@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_modules.training.flops import run_counted
-from models.interfaces.decoder import Decoder
+from models.interfaces.decoder import Decoder, forward_passes_of
 
 SINGLE_TEXTS = 3  # of a batch, generated alone after one that warms up
 
@@ -26,7 +26,7 @@ class DecoderResult:
     """responses (B, R); seconds of wall-clock time; FLOPs per response token and peak bytes, None where not measured.
 
     single: the same texts at batch 1, None where not measured.
-    forward_passes (B,): of each text, for a decoder whose number follows the model; None where it is `decoder.forwards`.
+    forward_passes (B,): of each text.
     batch_passes: of the whole batch; None where its text with the most decides.
     """
 
@@ -35,7 +35,7 @@ class DecoderResult:
     seconds: float
     flops_per_token: float | None
     peak_memory_bytes: int | None
-    forward_passes: Tensor | None = None
+    forward_passes: Tensor
     single: SingleText | None = None
     batch_passes: int | None = None
 
@@ -56,7 +56,7 @@ def measure_decoder(
     responses = decoder(batch, generator)
     synchronise(device)
     seconds = time.perf_counter() - start
-    passes, batch_passes = (getattr(decoder, name, None) for name in ("forward_passes", "batch_passes"))
+    passes, batch_passes = forward_passes_of(decoder, len(responses)), getattr(decoder, "batch_passes", None)
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     in_detail = in_detail and decoder.forwards > 0
     flops = flops_per_token(decoder, batch) if in_detail else None

@@ -1,6 +1,6 @@
 """Small causal bodies with fresh weights, as plain Hugging Face models: `save_pretrained` writes a folder that any reads."""
 
-from typing import Literal, get_args
+from typing import Literal, NotRequired, TypedDict, Unpack, get_args
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -75,7 +75,29 @@ def build_causal(
     return model
 
 
-def build_body(*, attention: Attention | None = None, architecture: Architecture = "llama", **sizes) -> torch.nn.Module:
+class BodySizes(TypedDict):
+    """What `build_causal` and `build_llada` have in common."""
+
+    vocab_size: int
+    mask_token_id: int | None
+    eos_token_id: int
+    pad_token_id: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: NotRequired[int | None]
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: NotRequired[float]
+    tie_word_embeddings: NotRequired[bool]
+    initializer_range: NotRequired[float]
+    neighbour_heads: NotRequired[int]
+
+
+def build_body(
+    *, attention: Attention | None = None, architecture: Architecture = "llama", **sizes: Unpack[BodySizes]
+) -> torch.nn.Module:
     """A body of the same sizes with `causal` or `bidirectional` attention (LLaDA's).
 
     Errors: UsageError where neither the options nor the objective has said which.

@@ -179,7 +179,9 @@ class DraftRouter(SurpriseRouter):
     """At each commit the next K tokens are drafted from its state; a position commits where the draft did not expect its token.
 
     A segment goes on as the draft said, and ends with the first token whose surprise -log p is high. The first position of a
-    text commits, as nothing was drafted for it, and so does the position behind the K-th token of a draft.
+    text commits, as nothing was drafted for it, and so does the position behind the K-th token of a draft. Both have a least
+    score, because no draft has a surprise for them. `commit_first` could not say that: it is an option, and it leaves the score
+    itself, which rate control counts, as it is.
     """
 
     growth = "draft"

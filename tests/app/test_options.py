@@ -3,15 +3,16 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
+import helpers.composed
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from app.options import arguments, check_options
+from app.options import _constructed, arguments, check_options, check_value
+from app.own_options import require_read
 from models.functional.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -19,15 +20,38 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 
 
 def composed(*overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=["paths.run_dir=run", *overrides], return_hydra_config=True)
+    cfg = helpers.composed.composed("paths.run_dir=run", *overrides)
     HydraConfig.instance().set_config(cfg)
     return cfg
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_what_an_experiment_sets_has_the_right_type(name):
-    check_options(composed(f"experiment={name}"))
+    """And is read; for whatever is true or false the user is told to type that."""
+    cfg = composed(f"experiment={name}")
+    require_read(cfg)
+    check_options(cfg)
+    switches = [
+        (f"{prefix}{key}", arguments(node["_target_"])[key])
+        for prefix, node in _constructed(cfg, "")
+        for key in node
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], bool)
+    ]
+    assert len(switches) >= 5
+    for option, kind in switches:
+        for wrong in ("maybe", "no", 1, 2, [True], {"a": 1}):
+            said = _sentence_of(option, wrong, kind)
+            assert said is None or f"{option}=" in said, option
+            assert said is None or "; type true or false" in said or "; type true, false or null" in said, said
+        assert "; type true" in _sentence_of(option, "maybe", kind)
+
+
+def _sentence_of(option: str, value: Any, kind: Any) -> str | None:
+    try:
+        check_value(option, value, kind)
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize(
@@ -64,6 +88,14 @@ def test_what_an_experiment_sets_has_the_right_type(name):
         ),
         ("recompute=no", "recompute=no should be a valid boolean; type true or false"),
         ("recompute=1", "recompute=1 should be a valid boolean; type true or false"),
+        ("recompute=maybe", "recompute=maybe should be a valid boolean; type true or false"),
+        (
+            "model.tie_word_embeddings=maybe",
+            "model.tie_word_embeddings=maybe should be a valid boolean; type true or false",
+        ),
+        ("recompute=null", "recompute=null should be a valid boolean; type true or false"),
+        ("stream=maybe", "stream=maybe should be a valid boolean; type true, false or null"),
+        ("stream=1", "stream=1 should be a valid boolean; type true, false or null"),
         ("seed=true", "seed=true should be a valid integer"),
         ("trainer.max_steps='5'", "trainer.max_steps=5 should be a valid integer, without quotes"),
         ("teacher.module.lr='1e-3'", "teacher.module.lr=1e-3 should be a valid number, without quotes"),
@@ -181,6 +213,26 @@ def test_differences_of_a_file_and_its_dataclass_are_found():
     del listed["lr"]
     assert differences(listed, Options) == {"lr": ("missing", 0.1)}
     assert differences(listed | {"lr": 0.2}, Options, values=False) == {}
+
+
+class Above:
+    def __init__(self, rows: int, name: str = "") -> None: ...
+
+
+class Below(Above):
+    def __init__(self, name: bool, **passed_on: Any) -> None: ...
+
+
+class Sizes(TypedDict):
+    tied: bool
+
+
+def sized(*, kind: str, **sizes: Unpack[Sizes]) -> None: ...
+
+
+def test_arguments_that_are_passed_on_have_types_too():
+    assert arguments(f"{__name__}.Below") == {"rows": int, "name": bool, "return": type(None), "passed_on": Any}
+    assert arguments(f"{__name__}.sized") == {"kind": str, "tied": bool, "return": type(None)}
 
 
 def test_types_of_a_modules_options_are_those_of_its_dataclass():

@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from app import modes
+from app.build import build
 from models.functional.errors import UsageError
 from reporting.console import sentence_for
 
@@ -32,12 +33,12 @@ def test_a_teacher_is_kept_only_when_whole_and_damaged_checkpoints_are_passed_ov
         *SMALL,
     ]
     short += ["teacher.max_steps=8", "teacher.callbacks.checkpoint.every_n_train_steps=1"]
-    modes.fit(configure(*short, "+trainer.limit_train_batches=2", "trainer.max_epochs=1"))
+    build(configure(*short, "+trainer.limit_train_batches=2", "trainer.max_epochs=1"))
     assert "used but not kept" in capsys.readouterr().out
     (kept,) = (tmp_path / "cache" / "teachers").iterdir()
     assert kept.name.endswith(".partial")
     (kept / "last.ckpt").write_bytes(b"half a checkpoint")
-    modes.fit(configure(*short))
+    build(configure(*short))
     assert "is damaged, starting its training again" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "cache" / "teachers").iterdir()] == [kept.name.removesuffix(".partial")]
 
@@ -106,6 +107,10 @@ MISTAKES = [  # of the main job where no experiment is named
     (["experiment=objectives", "callbacks.ema.decay=2"], "callbacks.ema.decay=2 must be at least 0 and less than 1"),
     (["trainer.precision=abc"], "trainer.precision=abc is not known; type one of "),
     (["trainer.devices=many"], "trainer: "),
+    (
+        ["trainer.num_nodes=2"],
+        "waits for 2 machines, and no other one can find this process; on one machine type trainer.",
+    ),
     (["trainer.precision=bf16-true"], "what trains of a student is float32; type trainer.precision=bf16-mixed"),
     (["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"], "there is one only; type trainer.devices=2"),
     (["module=logit_flow", "compile=inductor"], "compile=inductor: forward-mode derivatives do not pass through it"),

@@ -12,10 +12,11 @@ from torch import nn
 
 from callbacks.checkpoint import LastCheckpoint
 from callbacks.ema import TrainableEMA
-from callbacks.interruption import SIGNALS, Interrupted, StopOnSignal, _handle_signals
+from callbacks.interruption import Interrupted, StopOnSignal
 from datamodules.batch import TensorRows
 from datamodules.loader import ResumableLoader
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
+from models.functional.signals import SIGNALS, handle_signals
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +155,7 @@ def test_nothing_is_written_to_a_terminal_that_was_closed(tmp_path, to_file):
             os.dup2(log, to_file)
             with pytest.raises(OSError, match="Input/output error"):
                 os.write(3 - to_file, b"x")
-            _handle_signals(StopOnSignal()._note)
+            handle_signals(StopOnSignal()._note)
             os.kill(os.getpid(), signal.SIGHUP)
             os.write(3 - to_file, b"x")
             os.write(to_file, b"kept")

@@ -1,13 +1,16 @@
 """Rows that are read twice, and rows of a split that are trained on, are told."""
 
+import glob
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.pairs import ROWS
 
 from datamodules.packed_text import PackedTextDataModule
+from datamodules.sources import listed
 from datamodules.state import among
 
 OPTIONS = {
@@ -49,6 +52,25 @@ def test_a_file_that_a_split_names_twice(told, tmp_path, kind):
         )
     assert "times" not in told(kind, train="a.jsonl", **own)
     assert "data.val names" in told(kind, train="a.jsonl", val=("b.jsonl",) * 3, test="c.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["pairs", "packed"])
+def test_the_files_of_a_split_are_listed_once(told, monkeypatch, kind):
+    patterns = []
+    matches = glob.glob
+    monkeypatch.setattr(glob, "glob", lambda name, **options: patterns.append(name) or matches(name, **options))
+    said = told(kind, train=("[a]*.jsonl", "a.jsonl"), val="[b].jsonl", test="[c].jsonl")
+    assert patterns == ["[a]*.jsonl", "[b].jsonl", "[c].jsonl"]
+    assert "a.jsonl 2 times" in said
+
+
+def test_a_list_of_files_is_a_source_that_stays_as_it_is(told, tmp_path):
+    (tmp_path / "hub:x.jsonl").write_text("{}")
+    once = listed(["*.jsonl", "hub:name:test"], "data.train")
+    assert once == [*(Path(f"{name}.jsonl") for name in ("a", "b", "c", "hub:x")), "hub:name:test"]
+    (tmp_path / "d.jsonl").write_text("{}")
+    assert listed(once, "data.train") == once
+    assert len(listed("*.jsonl", "data.train")) == 5
 
 
 @pytest.mark.parametrize(("kind", "what"), [("pairs", "rows"), ("packed", "documents")])

@@ -60,3 +60,12 @@ def test_the_batchs_own_forward_passes_are_kept_and_details_are_taken_once(clock
     plain = measure_decoder(streamer, batch_of(4), generator, in_detail=False)
     assert (plain.single, plain.flops_per_token) == (None, None)
     assert streamer.batches[6:] == [4]
+
+
+def test_forward_passes_that_a_decoder_does_not_count_are_those_of_its_name():
+    def decoder(rows, generator, on_tokens=None):
+        return rows["input_ids"]
+
+    decoder.forwards = 3
+    measured = measure_decoder(decoder, batch_of(2), torch.Generator(), in_detail=False)
+    assert measured.forward_passes.tolist() == [3, 3]
