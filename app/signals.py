@@ -6,7 +6,7 @@ from contextlib import suppress
 from types import FrameType
 
 from app.ranks import leads
-from models.functional.signals import EndedBySignal, handle_signals
+from callbacks.signals import EndedBySignal, handle_signals
 
 
 def end_at_once_on_signals() -> None:

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.checkpoint import last_of, save_last
-from models.functional.signals import EndedBySignal, handle_signals
+from callbacks.signals import EndedBySignal, handle_signals
 
 
 class Interrupted(EndedBySignal):

@@ -13,10 +13,10 @@ from torch import nn
 from callbacks.checkpoint import LastCheckpoint
 from callbacks.ema import TrainableEMA
 from callbacks.interruption import Interrupted, StopOnSignal
+from callbacks.signals import SIGNALS, handle_signals
 from datamodules.batch import TensorRows
 from datamodules.loader import ResumableLoader
 from lightning_modules.training.checkpoints import ReplacingCheckpointIO
-from models.functional.signals import SIGNALS, handle_signals
 
 
 @pytest.fixture(autouse=True)
