@@ -17,7 +17,7 @@ from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.options import NoisyMaskFlowOptions
 from models.flow.probes import FlowProbe, NoiseProbe
 from models.flow.recent_texts import RecentTexts
-from models.flow.solver import NoisyMaskDecoder, reading_itself
+from models.flow.solver import NoisyMaskDecoder
 from models.functional.errors import UsageError
 from models.interfaces.decoder import Decoder
 from models.interfaces.objective import Terms
@@ -37,7 +37,6 @@ class NoisyMaskFlowModule(StagedDistillModule):
             teacher,
             adapter=o.adapter,
             noise_read=o.noise_read,
-            self_conditioning=o.self_conditioning,
             sigma=o.sigma,
             time_center=o.time_center,
             prompt_length=o.prompt_length,
@@ -65,7 +64,6 @@ class NoisyMaskFlowModule(StagedDistillModule):
             observed_share=o.observed_share,
             student_forwards=o.student_forwards,
             few_step=o.few_step,
-            self_conditioning=o.self_conditioning,
         )
         self.denoiser: dict[str, Tensor] = {}
         self.probes = (NoiseProbe(student), FlowProbe(student))
@@ -99,8 +97,6 @@ class NoisyMaskFlowModule(StagedDistillModule):
         growth = self.options.growth
         widest = min(1.0, 0.1 + 0.9 * progress / growth) if growth else 1.0
         average, denoiser = self.network(self.average), self.network(self.denoiser)
-        if self.options.self_conditioning:
-            denoiser = reading_itself(self.student.path, denoiser)
         return match_flow_map(self.student, average, denoiser, batch, generator, self.options, widest=widest)
 
     def _polish(self, batch: dict[str, Tensor], progress: float, generator: Generator) -> Terms:

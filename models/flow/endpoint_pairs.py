@@ -25,7 +25,6 @@ class EndpointPairs:
     how often a pair is used on average. window: batches in the pool; the oldest is dropped first.
     coupling: `flow` pairs noise with the end of its own flow. `independent` pairs it with the batch's own text, which the
         noise does not depend on: the control. observed_share: rows with part of the response given.
-    self_conditioning: see `follow_flow`.
     student_forwards, few_step: the student's answers, whose jumps the intervals are. Numbers that divide ode_steps count;
         where none does, the intervals are the flow's own steps. With `refine` every jump is [0, 1].
     """
@@ -40,7 +39,6 @@ class EndpointPairs:
         observed_share: float = 0.0,
         student_forwards: Sequence[int] = (),
         few_step: FewStep = "chain",
-        self_conditioning: bool = False,
     ) -> None:
         for name, value in (("ode_steps", ode_steps), ("pair_reuse", reuse), ("pair_window", window)):
             if value < 1:
@@ -48,7 +46,6 @@ class EndpointPairs:
         require_choice("module.coupling", coupling, get_args(Coupling))
         self.ode_steps, self.reuse, self.window, self.coupling = ode_steps, reuse, window, coupling
         self.observed_share, self.few_step = observed_share, few_step
-        self.self_conditioning = self_conditioning
         chains = tuple(n for n in student_forwards if n > 1 and ode_steps % n == 0) or (ode_steps,)
         self.chains = (1,) if few_step == "refine" else chains
         self.drawn = 0
@@ -92,15 +89,7 @@ class EndpointPairs:
             start = path.start_sample(batch, Generator(device=device).manual_seed(seed), masked)
             if interval_rows:
                 intervals = FlowIntervals(start, interval_rows, self.ode_steps, self.chains, generator, self.few_step)
-            end = follow_flow(
-                path,
-                denoiser,
-                start,
-                forwards=self.ode_steps,
-                step="ode",
-                self_conditioning=self.self_conditioning,
-                on_step=intervals,
-            )
+            end = follow_flow(path, denoiser, start, forwards=self.ode_steps, step="ode", on_step=intervals)
             endpoint = torch.where(masked, end, endpoint)
         # response_mask: what is noise, as checkpoints have had it from the first
         kept = {"input_ids": endpoint, "attention_mask": batch["attention_mask"], "response_mask": masked}

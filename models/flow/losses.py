@@ -42,7 +42,6 @@ def adapt_to_noise(
 ) -> Terms:
     """Stage A: CE(x, ψ_{s,s}(z_s)) on masked positions + teacher_weight KL(teacher || ψ_{0,0}) on an eighth of the rows.
 
-    With self-conditioning half of the rows read the student's own prediction.
     texts (N, L): ids of more texts of the corpus, the batch's own among them. The target is then averaged over the texts
     that z_s may have been made from, see `NoisyMaskPath.token_posterior`.
     """
@@ -57,8 +56,6 @@ def adapt_to_noise(
         few = {name: column[::8] for name, column in batch.items()}
         start = path.start_sample(few, generator, masked[::8])
         both = sample.followed_by(start)
-    if student.own_prediction is not None:
-        both = read_own_prediction(student, both, generator)
     logits = student(both, both.s)
     # 3. the denoiser's cross entropy, against the own text or all possible ones
     denoised = logits[:positions]
@@ -71,20 +68,6 @@ def adapt_to_noise(
     # 4. at s = 0 every ε must give the masked teacher's posterior
     raw["teacher_gap"] = mean_of(distribution_divergence(teacher_posterior(teacher, start), logits[positions:]))
     return Terms(nll + teacher_weight * raw["teacher_gap"], raw)
-
-
-@torch.no_grad()
-def read_own_prediction(student: NoisyMaskStudent, sample: PathSample, generator: Generator) -> PathSample:
-    """Every other row with the student's own prediction at its point, from one more forward pass; the others read none."""
-    n = len(sample.z)
-    first = int(torch.randint(2, (1,), generator=generator, device=generator.device))
-    chosen = slice(first % n, None, 2)
-    rows = sample.rows(chosen)
-    psi = student(rows, rows.s).softmax(-1)
-    prediction = torch.zeros_like(sample.z)
-    if first < n:  # a single row reads none in half of the steps, and takes the pass all the same: ranks have to agree
-        prediction[chosen] = student.path.prediction(rows, psi)
-    return sample._replace(prediction=prediction)
 
 
 @torch.no_grad()

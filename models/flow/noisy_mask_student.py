@@ -21,13 +21,6 @@ Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
 NoiseRead = Literal["linear", "token", "blend"]
 
 
-def zero_map(width: int) -> nn.Linear:
-    """A linear map (..., D) -> (..., D) that starts at 0."""
-    linear = nn.Linear(width, width, bias=False)
-    nn.init.zeros_(linear.weight)
-    return linear
-
-
 class NoisyMaskStudent(Student):
     """ψ_{s,t}(z): the distribution of each masked token, averaged over [s, t], given noisy masks z.
 
@@ -42,8 +35,6 @@ class NoisyMaskStudent(Student):
     noise_read: what stands for c_s (z_s - m) there. `linear`: that. `token`: the mean embedding of the tokens that z_s may have
       been made from (`NoisyMaskPath.own_token`), for a vocabulary too large for a network to find the nearest token itself.
       `blend`: a mean of both, with the weight of how certain the token is: the noise where it stands for no token yet.
-    self_conditioning: masked positions also read the mean embedding of an earlier prediction, `PathSample.prediction`, through
-      a map that starts at 0 (Chen, Zhang, Hinton, Analog Bits, 2208.04202). Without one they read what they read without this.
     """
 
     def __init__(
@@ -52,7 +43,6 @@ class NoisyMaskStudent(Student):
         *,
         adapter: Adapter = "full",
         noise_read: NoiseRead = "linear",
-        self_conditioning: bool = False,
         sigma: float = 2.0,
         time_center: float = 0.5,
         prompt_length: int = 8,
@@ -69,8 +59,7 @@ class NoisyMaskStudent(Student):
                 "type module.adapter=prefix+mask_noise, lora or full"
             )
         times = {"sigma": sigma, "time_center": time_center}
-        reads = {"noise_read": noise_read, "self_conditioning": self_conditioning}
-        super().__init__(base, adapter=adapter, lora_rank=lora_rank, **reads, **times, **sizes)
+        super().__init__(base, adapter=adapter, noise_read=noise_read, lora_rank=lora_rank, **times, **sizes)
         self.path = NoisyMaskPath(base, sigma=sigma, time_center=time_center)
         if adapter == "lora":
             self.body = with_lora(self.base, lora_rank)
@@ -80,29 +69,22 @@ class NoisyMaskStudent(Student):
             self.body = self.base
         require_prefix(base)
         self.soft_prompt = SoftPrompt(base.config, **sizes)
-        width = base.config.hidden_size
-        self.mask_noise = None if adapter == "prefix" else zero_map(width)
-        self.own_prediction = zero_map(width) if self_conditioning else None
+        self.mask_noise = None
+        if adapter != "prefix":
+            width = base.config.hidden_size
+            self.mask_noise = nn.Linear(width, width, bias=False)
+            nn.init.zeros_(self.mask_noise.weight)
 
     def forward(self, sample: PathSample, t: Tensor) -> Tensor:
         """Logits of ψ_{s,t} at the masked positions, row by row: (M, V). t is like sample.s (B,), or (1,) without gradients."""
-        z, s = self._read(sample), sample.s
+        z = sample.z if self.mask_noise is None else self._read(sample, self.mask_noise)
+        s = sample.s
         prefix = self.soft_prompt(1 - t, 1 - s)  # its own times are noise times, r <= t
         hidden = self.body.hidden(z, sample.attention_mask, prefix, sample.response_mask)
         return at_least_float32(self.body.lm_head(hidden[sample.masked]))
 
-    def _read(self, sample: PathSample) -> Tensor:
+    def _read(self, sample: PathSample, mask_noise: nn.Linear) -> Tensor:
         """What the layers read at each position, (B, L, D): a mask with its noise, or the token of an observed one."""
-        z, read = sample.z, sample.z if self.mask_noise is None else self._read_noise(sample, self.mask_noise)
-        if self.own_prediction is not None:
-            weight = self.own_prediction.weight
-            # zeros rather than no product: every rank needs a gradient of every weight
-            prediction = torch.zeros_like(z) if sample.prediction is None else sample.prediction
-            read = read + self.own_prediction(prediction.to(weight.dtype)).to(read.dtype)
-        return read if read is z else torch.where(sample.masked.unsqueeze(-1), read, z)
-
-    def _read_noise(self, sample: PathSample, mask_noise: nn.Linear) -> Tensor:
-        """What stands for the noise of masks, (B, L, D); elsewhere it means nothing."""
         z, masked, mask = sample.z, sample.masked, self.path.mask_embedding
         apart = (z - mask).to(mask_noise.weight.dtype)
         if self.options["noise_read"] != "linear":
@@ -112,7 +94,7 @@ class NoisyMaskStudent(Student):
             own[masked] = (self.path.own_token(z[masked], times, blend=blend) - mask).to(own.dtype)
         else:
             own = self.path.gain(sample.s).view(-1, 1, 1) * apart
-        return mask + (own + mask_noise(apart)).to(mask.dtype)
+        return torch.where(masked.unsqueeze(-1), mask + (own + mask_noise(apart)).to(mask.dtype), z)
 
     def project_weights(self) -> None:
         """A gate cannot be negative."""

@@ -37,8 +37,7 @@ def _as_tuples(options: object, *names: str) -> None:
 class NoisyMaskFlowOptions(TeacherOptions):
     """Options of `NoisyMaskFlowModule`.
 
-    adapter, noise_read, self_conditioning, prompt_*, lora_rank: see `NoisyMaskStudent`.
-    sigma, time_center: see `NoisyMaskPath`.
+    adapter, noise_read, prompt_*, lora_rank: see `NoisyMaskStudent`. sigma, time_center: see `NoisyMaskPath`.
     stages: share of trainer.max_steps and peak learning rate of adapt, flow and polish; share 0 leaves a stage out. Without
         `adapt`, the student that training starts from (student_path=...) is the denoiser.
     teacher_weight: λ of KL(teacher || ψ_{0,0}) in adapt. observed_share: rows with part of the response given.
@@ -60,7 +59,6 @@ class NoisyMaskFlowOptions(TeacherOptions):
 
     adapter: Adapter = "full"
     noise_read: NoiseRead = "linear"
-    self_conditioning: bool = False
     lora_rank: int = 16
     prompt_length: int = 8
     prompt_hidden_size: int = 128

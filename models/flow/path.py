@@ -37,8 +37,6 @@ class PathSample(NamedTuple):
     bool: where points are, where text is, and which columns are of the response, of which a part may be masked.
     s: the time of each row (B,), or (1,) where all rows are at the same time. x0 (B, L): ids of the clean text. Where a text
     is still to be generated, its ids at masked positions mean nothing, and no network reads them.
-    prediction (B, L, D): the mean embedding of an earlier prediction less the mask's, 0 where a row reads none; None: no row
-    does. It is a constant of the sample: it stays where points move, and no derivative goes through it.
     """
 
     z: Tensor
@@ -47,18 +45,14 @@ class PathSample(NamedTuple):
     s: Tensor
     x0: Tensor
     response_mask: Tensor
-    prediction: Tensor | None = None
 
     def rows(self, index: slice | Tensor) -> "PathSample":
         """Some of the rows; s must be (B,)."""
-        chosen = PathSample(*(column[index] for column in self[:-1]))
-        return chosen if self.prediction is None else chosen._replace(prediction=self.prediction[index])
+        return PathSample(*(column[index] for column in self))
 
     def followed_by(self, other: "PathSample") -> "PathSample":
-        """The rows of both, one after the other. Raises ValueError for samples that already read a prediction."""
-        if self.prediction is not None or other.prediction is not None:
-            raise ValueError("samples are joined before they read a prediction")
-        return PathSample(*(torch.cat(columns) for columns in zip(self[:-1], other[:-1], strict=True)))
+        """The rows of both, one after the other."""
+        return PathSample(*(torch.cat(columns) for columns in zip(self, other, strict=True)))
 
 
 def hide_response(batch: dict[str, Tensor], observed_share: float, generator: Generator) -> Tensor:
@@ -138,17 +132,6 @@ class NoisyMaskPath:
         """ψ E, the mean embedding of distributions (..., V) -> (..., D), in the table's precision."""
         with without_autocast(psi):
             return psi.to(self.embedding.dtype) @ self.embedding
-
-    @torch.no_grad()
-    def prediction(self, sample: PathSample, psi: Tensor) -> Tensor:
-        """ψ E - m at masked positions, with ψ (M, V), and 0 elsewhere: (B, L, D)."""
-        prediction = torch.zeros_like(sample.z)
-        prediction[sample.masked] = (self.expected(psi) - self.mask_embedding).to(prediction.dtype)
-        return prediction
-
-    def with_prediction(self, sample: PathSample, psi: Tensor) -> PathSample:
-        """The sample in which every row reads ψ (M, V)."""
-        return sample._replace(prediction=self.prediction(sample, psi))
 
     def velocity(self, sample: PathSample, d: Tensor) -> Tensor:
         """dz/ds (B, L, D) along the flow of D_s (M, V); 0 at positions that are not masked."""

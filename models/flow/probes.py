@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from models.flow.losses import consistency_gap
 from models.flow.noisy_mask_student import NoisyMaskStudent
 from models.flow.path import PathSample
-from models.flow.solver import NoisyMaskDecoder, reading_itself
+from models.flow.solver import NoisyMaskDecoder
 from models.functional.bits_per_byte import token_nll
 from models.functional.rows import response_columns
 from models.interfaces.probe_batch import Choices, ProbeBatch
@@ -74,9 +74,7 @@ class FlowProbe:
         s = torch.full((len(rows["input_ids"]),), time, device=rows["input_ids"].device)
         sample = self.student.path.sample(rows, rows["response_mask"], s, generator)
         points = sample.z[:, -response_columns(rows["response_mask"]) :]
-        student = self.student
-        network = student if student.own_prediction is None else reading_itself(student.path, student)
-        return Denoised(points, network(sample, s), sample.x0[sample.masked])
+        return Denoised(points, self.student(sample, s), sample.x0[sample.masked])
 
     def evidence(self, points: Tensor, time: float) -> Tensor:
         s = torch.full((len(points), 1), time, device=points.device)

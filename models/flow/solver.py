@@ -28,16 +28,6 @@ NAMES: dict[str, str] = {
 Network = Callable[[PathSample, Tensor], Tensor]  # a sample at s and a time t -> logits of ψ_{s,t} (M, V)
 
 
-def reading_itself(path: NoisyMaskPath, network: Network) -> Network:
-    """The network after it has read its own first prediction, two forward passes: again a function of (z, s, t) alone."""
-
-    def twice(sample: PathSample, t: Tensor) -> Tensor:
-        first = network(sample, t).softmax(-1)
-        return network(path.with_prediction(sample, first), t)
-
-    return twice
-
-
 class FlowStep(NamedTuple):
     """One step of a flow: from a sample at s to t (1,), with D_s and the step's ψ_{s,t} (M, V)."""
 
@@ -56,7 +46,6 @@ def follow_flow(
     forwards: int,
     step: Step = "chain",
     promote: float | None = None,
-    self_conditioning: bool = False,
     generator: Generator | None = None,
     on_tokens: TokenCallback | None = None,
     on_step: Callable[[FlowStep], None] | None = None,
@@ -71,8 +60,6 @@ def follow_flow(
       `ode`: second-order steps with the instantaneous ψ_{s,s}, exact as N grows: what one forward pass learns to reproduce.
     promote: positions with this much probability on one token become clean text for the following forward passes; with
       `refine` these beside its share.
-    self_conditioning: with step=ode each pass reads the prediction of the pass before, the first one none. The passes of
-      other steps read none, as they were learned without.
     on_tokens: called with the tokens (B, L) after each forward pass. on_step: with step=ode, called with every step; the ψ
     of the last one is the distribution that has all its mass on the tokens.
     """
@@ -105,8 +92,6 @@ def follow_flow(
         else:
             moved = sample if step == "refine" else path.move(sample, jump, t)
         before = (s, psi) if step == "ode" else None
-        if self_conditioning and step == "ode":
-            moved = path.with_prediction(moved, psi)
         # 4. positions that are sure become text
         sure = torch.zeros_like(moved.masked)
         if promote is not None:
@@ -162,7 +147,6 @@ class NoisyMaskDecoder:
     ) -> None:
         self.path, self.network, self.forwards = student.path, network or student, forwards
         self.options: dict[str, Any] = {"step": step, "promote": promote}
-        self.options["self_conditioning"] = student.options["self_conditioning"]
         self.name = NAMES[step]
 
     def __call__(self, rows: dict[str, Tensor], generator: Generator, on_tokens: TokenCallback | None = None) -> Tensor:

@@ -1,7 +1,5 @@
 """The three stages: what each step computes, what trains, and that a run resumed inside any of them is the same run."""
 
-from functools import partial
-
 import pytest
 import torch
 from helpers.noisy_mask import ALL, build, perturb
@@ -73,8 +71,7 @@ def test_wrong_stages_are_named(stages, message):
 def test_every_adapter_and_target_trains_through_all_stages_and_the_teacher_stays(
     tiny_llada, tiny_oracle, adapter, target
 ):
-    reads = {"self_conditioning": target == "psd"}
-    module = build(tiny_llada, tiny_oracle, adapter=adapter, target=target, lora_rank=2, **reads)
+    module = build(tiny_llada, tiny_oracle, adapter=adapter, target=target, lora_rank=2)
     before = {name: p.detach().clone() for name, p in module.teacher.named_parameters()}
     start, losses = module.student.trainable(), Losses()
     quiet_trainer(10, callbacks=[losses]).fit(module, tiny_oracle)
@@ -106,13 +103,12 @@ def test_the_denoiser_is_what_adapt_left_and_stays(tiny_llada, tiny_oracle):
 
 @pytest.mark.parametrize("stop", [2, 4, 5, 7, 9])
 def test_resumed_inside_any_stage_or_between_two_it_is_the_uninterrupted_run(tiny_llada, tiny_oracle, tmp_path, stop):
-    make = partial(build, tiny_llada, tiny_oracle, self_conditioning=stop in (2, 7))
     checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    whole, losses = make(), Losses()
+    whole, losses = build(tiny_llada, tiny_oracle), Losses()
     options = {"enable_checkpointing": True, "val_check_interval": 4}
     quiet_trainer(10, callbacks=[checkpoint, losses], **options).fit(whole, tiny_oracle)
 
-    resumed, again = make(), Losses()
+    resumed, again = build(tiny_llada, tiny_oracle), Losses()
     trainer = quiet_trainer(10, callbacks=[again], val_check_interval=4)
     trainer.fit(resumed, tiny_oracle, ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
     assert again.seen == losses.seen[stop:]
@@ -190,40 +186,6 @@ def test_the_diagonal_is_the_denoisers_and_jumps_are_the_averages(tiny_llada, ti
     same_diagonal, other_flow = flow_gaps(module, batch, average=moved(own, 0.1))
     assert same_diagonal == diagonal
     assert abs(other_flow - flow) > 1e-4
-
-
-@pytest.mark.parametrize("target", ["psd", "meanflow"])
-def test_in_the_flow_stage_the_denoiser_reads_itself_and_the_student_reads_nothing(tiny_llada, tiny_oracle, target):
-    """So D_s and psi_{s,t} are functions of (z, s) and (z, s, t) alone, which is what both identities are about."""
-    module = build(tiny_llada, tiny_oracle, target=target, self_conditioning=True)
-    perturb(module)
-    module.average = module.denoiser = module.student.trainable()
-    batch, forward, seen = next(iter(tiny_oracle.train_dataloader())), module.student.forward, []
-
-    def recorded(sample, t):
-        if torch.is_grad_enabled() or sample.prediction is not None:
-            seen.append((torch.is_grad_enabled(), sample.prediction is not None))
-        return forward(sample, t)
-
-    module.student.forward = recorded
-    diagonal, _ = flow_gaps(module, batch)
-    assert set(seen) == {(True, False), (False, True)}
-    assert diagonal > 1e-4  # another function than the same weights without their prediction
-
-
-def test_pairs_and_decoders_follow_a_flow_that_reads_its_own_predictions(tiny_llada, tiny_oracle):
-    module, batch = build(tiny_llada, tiny_oracle, self_conditioning=True), next(iter(tiny_oracle.train_dataloader()))
-    perturb(module)
-    module.denoiser = module.student.trainable()
-    module.stage_terms("polish", batch, 0.0, torch.Generator().manual_seed(0))
-    (entry,), path = module.pairs.pool, module.student.path
-    start = path.start_sample(entry, torch.Generator().manual_seed(entry["seed"]), entry["response_mask"])
-    ends = [
-        follow_flow(path, module.student, start, forwards=4, step="ode", self_conditioning=on) for on in (True, False)
-    ]
-    same = [torch.equal(end[start.masked], entry["input_ids"][start.masked]) for end in ends]
-    assert same == [True, False]
-    assert [decoder.options["self_conditioning"] for decoder in module.decoders()[2:]] == [True, True, True]
 
 
 def test_pairs_are_made_with_the_denoiser(tiny_llada, tiny_oracle):

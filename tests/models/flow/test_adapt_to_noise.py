@@ -5,7 +5,7 @@ import torch
 from helpers.noisy_mask import build, perturb
 
 from datamodules.oracle.datamodule import OracleDataModule
-from models.flow.losses import adapt_to_noise, read_own_prediction
+from models.flow.losses import adapt_to_noise
 from models.flow.path import PathSample, hide_response
 
 
@@ -44,44 +44,6 @@ def test_adapting_by_hand(tiny_llada, tiny_oracle):
     expected = torch.cat(nll).mean() + 0.5 * torch.cat(gap).mean()
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert 0 < int(masked.sum()) < int(batch["response_mask"].sum())
-
-
-def test_half_of_the_rows_read_the_students_own_prediction_by_hand(tiny_llada, tiny_oracle):
-    """Every other row. The loss is that of one pass in which they do, and no derivative goes through the pass before."""
-    module = build(tiny_llada, tiny_oracle, self_conditioning=True)
-    perturb(module)
-    student, batch = module.student, next(iter(tiny_oracle.train_dataloader()))
-    options, seen, forward = {"teacher_weight": 0.0, "observed_share": 0.5}, [], student.forward
-
-    def recorded(sample, t):
-        seen.append((sample, torch.is_grad_enabled()))
-        return forward(sample, t)
-
-    student.forward = recorded
-    for seed in (5, 6):
-        draw = torch.Generator().manual_seed(seed)
-        loss = adapt_to_noise(student, module.teacher, batch, draw, **options).loss
-        (first, with_grad), (both, again) = seen[-2:]
-        assert (first.prediction, with_grad, again) == (None, False, True)
-        psi = forward(first, first.s).softmax(-1)
-        wanted = torch.zeros_like(first.z)
-        wanted[first.masked] = psi @ student.path.embedding - student.path.mask_embedding
-        rows = [n for n in range(8) if both.prediction[n].any()]
-        assert rows in ([0, 2, 4, 6], [1, 3, 5, 7])
-        torch.testing.assert_close(both.prediction[rows], wanted, atol=1e-5, rtol=1e-4)
-        assert torch.equal(both.z[rows], first.z)
-        nll = torch.nn.functional.cross_entropy(forward(both, both.s), both.x0[both.masked])
-        assert loss.item() == pytest.approx(nll.item(), rel=1e-6)
-        none = torch.nn.functional.cross_entropy(forward(both._replace(prediction=None), both.s), both.x0[both.masked])
-        assert abs(loss.item() - none.item()) > 1e-4  # the control
-
-
-def test_a_single_row_reads_in_some_steps_and_not_in_others(tiny_llada, tiny_oracle):
-    module = build(tiny_llada, tiny_oracle, self_conditioning=True)
-    batch = {name: column[:1] for name, column in next(iter(tiny_oracle.train_dataloader())).items()}
-    start, draw = module.student.path.start_sample(batch, torch.Generator()), torch.Generator().manual_seed(0)
-    read = [bool(read_own_prediction(module.student, start, draw).prediction.any()) for _ in range(20)]
-    assert set(read) == {True, False}
 
 
 def test_adapting_to_texts_that_could_lie_behind_a_point_by_hand(tiny_llada, tiny_oracle):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.flow.noisy_mask_student import NoisyMaskStudent
-from models.flow.solver import NoisyMaskDecoder, follow_flow, reading_itself, surest
+from models.flow.solver import NoisyMaskDecoder, follow_flow, surest
 from models.functional.errors import UsageError
 from models.functional.noisy_mask import second_order_step
 
@@ -101,54 +101,6 @@ def test_five_steps_of_the_flow_by_hand(tiny_llada, rows):
     assert torch.equal(tokens[now.masked], d.argmax(-1))
     assert torch.equal(seen[-1].psi.argmax(-1), d.argmax(-1))
     assert seen[-1].psi.max(-1).values.eq(1).all()
-
-
-@pytest.mark.parametrize("step", ["chain", "renoise", "refine", "ode"])
-def test_in_the_flow_each_pass_reads_the_prediction_of_the_pass_before(student, rows, step):
-    path, seen, given = student.path, [], []
-
-    def network(sample, t):
-        seen.append(sample)
-        logits = student(sample, t).clone()
-        logits[:, path.mask_id] = -1e9
-        given.append(logits.softmax(-1))
-        return logits
-
-    start = path.start_sample(rows, draw())
-    tokens, same = (
-        follow_flow(path, network, start, forwards=4, step=step, generator=draw(1), self_conditioning=on)
-        for on in (True, False)
-    )
-    assert torch.equal(tokens, same)  # this student has no map for it
-    assert all(sample.prediction is None for sample in seen[4:])
-    assert seen[0].prediction is None
-    for k in range(1, 4):
-        if step != "ode":
-            assert seen[k].prediction is None
-            continue
-        mean = (given[k - 1] @ path.embedding - path.mask_embedding).view(5, 4, -1)
-        torch.testing.assert_close(seen[k].prediction[:, 2:], mean, atol=1e-6, rtol=0)
-        assert seen[k].prediction[:, :2].eq(0).all()
-
-
-def test_a_network_that_reads_itself_takes_two_passes_and_is_a_function_of_its_point(student, rows):
-    """Here the logits of a second pass are those of the first and a product with what it reads."""
-    path, calls = student.path, []
-
-    def network(sample, t):
-        calls.append(sample.prediction)
-        read = 0 if sample.prediction is None else sample.prediction[sample.masked] @ path.embedding.T
-        return student(sample, t) + read
-
-    start = path.start_sample(rows, draw())
-    with torch.no_grad():
-        logits = reading_itself(path, network)(start, start.s)
-        first = student(start, start.s)
-        again = reading_itself(path, network)(path.with_prediction(start, first.softmax(-1)), start.s)
-    wanted = first + (first.softmax(-1) @ path.embedding - path.mask_embedding) @ path.embedding.T
-    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
-    assert len(calls) == 4
-    assert (again - wanted).abs().max() > 1e-3  # the control: a point that has read already
 
 
 def test_only_the_steps_of_the_flow_itself_are_shown(student, rows):
