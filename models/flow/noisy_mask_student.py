@@ -18,7 +18,7 @@ from models.functional.errors import UsageError, require_choice
 from models.functional.precision import at_least_float32
 
 Adapter = Literal["prefix", "prefix+mask_noise", "lora", "full"]
-NoiseRead = Literal["linear", "token"]
+NoiseRead = Literal["linear", "token", "blend"]
 
 
 class NoisyMaskStudent(Student):
@@ -34,6 +34,7 @@ class NoisyMaskStudent(Student):
       `full`: W and a trainable copy of all layers and the head; the embedding table stays the teacher's.
     noise_read: what stands for c_s (z_s - m) there. `linear`: that. `token`: the mean embedding of the tokens that z_s may have
       been made from (`NoisyMaskPath.own_token`), for a vocabulary too large for a network to find the nearest token itself.
+      `blend`: a mean of both, with the weight of how certain the token is: the noise where it stands for no token yet.
     """
 
     def __init__(
@@ -86,10 +87,11 @@ class NoisyMaskStudent(Student):
         """What the layers read at each position, (B, L, D): a mask with its noise, or the token of an observed one."""
         z, masked, mask = sample.z, sample.masked, self.path.mask_embedding
         apart = (z - mask).to(mask_noise.weight.dtype)
-        if self.options["noise_read"] == "token":
+        if self.options["noise_read"] != "linear":
             own = torch.zeros_like(apart)
             times = sample.s.unsqueeze(-1).expand(masked.shape)[masked]
-            own[masked] = (self.path.own_token(z[masked], times) - mask).to(own.dtype)
+            blend = self.options["noise_read"] == "blend"
+            own[masked] = (self.path.own_token(z[masked], times, blend=blend) - mask).to(own.dtype)
         else:
             own = self.path.gain(sample.s).view(-1, 1, 1) * apart
         return torch.where(masked.unsqueeze(-1), mask + (own + mask_noise(apart)).to(mask.dtype), z)

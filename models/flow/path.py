@@ -162,13 +162,17 @@ class NoisyMaskPath:
         """c_s of `wiener_gain`, (B,): the weight of z_s - m as an estimate of E_x - m."""
         return wiener_gain(s, self.noise_scale, self.spread)
 
-    def own_token(self, z: Tensor, s: Tensor) -> Tensor:
-        """The mean embedding of each position's token, given its own noise alone (`certain_mean`): (N, D), (N,) -> (N, D)."""
+    def own_token(self, z: Tensor, s: Tensor, *, blend: bool = False) -> Tensor:
+        """The mean embedding of each position's token, given its own noise alone (`certain_mean`): (N, D), (N,) -> (N, D).
+
+        Where the token is not certain, it is the mask, or with `blend` the linear estimate m + c_s (z - m) of `gain`.
+        """
         mask, embedding = (at_least_float32(part) for part in (self.mask_embedding, self.embedding))
         z, s = z.to(embedding.dtype), s.to(embedding.dtype).clamp(max=NEARLY_CLEAN)
 
         def read(z: Tensor, s: Tensor) -> Tensor:
-            return certain_mean(token_evidence(z, mask, embedding, s, self.noise_scale), mask, embedding)
+            otherwise = mask + self.gain(s).unsqueeze(-1) * (z - mask) if blend else mask
+            return certain_mean(token_evidence(z, mask, embedding, s, self.noise_scale), otherwise, embedding)
 
         with without_autocast(z):
             parts = zip(z.split(POSITIONS_AT_ONCE), s.split(POSITIONS_AT_ONCE), strict=True)

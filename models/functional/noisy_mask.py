@@ -59,15 +59,15 @@ def token_evidence(z: Tensor, mask_embedding: Tensor, embedding: Tensor, s: Tens
     return s * signal / ((1 - s) * sigma).square()
 
 
-def certain_mean(evidence: Tensor, mask_embedding: Tensor, embedding: Tensor) -> Tensor:
-    """m + c (Σ_x p_x E_x - m), p = softmax(evidence), c = 1 - H(p) / log V: m without evidence, E_x where x is sure.
+def certain_mean(evidence: Tensor, otherwise: Tensor, embedding: Tensor) -> Tensor:
+    """(1 - c) o + c Σ_x p_x E_x, p = softmax(evidence), c = 1 - H(p) / log V: o without evidence, E_x where x is sure.
 
-    evidence (..., V) of `token_evidence`, mask_embedding (D,), embedding (V, D) -> (..., D). A network that reads the linear
-    estimate of `wiener_gain` has to find the nearest of V tokens itself; this one has done it, with equal priors.
+    evidence (..., V) of `token_evidence`, otherwise o (D,) or (..., D), embedding (V, D) -> (..., D). A network that reads the
+    linear estimate of `wiener_gain` has to find the nearest of V tokens itself; this one has done it, with equal priors.
     """
     log_p, most = torch.log_softmax(evidence, dim=-1), math.log(len(embedding))
     certainty = kl_divergence(log_p, log_p.new_tensor(-most)).unsqueeze(-1) / most  # of p from equal probabilities
-    return mask_embedding + certainty * (log_p.exp() @ embedding - mask_embedding)
+    return otherwise + certainty * (log_p.exp() @ embedding - otherwise)
 
 
 def velocity(z: Tensor, expected: Tensor, s: Tensor) -> Tensor:

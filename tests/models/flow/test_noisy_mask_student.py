@@ -1,5 +1,7 @@
 """The noisy-mask student: equal to the masked teacher at the start, one copy of frozen weights, saved and loaded."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def psi(student, batch, s=0.0, t=0.0, seed=0):
     return student(start._replace(s=start.s + s), start.s + t)
 
 
-@pytest.mark.parametrize("noise_read", ["linear", "token"])
+@pytest.mark.parametrize("noise_read", ["linear", "token", "blend"])
 @pytest.mark.parametrize("adapter", ["prefix+mask_noise", "lora", "full"])
 def test_at_the_start_it_is_the_masked_teacher_for_every_noise_with_a_live_gradient(tiny_llada, adapter, noise_read):
     student, batch = build(tiny_llada, adapter, noise_read=noise_read), rows()
@@ -42,7 +44,7 @@ def test_at_the_start_it_is_the_masked_teacher_for_every_noise_with_a_live_gradi
     assert student.soft_prompt.gate.grad.abs().min() > 0
 
 
-@pytest.mark.parametrize("noise_read", ["linear", "token"])
+@pytest.mark.parametrize("noise_read", ["linear", "token", "blend"])
 def test_at_the_end_of_the_line_it_is_the_teacher_that_reads_the_text_and_half_way_neither(tiny_llada, noise_read):
     student, batch = build(tiny_llada, noise_read=noise_read), rows()
     masked, clean = batch["response_mask"], student.base.embed(batch["input_ids"])
@@ -57,32 +59,37 @@ def test_at_the_end_of_the_line_it_is_the_teacher_that_reads_the_text_and_half_w
     assert (at(0.5) - read).abs().max() > 0.1
 
 
-def test_reading_tokens_the_layers_get_the_mean_of_the_tokens_that_a_mask_may_stand_for(tiny_llada):
+@pytest.mark.parametrize("noise_read", ["token", "blend"])
+def test_reading_tokens_the_layers_get_the_mean_of_the_tokens_that_a_mask_may_stand_for(tiny_llada, noise_read):
     """A fresh student's layers read `certain_mean` of the exact posterior, row by row at its own time; the prompt as it is."""
-    student, batch = build(tiny_llada, noise_read="token"), rows()
+    student, batch = build(tiny_llada, noise_read=noise_read), rows()
     path, masked = student.path, batch["response_mask"]
     s = torch.tensor([0.2, 0.4, 0.6, 0.9])
     sample = path.sample(batch, masked, s, torch.Generator().manual_seed(0))
     mean = (1 - s).view(-1, 1, 1, 1) * path.mask_embedding + s.view(-1, 1, 1, 1) * path.embedding
-    noise = torch.distributions.Normal(mean, (1 - s).view(-1, 1, 1, 1) * path.noise_scale)
-    p = noise.log_prob(sample.z.unsqueeze(2)).sum(-1).softmax(-1)  # (B, L, V), equal priors
+    density = torch.distributions.Normal(mean, (1 - s).view(-1, 1, 1, 1) * path.noise_scale)
+    p = density.log_prob(sample.z.unsqueeze(2)).sum(-1).softmax(-1)  # (B, L, V), equal priors
     certainty = 1 - torch.distributions.Categorical(p).entropy() / torch.log(torch.tensor(float(p.shape[-1])))
     mask = path.mask_embedding
-    wanted = torch.where(masked.unsqueeze(-1), mask + certainty.unsqueeze(-1) * (p @ path.embedding - mask), sample.z)
+    noise = mask if noise_read == "token" else mask + path.gain(s).view(-1, 1, 1) * (sample.z - mask)
+    wanted = (1 - certainty).unsqueeze(-1) * noise + certainty.unsqueeze(-1) * (p @ path.embedding)
+    wanted = torch.where(masked.unsqueeze(-1), wanted, sample.z)
     logits = student.base.lm_head(student.base.hidden(wanted, batch["attention_mask"])[masked])
     torch.testing.assert_close(student(sample, s), logits, atol=1e-4, rtol=1e-4)
-    other = build(tiny_llada)
-    assert (other(sample, s) - logits).abs().max() > 0.1  # the control: the noise itself is another input
+    for other in {"linear", "token", "blend"} - {noise_read}:  # the control: these are other inputs
+        assert (build(tiny_llada, noise_read=other)(sample, s) - logits).abs().max() > 0.1
 
 
-def test_the_derivative_goes_through_the_tokens_that_are_read(tiny_llada):
+@pytest.mark.parametrize("blend", [False, True])
+def test_the_derivative_goes_through_the_tokens_that_are_read(tiny_llada, blend):
     """Forward derivatives along z and s, which the mean-flow target needs, are finite differences in float64."""
     path, generator = build(tiny_llada).double().path, torch.Generator().manual_seed(0)
     s = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
     z, along = torch.randn(2, 4, path.embedding.shape[1], dtype=torch.float64, generator=generator)
     directions = along, torch.ones_like(s)
-    ahead = value_and_jvp(path.own_token, (z, s), directions, backend="forward_ad")[1]
-    differences = value_and_jvp(path.own_token, (z, s), directions, backend="finite_difference", step=1e-5)[1]
+    read = partial(path.own_token, blend=blend)
+    ahead = value_and_jvp(read, (z, s), directions, backend="forward_ad")[1]
+    differences = value_and_jvp(read, (z, s), directions, backend="finite_difference", step=1e-5)[1]
     torch.testing.assert_close(ahead, differences, atol=1e-7, rtol=1e-5)
     assert ahead.abs().max() > 0.01
 
