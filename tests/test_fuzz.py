@@ -8,8 +8,8 @@ import json
 import tempfile
 from pathlib import Path
 
+import helpers.composed
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,7 +25,6 @@ from datamodules.pairs import PairsDataModule
 from models.functional.errors import UsageError
 from reporting.console import sentence_for
 
-ROOT = Path(__file__).parent.parent
 SHORT = [
     "experiment=objectives", "trainer.fast_dev_run=true", "logger=none", "data.size=tiny", "module.forwards=[1]",
     "trainer.accelerator=cpu", "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16",
@@ -71,10 +70,8 @@ VALUES = st.one_of(
 
 
 def composed(*overrides: str, folder: str = "run"):
-    GlobalHydra.instance().clear()
     places = ["paths.output_dir=out", f"paths.cache_dir={folder}/cache", f"paths.run_dir={folder}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=[*places, *SHORT, *overrides], return_hydra_config=True)
+    cfg = helpers.composed.composed(*places, *SHORT, *overrides)
     HydraConfig.instance().set_config(cfg)
     return cfg
 
