@@ -29,6 +29,8 @@ from models.functional.next_token import until_end
 from models.functional.rows import SignalWords, signal_columns
 from models.functional.vocabulary import choose_mask_token
 
+MANY = 0.05  # of a split's rows, whose loss changes what is measured
+
 
 @dataclass
 class EncodedSplit:
@@ -274,9 +276,9 @@ class PairsDataModule(PromptResponseDataModule):
         limits = {"prompt": self.prompt_length, "response": self.response_length}
         tokens = {"prompt": split.prompt_ids, "response": split.response_ids}
         misfits = {row for what, limit in limits.items() for row, ids in enumerate(tokens[what]) if len(ids) > limit}
+        needed = {what: max(map(len, tokens[what]), default=0) for what in limits}
+        wider = " ".join(f"data.{what}_length={n}" for what, n in needed.items() if n > limits[what])
         if misfits and error:
-            needed = {what: max(map(len, tokens[what])) for what in limits}
-            wider = " ".join(f"data.{what}_length={n}" for what, n in needed.items() if n > limits[what])
             first = min(misfits)
             raise UsageError(
                 f"{len(misfits)} rows of the {name} split do not fit data.prompt_length={limits['prompt']} and "
@@ -290,6 +292,11 @@ class PairsDataModule(PromptResponseDataModule):
             raise UsageError(
                 f"data.too_long=drop leaves no row of the {name} split; type a larger data.prompt_length (now "
                 f"{limits['prompt']}) or data.response_length (now {limits['response']})"
+            )
+        if (share := len(misfits) / len(split.pairs)) > MANY:
+            rank_zero_warn(
+                f"data.too_long=drop leaves out {share:.0%} of the {name} split, so figures are of short rows alone; "
+                f"type {wider} to keep them"
             )
 
     def _rows(self, split: EncodedSplit) -> TensorRows:

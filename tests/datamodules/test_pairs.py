@@ -90,7 +90,10 @@ def test_a_row_that_does_not_fit_raises_or_is_dropped(build_pairs, capsys):
         build_pairs(val=ROWS, test=long)
     with pytest.raises(UsageError, match=r"type data\.response_length=99, or data\.too_long=drop"):
         build_pairs(val=ROWS, test=long)
-    datamodule = build_pairs(val=ROWS, test=long, too_long="drop")
+    with pytest.warns(
+        UserWarning, match=r"leaves out \d+% of the test split.*type data\.response_length=99 to keep them"
+    ):
+        datamodule = build_pairs(val=ROWS, test=long, too_long="drop")
     assert split_prompts(datamodule, "test") == ["jump"]
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[-2:] for line in printed if line.split()[:1] == ["test"]] == [["1", "0"]]
