@@ -3,6 +3,7 @@
 Training on the texts of a model is sequence-level knowledge distillation (Kim and Rush, 1606.07947).
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,17 +21,14 @@ class AnswersFile:
     command goes on where it was stopped, and another one begins anew.
 
     prompts: as their rows have them. made_with: whatever else decides the responses. together: rows are written in groups of
-    this many. Raises UsageError for a file that exists or cannot be written.
+    this many. Raises UsageError for a file that exists or cannot be written, and while another process writes it.
     """
 
     def __init__(
         self, path: Path, fields: tuple[str, str], prompts: Sequence[Any], made_with: Any, together: int
     ) -> None:
+        require_new(path)
         self.path, self.fields, self.prompts = path, fields, prompts
-        if path.suffix != ".jsonl":
-            raise UsageError(f"answers_file={path} is written in JSON lines; type answers_file={path.stem}.jsonl")
-        if path.exists():
-            raise UsageError(f"answers_file={path} exists and is not replaced; type another name")
         digest = hashlib.sha256(json.dumps([fields, prompts, made_with], default=str).encode()).hexdigest()[:8]
         self._partial = path.with_name(f"{path.name}.{digest}.partial")
         try:
@@ -38,6 +36,11 @@ class AnswersFile:
             self._file = self._partial.open("a+b")
         except OSError as error:
             raise UsageError(f"answers_file={path} cannot be written ({error})") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except OSError:
+            self._file.close()
+            raise UsageError(f"answers_file={path} is being written by another process; wait for it") from None
         self.done = self._keep_whole_groups(together)
 
     def _keep_whole_groups(self, together: int) -> int:
@@ -61,6 +64,16 @@ class AnswersFile:
 
     def close(self) -> None:
         """Put the file in its place, if it is whole."""
-        self._file.close()
         if self.done == len(self.prompts):
+            require_new(self.path)
             os.replace(self._partial, self.path)
+        self._file.close()
+
+
+def require_new(path: Path) -> None:
+    """Raise UsageError for a file that exists, and for one that is not named as JSON lines."""
+    if path.suffix != ".jsonl":
+        better = path.with_name(f"{path.name.split('.')[0]}.jsonl")
+        raise UsageError(f"answers_file={path} is written in JSON lines; type answers_file={better}")
+    if os.path.lexists(path):
+        raise UsageError(f"answers_file={path} exists and is not replaced; type another name")

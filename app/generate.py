@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from numpy.random import SeedSequence
+from omegaconf import DictConfig
 from rich.progress import track
 from torch import Generator, Tensor
 
-from app.answers import AnswersFile
+from app.answers import AnswersFile, require_new
 from app.build import (
     data_of,
     is_published,
@@ -21,10 +22,11 @@ from app.build import (
     settle_models,
     trained_teacher,
 )
+from app.ranks import leads
 from app.run_files import find_checkpoint, found, newest, newest_student, require_same_module
 from app.students import student_decoder
 from app.trained import fill_from_checkpoint, newest_model, trained_decoder
-from app.typed import as_typed
+from app.typed import as_plain, as_typed
 from datamodules.prompts import has_rows, read_prompt_rows, read_prompts, require_prompts
 from lightning_modules.block_draft import BlockDraftModule
 from models.diffusion.sampler import MaskedDiffusionDecoder, block_count
@@ -39,6 +41,11 @@ from reporting.stream import TextStream
 
 console = report_console()
 BATCH = 64  # prompts
+# options on which a response to a prompt does not depend
+NOT_OF_RESPONSES = (
+    "hydra", "paths", "callbacks", "logger", "trainer", "prompt", "prompt_file", "answers_file", "example_prompt", "stream",
+    "samples", "started", "report_dir", "licence", "optimized_metric",
+)  # fmt: skip
 
 
 def generate(cfg: DictConfig) -> None:
@@ -46,6 +53,8 @@ def generate(cfg: DictConfig) -> None:
 
     With answers_file= they are kept as rows of a file instead.
     """
+    if not leads():  # one process is enough, and one alone may write a file
+        return
     prompts, given = _asked(cfg)
     if (1 if cfg.forwards is None else cfg.forwards) < 1 or (cfg.temperature or 0) < 0:
         raise UsageError(f"forwards={cfg.forwards} must be at least 1 and temperature={cfg.temperature} at least 0")
@@ -62,27 +71,53 @@ def generate(cfg: DictConfig) -> None:
     starts = range(0 if kept is None else kept.done, len(prompts), together)
     # a bar on a terminal alone: elsewhere the output is the answers, a line each
     shown = console.is_terminal and not streamed and len(starts) > 1
-    for start in track(starts, description="generating", console=console) if shown else starts:
-        few = {name: column[start : start + together].to(device) for name, column in rows.items()}
-        generator = Generator(device=device).manual_seed((cfg.seed + start) % 2**32)  # alike after an interruption
-        if streamed:
-            stream_answer(decoder, few, generator, datamodule, prompts[start])
-            continue
-        texts = datamodule.decode_responses(decoder(few, generator))
-        if kept is None:
-            print_answers(console, prompts[start : start + together], texts, plans_of(decoder))
-        else:
-            kept.add(texts)
-    if kept is not None:
-        kept.close()
-        console.print(f"{kept.done:,} responses: {kept.path}", markup=False, highlight=False, soft_wrap=True)
+    try:
+        for start in track(starts, description="generating", console=console) if shown else starts:
+            few = {name: column[start : start + together].to(device) for name, column in rows.items()}
+            generator = Generator(device=device).manual_seed(batch_seed(cfg.seed, start))
+            if streamed:
+                stream_answer(decoder, few, generator, datamodule, prompts[start])
+                continue
+            texts = datamodule.decode_responses(decoder(few, generator))
+            if kept is None:
+                print_answers(console, prompts[start : start + together], texts, plans_of(decoder))
+            else:
+                kept.add(texts)
+    finally:
+        if kept is not None:
+            _close(kept)
+
+
+def _close(kept: AnswersFile) -> None:
+    """Put the file in its place, or say how far it is."""
+    kept.close()
+    done, total = kept.done, len(kept.prompts)
+    state = f"{done:,} responses: {kept.path}" if done == total else f"{done:,} of {total:,} responses are kept"
+    advice = "" if done == total else "; to go on type the same command"
+    console.print(f"{state}{advice}", markup=False, highlight=False, soft_wrap=True)
+
+
+def batch_seed(seed: int, start: int) -> int:
+    """The seed of the batch whose first prompt is number `start`: another one in every batch, and alike in a second attempt."""
+    return seed if start == 0 else int(SeedSequence([seed, start]).generate_state(1)[0])
 
 
 def _asked(cfg: DictConfig) -> tuple[list[str], list[Any]]:
     """The prompts as text, and as their rows have them where prompt_file= has rows; each n times."""
-    if not has_rows(cfg.prompt_file) or "prompt_field" not in (cfg.data or {}):
+    if cfg.answers_file is not None:
+        require_new(Path(cfg.answers_file))
+        if cfg.stream:
+            raise UsageError(
+                f"stream=true shows texts, and answers_file={cfg.answers_file} keeps them; leave one of them out"
+            )
+    if not has_rows(cfg.prompt_file):
         prompts = read_prompts(as_typed("prompt", cfg.prompt), cfg.prompt_file, cfg.n)
         return prompts, list(prompts)
+    if "prompt_field" not in (cfg.data or {}):
+        raise UsageError(
+            f"prompt_file={cfg.prompt_file} has rows, and the data of experiment={cfg.name} have no field of prompts; give a "
+            "text file with one prompt a line"
+        )
     require_prompts(cfg.prompt, cfg.prompt_file, cfg.n)
     rows = read_prompt_rows(cfg.prompt_file, cfg.data.prompt_field)
     return [text for text in rows for _ in range(cfg.n)], [value for value in rows.values() for _ in range(cfg.n)]
@@ -92,14 +127,9 @@ def _answers_file(cfg: DictConfig, weights: Path | None, given: list[Any]) -> An
     """Where the responses go, None for the screen. The same command finds what it has left."""
     if cfg.answers_file is None:
         return None
-    if cfg.stream:
-        raise UsageError(
-            f"stream=true shows texts, and answers_file={cfg.answers_file} keeps them; leave one of them out"
-        )
     fields = (cfg.data.get("prompt_field", "prompt"), cfg.data.get("response_field", "response"))
-    options = [cfg[name] for name in ("name", "seed", "forwards", "temperature", "decoder", "plan", "n")]
-    model = [str(weights), None if weights is None else weights.stat().st_mtime_ns]
-    made_with = [options, model, *(OmegaConf.to_container(cfg[part], resolve=True) for part in ("module", "data"))]
+    options = {str(name): as_plain(cfg[name]) for name in cfg if name not in NOT_OF_RESPONSES}
+    made_with = [options, str(weights), None if weights is None else weights.stat().st_mtime_ns]
     kept = AnswersFile(Path(cfg.answers_file), fields, given, made_with, BATCH)
     if kept.done:
         console.print(f"going on after {kept.done:,} of {len(given):,} responses", highlight=False)

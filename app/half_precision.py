@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from app.ranks import leads
 from reporting.console import report_console
 
 SLOW = 2.0  # times as long as in float32
@@ -43,7 +44,7 @@ def say_if_half_is_slow(
     cfg: DictConfig, module: LightningModule, trainer: Trainer, console: Console | None = None
 ) -> None:
     """One line where the run computes in half precision on a processor that is faster in float32."""
-    if trainer.strategy.root_device.type != "cpu":
+    if trainer.strategy.root_device.type != "cpu" or not leads():
         return
     kinds = {weight.dtype for weight in module.parameters() if weight.ndim == 2}
     kinds.add(PRECISION.get(str(trainer.precision), torch.float32))

@@ -25,6 +25,8 @@ OWN = {
     "ckpt_path": str | None,
     "student_path": str | None,
     "report_dir": str | None,
+    "prompt_file": str | None,
+    "answers_file": str | None,
     "optimized_metric": str,
     "compile": str | None,
     "recompute": bool,

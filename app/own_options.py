@@ -15,6 +15,7 @@ from app.command_line import CONF, nearest, option_names
 from models.functional.errors import UsageError
 
 RECIPES = ("teacher", "pair")  # groups of how a model is trained first
+FIRST = {"teacher": "path", "pair": "theta.path"}
 
 
 def require_read(cfg: DictConfig) -> None:
@@ -24,10 +25,15 @@ def require_read(cfg: DictConfig) -> None:
     """
     plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
     known = _known(tuple(plain["pair"] or ()))
-    added = {re.split("[=@]", typed.lstrip("+"))[0] for typed in _typed() if typed.startswith("+")}
-    texts = list(_texts(plain))
+    for part in RECIPES:
+        if not isinstance(plain[part], dict | None):
+            raise UsageError(
+                f"{part}={plain[part]} holds no options; type them by name, such as {part}.{FIRST[part]}=..."
+            )
+    added = {typed.lstrip("+").split("=")[0].split("@")[-1] for typed in _typed() if typed.startswith("+")}
+    texts = [text for text in (*_texts(plain), *_texts(_hydra_s_own())) if "${" in text]
     for name in _unchecked(plain):
-        used = re.compile(rf"\$\{{{re.escape(name)}[.}}\[]")
+        used = re.compile(rf"\$\{{[^}}]*\b{re.escape(name.rsplit('.', 1)[-1])}\b")  # in whatever way it is spelled
         if name in known or any(f"{other}.".startswith(f"{name}.") for other in added):
             continue
         if not any(used.search(text) for text in texts):
@@ -36,6 +42,11 @@ def require_read(cfg: DictConfig) -> None:
                 f"the experiment sets {name}, which nothing reads; {nearest(name, others)} (a name of your own is for values "
                 f"that use it, as ${{{name}}})"
             )
+
+
+def _hydra_s_own() -> Any:
+    """Hydra's own options, whose folders and names may use a value of the user's."""
+    return OmegaConf.to_container(HydraConfig.instance().cfg) if HydraConfig.initialized() else {}
 
 
 def _typed() -> list[str]:

@@ -1,4 +1,4 @@
-"""The characters of an option as they were typed, where Hydra made a number, a truth value or a list of them."""
+"""Options as the characters that were typed, where Hydra made something else of them, and as plain values."""
 
 from typing import Any
 
@@ -21,3 +21,8 @@ def as_typed(option: str, value: Any) -> str | None:
         if name.lstrip("+") == option and parser.parse_override(typed).value() == plain:
             return text
     return str(plain).lower() if isinstance(plain, bool) else str(plain)
+
+
+def as_plain(value: Any) -> Any:
+    """The value of an option in plain lists and dictionaries, with every ${...} filled in."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -60,7 +60,8 @@ def read_prompt_rows(prompt_file: str, field: str) -> dict[str, Any]:
         except ValueError as error:
             problems.append(f"{place}: {error}")
             continue
-        prompts.setdefault(text, row[field] if slots is None else slots)
+        value = row[field] if isinstance(row[field], str | int | float | bool) else text
+        prompts.setdefault(text, value if slots is None else slots)
     if fields and field not in fields:
         raise no_such_field(f"prompt_file: {path}", "prompt_field", field, fields)
     if not prompts:

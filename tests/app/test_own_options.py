@@ -58,6 +58,23 @@ def test_what_is_used_or_added_by_hand_is_taken(own):
     require_read(own("mine: 3\nmore: {lr: 1}\nmodule: {lr: '${more.lr}', seed: '${mine}'}\ncallbacks: {x: null}\n"))
     require_read(own("", "+note=first", "prompt='${nothing}'"))
     require_read(own("seed: 4\nteacher: {path: x}\n"))
+    require_read(own("", "+trainer@more=default"))
+
+
+@pytest.mark.parametrize("used", ["${mine}", "${ mine }", "${oc.select:mine,0}", "${.mine}", "${[mine]}"])
+def test_a_value_of_ones_own_is_used_in_any_spelling(own, used):
+    require_read(own(f"mine: 3\nexample_prompt: '{used}'\n"))
+
+
+def test_a_value_of_ones_own_may_be_used_by_hydra(own):
+    require_read(own("tag: a\nhydra:\n  sweep:\n    subdir: '${tag}'\n"))
+    require_read(own("tag: a\n", "hydra.run.dir=runs/${tag}"))
+
+
+@pytest.mark.parametrize("lines", ["teacher: /folder\n", "pair: x\n", "teacher: true\n"])
+def test_a_group_that_is_no_group_is_told(own, lines):
+    with pytest.raises(UsageError, match="holds no options; type them by name, such as "):
+        require_read(own(lines))
 
 
 def test_a_configuration_without_hydra_is_checked_too(own):
