@@ -15,7 +15,7 @@ from models.functional.errors import UsageError
 
 
 class AnswersFile:
-    """One JSON object a line, {prompt_field: prompt, response_field: response}, in a file that appears when it is whole.
+    """One JSON object a line, {prompt_field: prompt, response_field: response}, in a file that is named when it is complete.
 
     Lines are gathered in `<file>.<digest>.partial`. The digest is of the prompts and of `made_with`. So the same
     command goes on where it was stopped, and another one begins anew.
@@ -63,7 +63,7 @@ class AnswersFile:
         self.done += len(responses)
 
     def close(self) -> None:
-        """Put the file in its place, if it is whole."""
+        """Give the file its name, if it is complete."""
         if self.done == len(self.prompts):
             require_new(self.path)
             os.replace(self._partial, self.path)

@@ -89,7 +89,7 @@ def generate(cfg: DictConfig) -> None:
 
 
 def _close(kept: AnswersFile) -> None:
-    """Put the file in its place, or say how far it is."""
+    """Close the file, and print its name, or how many responses it has so far."""
     kept.close()
     done, total = kept.done, len(kept.prompts)
     state = f"{done:,} responses: {kept.path}" if done == total else f"{done:,} of {total:,} responses are kept"

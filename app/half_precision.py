@@ -11,17 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from app.ranks import leads
+from callbacks.speed import DTYPES
 from reporting.console import report_console
 
 SLOW = 2.0  # times as long as in float32
 HALF = (torch.bfloat16, torch.float16)
 WEIGHTS = ("model.dtype", "pair.theta.dtype", "pair.target.dtype")
-PRECISION = {
-    "bf16-mixed": torch.bfloat16,
-    "bf16-true": torch.bfloat16,
-    "16-mixed": torch.float16,
-    "16-true": torch.float16,
-}
 
 
 def product_slowdown(dtype: torch.dtype, rows: int = 64, width: int = 512) -> float:
@@ -47,13 +42,13 @@ def say_if_half_is_slow(
     if trainer.strategy.root_device.type != "cpu" or not leads():
         return
     kinds = {weight.dtype for weight in module.parameters() if weight.ndim == 2}
-    kinds.add(PRECISION.get(str(trainer.precision), torch.float32))
+    kinds.add(DTYPES.get(str(trainer.precision), torch.float32))
     for dtype in (kind for kind in HALF if kind in kinds):
         slowdown = product_slowdown(dtype)
         if slowdown < SLOW:
             continue
         typed = [f"{name}=float32" for name in WEIGHTS if OmegaConf.select(cfg, name) not in (None, "float32")]
-        typed += ["trainer.precision=32-true"] if str(trainer.precision) in PRECISION else []
+        typed += ["trainer.precision=32-true"] if str(trainer.precision) in DTYPES else []
         advice = f"; to compute in float32 type {' '.join(typed)}" if typed else ""
         line = f"this processor takes {slowdown:.0f} times as long for products in {str(dtype).removeprefix('torch.')}"
         (console or report_console()).print(f"{line} as in float32{advice}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Several machines (`trainer.num_nodes`): what a run waits for is said, and one that would wait for ever is refused."""
+"""Training on several machines (`trainer.num_nodes`): prints the address to join, and refuses a run that none can join."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from models.functional.errors import UsageError
 
 
 def settle_machines(trainer: Trainer) -> None:
-    """Say which machines a training or comparison is about to wait for, where nothing but the user has started them.
+    """Print how many machines must join, and at which address, where neither torchrun nor Slurm has started them.
 
     torchrun and Slurm know where the machines are. Errors: UsageError where no other machine could find this process.
     """

@@ -14,8 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from app.command_line import CONF, nearest, option_names
 from models.functional.errors import UsageError
 
-RECIPES = ("teacher", "pair")  # groups of how a model is trained first
-FIRST = {"teacher": "path", "pair": "theta.path"}
+RECIPES = {"teacher": "path", "pair": "theta.path"}  # groups of how a model is trained first, and an option of each
 
 
 def require_read(cfg: DictConfig) -> None:
@@ -25,11 +24,9 @@ def require_read(cfg: DictConfig) -> None:
     """
     plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
     known = _known(tuple(plain["pair"] or ()))
-    for part in RECIPES:
+    for part, option in RECIPES.items():
         if not isinstance(plain[part], dict | None):
-            raise UsageError(
-                f"{part}={plain[part]} holds no options; type them by name, such as {part}.{FIRST[part]}=..."
-            )
+            raise UsageError(f"{part}={plain[part]} holds no options; type them by name, such as {part}.{option}=...")
     added = {typed.lstrip("+").split("=")[0].split("@")[-1] for typed in _typed() if typed.startswith("+")}
     texts = [text for text in (*_texts(plain), *_texts(_hydra_s_own())) if "${" in text]
     for name in _unchecked(plain):

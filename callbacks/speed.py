@@ -50,7 +50,8 @@ class Speed(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, torch.Tensor], *_: Any
     ) -> None:
         now = time.perf_counter()
-        self._seconds, self._mark = self._seconds + now - self._mark, now
+        self._seconds += now - self._mark
+        self._mark = now
         self._batches += 1
         self._samples += len(next(iter(batch.values())))
         self._tokens += token_counts(batch)

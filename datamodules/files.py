@@ -3,10 +3,10 @@
 A line that cannot be used is skipped, counted and named; a file that cannot be used at all is a UsageError.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -23,6 +23,8 @@ from datamodules.sources import (
     valid_text,
 )
 from models.functional.errors import UsageError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -83,27 +85,43 @@ def read_pairs(source: Source, prompt_field: str, response_field: str, *, option
 # -- from rows to pairs ----------------------------------------------------------------------------------------------
 
 
-def _collect(rows: Iterable[LocatedRow], where: str, prompt_field: str, response_field: str, pairs: Pairs) -> None:
+def read_each(
+    rows: Iterable[LocatedRow], read: Callable[[dict[str, Any]], T]
+) -> tuple[list[T], dict[str, None], list[str]]:
+    """What `read` makes of each row, the names of all fields, and "file:line: reason" for each row that cannot be used.
+
+    read: raises ValueError with the reason for a row that it cannot use.
+    """
+    found: list[T] = []
     fields: dict[str, None] = {}
     problems: list[str] = []
-    before = len(pairs)
     for location, row in rows:
         if isinstance(row, str):
             problems.append(f"{location}: {row}")
             continue
         fields.update(dict.fromkeys(row))
         try:
-            prompt, slots = prompt_of(row, prompt_field)
-            pairs.add(prompt, text_of(row, response_field), slots)
+            found.append(read(row))
         except ValueError as error:
             problems.append(f"{location}: {error}")
+    return found, fields, problems
+
+
+def _collect(rows: Iterable[LocatedRow], where: str, prompt_field: str, response_field: str, pairs: Pairs) -> None:
+    def read(row: dict[str, Any]) -> tuple[str, str, dict[str, str] | None]:
+        prompt, slots = prompt_of(row, prompt_field)
+        return prompt, text_of(row, response_field), slots
+
+    found, fields, problems = read_each(rows, read)
     for option, name in (("prompt_field", prompt_field), ("response_field", response_field)):
         if fields and name not in fields:
             raise no_such_field(where, option, name, fields)
-    if len(pairs) == before:
+    if not found:
         if not problems:
             raise UsageError(f"{where} is empty; name a file with at least one row")
         raise UsageError(f"{where} has no usable line among {len(problems)}:\n{first_few(problems)}")
+    for pair in found:
+        pairs.add(*pair)
     pairs.problems.extend(problems)
 
 

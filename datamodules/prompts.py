@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from datamodules.files import prompt_of
-from datamodules.sources import ROW_EXTENSIONS, first_few, no_such_field, read_rows, suffix_of, valid_text
+from datamodules.files import prompt_of, read_each
+from datamodules.sources import ROW_SUFFIXES, first_few, no_such_field, read_rows, suffix_of, valid_text
 from datamodules.text_encoding import require_utf8
 from models.functional.errors import UsageError
 
@@ -26,7 +26,7 @@ def read_prompts(prompt: Any, prompt_file: str | None, n: int) -> list[str]:
 
 
 def require_prompts(prompt: Any, prompt_file: str | None, n: int) -> None:
-    """Raise UsageError for a number of responses below 1, and for prompts from two places."""
+    """Raise UsageError for n below 1, and where both prompt= and prompt_file= are given."""
     if n < 1:
         raise UsageError(f"n={n} must be at least 1")
     if prompt is not None and prompt_file is not None:
@@ -35,7 +35,7 @@ def require_prompts(prompt: Any, prompt_file: str | None, n: int) -> None:
 
 def has_rows(prompt_file: str | None) -> bool:
     """Whether a file of prompts has rows with fields, by its name, and not a prompt a line."""
-    return prompt_file is not None and suffix_of(Path(prompt_file)) in ROW_EXTENSIONS.replace(" or ", ", ").split(", ")
+    return prompt_file is not None and suffix_of(Path(prompt_file)) in ROW_SUFFIXES
 
 
 def read_prompt_rows(prompt_file: str, field: str) -> dict[str, Any]:
@@ -48,27 +48,24 @@ def read_prompt_rows(prompt_file: str, field: str) -> dict[str, Any]:
         raise UsageError(
             f"prompt_file={path} does not exist; give a file of rows or a text file with one prompt a line"
         )
-    prompts: dict[str, Any] = {}
-    problems, fields = [], {}
-    for place, row in read_rows(path, [field], "prompt_file"):
-        if isinstance(row, str):
-            problems.append(f"{place}: {row}")
-            continue
-        fields.update(dict.fromkeys(row))
-        try:
-            text, slots = prompt_of(row, field)
-        except ValueError as error:
-            problems.append(f"{place}: {error}")
-            continue
-        value = row[field] if isinstance(row[field], str | int | float | bool) else text
-        prompts.setdefault(text, value if slots is None else slots)
+
+    def read(row: dict[str, Any]) -> tuple[str, Any]:
+        text, slots = prompt_of(row, field)
+        if slots is not None:
+            return text, slots
+        return text, row[field] if isinstance(row[field], str | int | float | bool) else text
+
+    found, fields, problems = read_each(read_rows(path, [field], "prompt_file"), read)
     if fields and field not in fields:
         raise no_such_field(f"prompt_file: {path}", "prompt_field", field, fields)
-    if not prompts:
+    if not found:
         raise UsageError(f"prompt_file={path} has no prompt in its field {field}; see data.prompt_field")
     if problems:
         message = f"prompt_file={path}: {len(problems)} rows without a prompt are left out:\n{first_few(problems)}"
         Console().print(message, markup=False, highlight=False, soft_wrap=True)
+    prompts: dict[str, Any] = {}
+    for text, value in found:
+        prompts.setdefault(text, value)
     return prompts
 
 

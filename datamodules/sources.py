@@ -25,7 +25,8 @@ from datamodules.csv_records import csv_records, declared_delimiter, find_delimi
 from datamodules.text_encoding import require_utf8
 from models.functional.errors import UsageError
 
-ROW_EXTENSIONS = ".jsonl, .jsonl.gz, .csv, .csv.gz or .parquet"
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+ROW_EXTENSIONS = f"{', '.join(ROW_SUFFIXES[:-1])} or {ROW_SUFFIXES[-1]}"
 SHOWN_PROBLEMS = 5
 PARQUET_ROWS = 256  # decoded at a time
 PARQUET_BUFFER = 2**20
