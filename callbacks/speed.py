@@ -35,6 +35,7 @@ class Speed(Callback):
         self.peak_flops = peak_flops
         self._per_batch: float | None = None
         self._peak: float | None = None
+        self._mark: float  # when the last batch ended
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._peak = self.peak_flops or peak_of(pl_module.device, str(trainer.precision))
